@@ -1,0 +1,336 @@
+"""What an adapter is, the registry of adapters, and how a host is recognised."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssync_pl.adapters.capture import Capture
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.maps import SSyncMaps
+
+__all__ = [
+    "HostAdapter",
+    "adapter_names",
+    "find_adapter",
+    "frame_size",
+    "maps_on_common_grid",
+    "register_adapter",
+    "resolve_adapter",
+    "resolve_grid",
+    "stack_frames",
+]
+
+
+class HostAdapter(ABC):
+    """Turns one family of hosts into `SSyncMaps`: recognise, listen, collect.
+
+    Example:
+        >>> class Mine(HostAdapter):
+        ...     name = "mine"
+        ...     def match(self, host): return hasattr(host, "my_attention")
+        ...     def attach(self, host): return Capture()
+        ...     def collect(self, capture, batch=None): raise HostError("nothing to collect")
+        >>> Mine().match(nn.Identity())
+        False
+    """
+
+    name: ClassVar[str]
+    """Short name for ``adapter=...``."""
+
+    @abstractmethod
+    def match(self, host: nn.Module) -> bool:
+        """Whether this adapter knows the host.
+
+        Args:
+            host: The model that is trained.
+
+        Returns:
+            True when `attach` will work.
+        """
+
+    @abstractmethod
+    def attach(self, host: nn.Module) -> Capture:
+        """Put hooks on the host.
+
+        Args:
+            host: The model that is trained.
+
+        Returns:
+            A closed capture; its ``remove()`` takes the hooks off again.
+        """
+
+    @abstractmethod
+    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
+        """Turn what one training step produced into maps.
+
+        Args:
+            capture: Filled by one training step.
+            batch: The batch of that step, for hosts whose grid follows from the size of the frames.
+
+        Returns:
+            Maps ``(B, T, S, N)``, attached to the graph.
+        """
+
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        """Compare maps that were recomputed with what the host itself used; called in the first step only.
+
+        Args:
+            capture: Filled by one training step.
+            maps: What `collect` made of it.
+
+        Raises:
+            HostError: They differ. Adapters that read the host's own tensors have nothing to compare.
+        """
+        return
+
+
+_REGISTRY: dict[str, type[HostAdapter]] = {}
+
+
+def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
+    """Make an adapter known by its name; works as a class decorator.
+
+    Args:
+        adapter: A class with a ``name`` that can be made without arguments. A later one of the same name replaces it.
+
+    Returns:
+        The class.
+
+    Example:
+        >>> @register_adapter
+        ... class Mine(HostAdapter):
+        ...     name = "mine-too"
+        ...     def match(self, host): return False
+        ...     def attach(self, host): return Capture()
+        ...     def collect(self, capture, batch=None): raise HostError("nothing to collect")
+        >>> "mine-too" in adapter_names()
+        True
+    """
+    _REGISTRY[adapter.name] = adapter
+    return adapter
+
+
+def adapter_names() -> list[str]:
+    """Names of all registered adapters.
+
+    Returns:
+        Sorted names.
+
+    Example:
+        >>> {"savi", "videosaur"} <= set(adapter_names())
+        True
+    """
+    return sorted(_REGISTRY)
+
+
+def find_adapter(host: nn.Module) -> HostAdapter:
+    """The adapter that recognises a host.
+
+    Args:
+        host: The model that is trained.
+
+    Returns:
+        A new adapter.
+
+    Raises:
+        HostError: None or several of them do; the message lists modules that look like the two maps' places.
+
+    Example:
+        >>> find_adapter(nn.Identity())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.HostError: Expected a host that one of the adapters knows (...), but Identity is none...
+    """
+    found = [adapter for adapter in (cls() for cls in _REGISTRY.values()) if adapter.match(host)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(sorted(adapter.name for adapter in found))
+        raise HostError(f"Expected one adapter to know {type(host).__name__}, but {names} all do. Pass adapter='...'.")
+    raise HostError(
+        f"Expected a host that one of the adapters knows ({', '.join(adapter_names())}), but "
+        f"{type(host).__name__} is none. Name the modules yourself: SSyncCallback(attention='path.of.attention', "
+        "masks='path.of.decoder'), where an output with several entries is picked with 'path:key'. "
+        f"Candidates: {_candidates(host)}."
+    )
+
+
+def resolve_adapter(spec: str | HostAdapter, host: nn.Module) -> HostAdapter:
+    """The adapter that a user asked for.
+
+    Args:
+        spec: ``"auto"``, the name of an adapter, or an adapter.
+        host: The model that is trained.
+
+    Returns:
+        An adapter.
+
+    Raises:
+        ConfigError: There is no adapter of that name.
+        HostError: No adapter knows the host, or the named one does not.
+
+    Example:
+        >>> resolve_adapter("nothing", nn.Identity())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.ConfigError: Expected argument `adapter` to be 'auto' or one of ..., but got 'nothing'.
+    """
+    if isinstance(spec, HostAdapter):
+        return spec
+    if spec == "auto":
+        return find_adapter(host)
+    if spec not in _REGISTRY:
+        raise ConfigError(
+            f"Expected argument `adapter` to be 'auto' or one of {', '.join(adapter_names())}, but got {spec!r}."
+        )
+    adapter = _REGISTRY[spec]()
+    if not adapter.match(host):
+        raise HostError(
+            f"Expected a host that the adapter '{spec}' knows, but {type(host).__name__} lacks its modules. "
+            f"Candidates in this host: {_candidates(host)}."
+        )
+    return adapter
+
+
+def _candidates(host: nn.Module) -> str:
+    words = ("attention", "attn", "corrector", "grouping", "decoder", "mask", "slot")
+    names = [name for name, _ in host.named_modules() if name and any(w in name.rsplit(".", 1)[-1] for w in words)]
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none found by name"
+
+
+def stack_frames(values: list[Tensor], name: str) -> Tensor:
+    """Stack what a module gave for each frame into a clip.
+
+    Args:
+        values: T tensors ``(B, ...)``.
+        name: Of the module, for the message.
+
+    Returns:
+        ``(B, T, ...)``.
+
+    Raises:
+        HostError: Shapes differ between frames, as with slots that grow inside a step.
+
+    Example:
+        >>> stack_frames([torch.zeros(2, 3), torch.zeros(2, 3)], "corrector").shape
+        torch.Size([2, 2, 3])
+    """
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) != 1:
+        raise HostError(f"Expected '{name}' to give one shape for all frames, but got {shapes}.")
+    return torch.stack(values, dim=1)
+
+
+def resolve_grid(
+    patches: int,
+    explicit: tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    frame: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """Rows and columns of a flat axis of patches.
+
+    In this order: given by the user; patch size with the frame's height and width; a perfect square.
+
+    Args:
+        patches: N.
+        explicit: ``(H, W)`` from the user.
+        patch_size: Of the encoder, in pixels.
+        frame: Height and width of the frames, in pixels.
+
+    Returns:
+        ``(H, W)`` with ``H * W == patches``.
+
+    Raises:
+        HostError: None of them fits; the message says what to pass.
+
+    Example:
+        >>> resolve_grid(48, patch_size=14, frame=(84, 112))
+        (6, 8)
+        >>> resolve_grid(48)
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.HostError: Expected a grid for 48 patches, which is no square. Pass grid=(H, W).
+    """
+    if explicit is not None:
+        if explicit[0] * explicit[1] != patches:
+            raise HostError(f"Expected argument `grid` to have {patches} patches, but got {tuple(explicit)}.")
+        return int(explicit[0]), int(explicit[1])
+    if patch_size and frame and (frame[0] // patch_size) * (frame[1] // patch_size) == patches:
+        return frame[0] // patch_size, frame[1] // patch_size
+    side = math.isqrt(patches)
+    if side * side == patches:
+        return side, side
+    raise HostError(f"Expected a grid for {patches} patches, which is no square. Pass grid=(H, W).")
+
+
+def frame_size(batch: Any) -> tuple[int, int] | None:
+    """Height and width of the frames of a batch, where it says so.
+
+    Args:
+        batch: A dict with ``video`` or ``image`` as ``(..., H, W)``, or anything else.
+
+    Returns:
+        ``(H, W)`` in pixels, or None.
+
+    Example:
+        >>> frame_size({"video": torch.zeros(1, 2, 3, 84, 112)})
+        (84, 112)
+    """
+    if isinstance(batch, dict):
+        for key in ("video", "image"):
+            value = batch.get(key)
+            if isinstance(value, Tensor) and value.ndim >= 4:
+                return int(value.shape[-2]), int(value.shape[-1])
+    return None
+
+
+def maps_on_common_grid(attention_logits: Tensor, grid: tuple[int, int], mask_logits: Tensor) -> SSyncMaps:
+    """Maps of a host whose decoder draws on another grid than its attention reads.
+
+    The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
+    averaged too, for merging only.
+
+    Args:
+        attention_logits: ``(B, T, S, N)``.
+        grid: ``(H, W)`` of the attention.
+        mask_logits: ``(B, T, S, h, w)`` of the decoder.
+
+    Returns:
+        Maps on the coarser of both grids.
+
+    Raises:
+        HostError: The two grids do not divide each other.
+
+    Example:
+        >>> maps_on_common_grid(torch.zeros(1, 1, 2, 4), (2, 2), torch.zeros(1, 1, 2, 8, 8))
+        SSyncMaps(B=1, T=1, S=2, grid=(2, 2), attention=logits, masks=probs, dtype=torch.float32, device=cpu)
+    """
+    fine = (int(mask_logits.shape[-2]), int(mask_logits.shape[-1]))
+    if fine == tuple(grid):
+        return SSyncMaps(attention_logits=attention_logits, mask_logits=mask_logits.flatten(3), grid=grid)
+    if fine[0] % grid[0] == 0 and fine[1] % grid[1] == 0:
+        probs = _pool(mask_logits.float().softmax(2), grid)
+        return SSyncMaps(attention_logits=attention_logits, mask_probs=probs.flatten(3), grid=grid)
+    if grid[0] % fine[0] == 0 and grid[1] % fine[1] == 0:
+        logits = attention_logits.float().unflatten(3, grid)
+        return SSyncMaps(
+            attention_logits=_pool(logits, fine).flatten(3),
+            attention_probs=_pool(logits.softmax(2), fine).flatten(3),
+            mask_logits=mask_logits.flatten(3),
+            grid=fine,
+        )
+    raise HostError(
+        f"Expected the decoder's grid {fine} and the attention's grid {tuple(grid)} to divide each other, but they do "
+        "not. Change the decoder's size or the encoder's strides, or write a HostAdapter that resamples."
+    )
+
+
+def _pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    kernel = (maps.shape[-2] // grid[0], maps.shape[-1] // grid[1])
+    return F.avg_pool2d(maps.flatten(0, 1), kernel).unflatten(0, maps.shape[:2])

@@ -1,0 +1,371 @@
+"""`SSyncCallback`: SSync for a LightningModule that its user does not want to edit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from ssync_pl.adapters import Capture, HostAdapter, PathAdapter, resolve_adapter
+from ssync_pl.adapters.paths import MapKind
+from ssync_pl.config import CollapseAction, SSyncConfig
+from ssync_pl.engine import SSyncEngine, heed
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.functional.distill import LossKind
+from ssync_pl.maps import SSyncMaps
+from ssync_pl.schedule import Phase
+
+__all__ = ["SSyncCallback"]
+
+
+class SSyncCallback(L.Callback):
+    """Adds SSync to the training step of an existing host.
+
+    The callback wraps the host's ``training_step``: inside it the adapter listens to slot attention and decoder, and
+    the two losses are added to what the host returns. Nothing else of the host changes: no parameter, buffer or
+    state-dict key is added, and everything is put back when the training ends or fails. During the warm-up nothing is
+    captured, except in the first step, so that a host that cannot be used is refused at once.
+
+    Note:
+        Give it to the Trainer inside a list. It works in Trainers of ``lightning`` and of ``pytorch_lightning`` 2.x,
+        with mixed precision, accumulation, clipping, weight averaging, compiled hosts and DDP; not with manual
+        optimization.
+
+    Args:
+        adapter: How to read the host's maps: ``"auto"`` recognises it, a name picks an adapter, or pass an adapter.
+        attention: For a host that no adapter knows: dotted path of the module that gives the attention over slots, as
+            ``"path"`` or ``"path:key"``. Needs ``masks`` too.
+        masks: The same for the decoder's object masks.
+        attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
+        masks_kind: The same for ``masks``.
+        grid: ``(H, W)`` patches, for ``attention`` and ``masks`` with a flat axis of patches that is no square.
+        merge_threshold: See `SSyncConfig`, also for all that follow.
+        merge: See `SSyncConfig`.
+        n_bd: See `SSyncConfig`.
+        n_nbd: See `SSyncConfig`.
+        n_noise: See `SSyncConfig`.
+        temperature: See `SSyncConfig`.
+        loss: See `SSyncConfig`.
+        boundary_weight: See `SSyncConfig`.
+        interior_weight: See `SSyncConfig`.
+        relative_weight: See `SSyncConfig`.
+        warmup_ratio: See `SSyncConfig`; of ``trainer.estimated_stepping_batches``.
+        warmup_steps: See `SSyncConfig`.
+        ramp_steps: See `SSyncConfig`.
+        on_collapse: See `SSyncConfig`.
+        collapse_threshold: See `SSyncConfig`.
+        guard_window: See `SSyncConfig`.
+        sync_counts: See `SSyncConfig`.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        HostError: In `setup` or in the first training step: the host cannot be used; the message says why.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[SSyncCallback(merge_threshold=0.65)], logger=False, accelerator="cpu",
+        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.callbacks[0].config.merge_threshold
+        0.65
+
+    Source: SSync (arXiv 2606.15527).
+    """
+
+    def __init__(
+        self,
+        adapter: str | HostAdapter = "auto",
+        attention: str | None = None,
+        masks: str | None = None,
+        attention_kind: MapKind = "probs",
+        masks_kind: MapKind = "probs",
+        grid: tuple[int, int] | None = None,
+        merge_threshold: float = 0.7,
+        merge: bool | None = None,
+        n_bd: int = 1,
+        n_nbd: int = 1,
+        n_noise: int = 1,
+        temperature: float = 1.0,
+        loss: LossKind = "brier",
+        boundary_weight: float = 1.0,
+        interior_weight: float = 1.0,
+        relative_weight: float | None = None,
+        warmup_ratio: float = 0.3,
+        warmup_steps: int | None = None,
+        ramp_steps: int = 0,
+        on_collapse: CollapseAction = "warn",
+        collapse_threshold: float = 0.8,
+        guard_window: int = 50,
+        sync_counts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = SSyncConfig(
+            merge_threshold=merge_threshold,
+            merge=merge,
+            n_bd=n_bd,
+            n_nbd=n_nbd,
+            n_noise=n_noise,
+            temperature=temperature,
+            loss=loss,
+            boundary_weight=boundary_weight,
+            interior_weight=interior_weight,
+            relative_weight=relative_weight,
+            warmup_ratio=warmup_ratio,
+            warmup_steps=warmup_steps,
+            ramp_steps=ramp_steps,
+            on_collapse=on_collapse,
+            collapse_threshold=collapse_threshold,
+            guard_window=guard_window,
+            sync_counts=sync_counts,
+        )
+        if (attention is None) != (masks is None):
+            raise ConfigError(
+                f"Expected arguments `attention` and `masks` to come together, but got attention={attention!r} and "
+                f"masks={masks!r}. Name both modules, or neither and let `adapter` find them."
+            )
+        if attention is not None and masks is not None:
+            if adapter != "auto":
+                raise ConfigError("Expected either `adapter` or `attention` and `masks`, but got both. Leave one out.")
+            adapter = PathAdapter(attention, masks, attention_kind, masks_kind, grid)
+        elif grid is not None or attention_kind != "probs" or masks_kind != "probs":
+            raise ConfigError(
+                "Expected `grid`, `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them "
+                "alone. Adapters know these of their hosts."
+            )
+        self.adapter = adapter
+        self.engine = SSyncEngine(self.config)
+        self._session: _Session | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Recognise the host, put the hooks on and wrap its training step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+            stage: Only ``"fit"`` does anything.
+
+        Raises:
+            HostError: The host uses manual optimization, is not recognised, or has SSync already.
+        """
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise HostError(
+                f"Expected {type(pl_module).__name__} to use automatic optimization, but it sets "
+                "automatic_optimization=False: it calls backward itself, so a loss added by a callback would have no "
+                "effect. Use the SSyncRegularizer mixin, or ssync_loss, inside its training_step."
+            )
+        if isinstance(pl_module.__dict__.get("training_step"), _WrappedStep):
+            raise HostError(
+                f"Expected one SSyncCallback, but {type(pl_module).__name__} already has SSync in its training step. "
+                "Remove the second callback."
+            )
+        self.engine = SSyncEngine(self.config)
+        adapter = resolve_adapter(self.adapter, pl_module)
+        self._session = _Session(pl_module, adapter, adapter.attach(pl_module))
+        self._session.wrap(functools.partial(self._step, trainer, pl_module))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fix the warm-up for the length of this training.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+        """
+        self.engine.start_in(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put the host back as it was.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+            stage: Of the trainer.
+        """
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+            exception: What went wrong.
+        """
+        self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: running averages and the guard's state.
+
+        Returns:
+            Plain numbers.
+
+        Example:
+            >>> sorted(SSyncCallback().state_dict())
+            ['guard', 'host_average', 'term_average']
+        """
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Example:
+            >>> SSyncCallback().load_state_dict(SSyncCallback().state_dict())
+        """
+        self.engine.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not hold on to the host, its hooks or tensors of a graph.
+        return {**self.__dict__, "_session": None}
+
+    def _restore(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.restore()
+
+    def _step(
+        self, trainer: L.Trainer, host: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        session = self._session
+        if session is None:
+            return step(*args, **kwargs)
+        phase = self.engine.phase(trainer.global_step)
+        if phase is Phase.OFF and session.checked:
+            return step(*args, **kwargs)
+        with session.window():
+            output = step(*args, **kwargs)
+            loss = _loss_of(output)
+            if loss is None:
+                return output
+            batch = args[0] if args else kwargs.get("batch")
+            maps = session.collect(batch, self.config)
+            total, verdict = self.engine.apply(loss, maps, trainer.global_step, _logger(host, maps.shape[0]))
+        heed(verdict, trainer)
+        return _with_loss(output, total)
+
+
+class _Session:
+    """What the callback holds while a host trains."""
+
+    def __init__(self, host: L.LightningModule, adapter: HostAdapter, capture: Capture) -> None:
+        self.host = host
+        self.adapter = adapter
+        self.capture = capture
+        self.checked = False
+        self.own_step = host.__dict__.get("training_step")
+
+    def wrap(self, run: Callable[..., Any]) -> None:
+        self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        self.capture.remove()
+        if self.own_step is not None:
+            self.host.training_step = self.own_step  # type: ignore[method-assign]
+        else:
+            self.host.__dict__.pop("training_step", None)
+
+    def window(self) -> _Window:
+        return _Window(self.capture)
+
+    def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
+        self.capture.close()
+        if self.capture.is_empty:
+            raise HostError(
+                f"Expected the training step of {type(self.host).__name__} to run "
+                f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
+                f"'{self.adapter.name}' may be the wrong one, or the host was compiled and run before this training: "
+                "call torch._dynamo.reset() first."
+            )
+        maps = self.adapter.collect(self.capture, batch)
+        if not self.checked:
+            _check_first(maps, self.host, config)
+            self.adapter.verify(self.capture, maps)
+            self.checked = True
+        return maps
+
+
+class _Window:
+    """Opens a capture for one training step, and always empties it."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def __enter__(self) -> None:
+        self.capture.clear()
+        self.capture.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.capture.close()
+        self.capture.clear()
+
+
+class _WrappedStep:
+    """The host's training step with SSync around it; a copied or pickled host gets its own plain step back."""
+
+    def __init__(self, host: L.LightningModule, step: Callable[..., Any], run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, step)
+        self.host = host
+        self.step = step
+        self.run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.step, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self.host))
+        return types.MethodType(type(self.host).training_step, twin if twin is not None else self.host)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (types.MethodType, (type(self.host).training_step, self.host))
+
+
+def _check_first(maps: SSyncMaps, host: nn.Module, config: SSyncConfig) -> None:
+    """Look at the first maps once: values, sums and gradients. This is the only place that waits for the device."""
+    sides = (
+        ("decoder masks", maps.masks, config.boundary_weight),
+        ("slot attention", maps.attention, config.interior_weight),
+    )
+    if torch.is_grad_enabled():
+        for name, value, weight in sides:
+            if weight > 0 and not value.requires_grad:
+                raise HostError(
+                    f"Expected the {name} of {type(host).__name__} to carry gradient, but it does not. It was "
+                    "detached, computed under no_grad, or captured inside reentrant activation checkpointing "
+                    "(use checkpoint(..., use_reentrant=False))."
+                )
+    maps.check_values()
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if output is None or isinstance(output, Tensor):
+        return output
+    if isinstance(output, MutableMapping):
+        loss = output.get("loss")
+        if isinstance(loss, Tensor):
+            return loss
+    raise HostError(
+        f"Expected the training step to return a tensor, a dict with 'loss', or None, but got {type(output).__name__}."
+    )
+
+
+def _with_loss(output: Any, total: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return total
+    # The host may keep a reference to its own dict.
+    output = copy.copy(output)
+    output["loss"] = total
+    return output
+
+
+def _logger(host: L.LightningModule, batch_size: int) -> Callable[..., None]:
+    def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
+        host.log(name, value, prog_bar=prog_bar, batch_size=batch_size)
+
+    return log

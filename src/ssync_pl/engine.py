@@ -1,0 +1,277 @@
+"""The regulariser in a training step; one implementation for the callback and the mixin."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssync_pl.config import SSyncConfig
+from ssync_pl.errors import SSyncError
+from ssync_pl.functional.labels import compute_dtype, hard_labels, mask_slots, slot_areas
+from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
+from ssync_pl.guard import CollapseGuard, GuardVerdict
+from ssync_pl.maps import SSyncMaps
+from ssync_pl.schedule import Phase, Schedule
+
+__all__ = ["LogFunction", "SSyncEngine", "heed", "used_slots"]
+
+_RUNNING_DECAY = 0.98
+# In units of the Brier score: below this, relative weights stop growing while the term goes to zero.
+_RELATIVE_FLOOR = 1e-2
+
+
+class LogFunction(Protocol):
+    """Writes one number of a training step to the host's log.
+
+    Example:
+        >>> def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None: ...
+    """
+
+    def __call__(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
+        """Write one number.
+
+        Args:
+            name: Such as ``ssync/boundary_loss``.
+            value: 0-dim tensor or number.
+            prog_bar: Also show it in the progress bar.
+        """
+
+
+def used_slots(maps: SSyncMaps) -> Tensor:
+    """Mean number of slots that win a patch somewhere in the clip, for both maps, unmerged.
+
+    Args:
+        maps: The host's maps, ``(B, T, S, N)``.
+
+    Returns:
+        ``(2,)``: encoder, decoder.
+
+    Example:
+        >>> d = torch.tensor([[[[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]]])
+        >>> used_slots(SSyncMaps(attention_logits=d, mask_logits=d, grid=(1, 2)))
+        tensor([2., 2.])
+    """
+    with torch.no_grad():
+        counts = []
+        for value in (maps.attention, maps.masks):
+            scores = mask_slots(value.to(compute_dtype(value.dtype)), maps.slot_valid)
+            areas = slot_areas(hard_labels(scores), scores.shape[2], maps.patch_valid)
+            counts.append((areas > 0).sum(1).float().mean())
+        return torch.stack(counts)
+
+
+class SSyncEngine:
+    """Schedule, losses, weights, logs and guard of one training run.
+
+    Args:
+        config: The settings.
+
+    Example:
+        >>> engine = SSyncEngine(SSyncConfig(warmup_steps=0))
+        >>> engine.start(total_steps=10)
+        >>> d = torch.randn(1, 1, 2, 4, requires_grad=True)
+        >>> maps = SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2))
+        >>> total, verdict = engine.apply(torch.tensor(1.0), maps, step=0)
+        >>> bool(total >= 1.0), verdict
+        (True, None)
+    """
+
+    def __init__(self, config: SSyncConfig) -> None:
+        self.config = config
+        self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
+        self.schedule: Schedule | None = None
+        self._host_average: Tensor | None = None
+        self._term_average: Tensor | None = None
+
+    def start(self, total_steps: float) -> None:
+        """Fix the warm-up for a training of this length.
+
+        Args:
+            total_steps: Optimizer steps of the whole training; infinity when unknown.
+
+        Raises:
+            ConfigError: The warm-up is a share of an unknown length.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig())
+            >>> engine.start(100)
+            >>> engine.schedule.start
+            30
+        """
+        self.schedule = Schedule.resolve(self.config, total_steps)
+
+    def start_in(self, trainer: Any) -> None:
+        """Fix the warm-up for the length of a Trainer's training.
+
+        Args:
+            trainer: A Lightning Trainer; its length is asked for only when the warm-up is a share of it.
+
+        Raises:
+            ConfigError: The warm-up is a share of an unknown length.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig(warmup_steps=5))
+            >>> engine.start_in(trainer=None)
+            >>> engine.schedule.start
+            5
+        """
+        known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
+        self.start(0 if known else trainer.estimated_stepping_batches)
+
+    def phase(self, step: int) -> Phase:
+        """What the training step has to do.
+
+        Args:
+            step: Optimizer steps taken so far.
+
+        Returns:
+            The phase.
+
+        Raises:
+            SSyncError: `start` was not called.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig(guard_window=10))
+            >>> engine.start(100)
+            >>> engine.phase(0)
+            <Phase.OFF: 'off'>
+        """
+        if self.schedule is None:
+            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
+        return self.schedule.phase(step)
+
+    def watch(self, maps: SSyncMaps) -> None:
+        """Count slots in use near the end of the warm-up.
+
+        Args:
+            maps: The host's maps.
+
+        Example:
+            >>> d = torch.zeros(1, 1, 2, 4)
+            >>> SSyncEngine(SSyncConfig()).watch(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)))
+        """
+        self.guard.watch(used_slots(maps))
+
+    def apply(
+        self,
+        host_loss: Tensor,
+        maps: SSyncMaps | Callable[[], SSyncMaps],
+        step: int,
+        log: LogFunction | None = None,
+    ) -> tuple[Tensor, GuardVerdict | None]:
+        """Add what this step calls for to the host's loss.
+
+        Args:
+            host_loss: 0-dim loss of the host.
+            maps: The host's maps, or a function that makes them; it is not called while SSync is off.
+            step: Optimizer steps taken so far.
+            log: Receives the numbers of the step.
+
+        Returns:
+            The loss to train on, and the guard's verdict where a window ended.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig(guard_window=10))
+            >>> engine.start(100)
+            >>> loss = torch.tensor(1.0)
+            >>> engine.apply(loss, lambda: 1 / 0, step=0)[0] is loss
+            True
+        """
+        phase = self.phase(step)
+        if phase is Phase.OFF:
+            return host_loss, None
+        if not isinstance(maps, SSyncMaps):
+            maps = maps()
+        if phase is Phase.WATCH:
+            self.watch(maps)
+            return host_loss, None
+        output = ssync_loss(maps, **self.config.loss_options())
+        weight = self._weight(host_loss, output.loss, step)
+        used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
+        if log is not None:
+            _write(log, output, used, weight)
+        return host_loss + weight * output.loss, self.guard.step(used)
+
+    def _weight(self, host_loss: Tensor, term: Tensor, step: int) -> Tensor | float:
+        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
+        share = self.config.relative_weight
+        if share is None:
+            return factor
+        self._host_average = _running(self._host_average, host_loss.detach().abs().float())
+        self._term_average = _running(self._term_average, term.detach().float())
+        return factor * share * self._host_average / self._term_average.clamp_min(_RELATIVE_FLOOR)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs.
+
+        Returns:
+            Plain numbers.
+
+        Example:
+            >>> sorted(SSyncEngine(SSyncConfig()).state_dict())
+            ['guard', 'host_average', 'term_average']
+        """
+        averages = {"host_average": self._host_average, "term_average": self._term_average}
+        return {
+            "guard": self.guard.state_dict(),
+            **{name: None if value is None else float(value) for name, value in averages.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig())
+            >>> engine.load_state_dict(SSyncEngine(SSyncConfig()).state_dict())
+        """
+        self.guard.load_state_dict(state["guard"])
+        host, term = state["host_average"], state["term_average"]
+        self._host_average = None if host is None else torch.tensor(host)
+        self._term_average = None if term is None else torch.tensor(term)
+
+
+def heed(verdict: GuardVerdict | None, trainer: Any) -> None:
+    """Tell the user what the guard found, and stop the training if it says so.
+
+    Args:
+        verdict: Of the guard; None while a window is open.
+        trainer: A Lightning Trainer.
+
+    Example:
+        >>> heed(None, trainer=None)
+    """
+    if verdict is None:
+        return
+    if verdict.message and trainer.is_global_zero:
+        warnings.warn(verdict.message, stacklevel=2)
+    if verdict.stop:
+        trainer.should_stop = True
+
+
+def _running(average: Tensor | None, value: Tensor) -> Tensor:
+    if average is None:
+        return value
+    average = average.to(value.device)
+    # A step with an overflow must not poison the average for good.
+    value = torch.where(value.isfinite(), value, average)
+    return average.lerp(value, 1 - _RUNNING_DECAY)
+
+
+def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float) -> None:
+    log("ssync/boundary_loss", output.boundary_loss.detach(), prog_bar=True)
+    log("ssync/interior_loss", output.interior_loss.detach(), prog_bar=True)
+    log("ssync/boundary_fraction", output.boundary_fraction)
+    log("ssync/interior_fraction", output.interior_fraction)
+    log("ssync/overlap_fraction", output.overlap_fraction)
+    log("ssync/merged_slots", output.merged_slots.float().mean())
+    log("ssync/used_slots", used[1])
+    log("ssync/used_encoder_slots", used[0])
+    log("ssync/agreement", output.agreement)
+    log("ssync/weight", weight)

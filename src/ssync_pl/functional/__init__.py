@@ -1,0 +1,44 @@
+"""The method as pure functions on tensors; nothing here knows Lightning, hosts or data."""
+
+from ssync_pl.functional.distill import LossKind, brier_per_patch, cross_entropy_per_patch, selected_mean
+from ssync_pl.functional.labels import hard_labels, mask_slots, slot_areas, slot_log_probabilities, slot_probabilities
+from ssync_pl.functional.merging import (
+    MergeResult,
+    connected_components,
+    merge_slots,
+    relabel,
+    slot_coverage,
+    temporal_slot_iou,
+)
+from ssync_pl.functional.regions import (
+    NUM_NEIGHBOURS,
+    boundary_region,
+    count_differing_neighbours,
+    interior_region,
+)
+from ssync_pl.functional.ssync import SSyncOutput, check_options, ssync_loss
+
+__all__ = [
+    "NUM_NEIGHBOURS",
+    "LossKind",
+    "MergeResult",
+    "SSyncOutput",
+    "boundary_region",
+    "brier_per_patch",
+    "check_options",
+    "connected_components",
+    "count_differing_neighbours",
+    "cross_entropy_per_patch",
+    "hard_labels",
+    "interior_region",
+    "mask_slots",
+    "merge_slots",
+    "relabel",
+    "selected_mean",
+    "slot_areas",
+    "slot_coverage",
+    "slot_log_probabilities",
+    "slot_probabilities",
+    "ssync_loss",
+    "temporal_slot_iou",
+]

@@ -1,0 +1,355 @@
+"""`ssync_loss`: from a pair of maps to both distillation losses."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.functional.distill import LossKind, brier_per_patch, cross_entropy_per_patch, selected_mean
+from ssync_pl.functional.labels import (
+    compute_dtype,
+    hard_labels,
+    slot_areas,
+    slot_log_probabilities,
+    slot_probabilities,
+)
+from ssync_pl.functional.merging import MergeResult, merge_slots, relabel
+from ssync_pl.functional.regions import (
+    NUM_NEIGHBOURS,
+    boundary_region,
+    count_differing_neighbours,
+    interior_region,
+)
+from ssync_pl.maps import SSyncMaps
+
+__all__ = ["SSyncOutput", "check_options", "ssync_loss"]
+
+
+@dataclass(frozen=True, eq=False)
+class SSyncOutput:
+    """Everything that `ssync_loss` computed; only the three losses carry gradient.
+
+    Args:
+        loss: 0-dim, ``boundary_weight * boundary_loss + interior_weight * interior_loss``.
+        boundary_loss: 0-dim, encoder → decoder, gradient into the decoder's map only.
+        interior_loss: 0-dim, decoder → encoder, gradient into the encoder's map only.
+        encoder_labels: ``(B, T, H, W)`` int64, merged labels of the encoder.
+        decoder_labels: ``(B, T, H, W)`` int64, merged labels of the decoder.
+        raw_encoder_labels: ``(B, T, H, W)`` int64, before merging.
+        raw_decoder_labels: ``(B, T, H, W)`` int64, before merging.
+        boundary: ``(B, T, H, W)`` bool, patches at which the encoder teaches.
+        interior: ``(B, T, H, W)`` bool, patches at which the decoder teaches.
+        winners: ``(B, S)`` int64, the slot whose label each slot takes.
+        merged_slots: ``(B,)`` int64, number of slots that take another slot's label.
+        slot_iou: ``(B, S, S)`` overlaps of coverage, None when merging is off.
+        boundary_count: 0-dim, number of selected boundary patches.
+        interior_count: 0-dim, number of selected interior patches.
+        boundary_fraction: 0-dim, in [0, 1], of the valid patches.
+        interior_fraction: 0-dim, in [0, 1], of the valid patches.
+        overlap_fraction: 0-dim, in [0, 1], valid patches that are in both regions.
+        agreement: 0-dim, in [0, 1], valid patches whose merged labels agree.
+        used_encoder_slots: ``(B,)`` slots that win a patch of the encoder's map somewhere in the clip, unmerged.
+        used_decoder_slots: ``(B,)`` the same for the decoder's map.
+
+    Example:
+        >>> d = torch.zeros(1, 1, 2, 4)
+        >>> ssync_loss(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2))).boundary_count
+        tensor(0.)
+    """
+
+    loss: Tensor
+    boundary_loss: Tensor
+    interior_loss: Tensor
+    encoder_labels: Tensor
+    decoder_labels: Tensor
+    raw_encoder_labels: Tensor
+    raw_decoder_labels: Tensor
+    boundary: Tensor
+    interior: Tensor
+    winners: Tensor
+    merged_slots: Tensor
+    slot_iou: Tensor | None
+    boundary_count: Tensor
+    interior_count: Tensor
+    boundary_fraction: Tensor
+    interior_fraction: Tensor
+    overlap_fraction: Tensor
+    agreement: Tensor
+    used_encoder_slots: Tensor
+    used_decoder_slots: Tensor
+
+
+def check_options(
+    *, merge_threshold: float, n_bd: int, n_nbd: int, n_noise: int, temperature: float, loss: str
+) -> None:
+    """Refuse options of the method that are out of range.
+
+    Args:
+        merge_threshold: In [0, 1].
+        n_bd: In [0, 10].
+        n_nbd: In [1, 11].
+        n_noise: In [0, 10].
+        temperature: Above 0 and finite.
+        loss: ``"brier"`` or ``"ce"``.
+
+    Raises:
+        ConfigError: An option is out of range; the message names it.
+
+    Example:
+        >>> check_options(merge_threshold=0.7, n_bd=1, n_nbd=1, n_noise=1, temperature=1.0, loss="brier")
+    """
+    if not 0.0 <= merge_threshold <= 1.0:
+        raise ConfigError(
+            f"Expected argument `merge_threshold` to be in [0, 1], but got {merge_threshold}. "
+            "It is an overlap; published values are 0.6 to 0.9, and `merge=False` turns merging off."
+        )
+    for name, value, low in (("n_bd", n_bd, 0), ("n_nbd", n_nbd, 1), ("n_noise", n_noise, 0)):
+        high = NUM_NEIGHBOURS + low
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(
+                f"Expected argument `{name}` to be an integer in [{low}, {high}], but got {value!r}. "
+                "It counts neighbours of a patch; published configurations use 1."
+            )
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigError(
+            f"Expected argument `temperature` to be above 0 and finite, but got {temperature}. Published runs use 1."
+        )
+    if loss not in ("brier", "ce"):
+        raise ConfigError(
+            f"Expected argument `loss` to be 'brier' or 'ce', but got {loss!r}. Published runs use 'brier'."
+        )
+
+
+def ssync_loss(
+    maps: SSyncMaps,
+    *,
+    merge_threshold: float = 0.7,
+    n_bd: int = 1,
+    n_nbd: int = 1,
+    n_noise: int = 1,
+    temperature: float = 1.0,
+    loss: LossKind = "brier",
+    merge: bool | None = None,
+    boundary_weight: float = 1.0,
+    interior_weight: float = 1.0,
+    sync_counts: bool = False,
+    check_finite: bool = True,
+) -> SSyncOutput:
+    """Both losses of SSync, with everything that a log or a picture needs.
+
+    The encoder's map teaches the decoder's at boundaries, the decoder's map teaches the encoder's in interiors; labels
+    are merged over redundant slots first. Shapes never depend on data, the device is never waited for, and everything
+    is computed in float32 (float64 for float64 maps), also under autocast.
+
+    Args:
+        maps: The host's two maps, ``(B, T, S, N)``.
+        merge_threshold: Overlap above which slots are redundant, in [0, 1], strict.
+        n_bd: A boundary patch has at least this many differing neighbours, in [0, 10].
+        n_nbd: An interior patch has fewer differing neighbours than this, in [1, 11].
+        n_noise: A boundary patch has at least this many agreeing neighbours, in [0, 10].
+        temperature: Of the student's softmax, above 0.
+        loss: ``"brier"`` (published: squared error on probabilities) or ``"ce"`` (cross-entropy).
+        merge: Merge redundant slots' labels. None: when the encoder's logits are there. True without logits falls back
+            on log-probabilities, with a warning.
+        boundary_weight: Of the encoder → decoder loss in the total, at least 0.
+        interior_weight: Of the decoder → encoder loss in the total, at least 0.
+        sync_counts: Divide by the selected patches of all ranks instead of each rank's own, so that averaged gradients
+            equal those of one process on the joined batch.
+        check_finite: Refuse NaN maps where that costs no synchronisation: on CPU, outside of compiled graphs. Elsewhere
+            NaN reaches the losses.
+
+    Returns:
+        Losses, merged labels, regions, winners and statistics. An empty selection gives a loss of 0 with zero gradient.
+
+    Raises:
+        ConfigError: An option is out of range.
+        ShapeError: A map on CPU holds NaN.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> d = torch.randn(1, 2, 3, 16, requires_grad=True)
+        >>> a = torch.randn(1, 2, 3, 16, requires_grad=True)
+        >>> out = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
+        >>> out.loss.backward()
+        >>> out.boundary.shape, bool(a.grad.any())
+        (torch.Size([1, 2, 4, 4]), True)
+
+    Source: SSync (arXiv 2606.15527), Sec. 3.
+    """
+    check_options(
+        merge_threshold=merge_threshold, n_bd=n_bd, n_nbd=n_nbd, n_noise=n_noise, temperature=temperature, loss=loss
+    )
+    for name, weight in (("boundary_weight", boundary_weight), ("interior_weight", interior_weight)):
+        if not 0.0 <= weight < float("inf"):
+            raise ConfigError(f"Expected argument `{name}` to be finite and at least 0, but got {weight}.")
+    with torch.autocast(device_type=maps.attention.device.type, enabled=False):
+        return _ssync(
+            maps,
+            merge_threshold=merge_threshold,
+            regions=(n_bd, n_nbd, n_noise),
+            temperature=temperature,
+            loss=loss,
+            merge=_resolve_merge(maps, merge),
+            weights=(boundary_weight, interior_weight),
+            sync_counts=sync_counts,
+            check_finite=check_finite,
+        )
+
+
+def _resolve_merge(maps: SSyncMaps, merge: bool | None) -> bool:
+    if merge is None:
+        return maps.attention_logits is not None
+    if merge and maps.attention_logits is None and not torch.compiler.is_compiling():
+        warnings.warn(
+            "Merging was asked for, but only attention probabilities are there: coverage compares a slot's raw logit "
+            "with its mean, and log-probabilities agree with that on about two thirds of the patches only. "
+            "Pass `attention_logits`, or leave `merge` unset.",
+            stacklevel=3,
+        )
+    return merge
+
+
+def _ssync(
+    maps: SSyncMaps,
+    *,
+    merge_threshold: float,
+    regions: tuple[int, int, int],
+    temperature: float,
+    loss: LossKind,
+    merge: bool,
+    weights: tuple[float, float],
+    sync_counts: bool,
+    check_finite: bool,
+) -> SSyncOutput:
+    batch, frames, slots, _ = maps.shape
+    height, width = maps.grid  # type: ignore[misc]
+    volume = (batch, frames, height, width)
+    attention = _Side(maps.attention_logits, maps.attention_probs, maps.slot_valid, maps.patch_valid)
+    masks = _Side(maps.mask_logits, maps.mask_probs, maps.slot_valid, maps.patch_valid)
+    p, q = attention.probabilities(), masks.probabilities()
+    if check_finite:
+        _refuse_nan(p, q)
+
+    with torch.no_grad():
+        raw_e, raw_d = hard_labels(p), hard_labels(q)
+        areas = slot_areas(raw_e, slots, maps.patch_valid)
+        if merge:
+            merged = merge_slots(attention.merging_logits(), areas, merge_threshold, maps.slot_valid, maps.patch_valid)
+            e, d = relabel(raw_e, merged.winners), relabel(raw_d, merged.winners)
+        else:
+            identity = torch.arange(slots, device=p.device).expand(batch, slots)
+            merged = MergeResult(identity, torch.zeros(batch, dtype=torch.int64, device=p.device), p.new_empty(0))
+            e, d = raw_e, raw_d
+        valid = None if maps.patch_valid is None else maps.patch_valid.view(volume)
+        n_bd, n_nbd, n_noise = regions
+        boundary = boundary_region(count_differing_neighbours(e.view(volume), valid, maps.frame_index), n_bd, n_noise)
+        interior = interior_region(count_differing_neighbours(d.view(volume), valid, maps.frame_index), n_nbd)
+        if valid is not None:
+            boundary, interior = boundary & valid, interior & valid
+
+    boundary_loss = _direction(masks, q, e, boundary.flatten(2), temperature, loss, sync_counts)
+    interior_loss = _direction(attention, p, d, interior.flatten(2), temperature, loss, sync_counts)
+
+    with torch.no_grad():
+        total = torch.tensor(float(e.numel()), device=p.device) if valid is None else valid.sum().to(p.dtype)
+        share = 1.0 / total.clamp_min(1)
+        agree = e == d
+        if maps.patch_valid is not None:
+            agree = agree & maps.patch_valid
+        boundary_count, interior_count = boundary.sum().to(p.dtype), interior.sum().to(p.dtype)
+    return SSyncOutput(
+        loss=weights[0] * boundary_loss + weights[1] * interior_loss,
+        boundary_loss=boundary_loss,
+        interior_loss=interior_loss,
+        encoder_labels=e.view(volume),
+        decoder_labels=d.view(volume),
+        raw_encoder_labels=raw_e.view(volume),
+        raw_decoder_labels=raw_d.view(volume),
+        boundary=boundary,
+        interior=interior,
+        winners=merged.winners,
+        merged_slots=merged.merged_slots,
+        slot_iou=merged.slot_iou if merge else None,
+        boundary_count=boundary_count,
+        interior_count=interior_count,
+        boundary_fraction=boundary_count * share,
+        interior_fraction=interior_count * share,
+        overlap_fraction=(boundary & interior).sum() * share,
+        agreement=agree.sum() * share,
+        used_encoder_slots=(areas > 0).sum(1).to(p.dtype),
+        used_decoder_slots=(slot_areas(raw_d, slots, maps.patch_valid) > 0).sum(1).to(p.dtype),
+    )
+
+
+class _Side:
+    """One of the two maps in the precision of the computation."""
+
+    def __init__(
+        self, logits: Tensor | None, probs: Tensor | None, slot_valid: Tensor | None, patch_valid: Tensor | None
+    ) -> None:
+        self.logits = None if logits is None else logits.to(compute_dtype(logits.dtype))
+        self.probs = None if probs is None else probs.to(compute_dtype(probs.dtype))
+        self.slot_valid = slot_valid
+        self.patch_valid = patch_valid
+
+    def probabilities(self, temperature: float = 1.0) -> Tensor:
+        return slot_probabilities(self.logits, self.probs, temperature, self.slot_valid, self.patch_valid)
+
+    def log_probabilities(self, temperature: float) -> Tensor:
+        return slot_log_probabilities(self.logits, self.probs, temperature, self.slot_valid, self.patch_valid)
+
+    def merging_logits(self) -> Tensor:
+        if self.logits is not None:
+            return self.logits
+        return slot_log_probabilities(None, self.probs, 1.0, self.slot_valid, self.patch_valid)
+
+
+def _direction(
+    student: _Side,
+    probs: Tensor,
+    teacher: Tensor,
+    selected: Tensor,
+    temperature: float,
+    loss: LossKind,
+    sync_counts: bool,
+) -> Tensor:
+    if loss == "ce":
+        per_patch = cross_entropy_per_patch(student.log_probabilities(temperature), teacher)
+        # Cross-entropy has one term a patch, the Brier score one for each slot.
+        entries = selected.sum().to(probs.dtype)
+    else:
+        tempered = probs if temperature == 1.0 else student.probabilities(temperature)
+        per_patch = brier_per_patch(tempered, teacher)
+        if student.slot_valid is None:
+            entries = selected.sum().to(probs.dtype) * probs.shape[2]
+        else:
+            entries = (selected.sum((1, 2)) * student.slot_valid.sum(1)).sum().to(probs.dtype)
+    if sync_counts:
+        entries = _mean_over_ranks(entries)
+    return selected_mean(per_patch, selected, entries)
+
+
+def _mean_over_ranks(entries: Tensor) -> Tensor:
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return entries
+    total = entries.clone()
+    dist.all_reduce(total)
+    # Gradients are averaged over ranks afterwards, hence the mean and not the sum.
+    return total / dist.get_world_size()
+
+
+def _refuse_nan(p: Tensor, q: Tensor) -> None:
+    # Only a plain tensor on CPU can be looked at for free; subclasses stand for traced or fake values.
+    if p.device.type != "cpu" or torch.compiler.is_compiling() or type(p.detach()) is not Tensor:
+        return
+    for side, probs in (("attention", p), ("mask", q)):
+        if bool(probs.detach().sum().isnan()):
+            raise ShapeError(
+                f"Expected the {side} map to be finite, but got NaN. The host has diverged, or a patch has no slot "
+                "with a finite logit: mark such patches with `patch_valid`."
+            )

@@ -1,0 +1,261 @@
+"""`SSyncMaps`: the one contract between a host model and the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ssync_pl.errors import ShapeError
+
+__all__ = ["SSyncMaps"]
+
+_MAP_FIELDS = ("attention_logits", "attention_probs", "mask_logits", "mask_probs")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SSyncMaps:
+    """A host's encoder map and decoder map on one grid of patches, checked once.
+
+    Each side is given as logits, as probabilities, or as both. With both, the loss reads the probabilities and
+    merging the logits; this serves hosts whose maps were resampled to a common grid.
+
+    Args:
+        attention_logits: ``(B, T, S, N)`` slot-attention logits of the last iteration (query · key · scale), before
+            the softmax over slots. Needed for merging.
+        mask_logits: ``(B, T, S, N)`` decoder alpha logits, before the softmax over slots.
+        attention_probs: ``(B, T, S, N)`` softmax of the attention over slots, in [0, 1], summing to 1 over S.
+        mask_probs: ``(B, T, S, N)`` decoder masks, in [0, 1], summing to 1 over S.
+        grid: ``(H, W)`` patches with ``H * W == N``, row by row. Never guessed.
+        slot_valid: ``(B, S)`` bool, False for slots that do not exist in a video.
+        patch_valid: ``(B, T, N)`` bool, False for patches that carry no map (dropped tokens, padding).
+        frame_index: ``(B, T)`` integers, the place of each frame in its clip. Two frames are neighbours in time only
+            where these differ by exactly 1; None means that all of them are.
+
+    Raises:
+        ShapeError: A map is missing, or shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> import torch
+        >>> d = torch.randn(2, 4, 7, 6 * 8, requires_grad=True)
+        >>> a = torch.randn(2, 4, 7, 6 * 8, requires_grad=True)
+        >>> SSyncMaps(attention_logits=d, mask_logits=a, grid=(6, 8))
+        SSyncMaps(B=2, T=4, S=7, grid=(6, 8), attention=logits, masks=logits, dtype=torch.float32, device=cpu)
+
+    Source: SSync (arXiv 2606.15527), Sec. 3: the encoder's attention map and the decoder's object map.
+    """
+
+    attention_logits: Tensor | None = None
+    mask_logits: Tensor | None = None
+    attention_probs: Tensor | None = None
+    mask_probs: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    slot_valid: Tensor | None = None
+    patch_valid: Tensor | None = None
+    frame_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for side in ("attention", "mask"):
+            if getattr(self, f"{side}_logits") is None and getattr(self, f"{side}_probs") is None:
+                raise ShapeError(
+                    f"Expected argument `{side}_logits` or `{side}_probs` to be given, but got neither. "
+                    f"Pass the {'slot attention' if side == 'attention' else 'decoder masks'} as (B, T, S, N)."
+                )
+        shape, device = self._check_maps()
+        batch, frames, slots, patches = shape
+        object.__setattr__(self, "grid", _check_grid(self.grid, patches))
+        _check_companion("slot_valid", self.slot_valid, (batch, slots), torch.bool, device)
+        _check_companion("patch_valid", self.patch_valid, (batch, frames, patches), torch.bool, device)
+        _check_companion("frame_index", self.frame_index, (batch, frames), torch.int64, device)
+
+    def _check_maps(self) -> tuple[tuple[int, int, int, int], torch.device]:
+        first: tuple[str, Tensor] | None = None
+        for name in _MAP_FIELDS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ShapeError(
+                    f"Expected argument `{name}` to be a floating-point tensor (B, T, S, N), but got {kind}. "
+                    "Pass the host's soft map, not its labels."
+                )
+            if value.ndim != 4 or 0 in value.shape:
+                hint = "Add the frame axis of an image model with .unsqueeze(1)." if value.ndim == 3 else ""
+                raise ShapeError(
+                    f"Expected argument `{name}` to have shape (B, T, S, N) with no empty axis, "
+                    f"but got {tuple(value.shape)}. {hint}".rstrip()
+                )
+            if first is None:
+                first = (name, value)
+                continue
+            if value.shape != first[1].shape:
+                raise ShapeError(
+                    f"Expected argument `{name}` to have the shape of `{first[0]}`, {tuple(first[1].shape)}, but got "
+                    f"{tuple(value.shape)}. Both maps need the same slots and patches: resample one of them."
+                )
+            if value.device != first[1].device:
+                raise ShapeError(
+                    f"Expected argument `{name}` to be on {first[1].device}, but got {value.device}. "
+                    "Move both maps to one device."
+                )
+        if first is None:  # unreachable: the caller checked that each side is there
+            raise ShapeError("Expected at least one map, but got none. Pass attention and masks.")
+        b, t, s, n = first[1].shape
+        return (b, t, s, n), first[1].device
+
+    @property
+    def attention(self) -> Tensor:
+        """The encoder's map as given: probabilities when there are any, else logits.
+
+        Returns:
+            ``(B, T, S, N)`` tensor.
+
+        Example:
+            >>> p = torch.full((1, 1, 2, 4), 0.5)
+            >>> SSyncMaps(attention_probs=p, mask_logits=p, grid=(2, 2)).attention is p
+            True
+        """
+        value = self.attention_probs if self.attention_probs is not None else self.attention_logits
+        return value  # type: ignore[return-value]
+
+    @property
+    def masks(self) -> Tensor:
+        """The decoder's map as given: probabilities when there are any, else logits.
+
+        Returns:
+            ``(B, T, S, N)`` tensor.
+
+        Example:
+            >>> a = torch.zeros(1, 1, 2, 4)
+            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).masks is a
+            True
+        """
+        value = self.mask_probs if self.mask_probs is not None else self.mask_logits
+        return value  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sizes of the maps.
+
+        Returns:
+            ``(B, T, S, N)``.
+
+        Example:
+            >>> a = torch.zeros(1, 3, 2, 4)
+            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).shape
+            (1, 3, 2, 4)
+        """
+        b, t, s, n = self.attention.shape
+        return b, t, s, n
+
+    def detach(self) -> SSyncMaps:
+        """Cut the maps from the graph, for pictures and logs.
+
+        Returns:
+            The same maps without gradient.
+
+        Example:
+            >>> a = torch.zeros(1, 1, 2, 4, requires_grad=True)
+            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).detach().masks.requires_grad
+            False
+        """
+        values = {name: getattr(self, name) for name in _MAP_FIELDS}
+        return replace(self, **{k: None if v is None else v.detach() for k, v in values.items()})
+
+    def check_values(self, tolerance: float = 1e-2) -> None:
+        """Look at the values once; on an accelerator this waits for the device, so never call it in every step.
+
+        Args:
+            tolerance: How far a sum over slots may be from 1 in a patch; loose enough for bfloat16.
+
+        Raises:
+            ShapeError: A map holds NaN or +inf, or probabilities are negative or do not sum to 1 over slots.
+
+        Example:
+            >>> p = torch.full((1, 1, 2, 4), 0.4)
+            >>> SSyncMaps(attention_probs=p, mask_logits=p, grid=(2, 2)).check_values()
+            Traceback (most recent call last):
+                ...
+            ssync_pl.errors.ShapeError: Expected argument `attention_probs` to sum to 1 over slots in every valid \
+patch, but got sums from 0.8 to 0.8. Pass the softmax over the slot axis, not over patches, or pass logits.
+        """
+        for name in _MAP_FIELDS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = value.detach().float()
+            if self.slot_valid is not None:
+                value = value.masked_fill(~self.slot_valid[:, None, :, None], 0.0)
+            if self.patch_valid is not None:
+                value = value.masked_fill(~self.patch_valid[:, :, None, :], 0.0)
+            if bool(value.isnan().any()) or bool(value.isposinf().any()):
+                raise ShapeError(
+                    f"Expected argument `{name}` to be finite, but got NaN or +inf. "
+                    "The host has diverged, or the map was read before it was written."
+                )
+            if name.endswith("_probs"):
+                self._check_simplex(name, value, tolerance)
+
+    def _check_simplex(self, name: str, value: Tensor, tolerance: float) -> None:
+        if bool((value < -tolerance).any()):
+            raise ShapeError(
+                f"Expected argument `{name}` to be probabilities in [0, 1], but got values down to "
+                f"{float(value.min()):.3g}. Pass such values as `{name.replace('_probs', '_logits')}`."
+            )
+        sums = value.sum(2)
+        if self.patch_valid is not None:
+            sums = sums.masked_fill(~self.patch_valid, 1.0)
+        low, high = float(sums.min()), float(sums.max())
+        if low < 1 - tolerance or high > 1 + tolerance:
+            raise ShapeError(
+                f"Expected argument `{name}` to sum to 1 over slots in every valid patch, but got sums from "
+                f"{low:.3g} to {high:.3g}. Pass the softmax over the slot axis, not over patches, or pass logits."
+            )
+
+    def __repr__(self) -> str:
+        b, t, s, _ = self.shape
+        sides = {
+            side: "+".join(k for k in ("logits", "probs") if getattr(self, f"{side}_{k}") is not None)
+            for side in ("attention", "mask")
+        }
+        return (
+            f"SSyncMaps(B={b}, T={t}, S={s}, grid={self.grid}, attention={sides['attention']}, "
+            f"masks={sides['mask']}, dtype={self.attention.dtype}, device={self.attention.device})"
+        )
+
+
+def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
+    if grid is None:
+        raise ShapeError(
+            f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got None. "
+            "The grid is never guessed: pass the host's rows and columns of patches."
+        )
+    sizes = tuple(int(size) for size in grid)
+    if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != patches:
+        raise ShapeError(
+            f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got {grid}. "
+            "Pass the rows and columns of patches of both maps."
+        )
+    return sizes[0], sizes[1]
+
+
+def _check_companion(
+    name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"Expected argument `{name}` to be a tensor {shape}, but got {type(value).__name__}.")
+    fits = value.dtype == torch.bool if dtype == torch.bool else not (value.is_floating_point() or value.is_complex())
+    if tuple(value.shape) != shape or not fits:
+        wanted = "bool" if dtype == torch.bool else "integer"
+        raise ShapeError(
+            f"Expected argument `{name}` to be a {wanted} tensor of shape {shape}, but got {value.dtype} "
+            f"{tuple(value.shape)}. Pass one entry for each of the maps' axes that it names."
+        )
+    if value.device != device:
+        raise ShapeError(
+            f"Expected argument `{name}` to be on {device}, but got {value.device}. Move it to the maps' device."
+        )
