@@ -1,0 +1,122 @@
+"""The shell that all mask metrics share: a sum of values and the number of items that count."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from ssync_pl.errors import ConfigError
+from ssync_pl.metrics.functional.contingency import Contingency, contingency
+
+__all__ = ["MaskMetric"]
+
+
+class MaskMetric(Metric):
+    """Base of the metrics that score predicted masks against true masks, one value a video or a frame.
+
+    A new metric sets `level` and implements `item_values`. States are float64 sums, so that batches and ranks of
+    different sizes weigh by their items.
+
+    Args:
+        ignore_background: channel 0 of the true masks is the background and does not count.
+        ignore_overlaps: leave out pixels with several true masks instead of refusing them.
+        resolution: `(h, w)` at which to evaluate; None takes the size of the true masks.
+        **kwargs: for `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> class Coverage(MaskMetric):
+        ...     def item_values(self, counts):
+        ...         return counts.table.sum(dim=(-2, -1)), counts.labelled
+        >>> metric = Coverage()
+        >>> metric.update(torch.zeros(1, 2, 4, 4, dtype=torch.long), torch.ones(1, 2, 1, 4, 4, dtype=torch.bool))
+        >>> metric.compute().item()
+        32.0
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_upper_bound = 1.0
+
+    level: Literal["video", "image"] = "video"
+    total: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        ignore_background: bool = False,
+        ignore_overlaps: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.ignore_background = ignore_background
+        self.ignore_overlaps = ignore_overlaps
+        self.resolution = validate_resolution(resolution)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def item_values(self, counts: Contingency) -> tuple[Tensor, Tensor]:
+        """Values and counted items, both `(...)`, of tables `(..., C, S)`."""
+
+    def update(self, pred: Tensor, true: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            pred: integer labels `(B, T, H, W)`, or float or bool masks `(B, T, S, h, w)`.
+            true: bool masks `(B, T, C, H, W)`.
+            valid: bool `(B,)` or `(B, T)`, False for padding; None counts all.
+
+        Raises:
+            ShapeError: if the inputs do not fit; the message says how.
+        """
+        counts = contingency(
+            pred,
+            true,
+            valid,
+            has_background=self.ignore_background,
+            ignore_overlaps=self.ignore_overlaps,
+            resolution=self.resolution,
+        )
+        counts = counts.foreground() if self.ignore_background else counts
+        counts = counts.videos() if self.level == "video" else counts
+        values, counted = self.item_values(counts)
+        # A host cast to half precision casts the states: sums go back to float64.
+        self.total = self.total.double() + values.masked_fill(~counted, 0.0).sum().to(self.total.device)
+        self.count = self.count.double() + counted.sum().to(self.count.device)
+
+    def compute(self) -> Tensor:
+        """Mean over the items so far, float64; NaN if there are none."""
+        return self.total.double() / self.count.double()
+
+
+def validate_resolution(resolution: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Check and normalise the `resolution` argument.
+
+    Args:
+        resolution: None or two positive sizes; YAML gives lists.
+
+    Returns:
+        None or a tuple of two ints.
+
+    Raises:
+        ConfigError: if it is something else.
+
+    Example:
+        >>> validate_resolution([32, 64])
+        (32, 64)
+    """
+    if resolution is None:
+        return None
+    sizes = tuple(resolution)
+    if len(sizes) != 2 or any(int(size) != size or size < 1 for size in sizes):
+        raise ConfigError(
+            f"Expected argument `resolution` to be None or two positive sizes (h, w), but got {resolution}."
+        )
+    return int(sizes[0]), int(sizes[1])
