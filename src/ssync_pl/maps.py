@@ -31,7 +31,7 @@ class SSyncMaps:
         slot_valid: ``(B, S)`` bool, False for slots that do not exist in a video.
         patch_valid: ``(B, T, N)`` bool, False for patches that carry no map (dropped tokens, padding).
         frame_index: ``(B, T)`` integers, the place of each frame in its clip. Two frames are neighbours in time only
-            where these differ by exactly 1; None means that all of them are.
+            where these differ by exactly 1, up or down; None means that all of them are.
 
     Raises:
         ShapeError: A map is missing, or shapes, dtypes or devices do not fit.
@@ -232,7 +232,7 @@ def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
             f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got None. "
             "The grid is never guessed: pass the host's rows and columns of patches."
         )
-    sizes = tuple(int(size) for size in grid)
+    sizes = tuple(int(size) for size in grid) if isinstance(grid, (tuple, list)) else ()
     if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != patches:
         raise ShapeError(
             f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got {grid}. "
@@ -248,7 +248,10 @@ def _check_companion(
         return
     if not isinstance(value, Tensor):
         raise ShapeError(f"Expected argument `{name}` to be a tensor {shape}, but got {type(value).__name__}.")
-    fits = value.dtype == torch.bool if dtype == torch.bool else not (value.is_floating_point() or value.is_complex())
+    if dtype == torch.bool:
+        fits = value.dtype == torch.bool
+    else:
+        fits = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if tuple(value.shape) != shape or not fits:
         wanted = "bool" if dtype == torch.bool else "integer"
         raise ShapeError(

@@ -66,4 +66,5 @@ def selected_mean(per_patch: Tensor, selected: Tensor, entries: Tensor) -> Tenso
         tensor(0.)
     """
     # A product and not a choice: NaN in a host's map has to surface in the loss, never to be hidden by the selection.
-    return (per_patch * selected).sum() / entries.clamp_min(1)
+    # Counts averaged over ranks can lie between 0 and 1, so that clamping them to 1 would shrink the loss.
+    return (per_patch * selected).sum() / torch.where(entries > 0, entries, 1.0)

@@ -126,9 +126,10 @@ def _student_logits(
         raw = logits
     else:
         raise ValueError("Expected argument `logits` or `probs` to be given, but got neither. Pass one of them.")
-    if patch_valid is not None:
-        raw = raw.masked_fill(~patch_valid[:, :, None, :], 0.0)
     raw = mask_slots(raw, slot_valid)
+    if patch_valid is not None:
+        # After the slots: a padded video may have neither, and a softmax over minus infinity alone is NaN.
+        raw = raw.masked_fill(~patch_valid[:, :, None, :], 0.0)
     return raw if temperature == 1.0 else raw / temperature
 
 

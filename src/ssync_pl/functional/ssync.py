@@ -232,7 +232,7 @@ def _ssync(
     masks = _Side(maps.mask_logits, maps.mask_probs, maps.slot_valid, maps.patch_valid)
     p, q = attention.probabilities(), masks.probabilities()
     if check_finite:
-        _refuse_nan(p, q)
+        _refuse_nan(maps, p, q)
 
     with torch.no_grad():
         raw_e, raw_d = hard_labels(p), hard_labels(q)
@@ -255,8 +255,7 @@ def _ssync(
     interior_loss = _direction(attention, p, d, interior.flatten(2), temperature, loss, sync_counts)
 
     with torch.no_grad():
-        total = torch.tensor(float(e.numel()), device=p.device) if valid is None else valid.sum().to(p.dtype)
-        share = 1.0 / total.clamp_min(1)
+        total = float(e.numel()) if valid is None else valid.sum().clamp_min(1).to(p.dtype)
         agree = e == d
         if maps.patch_valid is not None:
             agree = agree & maps.patch_valid
@@ -276,10 +275,10 @@ def _ssync(
         slot_iou=merged.slot_iou if merge else None,
         boundary_count=boundary_count,
         interior_count=interior_count,
-        boundary_fraction=boundary_count * share,
-        interior_fraction=interior_count * share,
-        overlap_fraction=(boundary & interior).sum() * share,
-        agreement=agree.sum() * share,
+        boundary_fraction=boundary_count / total,
+        interior_fraction=interior_count / total,
+        overlap_fraction=(boundary & interior).sum().to(p.dtype) / total,
+        agreement=agree.sum().to(p.dtype) / total,
         used_encoder_slots=(areas > 0).sum(1).to(p.dtype),
         used_decoder_slots=(slot_areas(raw_d, slots, maps.patch_valid) > 0).sum(1).to(p.dtype),
     )
@@ -343,13 +342,20 @@ def _mean_over_ranks(entries: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def _refuse_nan(p: Tensor, q: Tensor) -> None:
+def _refuse_nan(maps: SSyncMaps, p: Tensor, q: Tensor) -> None:
     # Only a plain tensor on CPU can be looked at for free; subclasses stand for traced or fake values.
     if p.device.type != "cpu" or torch.compiler.is_compiling() or type(p.detach()) is not Tensor:
         return
     for side, probs in (("attention", p), ("mask", q)):
-        if bool(probs.detach().sum().isnan()):
+        logits, given = getattr(maps, f"{side}_logits"), getattr(maps, f"{side}_probs")
+        # A softmax carries a NaN of its input into the sum, so one cheap reduction stands for the whole map.
+        bad = bool(probs.detach().sum().isnan())
+        name = f"{side}_logits" if given is None else f"{side}_probs"
+        if not bad and given is not None and logits is not None:
+            seen = logits if maps.patch_valid is None else logits.masked_fill(~maps.patch_valid[:, :, None, :], 0.0)
+            bad, name = bool(seen.detach().isnan().any()), f"{side}_logits"
+        if bad:
             raise ShapeError(
-                f"Expected the {side} map to be finite, but got NaN. The host has diverged, or a patch has no slot "
+                f"Expected argument `{name}` to be finite, but got NaN. The host has diverged, or a patch has no slot "
                 "with a finite logit: mark such patches with `patch_valid`."
             )

@@ -1,0 +1,296 @@
+"""Writes a synthetic data set as shards, in one step: a folder is there complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssync_pl.data.index import read_index
+from ssync_pl.data.shards import ShardWriter
+from ssync_pl.data.synthetic.config import GENERATOR_VERSION, SceneConfig
+from ssync_pl.data.synthetic.render import render_scene
+from ssync_pl.errors import ConfigError, ShardError
+
+__all__ = ["DEFAULT_SPLITS", "dataset_folder", "generate", "split_seed"]
+
+DEFAULT_SPLITS: Mapping[str, int] = {"train": 440, "validation": 48}
+"""Videos a split: enough for a small model to learn objects in minutes."""
+
+_VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+_Rendered = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
+_Job = tuple[SceneConfig, int, int]
+
+
+def split_seed(seed: int, split: str) -> int:
+    """Return the seed that ``render_video`` takes for a split's videos.
+
+    Args:
+        seed: Seed of the data set, at least 0.
+        split: Name of the split.
+
+    Returns:
+        A 64-bit number, another one for every seed and split, so that no two splits share a video.
+
+    Raises:
+        ConfigError: The seed is negative or no whole number.
+
+    Example:
+        >>> split_seed(0, "train") == split_seed(0, "validation")
+        False
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ConfigError(f"Expected argument `seed` to be a whole number, 0 or more, but got {seed!r}.")
+    return int(np.random.SeedSequence(int(seed), spawn_key=tuple(split.encode())).generate_state(1, np.uint64)[0])
+
+
+def dataset_folder(
+    root: str | os.PathLike[str],
+    config: SceneConfig,
+    splits: Mapping[str, int] = DEFAULT_SPLITS,
+    seed: int = 0,
+    samples_per_shard: int = 32,
+) -> Path:
+    """Return the folder that ``generate`` fills for the same arguments.
+
+    Args:
+        root: Folder of all generated data sets.
+        config: Settings of the scenes.
+        splits: Split name → number of videos.
+        seed: Seed of the data set, at least 0.
+        samples_per_shard: Videos a shard.
+
+    Returns:
+        ``<root>/<name>-<12 digits of a hash of all the rest>``; nothing is made.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Example:
+        >>> dataset_folder("data", SceneConfig()).name.startswith("a-")
+        True
+    """
+    recipe = _recipe(config, splits, seed, samples_per_shard)
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(root) / f"{config.name}-{digest}"
+
+
+def generate(
+    root: str | os.PathLike[str],
+    config: SceneConfig,
+    splits: Mapping[str, int] = DEFAULT_SPLITS,
+    seed: int = 0,
+    num_workers: int | None = None,
+    samples_per_shard: int = 32,
+    progress: bool = True,
+) -> Path:
+    """Render a data set into shards ``<name>-<split>-000000.tar`` …, or return at once when it is there.
+
+    All is written to a hidden folder beside the final one, which is renamed at the end: whoever stops half-way leaves
+    nothing that looks complete, and of two processes that generate the same set, the later one drops its copy. Members
+    of a sample: ``video.npy``, ``segmentations.npy.gz`` and ``instances.json`` (see ``render_scene``).
+
+    Args:
+        root: Folder of all generated data sets; made when absent.
+        config: Settings of the scenes.
+        splits: Split name → number of videos; splits never share videos.
+        seed: Seed of the data set, at least 0.
+        num_workers: Processes that render; 0 renders in this one. None: one a CPU, but none for a handful of videos.
+            The result does not depend on it.
+        samples_per_shard: Videos a shard.
+        progress: Show a bar on standard error.
+
+    Returns:
+        The folder; its ``index.json`` holds the recipe.
+
+    Raises:
+        ConfigError: An argument is out of range, or the objects do not fit where they start.
+        ShardError: The disk is full or refuses, or the folder is there but damaged.
+
+    Example:
+        >>> import tempfile
+        >>> tiny = SceneConfig(name="tiny", resolution=16, frames=2)
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     folder = generate(root, tiny, splits={"train": 2}, progress=False)
+        ...     sorted(path.name for path in folder.iterdir())
+        ['index.json', 'tiny-train-000000.tar']
+    """
+    if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 0):
+        raise ConfigError(f"Expected argument `num_workers` to be 0 or more, or None, but got {num_workers!r}.")
+    recipe = _recipe(config, splits, seed, samples_per_shard)
+    final = dataset_folder(root, config, splits, seed, samples_per_shard)
+    if _is_complete(final, recipe):
+        return final
+    # the random part lets processes of several machines share a disk
+    scratch = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        scratch.mkdir(parents=True)
+        _fill(scratch, config, recipe, num_workers, progress)
+        try:
+            os.replace(scratch, final)
+        except OSError:
+            # another process was first: its copy is the same to the bit
+            if not _is_complete(final, recipe):
+                raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "The disk is full: free some space or choose another folder." if full else "Choose another folder."
+        raise ShardError(f"Expected to write a data set to {final}, but got {error}. {advice}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def _recipe(config: SceneConfig, splits: Mapping[str, int], seed: int, samples_per_shard: int) -> dict[str, Any]:
+    if not isinstance(config, SceneConfig):
+        raise ConfigError(f"Expected argument `config` to be a SceneConfig, but got {type(config).__name__}.")
+    if not splits:
+        raise ConfigError("Expected argument `splits` to name at least one split, but got none.")
+    for split, count in splits.items():
+        if not isinstance(split, str) or not split.isidentifier():
+            raise ConfigError(f"Expected names in argument `splits` of letters, digits and `_`, but got {split!r}.")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 10**6:
+            raise ConfigError(f"Expected from 1 to 999999 videos for split `{split}`, but got {count!r}.")
+    if isinstance(samples_per_shard, bool) or not isinstance(samples_per_shard, int) or samples_per_shard < 1:
+        raise ConfigError(f"Expected argument `samples_per_shard` to be at least 1, but got {samples_per_shard!r}.")
+    return {
+        "generator": "ssync_pl.data.synthetic",
+        "generator_version": GENERATOR_VERSION,
+        "config": config.to_dict(),
+        "seed": int(seed),
+        "split_seeds": {split: split_seed(seed, split) for split in splits},
+        "splits": dict(splits),
+        "samples_per_shard": samples_per_shard,
+    }
+
+
+def _is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Return whether the folder is there; raise when it is there but not whole."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    index = read_index(folder) if folder.is_dir() else None
+    problem = None
+    if index is None:
+        problem = "there is no readable `index.json` in it"
+    elif index.recipe != recipe:
+        problem = "its `index.json` names another recipe"
+    else:
+        for split, count in recipe["splits"].items():
+            shards = [e for n, e in index.shards.items() if n.startswith(f"{recipe['config']['name']}-{split}-")]
+            found = sum(len(entry.samples) for entry in shards)
+            if found != count:
+                problem = f"it lists {found} videos of {split}, not {count}"
+            for entry in shards:
+                path = folder / entry.name
+                if not path.is_file() or path.stat().st_size != entry.size:
+                    problem = f"`{entry.name}` is missing or cut short"
+    if problem:
+        raise ShardError(
+            f"Expected {folder} to hold a complete data set, but {problem}. Delete the folder: it is made again."
+        )
+    return True
+
+
+def _fill(
+    folder: Path, config: SceneConfig, recipe: Mapping[str, Any], num_workers: int | None, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    splits: dict[str, int] = recipe["splits"]
+    jobs = [(config, recipe["split_seeds"][split], i) for split, count in splits.items() for i in range(count)]
+    with (
+        contextlib.closing(_render_all(jobs, _worker_count(num_workers, len(jobs)))) as rendered,
+        tqdm(
+            total=len(jobs), desc=f"generating {config.name}", unit="video", mininterval=1.0, disable=not progress
+        ) as bar,
+    ):
+        for split, count in splits.items():
+            with ShardWriter(folder, f"{config.name}-{split}", recipe["samples_per_shard"], recipe) as writer:
+                for i in range(count):
+                    arrays, facts = next(rendered)
+                    members = {
+                        "video.npy": arrays["video"],
+                        "segmentations.npy.gz": arrays["segmentations"],
+                        "instances.json": facts,
+                    }
+                    writer.write(f"{i:06d}", members)
+                    bar.update()
+
+
+def _worker_count(wanted: int | None, videos: int) -> int:
+    # a daemon, such as a loader's worker, may not have children
+    if multiprocessing.current_process().daemon:
+        return 0
+    if wanted is not None:
+        return min(wanted, videos)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cpus, videos // _VIDEOS_PER_WORKER)
+    return count if count > 1 else 0
+
+
+def _render_all(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, None]:
+    """Yield the rendered jobs in order."""
+    done = 0
+    if workers:
+        try:
+            for rendered in _render_in_processes(jobs, workers):
+                yield rendered
+                done += 1
+        except BrokenProcessPool:
+            warnings.warn(
+                "Rendering goes on in one process, because the worker processes ended early: memory ran out, or the "
+                'main script lacks `if __name__ == "__main__":`. Pass num_workers=0 to start none.',
+                stacklevel=2,
+            )
+    for job in jobs[done:]:
+        yield render_scene(*job)
+
+
+def _render_in_processes(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, None]:
+    # spawn: forking a process that has threads (PyTorch, a logger) can hang
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting: deque[Future[_Rendered]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(render_scene, *job))
+                # only so many wait, or a slow disk would fill the memory with videos
+                if len(waiting) >= 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

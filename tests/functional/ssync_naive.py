@@ -1,0 +1,277 @@
+"""The method once more, in float64 loops: nothing vectorised, nothing shared with the package."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+
+NEIGHBOURS_IN_FRAME = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
+
+
+def naive_ssync(
+    encoder_logits=None,
+    decoder_logits=None,
+    *,
+    encoder_probs=None,
+    decoder_probs=None,
+    grid,
+    slot_valid=None,
+    patch_valid=None,
+    frame_index=None,
+    merge_threshold=0.7,
+    n_bd=1,
+    n_nbd=1,
+    n_noise=1,
+    temperature=1.0,
+    loss="brier",
+    merge=None,
+    boundary_weight=1.0,
+    interior_weight=1.0,
+):
+    """Labels, regions, losses and gradients of arrays (B, T, S, N).
+
+    `grad_decoder` is the gradient of the (unweighted) boundary loss with respect to the decoder side's input,
+    `grad_encoder` that of the interior loss with respect to the encoder side's: probabilities where given, else logits.
+    """
+    some = next(x for x in (encoder_logits, encoder_probs) if x is not None)
+    height, width = grid
+    b_, t_, s_, n_ = some.shape
+    assert n_ == height * width
+    sv = np.ones((b_, s_), bool) if slot_valid is None else np.asarray(slot_valid)
+    pv = np.ones((b_, t_, n_), bool) if patch_valid is None else np.asarray(patch_valid)
+    fi = np.tile(np.arange(t_), (b_, 1)) if frame_index is None else np.asarray(frame_index)
+    if merge is None:
+        merge = encoder_logits is not None
+
+    encoder = _side(encoder_logits, encoder_probs, slot_valid)
+    decoder = _side(decoder_logits, decoder_probs, slot_valid)
+    raw_e = _labels(encoder, sv)
+    raw_d = _labels(decoder, sv)
+
+    slot_iou, coverage = None, None
+    area = np.zeros((b_, s_))
+    for b in range(b_):
+        for t in range(t_):
+            for x in range(n_):
+                if pv[b, t, x]:
+                    area[b, raw_e[b, t, x]] += 1
+    winners = np.tile(np.arange(s_), (b_, 1))
+    if merge:
+        logits = np.asarray(encoder_logits, np.float64) if encoder_logits is not None else _log(encoder_probs)
+        coverage = _coverage(logits, sv, pv)
+        slot_iou = _slot_iou(coverage)
+        for b in range(b_):
+            for component in _components(slot_iou[b], merge_threshold):
+                best = component[0]
+                for i in component:
+                    if area[b, i] > area[b, best]:
+                        best = i
+                for i in component:
+                    winners[b, i] = best
+
+    merged_e, merged_d = raw_e.copy(), raw_d.copy()
+    for b in range(b_):
+        for t in range(t_):
+            for x in range(n_):
+                merged_e[b, t, x] = winners[b, raw_e[b, t, x]]
+                merged_d[b, t, x] = winners[b, raw_d[b, t, x]]
+
+    boundary = np.zeros((b_, t_, n_), bool)
+    interior = np.zeros((b_, t_, n_), bool)
+    for b in range(b_):
+        for t in range(t_):
+            for x in range(n_):
+                if pv[b, t, x]:
+                    n_e = _differing(merged_e, pv, fi, b, t, x, height, width)
+                    n_d = _differing(merged_d, pv, fi, b, t, x, height, width)
+                    boundary[b, t, x] = n_e >= n_bd and 10 - n_e >= n_noise
+                    interior[b, t, x] = n_d < n_nbd
+
+    boundary_loss, grad_decoder = _loss(decoder, decoder_probs is not None, boundary, merged_e, sv, temperature, loss)
+    interior_loss, grad_encoder = _loss(encoder, encoder_probs is not None, interior, merged_d, sv, temperature, loss)
+
+    used_e, used_d = np.zeros(b_), np.zeros(b_)
+    for b in range(b_):
+        used_e[b] = len({int(raw_e[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]})
+        used_d[b] = len({int(raw_d[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]})
+    valid = int(pv.sum())
+    shape = (b_, t_, height, width)
+    return SimpleNamespace(
+        loss=boundary_weight * boundary_loss + interior_weight * interior_loss,
+        boundary_loss=boundary_loss,
+        interior_loss=interior_loss,
+        grad_decoder=grad_decoder,
+        grad_encoder=grad_encoder,
+        raw_encoder_labels=raw_e.reshape(shape),
+        raw_decoder_labels=raw_d.reshape(shape),
+        encoder_labels=merged_e.reshape(shape),
+        decoder_labels=merged_d.reshape(shape),
+        boundary=boundary.reshape(shape),
+        interior=interior.reshape(shape),
+        winners=winners,
+        merged_slots=np.array([sum(int(winners[b, i] != i) for i in range(s_)) for b in range(b_)]),
+        slot_iou=slot_iou,
+        coverage=coverage,
+        area=area,
+        boundary_count=float(boundary.sum()),
+        interior_count=float(interior.sum()),
+        boundary_fraction=boundary.sum() / valid,
+        interior_fraction=interior.sum() / valid,
+        overlap_fraction=(boundary & interior).sum() / valid,
+        agreement=((merged_e == merged_d) & pv).sum() / valid,
+        used_encoder_slots=used_e,
+        used_decoder_slots=used_d,
+    )
+
+
+def _log(probs):
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(probs, np.float64))
+
+
+def _side(logits, probs, slot_valid):
+    """One side's scores: ("logits", z) or ("probs", p, whether to renormalise)."""
+    if probs is not None:
+        return "probs", np.asarray(probs, np.float64), slot_valid is not None
+    return "logits", np.asarray(logits, np.float64), None
+
+
+def _labels(side, sv):
+    scores = side[1]
+    b_, t_, s_, n_ = scores.shape
+    out = np.zeros((b_, t_, n_), np.int64)
+    for b in range(b_):
+        for t in range(t_):
+            for x in range(n_):
+                best = None
+                for i in range(s_):
+                    if sv[b, i] and (best is None or scores[b, t, i, x] > scores[b, t, best, x]):
+                        best = i
+                out[b, t, x] = best
+    return out
+
+
+def _coverage(logits, sv, pv):
+    b_, t_, s_, n_ = logits.shape
+    out = np.zeros((b_, t_, s_, n_), bool)
+    for b in range(b_):
+        for i in range(s_):
+            values = [logits[b, t, i, x] for t in range(t_) for x in range(n_) if pv[b, t, x]]
+            if not sv[b, i] or not values:
+                continue
+            mean = math.fsum(values) / len(values)
+            for t in range(t_):
+                for x in range(n_):
+                    out[b, t, i, x] = pv[b, t, x] and logits[b, t, i, x] > mean
+    return out
+
+
+def _slot_iou(coverage):
+    b_, t_, s_, n_ = coverage.shape
+    out = np.zeros((b_, s_, s_))
+    for b in range(b_):
+        sets = [[{x for x in range(n_) if coverage[b, t, i, x]} for i in range(s_)] for t in range(t_)]
+        for i in range(s_):
+            for j in range(s_):
+                total = 0.0
+                for t in range(t_):
+                    first, second = sets[t][i], sets[t][j]
+                    both = len(first & second)
+                    total += both / ((len(first) + 1e-6) + (len(second) + 1e-6) - both)
+                out[b, i, j] = total / t_
+    return out
+
+
+def _components(iou, threshold):
+    """Connected components of i ~ j where IoU > threshold, found breadth first; each in ascending order."""
+    seen, components = set(), []
+    for start in range(len(iou)):
+        if start in seen:
+            continue
+        seen.add(start)
+        queue = [start]
+        for i in queue:
+            for j in range(len(iou)):
+                if j not in seen and iou[i, j] > threshold:
+                    seen.add(j)
+                    queue.append(j)
+        components.append(sorted(queue))
+    return components
+
+
+def _differing(labels, pv, fi, b, t, x, height, width):
+    t_ = labels.shape[1]
+    row, column = divmod(x, width)
+    count = 0
+    for dr, dc in NEIGHBOURS_IN_FRAME:
+        r = min(max(row + dr, 0), height - 1)
+        c = min(max(column + dc, 0), width - 1)
+        y = r * width + c
+        if pv[b, t, y] and labels[b, t, y] != labels[b, t, x]:
+            count += 1
+    for other in (t - 1, t + 1):
+        if not 0 <= other < t_:
+            continue
+        if abs(int(fi[b, other]) - int(fi[b, t])) != 1:
+            continue
+        if pv[b, other, x] and labels[b, other, x] != labels[b, t, x]:
+            count += 1
+    return count
+
+
+def _loss(side, is_probs, selected, labels, sv, temperature, kind):
+    """Mean over the selected patches (and, for Brier, valid slots); 0 and zero gradient when nothing is selected."""
+    scores = side[1]
+    b_, t_, s_, n_ = scores.shape
+    grad = np.zeros(scores.shape)
+    where = [(b, t, x) for b in range(b_) for t in range(t_) for x in range(n_) if selected[b, t, x]]
+    if not where:
+        return 0.0, grad
+    if kind == "brier":
+        divisor = sum(int(sv[b].sum()) for b, _, _ in where)
+    else:
+        divisor = len(where)
+    terms = []
+    for b, t, x in where:
+        slots = [i for i in range(s_) if sv[b, i]]
+        z = [float(scores[b, t, i, x]) for i in slots]
+        if is_probs:
+            p = _from_probs(z, temperature, side[2])
+        else:
+            p = _softmax(z, temperature)
+        label = int(labels[b, t, x])
+        if kind == "brier":
+            terms += [(p[k] - (i == label)) ** 2 for k, i in enumerate(slots)]
+            dp = [2 * (p[k] - (i == label)) for k, i in enumerate(slots)]
+        else:
+            terms.append(-math.log(p[slots.index(label)]))
+            dp = [-1 / p[k] if i == label else 0.0 for k, i in enumerate(slots)]
+        if is_probs and temperature == 1 and not side[2]:
+            dz = dp
+        else:
+            # q = u / sum(u): dz = u'(z)/u * q * (dp - <q, dp>), with u = exp(z/k) or z^(1/k).
+            inner = math.fsum(q * g for q, g in zip(p, dp, strict=True))
+            dz = [q * (g - inner) / temperature for q, g in zip(p, dp, strict=True)]
+            if is_probs:
+                total = math.fsum(z)
+                dz = [d / v if v > 0 else (g - inner) / total for d, v, g in zip(dz, z, dp, strict=True)]
+        for k, i in enumerate(slots):
+            grad[b, t, i, x] = dz[k] / divisor
+    return math.fsum(terms) / divisor, grad
+
+
+def _softmax(z, temperature):
+    top = max(z)
+    e = [math.exp((v - top) / temperature) for v in z]
+    total = math.fsum(e)
+    return [v / total for v in e]
+
+
+def _from_probs(z, temperature, renormalise):
+    if temperature == 1 and not renormalise:
+        return z
+    u = [v ** (1 / temperature) for v in z]
+    total = math.fsum(u)
+    return [v / total for v in u]

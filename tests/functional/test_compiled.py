@@ -1,0 +1,155 @@
+"""The step as a graph: one piece, fixed shapes, no host synchronisation, no loop that grows with the clip."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssync_pl.functional import ssync_loss
+from ssync_pl.maps import SSyncMaps
+
+OUTPUTS = ("loss", "boundary_loss", "interior_loss", "encoder_labels", "decoder_labels", "boundary", "interior")
+OUTPUTS += ("winners", "merged_slots", "slot_iou", "agreement", "used_encoder_slots", "overlap_fraction")
+
+
+def tensors(b=2, t=3, s=4, grid=(3, 4), device="cpu"):
+    generator = torch.Generator().manual_seed(b + t + s)
+    pair = [torch.randn((b, t, s, grid[0] * grid[1]), generator=generator) * 2 for _ in range(2)]
+    return [x.to(device).requires_grad_() for x in pair]
+
+
+def masks(b=2, t=3, s=4, n=12, device="cpu"):
+    slot_valid = torch.ones(b, s, dtype=torch.bool, device=device)
+    slot_valid[:, -1] = False
+    patch_valid = torch.ones(b, t, n, dtype=torch.bool, device=device)
+    patch_valid[:, :, 0] = False
+    return slot_valid, patch_valid, torch.arange(t, device=device).mul(2).expand(b, t)
+
+
+def step(d, a, grid=(3, 4), extra=(None, None, None), **options):
+    slot_valid, patch_valid, frame_index = extra
+    maps = SSyncMaps(
+        attention_logits=d,
+        mask_logits=a,
+        grid=grid,
+        slot_valid=slot_valid,
+        patch_valid=patch_valid,
+        frame_index=frame_index,
+    )
+    out = ssync_loss(maps, **options)
+    return tuple(getattr(out, name) for name in OUTPUTS)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_in_one_graph_equals_eager(backend, padded):
+    torch._dynamo.reset()
+    d, a = tensors()
+    extra = masks() if padded else (None, None, None)
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=False)
+    got, expected = compiled(d, a, extra=extra), step(d, a, extra=extra)
+    for name, x, y in zip(OUTPUTS, got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    grads = [torch.autograd.grad(x[0], (d, a)) for x in (got, expected)]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+
+
+def test_compiled_probabilities_and_cross_entropy():
+    torch._dynamo.reset()
+    d, a = (x.detach().softmax(2) for x in tensors())
+
+    def probs(x, y):
+        out = ssync_loss(SSyncMaps(attention_probs=x, mask_probs=y, grid=(3, 4)), loss="ce", temperature=0.5)
+        return out.loss, out.encoder_labels
+
+    for x, y in zip(torch.compile(probs, fullgraph=True, backend="eager")(d, a), probs(d, a), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_maps_may_be_built_outside_the_graph():
+    torch._dynamo.reset()
+    d, a = tensors()
+    maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4))
+
+    def inside(m):
+        return ssync_loss(m).loss
+
+    torch.testing.assert_close(torch.compile(inside, fullgraph=True, backend="eager")(maps), inside(maps))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "ce", "n_bd": 3, "temperature": 0.5}, {"merge": False}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_shape_and_no_branch_depends_on_data(options, padded):
+    # Fake tensors hold no values: anything that reads one, or selects by a mask, raises here.
+    with FakeTensorMode():
+        d, a = (torch.empty(2, 3, 4, 12, requires_grad=True) for _ in range(2))
+        extra = (None, None, None)
+        if padded:
+            extra = (torch.empty(2, 4).bool(), torch.empty(2, 3, 12).bool(), torch.empty(2, 3).long())
+        out = step(d, a, extra=extra, **options)
+        assert out[0].shape == ()
+        assert out[OUTPUTS.index("encoder_labels")].shape == (2, 3, 3, 4)
+        assert out[OUTPUTS.index("winners")].shape == (2, 4)
+        grads = torch.autograd.grad(out[0], (d, a))
+        assert all(g.shape == d.shape for g in grads)
+
+
+def test_exports_with_static_shapes():
+    class Step(torch.nn.Module):
+        def forward(self, d, a, slot_valid, patch_valid, frame_index):
+            return step(d, a, extra=(slot_valid, patch_valid, frame_index))
+
+    d, a = tensors()
+    program = torch.export.export(Step(), (d, a, *masks()), strict=False)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            assert all(isinstance(size, int) for size in value.shape), node
+    for name, x, y in zip(OUTPUTS, program.module()(d, a, *masks()), step(d, a, extra=masks()), strict=True):
+        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def ops(padded=False, **sizes):
+    grid = sizes.get("grid", (3, 4))
+    d, a = tensors(**sizes)
+    extra = (None, None, None)
+    if padded:
+        extra = masks(sizes.get("b", 2), sizes.get("t", 3), sizes.get("s", 4), grid[0] * grid[1])
+    with CountOps() as counter:
+        step(d, a, grid=grid, extra=extra)[0].backward()
+    return counter.names
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_number_of_operators_does_not_grow(padded):
+    base = len(ops(padded))
+    for sizes in ({"b": 1}, {"b": 7}, {"t": 2}, {"t": 9}, {"grid": (6, 5)}, {"b": 5, "t": 6, "grid": (2, 9)}):
+        assert len(ops(padded, **sizes)) == base, sizes
+    # Only the closure of the graph may grow with the slots, by a few operators each time they double.
+    counts = {s: len(ops(padded, s=s)) for s in (3, 4, 8, 16, 32)}
+    for s in (4, 8, 16):
+        assert abs(counts[2 * s] - counts[s]) <= 8, counts
+    assert base < 450
+
+
+def test_nothing_is_indexed_by_a_mask():
+    assert not {"nonzero", "masked_select", "unique", "_unique2", "where.self_only"} & set(ops())
+
+
+def test_host_reads_are_only_the_nan_checks():
+    # One scalar read a map at the most, on the CPU, where it costs no synchronisation.
+    reads = [name for name in ops(padded=True) if name in ("_local_scalar_dense", "item", "is_nonzero", "equal")]
+    assert len(reads) <= 4
