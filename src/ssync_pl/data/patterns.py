@@ -1,0 +1,188 @@
+"""From what a user writes (`movi_c-train-{000000..000304}.tar`, lists, globs, URLs) to a list of shards."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from ssync_pl.errors import ConfigError
+
+__all__ = ["expand_braces", "expand_shards", "is_remote", "shard_name"]
+
+_REMOTE_SCHEMES = ("http", "https", "gs", "hf", "sftp", "ftps", "scp", "ais")
+_MOST = 1_000_000
+
+
+def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> list[str]:
+    """Expand one pattern or a list of patterns to shards that exist.
+
+    Braces are expanded first (`{000000..000304}`, `{train,validation}`), then, for local paths, `*`, `?` and `[…]`.
+    URLs are not looked up.
+
+    Args:
+        pattern: A path, URL or pattern, or several.
+        argument: Name of the user's argument, for the messages.
+
+    Returns:
+        Local paths or URLs, in the order of the patterns, globs sorted.
+
+    Raises:
+        ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
+            is a `pipe:` command or another scheme that cannot be read.
+        FileNotFoundError: A named shard does not exist.
+
+    Example:
+        >>> expand_shards("https://host/movi_c-train-{000000..000002}.tar")[-1]
+        'https://host/movi_c-train-000002.tar'
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not patterns or not all(isinstance(item, str) and item for item in patterns):
+        raise ConfigError(
+            f"Expected argument `{argument}` to name at least one shard, but got {pattern!r}. Give a path such as "
+            "`data/train-{000000..000009}.tar` or `data/train-*.tar`."
+        )
+    shards: list[str] = []
+    for item in patterns:
+        for expanded in expand_braces(item, argument):
+            shards.extend(_resolve(expanded, item, argument))
+    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
+    if repeated:
+        raise ConfigError(f"Expected argument `{argument}` to name each shard once, but {repeated[0]} comes twice.")
+    if len({is_remote(shard) for shard in shards}) > 1:
+        raise ConfigError(
+            f"Expected argument `{argument}` to be all local or all remote, but got both in {pattern!r}. Copy the "
+            "remote shards, or give only one kind."
+        )
+    return shards
+
+
+def expand_braces(pattern: str, argument: str = "shards") -> list[str]:
+    """Expand `{first..last}` with equal zero padding, and `{a,b,c}`; several braces give the product.
+
+    Args:
+        pattern: Text with or without braces.
+        argument: Name of the user's argument, for the messages.
+
+    Returns:
+        The texts, leftmost brace slowest.
+
+    Raises:
+        ConfigError: Braces are unbalanced, nested, empty or no range, or a range runs backwards.
+
+    Example:
+        >>> expand_braces("{train,val}-{08..10}.tar")
+        ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar', 'val-09.tar', 'val-10.tar']
+    """
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    if any(brace in text for text in parts[::2] for brace in "{}"):
+        raise _bad_brace(pattern, argument, "the braces are unbalanced or nested")
+    choices: list[list[str]] = []
+    count = 1
+    for number, text in enumerate(parts):
+        choices.append([text] if number % 2 == 0 else _alternatives(text, pattern, argument))
+        count *= len(choices[-1])
+    if count > _MOST:
+        raise _bad_brace(pattern, argument, f"it expands to {count} names, more than {_MOST}")
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def is_remote(shard: str) -> bool:
+    """Say whether a shard is a URL rather than a local path.
+
+    Args:
+        shard: Path or URL.
+
+    Returns:
+        `True` for `http://…` and the like, `False` for paths.
+
+    Example:
+        >>> is_remote("https://host/a.tar"), is_remote("data/a.tar")
+        (True, False)
+    """
+    return re.match(r"^[a-z][a-z0-9+]+://", shard) is not None
+
+
+def shard_name(shard: str) -> str:
+    """Return the file name of a shard, without folder or query.
+
+    Args:
+        shard: Path or URL.
+
+    Returns:
+        The last part of the path.
+
+    Example:
+        >>> shard_name("https://host/data/a-000000.tar?token=x")
+        'a-000000.tar'
+    """
+    return PurePosixPath(urlparse(shard).path).name if is_remote(shard) else os.path.basename(shard)
+
+
+def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
+    scheme = re.match(r"^([A-Za-z][A-Za-z0-9+]+):", shard)
+    if scheme is not None and scheme.group(1).lower() == "file":
+        shard = url2pathname(urlparse(shard).path)
+    elif scheme is not None and not os.path.exists(shard):
+        if scheme.group(1).lower() == "pipe":
+            raise ConfigError(
+                f"Expected argument `{argument}` to be paths or URLs, but got the shell command {pattern!r}. `pipe:` "
+                "runs any command and is refused: give the URL itself, or download the shards."
+            )
+        if scheme.group(1) not in _REMOTE_SCHEMES or not is_remote(shard):
+            raise ConfigError(
+                f"Expected argument `{argument}` to be local paths or URLs of {', '.join(_REMOTE_SCHEMES)}, but got "
+                f"{pattern!r}. For s3, give the https address of the bucket, or download the shards."
+            )
+        if glob.has_magic(urlparse(shard).path):
+            raise ConfigError(
+                f"Expected argument `{argument}` to name remote shards by braces, but got the glob {pattern!r}. Write "
+                "`{000000..000009}` instead of `*`."
+            )
+        return [shard]
+    shard = os.path.expanduser(shard)
+    if os.path.isfile(shard):
+        return [shard]
+    if os.path.isdir(shard):
+        raise ConfigError(
+            f"Expected argument `{argument}` to name shards, but {pattern!r} is a folder. Add a file pattern, for "
+            f"example `{os.path.join(shard, 'train-*.tar')}`."
+        )
+    if not glob.has_magic(shard):
+        raise FileNotFoundError(
+            f"Expected argument `{argument}` to name shards that exist, but {shard!r} (from {pattern!r}) does not. "
+            "Check the path and the range of numbers."
+        )
+    found = sorted(path for path in glob.glob(shard) if os.path.isfile(path))
+    if not found:
+        raise ConfigError(
+            f"Expected argument `{argument}` to match at least one shard, but {pattern!r} matches none. Check the path."
+        )
+    return found
+
+
+def _alternatives(text: str, pattern: str, argument: str) -> list[str]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if span is not None:
+        first, last = span.groups()
+        if int(first) > int(last):
+            raise _bad_brace(pattern, argument, f"the range `{{{text}}}` runs backwards")
+        if int(last) - int(first) >= _MOST:
+            raise _bad_brace(pattern, argument, f"the range `{{{text}}}` has more than {_MOST} numbers")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    if "," in text and ".." not in text:
+        return text.split(",")
+    raise _bad_brace(pattern, argument, f"`{{{text}}}` is neither a range nor a list")
+
+
+def _bad_brace(pattern: str, argument: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"Expected argument `{argument}` to hold braces such as {{000000..000304}} or {{train,validation}}, but got "
+        f"{pattern!r}: {what}."
+    )

@@ -1,0 +1,282 @@
+"""Transforms of whole batches on the device: resize, crop, flip, normalise; masks to one-hot.
+
+Workers send uint8, a quarter of the bytes of float32 and, before resizing, far fewer pixels. Every random choice comes
+with the batch, so the result is a function of the batch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ssync_pl.errors import ConfigError, ShapeError
+
+__all__ = [
+    "BatchTransform",
+    "Size",
+    "covering_size",
+    "crop_and_flip",
+    "one_hot_masks",
+    "resize_frames",
+    "resize_masks",
+]
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+def covering_size(source: Size, target: Size) -> Size:
+    """Smallest size of the source's proportions that covers the target (short-side resize for square targets).
+
+    Args:
+        source: Height and width of the frames.
+        target: Height and width of the crop.
+
+    Returns:
+        Height and width, rounded, neither below the target's.
+
+    Example:
+        >>> covering_size((320, 568), (518, 518))
+        (518, 919)
+    """
+    (height, width), (target_height, target_width) = source, target
+    if target_height * width >= target_width * height:
+        return target_height, max(target_width, round(width * target_height / height))
+    return max(target_height, round(height * target_width / width)), target_width
+
+
+def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear") -> Tensor:
+    """Resize frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped.
+
+    Args:
+        frames: (..., C, h, w) float.
+        size: Height and width of the result.
+        mode: `bilinear` or `bicubic`.
+
+    Returns:
+        (..., C, H, W) float.
+
+    Example:
+        >>> resize_frames(torch.ones(2, 3, 4, 4), (8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    if frames.shape[-2:] == size:
+        return frames
+    shrinks = frames.shape[-2] > size[0] or frames.shape[-1] > size[1]
+    flat = frames.flatten(0, -4) if frames.ndim > 4 else frames
+    flat = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=shrinks)
+    flat = flat.clamp(0.0, 1.0) if mode == "bicubic" else flat
+    return flat.reshape(*frames.shape[:-2], *size)
+
+
+def resize_masks(masks: Tensor, size: Size) -> Tensor:
+    """Resize masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device.
+
+    Target pixel i reads source pixel ⌊(2i + 1)·h / 2H⌋, the pixel under its centre.
+
+    Args:
+        masks: (..., h, w), any dtype.
+        size: Height and width of the result.
+
+    Returns:
+        (..., H, W), same dtype.
+
+    Example:
+        >>> resize_masks(torch.tensor([[1, 2]]), (1, 4))
+        tensor([[1, 1, 2, 2]])
+    """
+    for dim, target in ((-2, size[0]), (-1, size[1])):
+        source = masks.shape[dim]
+        if source != target:
+            index = (2 * torch.arange(target, device=masks.device) + 1) * source // (2 * target)
+            masks = masks.index_select(dim, index)
+    return masks
+
+
+def crop_and_flip(frames: Tensor, offsets: Tensor | None, flip: Tensor | None, size: Size) -> Tensor:
+    """Cut one window a video and mirror some of the videos, without a loop over the batch.
+
+    Args:
+        frames: (B, T, C, h, w), any dtype.
+        offsets: (B, 2) int64, top and left of the windows; `None` for the whole frame.
+        flip: (B,) bool; `None` flips none.
+        size: Height and width of the windows.
+
+    Returns:
+        (B, T, C, H, W).
+
+    Example:
+        >>> frames = torch.arange(6.0).view(1, 1, 1, 2, 3)
+        >>> crop_and_flip(frames, torch.tensor([[1, 0]]), torch.tensor([True]), (1, 2)).flatten()
+        tensor([4., 3.])
+    """
+    if offsets is not None and tuple(frames.shape[-2:]) != size:
+        batch, time, channels, _, width = frames.shape
+        rows = offsets[:, 0, None] + torch.arange(size[0], device=frames.device)
+        columns = offsets[:, 1, None] + torch.arange(size[1], device=frames.device)
+        frames = frames.gather(3, rows[:, None, None, :, None].expand(batch, time, channels, size[0], width))
+        frames = frames.gather(4, columns[:, None, None, None, :].expand(batch, time, channels, *size))
+    if flip is not None:
+        frames = torch.where(flip[:, None, None, None, None], frames.flip(-1), frames)
+    return frames
+
+
+def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background: bool) -> Tensor:
+    """Turn stored masks into one bool channel an object, with the background first.
+
+    Args:
+        masks: (B, T, N, H, W) uint8: with `ids` N = 1 and values 0 = background, 1 … `max_objects`; else one channel an
+            object, non-zero inside, channels may overlap.
+        max_objects: Number of object channels of the result; those that a video lacks are empty.
+        ids: How the masks are stored.
+        has_background: Put a channel of the pixels without any object first.
+
+    Returns:
+        (B, T, C, H, W) bool with C = `max_objects`, plus 1 with background.
+
+    Example:
+        >>> masks = torch.tensor([0, 2], dtype=torch.uint8).view(1, 1, 1, 1, 2)
+        >>> one_hot_masks(masks, 2, ids=True, has_background=True).flatten(0, 3).int()
+        tensor([[1, 0],
+                [0, 0],
+                [0, 1]], dtype=torch.int32)
+    """
+    if ids:
+        first = 0 if has_background else 1
+        numbers = torch.arange(first, max_objects + 1, device=masks.device, dtype=masks.dtype)
+        return masks == numbers[:, None, None]
+    objects = masks != 0
+    if objects.shape[2] < max_objects:
+        batch, time, channels, height, width = objects.shape
+        objects = torch.cat([objects, objects.new_zeros(batch, time, max_objects - channels, height, width)], 2)
+    return torch.cat([~objects.any(2, keepdim=True), objects], 2) if has_background else objects
+
+
+class BatchTransform:
+    """Turn what the workers emit into the batch that hosts see.
+
+    Args:
+        image_size: Height and width of the result; `None` keeps the stored size.
+        resize_mode: `bilinear` or `bicubic`.
+        crop: `none` resizes to `image_size`; `random` and `center` resize so that it is covered, then cut the window
+            whose offsets come with the batch.
+        mean: Per-channel mean of frames in [0, 1].
+        std: Per-channel standard deviation of frames in [0, 1].
+        has_background: Whether masks get a background channel, the first.
+
+    Raises:
+        ConfigError: A setting is out of range.
+
+    Example:
+        >>> transform = BatchTransform((4, 4), mean=[0.5] * 3, std=[0.5] * 3)
+        >>> batch = {"video": torch.full((1, 2, 8, 8, 3), 255, dtype=torch.uint8), "crop": torch.zeros(1, 2).long()}
+        >>> video = transform(batch)["video"]
+        >>> video.shape, video.max().item()
+        (torch.Size([1, 2, 3, 4, 4]), 1.0)
+    """
+
+    def __init__(
+        self,
+        image_size: Size | None = None,
+        *,
+        resize_mode: str = "bilinear",
+        crop: str = "none",
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        has_background: bool = True,
+    ) -> None:
+        if image_size is not None and min(image_size) < 1:
+            raise ConfigError(f"Expected argument `image_size` to be positive, but got {image_size}.")
+        for name, value, known in (
+            ("resize_mode", resize_mode, ("bilinear", "bicubic")),
+            ("crop", crop, ("none", "random", "center")),
+        ):
+            if value not in known:
+                raise ConfigError(f"Expected argument `{name}` to be one of {', '.join(known)}, but got {value!r}.")
+        if crop != "none" and image_size is None:
+            raise ConfigError(f"Expected argument `image_size` to be set for crop={crop!r}, but got None.")
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise ConfigError(
+                    f"Expected argument `{name}` to be three {'positive ' * (name == 'std')}numbers, but got {values}."
+                )
+        self.image_size = image_size
+        self.resize_mode = resize_mode
+        self.crop = crop
+        self.has_background = has_background
+        self._mean, self._std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform a batch.
+
+        Args:
+            batch: `video` uint8 (B, T, h, w, 3), or a list of B videos (T, h, w, 3) when their sizes differ; `crop`
+                (B, 2) int64; optionally `flip` (B,) bool, `segmentations` uint8 in the shape of `video` with N
+                channels, `mask_ids` bool, `max_objects` int, `frame_mask` (B, T) bool, and anything else, which is
+                passed on.
+
+        Returns:
+            The batch with `video` (B, T, 3, H, W) float32 and, where there were masks, `segmentations`
+            (B, T, C, H, W) bool, empty on padded frames; without `crop`, `flip`, `mask_ids` and `max_objects`.
+
+        Raises:
+            ShapeError: Sizes differ between the videos and no `image_size` unites them.
+        """
+        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects")
+        out = {name: value for name, value in batch.items() if name not in used}
+        videos = batch["video"] if isinstance(batch["video"], list) else [batch["video"]]
+        masks = batch.get("segmentations")
+        masks = masks if isinstance(masks, list) or masks is None else [masks]
+        single = isinstance(batch["video"], list)
+        if single and self.image_size is None and len({tuple(video.shape[-3:-1]) for video in videos}) > 1:
+            raise ShapeError(
+                "Expected the videos of a batch to have one size, but got "
+                f"{sorted({tuple(video.shape[-3:-1]) for video in videos})}. Set `image_size`."
+            )
+        frames, labels = [], []
+        for number, video in enumerate(videos):
+            # Videos of one size are one tensor and go through at once; only mixed sizes go one by one.
+            rows = slice(number, number + 1) if single else slice(None)
+            video = video[None] if single else video
+            source = (int(video.shape[2]), int(video.shape[3]))
+            size = self._resized(source)
+            offsets = batch["crop"][rows] if self.crop != "none" else None
+            flip = batch["flip"][rows] if "flip" in batch else None
+            frames.append(self._frames(video, size, offsets, flip))
+            if masks is not None:
+                mask = masks[number][None] if single else masks[number]
+                mask = resize_masks(rearrange(mask, "b t h w n -> b t n h w"), size)
+                labels.append(crop_and_flip(mask, offsets, flip, self.image_size or size))
+        out["video"] = frames[0] if len(frames) == 1 else torch.cat(frames)
+        if masks is not None:
+            stacked = labels[0] if len(labels) == 1 else torch.cat(labels)
+            hot = one_hot_masks(
+                stacked, batch["max_objects"], ids=batch["mask_ids"], has_background=self.has_background
+            )
+            if "frame_mask" in batch:
+                hot = hot & batch["frame_mask"][:, :, None, None, None]
+            out["segmentations"] = hot
+        return out
+
+    def _resized(self, source: Size) -> Size:
+        if self.image_size is None:
+            return source
+        return self.image_size if self.crop == "none" else covering_size(source, self.image_size)
+
+    def _frames(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
+        frames = rearrange(video, "b t h w c -> b t c h w").float() / 255.0
+        frames = resize_frames(frames, size, self.resize_mode)
+        frames = crop_and_flip(frames, offsets, flip, self.image_size or size)
+        if frames.device not in self._statistics:
+            self._statistics[frames.device] = (
+                self._mean.to(frames.device).view(3, 1, 1),
+                self._std.to(frames.device).view(3, 1, 1),
+            )
+        mean, std = self._statistics[frames.device]
+        return (frames - mean) / std

@@ -1,0 +1,96 @@
+"""Small shard folders whose pixels name their video and frame."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingTCPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from ssync_pl.data.shards import ShardWriter
+
+Numbered = Callable[..., dict[str, np.ndarray]]
+
+
+def _numbered_video(number: int, frames: int = 6, size: tuple[int, int] = (8, 8), objects: int = 2) -> dict:
+    """Channel 0 names the video, channel 1 the frame; the masks show `objects` columns from the left."""
+    video = np.zeros((frames, *size, 3), np.uint8)
+    video[..., 0] = number
+    video[..., 1] = np.arange(frames)[:, None, None]
+    video[..., 2] = np.arange(size[1])
+    masks = np.zeros((frames, *size, 1), np.uint8)
+    for ident in range(1, objects + 1):
+        masks[:, :, ident - 1] = ident
+    return {"video.npy": video, "segmentations.npy.gz": masks}
+
+
+@pytest.fixture
+def numbered_video() -> Numbered:
+    return _numbered_video
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., str]:
+    """Write `count` numbered videos into shards and return their pattern."""
+
+    def make(
+        prefix: str = "train", count: int = 7, per_shard: int = 3, folder: str = "shards", **options: object
+    ) -> str:
+        with ShardWriter(tmp_path / folder, prefix, per_shard) as writer:
+            for number in range(count):
+                writer.write(str(number), _numbered_video(number, **options))
+        return str(tmp_path / folder / f"{prefix}-*.tar")
+
+    return make
+
+
+@pytest.fixture
+def write_tar(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tar of raw members, as a stranger would."""
+
+    def write(members: dict[str, bytes], name: str = "train-000000.tar") -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, "w") as tar:
+            for member, data in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def npy_bytes() -> Callable[[np.ndarray], bytes]:
+    def encode(array: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    return encode
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """Serve `tmp_path` over HTTP and return the address."""
+    # Not HTTPServer, which asks for the host's name first, and that can take seconds.
+    server = ThreadingTCPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(tmp_path)))
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()

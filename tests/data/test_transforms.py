@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ssync_pl.data.transforms import BatchTransform, covering_size, crop_and_flip, one_hot_masks, resize_masks
+from ssync_pl.errors import ConfigError, ShapeError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    x, a = np.abs(x), -0.75
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _weights(source: int, target: int, mode: str) -> np.ndarray:
+    """Interpolation matrix (target, source), pixel centres aligned, border pixels repeated."""
+    matrix = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * source / target - 0.5
+        if mode == "bilinear":
+            centre = max(centre, 0.0)
+        first = int(np.floor(centre))
+        for column in range(first - 1, first + 3):
+            distance = centre - column
+            weight = max(0.0, 1 - abs(distance)) if mode == "bilinear" else float(_cubic(np.array(distance)))
+            matrix[row, min(max(column, 0), source - 1)] += weight
+    return matrix
+
+
+def _by_hand(video, size, mode, offsets, flips, out):
+    """The whole transform in NumPy float64, one video and one frame at a time."""
+    result = np.zeros((*video.shape[:2], 3, *out))
+    rows, columns = _weights(video.shape[2], size[0], mode), _weights(video.shape[3], size[1], mode)
+    for b in range(video.shape[0]):
+        for t in range(video.shape[1]):
+            for c in range(3):
+                frame = rows @ (video[b, t, :, :, c].astype(np.float64) / 255) @ columns.T
+                frame = np.clip(frame, 0, 1)
+                top, left = offsets[b]
+                frame = frame[top : top + out[0], left : left + out[1]]
+                frame = frame[:, ::-1] if flips[b] else frame
+                result[b, t, c] = (frame - MEAN[c]) / STD[c]
+    return result
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_resize_flip_normalise_by_hand(mode):
+    video = np.random.default_rng(0).integers(0, 256, (3, 2, 6, 5, 3)).astype(np.uint8)
+    flips = [True, False, True]
+    batch = {"video": torch.from_numpy(video), "flip": torch.tensor(flips), "crop": torch.zeros(3, 2).long()}
+    got = BatchTransform((14, 9), resize_mode=mode)(batch)["video"]
+    want = _by_hand(video, (14, 9), mode, [(0, 0)] * 3, flips, (14, 9))
+    assert got.shape == (3, 2, 3, 14, 9)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-5)
+
+
+def test_random_crop_by_hand_video_and_masks_alike():
+    rng = np.random.default_rng(1)
+    video = rng.integers(0, 256, (2, 2, 6, 10, 3)).astype(np.uint8)
+    masks = rng.integers(0, 3, (2, 2, 6, 10, 1)).astype(np.uint8)
+    size = covering_size((6, 10), (12, 12))
+    assert size == (12, 20)
+    offsets, flips = [(0, 3), (0, 8)], [False, True]
+    batch = {
+        "video": torch.from_numpy(video),
+        "segmentations": torch.from_numpy(masks),
+        "flip": torch.tensor(flips),
+        "crop": torch.tensor(offsets),
+        "mask_ids": True,
+        "max_objects": 2,
+    }
+    out = BatchTransform((12, 12), resize_mode="bicubic", crop="random")(batch)
+    want = _by_hand(video, size, "bicubic", offsets, flips, (12, 12))
+    np.testing.assert_allclose(out["video"].numpy(), want, atol=2e-5)
+    assert out["segmentations"].shape == (2, 2, 3, 12, 12)
+    for b in range(2):
+        # Twice as many pixels: every source pixel becomes a 2x2 block.
+        ids = masks[b, :, :, :, 0].repeat(2, 1).repeat(2, 2)[:, :, offsets[b][1] : offsets[b][1] + 12]
+        ids = ids[:, :, ::-1] if flips[b] else ids
+        for channel in range(3):
+            assert np.array_equal(out["segmentations"][b, :, channel].numpy(), ids == channel)
+
+
+def test_no_image_size_keeps_pixels():
+    video = torch.randint(0, 256, (2, 3, 5, 7, 3), dtype=torch.uint8)
+    out = BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3)({"video": video, "crop": torch.zeros(2, 2).long()})
+    assert torch.equal(out["video"], (video.permute(0, 1, 4, 2, 3) / 255.0 - 0.5) / 0.5)
+    assert out["video"].amin() >= -1
+    assert out["video"].amax() <= 1
+
+
+def test_shrinking_averages():
+    video = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
+    video[:, :, ::2] = 255  # stripes finer than the target: without anti-aliasing some vanish
+    out = BatchTransform((2, 2), resize_mode="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert (out({"video": video, "crop": torch.zeros(1, 2).long()})["video"] - 0.5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("source", "target"), [(128, 336), (256, 336), (24, 64), (5, 7), (7, 3), (64, 64), (320, 518)])
+def test_nearest_exact_agrees_with_torch_but_for_ties(source, target):
+    line = torch.arange(source, dtype=torch.float32).view(1, 1, 1, source).expand(1, 1, 2, source)
+    want = torch.nn.functional.interpolate(line, size=(2, target), mode="nearest-exact")[0, 0, 0].long()
+    got = resize_masks(line[0, 0], (2, target))[0].long()
+    exact = [((2 * i + 1) * source) // (2 * target) for i in range(target)]
+    assert got.tolist() == exact
+    ties = torch.tensor([((2 * i + 1) * source) % (2 * target) == 0 for i in range(target)])
+    assert torch.equal(got[~ties], want[~ties])
+
+
+def test_ids_to_one_hot():
+    ids = torch.tensor([[0, 1], [3, 0]], dtype=torch.uint8).view(1, 1, 1, 2, 2)
+    hot = one_hot_masks(ids, 4, ids=True, has_background=True)
+    assert hot.shape == (1, 1, 5, 2, 2)
+    assert hot.dtype == torch.bool
+    assert hot.sum(2).eq(1).all()
+    assert [int(hot[0, 0, c].sum()) for c in range(5)] == [2, 1, 0, 1, 0]
+    bare = one_hot_masks(ids, 4, ids=True, has_background=False)
+    assert torch.equal(bare, hot[:, :, 1:])
+
+
+def test_channels_to_one_hot_keep_overlaps():
+    channels = torch.zeros(1, 1, 2, 1, 3, dtype=torch.uint8)
+    channels[0, 0, 0, 0, :2] = 7  # category ids, not instance numbers
+    channels[0, 0, 1, 0, 1] = 1
+    bare = one_hot_masks(channels, 3, ids=False, has_background=False)
+    assert bare[0, 0, :, 0].tolist() == [[True, True, False], [False, True, False], [False, False, False]]
+    full = one_hot_masks(channels, 3, ids=False, has_background=True)
+    assert full[0, 0, 0, 0].tolist() == [False, False, True]
+    assert torch.equal(full[:, :, 1:], bare)
+
+
+def test_mixed_sizes_equal_single_transforms():
+    videos = [torch.randint(0, 256, (2, h, w, 3), dtype=torch.uint8) for h, w in ((6, 9), (8, 7))]
+    masks = [torch.randint(0, 2, (2, *video.shape[1:3], 2), dtype=torch.uint8) for video in videos]
+    rest = {"mask_ids": False, "max_objects": 3}
+    transform = BatchTransform((8, 8), crop="center", has_background=False)
+    crops = torch.tensor([[0, 2], [0, 0]])
+    frame_mask = torch.tensor([[True, True], [True, False]])
+    out = transform({"video": videos, "segmentations": masks, "crop": crops, "frame_mask": frame_mask, **rest})
+    for b in range(2):
+        one = transform({"video": videos[b][None], "segmentations": masks[b][None], "crop": crops[b : b + 1], **rest})
+        assert torch.equal(out["video"][b], one["video"][0])
+        assert torch.equal(out["segmentations"][b, 0], one["segmentations"][0, 0])
+    assert not out["segmentations"][1, 1].any()
+    with pytest.raises(ShapeError, match="Set `image_size`"):
+        BatchTransform()({"video": videos, "crop": crops})
+
+
+def test_crop_and_flip_agree_with_slicing():
+    frames = torch.randn(3, 2, 4, 9, 11)
+    offsets = torch.tensor([[0, 0], [4, 1], [2, 5]])
+    flip = torch.tensor([False, True, True])
+    got = crop_and_flip(frames, offsets, flip, (5, 6))
+    for b, (top, left) in enumerate(offsets.tolist()):
+        want = frames[b, :, :, top : top + 5, left : left + 6]
+        assert torch.equal(got[b], want.flip(-1) if flip[b] else want)
+
+
+@pytest.mark.parametrize("source", [(320, 568), (568, 320), (64, 64), (3, 1000), (37, 41)])
+@pytest.mark.parametrize("target", [(64, 64), (33, 57)])
+def test_covering_size_covers_and_touches(source, target):
+    height, width = covering_size(source, target)
+    assert height >= target[0]
+    assert width >= target[1]
+    assert height == target[0] or width == target[1]
+    assert abs(height / width - source[0] / source[1]) / (source[0] / source[1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": (0, 4)}, "`image_size` to be positive"),
+        ({"resize_mode": "area"}, "`resize_mode` to be one of"),
+        ({"crop": "left"}, "`crop` to be one of"),
+        ({"crop": "random"}, "`image_size` to be set"),
+        ({"mean": (0.5,)}, "`mean` to be three"),
+        ({"std": (0.5, 0.0, 1.0)}, "`std` to be three positive"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        BatchTransform(**settings)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu():
+    torch.manual_seed(0)
+    batch = {
+        "video": torch.randint(0, 256, (4, 3, 37, 41, 3), dtype=torch.uint8),
+        "segmentations": torch.randint(0, 5, (4, 3, 37, 41, 1), dtype=torch.uint8),
+        "flip": torch.tensor([True, False, True, False]),
+        "crop": torch.tensor([[0, 0], [0, 3], [0, 1], [0, 6]]),
+    }
+    for mode in ("bilinear", "bicubic"):
+        transform = BatchTransform((64, 64), crop="random", resize_mode=mode)
+        cpu = transform({**batch, "mask_ids": True, "max_objects": 4})
+        cuda = transform({**{k: v.cuda() for k, v in batch.items()}, "mask_ids": True, "max_objects": 4})
+        torch.testing.assert_close(cuda["video"].cpu(), cpu["video"], atol=1e-5, rtol=0)
+        assert torch.equal(cuda["segmentations"].cpu(), cpu["segmentations"])
