@@ -1,0 +1,10 @@
+"""`python -m ssync_pl` is the command `ssync-pl`."""
+
+from __future__ import annotations
+
+import sys
+
+from ssync_pl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""`ssync-pl fit|validate|test|predict`: LightningCLI with the package's hosts, data and callbacks by short name."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# A class can be named without its module once it is imported.
+import ssync_pl.callback
+import ssync_pl.data.datamodule
+import ssync_pl.hosts
+import ssync_pl.pictures
+import ssync_pl.summary  # noqa: F401
+from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.parser_errors import explain_parser_error
+from ssync_pl.progress import progress_bar
+
+__all__ = ["SSyncArgumentParser", "SSyncCLI", "run_trainer"]
+
+_DEFAULT_ROOT = "runs"
+
+
+class SSyncArgumentParser(LightningArgumentParser):
+    """LightningCLI's parser with errors in one line.
+
+    Example:
+        >>> parser = SSyncArgumentParser(prog="ssync-pl fit", exit_on_error=False)
+        >>> _ = parser.add_argument("--steps", type=int)
+        >>> parser.parse_args(["--steps=3"]).steps
+        3
+    """
+
+    debug = False
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write what is wrong with which key, and exit with status 2.
+
+        Args:
+            message: The message of the parser, often many lines.
+            ex: The exception behind it.
+        """
+        if self.debug or not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"{program}: error: {explain_parser_error(message)} See {program} --help.\n")
+        self.exit(2)
+
+
+class SSyncCLI(LightningCLI):
+    """LightningCLI that logs to `runs/<name>/version_<n>`, a fresh folder a run.
+
+    * `trainer.logger: null` (default) writes `metrics.csv`; `true` writes TensorBoard files where tensorboard is
+      installed; `false` logs nothing; a class path is taken as it is.
+    * `name` defaults to the name of the first configuration file, or to the model's class.
+    * The configuration of the run is saved beside its logs, and replaced if a fixed folder is used again.
+
+    Example:
+        >>> SSyncCLI.subcommands().keys()
+        dict_keys(['fit', 'validate', 'test', 'predict'])
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--name`.
+
+        Args:
+            parser: Parser of one of the verbs.
+        """
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Folder of the run below trainer.default_root_dir. Default: the first configuration file's name.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words and settle the name of the run.
+
+        Args:
+            parser: Parser of all verbs.
+            args: Words after the program's name.
+        """
+        with warnings.catch_warnings():
+            # Words are always handed over explicitly here, so that the warning about sys.argv is noise.
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        if settings.get("name") is None:
+            settings["name"] = _run_name(settings)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer.
+
+        Raises:
+            SSyncError: One of them refused its settings. The parser would bury that under all types it tried.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            refused = _refusal(error)
+            if refused is None:
+                raise
+            raise refused from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer with the package's logger and progress bar where the user named none.
+
+        Args:
+            kwargs: Trainer arguments that win over the configuration's.
+
+        Returns:
+            The trainer.
+        """
+        trainer_config = self._get(self.config_init, "trainer")
+        if not trainer_config.get("barebones"):
+            name = self._get(self.config_init, "name")
+            kwargs.setdefault("logger", _logger(trainer_config, name))
+            callbacks = trainer_config.get("callbacks") or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            if not has_bar and trainer_config.get("enable_progress_bar") is not False:
+                kwargs.setdefault("callbacks", [*callbacks, progress_bar()])
+        return super().instantiate_trainer(**kwargs)
+
+
+def _refusal(error: BaseException | None) -> SSyncError | None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, SSyncError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _run_name(settings: Any) -> str:
+    files = settings.get("config") or []
+    if files:
+        return Path(str(files[0])).stem
+    return str(settings["model"]["class_path"]).rsplit(".", 1)[-1]
+
+
+def _logger(trainer_config: dict[str, Any], name: str) -> Any:
+    logger = trainer_config.get("logger")
+    if logger is not None and logger is not True:
+        return logger
+    root = str(trainer_config.get("default_root_dir") or _DEFAULT_ROOT)
+    if logger is True:
+        try:
+            return TensorBoardLogger(root, name=name)
+        except ModuleNotFoundError:
+            sys.stderr.write("ssync-pl: tensorboard is not installed, so metrics go to metrics.csv.\n")
+    return CSVLogger(root, name=name)
+
+
+def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
+    """Parse the words, build host, data and trainer, and run the verb.
+
+    Args:
+        args: Words after the program's name, e.g. `["fit", "--config", "file.yaml"]`.
+        debug: Whether errors of the configuration raise, with a traceback.
+
+    Returns:
+        The finished command, with `trainer`, `model` and `datamodule`.
+
+    Raises:
+        ConfigError: Lightning refused the combination of settings.
+        SystemExit: The words were refused, or help was asked for.
+
+    Example:
+        >>> import contextlib, io
+        >>> with contextlib.redirect_stdout(io.StringIO()) as text:
+        ...     try:
+        ...         run_trainer(["predict", "--help"])
+        ...     except SystemExit as stop:
+        ...         print(stop.code)
+        >>> text.getvalue().splitlines()[-1]
+        '0'
+    """
+    parser_class = type("SSyncArgumentParser", (SSyncArgumentParser,), {"debug": debug})
+    try:
+        return SSyncCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": _DEFAULT_ROOT},
+            save_config_kwargs={"overwrite": True},
+            parser_class=parser_class,
+            parser_kwargs={"prog": "ssync-pl"},
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
