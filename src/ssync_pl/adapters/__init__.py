@@ -14,12 +14,14 @@ from ssync_pl.adapters.base import (
 from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.paths import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
+from ssync_pl.adapters.videosaur import VideosaurAdapter
 
 __all__ = [
     "Capture",
     "HostAdapter",
     "PathAdapter",
     "SaviAdapter",
+    "VideosaurAdapter",
     "adapter_names",
     "find_adapter",
     "frame_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.maps import SSyncMaps
 
 __all__ = [
@@ -215,12 +217,14 @@ def stack_frames(values: list[Tensor], name: str) -> Tensor:
         ``(B, T, ...)``.
 
     Raises:
-        HostError: Shapes differ between frames, as with slots that grow inside a step.
+        HostError: The module did not run, or shapes differ between frames, as with slots that grow inside a step.
 
     Example:
         >>> stack_frames([torch.zeros(2, 3), torch.zeros(2, 3)], "corrector").shape
         torch.Size([2, 2, 3])
     """
+    if not values:
+        raise HostError(f"Expected '{name}' to run inside the training step, but it did not.")
     shapes = sorted({tuple(value.shape) for value in values})
     if len(shapes) != 1:
         raise HostError(f"Expected '{name}' to give one shape for all frames, but got {shapes}.")
@@ -230,17 +234,18 @@ def stack_frames(values: list[Tensor], name: str) -> Tensor:
 def resolve_grid(
     patches: int,
     explicit: tuple[int, int] | None = None,
-    patch_size: int | None = None,
+    patch_size: int | tuple[int, int] | None = None,
     frame: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Rows and columns of a flat axis of patches.
 
-    In this order: given by the user; patch size with the frame's height and width; a perfect square.
+    In this order: given by the user; patch size with the frame's height and width; the one square patch size that
+    cuts an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
 
     Args:
         patches: N.
         explicit: ``(H, W)`` from the user.
-        patch_size: Of the encoder, in pixels.
+        patch_size: Of the encoder, in pixels; one number, or height and width.
         frame: Height and width of the frames, in pixels.
 
     Returns:
@@ -252,6 +257,8 @@ def resolve_grid(
     Example:
         >>> resolve_grid(48, patch_size=14, frame=(84, 112))
         (6, 8)
+        >>> resolve_grid(144, frame=(112, 252))
+        (8, 18)
         >>> resolve_grid(48)
         Traceback (most recent call last):
             ...
@@ -261,19 +268,37 @@ def resolve_grid(
         if explicit[0] * explicit[1] != patches:
             raise HostError(f"Expected argument `grid` to have {patches} patches, but got {tuple(explicit)}.")
         return int(explicit[0]), int(explicit[1])
-    if patch_size and frame and (frame[0] // patch_size) * (frame[1] // patch_size) == patches:
-        return frame[0] // patch_size, frame[1] // patch_size
+    if frame is not None:
+        rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size or (0, 0)
+        if rows and columns and (frame[0] // rows) * (frame[1] // columns) == patches:
+            return frame[0] // rows, frame[1] // columns
+        if frame[0] != frame[1]:
+            return _oblong_grid(patches, frame)
     side = math.isqrt(patches)
     if side * side == patches:
         return side, side
     raise HostError(f"Expected a grid for {patches} patches, which is no square. Pass grid=(H, W).")
 
 
+def _oblong_grid(patches: int, frame: tuple[int, int]) -> tuple[int, int]:
+    # Smaller patches are more patches, so the search ends at the first size that gives too many.
+    for size in range(math.isqrt(frame[0] * frame[1] // patches), 0, -1):
+        grid = (frame[0] // size, frame[1] // size)
+        if grid[0] * grid[1] == patches:
+            return grid
+        if grid[0] * grid[1] > patches:
+            break
+    raise HostError(
+        f"Expected a grid for {patches} patches, but no patch size cuts frames of {frame[0]} x {frame[1]} pixels into "
+        "that many. Pass grid=(H, W)."
+    )
+
+
 def frame_size(batch: Any) -> tuple[int, int] | None:
     """Height and width of the frames of a batch, where it says so.
 
     Args:
-        batch: A dict with ``video`` or ``image`` as ``(..., H, W)``, or anything else.
+        batch: A dict with ``video`` or ``image`` as ``(..., 3, H, W)`` or ``(..., H, W, 3)``, or anything else.
 
     Returns:
         ``(H, W)`` in pixels, or None.
@@ -282,11 +307,14 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
         >>> frame_size({"video": torch.zeros(1, 2, 3, 84, 112)})
         (84, 112)
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         for key in ("video", "image"):
             value = batch.get(key)
             if isinstance(value, Tensor) and value.ndim >= 4:
-                return int(value.shape[-2]), int(value.shape[-1])
+                channels = (1, 3, 4)
+                last = value.shape[-1] in channels and value.shape[-3] not in channels
+                rows, columns = value.shape[-3:-1] if last else value.shape[-2:]
+                return int(rows), int(columns)
     return None
 
 
@@ -315,10 +343,10 @@ def maps_on_common_grid(attention_logits: Tensor, grid: tuple[int, int], mask_lo
     if fine == tuple(grid):
         return SSyncMaps(attention_logits=attention_logits, mask_logits=mask_logits.flatten(3), grid=grid)
     if fine[0] % grid[0] == 0 and fine[1] % grid[1] == 0:
-        probs = _pool(mask_logits.float().softmax(2), grid)
+        probs = _pool(mask_logits.to(compute_dtype(mask_logits.dtype)).softmax(2), grid)
         return SSyncMaps(attention_logits=attention_logits, mask_probs=probs.flatten(3), grid=grid)
     if grid[0] % fine[0] == 0 and grid[1] % fine[1] == 0:
-        logits = attention_logits.float().unflatten(3, grid)
+        logits = attention_logits.to(compute_dtype(attention_logits.dtype)).unflatten(3, grid)
         return SSyncMaps(
             attention_logits=_pool(logits, fine).flatten(3),
             attention_probs=_pool(logits.softmax(2), fine).flatten(3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters.base import HostAdapter, frame_size, resolve_grid, stack_frames
 from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.errors import HostError
+from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.maps import SSyncMaps
 
 __all__ = ["MapKind", "PathAdapter"]
@@ -29,7 +30,7 @@ class PathAdapter(HostAdapter):
         masks: Path of the decoder.
         attention_kind: ``"probs"`` (softmax over slots) or ``"logits"``.
         masks_kind: The same for the decoder's map.
-        grid: ``(H, W)`` patches; None reads it off the maps, or takes a square.
+        grid: ``(H, W)`` patches; None reads it off the maps or the size of the batch's frames, or takes a square.
 
     Example:
         >>> adapter = PathAdapter("corrector:logits", "decoder", attention_kind="logits", grid=(6, 8))
@@ -51,7 +52,7 @@ class PathAdapter(HostAdapter):
         self.masks = masks
         self.attention_kind = attention_kind
         self.masks_kind = masks_kind
-        self.grid = grid
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
 
     def match(self, host: nn.Module) -> bool:
         """Whether both paths exist in the host.
@@ -106,7 +107,8 @@ class PathAdapter(HostAdapter):
             The maps.
 
         Raises:
-            HostError: A map has a shape that is not understood.
+            HostError: A map has a shape that is not understood, or there is no one grid for both.
+            ShapeError: The two maps differ in shape.
 
         Example:
             >>> host = nn.Sequential(nn.Identity(), nn.Identity())
@@ -119,7 +121,19 @@ class PathAdapter(HostAdapter):
         """
         attention, attention_grid = _to_clip(capture[self.attention], self.attention)
         masks, mask_grid = _to_clip(capture[self.masks], self.masks)
-        grid = self.grid or attention_grid or mask_grid
+        if attention.shape != masks.shape:
+            raise ShapeError(
+                f"Expected '{self.attention}' and '{self.masks}' to give maps of one shape (B, T, S, N), but got "
+                f"{tuple(attention.shape)} and {tuple(masks.shape)}. Both maps need the same slots and patches: where "
+                "only the grids differ, write a small HostAdapter with `maps_on_common_grid`."
+            )
+        grids = {grid for grid in (self.grid, attention_grid, mask_grid) if grid is not None}
+        if len(grids) > 1:
+            raise HostError(
+                f"Expected one grid of patches, but got {', '.join(map(str, sorted(grids)))} from argument `grid` and "
+                "the maps' own rows and columns. Leave `grid` out, or make the maps agree."
+            )
+        grid = next(iter(grids), None)
         return SSyncMaps(
             **{f"attention_{self.attention_kind}": attention, f"mask_{self.masks_kind}": masks},
             grid=resolve_grid(attention.shape[-1], grid, frame=frame_size(batch)),
@@ -136,7 +150,7 @@ class _Pick:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         value = output
         if self.key:
-            if isinstance(output, dict):
+            if isinstance(output, Mapping):
                 value = output.get(self.key)
             elif isinstance(output, (tuple, list)) and self.key.lstrip("-").isdigit():
                 index = int(self.key)
@@ -152,7 +166,7 @@ class _Pick:
 
 
 def _describe(output: Any) -> str:
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         return f"dict with keys {', '.join(map(str, output))}"
     if hasattr(output, "_fields"):
         return f"{type(output).__name__} with fields {', '.join(output._fields)}"
@@ -162,6 +176,8 @@ def _describe(output: Any) -> str:
 
 
 def _to_clip(values: list[Tensor], path: str) -> tuple[Tensor, tuple[int, int] | None]:
+    if not values:
+        raise HostError(f"Expected '{path}' to run inside the training step, but it did not.")
     first = values[0]
     if first.ndim == 3:
         return stack_frames(values, path), None
