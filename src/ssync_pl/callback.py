@@ -19,6 +19,7 @@ from ssync_pl.engine import SSyncEngine, heed
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.functional.distill import LossKind
 from ssync_pl.maps import SSyncMaps
+from ssync_pl.regularizer import SSyncRegularizer
 from ssync_pl.schedule import Phase
 
 __all__ = ["SSyncCallback"]
@@ -30,7 +31,8 @@ class SSyncCallback(L.Callback):
     The callback wraps the host's ``training_step``: inside it the adapter listens to slot attention and decoder, and
     the two losses are added to what the host returns. Nothing else of the host changes: no parameter, buffer or
     state-dict key is added, and everything is put back when the training ends or fails. During the warm-up nothing is
-    captured, except in the first step, so that a host that cannot be used is refused at once.
+    captured, except in the first step, so that a host that cannot be used is refused at once, and in the last
+    ``guard_window`` steps, which count the slots in use.
 
     Note:
         Give it to the Trainer inside a list. It works in Trainers of ``lightning`` and of ``pytorch_lightning`` 2.x,
@@ -44,7 +46,7 @@ class SSyncCallback(L.Callback):
         masks: The same for the decoder's object masks.
         attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
         masks_kind: The same for ``masks``.
-        grid: ``(H, W)`` patches, for ``attention`` and ``masks`` with a flat axis of patches that is no square.
+        grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
         merge_threshold: See `SSyncConfig`, also for all that follow.
         merge: See `SSyncConfig`.
         n_bd: See `SSyncConfig`.
@@ -65,7 +67,7 @@ class SSyncCallback(L.Callback):
 
     Raises:
         ConfigError: A setting is out of range.
-        HostError: In `setup` or in the first training step: the host cannot be used; the message says why.
+        HostError: In `setup`, `on_fit_start` or the first training step: the host cannot be used; the message says why.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[SSyncCallback(merge_threshold=0.65)], logger=False, accelerator="cpu",
@@ -131,17 +133,19 @@ class SSyncCallback(L.Callback):
             if adapter != "auto":
                 raise ConfigError("Expected either `adapter` or `attention` and `masks`, but got both. Leave one out.")
             adapter = PathAdapter(attention, masks, attention_kind, masks_kind, grid)
-        elif grid is not None or attention_kind != "probs" or masks_kind != "probs":
+            grid = None
+        elif attention_kind != "probs" or masks_kind != "probs":
             raise ConfigError(
-                "Expected `grid`, `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them "
-                "alone. Adapters know these of their hosts."
+                "Expected `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them alone. "
+                "Adapters know these of their hosts."
             )
         self.adapter = adapter
+        self.grid = grid
         self.engine = SSyncEngine(self.config)
         self._session: _Session | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Recognise the host, put the hooks on and wrap its training step.
+        """Refuse hosts that a callback cannot serve, and forget an earlier training.
 
         Args:
             trainer: The trainer.
@@ -149,7 +153,7 @@ class SSyncCallback(L.Callback):
             stage: Only ``"fit"`` does anything.
 
         Raises:
-            HostError: The host uses manual optimization, is not recognised, or has SSync already.
+            HostError: The host uses manual optimization, or has SSync already.
         """
         if stage != "fit":
             return
@@ -159,13 +163,31 @@ class SSyncCallback(L.Callback):
                 "automatic_optimization=False: it calls backward itself, so a loss added by a callback would have no "
                 "effect. Use the SSyncRegularizer mixin, or ssync_loss, inside its training_step."
             )
+        if isinstance(pl_module, SSyncRegularizer):
+            raise HostError(
+                f"Expected a host without SSync, but {type(pl_module).__name__} is an SSyncRegularizer and adds it "
+                "itself. Remove the callback."
+            )
+        self.engine = SSyncEngine(self.config)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Recognise the host, put the hooks on and wrap its training step.
+
+        Only here, since a host may build its modules in its own ``setup`` or in ``configure_model``.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+
+        Raises:
+            HostError: The host is not recognised, or has SSync already.
+        """
         if isinstance(pl_module.__dict__.get("training_step"), _WrappedStep):
             raise HostError(
                 f"Expected one SSyncCallback, but {type(pl_module).__name__} already has SSync in its training step. "
                 "Remove the second callback."
             )
-        self.engine = SSyncEngine(self.config)
-        adapter = resolve_adapter(self.adapter, pl_module)
+        adapter = resolve_adapter(self.adapter, pl_module, self.grid)
         self._session = _Session(pl_module, adapter, adapter.attach(pl_module))
         self._session.wrap(functools.partial(self._step, trainer, pl_module))
 
@@ -320,10 +342,14 @@ class _WrappedStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo.get(id(self.host))
-        return types.MethodType(type(self.host).training_step, twin if twin is not None else self.host)
+        return _plain_step(twin if twin is not None else self.host)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (types.MethodType, (type(self.host).training_step, self.host))
+        return (_plain_step, (self.host,))
+
+
+def _plain_step(host: L.LightningModule) -> Callable[..., Any]:
+    return types.MethodType(type(host).training_step, host)
 
 
 def _check_first(maps: SSyncMaps, host: nn.Module, config: SSyncConfig) -> None:

@@ -256,12 +256,13 @@ def heed(verdict: GuardVerdict | None, trainer: Any) -> None:
 
 
 def _running(average: Tensor | None, value: Tensor) -> Tensor:
+    # A step with an overflow must not poison the average for good; NaN stands for no finite value so far.
+    value = torch.where(value.isfinite(), value, torch.nan)
     if average is None:
         return value
     average = average.to(value.device)
-    # A step with an overflow must not poison the average for good.
-    value = torch.where(value.isfinite(), value, average)
-    return average.lerp(value, 1 - _RUNNING_DECAY)
+    moved = average.lerp(value, 1 - _RUNNING_DECAY)
+    return torch.where(average.isnan(), value, torch.where(value.isnan(), average, moved))
 
 
 def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float) -> None:

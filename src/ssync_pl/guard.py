@@ -91,6 +91,9 @@ class CollapseGuard:
             >>> CollapseGuard("warn", 0.8, 10).step(torch.tensor([4.0, 4.0])) is None
             True
         """
+        if self._sum is not None:
+            # A loaded state is on the CPU, and ranks may only be able to sum on their devices.
+            self._sum = self._sum.to(used.device)
         if not self._on:
             self._on = True
             self.before = self._take() if self._count else None
@@ -129,7 +132,7 @@ class CollapseGuard:
         )
 
     def _add(self, used: Tensor) -> None:
-        used = used.detach()
+        used = used.detach().float()
         self._sum = used.clone() if self._sum is None else self._sum.to(used.device) + used
         self._count += 1
 

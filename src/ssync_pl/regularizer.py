@@ -88,6 +88,16 @@ use ssync_loss(maps).
         heed(verdict, trainer)
         return total
 
+    def setup(self, stage: str) -> None:
+        """Forget what the guard saw in an earlier training; a checkpoint is loaded after this.
+
+        Args:
+            stage: Only ``"fit"`` does anything.
+        """
+        super().setup(stage)  # type: ignore[misc]
+        if stage == "fit":
+            self._ssync_engine = SSyncEngine(self.ssync_config)
+
     def on_fit_start(self) -> None:
         """Forget the length of an earlier training, so that the warm-up follows this one."""
         super().on_fit_start()  # type: ignore[misc]

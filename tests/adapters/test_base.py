@@ -207,3 +207,14 @@ def test_grids_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
 def test_verify_has_nothing_to_say_by_default() -> None:
     maps = SSyncMaps(attention_logits=torch.zeros(1, 1, 2, 4), mask_logits=torch.zeros(1, 1, 2, 4), grid=(2, 2))
     _Marked().verify(Capture(), maps)
+
+
+def test_a_grid_reaches_adapters_that_take_one_and_is_refused_elsewhere():
+    from ssync_pl.adapters import PathAdapter
+    from ssync_pl.hosts import SAVi
+
+    small = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
+    with pytest.raises(ConfigError, match="reads it off the host"):
+        resolve_adapter("auto", SAVi(num_slots=2, **small), grid=(4, 4))
+    with pytest.raises(ConfigError, match="Give it to the adapter"):
+        resolve_adapter(PathAdapter("a", "b"), nn.Identity(), grid=(4, 4))

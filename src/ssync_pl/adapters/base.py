@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -163,18 +164,19 @@ def find_adapter(host: nn.Module) -> HostAdapter:
     )
 
 
-def resolve_adapter(spec: str | HostAdapter, host: nn.Module) -> HostAdapter:
+def resolve_adapter(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | None = None) -> HostAdapter:
     """The adapter that a user asked for.
 
     Args:
         spec: ``"auto"``, the name of an adapter, or an adapter.
         host: The model that is trained.
+        grid: ``(H, W)`` patches, for adapters that cannot always find it.
 
     Returns:
         An adapter.
 
     Raises:
-        ConfigError: There is no adapter of that name.
+        ConfigError: There is no adapter of that name, or it takes no grid.
         HostError: No adapter knows the host, or the named one does not.
 
     Example:
@@ -184,9 +186,11 @@ def resolve_adapter(spec: str | HostAdapter, host: nn.Module) -> HostAdapter:
         ssync_pl.errors.ConfigError: Expected argument `adapter` to be 'auto' or one of ..., but got 'nothing'.
     """
     if isinstance(spec, HostAdapter):
+        if grid is not None:
+            raise ConfigError(f"Expected no `grid` beside an adapter object, but got {grid}. Give it to the adapter.")
         return spec
     if spec == "auto":
-        return find_adapter(host)
+        return _with_grid(find_adapter(host), grid)
     if spec not in _REGISTRY:
         raise ConfigError(
             f"Expected argument `adapter` to be 'auto' or one of {', '.join(adapter_names())}, but got {spec!r}."
@@ -197,7 +201,18 @@ def resolve_adapter(spec: str | HostAdapter, host: nn.Module) -> HostAdapter:
             f"Expected a host that the adapter '{spec}' knows, but {type(host).__name__} lacks its modules. "
             f"Candidates in this host: {_candidates(host)}."
         )
-    return adapter
+    return _with_grid(adapter, grid)
+
+
+def _with_grid(adapter: HostAdapter, grid: tuple[int, int] | None) -> HostAdapter:
+    if grid is None:
+        return adapter
+    kind = type(adapter)
+    if "grid" not in inspect.signature(kind).parameters:
+        raise ConfigError(
+            f"Expected no `grid` with the adapter '{kind.name}', which reads it off the host. Leave it out."
+        )
+    return kind(grid=grid)  # type: ignore[call-arg]
 
 
 def _candidates(host: nn.Module) -> str:
