@@ -25,11 +25,12 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     L.seed_everything(options.seed)
     data = SyntheticDataModule(
         root=options.data, preset="a_zoom", num_train=options.videos, num_validation=8, resolution=64, frames=12,
-        batch_size=8, clip_length=2, frame_stride=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), num_workers=0,
+        batch_size=4, clip_length=4, num_workers=0,
     )  # fmt: skip
     model = SAVi(
-        num_slots=8, slot_dim=64, feature_dim=64, encoder_channels=(32, 32, 32, 64), encoder_strides=(2, 1, 2, 1),
-        decoder_channels=(64,), decoder_strides=(2,), init="fan_in", learning_rate=1e-3, warmup_steps=100,
+        num_slots=8, slot_dim=64, slot_init="learned", feature_dim=64, decoder_channels=(64,), decoder_strides=(2,),
+        encoder_channels=(32, 32, 32, 32), encoder_strides=(2, 2, 1, 1), init="fan_in", learning_rate=3e-3,
+        warmup_steps=100, decay="exponential",
     )  # fmt: skip
     trainer = L.Trainer(
         max_steps=options.steps,

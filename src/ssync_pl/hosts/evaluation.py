@@ -1,0 +1,179 @@
+"""Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.metrics import SegmentationMetrics
+
+__all__ = ["SlotEvaluation", "count_used_slots", "frame_validity", "mean_over_frames", "resize_masks"]
+
+
+def frame_validity(batch: Mapping[str, Any]) -> Tensor:
+    """Frames of a batch that count: real samples, and in them real frames.
+
+    Args:
+        batch: holds `video` `(B, T, C, H, W)`, and where there is padding `batch_padding_mask` `(B,)` and
+            `frame_mask` `(B, T)`, both True for what is real.
+
+    Returns:
+        Bool `(B, T)`.
+
+    Example:
+        >>> batch = {"video": torch.zeros(2, 3, 3, 4, 4), "batch_padding_mask": torch.tensor([True, False])}
+        >>> frame_validity(batch).tolist()
+        [[True, True, True], [False, False, False]]
+    """
+    video = batch["video"]
+    valid = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+    if batch.get("frame_mask") is not None:
+        valid = valid & batch["frame_mask"].to(video.device).bool()
+    if batch.get("batch_padding_mask") is not None:
+        valid = valid & batch["batch_padding_mask"].to(video.device).bool().unsqueeze(1)
+    return valid
+
+
+def mean_over_frames(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of a value a frame over the frames that count; 0 when none does.
+
+    Args:
+        values: `(B, T)`.
+        valid: bool `(B, T)`.
+
+    Returns:
+        0-dim tensor.
+
+    Example:
+        >>> mean_over_frames(torch.tensor([[1.0, 3.0, 50.0]]), torch.tensor([[True, True, False]])).item()
+        2.0
+    """
+    weights = valid.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize soft masks bilinearly, as published results do before the argmax.
+
+    Args:
+        masks: probabilities `(B, T, S, h, w)`.
+        size: `(H, W)` wanted.
+
+    Returns:
+        `(B, T, S, H, W)`; each pixel still sums to 1 over S.
+
+    Example:
+        >>> resize_masks(torch.full((1, 1, 2, 4, 4), 0.5), (8, 8)).shape
+        torch.Size([1, 1, 2, 8, 8])
+    """
+    if masks.shape[-2:] == tuple(size):
+        return masks
+    flat = rearrange(masks, "b t s h w -> (b t) s h w")
+    flat = nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return rearrange(flat, "(b t) s h w -> b t s h w", b=masks.shape[0])
+
+
+def count_used_slots(masks: Tensor, valid: Tensor) -> Tensor:
+    """Number of slots that win at least one patch of a clip.
+
+    Args:
+        masks: scores `(B, T, S, h, w)`; the largest over S wins.
+        valid: bool `(B, T)`, frames that count.
+
+    Returns:
+        Float `(B,)`.
+
+    Example:
+        >>> masks = torch.zeros(1, 1, 3, 2, 2)
+        >>> masks[:, :, 2, :, 0] = 1.0
+        >>> count_used_slots(masks, torch.ones(1, 1, dtype=torch.bool)).item()
+        2.0
+    """
+    labels = masks.argmax(dim=2, keepdim=True)
+    wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, labels, True)
+    wins = wins & valid[:, :, None, None, None]
+    return rearrange(wins, "b t s h w -> b s (t h w)").any(dim=-1).sum(dim=-1).float()
+
+
+class SlotEvaluation(nn.Module):
+    """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
+
+    It is a submodule of the host so that its metrics follow the host's device; it adds no state-dict keys.
+
+    Args:
+        prefix: put before every name, for example `"val/"`.
+        has_background: channel 0 of `segmentations` is the background.
+
+    Example:
+        >>> evaluation = SlotEvaluation()
+        >>> masks = torch.rand(2, 2, 3, 4, 4).softmax(dim=2)
+        >>> truth = torch.nn.functional.one_hot(torch.randint(2, (2, 2, 8, 8)), 2).movedim(-1, 2).bool()
+        >>> evaluation.update(masks, {"video": torch.rand(2, 2, 3, 8, 8), "segmentations": truth}, torch.tensor(1.0))
+        >>> scores = evaluation.compute()
+        >>> scores["val/loss"].item(), "val/video_mbo" in scores
+        (1.0, True)
+    """
+
+    def __init__(self, prefix: str = "val/", has_background: bool = True) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.has_background = has_background
+        self.metrics = SegmentationMetrics(prefix=prefix, has_background=has_background)
+        self.used_slots = MeanMetric()
+        self.loss = MeanMetric()
+
+    @torch.no_grad()
+    def update(self, masks: Tensor, batch: Mapping[str, Any], loss: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            masks: object-mask probabilities `(B, T, S, h, w)`.
+            batch: holds `video`, `segmentations` bool `(B, T, C, H, W)` and, where there is padding,
+                `batch_padding_mask` and `frame_mask`.
+            loss: the host's loss on the batch, averaged over frames that count.
+
+        Raises:
+            ConfigError: the batch has no `segmentations`.
+            ShapeError: masks and segmentations differ in videos or frames.
+        """
+        truth = batch.get("segmentations")
+        if truth is None:
+            raise ConfigError(
+                f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}. "
+                "Use a data module that reads masks in validation and test."
+            )
+        if truth.ndim != 5 or truth.shape[:2] != masks.shape[:2]:
+            raise ShapeError(
+                f"Expected `segmentations` to be (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}, "
+                f"but got {tuple(truth.shape)}. Give one mask a frame."
+            )
+        valid = frame_validity(batch)
+        # Upsampled once here instead of once in each metric.
+        labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).argmax(dim=2)
+        self.metrics.update(labels, truth, valid)
+        real = valid.any(dim=1).float()
+        self.used_slots.update(count_used_slots(masks, valid), real)
+        self.loss.update(loss.detach().float(), valid.sum().float())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores over everything since the last reset.
+
+        Returns:
+            0-dim tensors by name: the segmentation metrics, `used_slots` and `loss`, all with the prefix.
+        """
+        scores = dict(self.metrics.compute())
+        scores[f"{self.prefix}used_slots"] = self.used_slots.compute()
+        scores[f"{self.prefix}loss"] = self.loss.compute()
+        return scores
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.metrics.reset()
+        self.used_slots.reset()
+        self.loss.reset()

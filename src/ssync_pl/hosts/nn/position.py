@@ -1,0 +1,70 @@
+"""Position embeddings that are added to feature maps."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_pl.errors import ConfigError
+
+__all__ = ["SoftPositionEmbedding", "coordinate_grid"]
+
+
+def coordinate_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Coordinates of a feature map and their complements: top, left, bottom, right, each in [0, 1].
+
+    Args:
+        height: rows of the map, at least 1.
+        width: columns of the map, at least 1.
+        device: where to build it.
+
+    Returns:
+        Float tensor `(height, width, 4)`: `(y, x, 1 - y, 1 - x)`.
+
+    Example:
+        >>> coordinate_grid(2, 2)[0, 1].tolist()
+        [0.0, 1.0, 1.0, 0.0]
+    """
+    # One row or column sits at 0, as `linspace` puts it.
+    y = torch.linspace(0.0, 1.0, height, device=device)
+    x = torch.linspace(0.0, 1.0, width, device=device)
+    yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+    return torch.cat([yx, 1.0 - yx], dim=-1)
+
+
+class SoftPositionEmbedding(nn.Module):
+    """Adds a learned linear map of the coordinates to a feature map (Locatello et al. 2020, appendix E.2).
+
+    Args:
+        dim: channels of the map.
+        scale: factor on the embedding, at least 0. Below 1 the content of the image weighs more than the place,
+            which keeps small hosts from settling on fixed regions.
+
+    Raises:
+        ConfigError: `scale` is negative.
+
+    Example:
+        >>> SoftPositionEmbedding(8)(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    def __init__(self, dim: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if scale < 0:
+            raise ConfigError(f"Expected argument `scale` to be at least 0, but got {scale}. Use 0 to switch it off.")
+        self.scale = scale
+        self.projection = nn.Linear(4, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Add the embedding.
+
+        Args:
+            features: map `(B, C, H, W)`.
+
+        Returns:
+            Map of the same shape.
+        """
+        grid = coordinate_grid(features.shape[-2], features.shape[-1], device=features.device)
+        embedding = self.projection(grid.to(self.projection.weight.dtype))
+        return features + self.scale * rearrange(embedding, "h w c -> c h w")

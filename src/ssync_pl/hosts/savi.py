@@ -1,0 +1,315 @@
+"""SAVi, a video host that learns objects from reconstructing frames (Kipf et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as L
+import torch
+from einops import rearrange
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames, resize_masks
+from ssync_pl.hosts.nn.decoders import DecoderOutput, SpatialBroadcastDecoder
+from ssync_pl.hosts.nn.encoders import ConvEncoder
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
+from ssync_pl.hosts.nn.predictors import TransformerPredictor
+from ssync_pl.hosts.nn.slot_attention import SlotAttention
+from ssync_pl.hosts.schedules import schedule_for
+
+__all__ = ["SAVi", "SAViOutput"]
+
+
+class SAViOutput(NamedTuple):
+    """What `SAVi.forward` returns.
+
+    Args:
+        slots: `(B, T, S, D)`, corrected by each frame.
+        attention_logits: `(B, T, S, N)`, slot attention before the softmax over slots.
+        attention_grid: `(h, w)` with `h * w = N`.
+        reconstruction: `(B, T, 3, h', w')`, at the decoder's size.
+        mask_logits: `(B, T, S, h', w')`, object masks before the softmax over slots.
+
+    Example:
+        >>> SAViOutput._fields
+        ('slots', 'attention_logits', 'attention_grid', 'reconstruction', 'mask_logits')
+    """
+
+    slots: Tensor
+    attention_logits: Tensor
+    attention_grid: tuple[int, int]
+    reconstruction: Tensor
+    mask_logits: Tensor
+
+
+class SAVi(L.LightningModule):
+    """Slot Attention for Video with RGB reconstruction (Kipf et al. 2022), unconditional or conditioned.
+
+    The defaults are SAVi-small for frames of 64x64. Clip gradients in the Trainer: `gradient_clip_val=0.05` as in the
+    paper. A frame is compared with the reconstruction at the decoder's size, `decoder_broadcast * prod(strides)`,
+    after resizing by area. An image is a clip of one frame.
+
+    Args:
+        num_slots: number S of slots.
+        slot_dim: size D of a slot.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector a slot; `"boxes"`,
+            `"centres"`: from the objects' masks in the first frame, which training batches must hold then.
+        encoder_channels: output channels of each convolution.
+        encoder_strides: stride of each convolution.
+        encoder_kernel: size of the encoder's kernels, odd.
+        encoder_mlp_hidden: hidden size of the MLP a patch.
+        feature_dim: channels of a patch feature.
+        position_scale: factor on the encoder's position embedding.
+        iterations_first: slot-attention iterations on the first frame.
+        iterations_later: iterations on each later frame.
+        corrector_mlp_hidden: hidden size of slot attention's residual MLP; 0 for none.
+        corrector_eps: added to the attention before it is normalised over patches.
+        predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
+        predictor_heads: heads of each block.
+        predictor_mlp_hidden: hidden size of each block's MLP.
+        decoder_broadcast: `(h, w)` that slots are copied to.
+        decoder_channels: output channels of each transposed convolution.
+        decoder_strides: stride of each transposed convolution.
+        decoder_kernel: size of the decoder's kernels, odd.
+        init: initialisation of encoder and decoder convolutions: `"default"` is PyTorch's, `"fan_in"` keeps the
+            signal's variance, with which small models learn objects.
+        learning_rate: peak rate of Adam.
+        warmup_steps: linear warm-up in optimizer steps.
+        decay: `"cosine"` to 0, `"exponential"` (`0.5 ** (halvings * progress)`) or `"constant"`.
+        halvings: how often `"exponential"` halves the rate over the training.
+        has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
+
+    Raises:
+        ConfigError: a size or option is out of range.
+
+    Example:
+        >>> model = SAVi(num_slots=4, slot_dim=16, encoder_channels=(8,), encoder_strides=(2,), feature_dim=16,
+        ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
+        >>> out = model(torch.rand(2, 3, 3, 16, 16))
+        >>> out.attention_logits.shape, out.attention_grid, out.mask_logits.shape
+        (torch.Size([2, 3, 4, 64]), (8, 8), torch.Size([2, 3, 4, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        num_slots: int = 11,
+        slot_dim: int = 128,
+        slot_init: Literal["gaussian", "learned", "boxes", "centres"] = "gaussian",
+        encoder_channels: tuple[int, ...] = (32, 32, 32, 32),
+        encoder_strides: tuple[int, ...] = (1, 1, 1, 1),
+        encoder_kernel: int = 5,
+        encoder_mlp_hidden: int = 64,
+        feature_dim: int = 32,
+        position_scale: float = 1.0,
+        iterations_first: int = 2,
+        iterations_later: int = 1,
+        corrector_mlp_hidden: int = 256,
+        corrector_eps: float = 1e-8,
+        predictor_blocks: int = 1,
+        predictor_heads: int = 4,
+        predictor_mlp_hidden: int = 256,
+        decoder_broadcast: tuple[int, int] = (8, 8),
+        decoder_channels: tuple[int, ...] = (64, 64, 64, 64),
+        decoder_strides: tuple[int, ...] = (2, 2, 2, 1),
+        decoder_kernel: int = 5,
+        init: Literal["default", "fan_in"] = "default",
+        learning_rate: float = 2e-4,
+        warmup_steps: int = 2500,
+        decay: Literal["cosine", "exponential", "constant"] = "cosine",
+        halvings: float = 3.0,
+        has_background: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_slots < 1 or iterations_first < 1 or iterations_later < 1:
+            raise ConfigError(
+                "Expected arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1, "
+                f"but got {num_slots}, {iterations_first} and {iterations_later}. Use 8, 2 and 1."
+            )
+        self.save_hyperparameters()
+        self.slot_init = slot_init
+        self.num_slots = num_slots
+        self.iterations_first = iterations_first
+        self.iterations_later = iterations_later
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.halvings = halvings
+        self.initializer = _initializer(slot_init, num_slots, slot_dim)
+        self.encoder = ConvEncoder(
+            encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
+        )
+        self.corrector = SlotAttention(slot_dim, feature_dim, iterations_first, corrector_mlp_hidden, corrector_eps)
+        self.predictor = TransformerPredictor(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
+        self.decoder = SpatialBroadcastDecoder(
+            slot_dim, decoder_channels, decoder_strides, decoder_broadcast, decoder_kernel, init=init
+        )
+        self.evaluation = SlotEvaluation("val/", has_background)
+
+    def forward(self, video: Tensor, conditioning: Tensor | None = None) -> SAViOutput:
+        """Decompose a clip into slots.
+
+        Args:
+            video: normalised frames `(B, T, 3, H, W)`.
+            conditioning: with `slot_init` `"boxes"` `(B, S, 4)` or `"centres"` `(B, S, 2)` in [0, 1], rows of -1
+                for slots without an object; else `None`.
+
+        Returns:
+            Slots, attention, reconstruction and object masks.
+
+        Raises:
+            ShapeError: `video` is not 5-D, or `conditioning` does not fit.
+            ConfigError: `conditioning` is missing, or given to a host that takes none.
+        """
+        if video.ndim != 5:
+            raise ShapeError(
+                f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}. Use T = 1 for images."
+            )
+        frames = video.shape[1]
+        features, grid = self.encoder(rearrange(video, "b t c h w -> (b t) c h w"))
+        features = rearrange(features, "(b t) n c -> b t n c", t=frames)
+        state = self._first_slots(video.shape[0], conditioning)
+        slots, logits = [], []
+        for frame in range(frames):
+            first = frame == 0
+            state = state if first else self.predictor(state)
+            bound = self.corrector(state, features[:, frame], self.iterations_first if first else self.iterations_later)
+            state = bound.slots
+            slots.append(bound.slots)
+            logits.append(bound.logits)
+        all_slots = torch.stack(slots, dim=1)
+        decoded: DecoderOutput = self.decoder(all_slots)
+        return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
+
+    def _first_slots(self, batch_size: int, conditioning: Tensor | None) -> Tensor:
+        wanted = isinstance(self.initializer, ConditionedSlots)
+        if wanted != (conditioning is not None):
+            raise ConfigError(
+                f"Expected argument `conditioning` to be {'a tensor' if wanted else 'None'} with slot_init "
+                f"{self.slot_init!r}, but got {'None' if wanted else 'a tensor'}. "
+                "Only slot_init 'boxes' and 'centres' take it."
+            )
+        return torch.as_tensor(self.initializer(batch_size if conditioning is None else conditioning))
+
+    def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
+        """Run a batch; returns the output and the mean squared error over the frames that count."""
+        video = batch["video"]
+        out: SAViOutput = self(video, self._conditioning(batch))
+        frames = rearrange(video, "b t c h w -> (b t) c h w")
+        target = nn.functional.interpolate(frames, size=self.decoder.size, mode="area")
+        target = rearrange(target, "(b t) c h w -> b t c h w", b=video.shape[0])
+        error = (out.reconstruction.float() - target.float()).square().mean(dim=(2, 3, 4))
+        return out, mean_over_frames(error, frame_validity(batch))
+
+    def _conditioning(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if self.slot_init != "boxes" and self.slot_init != "centres":
+            return None
+        if batch.get("segmentations") is None:
+            raise ConfigError(
+                f"Expected key `segmentations` in the batch for slot_init {self.slot_init!r}, but got the keys "
+                f"{sorted(batch)}. Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
+            )
+        return first_frame_hints(
+            batch["segmentations"], self.num_slots, self.slot_init, has_background=self.evaluation.has_background
+        )
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Reconstruct a batch.
+
+        Args:
+            batch: holds `video`; `segmentations` too when conditioned.
+            batch_idx: number of the batch in the epoch.
+
+        Returns:
+            Mean squared error, 0-dim.
+        """
+        _, loss = self._step(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch["video"].shape[0])
+        return loss
+
+    def setup(self, stage: str) -> None:
+        """Ask the data module whether its masks have a background channel.
+
+        Args:
+            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        has_background = getattr(data, "has_background", None)
+        prefix = "test/" if stage == "test" else "val/"
+        if has_background is None:
+            has_background = self.evaluation.has_background
+        if (prefix, has_background) != (self.evaluation.prefix, self.evaluation.has_background):
+            self.evaluation = SlotEvaluation(prefix, bool(has_background)).to(self.device)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the metrics.
+
+        Args:
+            batch: holds `video` and `segmentations`.
+            batch_idx: number of the batch.
+        """
+        out, loss = self._step(batch)
+        self.evaluation.update(out.mask_logits.softmax(dim=2), batch, loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics under `val/` and start afresh."""
+        # Every rank computes the same reduced value, so no further synchronisation is due.
+        self.log_dict(self.evaluation.compute())
+        self.evaluation.reset()
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the metrics, as in validation.
+
+        Args:
+            batch: holds `video` and `segmentations`.
+            batch_idx: number of the batch.
+        """
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics under `test/` and start afresh."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Segment a batch at the size of its frames.
+
+        Args:
+            batch: holds `video`; `segmentations` too when conditioned.
+            batch_idx: number of the batch.
+
+        Returns:
+            `labels` long `(B, T, H, W)` and `masks` `(B, T, S, H, W)`, probabilities over slots.
+        """
+        out: SAViOutput = self(batch["video"], self._conditioning(batch))
+        height, width = batch["video"].shape[-2:]
+        masks = resize_masks(out.mask_logits.softmax(dim=2), (height, width))
+        return {"labels": masks.argmax(dim=2), "masks": masks}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with warm-up and decay over the Trainer's steps.
+
+        Returns:
+            Lightning's optimizer dictionary.
+
+        Raises:
+            ConfigError: the training has no end and the decay needs one.
+        """
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        factor = schedule_for(self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay, self.halvings)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def _initializer(kind: str, num_slots: int, slot_dim: int) -> nn.Module:
+    if kind == "gaussian":
+        return GaussianSlots(num_slots, slot_dim)
+    if kind == "learned":
+        return LearnedSlots(num_slots, slot_dim)
+    if kind in ("boxes", "centres"):
+        return ConditionedSlots(num_slots, slot_dim, hint_dim=4 if kind == "boxes" else 2)
+    raise ConfigError(
+        "Expected argument `slot_init` to be 'gaussian', 'learned', 'boxes' or 'centres', "
+        f"but got {kind!r}. Choose one."
+    )
