@@ -25,12 +25,12 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     L.seed_everything(options.seed)
     data = SyntheticDataModule(
         root=options.data, preset="a_zoom", num_train=options.videos, num_validation=8, resolution=64, frames=12,
-        batch_size=4, clip_length=4, num_workers=0,
+        batch_size=8, clip_length=2, frame_stride=2, mean=(0.57,) * 3, std=(0.15,) * 3, num_workers=0,
     )  # fmt: skip
     model = SAVi(
-        num_slots=8, slot_dim=64, slot_init="learned", feature_dim=64, decoder_channels=(64,), decoder_strides=(2,),
+        num_slots=8, slot_dim=64, slot_init="learned", feature_dim=64, decoder_channels=(32,), decoder_strides=(2,),
         encoder_channels=(32, 32, 32, 32), encoder_strides=(2, 2, 1, 1), init="fan_in", learning_rate=3e-3,
-        warmup_steps=100, decay="exponential",
+        warmup_steps=100, decay="exponential", position_scale=0.25, corrector_sharpness=2.0, decoder_position_std=0.5,
     )  # fmt: skip
     trainer = L.Trainer(
         max_steps=options.steps,

@@ -68,6 +68,8 @@ class SAVi(L.LightningModule):
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; 0 for none.
         corrector_eps: added to the attention before it is normalised over patches.
+        corrector_sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`;
+            None keeps PyTorch's initialisation (0.58). Larger lets slots differ from the start.
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP.
@@ -75,6 +77,7 @@ class SAVi(L.LightningModule):
         decoder_channels: output channels of each transposed convolution.
         decoder_strides: stride of each transposed convolution.
         decoder_kernel: size of the decoder's kernels, odd.
+        decoder_position_std: with `init: fan_in`, standard deviation of the decoder's initial position weights.
         init: initialisation of encoder and decoder convolutions: `"default"` is PyTorch's, `"fan_in"` keeps the
             signal's variance, with which small models learn objects.
         learning_rate: peak rate of Adam.
@@ -109,6 +112,7 @@ class SAVi(L.LightningModule):
         iterations_later: int = 1,
         corrector_mlp_hidden: int = 256,
         corrector_eps: float = 1e-8,
+        corrector_sharpness: float | None = None,
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int = 256,
@@ -116,6 +120,7 @@ class SAVi(L.LightningModule):
         decoder_channels: tuple[int, ...] = (64, 64, 64, 64),
         decoder_strides: tuple[int, ...] = (2, 2, 2, 1),
         decoder_kernel: int = 5,
+        decoder_position_std: float = 1.0,
         init: Literal["default", "fan_in"] = "default",
         learning_rate: float = 2e-4,
         warmup_steps: int = 2500,
@@ -142,10 +147,18 @@ class SAVi(L.LightningModule):
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
-        self.corrector = SlotAttention(slot_dim, feature_dim, iterations_first, corrector_mlp_hidden, corrector_eps)
+        self.corrector = SlotAttention(
+            slot_dim, feature_dim, iterations_first, corrector_mlp_hidden, corrector_eps, corrector_sharpness
+        )
         self.predictor = TransformerPredictor(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
         self.decoder = SpatialBroadcastDecoder(
-            slot_dim, decoder_channels, decoder_strides, decoder_broadcast, decoder_kernel, init=init
+            slot_dim,
+            decoder_channels,
+            decoder_strides,
+            decoder_broadcast,
+            decoder_kernel,
+            init=init,
+            position_std=decoder_position_std,
         )
         self.evaluation = SlotEvaluation("val/", has_background)
 

@@ -110,3 +110,10 @@ def test_errors() -> None:
         SpatialBroadcastDecoder(4, broadcast_size=(0, 8))
     with pytest.raises(ShapeError, match=r"`slots` to be \(B, T, S, D\)"):
         SpatialBroadcastDecoder(4)(torch.randn(1, 2, 4))
+
+
+def test_the_position_weights_have_the_asked_spread():
+    decoder = SpatialBroadcastDecoder(512, [4], [2], init="fan_in", position_std=0.5)
+    assert decoder.position.projection.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    with pytest.raises(ConfigError, match="position_std"):
+        SpatialBroadcastDecoder(4, position_std=-1.0)

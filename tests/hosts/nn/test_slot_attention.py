@@ -111,3 +111,17 @@ def test_errors() -> None:
         _attention()(torch.randn(1, 3, 8), torch.randn(1, 2, 5, 6))
     with pytest.raises(ConfigError, match="`eps`"):
         SlotAttention(8, eps=0.0)
+
+
+def test_sharpness_scales_the_initial_logits():
+    torch.manual_seed(0)
+    slots, features = torch.randn(4, 3, 64), torch.randn(4, 50, 64)
+    spread = {}
+    for sharpness in (None, 1.0, 2.0):
+        torch.manual_seed(1)
+        attention = SlotAttention(64, 64, sharpness=sharpness)
+        spread[sharpness] = attention(slots, features).logits.std().item()
+    assert spread[2.0] == pytest.approx(4 * spread[1.0], rel=1e-4)
+    assert spread[1.0] > 2 * spread[None]
+    with pytest.raises(ConfigError, match="sharpness"):
+        SlotAttention(8, sharpness=0.0)

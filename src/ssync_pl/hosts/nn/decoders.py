@@ -45,7 +45,8 @@ class SpatialBroadcastDecoder(nn.Module):
         kernel_size: odd size of every kernel.
         out_channels: channels of the reconstruction.
         init: `"default"` or `"fan_in"`, as in `ConvEncoder`; the latter also draws the position embedding's weights
-            from a unit Gaussian.
+            from a Gaussian.
+        position_std: standard deviation of that Gaussian; `init="default"` does not draw from it.
 
     Raises:
         ConfigError: the lists differ in length or are empty, the kernel is even, or the grid is empty.
@@ -69,9 +70,12 @@ class SpatialBroadcastDecoder(nn.Module):
         kernel_size: int = 5,
         out_channels: int = 3,
         init: Literal["default", "fan_in"] = "default",
+        position_std: float = 1.0,
     ) -> None:
         super().__init__()
         check_stack("decoder", channels, strides, kernel_size, init)
+        if position_std < 0:
+            raise ConfigError(f"Expected argument `position_std` to be at least 0, but got {position_std}. Use 1.")
         if len(broadcast_size) != 2 or min(broadcast_size) < 1:
             raise ConfigError(
                 f"Expected argument `broadcast_size` to be two positive integers, but got {broadcast_size}. Use [8, 8]."
@@ -92,7 +96,7 @@ class SpatialBroadcastDecoder(nn.Module):
         if init == "fan_in":
             init_fan_in_(self.layers)
             # Coordinates span [0, 1] only: with the default weights, slots look alike at every place for long.
-            nn.init.normal_(self.position.projection.weight)
+            nn.init.normal_(self.position.projection.weight, std=position_std)
         for axis, length in zip(("rows", "columns"), self.broadcast_size, strict=True):
             self.register_buffer(f"{axis}_taps", _taps(length, strides[0], kernel_size), persistent=False)
 

@@ -40,9 +40,11 @@ class SlotAttention(nn.Module):
         iterations: default number of iterations of a call, at least 1.
         mlp_hidden: hidden size of the residual MLP after the GRU; 0 leaves the MLP out.
         eps: added to the attention before it is normalised over patches, so that an empty slot stays finite.
+        sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`; None keeps
+            PyTorch's uniform initialisation, whose value is 0.58. A larger one lets slots differ from the start.
 
     Raises:
-        ConfigError: `iterations` or `eps` is out of range.
+        ConfigError: `iterations`, `eps` or `sharpness` is out of range.
 
     Example:
         >>> attention = SlotAttention(slot_dim=16, feature_dim=8)
@@ -58,11 +60,14 @@ class SlotAttention(nn.Module):
         iterations: int = 1,
         mlp_hidden: int = 256,
         eps: float = 1e-8,
+        sharpness: float | None = None,
     ) -> None:
         super().__init__()
         _check_iterations(iterations)
         if eps <= 0:
             raise ConfigError(f"Expected argument `eps` to be above 0, but got {eps}. Use 1e-8.")
+        if sharpness is not None and sharpness <= 0:
+            raise ConfigError(f"Expected argument `sharpness` to be None or above 0, but got {sharpness}. Try 2.")
         feature_dim = slot_dim if feature_dim is None else feature_dim
         self.iterations = iterations
         self.eps = eps
@@ -72,6 +77,9 @@ class SlotAttention(nn.Module):
         self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
         self.to_k = nn.Linear(feature_dim, slot_dim, bias=False)
         self.to_v = nn.Linear(feature_dim, slot_dim, bias=False)
+        if sharpness is not None:
+            for layer in (self.to_q, self.to_k):
+                nn.init.normal_(layer.weight, std=sharpness * layer.in_features**-0.5)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp: nn.Module | None = None
         if mlp_hidden > 0:
