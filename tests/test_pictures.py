@@ -288,3 +288,14 @@ def test_settings_are_checked_at_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SSyncPictures()
+
+
+def test_settings_and_grid_of_the_runs_callback_are_used():
+    from types import SimpleNamespace
+
+    from ssync_pl import SSyncCallback
+
+    trainer = SimpleNamespace(callbacks=[SSyncCallback(merge_threshold=0.6, n_bd=3, grid=(2, 8), adapter="videosaur")])
+    own = SSyncPictures(n_bd=2)
+    assert own._options(trainer) == {"merge_threshold": 0.6, "n_bd": 2, "n_nbd": 1, "n_noise": 1, "merge": None}
+    assert SSyncPictures()._options(SimpleNamespace(callbacks=[]))["merge_threshold"] == 0.7

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncConfig, SSyncMaps, SSyncRegularizer, ssync_loss
-from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
 class Plain(L.LightningModule):
@@ -92,8 +92,17 @@ def test_same_as_by_hand_in_automatic_and_manual_optimization(kind):
     torch.testing.assert_close(host.layer.state_dict(), by_hand.layer.state_dict())
     names = {"ssync/boundary_loss", "ssync/interior_loss", "ssync/used_slots", "ssync/agreement"}
     assert names <= set(trainer.callback_metrics)
-    # Step 0 is off; step 1 is watched; the rest is on; validation asks for nothing.
-    assert host.made == 5
+    # Step 0 is off and only checked; step 1 is watched; the rest is on; validation asks for nothing.
+    assert host.made == 6
+
+
+def test_maps_without_gradient_are_refused_in_the_first_step():
+    class Detached(Mixed):
+        def ssync(self, loss, maps):
+            return super().ssync(loss, maps().detach())
+
+    with pytest.raises(HostError, match="Detached to carry gradient"):
+        train(Detached, ssync={"warmup_steps": 100})
 
 
 def test_state_dict_gains_no_keys():
@@ -111,7 +120,7 @@ def test_settings_are_saved_and_loaded(tmp_path):
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="`merge_threshold`"):
         Mixed(ssync={"merge_threshold": 7})
-    with pytest.raises(TypeError, match="nothing"):
+    with pytest.raises(ConfigError, match="but got nothing"):
         Mixed(ssync={"nothing": 7})
 
 

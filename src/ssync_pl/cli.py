@@ -18,7 +18,7 @@ _TRAINER_VERBS = {
     "fit": "train a host model, with SSync when the callback is in the configuration",
     "validate": "evaluate one pass over the validation videos",
     "test": "evaluate one pass over the test videos",
-    "predict": "compute slots' labels and masks for each video",
+    "predict": "run the host over videos; a prediction-writer callback keeps what it returns",
 }
 _OTHER_VERBS = {
     "data": "generate shards of synthetic video: `ssync-pl data generate --out DIR`",
@@ -44,7 +44,7 @@ def _help() -> str:
             f"  --debug      show tracebacks of configuration errors, as {DEBUG_VARIABLE}=1 does",
             "",
             "example:",
-            "  ssync-pl fit --config examples/savi_synthetic.yaml --trainer.callbacks+=SSyncCallback",
+            "  ssync-pl fit --config examples/savi_synthetic.yaml",
             "",
         ]
     )
@@ -70,14 +70,17 @@ def main(args: list[str] | None = None) -> int:
     try:
         return _dispatch(words, debug)
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
+            return 143
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
         sys.stderr.write(f"{stop.code}\n")
         return 1
-    except SSyncError as error:
+    except (SSyncError, OSError, UnicodeDecodeError) as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"ssync-pl: error: {error}\n")
+        kind = "" if isinstance(error, SSyncError) else f"{type(error).__name__}: "
+        sys.stderr.write(f"ssync-pl: error: {kind}{error}\n")
         return 2
 
 

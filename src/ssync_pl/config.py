@@ -31,7 +31,8 @@ class SSyncConfig:
         interior_weight: Of the decoder → encoder loss, at least 0.
         relative_weight: None adds the weighted losses as they are (published). A number, above 0, instead scales them
             so that what is added has, on a running average, this share of the host's own loss; the two weights then
-            only set the mix. One setting fits hosts of any loss scale.
+            only set the mix. One setting fits hosts of any loss scale. While the two losses average below 0.01, the
+            factor grows no more.
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1].
         warmup_steps: The same as a number of optimizer steps; takes the place of ``warmup_ratio``.
         ramp_steps: Optimizer steps over which the weight then grows linearly to its full size; 0 switches at once.
@@ -75,6 +76,7 @@ of the training during which SSync is off.
     sync_counts: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_options(
             merge_threshold=self.merge_threshold,
             n_bd=self.n_bd,
@@ -125,6 +127,21 @@ of the training during which SSync is off.
         )
         _require(self.guard_window >= 1, "guard_window", "to be at least 1", self.guard_window, "It counts steps.")
 
+    def _check_types(self) -> None:
+        numbers = ("merge_threshold", "temperature", "boundary_weight", "interior_weight", "warmup_ratio")
+        for name in (*numbers, "collapse_threshold", "relative_weight"):
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = fits or (name == "relative_weight" and value is None)
+            _require(fits, name, "to be a number", repr(value), "Pass it without quotes.")
+        for name in ("warmup_steps", "ramp_steps", "guard_window"):
+            value = getattr(self, name)
+            fits = isinstance(value, int) and not isinstance(value, bool)
+            fits = fits or (name == "warmup_steps" and value is None)
+            _require(fits, name, "to be an integer", repr(value), "It counts steps.")
+        _require(self.merge in (None, True, False), "merge", "to be true, false or None", repr(self.merge), "Pick one.")
+        _require(self.sync_counts in (True, False), "sync_counts", "to be true or false", repr(self.sync_counts), "")
+
     def loss_options(self) -> dict[str, Any]:
         """Keyword arguments for `ssync_loss`.
 
@@ -152,4 +169,4 @@ of the training during which SSync is off.
 
 def _require(fits: bool, name: str, wanted: str, got: object, advice: str) -> None:
     if not fits:
-        raise ConfigError(f"Expected argument `{name}` {wanted}, but got {got}. {advice}")
+        raise ConfigError(f"Expected argument `{name}` {wanted}, but got {got}. {advice}".rstrip())

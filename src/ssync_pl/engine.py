@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ssync_pl.config import SSyncConfig
-from ssync_pl.errors import SSyncError
+from ssync_pl.errors import HostError, SSyncError
 from ssync_pl.functional.labels import compute_dtype, hard_labels, mask_slots, slot_areas
-from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
+from ssync_pl.functional.ssync import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.guard import CollapseGuard, GuardVerdict
 from ssync_pl.maps import SSyncMaps
 from ssync_pl.schedule import Phase, Schedule
 
-__all__ = ["LogFunction", "SSyncEngine", "heed", "used_slots"]
+__all__ = ["LogFunction", "SSyncEngine", "check_first", "heed", "used_slots"]
 
 _RUNNING_DECAY = 0.98
-# In units of the Brier score: below this, relative weights stop growing while the term goes to zero.
+# Of the Brier score: below this, relative weights stop growing while the term goes to zero.
 _RELATIVE_FLOOR = 1e-2
 
 
@@ -201,9 +201,12 @@ class SSyncEngine:
         share = self.config.relative_weight
         if share is None:
             return factor
-        self._host_average = _running(self._host_average, host_loss.detach().abs().float())
-        self._term_average = _running(self._term_average, term.detach().float())
-        return factor * share * self._host_average / self._term_average.clamp_min(_RELATIVE_FLOOR)
+        # Each rank's own averages would weight ranks differently, and undo sync_counts.
+        now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
+        self._host_average = _running(self._host_average, now[0])
+        self._term_average = _running(self._term_average, now[1])
+        floor = _RELATIVE_FLOOR * (self.config.boundary_weight + self.config.interior_weight) / 2
+        return factor * share * self._host_average / self._term_average.clamp_min(max(floor, 1e-12))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs.
@@ -235,6 +238,42 @@ class SSyncEngine:
         host, term = state["host_average"], state["term_average"]
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
+
+
+def check_first(maps: SSyncMaps, host: str, config: SSyncConfig) -> None:
+    """Look at the first maps once: values, sums and gradients. This is the only place that waits for the device.
+
+    Args:
+        maps: Of the first training step.
+        host: Name of the host, for messages.
+        config: A side without weight needs no gradient.
+
+    Raises:
+        HostError: A map that is to be trained carries no gradient.
+        ShapeError: A map holds NaN, or probabilities do not sum to 1.
+
+    Example:
+        >>> d = torch.zeros(1, 1, 2, 4)
+        >>> check_first(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)), "MyHost", SSyncConfig())
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.HostError: Expected the decoder masks of MyHost to carry gradient, but it does not. It was \
+detached, computed under no_grad, or captured inside reentrant activation checkpointing (use \
+checkpoint(..., use_reentrant=False)).
+    """
+    sides = (
+        ("decoder masks", maps.masks, config.boundary_weight),
+        ("slot attention", maps.attention, config.interior_weight),
+    )
+    if torch.is_grad_enabled():
+        for name, value, weight in sides:
+            if weight > 0 and not value.requires_grad:
+                raise HostError(
+                    f"Expected the {name} of {host} to carry gradient, but it does not. It was "
+                    "detached, computed under no_grad, or captured inside reentrant activation checkpointing "
+                    "(use checkpoint(..., use_reentrant=False))."
+                )
+    maps.check_values()
 
 
 def heed(verdict: GuardVerdict | None, trainer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "HostError", "SSyncError", "ShapeError", "ShardError"]
+__all__ = ["ConfigError", "HostError", "MissingShardError", "SSyncError", "ShapeError", "ShardError"]
 
 
 class SSyncError(Exception):
@@ -28,6 +28,15 @@ class ConfigError(SSyncError, ValueError):
 
     Example:
         >>> issubclass(ConfigError, ValueError)
+        True
+    """
+
+
+class MissingShardError(ConfigError, FileNotFoundError):
+    """A named shard does not exist.
+
+    Example:
+        >>> issubclass(MissingShardError, FileNotFoundError)
         True
     """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.config import CollapseAction
+from ssync_pl.functional.ssync import mean_over_ranks
 
 __all__ = ["CollapseGuard", "GuardVerdict"]
 
@@ -138,13 +139,9 @@ class CollapseGuard:
 
     def _take(self) -> tuple[float, float]:
         total = torch.zeros(2) if self._sum is None else self._sum / max(self._count, 1)
-        dist = torch.distributed
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # All ranks have to come to the same verdict.
-            dist.all_reduce(total)
-            total = total / dist.get_world_size()
         self._sum, self._count = None, 0
-        encoder, decoder = total.tolist()
+        # All ranks have to come to the same verdict.
+        encoder, decoder = mean_over_ranks(total).tolist()
         return encoder, decoder
 
     def state_dict(self) -> dict[str, Any]:

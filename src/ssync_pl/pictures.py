@@ -14,15 +14,19 @@ from torch import Tensor
 from ssync_pl.adapters.base import HostAdapter, resolve_adapter
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.callback import SSyncCallback
+from ssync_pl.config import SSyncConfig
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.files import write_bytes
-from ssync_pl.functional.ssync import SSyncOutput, check_options, ssync_loss
+from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
 from ssync_pl.maps import SSyncMaps
 from ssync_pl.viz.colors import color_labels, color_regions, label_masks, overlay_labels, resize_nearest, to_uint8
 from ssync_pl.viz.sheet import REGION_LEGEND, SheetRow, draw_sheet, encode_png, stack_sheets
 from ssync_pl.viz.video import compose_frames, encode_mp4, mp4_available
 
 __all__ = ["SSyncPictures"]
+
+# Settings of the method that change a picture
+_DRAWN = ("merge_threshold", "n_bd", "n_nbd", "n_noise", "merge")
 
 
 class SSyncPictures(L.Callback):
@@ -41,7 +45,9 @@ class SSyncPictures(L.Callback):
         video: Write the MP4 as well. Needs PyAV; without it a line of the log says so.
         fps: Frames a second of the MP4.
         cell: Longer side of a frame on the sheet, in pixels.
-        merge_threshold: Merging and regions are drawn with these settings, as for `ssync_loss`.
+        grid: `(H, W)` patches, as for `SSyncCallback`. None: that of the run's `SSyncCallback` if there is one.
+        merge_threshold: Merging and regions are drawn with these settings, as for `ssync_loss`. None, here and below:
+            those of the run's `SSyncCallback` if there is one, else the published ones.
         n_bd: As for `ssync_loss`.
         n_nbd: As for `ssync_loss`.
         n_noise: As for `ssync_loss`.
@@ -66,10 +72,11 @@ class SSyncPictures(L.Callback):
         video: bool = True,
         fps: int = 6,
         cell: int = 112,
-        merge_threshold: float = 0.7,
-        n_bd: int = 1,
-        n_nbd: int = 1,
-        n_noise: int = 1,
+        grid: tuple[int, int] | None = None,
+        merge_threshold: float | None = None,
+        n_bd: int | None = None,
+        n_nbd: int | None = None,
+        n_noise: int | None = None,
         merge: bool | None = None,
         video_key: str = "video",
         segmentations_key: str = "segmentations",
@@ -79,9 +86,6 @@ class SSyncPictures(L.Callback):
         for name, value in {**counts, "fps": fps, "cell": cell}.items():
             if value < 1:
                 raise ConfigError(f"Expected argument `{name}` to be at least 1, but got {value}.")
-        check_options(
-            merge_threshold=merge_threshold, n_bd=n_bd, n_nbd=n_nbd, n_noise=n_noise, temperature=1.0, loss="brier"
-        )
         self.adapter = adapter
         self.max_videos = max_videos
         self.max_frames = max_frames
@@ -89,13 +93,10 @@ class SSyncPictures(L.Callback):
         self.video = video
         self.fps = fps
         self.cell = cell
-        self.settings: dict[str, Any] = {
-            "merge_threshold": merge_threshold,
-            "n_bd": n_bd,
-            "n_nbd": n_nbd,
-            "n_noise": n_noise,
-            "merge": merge,
-        }
+        self.grid = grid
+        named = {"merge_threshold": merge_threshold, "n_bd": n_bd, "n_nbd": n_nbd, "n_noise": n_noise, "merge": merge}
+        self.settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        SSyncConfig(**self.settings)  # refuses what is out of range now, not at the first picture
         self.video_key = video_key
         self.segmentations_key = segmentations_key
         self.last_path: Path | None = None
@@ -146,7 +147,7 @@ class SSyncPictures(L.Callback):
             with torch.no_grad():
                 self._capture.close()
                 maps = self._adapter.collect(self._capture, batch=batch)
-                output = ssync_loss(maps, **self.settings)
+                output = ssync_loss(maps, **self._options(trainer))
             self._write(trainer, _Clips(self, trainer, batch, maps, output))
         except Exception as error:  # a picture is never worth a run
             self._give_up(error)
@@ -165,15 +166,22 @@ class SSyncPictures(L.Callback):
         if self._capture is not None or self._failed or not trainer.is_global_zero:
             return
         try:
-            self._adapter = resolve_adapter(self._spec(trainer), pl_module)
+            self._adapter = self._resolve(trainer, pl_module)
             self._capture = self._adapter.attach(pl_module)
         except Exception as error:  # a picture is never worth a run
             self._give_up(error)
 
-    def _spec(self, trainer: L.Trainer) -> str | HostAdapter:
-        # Whoever named the host's modules to SSyncCallback should not have to do it twice.
-        named = [c.adapter for c in trainer.callbacks if isinstance(c, SSyncCallback)]  # type: ignore[attr-defined]
-        return named[0] if named and self.adapter == "auto" else self.adapter
+    def _resolve(self, trainer: L.Trainer, host: L.LightningModule) -> HostAdapter:
+        # Whoever told SSyncCallback about the host and the method should not have to do it twice.
+        named = _ssync_callback(trainer)
+        if named is None or self.adapter != "auto":
+            return resolve_adapter(self.adapter, host, self.grid)
+        return resolve_adapter(named.adapter, host, self.grid or named.grid)
+
+    def _options(self, trainer: L.Trainer) -> dict[str, Any]:
+        named = _ssync_callback(trainer)
+        config = SSyncConfig() if named is None else named.config
+        return {name: self.settings.get(name, getattr(config, name)) for name in _DRAWN}
 
     def _remove(self) -> None:
         capture, self._capture, self._adapter = self._capture, None, None
@@ -204,6 +212,10 @@ class SSyncPictures(L.Callback):
                 log_image(key="pictures/slots", images=[sheet], step=trainer.global_step)
             elif callable(add_image):
                 add_image("pictures/slots", sheet, trainer.global_step, dataformats="HWC")
+
+
+def _ssync_callback(trainer: L.Trainer) -> SSyncCallback | None:
+    return next((c for c in trainer.callbacks if isinstance(c, SSyncCallback)), None)  # type: ignore[attr-defined]
 
 
 class _Clips:

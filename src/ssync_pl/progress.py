@@ -16,7 +16,7 @@ _SHORT = {"train/loss": "loss", "ssync/boundary_loss": "boundary", "ssync/interi
 
 
 class _ShowsLoss(ProgressBar):
-    """Adds the loss that the training step returned, which Lightning 2 leaves out unless the host logs it."""
+    """Adds the loss of the last step (divided by accumulated batches), which Lightning 2 leaves out of its bar."""
 
     _last_loss: Any = None
 
@@ -56,4 +56,6 @@ def progress_bar() -> ProgressBar:
         >>> isinstance(progress_bar(), ProgressBar)
         True
     """
-    return _RichBar() if importlib.util.find_spec("rich") is not None else _TQDMBar()
+    # Each refresh reads numbers off the device, so not in every step.
+    rich = importlib.util.find_spec("rich") is not None
+    return _RichBar(refresh_rate=10) if rich else _TQDMBar(refresh_rate=10)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import Tensor
 
 from ssync_pl.config import SSyncConfig
-from ssync_pl.engine import SSyncEngine, heed
-from ssync_pl.errors import SSyncError
+from ssync_pl.engine import SSyncEngine, check_first, heed
+from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.maps import SSyncMaps
 
 __all__ = ["SSyncRegularizer"]
@@ -46,9 +46,14 @@ class SSyncRegularizer:
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(ssync, SSyncConfig):
+            known = [field.name for field in fields(SSyncConfig)]
+            unknown = sorted(set(ssync or {}) - set(known))
+            if unknown:
+                raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
             ssync = SSyncConfig(**(ssync or {}))
         self.ssync_config = ssync
         self._ssync_engine = SSyncEngine(ssync)
+        self._ssync_checked = False
         save: Callable[..., None] = self.save_hyperparameters  # type: ignore[attr-defined]
         save({"ssync": asdict(ssync)})
 
@@ -57,13 +62,16 @@ class SSyncRegularizer:
 
         Args:
             loss: 0-dim loss of the host.
-            maps: The maps of this step, or a function that makes them and is not called while SSync is off.
+            maps: The maps of this step, or a function that makes them; while SSync is off it is called
+                in the first step only, to check them.
 
         Returns:
             The loss to train on; the given one during the warm-up and outside of training.
 
         Raises:
             SSyncError: The module is in no Trainer.
+            HostError: In the first step: a map carries no gradient.
+            ShapeError: In the first step: a map holds NaN, or probabilities do not sum to 1.
 
         Example:
             >>> import lightning.pytorch as L
@@ -84,6 +92,11 @@ use ssync_loss(maps).
             return loss
         if self._ssync_engine.schedule is None:
             self._ssync_engine.start_in(trainer)
+        if not self._ssync_checked:
+            # Also during the warm-up: maps that cannot be used are refused in the first step.
+            maps = maps if isinstance(maps, SSyncMaps) else maps()
+            check_first(maps, type(self).__name__, self.ssync_config)
+            self._ssync_checked = True
         total, verdict = self._ssync_engine.apply(loss, maps, trainer.global_step, self._log_ssync)
         heed(verdict, trainer)
         return total
@@ -97,6 +110,7 @@ use ssync_loss(maps).
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit":
             self._ssync_engine = SSyncEngine(self.ssync_config)
+            self._ssync_checked = False
 
     def on_fit_start(self) -> None:
         """Forget the length of an earlier training, so that the warm-up follows this one."""

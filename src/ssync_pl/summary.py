@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from ssync_pl.baselines import cached_baselines, format_table, score_baselines
+from ssync_pl.baselines import BASELINES_VERSION, cached_baselines, format_table, score_baselines
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.patterns import expand_shards, is_remote
 from ssync_pl.errors import ConfigError
@@ -65,6 +65,7 @@ class ValidationSummary(L.Callback):
         self.num_slots = num_slots
         self.rows: dict[str, dict[str, float]] = {}
         self._sanity_steps: int | float | None = None
+        self._step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the sanity check run over the whole validation set where the untrained row is wanted."""
@@ -82,11 +83,23 @@ class ValidationSummary(L.Callback):
             return
         if scores:
             self.rows["this run"] = scores
+            self._step = trainer.global_step
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give Lightning its sanity check back."""
+        self._restore_sanity_check(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give Lightning its sanity check back."""
+        self._restore_sanity_check(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give Lightning its sanity check back, which a resumed run skips."""
+        self._restore_sanity_check(trainer)
+
+    def _restore_sanity_check(self, trainer: L.Trainer) -> None:
         if self._sanity_steps is not None:
             trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
@@ -95,6 +108,7 @@ class ValidationSummary(L.Callback):
         scores = _scores(trainer.callback_metrics, "test/")
         if scores:
             self.rows["this run"] = scores
+            self._step = trainer.global_step
         self._report(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,8 +124,8 @@ class ValidationSummary(L.Callback):
             return
         if "this run" not in self.rows:
             rank_zero_info(
-                "No summary: no validation ran. Validate at the end of the training: give the Trainer max_epochs, or a "
-                "val_check_interval that fits max_steps."
+                "No summary: no validation ran in this training. Lower check_val_every_n_epoch (now "
+                f"{trainer.check_val_every_n_epoch}) or val_check_interval, so that one falls on its end."
             )
             return
         if self.baselines:
@@ -123,7 +137,7 @@ class ValidationSummary(L.Callback):
         sys.stdout.write("\n".join(lines))
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            content = {"step": trainer.global_step, "rows": _finite(rows), **places}
+            content = {"step": self._step, "rows": _finite(rows), **places}
             text = json.dumps(content, indent=2, allow_nan=False)
             write_bytes(Path(log_dir) / "summary.json", f"{text}\n".encode())
 
@@ -135,14 +149,19 @@ class ValidationSummary(L.Callback):
         data = getattr(trainer, "datamodule", None)
         split = "test" if trainer.state.fn == "test" else "validation"
         limit = limits[0] if limits and math.isfinite(limits[0]) else None
+        if limit is not None and limit >= _length(loaders):
+            limit = None  # the whole set, however many batches that is
         has_background = bool(getattr(data, "has_background", True))
+        overlaps = bool(getattr(data, "ignore_overlaps", False))
 
         def compute() -> dict[str, dict[str, float]]:
             if trainer.world_size > 1:
                 raise ConfigError("Expected a run of one process, because each of several sees a part of the videos.")
             with isolate_rng():
                 owner = pl_module if data is None else data
-                return score_baselines(_batches(loaders, limit, owner), num_slots, has_background)
+                return score_baselines(
+                    _batches(loaders, limit, owner), num_slots, has_background, ignore_overlaps=overlaps
+                )
 
         try:
             path, identity = _cache(data, split)
@@ -150,7 +169,9 @@ class ValidationSummary(L.Callback):
                 scores = compute()
             else:
                 key = {**identity, "split": split, "num_slots": num_slots, "has_background": has_background}
-                scores = cached_baselines(path, {**key, "batches": limit}, compute)
+                if limit is not None:
+                    key.update(batches=limit, batch_size=getattr(data, "val_batch_size", None))
+                scores = cached_baselines(path, {**key, "ignore_overlaps": overlaps}, compute)
         except Exception as error:  # a finished training must not fail for want of a comparison
             rank_zero_warn(f"No baselines in the summary: {error}")
             return
@@ -183,11 +204,21 @@ def _places(trainer: L.Trainer) -> dict[str, str]:
     return places
 
 
-def _batches(loaders: Any, limit: int | None, owner: Any) -> Iterator[Mapping[str, Any]]:
+def _first(loaders: Any) -> Any:
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-    for batch in islice(loader, limit):
+    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+
+
+def _length(loaders: Any) -> float:
+    try:
+        return len(_first(loaders))
+    except TypeError:  # streams of unknown length
+        return math.inf
+
+
+def _batches(loaders: Any, limit: int | None, owner: Any) -> Iterator[Mapping[str, Any]]:
+    for batch in islice(_first(loaders), limit):
         # these hooks turn what workers give into what hosts see
         batch = owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)
         if not isinstance(batch, Mapping):
@@ -202,7 +233,8 @@ def _cache(data: Any, split: str) -> tuple[Path | None, dict[str, Any]]:
         return None, {}
     transform = data.transform
     identity = {
-        "shards": [[Path(shard).name, Path(shard).stat().st_size] for shard in shards],
+        "version": BASELINES_VERSION,
+        "shards": [_fingerprint(Path(shard)) for shard in shards],
         "image_size": transform.image_size,
         "resize_mode": transform.resize_mode,
         "crop": transform.crop,
@@ -211,3 +243,9 @@ def _cache(data: Any, split: str) -> tuple[Path | None, dict[str, Any]]:
         "mask_format": data.mask_format,
     }
     return Path(shards[0]).parent / "baselines.json", identity
+
+
+def _fingerprint(shard: Path) -> list[Any]:
+    # Uncompressed shards of other content can have the same name and size.
+    facts = shard.stat()
+    return [shard.name, facts.st_size, facts.st_mtime_ns]

@@ -201,3 +201,7 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         )
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        if "more than one stateful callback" not in str(error):
+            raise
+        raise ConfigError(f"{error} The callback is in the configuration already: leave one of them out.") from error

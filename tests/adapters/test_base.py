@@ -142,7 +142,10 @@ def test_grid_errors(patches: int, options: dict[str, Any], message: str) -> Non
         ({"video": torch.zeros(1, 2, 8, 12, 3)}, (8, 12)),
         ({"video": torch.zeros(1, 2, 3, 8, 4)}, (8, 4)),
         ({"video": [1, 2]}, None),
-        ([torch.zeros(1, 3, 8, 12)], None),
+        ([torch.zeros(1, 3, 8, 12)], (8, 12)),
+        ({"frames": torch.zeros(1, 2, 3, 8, 12), "label": torch.zeros(4)}, (8, 12)),
+        (torch.zeros(1, 2, 3, 8, 12), (8, 12)),
+        ([torch.zeros(2, 7, 8, 12)], None),
         (None, None),
     ],
 )

@@ -186,3 +186,21 @@ def cases(draw: st.DrawFn, most_slots: int = 24) -> Case:
         iou = case.reference().slot_iou
         case.options["merge_threshold"] = off_threshold(iou, case.options["merge_threshold"])
     return case
+
+
+def tensors(seed=0, shape=(2, 3, 4, 12), dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    pair = [(torch.randn(shape, generator=generator) * 128).round() / 64 for _ in range(2)]
+    return [x.to(dtype).requires_grad_(grad) for x in pair]
+
+
+def run(d, a, grid=(3, 4), *, slot_valid=None, patch_valid=None, frame_index=None, **options):
+    maps = SSyncMaps(
+        attention_logits=d,
+        mask_logits=a,
+        grid=grid,
+        slot_valid=slot_valid,
+        patch_valid=patch_valid,
+        frame_index=frame_index,
+    )
+    return ssync_loss(maps, **options)

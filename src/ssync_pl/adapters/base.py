@@ -313,7 +313,8 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
     """Height and width of the frames of a batch, where it says so.
 
     Args:
-        batch: A dict with ``video`` or ``image`` as ``(..., 3, H, W)`` or ``(..., H, W, 3)``, or anything else.
+        batch: A mapping (``video`` and ``image`` are looked at first), a sequence or a tensor. Frames are tensors of
+            4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``.
 
     Returns:
         ``(H, W)`` in pixels, or None.
@@ -323,13 +324,20 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
         (84, 112)
     """
     if isinstance(batch, Mapping):
-        for key in ("video", "image"):
-            value = batch.get(key)
-            if isinstance(value, Tensor) and value.ndim >= 4:
-                channels = (1, 3, 4)
-                last = value.shape[-1] in channels and value.shape[-3] not in channels
-                rows, columns = value.shape[-3:-1] if last else value.shape[-2:]
-                return int(rows), int(columns)
+        first = [batch[key] for key in ("video", "image") if key in batch]
+        values = [*first, *batch.values()]
+    elif isinstance(batch, (list, tuple)):
+        values = list(batch)
+    else:
+        values = [batch]
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim not in (4, 5):
+            continue
+        colours = (1, 3, 4)
+        if value.shape[-3] in colours:
+            return int(value.shape[-2]), int(value.shape[-1])
+        if value.shape[-1] in colours:
+            return int(value.shape[-3]), int(value.shape[-2])
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters.base import HostAdapter, frame_size, resolve_grid, stack_frames
 from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.errors import HostError, ShapeError
+from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.maps import SSyncMaps
 
 __all__ = ["MapKind", "PathAdapter"]
@@ -32,6 +32,9 @@ class PathAdapter(HostAdapter):
         masks_kind: The same for the decoder's map.
         grid: ``(H, W)`` patches; None reads it off the maps or the size of the batch's frames, or takes a square.
 
+    Raises:
+        ConfigError: A kind is unknown, or ``grid`` is not two numbers.
+
     Example:
         >>> adapter = PathAdapter("corrector:logits", "decoder", attention_kind="logits", grid=(6, 8))
         >>> adapter.name
@@ -48,6 +51,11 @@ class PathAdapter(HostAdapter):
         masks_kind: MapKind = "probs",
         grid: tuple[int, int] | None = None,
     ) -> None:
+        for name, kind in (("attention_kind", attention_kind), ("masks_kind", masks_kind)):
+            if kind not in ("logits", "probs"):
+                raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
+        if grid is not None and (not isinstance(grid, (list, tuple)) or len(grid) != 2):
+            raise ConfigError(f"Expected argument `grid` to be (H, W), but got {grid!r}.")
         self.attention = attention
         self.masks = masks
         self.attention_kind = attention_kind

@@ -29,6 +29,14 @@ _logger = logging.getLogger(__name__)
 
 Loader = DataLoader[dict[str, Any]]
 
+# Sets that a stage, or a verb of the Trainer, reads
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
 
 class ShardDataModule(L.LightningDataModule):
     """Videos from tar shards of the field (MOVi, YT-VIS, …), local or remote, read unchanged.
@@ -65,6 +73,8 @@ class ShardDataModule(L.LightningDataModule):
         mask_format: How masks are stored: `ids` (F, h, w, 1) with 0 = background, `channels` (F, h, w, N) with one
             channel an object. `auto` looks: more than one channel anywhere means `channels`; remote sets are taken as
             `ids` when `has_background`, else as `channels`.
+        ignore_overlaps: Leave pixels with several true masks out of the scores, for hosts that ask. `None` does so for
+            sets whose objects have channels of their own, which may overlap (YT-VIS, COCO).
         max_objects: Object channels of `segmentations`, without the background. `None` counts them, reading every mask
             once (remote sets: the most of each batch). MOVi-C has 10, MOVi-E 23, YT-VIS takes 25.
         num_workers: Worker processes a loader.
@@ -115,6 +125,7 @@ class ShardDataModule(L.LightningDataModule):
         masks_in_training: bool = False,
         has_background: bool = True,
         mask_format: Literal["auto", "ids", "channels"] = "auto",
+        ignore_overlaps: bool | None = None,
         max_objects: int | None = None,
         num_workers: int = 2,
         prefetch_factor: int | None = None,
@@ -178,13 +189,17 @@ class ShardDataModule(L.LightningDataModule):
         )
         with_masks = replace(evaluation, masks=True)
         self._rules = {"train": training, "validation": with_masks, "test": with_masks, "predict": evaluation}
+        channels = mask_format == "channels" or not has_background
+        self.ignore_overlaps = channels if ignore_overlaps is None else ignore_overlaps
         self._local: dict[str, ShardDataset] = {}
         self._remote: dict[str, tuple[list[str], list[ShardEntry] | None]] = {}
 
     def prepare_data(self) -> None:
-        """Check the patterns and write missing `index.json` files, once a machine."""
+        """Check the patterns of the stage and write missing `index.json` files, once a machine."""
+        verb = None if self.trainer is None else self.trainer.state.fn
+        wanted = _SPLITS.get(verb, tuple(self.patterns)) if isinstance(verb, str) else tuple(self.patterns)
         for split, pattern in self.patterns.items():
-            if pattern is not None:
+            if pattern is not None and split in wanted:
                 shards = expand_shards(pattern, split)
                 if not is_remote(shards[0]):
                     load_shards(shards)
@@ -201,7 +216,7 @@ class ShardDataModule(L.LightningDataModule):
         if stage is None:
             wanted: tuple[str, ...] = tuple(self.patterns)
         else:
-            wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+            wanted = _SPLITS.get(stage, (stage,))
         if stage is not None and self.patterns[wanted[0]] is None:
             raise ConfigError(
                 f"Expected argument `{wanted[0]}` to name shards for the stage {stage!r}, but got None. Set it."
@@ -301,6 +316,11 @@ class ShardDataModule(L.LightningDataModule):
             limit = rules.max_objects
             if limit is None:
                 limit = max(most(partial(dataset.count_objects, mask_format=found)), 1)
+            if found == "ids" and limit > 255:
+                raise ShardError(
+                    f"Expected object ids of 255 at most in the masks of `{split}`, but the largest is {limit}: ids "
+                    "leave the workers as uint8. Renumber them from 1 in each video."
+                )
             dataset.rules = replace(rules, mask_format=found, max_objects=limit)
         return dataset
 

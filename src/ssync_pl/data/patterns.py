@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, MissingShardError
 
 __all__ = ["expand_braces", "expand_shards", "is_remote", "shard_name"]
 
@@ -35,7 +35,7 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
     Raises:
         ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
             is a `pipe:` command or another scheme that cannot be read.
-        FileNotFoundError: A named shard does not exist.
+        MissingShardError: A named shard does not exist.
 
     Example:
         >>> expand_shards("https://host/movi_c-train-{000000..000002}.tar")[-1]
@@ -154,7 +154,7 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
             f"example `{os.path.join(shard, 'train-*.tar')}`."
         )
     if not glob.has_magic(shard):
-        raise FileNotFoundError(
+        raise MissingShardError(
             f"Expected argument `{argument}` to name shards that exist, but {shard!r} (from {pattern!r}) does not. "
             "Check the path and the range of numbers."
         )

@@ -170,7 +170,11 @@ def mask_channels(member: str, data: bytes | memoryview, where: str = "") -> int
     if extension not in ("npy", "npy.gz"):
         return 1
     header = (read_npy_header if extension == "npy" else read_gz_npy_header)(data, member, where)
-    return header.shape[-1] if len(header.shape) >= 3 else 1
+    shape = header.shape
+    if len(shape) == 3 and shape[0] < shape[-1]:
+        # Fewer rows than columns of numbers: frames of ids (F, h, w), not the channels (h, w, N) of an image.
+        return 1
+    return shape[-1] if len(shape) >= 3 else 1
 
 
 def count_objects(member: str, data: bytes | memoryview, mask_format: MaskFormat, where: str = "") -> int:

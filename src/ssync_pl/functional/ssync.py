@@ -26,7 +26,7 @@ from ssync_pl.functional.regions import (
 )
 from ssync_pl.maps import SSyncMaps
 
-__all__ = ["SSyncOutput", "check_options", "ssync_loss"]
+__all__ = ["SSyncOutput", "check_options", "mean_over_ranks", "ssync_loss"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,17 +328,29 @@ def _direction(
         else:
             entries = (selected.sum((1, 2)) * student.slot_valid.sum(1)).sum().to(probs.dtype)
     if sync_counts:
-        entries = _mean_over_ranks(entries)
+        # Gradients are averaged over ranks afterwards, hence the mean and not the sum.
+        entries = mean_over_ranks(entries)
     return selected_mean(per_patch, selected, entries)
 
 
-def _mean_over_ranks(entries: Tensor) -> Tensor:
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average a tensor over the processes of a distributed training; alone, it is returned as it is.
+
+    Args:
+        value: Any shape, the same on every rank. No gradient flows through the average.
+
+    Returns:
+        The mean, on the tensor's device.
+
+    Example:
+        >>> mean_over_ranks(torch.tensor(2.0))
+        tensor(2.)
+    """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return entries
-    total = entries.clone()
+        return value
+    total = value.clone()
     dist.all_reduce(total)
-    # Gradients are averaged over ranks afterwards, hence the mean and not the sum.
     return total / dist.get_world_size()
 
 

@@ -95,7 +95,8 @@ def count_used_slots(masks: Tensor, valid: Tensor) -> Tensor:
         >>> count_used_slots(masks, torch.ones(1, 1, dtype=torch.bool)).item()
         2.0
     """
-    labels = masks.argmax(dim=2, keepdim=True)
+    # max(dim) is many times faster than argmax over a middle axis
+    labels = masks.max(dim=2, keepdim=True).indices
     wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, labels, True)
     wins = wins & valid[:, :, None, None, None]
     return rearrange(wins, "b t s h w -> b s (t h w)").any(dim=-1).sum(dim=-1).float()
@@ -109,6 +110,7 @@ class SlotEvaluation(nn.Module):
     Args:
         prefix: put before every name, for example `"val/"`.
         has_background: channel 0 of `segmentations` is the background.
+        ignore_overlaps: leave out pixels with several true masks instead of refusing them.
 
     Example:
         >>> evaluation = SlotEvaluation()
@@ -120,11 +122,12 @@ class SlotEvaluation(nn.Module):
         (1.0, True)
     """
 
-    def __init__(self, prefix: str = "val/", has_background: bool = True) -> None:
+    def __init__(self, prefix: str = "val/", has_background: bool = True, ignore_overlaps: bool = False) -> None:
         super().__init__()
         self.prefix = prefix
         self.has_background = has_background
-        self.metrics = SegmentationMetrics(prefix=prefix, has_background=has_background)
+        self.ignore_overlaps = ignore_overlaps
+        self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps)
         self.used_slots = MeanMetric()
         self.loss = MeanMetric()
 
@@ -155,7 +158,7 @@ class SlotEvaluation(nn.Module):
             )
         valid = frame_validity(batch)
         # Upsampled once here instead of once in each metric.
-        labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).argmax(dim=2)
+        labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices
         self.metrics.update(labels, truth, valid)
         real = valid.any(dim=1).float()
         self.used_slots.update(count_used_slots(masks, valid), real)

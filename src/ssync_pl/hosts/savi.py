@@ -51,7 +51,8 @@ class SAVi(L.LightningModule):
 
     The defaults are SAVi-small for frames of 64x64. Clip gradients in the Trainer: `gradient_clip_val=0.05` as in the
     paper. A frame is compared with the reconstruction at the decoder's size, `decoder_broadcast * prod(strides)`,
-    after resizing by area. An image is a clip of one frame.
+    after resizing by area. An image is a clip of one frame. Blocks of the predictor and the corrector's residual MLP
+    normalise their input (pre-norm), as in later work; the paper's predictor normalises its output.
 
     Args:
         num_slots: number S of slots.
@@ -244,7 +245,7 @@ class SAVi(L.LightningModule):
         return loss
 
     def setup(self, stage: str) -> None:
-        """Ask the data module whether its masks have a background channel.
+        """Ask the data module whether its masks have a background channel and may overlap.
 
         Args:
             stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
@@ -254,8 +255,10 @@ class SAVi(L.LightningModule):
         prefix = "test/" if stage == "test" else "val/"
         if has_background is None:
             has_background = self.evaluation.has_background
-        if (prefix, has_background) != (self.evaluation.prefix, self.evaluation.has_background):
-            self.evaluation = SlotEvaluation(prefix, bool(has_background)).to(self.device)
+        wanted = (prefix, bool(has_background), bool(getattr(data, "ignore_overlaps", False)))
+        now = self.evaluation
+        if wanted != (now.prefix, now.has_background, now.ignore_overlaps):
+            self.evaluation = SlotEvaluation(*wanted).to(self.device)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch to the metrics.
@@ -269,8 +272,8 @@ class SAVi(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics under `val/` and start afresh."""
-        # Every rank computes the same reduced value, so no further synchronisation is due.
-        self.log_dict(self.evaluation.compute())
+        # Every rank computes the same reduced value; sync_dist only keeps Lightning from warning that it might not.
+        self.log_dict(self.evaluation.compute(), sync_dist=True)
         self.evaluation.reset()
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -299,7 +302,7 @@ class SAVi(L.LightningModule):
         out: SAViOutput = self(batch["video"], self._conditioning(batch))
         height, width = batch["video"].shape[-2:]
         masks = resize_masks(out.mask_logits.softmax(dim=2), (height, width))
-        return {"labels": masks.argmax(dim=2), "masks": masks}
+        return {"labels": masks.max(dim=2).indices, "masks": masks}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam with warm-up and decay over the Trainer's steps.
