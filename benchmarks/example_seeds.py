@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import ssync_pl
+
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"with": [], "without": ["--config", str(ROOT / "examples" / "without_ssync.yaml")]}
 SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo", "used_slots")
@@ -29,7 +34,7 @@ SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari"
 def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
     """Train one arm with one seed, unless its summary is there already."""
     folder = options.runs / arm / f"seed_{seed}"
-    if (folder / "summary.json").exists():
+    if is_finished(folder, arm, options):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ssync_pl", "fit", "--config", str(options.config), *ARMS[arm]]
@@ -40,23 +45,38 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
     started = time.perf_counter()
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.0f}\n", encoding="utf-8")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+    facts = {"wall_seconds": round(time.perf_counter() - started), "device": device, "torch": torch.__version__}
+    text = json.dumps({"recipe": recipe_of(arm, options), **facts, "date": date.today().isoformat()})
+    (folder / "recipe.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def is_finished(folder: Path, arm: str, options: argparse.Namespace) -> bool:
+    """Whether a run is there already; one of another configuration stops the call."""
+    if not (folder / "recipe.json").exists():
+        return False
+    kept = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    if kept["recipe"] != recipe_of(arm, options):
+        raise SystemExit(f"{folder} holds a run of another configuration. Pass another --runs, or remove it.")
+    return True
+
+
+def recipe_of(arm: str, options: argparse.Namespace) -> str:
+    """Hash everything that decides a run but its seed, so that one table never mixes two configurations."""
+    files = [options.config, *(Path(word) for word in ARMS[arm] if word.endswith(".yaml"))]
+    content = [path.read_text(encoding="utf-8") for path in files]
+    return hashlib.sha256(json.dumps([ssync_pl.__version__, content, options.extra]).encode()).hexdigest()[:12]
 
 
 def row(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     """Read one run's summary."""
-    import torch
-
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    seconds = folder / "seconds.txt"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     out: dict[str, Any] = {"arm": arm, "seed": seed, "step": summary["step"]}
     for name, scores in summary["rows"].items():
         prefix = "" if name == "this run" else name.replace(" ", "_") + "_"
         out.update({prefix + score: scores[score] for score in SCORES if scores.get(score) is not None})
-    out["wall_seconds"] = seconds.read_text(encoding="utf-8").strip() if seconds.exists() else ""
-    return {**out, "device": device, "torch": torch.__version__, "date": date.today().isoformat()}
+    return {**out, **json.loads((folder / "recipe.json").read_text(encoding="utf-8"))}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -93,6 +113,8 @@ def main(args: list[str] | None = None) -> None:
     options, options.extra = parser.parse_known_args(args)
 
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
+    for arm, seed in jobs:  # refuse before anything is trained
+        is_finished(options.runs / arm / f"seed_{seed}", arm, options)
     with ThreadPoolExecutor(options.processes) as pool:
         folders = list(pool.map(lambda job: run(*job, options), jobs))
     rows = [row(arm, seed, folder) for (arm, seed), folder in zip(jobs, folders, strict=True)]

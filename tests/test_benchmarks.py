@@ -1,0 +1,70 @@
+"""Benchmarks run, and what README prints is what their result files hold."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = [
+    "--data.init_args.num_train=8",
+    "--data.init_args.num_validation=2",
+    "--trainer.max_epochs=2",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.accelerator=cpu",
+]
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("example_seeds", ROOT / "benchmarks" / "example_seeds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_prints_the_committed_results():
+    with open(ROOT / "benchmarks" / "results" / "savi_synthetic.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    for arm, start in (("with", "| with SSync |"), ("without", "| without |")):
+        (line,) = [text for text in lines if text.startswith(start)]
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for cell, key in zip(cells, ("video_fg_ari", "video_ari", "video_mbo"), strict=False):
+            values = [float(row[key]) for row in rows if row["arm"] == arm]
+            assert len(values) >= 3
+            assert cell == f"{statistics.median(values):.3f} ({min(values):.3f} – {max(values):.3f})"
+
+
+def test_runs_of_another_configuration_are_refused(tmp_path):
+    module = _load()
+    folder = tmp_path / "runs" / "with" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text('{"recipe": "another"}', encoding="utf-8")
+    with pytest.raises(SystemExit, match="another configuration"):
+        module.main(["--seeds", "1", "--runs", str(tmp_path / "runs"), "--processes", "1"])
+
+
+@pytest.mark.slow
+def test_both_arms_run_and_a_second_call_keeps_them(tmp_path, capsys):
+    words = [
+        "--seeds",
+        "1",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "r.csv"),
+    ]
+    _load().main([*words, *SHORT])
+    first = capsys.readouterr().out
+    assert "| with SSync" in first
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    assert len(times) == 2
+    _load().main([*words, *SHORT])
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == times
