@@ -193,7 +193,7 @@ def test_logs_inside_lightning(scene, tmp_path):
 def _rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=10)
     )
     try:
         # Uneven on purpose: rank 0 has one video, rank 1 two.
