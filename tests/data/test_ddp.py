@@ -80,7 +80,7 @@ def test_two_processes_share_the_data_exactly(make_shards, tmp_path):
     }
     environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -63,7 +63,7 @@ def test_a_fork_reads_with_inherited_maps(opened):
     queue = context.Queue()
     process = context.Process(target=_first_byte, args=(reader, paths[0], shards[0], queue))
     process.start()
-    assert queue.get(timeout=20) == here
+    assert queue.get(timeout=120) == here
     process.join()
     reader.close()
 

@@ -218,7 +218,7 @@ def test_a_script_without_main_guard_still_gets_its_data(tmp_path: Path) -> None
         "config = SceneConfig(name='tiny', resolution=16, frames=2, antialias=1)\n"
         f"generate({str(tmp_path / 'data')!r}, config, splits={{'train': 3}}, num_workers=2, progress=False)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=True)
     assert "num_workers=0" in done.stderr
     names = [path.name for path in (tmp_path / "data").iterdir()]
     assert names == [dataset_folder("x", TINY, {"train": 3}).name]
