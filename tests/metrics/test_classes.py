@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from metric_workers import rank_main, second_rank
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
@@ -190,36 +189,14 @@ def test_logs_inside_lightning(scene, tmp_path):
     assert len(results) == 8
 
 
-def _rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=10)
-    )
-    try:
-        # Uneven on purpose: rank 0 has one video, rank 1 two.
-        share = slice(0, 1) if rank == 0 else slice(1, 3)
-        results = {}
-        for name, metric in {"all": SegmentationMetrics(), "single": ImageMIoU(ignore_background=True)}.items():
-            metric.update(pred[share], true[share])
-            value = metric.compute()
-            results[name] = value if isinstance(value, dict) else {"value": value}
-        torch.save(results, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def _second_rank(_: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
-    _rank_main(1, folder, pred, true)
-
-
 def test_two_ranks_equal_one_process(scene, tmp_path: Path):
     pred, true = scene
     truth = labels_to_masks(true.int().argmax(dim=2), 4)
     # This process is rank 0: starting one more takes half as long as starting two.
-    child = mp.spawn(_second_rank, args=(str(tmp_path), pred, truth), nprocs=1, join=False)
+    child = mp.spawn(second_rank, args=(str(tmp_path), pred, truth), nprocs=1, join=False)
     threads = torch.get_num_threads()
     try:
-        _rank_main(0, str(tmp_path), pred, truth)
+        rank_main(0, str(tmp_path), pred, truth)
     finally:
         torch.set_num_threads(threads)
         while not child.join():
