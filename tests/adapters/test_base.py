@@ -209,7 +209,10 @@ def test_grids_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
 
 def test_verify_has_nothing_to_say_by_default() -> None:
     maps = SSyncMaps(attention_logits=torch.zeros(1, 1, 2, 4), mask_logits=torch.zeros(1, 1, 2, 4), grid=(2, 2))
-    _Marked().verify(Capture(), maps)
+    capture = Capture()
+    _Marked().verify(capture, maps)
+    assert capture.silent == []
+    assert not capture.is_open
 
 
 def test_a_grid_reaches_adapters_that_take_one_and_is_refused_elsewhere():
