@@ -106,6 +106,6 @@ def _dispatch(words: list[str], debug: bool) -> int:
 def _other_commands() -> dict[str, Callable[[list[str]], int]]:
     # Lightning takes seconds to import, and these commands do not need it.
     from ssync_pl.config_command import run_config
-    from ssync_pl.data_command import run_data
+    from ssync_pl.data_commands import run_data
 
     return {"data": run_data, "config": run_config}

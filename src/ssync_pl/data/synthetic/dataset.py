@@ -138,6 +138,7 @@ def generate(
     final = dataset_folder(root, config, splits, seed, samples_per_shard)
     if _is_complete(final, recipe):
         return final
+    _refuse_half_started_process(num_workers)
     # the random part lets processes of several machines share a disk
     scratch = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -232,6 +233,16 @@ def _fill(
                     }
                     writer.write(f"{i:06d}", members)
                     bar.update()
+
+
+def _refuse_half_started_process(num_workers: int | None) -> None:
+    # A spawned process that still imports a main script without main guard may not start others, and its parent kills
+    # it at any time: it must not make a folder that nobody removes.
+    if num_workers != 0 and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "Expected the main script to start processes only below `if __name__ == '__main__':`, but it does while a "
+            "worker imports it. Add the guard, or pass num_workers=0."
+        )
 
 
 def _worker_count(wanted: int | None, videos: int) -> int:

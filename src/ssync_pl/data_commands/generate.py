@@ -9,37 +9,21 @@ from typing import Any
 
 from ssync_pl.errors import ConfigError
 
-__all__ = ["run_data"]
+__all__ = ["add_parser"]
 
 
-def run_data(args: list[str]) -> int:
-    """Generate a data set and print where it is.
+def add_parser(commands: Any) -> None:
+    """Add `generate` to the commands of `ssync-pl data`.
 
     Args:
-        args: Words after `ssync-pl data`.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ConfigError: A setting is unknown or out of range.
+        commands: What `ArgumentParser.add_subparsers` returned.
 
     Example:
-        >>> import tempfile
-        >>> words = "generate --resolution 16 --frames 1 --train 1 --validation 1 --workers 0 --set antialias=1"
-        >>> run_data([*words.split(), "--out", tempfile.mkdtemp(prefix="ssync-doctest-")])  # doctest: +ELLIPSIS
-        folder:     ...
-        train:      ...-train-000000.tar (1 video)
-        validation: ...-validation-000000.tar (1 video)
-        0
+        >>> parser = argparse.ArgumentParser()
+        >>> add_parser(parser.add_subparsers())
+        >>> parser.parse_args(["generate", "--out", "data"]).train
+        440
     """
-    parser = argparse.ArgumentParser(prog="ssync-pl data", description="Data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands)
-    return _generate(parser.parse_args(args))
-
-
-def _add_generate(commands: Any) -> None:
     text = "Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."
     parser = commands.add_parser(
         "generate",
@@ -63,6 +47,7 @@ def _add_generate(commands: Any) -> None:
         dest="changes",
         help="change a setting of the preset, e.g. zoom=1.5; may be repeated",
     )
+    parser.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
