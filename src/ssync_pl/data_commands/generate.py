@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         description=text,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--preset", default="a", help="look of the scenes")
+    parser.add_argument("--preset", default="a", help="look of the scenes: a, a_zoom, c, e or cluttered")
     parser.add_argument("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
     parser.add_argument("--train", type=int, default=440, help="number of training videos")
     parser.add_argument("--validation", type=int, default=48, help="number of validation videos")

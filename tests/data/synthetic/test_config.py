@@ -20,6 +20,8 @@ def test_hash_is_the_same_in_another_process() -> None:
 
 
 def test_hash_ignores_the_spelling_of_equal_values() -> None:
+    lists: Any = {"thrown": [1, 3], "camera_shell": [7, 9], "camera_elevation": [20, 65]}
+    assert preset("e", **lists) == PRESETS["e"]
     spelled: Any = {"object_sizes": [1, 1.6], "zoom": 2, "fps": 12}
     assert SceneConfig(**spelled).content_hash() == SceneConfig(object_sizes=(1.0, 1.6), zoom=2.0).content_hash()
 
@@ -30,9 +32,23 @@ def test_hash_depends_on_every_field(field: str) -> None:
         "name": "b", "resolution": 64, "frames": 3, "fps": 6.0, "min_objects": 2, "max_objects": 4,
         "object_sizes": (1.0,), "zoom": 2.0, "antialias": 1, "textured": True, "camera_motion": "linear",
         "camera_travel": 2.0, "spawn_extent": 2.0, "spawn_height": (1.0, 2.0), "max_speed": 1.0,
+        "thrown": (1, 1), "resting_extent": 4.0, "clumping": 0.5, "camouflage": 0.5, "distractors": 2,
+        "camera_shell": (6.0, 9.0), "camera_elevation": (30.0, 40.0),
     }  # fmt: skip
-    base = SceneConfig(camera_motion="orbit", camera_travel=1.0)
+    textured = field in ("camouflage", "distractors")
+    base = SceneConfig(
+        camera_motion="orbit", camera_travel=1.0, thrown=(1, 2), camera_shell=(7.0, 9.0), textured=textured
+    )
     assert dataclasses.replace(base, **{field: other[field]}).content_hash() != base.content_hash()
+
+
+def test_hash_of_older_settings_stays() -> None:
+    # folders on users' disks are named after these
+    assert SceneConfig().content_hash().startswith("e8306a3abe34")
+    assert preset("a_zoom").content_hash().startswith("d66d2f701066")
+    assert preset("c").content_hash().startswith("5a4e3383bf99")
+    assert "thrown" not in SceneConfig().to_dict()
+    assert preset("e").to_dict()["thrown"] == [1, 3]
 
 
 def test_settings_survive_json() -> None:
@@ -61,6 +77,27 @@ def test_settings_survive_json() -> None:
         ({"camera_motion": "fly"}, "one of .*'orbit'.*but got 'fly'"),
         ({"camera_motion": "orbit"}, "`camera_travel`"),
         ({"camera_travel": 1.0}, "`camera_travel`"),
+        ({"thrown": 2}, r"`thrown` to be \(fewest, most\), or None, but got 2"),
+        ({"thrown": (1, 2, 3)}, "`thrown`"),
+        ({"thrown": (1, 2.5)}, "`thrown` to be a whole number"),
+        ({"thrown": (3, 1)}, "`thrown`"),
+        ({"thrown": (4, 5)}, "3 to 10 objects. Raise `max_objects`, or lower `thrown`"),
+        ({"thrown": (0, 8)}, "`thrown`"),
+        ({"thrown": (1, 1), "resting_extent": 0.0}, "`resting_extent` to be from 0.1 to 10"),
+        ({"thrown": (1, 1), "clumping": 1.5}, "`clumping`"),
+        ({"thrown": (0, 0), "min_objects": 9, "resting_extent": 0.5}, "Expected 9 objects.*floor there is too small"),
+        ({"clumping": 0.5}, "`clumping` to keep its default 0.0 without `thrown`, but got 0.5. Set `thrown` too"),
+        ({"resting_extent": 3.0}, "without `thrown`"),
+        ({"camouflage": 0.5}, "without `textured`"),
+        ({"distractors": 3}, "without `textured`"),
+        ({"textured": True, "camouflage": 2.0}, "`camouflage`"),
+        ({"textured": True, "distractors": 65}, "`distractors` to be a whole number from 0 to 64"),
+        ({"camera_shell": 7.0}, "`camera_shell` to be a list of numbers"),
+        ({"camera_shell": (7.0,)}, "`camera_shell`"),
+        ({"camera_shell": (9.0, 7.0)}, "`camera_shell`"),
+        ({"camera_shell": (7.0, 20.0)}, "`camera_shell`"),
+        ({"camera_elevation": (30.0, 40.0)}, "without `camera_shell`"),
+        ({"camera_shell": (7.0, 9.0), "camera_elevation": (0.0, 40.0)}, "`camera_elevation`.*degrees"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], match: str) -> None:

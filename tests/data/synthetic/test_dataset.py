@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssync_pl.cli import main
 from ssync_pl.data.index import read_index
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.data.synthetic import SceneConfig, dataset_folder, generate, render_scene, split_seed
+from ssync_pl.data.synthetic import PRESETS, SceneConfig, dataset_folder, generate, preset, render_scene, split_seed
 from ssync_pl.errors import ConfigError, ShardError
 
 TINY = SceneConfig(name="tiny", resolution=16, frames=2, antialias=1)
@@ -99,6 +100,36 @@ def test_folder_name_depends_on_everything() -> None:
     ]
     assert len({base, *others}) == 5
     assert len(base.name) == len("tiny-") + 12
+
+
+def test_folders_of_older_settings_keep_their_names() -> None:
+    names = [dataset_folder("x", preset(name)).name for name in ("a", "a_zoom", "c")]
+    assert names == ["a-49e915423d52", "a_zoom-15de0900be59", "c-559fddd9bad8"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_command_makes_every_preset(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "generate", "--preset", name, "--out", str(tmp_path), "--train", "1", "--validation", "0"]
+    assert main([*words, "--resolution", "16", "--frames", "2", "--workers", "0"]) == 0
+    assert f"{name}-train-000000.tar (1 video)" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    index = read_index(folder)
+    assert index is not None
+    assert SceneConfig(**index.recipe["config"]) == preset(name, resolution=16, frames=2)
+
+
+def test_the_command_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "generate", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    listed = text.split("look of the scenes: ")[1].split(" (default")[0]
+    assert listed.replace(" or ", ", ").split(", ") == list(PRESETS)
+
+
+def test_the_command_refuses_a_crowd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "generate", "--preset", "e", "--out", str(tmp_path / "new"), "--set", "resting_extent=1"]
+    assert main(words) == 2
+    assert "Raise `resting_extent`" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_order_of_splits_does_not_matter() -> None:

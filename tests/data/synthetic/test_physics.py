@@ -95,3 +95,42 @@ def test_crowded_scenes_stay_sane() -> None:
             for j in range(i):
                 gap = np.linalg.norm(path.position[:, i] - path.position[:, j], axis=-1)
                 assert (gap > 0.75 * (bodies.half[i] + bodies.half[j])).all()
+
+
+def _row(asleep: bool) -> Trajectory:
+    """A ball that rolls at a cube and a ball behind it, which touch nothing at first, and a ball far away."""
+    bodies = _bodies(SPHERE, CUBE, SPHERE, SPHERE)
+    position = np.array([[-2.0, 0.0, 0.5], [0.0, 0.0, 0.5], [1.1, 0.0, 0.5], [0.0, 4.0, 0.5]])
+    velocity = np.zeros((4, 3))
+    velocity[0, 0] = 6.0
+    mask = np.array([False, True, True, True]) if asleep else None
+    return simulate(bodies, position, np.stack([np.eye(3)] * 4), velocity, 24, 24.0, mask)
+
+
+def test_sleeping_bodies_hold_still_until_hit() -> None:
+    path = _row(asleep=True)
+    moving = (path.position != path.position[0]).any(-1)
+    hit, pushed = int(moving[:, 1].argmax()), int(moving[:, 2].argmax())
+    # a gap of one unit at a little under six units a second takes four frames
+    assert 4 <= hit <= 7
+    assert hit < pushed <= hit + 4
+    assert not moving[:, 3].any()
+    assert (path.rotation[:, 3] == np.eye(3)).all()
+    assert (path.spin[:hit, 1] == 0.0).all()
+    assert path.position[-1, 1, 0] > 0.2
+    assert path.position[-1, 2, 0] > 1.3
+
+
+def test_sleep_changes_little_but_the_trembling() -> None:
+    np.testing.assert_allclose(_row(asleep=True).position, _row(asleep=False).position, atol=0.02)
+
+
+def test_sleeping_bodies_take_their_share_of_a_hit() -> None:
+    bodies = _bodies(SPHERE, SPHERE, restitution=0.7)
+    position = np.array([[0.0, 0.0, 0.5], [0.0, 0.0, 2.0]])
+    speed = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    path = simulate(bodies, position, np.stack([np.eye(3)] * 2), speed, 24, 24.0, np.array([True, False]))
+    # the ball below may not be pushed through the floor, and the one above comes to rest on it or beside it
+    assert path.position[:, 0, 2].min() > 0.4
+    assert path.position[:, 1, 2].min() > 0.4
+    assert path.energy(bodies)[-1] < path.energy(bodies)[0]

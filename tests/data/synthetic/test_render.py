@@ -1,20 +1,39 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ssync_pl.data.synthetic import SceneConfig, preset, render_scene, render_video, sample_scene
+from ssync_pl.data.synthetic import PRESETS, SceneConfig, preset, render_scene, render_video, sample_scene
 from ssync_pl.data.synthetic.camera import look_at_origin
-from ssync_pl.data.synthetic.scene import COLOURS
+from ssync_pl.data.synthetic.physics import Bodies, Trajectory
+from ssync_pl.data.synthetic.render import _cast
+from ssync_pl.data.synthetic.scene import COLOURS, Scene
+from ssync_pl.data.synthetic.shading import Lights, paint_background
 from ssync_pl.data.synthetic.shapes import signed_distance
 from ssync_pl.errors import ConfigError
 
 SMALL = preset("a_zoom", resolution=32, frames=4)
 
 
-@pytest.mark.parametrize("name", ["a", "a_zoom", "c"])
+GOLDEN = Path(__file__).with_name("golden_renders.npz")
+"""`render_video(preset(name, resolution=24, frames=3), seed=11, index=2)` of every preset when it was added."""
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_look_as_they_always_did(name: str) -> None:
+    # other pixels need another GENERATOR_VERSION; sines and roots may differ by a bit between machines
+    clip = render_video(preset(name, resolution=24, frames=3), seed=11, index=2)
+    with np.load(GOLDEN, allow_pickle=False) as golden:
+        masks, video = golden[f"{name}.segmentations"], golden[f"{name}.video"].astype(int)
+    assert (clip["segmentations"] != masks).mean() < 0.005
+    assert (np.abs(clip["video"] - video) > 2).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_shapes_types_and_ids(name: str) -> None:
     clip = render_video(preset(name, resolution=24, frames=3), seed=1, index=2)
     assert clip["video"].shape == (3, 24, 24, 3)
@@ -109,6 +128,100 @@ def test_moving_camera_moves_and_keeps_masks_right(motion: str) -> None:
     assert _check_centres(config) > 40
     still = sample_scene(preset("a_zoom", resolution=32, frames=3), 0, 0)
     assert (still.path.position == sample_scene(config, 0, 0).path.position).all()
+
+
+@pytest.mark.parametrize("name", ["e", "cluttered"])
+def test_crowded_presets_keep_masks_right(name: str) -> None:
+    config = preset(name, resolution=48, frames=3)
+    assert _check_centres(config) > 60
+    for index in range(3):
+        arrays, facts = render_scene(config, 4, index)
+        seen = [item["id"] for item in facts["instances"] if sum(item["visible_pixels"])]
+        ids = arrays["segmentations"]
+        assert set(np.unique(ids)) - {0} == set(seen)
+        assert all((ids == number).sum() > 0 for number in seen)
+        assert len(facts["instances"]) <= config.max_objects == 23
+        assert len(facts["camera"]) == 3
+        assert (np.diff(np.array(facts["camera"]), axis=0) != 0.0).any()
+        assert 0.05 < (ids > 0).mean() < 0.9
+        again, same = render_scene(config, 4, index)
+        assert same == facts
+        assert (again["video"] == arrays["video"]).all()
+
+
+def test_cluttered_hides_more_than_e() -> None:
+    shares = []
+    for name in ("e", "cluttered"):
+        lost, count = 0.0, 0
+        for index in range(8):
+            # one object alone shows what the others hide of it
+            scene = sample_scene(preset(name, frames=1), 0, index)
+            camera = look_at_origin(scene.camera[0], 1.0, 64, 1)
+            hits = _cast(scene, camera, 0)[1]
+            for k in range(len(scene.materials)):
+                alone = (_cast(_only(scene, k), camera, 0)[1] > 0).sum()
+                if alone > 8:
+                    lost += 1.0 - float((hits == k + 1).sum() / alone)
+                    count += 1
+        shares.append(lost / count)
+    assert shares[1] > 1.3 * shares[0]
+
+
+def _only(scene: Scene, k: int) -> Scene:
+    bodies = Bodies(*(getattr(scene.bodies, field.name)[k : k + 1] for field in dataclasses.fields(Bodies)))
+    path = Trajectory(*(getattr(scene.path, field.name)[:, k : k + 1] for field in dataclasses.fields(Trajectory)))
+    return dataclasses.replace(scene, bodies=bodies, path=path, materials=scene.materials[k : k + 1])
+
+
+def test_distractors_change_the_background_alone() -> None:
+    config = preset("cluttered", resolution=48, frames=2, camouflage=0.0)
+    changed = 0.0
+    for index in range(3):
+        painted = render_video(config, 0, index)
+        bare = render_video(dataclasses.replace(config, distractors=0), 0, index)
+        ids = painted["segmentations"]
+        assert (ids == bare["segmentations"]).all()
+        differs = (painted["video"] != bare["video"]).any(-1)
+        # pixels of an object whose rays all meet it look the same
+        inner = ids[..., 0] > 0
+        for axis in (1, 2):
+            inner &= (np.roll(ids, 1, axis)[..., 0] == ids[..., 0]) & (np.roll(ids, -1, axis)[..., 0] == ids[..., 0])
+        assert not differs[inner].any()
+        changed += float(differs[ids[..., 0] == 0].mean())
+    assert changed / 3 > 0.05
+
+
+def test_camouflage_draws_colours_towards_the_background() -> None:
+    gaps = []
+    for camouflage in (0.0, 1.0):
+        far = []
+        for index in range(10):
+            scene = sample_scene(preset("cluttered", frames=1, camouflage=camouflage), 0, index)
+            assert scene.floor is not None
+            assert scene.wall is not None
+            grounds = np.stack([scene.floor.palette, scene.wall.palette])
+            for material in scene.materials:
+                assert material.texture is not None
+                far.append(np.abs(grounds - material.texture.palette).max((1, 2)).min())
+        gaps.append(np.mean(far))
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+@pytest.mark.parametrize("name", ["e", "cluttered"])
+def test_crowded_presets_are_not_dark(name: str) -> None:
+    config = preset(name, resolution=24, frames=2, antialias=1)
+    means = [float(render_video(config, 0, index)["video"].mean()) for index in range(20)]
+    assert 90 < np.mean(means) < 150
+    assert min(means) > 60
+
+
+def test_a_covered_background_may_stay_unpainted() -> None:
+    scene = sample_scene(preset("cluttered", frames=1), 0, 0)
+    lights, camera = Lights(scene, 2), look_at_origin(scene.camera[0], 1.0, 16, 2)
+    covered = np.random.default_rng(0).random((16, 2, 16, 2)) < 0.5
+    full, part = paint_background(scene, camera, lights), paint_background(scene, camera, lights, covered)
+    np.testing.assert_allclose(part.ambient[:, ~covered], full.ambient[:, ~covered], atol=1e-6)
+    np.testing.assert_allclose(part.direct[:, ~covered], full.direct[:, ~covered], atol=1e-6)
 
 
 def test_plain_colours_show_inside_the_masks() -> None:

@@ -22,6 +22,19 @@ CAMERA_MOTIONS = ("static", "linear", "orbit")
 
 _MAX_OBJECTS = 64
 
+_DENSEST = math.pi / math.sqrt(12.0)  # share of the plane that equal discs can cover at most
+
+# Fields that came after the first data sets: left out of the hash at their defaults, so that those keep their folders.
+_LATER_FIELDS = (
+    "thrown",
+    "resting_extent",
+    "clumping",
+    "camouflage",
+    "distractors",
+    "camera_shell",
+    "camera_elevation",
+)
+
 
 @dataclass(frozen=True)
 class SceneConfig:
@@ -43,10 +56,21 @@ class SceneConfig:
         antialias: Rays along each side of a pixel, 1 to 4. Masks always come from the pixel's centre.
         textured: Procedural textures on objects, floor and a surrounding wall, instead of plain colours on grey.
         camera_motion: ``"static"``, ``"linear"`` (straight path) or ``"orbit"`` (circle about the vertical axis).
-        camera_travel: Length of the camera's path over the clip in world units; 0 for a static camera.
+        camera_travel: Length of the camera's path over the clip in world units; 0 for a static camera. With a
+            `camera_shell`, the longest path: each clip draws its own length, U(0, camera_travel).
         spawn_extent: Objects start with x and y in [-spawn_extent, spawn_extent], world units.
         spawn_height: Lowest and highest start of an object's centre above the floor, world units.
         max_speed: Starting velocity in x and y is U(-max_speed, max_speed) minus the position, world units a second.
+        thrown: Fewest and most objects that are thrown in, while all others rest on the floor until something hits
+            them; the number at rest is U(min_objects - fewest, max_objects - most). None: all are thrown.
+        resting_extent: Objects at rest have their centres within this distance of the origin, world units.
+        clumping: Chance that an object at rest stands right beside another one, 0 to 1.
+        camouflage: How far the colours of textured objects are drawn towards those of floor and wall at most, 0 to 1.
+        distractors: Flat patches on floor and wall that are painted like the objects and belong to the background, at
+            most 64.
+        camera_shell: Least and largest distance of the camera from the origin; it starts at a random place of that
+            shell, and a straight path stays in it. None: near (8, -6, 6), as in MOVi-A.
+        camera_elevation: Lowest and highest angle of the camera above the floor with a `camera_shell`, degrees.
 
     Raises:
         ConfigError: A value is out of range, or values contradict each other.
@@ -71,12 +95,25 @@ class SceneConfig:
     spawn_extent: float = 5.0
     spawn_height: tuple[float, float] = (1.0, 5.0)
     max_speed: float = 4.0
+    thrown: tuple[int, int] | None = None
+    resting_extent: float = 5.0
+    clumping: float = 0.0
+    camouflage: float = 0.0
+    distractors: int = 0
+    camera_shell: tuple[float, float] | None = None
+    camera_elevation: tuple[float, float] = (20.0, 65.0)
 
     def __post_init__(self) -> None:
         # YAML gives lists, and ints where floats are meant: one spelling only, or equal settings would hash apart
         object.__setattr__(self, "object_sizes", _floats("object_sizes", self.object_sizes))
         object.__setattr__(self, "spawn_height", _floats("spawn_height", self.spawn_height))
-        for field in ("fps", "zoom", "camera_travel", "spawn_extent", "max_speed"):
+        object.__setattr__(self, "camera_elevation", _floats("camera_elevation", self.camera_elevation))
+        if self.camera_shell is not None:
+            object.__setattr__(self, "camera_shell", _floats("camera_shell", self.camera_shell))
+        if isinstance(self.thrown, list):
+            object.__setattr__(self, "thrown", tuple(self.thrown))
+        numbers = ("fps", "zoom", "camera_travel", "spawn_extent", "max_speed")
+        for field in (*numbers, "resting_extent", "clumping", "camouflage"):
             object.__setattr__(self, field, _float(field, getattr(self, field)))
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise ConfigError(
@@ -118,19 +155,83 @@ class SceneConfig:
                 "Expected argument `camera_travel` to be 0 for a static camera and positive for a moving one, but got "
                 f"{self.camera_travel} with camera_motion={self.camera_motion!r}."
             )
+        self._check_resting()
+        self._check_looks()
+        self._check_shell()
+
+    def _check_resting(self) -> None:
+        _between("resting_extent", self.resting_extent, 0.1, 10.0)
+        _between("clumping", self.clumping, 0.0, 1.0)
+        if self.thrown is None:
+            self._refuse_without("thrown", "resting_extent", "clumping")
+            return
+        if not isinstance(self.thrown, tuple) or len(self.thrown) != 2:
+            raise ConfigError(f"Expected argument `thrown` to be (fewest, most), or None, but got {self.thrown!r}.")
+        for count in self.thrown:
+            _whole("thrown", count, 0, _MAX_OBJECTS)
+        low, high = self.thrown
+        fewest, most = self.min_objects - low, self.max_objects - high
+        if low > high or not 0 <= fewest <= most:
+            raise ConfigError(
+                "Expected argument `thrown` to be (fewest, most) so that U(min_objects - fewest, max_objects - most) "
+                f"objects can rest, but got {self.thrown} with {self.min_objects} to {self.max_objects} objects. "
+                "Raise `max_objects`, or lower `thrown`."
+            )
+        half = min(self.object_sizes) * 0.5
+        if fewest * half**2 > _DENSEST * (self.resting_extent + half) ** 2:
+            raise ConfigError(
+                f"Expected {fewest} objects of sizes {self.object_sizes} to fit beside each other within "
+                f"resting_extent={self.resting_extent:g}, but the floor there is too small. Raise `resting_extent`, or "
+                "lower `object_sizes` or `min_objects`."
+            )
+
+    def _check_looks(self) -> None:
+        _between("camouflage", self.camouflage, 0.0, 1.0)
+        _whole("distractors", self.distractors, 0, 64)
+        if not self.textured:
+            self._refuse_without("textured", "camouflage", "distractors")
+
+    def _check_shell(self) -> None:
+        shell, elevation = self.camera_shell, self.camera_elevation
+        if len(elevation) != 2 or not 5.0 <= elevation[0] <= elevation[1] <= 80.0:
+            raise ConfigError(
+                "Expected argument `camera_elevation` to be (low, high) with 5 <= low <= high <= 80 degrees, but got "
+                f"{elevation}."
+            )
+        if shell is None:
+            self._refuse_without("camera_shell", "camera_elevation")
+        elif len(shell) != 2 or not 3.0 <= shell[0] <= shell[1] <= 14.0:
+            raise ConfigError(
+                "Expected argument `camera_shell` to be (low, high) with 3 <= low <= high <= 14, or None, but got "
+                f"{shell}."
+            )
+
+    def _refuse_without(self, needed: str, *names: str) -> None:
+        """Refuse settings that would have no effect."""
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"Expected argument `{field.name}` to keep its default {field.default!r} without `{needed}`, but "
+                    f"got {getattr(self, field.name)!r}. Set `{needed}` too."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that JSON can carry.
 
         Returns:
-            One entry a field; tuples become lists.
+            One entry a field; tuples become lists. Fields that later versions added are left out at their defaults,
+            so that the hash of older settings stays.
 
         Example:
             >>> SceneConfig().to_dict()["object_sizes"]
             [0.7, 1.4]
         """
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _LATER_FIELDS or value != field.default:
+                values[field.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     def content_hash(self) -> str:
         """Return a hash of the settings and the generator's version.
@@ -208,10 +309,46 @@ PRESETS: dict[str, SceneConfig] = {
         spawn_height=(1.0, 3.0),
     ),
     "c": SceneConfig(name="c", textured=True),
+    "e": SceneConfig(
+        name="e",
+        min_objects=11,
+        max_objects=23,
+        object_sizes=(0.6, 0.9, 1.2, 1.6),
+        textured=True,
+        camera_motion="linear",
+        camera_travel=4.0,
+        spawn_extent=4.0,
+        thrown=(1, 3),
+        resting_extent=5.0,
+        camera_shell=(7.0, 9.0),
+    ),
+    "cluttered": SceneConfig(
+        name="cluttered",
+        min_objects=15,
+        max_objects=23,
+        object_sizes=(0.9, 1.2, 1.6),
+        textured=True,
+        camera_motion="orbit",
+        camera_travel=5.0,
+        spawn_extent=3.5,
+        spawn_height=(2.0, 5.0),
+        thrown=(2, 4),
+        resting_extent=4.5,
+        clumping=0.8,
+        camouflage=0.7,
+        distractors=16,
+        camera_shell=(8.0, 10.0),
+        camera_elevation=(18.0, 36.0),
+    ),
 }
 """Settings by name.
 
 ``a``: plain colours, grey floor, static camera (like MOVi-A). ``a_zoom``: the same at 64x64 with larger objects, a
 narrower view, lower starts and at most 7 objects (8 slots): objects fill 13 to 17 % of the pixels on average, so that
-small models learn in minutes. ``c``: textured objects, floor and wall.
+small models learn in minutes. ``c``: textured objects, floor and wall. ``e`` (like MOVi-E): as ``c``, but 10 to 20
+objects rest on the floor, 1 to 3 more are thrown among them, and the camera moves along a straight line of up to 4
+world units within a shell 7 to 9 from the origin. ``cluttered``: harder than ``e``: 13 to 19 objects stand in clumps
+and 2 to 4 fall on them, a low camera circles them, so that they hide each other, their colours are drawn towards the
+background's, and 16 flat patches that are painted like objects lie on floor and wall. In the last two the lamps stand
+at the same side of the camera wherever it starts, and up to 23 objects need 24 channels with the background.
 """

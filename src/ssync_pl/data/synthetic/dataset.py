@@ -12,9 +12,10 @@ import secrets
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ssync_pl.data.index import read_index
+from ssync_pl.data.processes import cpu_count, may_start_processes, one_thread_each
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.data.synthetic.config import GENERATOR_VERSION, SceneConfig
 from ssync_pl.data.synthetic.render import render_scene
+from ssync_pl.data.synthetic.scene import sample_scene
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["DEFAULT_SPLITS", "dataset_folder", "generate", "split_seed"]
@@ -33,7 +36,6 @@ DEFAULT_SPLITS: Mapping[str, int] = {"train": 440, "validation": 48}
 """Videos a split: enough for a small model to learn objects in minutes."""
 
 _VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 _Rendered = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
 _Job = tuple[SceneConfig, int, int]
@@ -138,7 +140,12 @@ def generate(
     final = dataset_folder(root, config, splits, seed, samples_per_shard)
     if _is_complete(final, recipe):
         return final
-    _refuse_half_started_process(num_workers)
+    if num_workers != 0:
+        # A half-started process is killed at any time: it must not make a folder that nobody removes.
+        may_start_processes()
+    # settings that never fit are refused before anything is written
+    for number in recipe["split_seeds"].values():
+        sample_scene(replace(config, frames=1), number, 0)
     # the random part lets processes of several machines share a disk
     scratch = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -235,24 +242,12 @@ def _fill(
                     bar.update()
 
 
-def _refuse_half_started_process(num_workers: int | None) -> None:
-    # A spawned process that still imports a main script without main guard may not start others, and its parent kills
-    # it at any time: it must not make a folder that nobody removes.
-    if num_workers != 0 and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "Expected the main script to start processes only below `if __name__ == '__main__':`, but it does while a "
-            "worker imports it. Add the guard, or pass num_workers=0."
-        )
-
-
 def _worker_count(wanted: int | None, videos: int) -> int:
-    # a daemon, such as a loader's worker, may not have children
-    if multiprocessing.current_process().daemon:
+    if wanted == 0 or not may_start_processes():
         return 0
     if wanted is not None:
         return min(wanted, videos)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cpus, videos // _VIDEOS_PER_WORKER)
+    count = min(cpu_count(), videos // _VIDEOS_PER_WORKER)
     return count if count > 1 else 0
 
 
@@ -277,7 +272,7 @@ def _render_all(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, No
 def _render_in_processes(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, None]:
     # spawn: forking a process that has threads (PyTorch, a logger) can hang
     context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with one_thread_each(), ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: deque[Future[_Rendered]] = deque()
         try:
             for job in jobs:
@@ -290,18 +285,3 @@ def _render_in_processes(jobs: list[_Job], workers: int) -> Generator[_Rendered,
         finally:
             for future in waiting:
                 future.cancel()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

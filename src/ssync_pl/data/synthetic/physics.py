@@ -2,7 +2,8 @@
 
 Contacts are springs with dampers (a penalty method): stiffness follows from the time step, so that the fastest contact
 stays well inside the stability limit of the symplectic Euler scheme; damping follows from the restitution. Angular
-momentum, not angular velocity, is integrated, so that free rotation conserves it.
+momentum, not angular velocity, is integrated, so that free rotation conserves it. Bodies may sleep: they stay exactly
+where they are until a moving body touches them.
 """
 
 from __future__ import annotations
@@ -112,7 +113,13 @@ class Trajectory:
 
 
 def simulate(
-    bodies: Bodies, position: _Array, rotation: _Array, velocity: _Array, frames: int, fps: float
+    bodies: Bodies,
+    position: _Array,
+    rotation: _Array,
+    velocity: _Array,
+    frames: int,
+    fps: float,
+    asleep: _Array | None = None,
 ) -> Trajectory:
     """Let the bodies move over an infinite floor at z = 0.
 
@@ -123,6 +130,8 @@ def simulate(
         velocity: At the first frame ``(n, 3)``, world units a second.
         frames: Frames to record, the start included.
         fps: Frames a second.
+        asleep: Bodies that hold exactly still, whatever gravity does, until a moving body touches them, bool ``(n,)``;
+            they should rest on the floor with velocity 0. None: all move from the start.
 
     Returns:
         The states at every frame.
@@ -134,7 +143,7 @@ def simulate(
         >>> bool(abs(path.position[-1, 0, 2] - 0.5) < 0.02)
         True
     """
-    world = _World(bodies, position, rotation, velocity, fps)
+    world = _World(bodies, position, rotation, velocity, fps, asleep)
     states = []
     for frame in range(frames):
         if frame:
@@ -148,7 +157,17 @@ def simulate(
 class _World:
     """The mutable state of a simulation and one time step of it."""
 
-    def __init__(self, bodies: Bodies, position: _Array, rotation: _Array, velocity: _Array, fps: float) -> None:
+    def __init__(
+        self,
+        bodies: Bodies,
+        position: _Array,
+        rotation: _Array,
+        velocity: _Array,
+        fps: float,
+        asleep: _Array | None,
+    ) -> None:
+        count = len(bodies.half)
+        self.asleep = np.zeros(count, bool) if asleep is None else np.array(asleep, dtype=bool)
         self.position = np.array(position, dtype=np.float64)
         self.rotation = np.array(rotation, dtype=np.float64)
         self.velocity = np.array(velocity, dtype=np.float64)
@@ -193,15 +212,20 @@ class _World:
         offsets = np.matmul(self.points, self.rotation.transpose(0, 2, 1))
         self._touch_floor(offsets, spin, force, torque)
         self._touch_each_other(offsets, spin, force, torque)
+        held = np.nonzero(self.asleep)[0]
+        rotation = self.rotation
+        force[held], torque[held] = 0.0, 0.0
         dt = self.dt
         self.velocity += dt * force / self.mass[:, None]
         self.velocity[:, 2] -= dt * GRAVITY
+        self.velocity[held] = 0.0
         self.momentum += dt * torque
         self.momentum *= 1.0 - _SPIN_LOSS * dt
         self.position += dt * self.velocity
         turned = self.rotation + dt * np.matmul(_skew(self.spin()), self.rotation)
         # one Newton step towards the nearest rotation undoes the first-order scheme's stretch
         self.rotation = 1.5 * turned - 0.5 * np.matmul(turned, np.matmul(turned.transpose(0, 2, 1), turned))
+        self.rotation[held] = rotation[held]
 
     def _touch_floor(self, offsets: _Array, spin: _Array, force: _Array, torque: _Array) -> None:
         depth = self.floor_radius - offsets[:, :, 2] - self.position[:, None, 2]
@@ -224,7 +248,8 @@ class _World:
 
     def _touch_each_other(self, offsets: _Array, spin: _Array, force: _Array, torque: _Array) -> None:
         gap = self.position[self.first] - self.position[self.second]
-        near = np.nonzero((gap * gap).sum(-1) < self.reach)[0]
+        awake = ~self.asleep
+        near = np.nonzero(((gap * gap).sum(-1) < self.reach) & (awake[self.first] | awake[self.second]))[0]
         if not near.size:
             return
         # the balls of each against the exact surface of the other, both ways
@@ -257,6 +282,9 @@ class _World:
             hit_b, hit_o = (self.ids == b).astype(np.float64), (self.ids == o).astype(np.float64)
             force += hit_b @ push - hit_o @ push
             torque += hit_b @ _cross(arm_b, push) - hit_o @ _cross(arm_o, push)
+            pressed = push.any(-1)
+            self.asleep[b[pressed]] = False
+            self.asleep[o[pressed]] = False
 
     def _push(
         self, depth: _Array, direction: _Array, sliding: _Array, mass: _Array, damping: _Array, friction: _Array

@@ -76,9 +76,11 @@ def render_scene(config: SceneConfig, seed: int, index: int) -> tuple[dict[str, 
     cameras = [look_at_origin(place, config.zoom, resolution, config.antialias) for place in scene.camera]
     for frame in range(frames):
         camera = cameras[frame % len(cameras)]
-        if background is None or len(cameras) > 1:
-            background = paint_background(scene, camera, lights)
         depth, hits, boxes = _cast(scene, camera, frame)
+        if len(cameras) > 1:
+            background = paint_background(scene, camera, lights, hits > 0)
+        elif background is None:
+            background = paint_background(scene, camera, lights)
         if config.antialias % 2:
             middle = config.antialias // 2
             ids[frame] = hits[:, middle, :, middle]

@@ -1,9 +1,9 @@
-"""Draws a scene from a seed: objects and their motion, materials, lights and the camera's path."""
+"""Draws a scene from a seed: objects and their motion, materials, distractors, lights and the camera's path."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from ssync_pl.data.synthetic.config import SceneConfig
 from ssync_pl.data.synthetic.physics import Bodies, Trajectory, simulate
-from ssync_pl.data.synthetic.shapes import BOUNDS, SHAPES
+from ssync_pl.data.synthetic.placement import place_bodies
 from ssync_pl.data.synthetic.textures import SolidTexture, random_texture
+from ssync_pl.data.synthetic.viewpoint import camera_path
 from ssync_pl.errors import ConfigError
 
-__all__ = ["COLOURS", "FOCAL", "SENSOR", "WALL_RADIUS", "Material", "Scene", "sample_scene"]
+__all__ = ["COLOURS", "FOCAL", "SENSOR", "WALL_RADIUS", "Material", "Patch", "Scene", "sample_scene"]
 
 FOCAL, SENSOR = 35.0, 32.0
 """Focal length and sensor width in millimetres; only their ratio counts."""
@@ -36,8 +37,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Names and 8-bit sRGB values of the plain object colours."""
 
 _MATERIALS = ("rubber", "metal")
-_RESTITUTION, _DENSITY, _FRICTION = (0.3, 0.7), (1.1, 2.7), (0.5, 0.25)
-_PLACEMENT_TRIES = 200
+_CAMERA_AZIMUTH = math.atan2(-6.0, 8.0)  # where a camera without a shell stands, about
+_PATCHES_ON_THE_FLOOR, _PATCHES_REACH = 0.65, 9.0  # share, and largest distance from the origin, world units
 
 _Array = npt.NDArray[Any]
 
@@ -64,6 +65,30 @@ class Material:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A flat distractor: whatever of floor and wall lies within a ball or a cube is painted with another texture.
+
+    Args:
+        centre: World point on the floor or wall ``(3,)``.
+        rotation: Matrix from the patch's frame to the world ``(3, 3)``.
+        half: Radius of the ball or half an edge of the cube, world units.
+        square: Whether it is a cube.
+        texture: Colour by point in the patch's frame.
+
+    Example:
+        >>> from ssync_pl.data.synthetic import PRESETS
+        >>> len(sample_scene(PRESETS["cluttered"], 0, 0).patches)
+        16
+    """
+
+    centre: _Array
+    rotation: _Array
+    half: float
+    square: bool
+    texture: SolidTexture
+
+
+@dataclass(frozen=True)
 class Scene:
     """All that a renderer needs.
 
@@ -76,6 +101,7 @@ class Scene:
         fills: Unit directions towards lights without shadow ``(2, 3)``.
         floor: Texture of the floor, or None for grey.
         wall: Texture of the wall, or None for no wall.
+        patches: Distractors; where they overlap, the later one is seen.
 
     Example:
         >>> sample_scene(SceneConfig(frames=2), seed=0, index=0).path.position.shape[0]
@@ -90,6 +116,7 @@ class Scene:
     fills: _Array
     floor: SolidTexture | None
     wall: SolidTexture | None
+    patches: tuple[Patch, ...] = ()
 
 
 def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
@@ -120,71 +147,36 @@ def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
             raise ConfigError(f"Expected argument `{name}` to be a whole number, 0 or more, but got {value!r}.")
     streams = np.random.SeedSequence(entropy=int(seed), spawn_key=(int(index),)).spawn(3)
     motion, looks, view = (np.random.default_rng(stream) for stream in streams)
-    bodies, metal, position = _sample_bodies(config, motion)
-    rotation = np.stack([_random_rotation(motion) for _ in metal])
-    velocity = np.zeros_like(position)
-    velocity[:, :2] = motion.uniform(-config.max_speed, config.max_speed, (len(metal), 2)) - position[:, :2]
-    path = simulate(bodies, position, rotation, velocity, config.frames, config.fps)
+    start = place_bodies(config, motion)
+    path = simulate(
+        start.bodies, start.position, start.rotation, start.velocity, config.frames, config.fps, start.asleep
+    )
     materials = tuple(
         _sample_material(config, looks, bool(shiny), float(half))
-        for shiny, half in zip(metal, bodies.half, strict=True)
+        for shiny, half in zip(start.metal, start.bodies.half, strict=True)
     )
+    floor = random_texture(looks, 0.8) if config.textured else None
+    wall = random_texture(looks, 0.3) if config.textured else None
+    patches: tuple[Patch, ...] = ()
+    if floor is not None and wall is not None:
+        materials = tuple(_camouflaged(config, looks, material, (floor, wall)) for material in materials)
+        patches = _sample_patches(config, looks, materials, start.bodies.half)
+    camera = camera_path(config, view)
+    lights = [_direction(view, towards) for towards in ((0.0, -0.75, 1.15), (0.9, 0.3, 0.7), (-0.7, 0.5, 0.8))]
+    if config.camera_shell is not None:
+        # lamps keep their side of the camera: objects seen against the light would all be dark
+        turn = math.atan2(camera[0, 1], camera[0, 0]) - _CAMERA_AZIMUTH
+        lights = [_turned(light, turn) for light in lights]
     return Scene(
-        bodies=bodies,
+        bodies=start.bodies,
         path=path,
         materials=materials,
-        camera=_camera_path(config, view),
-        light=_direction(view, (0.0, -0.75, 1.15)),
-        fills=np.stack([_direction(view, (0.9, 0.3, 0.7)), _direction(view, (-0.7, 0.5, 0.8))]),
-        floor=random_texture(looks, 0.8) if config.textured else None,
-        wall=random_texture(looks, 0.3) if config.textured else None,
-    )
-
-
-def _sample_bodies(config: SceneConfig, rng: np.random.Generator) -> tuple[Bodies, _Array, _Array]:
-    wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
-    shapes = rng.integers(0, len(SHAPES), wanted)
-    half = rng.choice(config.object_sizes, wanted) * 0.5
-    metal = rng.integers(0, 2, wanted)
-    bound = np.asarray(BOUNDS)[shapes] * half
-    centres: list[_Array] = []
-    for k in range(wanted):
-        centre = _free_place(config, rng, centres, bound)
-        if centre is None and k < config.min_objects:
-            raise ConfigError(
-                f"Expected {config.min_objects} objects of sizes {config.object_sizes} to fit apart where they "
-                f"start, but only {k} did with spawn_extent={config.spawn_extent:g} and "
-                f"spawn_height={config.spawn_height}. "
-                "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
-            )
-        if centre is None:
-            break
-        centres.append(centre)
-    count = len(centres)
-    shapes, half, metal = shapes[:count], half[:count], metal[:count]
-    restitution, density, friction = (np.array(pair)[metal] for pair in (_RESTITUTION, _DENSITY, _FRICTION))
-    return Bodies(shapes, half, density, restitution, friction), metal, np.stack(centres)
-
-
-def _free_place(config: SceneConfig, rng: np.random.Generator, taken: list[_Array], bound: _Array) -> _Array | None:
-    own = bound[len(taken)]
-    extent, (low, high) = config.spawn_extent, config.spawn_height
-    for _ in range(_PLACEMENT_TRIES):
-        centre = rng.uniform((-extent, -extent, low), (extent, extent, high))
-        centre[2] = max(centre[2], own + 0.01)
-        if all(((centre - other) ** 2).sum() > (own + bound[i]) ** 2 for i, other in enumerate(taken)):
-            return centre
-    return None
-
-
-def _random_rotation(rng: np.random.Generator) -> _Array:
-    w, x, y, z = (q := rng.normal(size=4)) / np.sqrt((q * q).sum())
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
+        camera=camera,
+        light=lights[0],
+        fills=np.stack(lights[1:]),
+        floor=floor,
+        wall=wall,
+        patches=patches,
     )
 
 
@@ -203,17 +195,47 @@ def _direction(rng: np.random.Generator, towards: tuple[float, float, float]) ->
     return vector / np.sqrt((vector * vector).sum())
 
 
-def _camera_path(config: SceneConfig, rng: np.random.Generator) -> _Array:
-    start = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(0.0, 1.0, 3)
-    side = float(rng.choice([-1.0, 1.0]))
-    heading = rng.uniform(-0.4, 0.4)
-    if config.camera_motion == "static":
-        return start[None]
-    way = np.linspace(-0.5, 0.5, config.frames) * side * config.camera_travel
-    radius = math.hypot(start[0], start[1])
-    if config.camera_motion == "orbit":
-        angle = math.atan2(start[1], start[0]) + way / radius
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle), np.full_like(way, start[2])], -1)
-    # across the view, turned a little up or down: never towards the objects
-    across = np.array([-start[1], start[0], 0.0]) / radius
-    return start + way[:, None] * (math.cos(heading) * across + math.sin(heading) * np.array([0.0, 0.0, 0.4]))
+def _turned(direction: _Array, angle: float) -> _Array:
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([c * direction[0] - s * direction[1], s * direction[0] + c * direction[1], direction[2]])
+
+
+def _camouflaged(
+    config: SceneConfig, rng: np.random.Generator, material: Material, grounds: tuple[SolidTexture, ...]
+) -> Material:
+    """Draw a material's colours towards those of one of the background's textures."""
+    if not config.camouflage or material.texture is None:
+        return material
+    share = config.camouflage * rng.uniform()
+    ground = grounds[int(rng.integers(len(grounds)))]
+    palette = (1.0 - share) * material.texture.palette + share * ground.palette
+    red, green, blue = palette.mean(0).tolist()
+    return replace(material, colour=(red, green, blue), texture=replace(material.texture, palette=palette))
+
+
+def _sample_patches(
+    config: SceneConfig, rng: np.random.Generator, materials: tuple[Material, ...], half: _Array
+) -> tuple[Patch, ...]:
+    """Draw flat patches with textures and sizes of the scene's objects."""
+    patches = []
+    for _ in range(config.distractors):
+        k, angle = int(rng.integers(len(materials))), rng.uniform(0.0, 2.0 * math.pi)
+        if rng.random() < _PATCHES_ON_THE_FLOOR:
+            away, height = _PATCHES_REACH * math.sqrt(rng.uniform()), 0.0
+        else:
+            away, height = WALL_RADIUS, rng.uniform(0.5, 5.0)
+        turn = rng.uniform(0.0, 2.0 * math.pi)
+        c, s = math.cos(turn), math.sin(turn)
+        texture = materials[k].texture
+        if texture is not None:
+            patches.append(
+                Patch(
+                    centre=np.array([away * math.cos(angle), away * math.sin(angle), height]),
+                    rotation=np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]),
+                    # what is farther away is larger, to look alike
+                    half=float(half[k]) * rng.uniform(0.8, 1.2) * (1.0 + away / WALL_RADIUS),
+                    square=bool(rng.integers(2)),
+                    texture=texture,
+                )
+            )
+    return tuple(patches)

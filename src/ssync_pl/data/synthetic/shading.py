@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssync_pl.data.synthetic.camera import Box, Camera
-from ssync_pl.data.synthetic.scene import WALL_RADIUS, Scene
-from ssync_pl.data.synthetic.shapes import intersect, normal
+from ssync_pl.data.synthetic.scene import WALL_RADIUS, Patch, Scene
+from ssync_pl.data.synthetic.shapes import BOUNDS, CUBE, SPHERE, intersect, normal
 
 __all__ = ["Background", "Lights", "paint_background", "shade"]
 
@@ -73,13 +73,17 @@ class Background:
     floor: _Array
 
 
-def paint_background(scene: Scene, camera: Camera, lights: Lights) -> Background:
+def paint_background(
+    scene: Scene, camera: Camera, lights: Lights, covered: npt.NDArray[np.bool_] | None = None
+) -> Background:
     """Paint the floor, and the wall or sky behind it.
 
     Args:
         scene: Gives the textures.
         camera: Where it is seen from.
         lights: Give the brightness.
+        covered: Rays that an object hides from the background ``(H, s, W, s)``; textures are left out there, because
+            they cost most of the time. None: paint all, for use with several frames.
 
     Returns:
         Layers that stay the same as long as the camera does.
@@ -120,15 +124,41 @@ def paint_background(scene: Scene, camera: Camera, lights: Lights) -> Background
             ambient[channel] = _FLOOR_ALBEDO * ambient_light * fade + 0.4 * _SKY[channel] * (1.0 - fade)
             direct[channel] = _FLOOR_ALBEDO * direct_light * fade
         return Background(ambient, direct, x, y, floor)
-    ground = scene.floor(x, y, np.zeros_like(x))
-    behind = scene.wall(x, y, z)
+    shown = np.ones_like(floor) if covered is None else ~covered
+    colours = np.zeros((3, *x.shape), np.float32)
+    here = floor & shown
+    colours[:, here] = scene.floor(x[here], y[here], np.zeros_like(x[here]))
+    here = ~floor & shown
+    colours[:, here] = scene.wall(x[here], y[here], z[here])
+    for patch in scene.patches:
+        _paint_patch(patch, camera, (x, y, z), shown, colours)
     glow = np.float32(0.35) + np.clip(z * np.float32(0.06), 0.0, 0.4)
     for channel in range(3):
         # pale albedo keeps textured floors from swallowing dark objects
-        albedo = 0.08 + 0.8 * ground[channel]
-        ambient[channel] = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * behind[channel]) * glow)
+        albedo = 0.08 + 0.8 * colours[channel]
+        ambient[channel] = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * colours[channel]) * glow)
         direct[channel] = np.where(floor, albedo * direct_light, 0.0)
     return Background(ambient, direct, x, y, floor)
+
+
+def _paint_patch(
+    patch: Patch, camera: Camera, points: tuple[_Array, _Array, _Array], shown: _Array, colours: _Array
+) -> None:
+    """Put a patch's colours ``(3, H, s, W, s)`` where it covers the points that are shown."""
+    box = camera.ball_box(patch.centre, patch.half * BOUNDS[CUBE if patch.square else SPHERE])
+    if box is None:
+        return
+    rows, columns = box
+    away = [part[rows, :, columns] - np.float32(shift) for part, shift in zip(points, patch.centre, strict=True)]
+    local = [sum(np.float32(patch.rotation[i, j]) * away[i] for i in range(3)) for j in range(3)]
+    if patch.square:
+        inside = np.maximum(np.maximum(np.abs(local[0]), np.abs(local[1])), np.abs(local[2])) <= patch.half
+    else:
+        inside = local[0] * local[0] + local[1] * local[1] + local[2] * local[2] <= patch.half**2
+    inside &= shown[rows, :, columns]
+    if inside.any():
+        painted = patch.texture(local[0][inside], local[1][inside], local[2][inside])
+        colours[:, rows, :, columns][:, inside] = painted
 
 
 def shade(
@@ -300,16 +330,16 @@ def _shadowed(
     """Return which points of an object lie in the shadow of another one."""
     position, rotation, bound = scene.path.position[frame], scene.path.rotation[frame], scene.bodies.bound
     dark = np.zeros(point[0].shape, bool)
-    for j in range(len(bound)):
-        away = position[j] - position[k]
-        along = float(away @ lights.key)
-        beside = float(away @ away) - along * along
-        reach = float(bound[j] + bound[k])
-        # the other object must lie towards the light, and near enough to the line to it
-        if j == k or along < -reach or beside > (reach + _PENUMBRA * 2.0 * abs(along)) ** 2:
-            continue
+    away = position - position[k]
+    along = away @ lights.key
+    beside = (away * away).sum(-1) - along * along
+    reach = bound + bound[k]
+    # the other object must lie towards the light, and near enough to the line to it
+    near = (along >= -reach) & (beside <= (reach + _PENUMBRA * 2.0 * np.abs(along)) ** 2)
+    near[k] = False
+    for j in np.nonzero(near)[0].tolist():
         turn = (rotation[k].T @ rotation[j]).tolist()
-        shift = (-away @ rotation[j]).tolist()
+        shift = (-away[j] @ rotation[j]).tolist()
         start = [
             turn[0][axis] * point[0] + turn[1][axis] * point[1] + turn[2][axis] * point[2] + shift[axis]
             for axis in range(3)
