@@ -1,0 +1,90 @@
+"""Worker processes that behave: one thread each, and no longer alive than the process that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+__all__ = ["cpu_count", "end_with_parent", "may_start_processes", "one_thread_each"]
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def cpu_count() -> int:
+    """Count the CPUs that this process may use.
+
+    Returns:
+        At least 1.
+
+    Example:
+        >>> cpu_count() >= 1
+        True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def may_start_processes() -> bool:
+    """Say whether this process may have children: a daemon, such as a loader's worker, may not.
+
+    Returns:
+        Whether it may.
+
+    Raises:
+        RuntimeError: This is a spawned process that still imports a main script without main guard.
+
+    Example:
+        >>> may_start_processes()
+        True
+    """
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):
+        raise RuntimeError(
+            "Expected the main script to start processes only below `if __name__ == '__main__':`, but it does while a "
+            "worker imports it. Add the guard, or pass num_workers=0."
+        )
+    return not process.daemon
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs.
+
+    Example:
+        >>> with one_thread_each():
+        ...     os.environ["OMP_NUM_THREADS"]
+        '1'
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def end_with_parent() -> None:
+    """Make this worker leave Ctrl-C to its parent, and end when the parent was killed.
+
+    Workers of a killed pool would else wait for work for ever. Does nothing outside of a child process.
+
+    Example:
+        >>> end_with_parent()
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
