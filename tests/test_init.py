@@ -15,6 +15,8 @@ PUBLIC = [
     "SSyncOutput",
     "SSyncPictures",
     "SSyncRegularizer",
+    "SlotPredictions",
+    "StepSeed",
     "ValidationSummary",
     "__version__",
     "ssync_loss",

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
     from ssync_pl.maps import SSyncMaps
     from ssync_pl.pictures import SSyncPictures
+    from ssync_pl.predictions import SlotPredictions
     from ssync_pl.regularizer import SSyncRegularizer
+    from ssync_pl.step_seed import StepSeed
     from ssync_pl.summary import ValidationSummary
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ _HOMES = {
     "SSyncOutput": "ssync_pl.functional.ssync",
     "SSyncPictures": "ssync_pl.pictures",
     "SSyncRegularizer": "ssync_pl.regularizer",
+    "SlotPredictions": "ssync_pl.predictions",
+    "StepSeed": "ssync_pl.step_seed",
     "ValidationSummary": "ssync_pl.summary",
     "ssync_loss": "ssync_pl.functional.ssync",
 }
@@ -38,6 +42,8 @@ __all__ = [
     "SSyncOutput",
     "SSyncPictures",
     "SSyncRegularizer",
+    "SlotPredictions",
+    "StepSeed",
     "ValidationSummary",
     "__version__",
     "ssync_loss",

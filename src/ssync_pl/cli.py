@@ -18,10 +18,10 @@ _TRAINER_VERBS = {
     "fit": "train a host model, with SSync when the callback is in the configuration",
     "validate": "evaluate one pass over the validation videos",
     "test": "evaluate one pass over the test videos",
-    "predict": "run the host over videos; a prediction-writer callback keeps what it returns",
+    "predict": "run the host over videos and write overlay videos and labels of their slots",
 }
 _OTHER_VERBS = {
-    "data": "generate shards of synthetic video: `ssync-pl data generate --out DIR`",
+    "data": "generate, check and preview shards: `ssync-pl data --help`",
     "config": "print a packaged configuration: `ssync-pl config ssync`",
 }
 

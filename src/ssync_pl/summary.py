@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from ssync_pl.baselines import BASELINES_VERSION, cached_baselines, format_table, score_baselines
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.patterns import expand_shards, is_remote
+from ssync_pl.data.patterns import is_remote
+from ssync_pl.data.sources import find_shards
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
 from ssync_pl.pictures import SSyncPictures
@@ -228,7 +229,7 @@ def _batches(loaders: Any, limit: int | None, owner: Any) -> Iterator[Mapping[st
 
 def _cache(data: Any, split: str) -> tuple[Path | None, dict[str, Any]]:
     pattern = data.patterns[split] if isinstance(data, ShardDataModule) else None
-    shards = [] if pattern is None else expand_shards(pattern, split)
+    shards = [] if pattern is None else find_shards(pattern, split)[0]
     if not shards or is_remote(shards[0]):
         return None, {}
     transform = data.transform

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # A class can be named without its module once it is imported.
 import ssync_pl.callback
-import ssync_pl.data.datamodule
+import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
 import ssync_pl.pictures
 import ssync_pl.summary  # noqa: F401
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.parser_errors import explain_parser_error
+from ssync_pl.predictions import SlotPredictions
 from ssync_pl.progress import progress_bar
+from ssync_pl.step_seed import StepSeed
 
 __all__ = ["SSyncArgumentParser", "SSyncCLI", "run_trainer"]
 
@@ -95,6 +97,8 @@ class SSyncCLI(LightningCLI):
         settings = self.config[self.config["subcommand"]]
         if settings.get("name") is None:
             settings["name"] = _run_name(settings)
+        if self.config["subcommand"] == "predict" and settings.get("return_predictions") is None:
+            settings["return_predictions"] = False  # Lightning would keep the masks of the whole set in memory
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer.
@@ -111,7 +115,7 @@ class SSyncCLI(LightningCLI):
             raise refused from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer with the package's logger and progress bar where the user named none.
+        """Build the trainer with the package's own logger and callbacks where the user named none.
 
         Args:
             kwargs: Trainer arguments that win over the configuration's.
@@ -126,9 +130,30 @@ class SSyncCLI(LightningCLI):
             callbacks = trainer_config.get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            added: list[L.Callback] = []
+            if self._get(self.config_init, "seed_everything") is not False and not any(
+                isinstance(callback, StepSeed) for callback in callbacks
+            ):
+                added.append(StepSeed())
             if not has_bar and trainer_config.get("enable_progress_bar") is not False:
-                kwargs.setdefault("callbacks", [*callbacks, progress_bar()])
+                added.append(progress_bar())
+            writers = (SlotPredictions, BasePredictionWriter)
+            if self.subcommand == "predict" and not any(isinstance(callback, writers) for callback in callbacks):
+                added.append(SlotPredictions())
+            if added:
+                kwargs.setdefault("callbacks", [*callbacks, *added])
         return super().instantiate_trainer(**kwargs)
+
+    def before_predict(self) -> None:
+        """Say so when no checkpoint is named: weights that were never trained predict without any complaint."""
+        if self._get(self.config_init, "ckpt_path") is None and self.trainer.is_global_zero:
+            sys.stderr.write("ssync-pl: without --ckpt_path the host predicts with the weights that it starts with.\n")
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
+                sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
 
 
 def _refusal(error: BaseException | None) -> SSyncError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from ssync_pl.data.shards import ShardWriter
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 Numbered = Callable[..., dict[str, np.ndarray]]
 

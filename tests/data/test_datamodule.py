@@ -20,6 +20,7 @@ class _Place:
 
     def __init__(self, rank: int, world: int, epoch: int = 0) -> None:
         self.global_rank, self.world_size, self.current_epoch = rank, world, epoch
+        self.num_training_batches = float("inf")
         self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
 
 
@@ -39,7 +40,7 @@ def _passes(data: ShardDataModule, epochs: int = 1) -> list[list[list[tuple]]]:
     loader = data.train_dataloader()
     result = []
     for epoch in range(epochs):
-        loader.sampler.set_epoch(epoch)
+        data.trainer.current_epoch = epoch
         result.append([_content(data.on_after_batch_transfer(batch, 0)) for batch in loader])
     return result
 

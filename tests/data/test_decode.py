@@ -144,3 +144,29 @@ def test_missing_pyav_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", without_av)
     with pytest.raises(ShardError, match=r"pip install \"ssync-pl\[video\]\""):
         decode.decode_video(b"", "video.mp4", "a.tar, key 7")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (4, 2, 1, 3)])
+@pytest.mark.parametrize(
+    "dtype", ["u1", "<u2", ">f4", "?", "<f8", "<i8", "S3", "<U2", "<M8[s]", [("a", "<i4"), ("b", "u1")]]
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_headers_read_as_numpy_reads_them(shape, dtype, order, version):
+    array = np.zeros(shape, dtype, order=order)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=version)
+    header = decode.read_npy_header(buffer.getvalue(), "a.npy")
+    buffer.seek(0)
+    np.lib.format.read_magic(buffer)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    assert (header.shape, header.fortran_order, header.dtype) == read(buffer)
+    assert header.data_offset == buffer.tell()
+
+
+@pytest.mark.parametrize("descr", ["O", "|O", "|O8"])
+def test_headers_of_objects_are_refused_however_they_are_written(descr):
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (1,), }}".encode().ljust(117) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    with pytest.raises(ShardError, match=r"Python objects|unreadable"):
+        decode.read_npy_header(data, "a.npy")

@@ -6,16 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssync_pl.data.datamodule import ShardDataModule, SyntheticDataModule
+    from ssync_pl.data.datamodule import ShardDataModule
     from ssync_pl.data.index import load_shards
     from ssync_pl.data.shards import ShardWriter
+    from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 
 __all__ = ["ShardDataModule", "ShardWriter", "SyntheticDataModule", "load_shards"]
 
 _HOMES = {
     "ShardDataModule": "ssync_pl.data.datamodule",
     "ShardWriter": "ssync_pl.data.shards",
-    "SyntheticDataModule": "ssync_pl.data.datamodule",
+    "SyntheticDataModule": "ssync_pl.data.synthetic_datamodule",
     "load_shards": "ssync_pl.data.index",
 }
 

@@ -1,33 +1,34 @@
-"""Lightning data modules: over user shards, and over the synthetic set."""
+"""The Lightning data module over shards."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as L
 import torch
-from torch.utils.data import DataLoader
 
-from ssync_pl.data import synthetic
-from ssync_pl.data.dataset import BAD_SAMPLES, Collate, ShardDataset, split_short
-from ssync_pl.data.index import ShardEntry, load_shards
-from ssync_pl.data.patterns import expand_shards, is_remote
+from ssync_pl.data.dataset import BAD_SAMPLES, Collate, ShardDataset
+from ssync_pl.data.index import SampleEntry, load_shards
+from ssync_pl.data.loader import ShardLoader, TrainerClock
+from ssync_pl.data.patterns import is_compressed, is_remote
 from ssync_pl.data.samples import SampleRules
 from ssync_pl.data.sampling import EvalSampler, TrainSampler
-from ssync_pl.data.stream import PassLoader, ShardStream, fetch_index
+from ssync_pl.data.sources import Backend, Patterns, ShardSource, find_shards, open_source, settle_masks
+from ssync_pl.data.stream import ShardStream
+from ssync_pl.data.stream_plan import mixed_shard_plan
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["ShardDataModule", "SyntheticDataModule"]
+if TYPE_CHECKING:
+    from ssync_pl.data.features.store import FeatureStore
+
+__all__ = ["ShardDataModule"]
 
 _logger = logging.getLogger(__name__)
-
-Loader = DataLoader[dict[str, Any]]
 
 # Sets that a stage, or a verb of the Trainer, reads
 _SPLITS: dict[str, tuple[str, ...]] = {
@@ -42,9 +43,10 @@ class ShardDataModule(L.LightningDataModule):
     """Videos from tar shards of the field (MOVi, YT-VIS, …), local or remote, read unchanged.
 
     Training draws one random clip a video and pass; evaluation takes every whole video exactly once at any number of
-    processes. Workers send uint8; resizing, cropping, flipping and normalising happen on the device, in
-    `on_after_batch_transfer`. Every random choice is a function of (seed, pass, key): local sets give the same
-    batches whatever the number of workers and the start method. Lightning's trainer gives the rank, so
+    processes. Workers send uint8, copied to CUDA while the step before computes; resizing, cropping, flipping and
+    normalising happen on the device, in `on_after_batch_transfer`. Every random choice is a function of (seed, pass,
+    key), so the batches are the same whatever the number of workers and the start method, and a run that was
+    interrupted in the middle of a pass goes on with the batch that was next. Lightning's trainer gives the rank, so
     `use_distributed_sampler` may stay on.
 
     Batches are dicts: `video` (B, T, 3, H, W) float32; `__key__`; in evaluation `segmentations` (B, T, C, H, W) bool,
@@ -53,6 +55,8 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         train: Training shards: a path, URL or pattern (`movi_c-train-{000000..000304}.tar`, `train-*.tar`), or several.
+            Patterns with weights, `{"movi/*.tar": 3, "mine/*.tar": 1}`, mix sets: a pass is as long as all together,
+            and of four clips three come from the first.
         validation: Validation shards; `None` validates nothing.
         test: Test shards.
         predict: Shards for `predict`; masks are not read.
@@ -84,6 +88,14 @@ class ShardDataModule(L.LightningDataModule):
         start_method: How workers start: `fork`, `spawn` or `forkserver`; `None` takes Python's default.
         shuffle_buffer: Clips held back to be mixed, a worker; remote training sets only.
         seed: Seed of all random choices.
+        sampling: `hashed` lets a clip start at any frame. `reference` does as published VideoSAUR-style pipelines, for
+            comparisons: a clip starts at a multiple of its length, resizing does not smooth, `center` cuts the central
+            square first in evaluation.
+        backend: `mmap` maps plain local tars into memory; `webdataset` streams, from disk or URLs, packed tars too;
+            `auto` maps what can be mapped.
+        features: Folder that `ssync-pl data cache-features` wrote for these shards; batches then hold `features`
+            (B, T, N, D) float32. Local sets only.
+        features_only: Leave the frames out of training batches, for hosts that read nothing but `features`.
         on_bad_sample: `raise`, or `skip`: log the sample once, count it in `bad_samples` and put another in its place
             (in evaluation, one that is not counted).
 
@@ -107,7 +119,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
+        train: Patterns | None = None,
         validation: str | list[str] | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
@@ -134,6 +146,10 @@ class ShardDataModule(L.LightningDataModule):
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
         shuffle_buffer: int = 64,
         seed: int = 0,
+        sampling: Literal["hashed", "reference"] = "hashed",
+        backend: Backend = "auto",
+        features: str | None = None,
+        features_only: bool = False,
         on_bad_sample: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
@@ -152,15 +168,32 @@ class ShardDataModule(L.LightningDataModule):
                 raise ConfigError(f"Expected argument `{name}` to be at least {least}, but got {value}.")
         for name, choice, known in (
             ("mask_format", mask_format, ("auto", "ids", "channels")),
+            ("sampling", sampling, ("hashed", "reference")),
+            ("backend", backend, ("auto", "mmap", "webdataset")),
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
         ):
             if choice not in known:
                 raise ConfigError(f"Expected argument `{name}` to be one of {', '.join(known)}, but got {choice!r}.")
         if max_objects is not None and max_objects > 254:
             raise ConfigError(f"Expected argument `max_objects` to be at most 254, but got {max_objects}.")
+        if features is not None and sampling == "reference":
+            raise ConfigError(
+                "Expected argument `sampling` to be 'hashed' with cached features, which were computed from smoothly "
+                "resized frames, but got 'reference'. Leave `features` out, or take 'hashed'."
+            )
+        if features_only and (features is None or masks_in_training):
+            raise ConfigError(
+                "Expected argument `features` to be set and `masks_in_training` to be off for features_only=True, but "
+                f"got features={features!r}, masks_in_training={masks_in_training}."
+            )
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         size = None if size is None else (int(size[0]), int(size[1]))
-        self.patterns = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.patterns: dict[str, Patterns | None] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+            "predict": predict,
+        }
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.clips_per_video = clips_per_video
@@ -168,6 +201,8 @@ class ShardDataModule(L.LightningDataModule):
         self.has_background = has_background
         self.mean, self.std = tuple(mean), tuple(std)
         self.mask_format = mask_format
+        self.backend: Backend = backend
+        self.features = features
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
@@ -177,7 +212,13 @@ class ShardDataModule(L.LightningDataModule):
         self.on_bad_sample = on_bad_sample
         self.bad_samples: dict[str, str] = {}
         self.transform = BatchTransform(
-            size, resize_mode=resize_mode, crop=crop, mean=mean, std=std, has_background=has_background
+            size,
+            resize_mode=resize_mode,
+            crop=crop,
+            mean=mean,
+            std=std,
+            has_background=has_background,
+            reference=sampling == "reference",
         )
         evaluation = SampleRules(image_size=size, crop=crop, max_objects=max_objects, seed=seed)
         training = replace(
@@ -186,13 +227,18 @@ class ShardDataModule(L.LightningDataModule):
             frame_stride=frame_stride,
             flip_probability=flip_probability,
             masks=masks_in_training,
+            reference=sampling == "reference",
+            video=not features_only,
         )
         with_masks = replace(evaluation, masks=True)
         self._rules = {"train": training, "validation": with_masks, "test": with_masks, "predict": evaluation}
         channels = mask_format == "channels" or not has_background
         self.ignore_overlaps = channels if ignore_overlaps is None else ignore_overlaps
-        self._local: dict[str, ShardDataset] = {}
-        self._remote: dict[str, tuple[list[str], list[ShardEntry] | None]] = {}
+        self._sources: dict[str, ShardSource] = {}
+        self._datasets: dict[str, ShardDataset] = {}
+        # Weak: a loader in a reference cycle lives on until some forked worker collects it, with its own workers.
+        self._train_loader: weakref.ref[ShardLoader] | None = None
+        self._train_state: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Check the patterns of the stage and write missing `index.json` files, once a machine."""
@@ -200,8 +246,8 @@ class ShardDataModule(L.LightningDataModule):
         wanted = _SPLITS.get(verb, tuple(self.patterns)) if isinstance(verb, str) else tuple(self.patterns)
         for split, pattern in self.patterns.items():
             if pattern is not None and split in wanted:
-                shards = expand_shards(pattern, split)
-                if not is_remote(shards[0]):
+                shards, _, _ = find_shards(pattern, split)
+                if not is_remote(shards[0]) and not any(is_compressed(shard) for shard in shards):
                     load_shards(shards)
 
     def setup(self, stage: str | None = None) -> None:
@@ -223,15 +269,10 @@ class ShardDataModule(L.LightningDataModule):
             )
         for split in wanted:
             pattern = self.patterns[split]
-            if pattern is None or split in self._local or split in self._remote:
-                continue
-            shards = expand_shards(pattern, split)
-            if is_remote(shards[0]):
-                self._open_remote(split, shards)
-            else:
-                self._local[split] = self._open_local(split, shards)
+            if pattern is not None and split not in self._sources:
+                self._open(split, open_source(pattern, split, self.backend))
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> ShardLoader:
         """Build the training loader of this process.
 
         Returns:
@@ -241,20 +282,22 @@ class ShardDataModule(L.LightningDataModule):
             ConfigError: There are fewer clips than one batch on each process.
         """
         rank, world = self._place()
-        rules = self._rules["train"]
-        options = self._options(self.batch_size)
-        if "train" in self._local:
-            dataset = self._local["train"]
-            self._require_batch(len(dataset), world)
-            sampler = TrainSampler(len(dataset), rules.seed, rank, world)
-            return DataLoader(dataset, sampler=sampler, drop_last=True, collate_fn=Collate(dataset.rules), **options)
-        urls, entries = self._opened_remote("train")
-        if entries is not None:
-            self._require_batch(sum(len(entry.samples) for entry in entries) * self.clips_per_video, world)
-        stream = self._stream(urls, entries, rules, self.batch_size)
-        return PassLoader(stream, self._current_pass, drop_last=True, collate_fn=Collate(rules), **options)
+        source, rules = self._opened("train"), self._rules["train"]
+        if source.videos is not None:
+            self._require_batch(source.videos * self.clips_per_video, world)
+        if "train" not in self._datasets:
+            loader = self._loader(self._stream(source, rules, self.batch_size), Collate(rules), drop_last=True)
+        else:
+            dataset = self._datasets["train"]
+            sampler = TrainSampler(len(dataset), rules.seed, rank, world, source.mix(self.clips_per_video))
+            loader = self._loader(dataset, Collate(dataset.rules), sampler=sampler, drop_last=True)
+        if self._train_state:
+            loader.load_state_dict(self._train_state)
+            self._train_state = {}
+        self._train_loader = weakref.ref(loader)
+        return loader
 
-    def val_dataloader(self) -> Loader | list[Loader]:
+    def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
         """Build the validation loader of this process.
 
         Returns:
@@ -262,7 +305,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         return self._eval_loader("validation") if self.patterns["validation"] is not None else []
 
-    def test_dataloader(self) -> Loader:
+    def test_dataloader(self) -> ShardLoader:
         """Build the test loader of this process.
 
         Returns:
@@ -270,7 +313,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> Loader:
+    def predict_dataloader(self) -> ShardLoader:
         """Build the prediction loader of this process.
 
         Returns:
@@ -299,96 +342,126 @@ class ShardDataModule(L.LightningDataModule):
         Args:
             stage: Not needed.
         """
-        for dataset in self._local.values():
+        for dataset in self._datasets.values():
             dataset.close()
 
-    def _open_local(self, split: str, paths: list[str]) -> ShardDataset:
-        entries = load_shards(paths)
+    def state_dict(self) -> dict[str, Any]:
+        """Say how far the training pass has come, for the checkpoint.
+
+        Returns:
+            The training loader's state; empty when there is none.
+        """
+        loader = None if self._train_loader is None else self._train_loader()
+        return {} if loader is None else loader.state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_train_loader": None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader go on where the checkpoint stopped.
+
+        Lightning hands a loader its state as well, but not when something asked for the number of steps before, as
+        learning-rate schedules do.
+
+        Args:
+            state_dict: What `state_dict` gave.
+        """
+        self._train_state = dict(state_dict)
+
+    def _open(self, split: str, source: ShardSource) -> None:
         rules = self._rules[split]
         if rules.clip_length is not None:
-            entries = [self._drop_short(path, entry) for path, entry in zip(paths, entries, strict=True)]
-        dataset = ShardDataset(paths, entries, rules, self.clips_per_video, self.on_bad_sample == "skip")
-        if rules.masks:
-            most = partial(self._over_videos, dataset)
-            found = self.mask_format
-            if found == "auto":
-                found = "channels" if most(dataset.mask_channels) > 1 else "ids"
-            limit = rules.max_objects
-            if limit is None:
-                limit = max(most(partial(dataset.count_objects, mask_format=found)), 1)
-            if found == "ids" and limit > 255:
-                raise ShardError(
-                    f"Expected object ids of 255 at most in the masks of `{split}`, but the largest is {limit}: ids "
-                    "leave the workers as uint8. Renumber them from 1 in each video."
-                )
-            dataset.rules = replace(rules, mask_format=found, max_objects=limit)
-        return dataset
-
-    def _over_videos(self, dataset: ShardDataset, look: Callable[[int], int]) -> int:
-        most = 0
-        for video in range(len(dataset.samples)):
-            try:
-                most = max(most, look(video))
-            except ShardError:
-                if self.on_bad_sample == "raise":
-                    raise
-        return most
-
-    def _drop_short(self, path: str, entry: ShardEntry) -> ShardEntry:
-        rules = self._rules["train"]
-        kept, short = split_short(entry, rules.clip_length or 1, rules.frame_stride)
-        for sample in short:
-            message = (
-                f"Expected {path}, key {sample.key} to have enough frames for a clip (clip_length={rules.clip_length}, "
-                f"frame_stride={rules.frame_stride}), but it has {sample.frames}. Shorten the clip, or set "
-                "on_bad_sample='skip'."
+            kept, short = source.without_short(rules.clip_length, rules.frame_stride)
+            for shard, sample in short:
+                self._refuse_short(shard, sample, rules)
+            # Whoever streams a shard meets its short videos anyway, and replaces them there.
+            source = kept if source.mapped else source
+        if self.features is not None and not source.mapped:
+            raise ConfigError(
+                f"Expected argument `{split}` to be plain local tars for cached features, but got {source.shards[0]} "
+                f"(backend={self.backend!r}). Download and unpack the shards, or leave `features` out."
             )
-            if self.on_bad_sample == "raise":
-                raise ShardError(message)
-            self._count_bad([(f"{path}, key {sample.key}", message)])
-        return kept
-
-    def _open_remote(self, split: str, urls: list[str]) -> None:
-        entries = fetch_index(urls)
-        rules = self._rules[split]
-        for url, entry in zip(urls, entries or [], strict=False):
-            if rules.clip_length is not None and self.on_bad_sample == "raise":
-                self._drop_short(url, entry)
-        if self.mask_format == "auto":
-            rules = replace(rules, mask_format="ids" if self.has_background else "channels")
+        self._sources[split] = source
+        if source.mapped:
+            features = None if self.features is None else self._open_features(source, rules)
+            skip = self.on_bad_sample == "skip"
+            dataset = source.map(rules, self.clips_per_video, skip, features)
+            if rules.masks:
+                settle_masks(dataset, split, self.mask_format)
+            self._datasets[split] = dataset
+        elif self.mask_format != "auto":
+            self._rules[split] = replace(rules, mask_format=self.mask_format)
         else:
-            rules = replace(rules, mask_format=self.mask_format)
-        self._rules[split] = rules
-        self._remote[split] = (urls, entries)
+            self._rules[split] = replace(rules, mask_format="ids" if self.has_background else "channels")
 
-    def _opened_remote(self, split: str) -> tuple[list[str], list[ShardEntry] | None]:
-        if split not in self._remote:
+    def _open_features(self, source: ShardSource, rules: SampleRules) -> FeatureStore:
+        from ssync_pl.data.features.store import FeatureStore
+
+        return FeatureStore(
+            str(self.features),
+            list(zip(source.shards, source.entries or [], strict=True)),
+            image_size=self.transform.image_size,
+            resize_mode=self.transform.resize_mode,
+            crop=self.transform.crop,
+            flips=rules.training and rules.flip_probability > 0,
+        )
+
+    def _refuse_short(self, shard: str, sample: SampleEntry, rules: SampleRules) -> None:
+        message = (
+            f"Expected {shard}, key {sample.key} to have enough frames for a clip (clip_length={rules.clip_length}, "
+            f"frame_stride={rules.frame_stride}), but it has {sample.frames}. Shorten the clip, or set "
+            "on_bad_sample='skip'."
+        )
+        if self.on_bad_sample == "raise":
+            raise ShardError(message)
+        self._count_bad([(f"{shard}, key {sample.key}", message)])
+
+    def _opened(self, split: str) -> ShardSource:
+        if split not in self._sources:
             raise ConfigError(
                 f"Expected argument `{split}` to name shards and `setup` to have run, but there is no such set. Set "
                 f"`{split}`, and call `setup` when no trainer does."
             )
-        return self._remote[split]
+        return self._sources[split]
 
-    def _eval_loader(self, split: str) -> Loader:
+    def _eval_loader(self, split: str) -> ShardLoader:
         rank, world = self._place()
-        options = self._options(self.val_batch_size)
-        if split in self._local:
-            dataset = self._local[split]
-            sampler = EvalSampler(len(dataset), rank, world)
-            return DataLoader(dataset, sampler=sampler, collate_fn=Collate(dataset.rules), **options)
-        urls, entries = self._opened_remote(split)
-        rules = self._rules[split]
-        stream = self._stream(urls, entries, rules, self.val_batch_size)
-        return DataLoader(stream, collate_fn=Collate(rules), **options)
+        source = self._opened(split)
+        if split not in self._datasets:
+            rules = self._rules[split]
+            return self._loader(self._stream(source, rules, self.val_batch_size), Collate(rules), training=False)
+        dataset = self._datasets[split]
+        sampler = EvalSampler(len(dataset), rank, world)
+        return self._loader(dataset, Collate(dataset.rules), sampler=sampler, training=False)
 
-    def _stream(
-        self, urls: list[str], entries: list[ShardEntry] | None, rules: SampleRules, batch_size: int
-    ) -> ShardStream:
+    def _stream(self, source: ShardSource, rules: SampleRules, batch_size: int) -> ShardStream:
         rank, world = self._place()
         skip = self.on_bad_sample == "skip"
+        takes = None
+        if rules.training and source.weights:
+            source.mix(self.clips_per_video)  # refuses weights that leave a set out
+            takes = partial(mixed_shard_plan, source.clips_by_shard(self.clips_per_video), source.weights, rules.seed)
         return ShardStream(
-            urls, entries, rules, batch_size, rank, world, self.clips_per_video, skip, self.shuffle_buffer
+            source.shards,
+            source.entries,
+            rules,
+            batch_size,
+            rank,
+            world,
+            self.clips_per_video,
+            skip,
+            self.shuffle_buffer,
+            lanes=max(self.num_workers, 1),
+            takes=takes,
         )
+
+    def _loader(self, dataset: Any, collate: Collate, *, training: bool = True, **extra: Any) -> ShardLoader:
+        options = self._options(self.batch_size if training else self.val_batch_size)
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        # Only CUDA copies overlap with what the device computes.
+        device = device if device is not None and device.type == "cuda" else None
+        clock = TrainerClock(self) if training else None
+        return ShardLoader(dataset, clock, device, collate_fn=collate, **options, **extra)
 
     def _options(self, batch_size: int) -> dict[str, Any]:
         pin = self.pin_memory
@@ -405,9 +478,6 @@ class ShardDataModule(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _current_pass(self) -> int:
-        return 0 if self.trainer is None else self.trainer.current_epoch
-
     def _require_batch(self, clips: int, world: int) -> None:
         if clips // world < self.batch_size:
             raise ConfigError(
@@ -420,75 +490,3 @@ class ShardDataModule(L.LightningDataModule):
             if place not in self.bad_samples:
                 self.bad_samples[place] = message
                 _logger.warning("Skipping a bad sample (%d so far): %s", len(self.bad_samples), message)
-
-
-class SyntheticDataModule(ShardDataModule):
-    """The packaged data set: rendered videos of colliding bodies with exact masks, made on first use.
-
-    Args:
-        root: Folder of the generated sets; each configuration has a folder of its own in it.
-        preset: Name of the scene configuration: `a` (plain colours), `a_zoom` (plain, larger objects), `c` (textured).
-        num_train: Training videos.
-        num_validation: Validation videos; also the sets of `test` and `predict`.
-        resolution: Height and width of the stored frames.
-        frames: Frames of a video.
-        data_seed: Seed of the scenes.
-        generate_workers: Processes that render; `None` takes the generator's default.
-        scene: Further fields of the scene configuration to replace, for example `{"zoom": 1.25}`.
-        **loader: All options of `ShardDataModule` but the shards. `max_objects` is the configuration's unless given.
-
-    Raises:
-        ConfigError: A setting is out of range, or `scene` names no field of the configuration.
-
-    Example:
-        >>> data = SyntheticDataModule(preset="a", num_train=16, num_validation=4, batch_size=4)
-        >>> data.batch_size
-        4
-    """
-
-    def __init__(
-        self,
-        root: str = "data/synthetic",
-        preset: str = "a",
-        num_train: int = 440,
-        num_validation: int = 48,
-        resolution: int = 64,
-        frames: int = 12,
-        data_seed: int = 0,
-        generate_workers: int | None = None,
-        scene: dict[str, Any] | None = None,
-        **loader: Any,
-    ) -> None:
-        super().__init__(train=None, validation=None, test=None, predict=None, **loader)
-        self.root = root
-        self.splits = {"train": num_train, "validation": num_validation}
-        self.data_seed = data_seed
-        self.generate_workers = generate_workers
-        # Settings are checked here, before anything is rendered.
-        changes = {"resolution": resolution, "frames": frames, **(scene or {})}
-        self.config = synthetic.preset(preset, **changes)
-        self.folder = synthetic.dataset_folder(root, self.config, self.splits, data_seed)
-        for split, rules in self._rules.items():
-            if rules.max_objects is None:
-                self._rules[split] = replace(rules, max_objects=self.config.max_objects)
-
-    def prepare_data(self) -> None:
-        """Render the videos unless they are there; Lightning calls this on one process a machine."""
-        self._generate()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open the sets of a stage.
-
-        Args:
-            stage: `fit`, `validate`, `test`, `predict`, or `None` for all.
-        """
-        folder = self._generate()
-        for split in self.patterns:
-            part = "train" if split == "train" else "validation"
-            self.patterns[split] = str(folder / f"{self.config.name}-{part}-*.tar")
-        super().setup(stage)
-
-    def _generate(self) -> Path:
-        return synthetic.generate(
-            self.root, self.config, self.splits, seed=self.data_seed, num_workers=self.generate_workers
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from ssync_pl.data.samples import (
 )
 from ssync_pl.errors import ShardError
 
+if TYPE_CHECKING:
+    from ssync_pl.data.features.store import FeatureStore
+
 __all__ = ["BAD_SAMPLES", "Collate", "ShardDataset", "split_short"]
 
 BAD_SAMPLES = "__bad_samples__"
@@ -34,7 +37,7 @@ BAD_SAMPLES = "__bad_samples__"
 class ShardDataset(Dataset[dict[str, Any]]):
     """Videos or clips of local shards, by index.
 
-    In training, index `epoch * clips + clip_number * videos + video` is one clip (see `TrainSampler`); in evaluation,
+    In training, index `visit * clips + clip_number * videos + video` is one clip (see `TrainSampler`); in evaluation,
     indices from `videos` on are repeats that pad a batch (see `EvalSampler`). Both count up from 0, so any sampler of
     plain indices works as well.
 
@@ -44,6 +47,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         rules: How samples are cut.
         clips_per_video: Clips of each video a pass, in training.
         skip_bad: Put the next good sample in place of one that cannot be read, instead of raising.
+        features: Cached features of the same shards, which then come with every sample.
 
     Raises:
         ShardError: The shards hold no sample.
@@ -69,6 +73,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         rules: SampleRules,
         clips_per_video: int = 1,
         skip_bad: bool = False,
+        features: FeatureStore | None = None,
     ) -> None:
         self.paths = list(paths)
         self.shards = list(shards)
@@ -76,6 +81,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self.clips_per_video = clips_per_video if rules.training else 1
         self.skip_bad = skip_bad
         self.samples = [(number, sample) for number, shard in enumerate(self.shards) for sample in shard.samples]
+        self.features = features
         self._reader = ShardReader()
         if not self.samples:
             raise ShardError(
@@ -161,6 +167,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def close(self) -> None:
         """Close the memory maps of this process; reading opens them again."""
         self._reader.close()
+        if self.features is not None:
+            self.features.close()
 
     def _build(self, video: int, epoch: int, clip: int) -> dict[str, Any]:
         number, sample = self.samples[video]
@@ -170,6 +178,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
             built = train_sample(sample.members, fetch, key, where, self.rules, epoch, clip)
         else:
             built = eval_sample(sample.members, fetch, where, self.rules)
+        if self.features is not None:
+            flip = self.rules.training and bool(built["flip"])
+            built |= self.features.read(self.shards[number].name, sample.key, built["cut"], flip)
         return {**built, "__key__": sample.key}
 
 
@@ -182,7 +193,7 @@ class Collate:
 
     Example:
         >>> sample = {"video": torch.zeros(2, 4, 4, 3, dtype=torch.uint8), "crop": torch.zeros(2), "real": True}
-        >>> batch = Collate(SampleRules())([{**sample, "__key__": "7", BAD_SAMPLES: []}])
+        >>> batch = Collate(SampleRules())([{**sample, "cut": slice(0, 2, 1), "__key__": "7", BAD_SAMPLES: []}])
         >>> batch["__key__"], batch["batch_padding_mask"], batch["frame_mask"]
         (['7'], tensor([True]), tensor([[True, True]]))
     """
@@ -198,16 +209,21 @@ class Collate:
         Returns:
             `video` uint8 (B, T, h, w, 3), or a list of (T, h, w, 3) when heights or widths differ; `__key__`; `crop`;
             in training `flip`; in evaluation `batch_padding_mask` (B,) and `frame_mask` (B, T); with masks
-            `segmentations` like `video` with N channels, `mask_ids`, `max_objects`.
+            `segmentations` like `video` with N channels, `mask_ids`, `max_objects`; with cached features `features`
+            (B, T, N, D) and what they need to be decoded. `video` is left out where the rules say so.
         """
-        lengths = [len(sample["video"]) for sample in samples]
+        lengths = [len(range(sample["cut"].start, sample["cut"].stop, sample["cut"].step)) for sample in samples]
         longest = max(lengths)
         batch: dict[str, Any] = {
-            "video": _stack([_lengthen(sample["video"], longest, repeat=True) for sample in samples]),
             "crop": torch.stack([sample["crop"] for sample in samples]),
             "__key__": [sample["__key__"] for sample in samples],
             BAD_SAMPLES: [bad for sample in samples for bad in sample[BAD_SAMPLES]],
         }
+        if "video" in samples[0]:
+            batch["video"] = _stack([_lengthen(sample["video"], longest, repeat=True) for sample in samples])
+        for name in ("features", "features_scale"):
+            if name in samples[0]:
+                batch[name] = torch.stack([_lengthen(sample[name], longest, repeat=True) for sample in samples])
         if self.rules.training:
             batch["flip"] = torch.stack([sample["flip"] for sample in samples])
         else:

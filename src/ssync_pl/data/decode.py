@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import math
+import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
 _EXECUTABLE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so"})
 _MAX_ARRAY_BYTES = 1 << 36  # a larger array in one member is a broken header or a decompression bomb
 _HEADER_BYTES = 1 << 16
+_PLAIN_HEADER = re.compile(
+    rb"\{'descr': '(?P<descr>[<>|=]?[a-zA-Z][0-9]{0,4})', 'fortran_order': (?P<order>True|False), "
+    rb"'shape': \((?P<shape>|[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18})+),?\), \}\s*"
+)
 
 
 class NpyHeader(NamedTuple):
@@ -132,7 +137,10 @@ def read_npy_header(data: bytes | memoryview, member: str, where: str = "") -> N
     stream = io.BytesIO(bytes(data[:_HEADER_BYTES]))
     try:
         version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
+        plain = _plain_header(stream, version)
+        if plain is not None:
+            shape, fortran_order, dtype = plain
+        elif version == (1, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
         elif version == (2, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
@@ -318,6 +326,21 @@ def read_gz_npy_header(data: bytes | memoryview, member: str, where: str = "") -
     except zlib.error as error:
         raise _bad_gzip(member, where, error) from error
     return read_npy_header(head, member, where)
+
+
+def _plain_header(stream: io.BytesIO, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    # NumPy evaluates the header as Python source, which takes longer than to read a clip, and fails at random where
+    # the garbage collector strikes in the middle of it (CPython 3.11). Headers that NumPy itself writes need no such
+    # thing; all others are left to NumPy.
+    start = stream.tell()
+    size = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+    text = stream.read(size)
+    found = _PLAIN_HEADER.fullmatch(text) if version in ((1, 0), (2, 0)) and len(text) == size else None
+    if found is None:
+        stream.seek(start)
+        return None
+    shape = tuple(int(number) for number in found["shape"].split(b",") if number.strip())
+    return shape, found["order"] == b"True", np.dtype(found["descr"].decode("ascii"))
 
 
 def _decode_npy_gz(data: bytes | memoryview, member: str, where: str) -> np.ndarray:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import os
 import re
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = [
     "load_shards",
     "parse_index",
     "read_index",
+    "scan_packed",
     "scan_shard",
     "split_member_name",
     "write_index",
@@ -166,6 +169,51 @@ def scan_shard(path: str | os.PathLike[str]) -> ShardEntry:
             ) from error
         samples = tuple(SampleEntry(key, members, _frames(stream, path, key, members)) for key, members in groups)
     return ShardEntry(path.name, size, samples)
+
+
+def scan_packed(path: str | os.PathLike[str]) -> ShardEntry:
+    """Build the entry of a compressed tar, which can be streamed but not mapped, by unpacking it once in passing.
+
+    Args:
+        path: A tar packed by gzip, bzip2 or xz.
+
+    Returns:
+        Keys, sizes and frame counts; offsets are those of the unpacked tar.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ShardError: The file is truncated or damaged, or holds a member twice.
+
+    Example:
+        >>> scan_packed("/nowhere/train-000000.tar.gz")
+        Traceback (most recent call last):
+        FileNotFoundError: ...
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    groups: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    heads: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, mode="r|*") as tar:
+            for info in tar:
+                if not info.isreg():
+                    continue
+                _add_member(groups, info, path)
+                parts = split_member_name(info.name)
+                stream = tar.extractfile(info) if parts is not None and parts[1] in _VIDEO_MEMBERS else None
+                if parts is not None and stream is not None and parts[0] not in heads:
+                    heads[parts[0]] = stream.read(min(info.size, _HEADER_BYTES))
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ShardError(
+            f"Expected {path} to be a whole compressed tar, but got a damaged one ({error}; {size} bytes). Copy it "
+            "again."
+        ) from error
+    samples = []
+    for key, members in groups:
+        member = next((name for name in _VIDEO_MEMBERS if name in members), None)
+        frames = None if member is None else _head_frames(heads[key], member, f"{path}, key {key}")
+        samples.append(SampleEntry(key, members, frames))
+    return ShardEntry(path.name, size, tuple(samples))
 
 
 def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
@@ -340,9 +388,13 @@ def _frames(stream: BinaryIO, path: Path, key: str, members: Mapping[str, tuple[
         return None
     offset, size = members[member]
     stream.seek(offset)
+    return _head_frames(stream.read(min(size, _HEADER_BYTES)), member, f"{path}, key {key}")
+
+
+def _head_frames(head: bytes, member: str, where: str) -> int | None:
     parse = read_gz_npy_header if member_extension(member) == "npy.gz" else read_npy_header
     try:
-        shape = parse(stream.read(min(size, _HEADER_BYTES)), member, f"{path}, key {key}").shape
+        shape = parse(head, member, where).shape
     except ShardError:
         return None  # the reader refuses the member by name when, and only when, the sample is used
     return shape[0] if shape else None

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 
 from ssync_pl.errors import ConfigError, MissingShardError
 
-__all__ = ["expand_braces", "expand_shards", "is_remote", "shard_name"]
+__all__ = ["expand_braces", "expand_shards", "is_compressed", "is_remote", "shard_name"]
 
 _REMOTE_SCHEMES = ("http", "https", "gs", "hf", "sftp", "ftps", "scp", "ais")
 _MOST = 1_000_000
@@ -106,6 +106,22 @@ def is_remote(shard: str) -> bool:
         (True, False)
     """
     return re.match(r"^[a-z][a-z0-9+]+://", shard) is not None
+
+
+def is_compressed(shard: str) -> bool:
+    """Say whether a shard is a packed tar, by its name.
+
+    Args:
+        shard: Path or URL.
+
+    Returns:
+        `True` for `.tar.gz`, `.tgz` and the like.
+
+    Example:
+        >>> is_compressed("data/a.tar.gz"), is_compressed("data/a.tar")
+        (True, False)
+    """
+    return shard_name(shard).lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
 def shard_name(shard: str) -> str:

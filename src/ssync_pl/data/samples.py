@@ -66,6 +66,9 @@ class SampleRules:
         mask_format: `ids`: (F, h, w, 1), 0 = background (MOVi); `channels`: (F, h, w, N), one an object (YT-VIS).
         max_objects: Most objects a mask may have; `None` for no limit.
         seed: Seed of the run.
+        reference: Cut clips and crops as published VideoSAUR-style pipelines do: a clip starts at a multiple of its
+            length.
+        video: Whether training clips hold their frames; without them only what is cached is read.
 
     Raises:
         ConfigError: A value is out of range.
@@ -84,11 +87,17 @@ class SampleRules:
     mask_format: MaskFormat = "ids"
     max_objects: int | None = None
     seed: int = 0
+    reference: bool = False
+    video: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("clip_length", self.clip_length), ("frame_stride", self.frame_stride)):
             if value is not None and value < 1:
                 raise ConfigError(f"Expected argument `{name}` to be at least 1, but got {value}.")
+        if self.reference and self.frame_stride != 1:
+            raise ConfigError(
+                f"Expected argument `frame_stride` to be 1 for sampling='reference', but got {self.frame_stride}."
+            )
         if not 0.0 <= self.flip_probability <= 1.0:
             raise ConfigError(f"Expected argument `flip_probability` to be in [0, 1], but got {self.flip_probability}.")
 
@@ -220,8 +229,9 @@ def train_sample(
         clip: Number of the clip of this video in this pass.
 
     Returns:
-        `video` (T, h, w, 3) uint8, `flip` bool scalar, `crop` (2,) int64 (top and left in the resized picture), with
-        `rules.masks` also `segmentations` (T, h, w, N) uint8.
+        `video` (T, h, w, 3) uint8 unless `rules.video` is off, `flip` bool scalar, `crop` (2,) int64 (top and left in
+        the resized picture), `cut` (the frames taken, a slice), with `rules.masks` also `segmentations` (T, h, w, N)
+        uint8.
 
     Raises:
         ShardError: The video is shorter than a clip, a member is refused or does not fit.
@@ -247,8 +257,13 @@ def train_sample(
             f"Expected {where} to have at least {span} frames (clip_length={rules.clip_length}, frame_stride="
             f"{rules.frame_stride}), but got {frames}. Shorten the clip, or set on_bad_sample='skip'."
         )
-    draw = draw_clip(key, clip, rules.seed, epoch, frames - span + 1, rules.flip_probability)
+    if rules.reference:
+        draw = draw_clip(key, clip, rules.seed, epoch, frames // span, rules.flip_probability, span)
+    else:
+        draw = draw_clip(key, clip, rules.seed, epoch, frames - span + 1, rules.flip_probability)
     cut = slice(draw.start, draw.start + span, rules.frame_stride)
+    if not rules.video:
+        return {"flip": torch.tensor(draw.flip), "crop": torch.zeros(2, dtype=torch.int64), "cut": cut}
     video = _check_video(_read_frames(member, data, where, cut), member, where)
     if len(video) != rules.clip_length:
         raise ShardError(
@@ -259,6 +274,7 @@ def train_sample(
         "video": torch.from_numpy(video),
         "flip": torch.tensor(draw.flip),
         "crop": _crop_offsets(video, rules, draw.top, draw.left),
+        "cut": cut,
     }
     if rules.masks:
         sample["segmentations"] = _masks(members, fetch, where, rules, cut, frames, video.shape)
@@ -275,8 +291,8 @@ def eval_sample(members: Collection[str], fetch: Fetch, where: str, rules: Sampl
         rules: How to read.
 
     Returns:
-        `video` (F, h, w, 3) uint8, `crop` (2,) int64 of the central crop, with `rules.masks` also `segmentations`
-        (F, h, w, N) uint8.
+        `video` (F, h, w, 3) uint8, `crop` (2,) int64 of the central crop, `cut` (all frames, a slice), with
+        `rules.masks` also `segmentations` (F, h, w, N) uint8.
 
     Raises:
         ShardError: A member is missing, refused or does not fit.
@@ -290,7 +306,8 @@ def eval_sample(members: Collection[str], fetch: Fetch, where: str, rules: Sampl
     """
     member = find_member(members, "video", where)
     video = _check_video(_read_frames(member, fetch(member), where, None), member, where)
-    sample: dict[str, Any] = {"video": torch.from_numpy(video), "crop": _crop_offsets(video, rules, None, None)}
+    offsets = _crop_offsets(video, rules, None, None)
+    sample: dict[str, Any] = {"video": torch.from_numpy(video), "crop": offsets, "cut": slice(0, len(video), 1)}
     if rules.masks:
         sample["segmentations"] = _masks(members, fetch, where, rules, slice(None), len(video), video.shape)
     return sample
@@ -386,8 +403,9 @@ def _masks(
 def _crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left: float | None) -> Tensor:
     if rules.image_size is None or rules.crop == "none":
         return torch.zeros(2, dtype=torch.int64)
-    height, width = covering_size((video.shape[1], video.shape[2]), rules.image_size)
+    height, width = covering_size((video.shape[1], video.shape[2]), rules.image_size, floor=rules.reference)
     room = (height - rules.image_size[0], width - rules.image_size[1])
     if rules.crop == "center" or top is None or left is None:
-        return torch.tensor([room[0] // 2, room[1] // 2])
+        # published code rounds halves to the even pixel
+        return torch.tensor([round(side / 2) if rules.reference else side // 2 for side in room])
     return torch.tensor([int(top * (room[0] + 1)), int(left * (room[1] + 1))])

@@ -8,7 +8,8 @@ and after every resume.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,9 @@ __all__ = [
     "contiguous_share",
     "draw_clip",
     "eval_share",
+    "mixed_pass",
     "permutation",
+    "shares_by_weight",
     "train_share",
     "worker_share",
 ]
@@ -96,6 +99,65 @@ def train_share(count: int, seed: int, epoch: int, rank: int, world: int) -> np.
     return permutation(count, seed, epoch)[: count - count % world][rank::world]
 
 
+def shares_by_weight(total: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number of clips by weights, the remainder to the largest fractions.
+
+    Args:
+        total: Number of clips.
+        weights: Positive weights, in any unit.
+
+    Returns:
+        Clips of each set; they sum to `total`.
+
+    Raises:
+        ConfigError: A weight is not positive and finite.
+
+    Example:
+        >>> shares_by_weight(10, [2.0, 1.0])
+        [7, 3]
+    """
+    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(f"Expected the weights of mixed sets to be positive numbers, but got {list(weights)}.")
+    exact = np.array([total * weight / sum(weights) for weight in weights])
+    shares = np.floor(exact).astype(np.int64)
+    missing = total - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    return [int(share) for share in shares]
+
+
+def mixed_pass(clips: int, mix: Sequence[tuple[np.ndarray, float]], seed: int, epoch: int) -> np.ndarray:
+    """Return one shuffled pass over several sets, each with its share by weight.
+
+    A pass is as long as all sets together. Each set runs through its own endless row of shuffled visits: a set with a
+    small weight goes on in the next pass where it stopped, one with a large weight comes several times.
+
+    Args:
+        clips: Clips of all sets together.
+        mix: For each set its clips (numbers in [0, `clips`)) and its weight.
+        seed: Seed of the run.
+        epoch: Number of the pass, from 0.
+
+    Returns:
+        `visit * clips + clip` (clips,) int64.
+
+    Example:
+        >>> sets = [(np.arange(4), 3.0), (np.arange(4, 8), 1.0)]
+        >>> first, second = (mixed_pass(8, sets, seed=0, epoch=epoch) % 8 for epoch in (0, 1))
+        >>> (first < 4).sum().item(), sorted({*first.tolist(), *second.tolist()})
+        (6, [0, 1, 2, 3, 4, 5, 6, 7])
+    """
+    drawn = []
+    for number, ((members, _), share) in enumerate(zip(mix, shares_by_weight(clips, [w for _, w in mix]), strict=True)):
+        count = len(members)
+        position = np.arange(epoch * share, (epoch + 1) * share, dtype=np.int64)
+        for visit in range(epoch * share // count, -(-(epoch + 1) * share // count)):
+            # each set has an order of its own, or equal sizes would go in step
+            order = permutation(count, seed + (number + 1) * 0x9E3779B97F4A7C15, visit)
+            drawn.append(visit * clips + members[order[position[position // count == visit] % count]])
+    whole = np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
+    return whole[permutation(len(whole), seed, epoch)]
+
+
 def eval_share(count: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one rank's items for evaluation: each item once over all ranks, padded to equal length.
 
@@ -161,7 +223,9 @@ def worker_share(first: int, end: int, worker: int, num_workers: int, batch_size
     return min(first + begin * batch_size, end), min(first + stop * batch_size, end)
 
 
-def draw_clip(key: str, clip: int, seed: int, epoch: int, starts: int, flip_probability: float) -> ClipDraw:
+def draw_clip(
+    key: str, clip: int, seed: int, epoch: int, starts: int, flip_probability: float, step: int = 1
+) -> ClipDraw:
     """Draw a clip's start, flip and crop position from a hash of (seed, pass, key, clip).
 
     Args:
@@ -171,6 +235,7 @@ def draw_clip(key: str, clip: int, seed: int, epoch: int, starts: int, flip_prob
         epoch: Number of the pass.
         starts: Number of possible first frames, at least 1.
         flip_probability: Probability of a flip, in [0, 1].
+        step: Distance between possible first frames.
 
     Returns:
         The choices.
@@ -181,37 +246,59 @@ def draw_clip(key: str, clip: int, seed: int, epoch: int, starts: int, flip_prob
     """
     words = np.frombuffer(_digest(seed, epoch, f"{clip}/{key}"), dtype="<u8")
     fractions = [int(word >> np.uint64(11)) / (1 << 53) for word in words]
-    return ClipDraw(int(words[0]) % starts, fractions[1] < flip_probability, fractions[2], fractions[3])
+    return ClipDraw(int(words[0]) % starts * step, fractions[1] < flip_probability, fractions[2], fractions[3])
 
 
 class TrainSampler(DistributedSampler[int]):
     """Yield this rank's shuffled clips; the pass travels inside the index.
 
-    Index `epoch * clips + clip` tells the data set the pass, so persistent workers need no other message. It is a
-    `DistributedSampler` because that is what Lightning leaves alone under `use_distributed_sampler=True`; it never
-    asks a process group.
+    Index `visit * clips + clip` tells the data set which visit of the clip it is, so persistent workers need no other
+    message; without weights every clip is visited once a pass. It is a `DistributedSampler` because that is what
+    Lightning leaves alone under `use_distributed_sampler=True`; it never asks a process group.
 
     Args:
         clips: Clips a pass over the whole data set.
         seed: Seed of the run.
         rank: This process.
         world: Number of processes.
+        mix: Sets to mix, or `None` for one set; see `mixed_pass`.
 
     Example:
         >>> sampler = TrainSampler(4, seed=0, rank=0, world=1)
         >>> sampler.set_epoch(2)
         >>> sorted(sampler)
         [8, 9, 10, 11]
+        >>> whole = list(sampler)
+        >>> sampler.set_start(3)
+        >>> list(sampler) == whole[3:]
+        True
     """
 
-    def __init__(self, clips: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, clips: int, seed: int = 0, rank: int = 0, world: int = 1, mix: Sequence[tuple[np.ndarray, float]] = ()
+    ) -> None:
         _check_rank(rank, world)
         super().__init__(range(clips), num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.clips = clips
+        self.mix = list(mix)
+        self.start = 0
+
+    def set_start(self, items: int) -> None:
+        """Leave out the first items of the passes to come, which a resumed run has had already.
+
+        Args:
+            items: Number of this rank's items to leave out.
+        """
+        self.start = items
 
     def __iter__(self) -> Iterator[int]:
-        share = train_share(self.clips, self.seed, self.epoch, self.rank, self.num_replicas)
-        return iter((share + self.epoch * self.clips).tolist())
+        if self.mix:
+            order = mixed_pass(self.clips, self.mix, self.seed, self.epoch)
+            share = order[: len(order) - len(order) % self.num_replicas][self.rank :: self.num_replicas]
+        else:
+            share = train_share(self.clips, self.seed, self.epoch, self.rank, self.num_replicas)
+            share = share + self.epoch * self.clips
+        return iter(share[self.start :].tolist())
 
     def __len__(self) -> int:
         return self.clips // self.num_replicas

@@ -6,6 +6,7 @@ with the batch, so the result is a function of the batch alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ssync_pl.data.features.codec import decode_features
 from ssync_pl.errors import ConfigError, ShapeError
 
 __all__ = [
     "BatchTransform",
     "Size",
+    "central_square",
     "covering_size",
     "crop_and_flip",
     "one_hot_masks",
@@ -30,12 +33,13 @@ Size = tuple[int, int]
 """Height and width."""
 
 
-def covering_size(source: Size, target: Size) -> Size:
+def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
     """Smallest size of the source's proportions that covers the target (short-side resize for square targets).
 
     Args:
         source: Height and width of the frames.
         target: Height and width of the crop.
+        floor: Round the longer side down, as published code does, instead of to the nearest.
 
     Returns:
         Height and width, rounded, neither below the target's.
@@ -46,17 +50,38 @@ def covering_size(source: Size, target: Size) -> Size:
     """
     (height, width), (target_height, target_width) = source, target
     if target_height * width >= target_width * height:
-        return target_height, max(target_width, round(width * target_height / height))
-    return max(target_height, round(height * target_width / width)), target_width
+        longer = math.floor(width / height * target_height) if floor else round(width * target_height / height)
+        return target_height, max(target_width, longer)
+    longer = math.floor(height / width * target_width) if floor else round(height * target_width / width)
+    return max(target_height, longer), target_width
 
 
-def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear") -> Tensor:
+def central_square(source: Size) -> tuple[slice, slice]:
+    """Largest central square, placed as published code places it (halves round to the even pixel).
+
+    Args:
+        source: Height and width of the frames.
+
+    Returns:
+        Rows and columns of the square.
+
+    Example:
+        >>> central_square((3, 6))
+        (slice(0, 3, None), slice(2, 5, None))
+    """
+    side = min(source)
+    top, left = round((source[0] - side) / 2), round((source[1] - side) / 2)
+    return slice(top, top + side), slice(left, left + side)
+
+
+def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear", *, antialias: bool = True) -> Tensor:
     """Resize frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped.
 
     Args:
         frames: (..., C, h, w) float.
         size: Height and width of the result.
         mode: `bilinear` or `bicubic`.
+        antialias: Smooth frames that shrink. Published code does not.
 
     Returns:
         (..., C, H, W) float.
@@ -67,21 +92,23 @@ def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear") -> Tensor:
     """
     if frames.shape[-2:] == size:
         return frames
-    shrinks = frames.shape[-2] > size[0] or frames.shape[-1] > size[1]
+    shrinks = antialias and (frames.shape[-2] > size[0] or frames.shape[-1] > size[1])
     flat = frames.flatten(0, -4) if frames.ndim > 4 else frames
     flat = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=shrinks)
     flat = flat.clamp(0.0, 1.0) if mode == "bicubic" else flat
     return flat.reshape(*frames.shape[:-2], *size)
 
 
-def resize_masks(masks: Tensor, size: Size) -> Tensor:
+def resize_masks(masks: Tensor, size: Size, *, reference: bool = False) -> Tensor:
     """Resize masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device.
 
     Target pixel i reads source pixel ⌊(2i + 1)·h / 2H⌋, the pixel under its centre.
 
     Args:
-        masks: (..., h, w), any dtype.
+        masks: (..., h, w), any dtype; uint8 with `reference`.
         size: Height and width of the result.
+        reference: Take torch's float arithmetic, as published code does: it may differ where a centre lies exactly
+            between two pixels.
 
     Returns:
         (..., H, W), same dtype.
@@ -90,6 +117,9 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
         >>> resize_masks(torch.tensor([[1, 2]]), (1, 4))
         tensor([[1, 1, 2, 2]])
     """
+    if reference:
+        flat = masks.reshape(-1, 1, *masks.shape[-2:])
+        return F.interpolate(flat, size=size, mode="nearest-exact").reshape(*masks.shape[:-2], *size)
     for dim, target in ((-2, size[0]), (-1, size[1])):
         source = masks.shape[dim]
         if source != target:
@@ -168,6 +198,8 @@ class BatchTransform:
         mean: Per-channel mean of frames in [0, 1].
         std: Per-channel standard deviation of frames in [0, 1].
         has_background: Whether masks get a background channel, the first.
+        reference: Take the arithmetic of published VideoSAUR-style pipelines: no smoothing where frames shrink, sizes
+            rounded down, and `center` cuts the central square before it is resized.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -189,6 +221,7 @@ class BatchTransform:
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         has_background: bool = True,
+        reference: bool = False,
     ) -> None:
         if image_size is not None and min(image_size) < 1:
             raise ConfigError(f"Expected argument `image_size` to be positive, but got {image_size}.")
@@ -200,6 +233,11 @@ class BatchTransform:
                 raise ConfigError(f"Expected argument `{name}` to be one of {', '.join(known)}, but got {value!r}.")
         if crop != "none" and image_size is None:
             raise ConfigError(f"Expected argument `image_size` to be set for crop={crop!r}, but got None.")
+        if reference and crop != "none" and image_size is not None and image_size[0] != image_size[1]:
+            raise ConfigError(
+                f"Expected argument `image_size` to be a square for sampling='reference' and crop={crop!r}, but got "
+                f"{image_size}. Give one number, or take sampling='hashed'."
+            )
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3 or (name == "std" and min(values) <= 0):
                 raise ConfigError(
@@ -209,6 +247,7 @@ class BatchTransform:
         self.resize_mode = resize_mode
         self.crop = crop
         self.has_background = has_background
+        self.reference = reference
         self._mean, self._std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -222,14 +261,19 @@ class BatchTransform:
                 passed on.
 
         Returns:
-            The batch with `video` (B, T, 3, H, W) float32 and, where there were masks, `segmentations`
-            (B, T, C, H, W) bool, empty on padded frames; without `crop`, `flip`, `mask_ids` and `max_objects`.
+            The batch with `video` (B, T, 3, H, W) float32, where they are cached `features` (B, T, N, D) float32, and,
+            where there were masks, `segmentations` (B, T, C, H, W) bool, empty on padded frames; without `crop`,
+            `flip`, `mask_ids` and `max_objects`. A batch without `video` gets none.
 
         Raises:
             ShapeError: Sizes differ between the videos and no `image_size` unites them.
         """
-        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects")
+        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features", "features_scale")
         out = {name: value for name, value in batch.items() if name not in used}
+        if "features" in batch:
+            out["features"] = decode_features(batch)
+        if "video" not in batch:
+            return out
         videos = batch["video"] if isinstance(batch["video"], list) else [batch["video"]]
         masks = batch.get("segmentations")
         masks = masks if isinstance(masks, list) or masks is None else [masks]
@@ -244,14 +288,22 @@ class BatchTransform:
             # Videos of one size are one tensor and go through at once; only mixed sizes go one by one.
             rows = slice(number, number + 1) if single else slice(None)
             video = video[None] if single else video
+            # Evaluation crops centrally, whatever training does.
+            centred = self.reference and self.crop != "none" and "flip" not in batch
+            if centred:
+                rows_kept, columns_kept = central_square((int(video.shape[2]), int(video.shape[3])))
+                video = video[:, :, rows_kept, columns_kept]
             source = (int(video.shape[2]), int(video.shape[3]))
             size = self._resized(source)
-            offsets = batch["crop"][rows] if self.crop != "none" else None
+            offsets = batch["crop"][rows] if self.crop != "none" and not centred else None
             flip = batch["flip"][rows] if "flip" in batch else None
             frames.append(self._frames(video, size, offsets, flip))
             if masks is not None:
-                mask = masks[number][None] if single else masks[number]
-                mask = resize_masks(rearrange(mask, "b t h w n -> b t n h w"), size)
+                mask = rearrange(masks[number][None] if single else masks[number], "b t h w n -> b t n h w")
+                if centred:
+                    rows_kept, columns_kept = central_square((int(mask.shape[3]), int(mask.shape[4])))
+                    mask = mask[..., rows_kept, columns_kept]
+                mask = resize_masks(mask, size, reference=self.reference)
                 labels.append(crop_and_flip(mask, offsets, flip, self.image_size or size))
         out["video"] = frames[0] if len(frames) == 1 else torch.cat(frames)
         if masks is not None:
@@ -267,11 +319,13 @@ class BatchTransform:
     def _resized(self, source: Size) -> Size:
         if self.image_size is None:
             return source
-        return self.image_size if self.crop == "none" else covering_size(source, self.image_size)
+        if self.crop == "none":
+            return self.image_size
+        return covering_size(source, self.image_size, floor=self.reference)
 
     def _frames(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
         frames = rearrange(video, "b t h w c -> b t c h w").float() / 255.0
-        frames = resize_frames(frames, size, self.resize_mode)
+        frames = resize_frames(frames, size, self.resize_mode, antialias=not self.reference)
         frames = crop_and_flip(frames, offsets, flip, self.image_size or size)
         if frames.device not in self._statistics:
             self._statistics[frames.device] = (

@@ -7,7 +7,7 @@ import importlib
 
 __all__ = ["run_data"]
 
-_COMMANDS = ("generate",)
+_COMMANDS = ("generate", "check", "preview", "convert", "cache_features")
 
 
 def run_data(args: list[str]) -> int:

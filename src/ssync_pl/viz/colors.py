@@ -97,7 +97,7 @@ def color_labels(labels: NDArray[Any], *, background: int | None = None) -> Byte
     """
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"Expected argument `labels` to hold integers, but got {labels.dtype}. Pass argmax over slots.")
-    count = int(labels.max(initial=-1)) + 1
+    count = int(labels.max()) + 1 if labels.size else 0
     table = np.vstack([slot_colors(count), np.zeros((1, 3), dtype=np.uint8)])
     if background is not None and 0 <= background < count:
         table[background] = _BACKGROUND

@@ -1,0 +1,82 @@
+"""A file server over HTTP whose next answers can be spoiled in the ways that real ones fail."""
+
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingTCPServer
+from threading import Event, Thread
+from typing import Any
+
+
+class FlakyServer:
+    """Serves a folder. Each request takes the next entry of `script`; when it is empty, files come whole.
+
+    Entries: ("status", code, headers), ("cut", n) closes after n bytes of the body, ("stall", n) sends nothing more
+    after them, ("hang",) never answers, ("length", n) announces n bytes more than there are, ("redirect", address).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.script: list[tuple[Any, ...]] = []
+        self.requests: list[tuple[str, str | None]] = []
+        self.authorizations: list[str | None] = []
+        self.ranges = True
+        self.tag = '"1"'
+        self.over = Event()
+        # Not HTTPServer, which asks for the host's name first, and that can take seconds.
+        self._server = ThreadingTCPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self.over.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(server: FlakyServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            span = self.headers.get("Range")
+            server.requests.append((self.path, span))
+            server.authorizations.append(self.headers.get("Authorization"))
+            kind, *rest = server.script.pop(0) if server.script else ("whole",)
+            path = server.folder / self.path.lstrip("/").partition("?")[0]
+            if kind == "hang":
+                server.over.wait(10)
+                return
+            if kind in ("status", "redirect") or not path.is_file():
+                code = {"redirect": 302}.get(kind, rest[0] if rest else 404)
+                headers = {"Location": rest[0]} if kind == "redirect" else (rest[1] if len(rest) > 1 else {})
+                self.send_response(code)
+                for name, value in {"Content-Length": "0", **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return
+            data = path.read_bytes()
+            begin = int(span[len("bytes=") : -1]) if span and server.ranges else 0
+            if self.headers.get("If-Range", server.tag) != server.tag:
+                begin = 0
+            if begin >= len(data):
+                self.send_response(416)
+                self.end_headers()
+                return
+            self.send_response(206 if begin else 200)
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+            self.send_header("ETag", server.tag)
+            self.send_header("Content-Length", str(len(data) - begin + (rest[0] if kind == "length" else 0)))
+            self.end_headers()
+            self.wfile.write(data[begin : begin + rest[0]] if kind in ("cut", "stall") else data[begin:])
+            if kind == "stall":
+                self.wfile.flush()
+                server.over.wait(10)
+
+    return Handler

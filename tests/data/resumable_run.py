@@ -1,0 +1,93 @@
+"""A small training run that notes every step and can kill itself: `python resumable_run.py '{"folder": …}'`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ssync_pl import SSyncCallback
+from ssync_pl.data import ShardDataModule
+from ssync_pl.hosts import SAVi
+from ssync_pl.step_seed import StepSeed
+
+
+class Notes(L.Callback):
+    """Write keys, loss and weights of each step, and die in the middle of one."""
+
+    def __init__(self, path: Path, kill_at: int | None) -> None:
+        self.path, self.kill_at = path, kill_at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        weights = b"".join(value.numpy().tobytes() for value in pl_module.state_dict().values())
+        note = {
+            "step": trainer.global_step,
+            "pass": trainer.current_epoch,
+            "keys": batch["__key__"],
+            "loss": float(outputs["loss"]).hex(),
+            "weights": hashlib.sha256(weights).hexdigest(),
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(note) + "\n")
+
+
+def main(settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    folder = Path(settings["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    model = SAVi(
+        num_slots=3,
+        slot_dim=8,
+        slot_init="gaussian",
+        encoder_channels=[8, 8],
+        encoder_strides=[2, 2],
+        feature_dim=8,
+        encoder_mlp_hidden=8,
+        corrector_mlp_hidden=8,
+        predictor_mlp_hidden=8,
+        decoder_broadcast=[4, 4],
+        decoder_channels=[8, 8],
+        decoder_strides=[2, 2],
+        learning_rate=1e-2,
+        warmup_steps=2,
+    )
+    data = ShardDataModule(
+        settings["train"],
+        settings["validation"],
+        batch_size=2,
+        clip_length=2,
+        shuffle_buffer=4,
+        num_workers=settings["workers"],
+        backend=settings["backend"],
+    )
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            StepSeed(),
+            SSyncCallback(relative_weight=0.2, warmup_ratio=0.3, guard_window=2),
+            ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=settings["every"]),
+            Notes(folder / settings["notes"], settings.get("kill_at")),
+        ],
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=settings.get("resume"))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
