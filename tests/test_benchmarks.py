@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,37 @@ def test_both_arms_run_and_a_second_call_keeps_them(tmp_path, capsys):
     _load().main([*words, *SHORT])
     assert capsys.readouterr().out == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == times
+
+
+def test_the_loader_benchmark_runs_and_its_table_is_that_of_the_committed_results(tmp_path):
+    words = ["--videos", "16", "--frames", "8", "--resolution", "16", "--image-size", "24", "--batch-size", "4"]
+    words += ["--per-shard", "4", "--workers", "0", "--warmup", "1", "--seconds", "0.2", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "loader.py"), *words, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    assert "mmap + transform" in done.stdout
+    with open(tmp_path / "loader_cpu.csv", encoding="utf-8", newline="") as file:
+        assert {row["loader"] for row in csv.DictReader(file)} == {
+            "reference",
+            "mmap",
+            "webdataset",
+            "mmap + transform",
+        }
+    with open(ROOT / "benchmarks" / "results" / "loader_cpu.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    for start, loader in (
+        ("| `reference` |", "reference"),
+        ("| ours, `mmap` |", "mmap"),
+        ("| ours, `webdataset` |", "webdataset"),
+        ("| ours, `mmap`, with", "mmap + transform"),
+    ):
+        (line,) = [line for line in text.splitlines() if line.startswith(start)]
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for cell, workers in zip(cells, ("0", "2"), strict=False):
+            rates = [float(row["clips_per_s"]) for row in rows if (row["loader"], row["workers"]) == (loader, workers)]
+            assert cell == f"{statistics.median(rates):.0f} ({min(rates):.0f} – {max(rates):.0f})"
