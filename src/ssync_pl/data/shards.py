@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -72,7 +72,8 @@ class ShardWriter:
             )
         self._keys: set[str] = set()
         self._entries: list[ShardEntry] = []
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Any = None
+        self._file: BinaryIO | None = None
         self._temporary: Path | None = None
         self._in_shard = 0
         self._closed = False
@@ -99,13 +100,7 @@ class ShardWriter:
             raise ShardError(f"Expected argument `members` to hold at least one member, but key {key!r} has none.")
         # Everything is encoded before the first byte is written, so that a refused member leaves no half sample.
         encoded = {name: encode_member(name, value, f"key {key}") for name, value in members.items()}
-        tar = self._open()
-        for name, data in encoded.items():
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(data)
-            info.mode = 0o444
-            info.mtime = 0
-            tar.addfile(info, io.BytesIO(data))
+        self._open().write({"__key__": key, **encoded})
         self._keys.add(key)
         self._in_shard += 1
         if self._in_shard == self.samples_per_shard:
@@ -130,10 +125,13 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove the unfinished shard and close without writing an index; finished shards stay."""
         self._closed = True
-        if self._tar is not None and self._temporary is not None:
-            self._tar.close()
-            self._temporary.unlink(missing_ok=True)
-        self._tar = self._temporary = None
+        if self._file is not None and self._temporary is not None:
+            try:
+                with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
+                    self._tar.close()
+            finally:
+                self._temporary.unlink(missing_ok=True)
+        self._tar = self._file = self._temporary = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -146,20 +144,25 @@ class ShardWriter:
         else:
             self.abort()
 
-    def _open(self) -> tarfile.TarFile:
+    def _open(self) -> Any:
+        from webdataset import TarWriter
+
         if self._tar is None:
             name = f"{self.prefix}-{len(self._entries):06d}.tar"
             self._temporary = self.directory / f".{name}.{os.getpid()}.tmp"
-            self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._file = self._temporary.open("wb")
+            # Members are bytes already; a fixed time and no names make equal samples equal files.
+            self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         return self._tar
 
     def _finish_shard(self) -> None:
-        if self._tar is None or self._temporary is None:
+        if self._file is None or self._temporary is None:
             return
         self._tar.close()
+        self._file.close()
         final = self.directory / f"{self.prefix}-{len(self._entries):06d}.tar"
         os.replace(self._temporary, final)
-        self._tar = self._temporary = None
+        self._tar = self._file = self._temporary = None
         self._in_shard = 0
         self._entries.append(scan_shard(final))
 
