@@ -330,9 +330,9 @@ class BatchTransform:
         return covering_size(source, self.image_size, floor=self.reference)
 
     def _frames(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
-        if video.device.type != "cpu" or len(video) < 2:
+        if video.device.type != "cpu" or len(video) < 2 or tuple(video.shape[2:4]) == size:
             return self._clips(video, size, offsets, flip)
-        # One clip at a time stays in the CPU's caches: five times faster than all at once.
+        # Resized one at a time, clips stay in the CPU's caches: four times faster than all at once.
         out = torch.empty(*video.shape[:2], video.shape[-1], *(self.image_size or size))
         for row in range(len(video)):
             part = slice(row, row + 1)
@@ -345,8 +345,10 @@ class BatchTransform:
         return out
 
     def _clips(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
-        # Resizing is much faster on frames that lie channel by channel.
-        frames = rearrange(video, "b t h w c -> b t c h w").contiguous().float().div_(255.0)
+        frames = rearrange(video, "b t h w c -> b t c h w")
+        if tuple(frames.shape[-2:]) != size:
+            frames = frames.contiguous()  # resizing is much faster on frames that lie channel by channel
+        frames = frames.float().div_(255.0)
         frames = resize_frames(frames, size, self.resize_mode, antialias=not self.reference)
         frames = crop_and_flip(frames, offsets, flip, self.image_size or size)
         if frames.device not in self._statistics:
