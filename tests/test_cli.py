@@ -325,3 +325,38 @@ def test_a_foreign_project_keeps_its_callbacks(root: Path, tmp_path: Path, way: 
     assert "callbacks: 1 1" in done.stdout
     if way == "option":
         assert "ssync/boundary_loss" in done.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
+def test_a_damaged_checkpoint_is_named_in_one_line(
+    config: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    assert main(["predict", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssync_pl.data_commands.run_data", stop)
+    assert main(["data", "convert", "videos"]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    assert main(["data", "check"]) == 130
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_a_run_of_unknown_length_says_what_to_set() -> None:
+    from types import SimpleNamespace
+
+    from ssync_pl import SSyncConfig
+    from ssync_pl.engine import SSyncEngine
+    from ssync_pl.errors import ConfigError
+    from ssync_pl.hosts.schedules import schedule_for
+
+    with pytest.raises(ConfigError, match="max_steps"):
+        SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1))
+    with pytest.raises(ConfigError, match="max_steps"):
+        schedule_for(-1, warmup_steps=100, decay="exponential")

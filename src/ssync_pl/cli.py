@@ -21,7 +21,7 @@ _TRAINER_VERBS = {
     "predict": "run the host over videos and write overlay videos and labels of their slots",
 }
 _OTHER_VERBS = {
-    "data": "generate, check and preview shards: `ssync-pl data --help`",
+    "data": "generate, convert, check, preview shards, cache features: `ssync-pl data --help`",
     "config": "print a packaged configuration: `ssync-pl config ssync`",
 }
 
@@ -76,6 +76,10 @@ def main(args: list[str] | None = None) -> int:
             return stop.code or 0
         sys.stderr.write(f"{stop.code}\n")
         return 1
+    except KeyboardInterrupt:
+        again = " The same command goes on where this one was stopped." if words[:2] == ["data", "convert"] else ""
+        sys.stderr.write(f"\nssync-pl: stopped.{again}\n")
+        return 130
     except (SSyncError, OSError, UnicodeDecodeError) as error:
         if debug:
             traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -120,7 +121,8 @@ class SSyncEngine:
             5
         """
         known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
-        self.start(0 if known else trainer.estimated_stepping_batches)
+        steps = 0 if known else trainer.estimated_stepping_batches
+        self.start(steps if steps >= 0 else math.inf)  # Lightning gives -1 for a length that nobody knows
 
     def phase(self, step: int) -> Phase:
         """What the training step has to do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
@@ -226,7 +227,19 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         )
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except (EOFError, UnpicklingError) as error:
+        raise _bad_checkpoint(error) from error
     except RuntimeError as error:
+        if "PytorchStreamReader" in str(error):
+            raise _bad_checkpoint(error) from error
         if "more than one stateful callback" not in str(error):
             raise
         raise ConfigError(f"{error} The callback is in the configuration already: leave one of them out.") from error
+
+
+def _bad_checkpoint(error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else "it ends early"
+    return ConfigError(
+        f"Expected --ckpt_path to be a whole checkpoint, but reading it failed ({type(error).__name__}: {reason}). "
+        "Take another one; --debug shows where."
+    )

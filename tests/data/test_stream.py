@@ -323,7 +323,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="`takes` only for training"):
         ShardStream(["a.tar"], [entry], SampleRules(), 2, takes=lambda epoch: [])
     stream = ShardStream(["a.tar"], [entry], CLIPS, 2, takes=lambda epoch: [(0, 0, 2)])
-    with pytest.raises(ConfigError, match=r"`takes` to plan shards in \[0, 1\).* but got \(0, 0, 2\)"):
+    with pytest.raises(ConfigError, match=r"`takes` to plan shards in \[0, 1\).* but got \(0, 0, 2, 0\)"):
         len(stream)
     with pytest.raises(ConfigError, match="`start` to be at least 0, but got -1"):
         stream.set_pass(0, -1)

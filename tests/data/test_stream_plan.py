@@ -59,31 +59,48 @@ def test_mixed_order_moves_clips_far():
 
 
 def test_plain_plan():
-    assert plain_shard_plan([3, 1], None, 7) == [(0, 0, 3), (1, 0, 1)]
+    assert plain_shard_plan([3, 1], None, 7) == [(0, 0, 3, 0), (1, 0, 1, 0)]
     passes = [plain_shard_plan([2] * 9, 5, epoch) for epoch in range(4)]
     assert len({tuple(plan) for plan in passes}) == 4
-    assert all(sorted(plan) == [(shard, 0, 2) for shard in range(9)] for plan in passes)
+    assert all(sorted(plan) == [(shard, 0, 2, 0) for shard in range(9)] for plan in passes)
+
+
+def _clips(plan):
+    return [(take.shard, take.visit, take.first + clip) for take in plan for clip in range(take.clips)]
+
+
+@pytest.mark.parametrize("clips", [[7], [3, 1, 4]])
+def test_a_rotated_plan_holds_the_same_clips_and_begins_elsewhere(clips):
+    whole = sorted(_clips(plain_shard_plan(clips, None, 0)))
+    begins = set()
+    for epoch in range(60):
+        plan = _clips(plain_shard_plan(clips, 1, epoch, rotate=True))
+        assert sorted(plan) == whole
+        begins.add(plan[0])
+    assert len(begins) == len(whole)
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [5, 1], [1, 9], [0.3, 0.7]])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_mixing_gives_each_set_its_share(weights, epoch):
+def test_mixing_gives_each_set_its_share_and_comes_to_every_clip(weights):
     sets = [[4, 4, 3, 4], [6, 0, 5]]
-    plan = mixed_shard_plan(sets, weights, seed=1, epoch=epoch)
-    flat = [4, 4, 3, 4, 6, 0, 5]
-    first = sum(clips for shard, _, clips in plan if shard < 4)
-    assert sum(clips for _, _, clips in plan) == 26
-    assert abs(first - 26 * weights[0] / sum(weights)) <= 0.5 + 1e-9
-    assert len({(shard, visit) for shard, visit, _ in plan}) == len(plan)
-    for shards in (range(4), range(4, 7)):
-        takes = [take for take in plan if take[0] in shards]
-        # All but the last are whole, and no shard is read again before all others of its set were.
-        assert all(clips == flat[shard] for shard, _, clips in takes[:-1])
-        visits = [visit for _, visit, _ in takes]
-        assert visits == sorted(visits)
-        full = Counter(visits)
-        per_visit = sum(flat[shard] > 0 for shard in shards)
-        assert all(count == per_visit for visit, count in full.items() if visit < max(visits))
+    seen: list[Counter] = [Counter(), Counter()]
+    shares = None
+    for epoch in range(12):
+        plan = mixed_shard_plan(sets, weights, seed=1, epoch=epoch)
+        clips = _clips(plan)
+        assert len(clips) == len(set(clips)) == 26
+        parts = [[clip for clip in clips if (clip[0] < 4) == (number == 0)] for number in range(2)]
+        assert abs(len(parts[0]) - 26 * weights[0] / sum(weights)) <= 0.5 + 1e-9
+        shares = shares or [len(part) for part in parts]
+        assert [len(part) for part in parts] == shares
+        for number, part in enumerate(parts):
+            assert [visit for _, visit, _ in part] == sorted(visit for _, visit, _ in part)
+            seen[number].update(part)
+    for number, (counter, total) in enumerate(zip(seen, (15, 11), strict=True)):
+        # Nothing comes twice in a visit, and a visit begins when the one before has ended.
+        assert set(counter.values()) == {1}
+        whole = 12 * shares[number] // total
+        assert Counter(visit for _, visit, _ in counter if visit < whole) == dict.fromkeys(range(whole), total)
 
 
 def test_mixing_interleaves_and_changes_from_pass_to_pass():

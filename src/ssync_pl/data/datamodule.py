@@ -45,9 +45,9 @@ class ShardDataModule(L.LightningDataModule):
     Training draws one random clip a video and pass; evaluation takes every whole video exactly once at any number of
     processes. Workers send uint8, copied to CUDA while the step before computes; resizing, cropping, flipping and
     normalising happen on the device, in `on_after_batch_transfer`. Every random choice is a function of (seed, pass,
-    key), so the batches are the same whatever the number of workers and the start method, and a run that was
-    interrupted in the middle of a pass goes on with the batch that was next. Lightning's trainer gives the rank, so
-    `use_distributed_sampler` may stay on.
+    key): batches of mapped shards are the same for any number of workers, those of a stream for any start method. A
+    run that was interrupted in the middle of a pass goes on with the batch that was next. Lightning's trainer gives the
+    rank, so `use_distributed_sampler` may stay on.
 
     Batches are dicts: `video` (B, T, 3, H, W) float32; `__key__`; in evaluation `segmentations` (B, T, C, H, W) bool,
     `batch_padding_mask` (B,) bool (`False` = a repeat that must not be counted), `frame_mask` (B, T) bool (`False` =
@@ -86,7 +86,8 @@ class ShardDataModule(L.LightningDataModule):
         persistent_workers: Keep workers from pass to pass.
         pin_memory: Page-locked batches for faster copies to CUDA; `auto` does so exactly on CUDA.
         start_method: How workers start: `fork`, `spawn` or `forkserver`; `None` takes Python's default.
-        shuffle_buffer: Clips held back to be mixed, a worker; remote training sets only.
+        shuffle_buffer: Clips held back to be mixed in training, for each of the `num_workers` parts of a stream that
+            are read at a time; mapped shards are mixed as a whole.
         seed: Seed of all random choices.
         sampling: `hashed` lets a clip start at any frame. `reference` does as published VideoSAUR-style pipelines, for
             comparisons: a clip starts at a multiple of its length, resizing does not smooth, `center` cuts the central
@@ -97,7 +98,7 @@ class ShardDataModule(L.LightningDataModule):
             (B, T, N, D) float32. Local sets only.
         features_only: Leave the frames out of training batches, for hosts that read nothing but `features`.
         on_bad_sample: `raise`, or `skip`: log the sample once, count it in `bad_samples` and put another in its place
-            (in evaluation, one that is not counted).
+            (in evaluation, one that is not counted). A shard that is cut off is always refused.
 
     Raises:
         ConfigError: A setting is out of range, or settings contradict each other.
@@ -176,6 +177,8 @@ class ShardDataModule(L.LightningDataModule):
                 raise ConfigError(f"Expected argument `{name}` to be one of {', '.join(known)}, but got {choice!r}.")
         if max_objects is not None and max_objects > 254:
             raise ConfigError(f"Expected argument `max_objects` to be at most 254, but got {max_objects}.")
+        if not isinstance(image_size, (int, type(None))) and len(image_size) != 2:
+            raise ConfigError(f"Expected argument `image_size` to be one number or two, but got {image_size}.")
         if features is not None and sampling == "reference":
             raise ConfigError(
                 "Expected argument `sampling` to be 'hashed' with cached features, which were computed from smoothly "
@@ -186,6 +189,11 @@ class ShardDataModule(L.LightningDataModule):
                 "Expected argument `features` to be set and `masks_in_training` to be off for features_only=True, but "
                 f"got features={features!r}, masks_in_training={masks_in_training}."
             )
+        for name, pattern in (("validation", validation), ("test", test), ("predict", predict)):
+            if isinstance(pattern, dict):
+                raise ConfigError(
+                    f"Expected weights only in argument `train`, but got {pattern} in `{name}`. Use a list."
+                )
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         size = None if size is None else (int(size[0]), int(size[1]))
         self.patterns: dict[str, Patterns | None] = {
@@ -264,8 +272,9 @@ class ShardDataModule(L.LightningDataModule):
         else:
             wanted = _SPLITS.get(stage, (stage,))
         if stage is not None and self.patterns[wanted[0]] is None:
+            named = str(getattr(stage, "value", stage))  # Lightning names stages by an enumeration
             raise ConfigError(
-                f"Expected argument `{wanted[0]}` to name shards for the stage {stage!r}, but got None. Set it."
+                f"Expected argument `{wanted[0]}` to name shards for the stage {named!r}, but got None. Set it."
             )
         for split in wanted:
             pattern = self.patterns[split]
@@ -306,19 +315,11 @@ class ShardDataModule(L.LightningDataModule):
         return self._eval_loader("validation") if self.patterns["validation"] is not None else []
 
     def test_dataloader(self) -> ShardLoader:
-        """Build the test loader of this process.
-
-        Returns:
-            Batches of whole videos.
-        """
+        """Build the test loader of this process."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> ShardLoader:
-        """Build the prediction loader of this process.
-
-        Returns:
-            Batches of whole videos without masks.
-        """
+        """Build the prediction loader of this process, whose videos come without masks."""
         return self._eval_loader("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -334,7 +335,10 @@ class ShardDataModule(L.LightningDataModule):
         if not isinstance(batch, dict) or BAD_SAMPLES not in batch:
             return batch  # a model's `example_input_array` passes here too
         self._count_bad(batch[BAD_SAMPLES])
-        return self.transform({name: value for name, value in batch.items() if name != BAD_SAMPLES})
+        batch = self.transform({name: value for name, value in batch.items() if name != BAD_SAMPLES})
+        precision = getattr(self.trainer, "precision_plugin", None)
+        # Lightning converts batches before this hook, when frames are bytes still.
+        return batch if precision is None else precision.convert_input(batch)
 
     def teardown(self, stage: str | None = None) -> None:
         """Close the memory maps of this process.
@@ -366,7 +370,9 @@ class ShardDataModule(L.LightningDataModule):
         Args:
             state_dict: What `state_dict` gave.
         """
-        self._train_state = dict(state_dict)
+        # Lightning hands the state over for `validate` and `predict` as well: a later `fit` begins afresh.
+        fitting = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        self._train_state = dict(state_dict) if fitting else {}
 
     def _open(self, split: str, source: ShardSource) -> None:
         rules = self._rules[split]

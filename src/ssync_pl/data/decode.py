@@ -39,7 +39,7 @@ _MAX_ARRAY_BYTES = 1 << 36  # a larger array in one member is a broken header or
 _HEADER_BYTES = 1 << 16
 _PLAIN_HEADER = re.compile(
     rb"\{'descr': '(?P<descr>[<>|=]?[a-zA-Z][0-9]{0,4})', 'fortran_order': (?P<order>True|False), "
-    rb"'shape': \((?P<shape>|[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18})+),?\), \}\s*"
+    rb"'shape': \((?P<shape>|[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18})+)\), \}\s*"
 )
 
 
@@ -157,7 +157,8 @@ def read_npy_header(data: bytes | memoryview, member: str, where: str = "") -> N
             "code when it is loaded. Save the array with a numeric dtype."
         )
     header = NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
-    if any(n < 0 for n in header.shape) or header.nbytes > _MAX_ARRAY_BYTES:
+    most = math.prod(max(n, 1) for n in header.shape) * dtype.itemsize  # an empty dimension does not excuse the others
+    if dtype.itemsize < 1 or len(header.shape) > 32 or min(header.shape, default=0) < 0 or most > _MAX_ARRAY_BYTES:
         raise ShardError(
             f"Expected {_place(member, where)} to be an array of at most {_MAX_ARRAY_BYTES} bytes, but its header says "
             f"shape {header.shape}, dtype {dtype}. The member is damaged: copy or build the shard again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,7 +57,10 @@ class TrainerClock:
             The trainer's epoch.
         """
         trainer = self._module.trainer
-        return None if trainer is None else int(trainer.current_epoch)
+        if trainer is None:
+            return None
+        # Overfitting means the same batches again and again.
+        return 0 if getattr(trainer, "overfit_batches", 0) else int(trainer.current_epoch)
 
     def batches_done(self) -> int | None:
         """Batches of the pass that were trained on.
@@ -65,7 +69,10 @@ class TrainerClock:
             The trainer's count, which leaves out what was fetched ahead.
         """
         trainer = self._module.trainer
-        return None if trainer is None else int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        if trainer is None:
+            return None
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
 
     def pass_length(self) -> int | None:
         """Batches after which the trainer ends a pass.
@@ -115,6 +122,9 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         self.device = device
         self._lanes: int | None = None
         self._resumed: _Place | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._prefetcher: DevicePrefetcher | None = None
+        self._ended = False
         self._place = _Place(0, 0)
 
     def __iter__(self) -> Any:
@@ -125,11 +135,18 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         elif source is not None:
             source.set_epoch(place.epoch)
             source.set_start(place.batch * (self.batch_size or 1))
-        self._place = place
-        batches: Iterator[dict[str, Any]] = super().__iter__()
+        if place.epoch != self._place.epoch or place.batch > self._place.batch:
+            # Somebody who only peeks into the pass does not turn it back.
+            self._place, self._ended = place, False
+        batches: Any = super().__iter__()
+        if self.num_workers == 0 and isinstance(source, TrainSampler) and hasattr(batches, "_sampler_iter"):
+            # The order is drawn now: a sampler that is set to another pass before the first batch must not change it.
+            batches._sampler_iter = iter(list(self.batch_sampler or ()))
         if self.device is not None:
-            batches = DevicePrefetcher(self.device)(batches)
-        return self._count(batches)
+            if self._prefetcher is None:
+                self._prefetcher = DevicePrefetcher(self.device)  # one side stream for all passes
+            batches = self._prefetcher(batches)
+        return self._count(batches, place)
 
     def state_dict(self) -> dict[str, Any]:
         """Say how far the current pass has come.
@@ -141,13 +158,17 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         trained = None if self.clock is None else self.clock.batches_done()
         if trained is not None:
             done = min(done, trained)
-        return {"version": _VERSION, "pass": self._place.epoch, "batches": done, **self._partition()}
+        ended = self._ended and done == self._place.batch
+        place = {"pass": self._place.epoch, "batches": done, "ended": ended}
+        return {"version": _VERSION, **place, **self._partition()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration go on where another loader stopped.
 
         In the middle of a pass the batches to come are those of the interrupted run if the data, the seed, the batch
-        size and the number of processes are the same. If not, a warning says so; the next pass is exact again.
+        size and the number of processes are the same. If not, a warning says so; the next pass is exact again. To
+        change the number of processes or the batch size, resume from a checkpoint that was written at the end of an
+        epoch: Lightning counts batches, and cuts a pass of another length short.
 
         Args:
             state: What `state_dict` gave.
@@ -162,7 +183,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
             )
         place = _Place(int(state["pass"]), int(state["batches"]))
         length = state["length"]
-        if length is not None and place.batch >= int(length):
+        if state["ended"] or (length is not None and place.batch >= int(length)):
             place = _Place(place.epoch + 1, 0)
         now = self._partition()
         if now["lanes"] is not None and state["lanes"] is not None and isinstance(self.dataset, ShardStream):
@@ -170,10 +191,12 @@ class ShardLoader(DataLoader[dict[str, Any]]):
             self._lanes = now["lanes"] = int(state["lanes"])
         changed = [
             f"{name} was {state[name]}, is {now[name]}"
-            for name in ("seed", "world", "size", "items", "lanes")
+            for name in ("seed", "world", "size", "items", "lanes", "buffer", "mix")
             if state[name] != now[name]
         ]
-        if place.batch and changed:
+        # The data module and Lightning both hand over the same state.
+        told, self._loaded = self._loaded == dict(state), dict(state)
+        if place.batch and changed and not told:
             _logger.warning(
                 "The checkpoint lies in the middle of pass %d, and the data are shared out otherwise now (%s): in the "
                 "rest of this pass some videos come twice and others not at all. The next pass is exact again.",
@@ -190,6 +213,12 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if epoch is None:
             source = self._source()
             epoch = 0 if source is None else source.epoch
+            if (
+                isinstance(source, ShardStream)
+                and self._place == _Place(epoch, self._place.batch)
+                and self._place.batch
+            ):
+                epoch += 1  # nobody but this loader tells a stream its pass
         return _Place(int(epoch), 0)
 
     def _source(self) -> TrainSampler | ShardStream | None:
@@ -200,16 +229,19 @@ class ShardLoader(DataLoader[dict[str, Any]]):
     def _partition(self) -> dict[str, Any]:
         length = None if self.clock is None else self.clock.pass_length()
         source = self._source()
-        facts: dict[str, int | None] = {"seed": None, "world": None, "items": None, "lanes": None}
+        facts: dict[str, Any] = dict.fromkeys(("seed", "world", "items", "lanes", "buffer", "mix"))
         if isinstance(source, ShardStream):
             facts |= {
                 "seed": source.rules.seed,
                 "world": source.world,
                 "items": source.clips,
                 "lanes": self._lanes or source.lanes,
+                "buffer": source.shuffle_buffer,
+                "mix": None if source.takes is None else zlib.crc32(repr([*map(tuple, source.takes(0))]).encode()),
             }
         elif source is not None:
             facts |= {"seed": source.seed, "world": source.num_replicas, "items": source.clips}
+            facts["mix"] = [[len(members), weight] for members, weight in source.mix] or None
         if length is None:
             try:
                 length = len(self)
@@ -217,7 +249,15 @@ class ShardLoader(DataLoader[dict[str, Any]]):
                 length = None
         return {**facts, "size": self.batch_size, "length": length}
 
-    def _count(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _count(self, batches: Iterator[dict[str, Any]], place: _Place) -> Iterator[dict[str, Any]]:
+        done = place.batch
         for batch in batches:
-            self._place = _Place(self._place.epoch, self._place.batch + 1)
+            done += 1
+            if place.epoch == self._place.epoch:
+                self._place = _Place(place.epoch, max(done, self._place.batch))
             yield batch
+        self._ended = place.epoch == self._place.epoch and done == self._place.batch
+        source = self._source()
+        if isinstance(source, TrainSampler) and (self.clock is None or self.clock.current_pass() is None):
+            # A plain loop over the loader gets another pass each time, unless it names one by `set_epoch`.
+            source.set_epoch(place.epoch + 1)

@@ -51,7 +51,8 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
     for item in patterns:
         for expanded in expand_braces(item, argument):
             shards.extend(_resolve(expanded, item, argument))
-    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
+    names = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if repeated:
         raise ConfigError(f"Expected argument `{argument}` to name each shard once, but {repeated[0]} comes twice.")
     if len({is_remote(shard) for shard in shards}) > 1:

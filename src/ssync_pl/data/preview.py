@@ -105,7 +105,7 @@ def pick_videos(shards: Sequence[str], count: int, *, seed: int | None = 0) -> P
             if len(videos) == count:
                 break
     if not videos:
-        last = f"; the last problem: {skipped[-1]}" if skipped else ""
+        last = f"; the last problem: {skipped[-1].rstrip('.')}" if skipped else ""
         raise ShardError(
             f"Expected at least one readable video in {len(shards)} shards, but got none{last}. "
             "See `ssync-pl data check`."

@@ -367,7 +367,11 @@ def _masks(
     if masks.ndim < 4 and frames == 1 and masks.shape[:2] == video_shape[1:3]:
         masks = masks[None]  # pictures are stored without the frame axis
     masks = masks[..., None] if masks.ndim == 3 else masks
-    if masks.ndim != 4 or not (np.issubdtype(masks.dtype, np.integer) or masks.dtype == np.bool_):
+    if (
+        masks.ndim != 4
+        or 0 in masks.shape[:3]
+        or not (np.issubdtype(masks.dtype, np.integer) or masks.dtype == np.bool_)
+    ):
         raise ShardError(
             f"Expected member `{member}` of {where} to be integer masks (F, h, w, N), but got shape {masks.shape}, "
             f"dtype {masks.dtype}. Convert the masks."

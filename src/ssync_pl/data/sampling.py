@@ -28,7 +28,6 @@ __all__ = [
     "permutation",
     "shares_by_weight",
     "train_share",
-    "worker_share",
 ]
 
 
@@ -197,30 +196,6 @@ def contiguous_share(count: int, rank: int, world: int, *, pad: bool) -> tuple[i
     _check_rank(rank, world)
     length = -(-count // world) if pad else count // world
     return rank * length, (rank + 1) * length
-
-
-def worker_share(first: int, end: int, worker: int, num_workers: int, batch_size: int) -> tuple[int, int]:
-    """Split a rank's range over its workers in whole batches, so that no worker leaves a short batch in the middle.
-
-    Args:
-        first: First position of the rank.
-        end: End of the rank's positions.
-        worker: Number of the worker.
-        num_workers: Number of workers; 0 counts as 1.
-        batch_size: Items a batch.
-
-    Returns:
-        First position and end of the worker; the last worker with a share gets the remainder.
-
-    Example:
-        >>> [worker_share(0, 10, worker, 3, batch_size=2) for worker in range(3)]
-        [(0, 4), (4, 8), (8, 10)]
-    """
-    num_workers = max(num_workers, 1)
-    batches, surplus = divmod(-(-(end - first) // batch_size), num_workers)
-    begin = worker * batches + min(worker, surplus)
-    stop = begin + batches + (worker < surplus)
-    return min(first + begin * batch_size, end), min(first + stop * batch_size, end)
 
 
 def draw_clip(

@@ -166,7 +166,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
                 f"The length of remote shards is unknown without `{INDEX_NAME}`. Put it beside the shards, or set "
                 "`max_steps` and `limit_train_batches`."
             )
-        first, end = self._share(sum(clips for _, _, clips in self._plan(self.epoch)))
+        first, end = self._share(sum(take.clips for take in self._plan(self.epoch)))
         return end - first
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -217,13 +217,14 @@ class ShardStream(IterableDataset[dict[str, Any]]):
     def _plan(self, epoch: int) -> Sequence[Take]:
         counts = self.clips_per_shard
         if self.takes is None:
-            return plain_shard_plan(counts, self._shard_seed, epoch)
-        plan = self.takes(epoch)
-        for shard, visit, clips in plan:
-            if not (0 <= shard < len(counts) and visit >= 0 and 0 < clips <= counts[shard]):
+            rest = self.rules.training and sum(counts) % (self.world * self.batch_size) > 0
+            return plain_shard_plan(counts, self._shard_seed, epoch, rotate=rest)
+        plan = [Take(*take) for take in self.takes(epoch)]
+        for shard, visit, clips, first in plan:
+            if not (0 <= shard < len(counts) and visit >= 0 <= first < first + clips <= counts[shard]):
                 raise ConfigError(
                     f"Expected argument `takes` to plan shards in [0, {len(counts)}) and at most their clips, but got "
-                    f"{(shard, visit, clips)}. Plan with `mixed_shard_plan` and `clips_per_shard`."
+                    f"{(shard, visit, clips, first)}. Plan with `mixed_shard_plan` and `clips_per_shard`."
                 )
         return plan
 
@@ -268,7 +269,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
         owed = 0
         bad: list[tuple[str, str]] = []
         last: dict[str, Any] | None = None
-        for number, _, _ in plain_shard_plan([0] * len(self.urls), self._shard_seed, epoch):
+        for number, *_ in plain_shard_plan([0] * len(self.urls), self._shard_seed, epoch):
             url = self.urls[number]
             for key, members in stream_shard(url, policy=self.policy):
                 for clip in range(self.clips_per_video):

@@ -116,7 +116,7 @@ class PassReader:
     ) -> None:
         self.urls, self.shards, self.builder = urls, shards, builder
         self.clips_per_video, self.plan, self.epoch, self.policy = clips_per_video, plan, epoch, policy
-        self._starts = np.cumsum([0, *(clips for _, _, clips in plan)])
+        self._starts = np.cumsum([0, *(take.clips for take in plan)])
         self.count = int(self._starts[-1])
 
     def read(self, wanted: np.ndarray) -> Generator[tuple[int, Result], None, None]:
@@ -132,11 +132,11 @@ class PassReader:
             ShardError: A shard cannot be read or does not fit its entry; a sample is bad, without `skip_bad`.
         """
         lows = np.searchsorted(wanted, self._starts)
-        for take in np.flatnonzero(np.diff(lows)).tolist():
-            shard, visit, _ = self.plan[take]
-            begin = int(self._starts[take])
-            offsets = (wanted[lows[take] : lows[take + 1]] - begin).tolist()
-            for offset, result in self._read_shard(shard, visit, offsets):
+        for number in np.flatnonzero(np.diff(lows)).tolist():
+            take = self.plan[number]
+            begin = int(self._starts[number]) - take.first
+            offsets = (wanted[lows[number] : lows[number + 1]] - begin).tolist()
+            for offset, result in self._read_shard(take.shard, take.visit, offsets):
                 yield begin + offset, result
 
     def _read_shard(self, number: int, visit: int, offsets: list[int]) -> Iterator[tuple[int, Result]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,25 @@ __all__ = [
     "worker_batches",
 ]
 
-Take = tuple[int, int, int]
-"""Number of a shard, visit (how often the pass has come to it before), clips taken from its start."""
+
+class Take(NamedTuple):
+    """A part of a shard in the row of a pass.
+
+    Attributes:
+        shard: Number of the shard.
+        visit: How often its set was gone through before; each visit draws its clips anew.
+        clips: Clips taken.
+        first: The first of them.
+
+    Example:
+        >>> Take(0, 0, 4).first
+        0
+    """
+
+    shard: int
+    visit: int
+    clips: int
+    first: int = 0
 
 
 def batch_order(num_batches: int, lanes: int) -> np.ndarray:
@@ -141,30 +159,39 @@ def mixed_order(count: int, buffer: int, seed_text: str) -> np.ndarray:
     return np.array(order, dtype=np.int64)
 
 
-def plain_shard_plan(clips: Sequence[int], seed: int | None, epoch: int) -> list[Take]:
+def plain_shard_plan(clips: Sequence[int], seed: int | None, epoch: int, *, rotate: bool = False) -> list[Take]:
     """Plan a pass over every shard once.
 
     Args:
         clips: Clips of each shard.
         seed: Seed of the order of the shards; `None` keeps it (evaluation).
         epoch: Number of the pass.
+        rotate: Begin the row at another clip in each pass. Where ranks and batches leave a rest at its end, that rest
+            is then another one each time, even of a single shard.
 
     Returns:
-        One `Take` a shard.
+        One `Take` a shard; the first shard in two parts when rotated.
 
     Example:
-        >>> plain_shard_plan([3, 2], None, 0), sorted(plain_shard_plan([3, 2], 0, 0))
-        ([(0, 0, 3), (1, 0, 2)], [(0, 0, 3), (1, 0, 2)])
+        >>> [tuple(take) for take in plain_shard_plan([3, 2], None, 0)]
+        [(0, 0, 3, 0), (1, 0, 2, 0)]
+        >>> sum(take.clips for take in plain_shard_plan([3, 2], 0, 7, rotate=True))
+        5
     """
     order = range(len(clips)) if seed is None else permutation(len(clips), seed, epoch).tolist()
-    return [(number, 0, clips[number]) for number in order]
+    row = [Take(number, 0, clips[number]) for number in order]
+    if not rotate or not sum(clips):
+        return row
+    shift = int.from_bytes(_hash(f"{seed}/{epoch}/rotation")[:8], "little") % sum(clips)
+    return _cut(row, shift, sum(clips)) + _cut(row, 0, shift)
 
 
 def mixed_shard_plan(sets: Sequence[Sequence[int]], weights: Sequence[float], seed: int, epoch: int) -> list[Take]:
     """Plan a pass over several sets, each with its share by weight; as many clips as all sets together have.
 
-    A set with more shards than its share needs is read in part, others each pass; a set with too few is read again,
-    with visit 1, 2, …, whose clips are drawn anew. Shards of the sets take turns, so that all sets run out together.
+    Each set has an endless row of visits, its shards in another order each time, and every pass takes up the row where
+    the one before stopped: a set with a small share is gone through over several passes, one with a large share several
+    times a pass. Shards of the sets take turns, so that all shares run out together.
 
     Args:
         sets: For each set the clips of its shards. Shards are numbered through all sets.
@@ -173,33 +200,43 @@ def mixed_shard_plan(sets: Sequence[Sequence[int]], weights: Sequence[float], se
         epoch: Number of the pass.
 
     Returns:
-        The pass; the last shard of a set may be taken in part.
+        The pass; shards may be taken in part.
 
     Raises:
         ConfigError: A weight is not positive, or a set with a share has no clips.
 
     Example:
-        >>> mixed_shard_plan([[4, 4], [2]], [1.0, 1.0], seed=0, epoch=0)
-        [(2, 0, 2), (1, 0, 4), (2, 1, 2), (0, 0, 1), (2, 2, 1)]
+        >>> [tuple(take)[:3] for take in mixed_shard_plan([[4], [2]], [1.0, 1.0], seed=0, epoch=0)]
+        [(1, 0, 2), (0, 0, 3), (1, 1, 1)]
     """
     if len(sets) != len(weights):
         raise ConfigError(f"Expected one weight for each of {len(sets)} sets, but got {len(weights)}.")
     rows: list[tuple[float, int, Take]] = []
     first = 0
     for number, (clips, share) in enumerate(zip(sets, shares_by_weight(sum(map(sum, sets)), weights), strict=True)):
-        if share and not sum(clips):
+        total = sum(clips)
+        if share and not total:
             raise ConfigError(f"Expected each mixed set to hold clips, but set {number} holds none. Leave it out.")
-        done, visit = 0, 0
-        while done < share:
-            keys = [_hash(f"{seed}/{epoch}/{number}/{visit}/{shard}") for shard in range(len(clips))]
-            for shard in sorted(range(len(clips)), key=keys.__getitem__):
-                taken = min(clips[shard], share - done)
-                if taken:
-                    rows.append(((done + taken / 2) / share, number, (first + shard, visit, taken)))
-                done += taken
-            visit += 1
+        begin, done = epoch * share, 0
+        for visit in range(begin // max(total, 1), -(-(begin + share) // max(total, 1))):
+            keys = [_hash(f"{seed}/{number}/{visit}/{shard}") for shard in range(len(clips))]
+            order = sorted(range(len(clips)), key=keys.__getitem__)
+            row = [Take(first + shard, visit, clips[shard]) for shard in order]
+            for take in _cut(row, max(begin - visit * total, 0), min(begin + share - visit * total, total)):
+                rows.append(((done + take.clips / 2) / share, number, take))
+                done += take.clips
         first += len(clips)
     return [take for _, _, take in sorted(rows)]
+
+
+def _cut(row: Sequence[Take], begin: int, end: int) -> list[Take]:
+    parts, position = [], 0
+    for take in row:
+        low, high = max(begin - position, 0), min(end - position, take.clips)
+        if low < high:
+            parts.append(take._replace(clips=high - low, first=take.first + low))
+        position += take.clips
+    return parts
 
 
 def _hash(text: str) -> bytes:

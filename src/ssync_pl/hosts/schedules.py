@@ -96,6 +96,8 @@ def schedule_for(
         >>> schedule_for(1000, warmup_steps=2500).warmup_steps
         100
     """
+    if estimated_steps < 0:  # Lightning's way to say that nobody knows
+        estimated_steps = math.inf
     if math.isfinite(estimated_steps):
         if warmup_steps >= estimated_steps:
             warmup_steps = int(estimated_steps) // 10

@@ -287,7 +287,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--max-frames", type=int, default=None, help="take the first frames of each video only")
     cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--clip-frames", type=int, default=None, help="cut each video into samples of this many frames")
+    cut.add_argument(
+        "--clip-frames",
+        type=int,
+        default=None,
+        help="cut each video into samples of this many frames; shorter videos are kept whole",
+    )
     cut.add_argument("--clip-seconds", type=float, default=None, help="cut each video into samples of this duration")
     parser.add_argument(
         "--rest",
