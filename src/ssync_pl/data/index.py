@@ -13,7 +13,6 @@ import lzma
 import os
 import re
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 
 from ssync_pl.data.decode import member_extension, read_gz_npy_header, read_npy_header
 from ssync_pl.errors import ShardError
+from ssync_pl.files import write_bytes
 
 __all__ = [
     "INDEX_NAME",
@@ -282,6 +282,7 @@ def write_index(
         Path of the file.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_index(folder, [], {"seed": 0}).name
         'index.json'
@@ -292,17 +293,8 @@ def write_index(
         "recipe": dict(recipe or {}),
         "shards": [_entry_to_json(entry) for entry in sorted(shards, key=lambda entry: entry.name)],
     }
-    path = Path(directory, INDEX_NAME)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{INDEX_NAME}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, separators=(",", ":"), sort_keys=True)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that other users of a shared folder cannot read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
+    return write_bytes(Path(directory, INDEX_NAME), text.encode())
 
 
 def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -> list[ShardEntry]:

@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -17,23 +17,10 @@ from ssync_pl.data.sampling import TrainSampler
 from ssync_pl.data.stream import ShardStream
 from ssync_pl.errors import ConfigError
 
-__all__ = ["PassClock", "ShardLoader", "TrainerClock"]
+__all__ = ["ShardLoader", "TrainerClock"]
 
 _VERSION = 1
 _logger = logging.getLogger(__name__)
-
-
-class PassClock(Protocol):
-    """What a loader asks of the run that it feeds."""
-
-    def current_pass(self) -> int | None:
-        """Number of the pass, or `None` when nobody counts: then the sampler's or the stream's own."""
-
-    def batches_done(self) -> int | None:
-        """Batches of the pass that were trained on, or `None` when nobody counts: then all that were handed out."""
-
-    def pass_length(self) -> int | None:
-        """Batches after which the pass ends, or `None` for the whole length."""
 
 
 class TrainerClock:
@@ -100,7 +87,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
 
     Args:
         dataset: A map-style set with a `TrainSampler` (or any sampler, then without resuming), or a `ShardStream`.
-        clock: Who counts passes and batches, usually the data module.
+        clock: Who counts passes and batches; `None` lets the loader count by itself.
         device: Where batches are copied to, one ahead of their use; `None` leaves that to the caller.
         **options: Options of `torch.utils.data.DataLoader`.
 
@@ -113,7 +100,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
     """
 
     def __init__(
-        self, dataset: Any, clock: PassClock | None = None, device: torch.device | None = None, **options: Any
+        self, dataset: Any, clock: TrainerClock | None = None, device: torch.device | None = None, **options: Any
     ) -> None:
         # Base seeds of workers are drawn from here, so that a loader leaves the run's own random numbers alone.
         options.setdefault("generator", torch.Generator())
@@ -213,11 +200,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if epoch is None:
             source = self._source()
             epoch = 0 if source is None else source.epoch
-            if (
-                isinstance(source, ShardStream)
-                and self._place == _Place(epoch, self._place.batch)
-                and self._place.batch
-            ):
+            if isinstance(source, ShardStream) and epoch == self._place.epoch and self._place.batch:
                 epoch += 1  # nobody but this loader tells a stream its pass
         return _Place(int(epoch), 0)
 
