@@ -9,6 +9,8 @@ import pytest
 import ssync_pl
 
 PUBLIC = [
+    "AttachedSSync",
+    "LightningHost",
     "SSyncCallback",
     "SSyncConfig",
     "SSyncMaps",
@@ -19,6 +21,7 @@ PUBLIC = [
     "StepSeed",
     "ValidationSummary",
     "__version__",
+    "attach",
     "ssync_loss",
 ]
 HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "webdataset", "jsonargparse", "matplotlib", "av"]
@@ -34,7 +37,7 @@ def run(code):
     "statement",
     [
         "import ssync_pl",
-        "from ssync_pl import SSyncConfig, SSyncMaps, SSyncOutput, ssync_loss",
+        "from ssync_pl import SSyncConfig, SSyncMaps, SSyncOutput, attach, ssync_loss",
         "import ssync_pl.functional, ssync_pl.maps, ssync_pl.errors, ssync_pl.adapters",
     ],
 )

@@ -10,9 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssync_pl.attached import AttachedSSync, attach
     from ssync_pl.callback import SSyncCallback
     from ssync_pl.config import SSyncConfig
     from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
+    from ssync_pl.lightning_host import LightningHost
     from ssync_pl.maps import SSyncMaps
     from ssync_pl.pictures import SSyncPictures
     from ssync_pl.predictions import SlotPredictions
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttachedSSync": "ssync_pl.attached",
+    "LightningHost": "ssync_pl.lightning_host",
     "SSyncCallback": "ssync_pl.callback",
     "SSyncConfig": "ssync_pl.config",
     "SSyncMaps": "ssync_pl.maps",
@@ -32,10 +36,13 @@ _HOMES = {
     "SlotPredictions": "ssync_pl.predictions",
     "StepSeed": "ssync_pl.step_seed",
     "ValidationSummary": "ssync_pl.summary",
+    "attach": "ssync_pl.attached",
     "ssync_loss": "ssync_pl.functional.ssync",
 }
 
 __all__ = [
+    "AttachedSSync",
+    "LightningHost",
     "SSyncCallback",
     "SSyncConfig",
     "SSyncMaps",
@@ -46,6 +53,7 @@ __all__ = [
     "StepSeed",
     "ValidationSummary",
     "__version__",
+    "attach",
     "ssync_loss",
 ]
 

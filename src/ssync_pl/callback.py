@@ -11,15 +11,15 @@ from typing import Any
 import lightning.pytorch as L
 from torch import Tensor
 
-from ssync_pl.adapters import Capture, HostAdapter, PathAdapter, resolve_adapter
+from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
 from ssync_pl.config import CollapseAction, SSyncConfig
-from ssync_pl.engine import SSyncEngine, check_first, heed
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.engine import SSyncEngine, heed
+from ssync_pl.errors import HostError
 from ssync_pl.functional.distill import LossKind
-from ssync_pl.maps import SSyncMaps
 from ssync_pl.regularizer import SSyncRegularizer
 from ssync_pl.schedule import Phase
+from ssync_pl.session import HostSession, adapter_from
 
 __all__ = ["SSyncCallback"]
 
@@ -128,21 +128,7 @@ class SSyncCallback(L.Callback):
             guard_window=guard_window,
             sync_counts=sync_counts,
         )
-        if (attention is None) != (masks is None):
-            raise ConfigError(
-                f"Expected arguments `attention` and `masks` to come together, but got attention={attention!r} and "
-                f"masks={masks!r}. Name both modules, or neither and let `adapter` find them."
-            )
-        if attention is not None and masks is not None:
-            if adapter != "auto":
-                raise ConfigError("Expected either `adapter` or `attention` and `masks`, but got both. Leave one out.")
-            adapter = PathAdapter(attention, masks, attention_kind, masks_kind, grid)
-            grid = None
-        elif attention_kind != "probs" or masks_kind != "probs":
-            raise ConfigError(
-                "Expected `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them alone. "
-                "Adapters know these of their hosts."
-            )
+        adapter, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
         self.adapter = adapter
         self.grid = grid
         self.engine = SSyncEngine(self.config)
@@ -191,8 +177,7 @@ class SSyncCallback(L.Callback):
                 f"Expected one SSyncCallback, but {type(pl_module).__name__} already has SSync in its training step. "
                 "Remove the second callback."
             )
-        adapter = resolve_adapter(self.adapter, pl_module, self.grid)
-        self._session = _Session(pl_module, adapter, adapter.attach(pl_module))
+        self._session = _Session(pl_module, self.adapter, self.grid)
         self._session.wrap(functools.partial(self._step, trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -277,59 +262,24 @@ class SSyncCallback(L.Callback):
         return _with_loss(output, total)
 
 
-class _Session:
-    """What the callback holds while a host trains."""
+class _Session(HostSession):
+    """What the callback holds while a host trains: the hooks, and the step that it has put itself around."""
 
-    def __init__(self, host: L.LightningModule, adapter: HostAdapter, capture: Capture) -> None:
-        self.host = host
-        self.adapter = adapter
-        self.capture = capture
-        self.checked = False
+    host: L.LightningModule
+
+    def __init__(self, host: L.LightningModule, adapter: str | HostAdapter, grid: tuple[int, int] | None) -> None:
+        super().__init__(host, adapter, grid)
         self.own_step = host.__dict__.get("training_step")
 
     def wrap(self, run: Callable[..., Any]) -> None:
         self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)  # type: ignore[method-assign]
 
     def restore(self) -> None:
-        self.capture.remove()
+        self.remove()
         if self.own_step is not None:
             self.host.training_step = self.own_step  # type: ignore[method-assign]
         else:
             self.host.__dict__.pop("training_step", None)
-
-    def window(self) -> _Window:
-        return _Window(self.capture)
-
-    def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
-        self.capture.close()
-        if self.capture.is_empty:
-            raise HostError(
-                f"Expected the training step of {type(self.host).__name__} to run "
-                f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
-                f"'{self.adapter.name}' may be the wrong one, or the host was compiled and run before this training: "
-                "call torch._dynamo.reset() first."
-            )
-        maps = self.adapter.collect(self.capture, batch)
-        if not self.checked:
-            check_first(maps, type(self.host).__name__, config)
-            self.adapter.verify(self.capture, maps)
-            self.checked = True
-        return maps
-
-
-class _Window:
-    """Opens a capture for one training step, and always empties it."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-
-    def __enter__(self) -> None:
-        self.capture.clear()
-        self.capture.open()
-
-    def __exit__(self, *_: object) -> None:
-        self.capture.close()
-        self.capture.clear()
 
 
 class _WrappedStep:

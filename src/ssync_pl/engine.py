@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.config import SSyncConfig
-from ssync_pl.errors import HostError, SSyncError
+from ssync_pl.errors import ConfigError, HostError, SSyncError
 from ssync_pl.functional.labels import compute_dtype, hard_labels, mask_slots, slot_areas
 from ssync_pl.functional.ssync import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.guard import CollapseGuard, GuardVerdict
@@ -183,26 +183,58 @@ class SSyncEngine:
             >>> engine.apply(loss, lambda: 1 / 0, step=0)[0] is loss
             True
         """
+        term, verdict = self.term(host_loss, maps, step, log)
+        return (host_loss if term is None else host_loss + term), verdict
+
+    def term(
+        self,
+        host_loss: Tensor | None,
+        maps: SSyncMaps | Callable[[], SSyncMaps],
+        step: int,
+        log: LogFunction | None = None,
+    ) -> tuple[Tensor | None, GuardVerdict | None]:
+        """What this step calls for, weighted, by itself.
+
+        Args:
+            host_loss: 0-dim loss of the host; only ``relative_weight`` needs it.
+            maps: The host's maps, or a function that makes them; it is not called while SSync is off.
+            step: Optimizer steps taken so far.
+            log: Receives the numbers of the step.
+
+        Returns:
+            A 0-dim loss, None while SSync is off, and the guard's verdict where a window ended.
+
+        Raises:
+            ConfigError: The weight is relative to the host's loss, which is not given.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig(guard_window=10))
+            >>> engine.start(100)
+            >>> engine.term(None, lambda: 1 / 0, step=0)
+            (None, None)
+        """
         phase = self.phase(step)
         if phase is Phase.OFF:
-            return host_loss, None
+            return None, None
         if not isinstance(maps, SSyncMaps):
             maps = maps()
         if phase is Phase.WATCH:
             self.watch(maps)
-            return host_loss, None
+            return None, None
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         if log is not None:
             _write(log, output, used, weight)
-        return host_loss + weight * output.loss, self.guard.step(used)
+        return weight * output.loss, self.guard.step(used)
 
-    def _weight(self, host_loss: Tensor, term: Tensor, step: int) -> Tensor | float:
+    def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         share = self.config.relative_weight
         if share is None:
             return factor
+        if host_loss is None:
+            raise ConfigError("Expected the host's loss beside `relative_weight`, but got None. Pass it along.")
         # Each rank's own averages would weight ranks differently, and undo sync_counts.
         now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
         self._host_average = _running(self._host_average, now[0])

@@ -124,7 +124,7 @@ class CollapseGuard:
         done = {
             "warn": "Nothing was changed; on_collapse='backoff' lowers the weight by itself.",
             "backoff": f"The weight of SSync is halved (now x {self.factor:g}) until they recover.",
-            "stop": "The training stops after this step.",
+            "stop": "The training stops after this step (in a loop of your own: look at `should_stop`).",
         }[self.action]
         return (
             f"Slots fall out of use since SSync was switched on: encoder {before[0]:.1f} -> {now[0]:.1f}, decoder "

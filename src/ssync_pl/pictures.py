@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ssync_pl.adapters.base import HostAdapter, resolve_adapter
+from ssync_pl.adapters import HostAdapter, Located, locate
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.callback import SSyncCallback
 from ssync_pl.config import SSyncConfig
@@ -166,17 +166,17 @@ class SSyncPictures(L.Callback):
         if self._capture is not None or self._failed or not trainer.is_global_zero:
             return
         try:
-            self._adapter = self._resolve(trainer, pl_module)
-            self._capture = self._adapter.attach(pl_module)
+            found = self._resolve(trainer, pl_module)
+            self._adapter, self._capture = found.adapter, found.adapter.attach(found.root)
         except Exception as error:  # a picture is never worth a run
             self._give_up(error)
 
-    def _resolve(self, trainer: L.Trainer, host: L.LightningModule) -> HostAdapter:
+    def _resolve(self, trainer: L.Trainer, host: L.LightningModule) -> Located:
         # Whoever told SSyncCallback about the host and the method should not have to do it twice.
         named = _ssync_callback(trainer)
         if named is None or self.adapter != "auto":
-            return resolve_adapter(self.adapter, host, self.grid)
-        return resolve_adapter(named.adapter, host, self.grid or named.grid)
+            return locate(self.adapter, host, self.grid)
+        return locate(named.adapter, host, self.grid or named.grid)
 
     def _options(self, trainer: L.Trainer) -> dict[str, Any]:
         named = _ssync_callback(trainer)

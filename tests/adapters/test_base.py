@@ -65,7 +65,8 @@ def test_a_registered_adapter_is_found_and_named() -> None:
 def test_two_adapters_for_one_host_are_refused() -> None:
     register_adapter(_Marked)
     register_adapter(_MarkedToo)
-    with pytest.raises(HostError, match="one adapter to know Identity, but marked, marked-too all do"):
+    places = r"marked \(at the host\), marked-too \(at the host\) all do"
+    with pytest.raises(HostError, match=f"one adapter to know Identity, but {places}"):
         find_adapter(_marked())
 
 

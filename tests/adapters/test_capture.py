@@ -119,3 +119,47 @@ def test_submodule() -> None:
         submodule(host, "decoder.mlp")
     with pytest.raises(HostError, match=r"'processor.0' has no child 'weight'. Its children: none"):
         submodule(host, "processor.0.weight")
+
+
+def test_inputs_are_recorded_and_left_alone() -> None:
+    layer, capture = nn.Linear(2, 2), Capture()
+    capture.watch_input("input", layer, lambda module, args, kwargs: kwargs["input"])
+    value = torch.randn(1, 2)
+    expected = layer(value)
+    layer(input=value)
+    assert capture["input"] == []
+    capture.open()
+    assert torch.equal(layer(input=value), expected)
+    assert capture.only("input") is value
+    capture.remove()
+    assert not layer._forward_pre_hooks
+    twin = copy.deepcopy(layer)
+    twin(value)
+
+
+def test_training_only_leaves_evaluation_out() -> None:
+    layer, capture = _watched()
+    capture.open(training_only=True)
+    layer.eval()
+    layer(torch.zeros(1, 2))
+    layer.train()
+    with torch.no_grad():
+        assert not capture.is_open
+        layer(torch.zeros(1, 2))
+    assert capture["layer"] == []
+    layer(torch.zeros(1, 2))
+    assert len(capture["layer"]) == 1
+    capture.open()
+    with torch.no_grad():
+        layer.eval()(torch.zeros(1, 2))
+    assert len(capture["layer"]) == 2
+
+
+def test_an_adapters_own_hooks_go_with_the_others() -> None:
+    layer, capture = _watched()
+    seen = []
+    capture.keep(layer.register_forward_pre_hook(lambda module, args: seen.append(args)))
+    layer(torch.zeros(1, 2))
+    capture.remove()
+    layer(torch.zeros(1, 2))
+    assert len(seen) == 1

@@ -1,8 +1,7 @@
-"""What an adapter is, the registry of adapters, and how a host is recognised."""
+"""What an adapter is, the registry of adapters, and what most of them need."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.errors import HostError
 from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.maps import SSyncMaps
 
 __all__ = [
     "HostAdapter",
     "adapter_names",
-    "find_adapter",
     "frame_size",
     "maps_on_common_grid",
     "register_adapter",
-    "resolve_adapter",
+    "registered_adapter",
     "resolve_grid",
     "stack_frames",
 ]
@@ -132,93 +130,20 @@ def adapter_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def find_adapter(host: nn.Module) -> HostAdapter:
-    """The adapter that recognises a host.
+def registered_adapter(name: str) -> type[HostAdapter] | None:
+    """The adapter of a name.
 
     Args:
-        host: The model that is trained.
+        name: Such as ``"videosaur"``.
 
     Returns:
-        A new adapter.
-
-    Raises:
-        HostError: None or several of them do; the message lists modules that look like the two maps' places.
+        The class, or None when there is none of that name.
 
     Example:
-        >>> find_adapter(nn.Identity())  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.HostError: Expected a host that one of the adapters knows (...), but Identity is none...
+        >>> registered_adapter("nothing") is None
+        True
     """
-    found = [adapter for adapter in (cls() for cls in _REGISTRY.values()) if adapter.match(host)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(sorted(adapter.name for adapter in found))
-        raise HostError(f"Expected one adapter to know {type(host).__name__}, but {names} all do. Pass adapter='...'.")
-    raise HostError(
-        f"Expected a host that one of the adapters knows ({', '.join(adapter_names())}), but "
-        f"{type(host).__name__} is none. Name the modules yourself: SSyncCallback(attention='path.of.attention', "
-        "masks='path.of.decoder'), where an output with several entries is picked with 'path:key'. "
-        f"Candidates: {_candidates(host)}."
-    )
-
-
-def resolve_adapter(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | None = None) -> HostAdapter:
-    """The adapter that a user asked for.
-
-    Args:
-        spec: ``"auto"``, the name of an adapter, or an adapter.
-        host: The model that is trained.
-        grid: ``(H, W)`` patches, for adapters that cannot always find it.
-
-    Returns:
-        An adapter.
-
-    Raises:
-        ConfigError: There is no adapter of that name, or it takes no grid.
-        HostError: No adapter knows the host, or the named one does not.
-
-    Example:
-        >>> resolve_adapter("nothing", nn.Identity())  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected argument `adapter` to be 'auto' or one of ..., but got 'nothing'.
-    """
-    if isinstance(spec, HostAdapter):
-        if grid is not None:
-            raise ConfigError(f"Expected no `grid` beside an adapter object, but got {grid}. Give it to the adapter.")
-        return spec
-    if spec == "auto":
-        return _with_grid(find_adapter(host), grid)
-    if spec not in _REGISTRY:
-        raise ConfigError(
-            f"Expected argument `adapter` to be 'auto' or one of {', '.join(adapter_names())}, but got {spec!r}."
-        )
-    adapter = _REGISTRY[spec]()
-    if not adapter.match(host):
-        raise HostError(
-            f"Expected a host that the adapter '{spec}' knows, but {type(host).__name__} lacks its modules. "
-            f"Candidates in this host: {_candidates(host)}."
-        )
-    return _with_grid(adapter, grid)
-
-
-def _with_grid(adapter: HostAdapter, grid: tuple[int, int] | None) -> HostAdapter:
-    if grid is None:
-        return adapter
-    kind = type(adapter)
-    if "grid" not in inspect.signature(kind).parameters:
-        raise ConfigError(
-            f"Expected no `grid` with the adapter '{kind.name}', which reads it off the host. Leave it out."
-        )
-    return kind(grid=grid)  # type: ignore[call-arg]
-
-
-def _candidates(host: nn.Module) -> str:
-    words = ("attention", "attn", "corrector", "grouping", "decoder", "mask", "slot")
-    names = [name for name, _ in host.named_modules() if name and any(w in name.rsplit(".", 1)[-1] for w in words)]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none found by name"
+    return _REGISTRY.get(name)
 
 
 def stack_frames(values: list[Tensor], name: str) -> Tensor:

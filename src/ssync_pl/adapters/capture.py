@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,6 +14,7 @@ from ssync_pl.errors import HostError
 __all__ = ["Capture", "submodule"]
 
 Take = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+TakeInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Capture:
@@ -37,7 +39,8 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self.is_open = False
+        self._open = False
+        self._training_only = False
         self._records: dict[str, list[Any]] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -55,13 +58,87 @@ class Capture:
         self._records.setdefault(key, [])
         self._handles.append(module.register_forward_hook(_Hook(self, key, take)))
 
-    def open(self) -> None:
-        """Start to listen.
+    def watch_input(self, key: str, module: nn.Module, take: TakeInput) -> None:
+        """Record something of a module's input whenever it runs inside the window.
+
+        Args:
+            key: Name under which the values are kept, in the order of the calls.
+            module: The module to listen to.
+            take: Picks what to keep from ``(module, args, kwargs)``.
 
         Example:
-            >>> Capture().open()
+            >>> layer, capture = nn.Identity(), Capture()
+            >>> capture.watch_input("input", layer, lambda module, args, kwargs: args[0].shape)
+            >>> capture.open()
+            >>> _ = layer(torch.zeros(1, 2))
+            >>> capture.only("input")
+            torch.Size([1, 2])
         """
-        self.is_open = True
+        self._records.setdefault(key, [])
+        self._handles.append(module.register_forward_pre_hook(_InputHook(self, key, take), with_kwargs=True))
+
+    def keep(self, handle: RemovableHandle) -> None:
+        """Take over a hook that an adapter registered itself, so that `remove` takes it off as well.
+
+        Such a hook must do nothing while `is_open` is False.
+
+        Args:
+            handle: What ``register_..._hook`` returned.
+
+        Example:
+            >>> layer, capture = nn.Identity(), Capture()
+            >>> capture.keep(layer.register_forward_pre_hook(lambda module, args: None))
+            >>> capture.remove()
+            >>> len(layer._forward_pre_hooks)
+            0
+        """
+        self._handles.append(handle)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks record now.
+
+        Returns:
+            True between `open` and `close`, under `torch.no_grad` only where `open` did not ask for training.
+
+        Example:
+            >>> Capture().is_open
+            False
+        """
+        return self._open and (not self._training_only or torch.is_grad_enabled())
+
+    def hears(self, module: nn.Module) -> bool:
+        """Whether a call of a module is recorded now.
+
+        Args:
+            module: The module that runs.
+
+        Returns:
+            As `is_open`; where `open` asked for training, the module has to be in training mode too.
+
+        Example:
+            >>> capture = Capture()
+            >>> capture.open(training_only=True)
+            >>> capture.hears(nn.Identity()), capture.hears(nn.Identity().eval())
+            (True, False)
+        """
+        # Nothing but flags: these lines are traced into compiled graphs.
+        return self.is_open and (not self._training_only or module.training)
+
+    def open(self, training_only: bool = False) -> None:
+        """Start to listen.
+
+        Args:
+            training_only: Leave out modules in evaluation mode and everything under `torch.no_grad`.
+
+        Example:
+            >>> capture = Capture()
+            >>> capture.open()
+            >>> capture.is_open
+            True
+        """
+        self._open = True
+        self._training_only = training_only
 
     def close(self) -> None:
         """Stop to listen; what was recorded stays until `clear`.
@@ -69,7 +146,7 @@ class Capture:
         Example:
             >>> Capture().close()
         """
-        self.is_open = False
+        self._open = False
 
     def clear(self) -> None:
         """Let go of everything recorded, and of the graphs it holds.
@@ -166,12 +243,28 @@ class _Hook:
         self.take = take
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.capture.is_open:
+        if self.capture.hears(module):
             value = output if self.take is None else self.take(module, args, output)
             self.capture[self.key].append(value)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[Capture, str, None]]:
         return (_Hook, (self.capture, self.key, None))
+
+
+class _InputHook:
+    """One forward pre-hook; a class for the same reason as `_Hook`."""
+
+    def __init__(self, capture: Capture, key: str, take: TakeInput | None) -> None:
+        self.capture = capture
+        self.key = key
+        self.take = take
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.take is not None and self.capture.hears(module):
+            self.capture[self.key].append(self.take(module, args, kwargs))
+
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[Capture, str, None]]:
+        return (_InputHook, (self.capture, self.key, None))
 
 
 def submodule(host: nn.Module, path: str) -> nn.Module:
