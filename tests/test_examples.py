@@ -70,3 +70,13 @@ def test_the_plain_script_adds_ssync_in_two_lines(tmp_path, data, monkeypatch):
     words = ["--steps", "3", "--videos", "8", "--data", str(data)]
     metrics = _load(EXAMPLES / "one_callback.py").main(words)
     assert 0.0 <= metrics["val/video_mbo"] <= 1.0
+
+
+def test_the_plain_loop_trains_and_adds_ssync(capsys):
+    losses = _load(EXAMPLES / "existing_training_loop.py").main(["--steps", "60", "--videos", "2"])
+    printed = capsys.readouterr().out
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert "step   50" in printed
+    added = float(printed.split("SSync adds")[1].split()[0])
+    assert 0 < added < losses[0]
