@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssync_pl.hosts import SAVi
+from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class _SquareClips(Dataset[dict[str, Any]]):
@@ -69,5 +78,49 @@ def tiny_savi() -> Callable[..., SAVi]:
         }
         torch.manual_seed(0)
         return SAVi(**(options | changes))
+
+    return build
+
+
+FeatureHosts = type[VideoSAUR] | type[SlotContrast] | type[DINOSAUR]
+
+
+@pytest.fixture
+def feature_batch() -> dict[str, Tensor]:
+    """Cached features of two clips in which a patch of one kind moves right over patches of another kind."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(2, 6, generator=generator)
+    masks = torch.zeros(2, 3, 2, 8, 12, dtype=torch.bool)
+    features = kinds[0] + 0.1 * torch.randn(2, 3, 2, 3, 6, generator=generator)
+    for t in range(3):
+        features[:, t, 0, t] = kinds[1] + 0.1 * torch.randn(2, 6, generator=generator)
+        masks[:, t, 1, :4, 4 * t : 4 * t + 4] = True
+    masks[:, :, 0] = ~masks[:, :, 1]
+    video = torch.where(masks[:, :, 1:], 1.0, -1.0).expand(-1, -1, 3, -1, -1)
+    return {"video": video.clone(), "features": features.flatten(2, 3), "segmentations": masks}
+
+
+@pytest.fixture
+def tiny_host() -> Callable[..., Any]:
+    """Builds a host on the features of `feature_batch`."""
+
+    def build(kind: FeatureHosts, **changes: Any) -> Any:
+        options: dict[str, Any] = {
+            "num_slots": 3,
+            "slot_dim": 8,
+            "backbone": None,
+            "feature_dim": 6,
+            "grid": (2, 3),
+            "encoder_hidden": 16,
+            "decoder_hidden": (16, 12),
+            "learning_rate": 3e-3,
+            "warmup_steps": 0,
+            "decay_rate": 1.0,
+        }
+        torch.manual_seed(0)
+        model = kind(**(options | changes))
+        model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        model.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        return model
 
     return build

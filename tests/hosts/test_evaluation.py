@@ -16,6 +16,11 @@ def test_frame_validity_joins_both_masks() -> None:
     assert frame_validity(batch).tolist() == [[True, False], [False, False]]
 
 
+def test_frame_validity_of_batches_without_frames() -> None:
+    batch = {"features": torch.zeros(2, 3, 5, 4), "batch_padding_mask": torch.tensor([False, True])}
+    assert frame_validity(batch).tolist() == [[False] * 3, [True] * 3]
+
+
 def test_mean_over_no_frames_is_zero() -> None:
     assert mean_over_frames(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.schedules import WarmupDecay, schedule_for
+from ssync_pl.hosts.schedules import WarmupDecay, WarmupExponential, exponential_for, schedule_for
 
 
 def test_warmup_rises_linearly() -> None:
@@ -40,3 +40,29 @@ def test_bad_values_are_refused() -> None:
         WarmupDecay(10, decay="linear")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="`warmup_steps` to be at least 0"):
         WarmupDecay(10, warmup_steps=-1)
+
+
+def test_published_exponential_by_hand() -> None:
+    factor = WarmupExponential(warmup_steps=10, decay_steps=110, rate=0.25)
+    expected = [0.0, 0.5, 1.0, 0.25**0.5, 0.25, 0.25**2]
+    assert [factor(step) for step in (0, 5, 10, 60, 110, 210)] == pytest.approx(expected)
+    assert WarmupExponential(0, 100, 1.0)(73) == 1.0
+
+
+def test_published_exponential_of_a_training() -> None:
+    assert exponential_for(1000, 100)(1000) == pytest.approx(0.5)
+    assert exponential_for(1000, 100, decay_steps=500)(500) == pytest.approx(0.5)
+    short = exponential_for(50, 100)
+    assert (short.warmup_steps, short.decay_steps) == (5, 50)
+    assert exponential_for(0, 100)(0) == 1.0
+    endless = exponential_for(-1, 10, rate=1.0)
+    assert [endless(step) for step in (0, 10, 10_000)] == [0.0, 1.0, 1.0]
+
+
+def test_published_exponential_refusals() -> None:
+    with pytest.raises(ConfigError, match="a training with an end, or argument `decay_steps`"):
+        exponential_for(-1, 10)
+    with pytest.raises(ConfigError, match="`decay_steps` to be above `warmup_steps` = 10, but got 5"):
+        exponential_for(100, 10, decay_steps=5)
+    with pytest.raises(ConfigError, match=r"`decay_rate` to be in \(0, 1\], but got 10 and 0"):
+        exponential_for(100, 10, rate=0)

@@ -16,7 +16,9 @@ from ssync_pl.functional.regions import (
     count_differing_neighbours,
     interior_region,
 )
+from ssync_pl.functional.slot_contrast import slot_contrast_loss
 from ssync_pl.functional.ssync import SSyncOutput, check_options, ssync_loss
+from ssync_pl.functional.temporal_similarity import temporal_similarity, temporal_similarity_loss
 
 __all__ = [
     "NUM_NEIGHBOURS",
@@ -36,9 +38,12 @@ __all__ = [
     "relabel",
     "selected_mean",
     "slot_areas",
+    "slot_contrast_loss",
     "slot_coverage",
     "slot_log_probabilities",
     "slot_probabilities",
     "ssync_loss",
+    "temporal_similarity",
+    "temporal_similarity_loss",
     "temporal_slot_iou",
 ]

@@ -20,8 +20,8 @@ def frame_validity(batch: Mapping[str, Any]) -> Tensor:
     """Frames of a batch that count: real samples, and in them real frames.
 
     Args:
-        batch: holds `video` `(B, T, C, H, W)`, and where there is padding `batch_padding_mask` `(B,)` and
-            `frame_mask` `(B, T)`, both True for what is real.
+        batch: holds `video` `(B, T, C, H, W)` or, without it, cached `features` `(B, T, N, D)`; where there is padding
+            `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, both True for what is real.
 
     Returns:
         Bool `(B, T)`.
@@ -31,12 +31,12 @@ def frame_validity(batch: Mapping[str, Any]) -> Tensor:
         >>> frame_validity(batch).tolist()
         [[True, True, True], [False, False, False]]
     """
-    video = batch["video"]
-    valid = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+    clips = batch["video"] if "video" in batch else batch["features"]
+    valid = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device)
     if batch.get("frame_mask") is not None:
-        valid = valid & batch["frame_mask"].to(video.device).bool()
+        valid = valid & batch["frame_mask"].to(clips.device).bool()
     if batch.get("batch_padding_mask") is not None:
-        valid = valid & batch["batch_padding_mask"].to(video.device).bool().unsqueeze(1)
+        valid = valid & batch["batch_padding_mask"].to(clips.device).bool().unsqueeze(1)
     return valid
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import lightning.pytorch as L
 import torch
 from einops import rearrange
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames, resize_masks
+from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.decoders import DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.encoders import ConvEncoder
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.predictors import TransformerPredictor
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.schedules import schedule_for
+from ssync_pl.hosts.training import SlotHost
 
 __all__ = ["SAVi", "SAViOutput"]
 
@@ -46,7 +45,7 @@ class SAViOutput(NamedTuple):
     mask_logits: Tensor
 
 
-class SAVi(L.LightningModule):
+class SAVi(SlotHost):
     """Slot Attention for Video with RGB reconstruction (Kipf et al. 2022), unconditional or conditioned.
 
     The defaults are SAVi-small for frames of 64x64. Clip gradients in the Trainer: `gradient_clip_val=0.05` as in the
@@ -129,7 +128,7 @@ class SAVi(L.LightningModule):
         halvings: float = 3.0,
         has_background: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(has_background)
         if num_slots < 1 or iterations_first < 1 or iterations_later < 1:
             raise ConfigError(
                 "Expected arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1, "
@@ -161,7 +160,6 @@ class SAVi(L.LightningModule):
             init=init,
             position_std=decoder_position_std,
         )
-        self.evaluation = SlotEvaluation("val/", has_background)
 
     def forward(self, video: Tensor, conditioning: Tensor | None = None) -> SAViOutput:
         """Decompose a clip into slots.
@@ -244,65 +242,29 @@ class SAVi(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=batch["video"].shape[0])
         return loss
 
-    def setup(self, stage: str) -> None:
-        """Ask the data module whether its masks have a background channel and may overlap.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        has_background = getattr(data, "has_background", None)
-        prefix = "test/" if stage == "test" else "val/"
-        if has_background is None:
-            has_background = self.evaluation.has_background
-        wanted = (prefix, bool(has_background), bool(getattr(data, "ignore_overlaps", False)))
-        now = self.evaluation
-        if wanted != (now.prefix, now.has_background, now.ignore_overlaps):
-            self.evaluation = SlotEvaluation(*wanted).to(self.device)
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics.
-
-        Args:
-            batch: holds `video` and `segmentations`.
-            batch_idx: number of the batch.
-        """
-        out, loss = self._step(batch)
-        self.evaluation.update(out.mask_logits.softmax(dim=2), batch, loss)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics under `val/` and start afresh."""
-        # Every rank computes the same reduced value; sync_dist only keeps Lightning from warning that it might not.
-        self.log_dict(self.evaluation.compute(), sync_dist=True)
-        self.evaluation.reset()
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics, as in validation.
-
-        Args:
-            batch: holds `video` and `segmentations`.
-            batch_idx: number of the batch.
-        """
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics under `test/` and start afresh."""
-        self.on_validation_epoch_end()
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Segment a batch at the size of its frames.
+    def segment(self, batch: Mapping[str, Any]) -> Tensor:
+        """Decompose a batch.
 
         Args:
             batch: holds `video`; `segmentations` too when conditioned.
-            batch_idx: number of the batch.
 
         Returns:
-            `labels` long `(B, T, H, W)` and `masks` `(B, T, S, H, W)`, probabilities over slots.
+            Object-mask probabilities `(B, T, S, h, w)` at the decoder's size.
         """
         out: SAViOutput = self(batch["video"], self._conditioning(batch))
-        height, width = batch["video"].shape[-2:]
-        masks = resize_masks(out.mask_logits.softmax(dim=2), (height, width))
-        return {"labels": masks.max(dim=2).indices, "masks": masks}
+        return out.mask_logits.softmax(dim=2)
+
+    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Decompose a batch and compare its reconstruction.
+
+        Args:
+            batch: holds `video`; `segmentations` too when conditioned.
+
+        Returns:
+            Object-mask probabilities `(B, T, S, h, w)` at the decoder's size, and the mean squared error.
+        """
+        out, loss = self._step(batch)
+        return out.mask_logits.softmax(dim=2), loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam with warm-up and decay over the Trainer's steps.
@@ -313,9 +275,8 @@ class SAVi(L.LightningModule):
         Raises:
             ConfigError: the training has no end and the decay needs one.
         """
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        factor = schedule_for(self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay, self.halvings)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        steps = self.trainer.estimated_stepping_batches
+        return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
 
 
 def _initializer(kind: str, num_slots: int, slot_dim: int) -> nn.Module:

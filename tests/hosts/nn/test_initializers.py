@@ -80,3 +80,12 @@ def test_errors() -> None:
         first_frame_hints(_masks(), 3, "points")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"to be \(B, 3, 2\), but got \(2, 4, 2\)"):
         ConditionedSlots(3, 8, hint_dim=2)(torch.zeros(2, 4, 2))
+
+
+def test_spread_at_the_start() -> None:
+    torch.manual_seed(0)
+    assert LearnedSlots(100, 64, initial_std=0.25).slots.std().item() == pytest.approx(0.25, rel=0.05)
+    assert GaussianSlots(100, 64, initial_std=0.25)(4).std().item() == pytest.approx(0.25, rel=0.05)
+    for kind in (LearnedSlots, GaussianSlots):
+        with pytest.raises(ConfigError, match="initial spread of the slots to be above 0, but got 0"):
+            kind(4, 8, initial_std=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -18,17 +19,22 @@ class GaussianSlots(nn.Module):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
+        initial_std: standard deviation that learning starts from.
+
+    Raises:
+        ConfigError: `initial_std` is not above 0.
 
     Example:
         >>> GaussianSlots(5, 16)(2).shape
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, num_slots: int, slot_dim: int) -> None:
+    def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
+        _check_std(initial_std)
         self.num_slots = num_slots
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
-        self.log_std = nn.Parameter(torch.zeros(1, 1, slot_dim))
+        self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
 
     def forward(self, batch_size: int) -> Tensor:
         """Draw slots.
@@ -51,15 +57,20 @@ class LearnedSlots(nn.Module):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
+        initial_std: standard deviation that the vectors are drawn with.
+
+    Raises:
+        ConfigError: `initial_std` is not above 0.
 
     Example:
         >>> LearnedSlots(5, 16)(2).shape
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, num_slots: int, slot_dim: int) -> None:
+    def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim))
+        _check_std(initial_std)
+        self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
     def forward(self, batch_size: int) -> Tensor:
         """Repeat the slots.
@@ -171,6 +182,11 @@ def first_frame_hints(
     absent = nn.functional.pad(absent, (0, padding), value=True)
     order = absent.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_slots]
     return hints.gather(1, order.unsqueeze(-1).expand(-1, -1, hints.shape[-1]))
+
+
+def _check_std(initial_std: float) -> None:
+    if initial_std <= 0:
+        raise ConfigError(f"Expected the initial spread of the slots to be above 0, but got {initial_std}. Use 1.")
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:

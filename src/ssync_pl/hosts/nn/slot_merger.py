@@ -1,0 +1,189 @@
+"""Slot merging by agglomerative clustering, in tensor code of fixed shapes (Aydemir et al. 2023, section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssync_pl.errors import ConfigError, ShapeError
+
+__all__ = ["Linkage", "MergedSlots", "SlotMerger", "agglomerate", "cosine_distances"]
+
+Linkage = Literal["complete", "average"]
+"""Distance of two clusters: the largest between their members, or the mean."""
+
+
+class MergedSlots(NamedTuple):
+    """What `SlotMerger` returns.
+
+    Args:
+        slots: `(B, P, S, D)`, means of the members; 0 where there are none.
+        members: bool `(B, P, S, S)`; `[..., i, j]` where slot j went into slot i, the lowest index of its cluster.
+
+    Example:
+        >>> MergedSlots(torch.zeros(1, 1, 2, 4), torch.eye(2, dtype=torch.bool)[None, None]).valid
+        tensor([[[True, True]]])
+    """
+
+    slots: Tensor
+    members: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """Slots with members.
+
+        Returns:
+            Bool `(B, P, S)`.
+        """
+        return self.members.any(dim=-1)
+
+    def merge_attention(self, attention: Tensor) -> Tensor:
+        """Attention of the merged slots.
+
+        Args:
+            attention: `(B, P, S, N)`, normalised over tokens.
+
+        Returns:
+            `(B, P, S, N)`, summed over members and normalised over tokens; uniform where there are none.
+        """
+        total = torch.einsum("bpij,bpjn->bpin", self.members.to(attention.dtype), attention) + 1e-8
+        return total / total.sum(dim=-1, keepdim=True)
+
+
+def cosine_distances(slots: Tensor) -> Tensor:
+    """One minus the cosine of every two slots.
+
+    Args:
+        slots: `(..., S, D)`.
+
+    Returns:
+        Float32 `(..., S, S)` in [0, 2].
+
+    Example:
+        >>> cosine_distances(torch.eye(2)).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    with torch.autocast(slots.device.type, enabled=False):
+        unit = F.normalize(slots.float(), dim=-1)
+        return 1.0 - unit @ unit.transpose(-1, -2)
+
+
+def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complete") -> Tensor:
+    """Agglomerative clustering: the two closest clusters become one until none are closer than the threshold.
+
+    S - 1 rounds of a masked minimum for the whole batch at once: no loop over samples, and the device is never waited
+    for. Where distances tie, the pair with the lowest indices comes first.
+
+    Args:
+        distances: `(..., S, S)`, symmetric.
+        threshold: clusters at this distance or farther stay apart.
+        linkage: `"complete"` or `"average"`.
+
+    Returns:
+        Int64 `(..., S)`, for each item the lowest index in its cluster.
+
+    Raises:
+        ConfigError: `linkage` is unknown.
+        ShapeError: `distances` is no stack of square matrices.
+
+    Example:
+        >>> agglomerate(cosine_distances(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])), 0.1).tolist()
+        [0, 1, 0]
+    """
+    if linkage not in ("complete", "average"):
+        raise ConfigError(f"Expected argument `linkage` to be 'complete' or 'average', but got {linkage!r}.")
+    if distances.ndim < 2 or distances.shape[-1] != distances.shape[-2]:
+        raise ShapeError(f"Expected argument `distances` to be (..., S, S), but got {tuple(distances.shape)}.")
+    count = distances.shape[-1]
+    flat = distances.detach().float().reshape(-1, count, count)
+    index = torch.arange(count, device=flat.device)
+    labels = index.expand(len(flat), -1)
+    size = torch.ones_like(flat[:, 0])
+    alive = torch.ones_like(flat[:, 0], dtype=torch.bool)
+    upper = index.unsqueeze(1) < index
+    for _ in range(count - 1):
+        pairs = upper & alive.unsqueeze(1) & alive.unsqueeze(2)
+        closest = flat.masked_fill(~pairs, float("inf")).flatten(1).min(dim=1)
+        first = torch.div(closest.indices, count, rounding_mode="floor").unsqueeze(1)
+        second = (closest.indices % count).unsqueeze(1)
+        merges = (closest.values < threshold).unsqueeze(1)
+        rows = [flat.gather(1, place.unsqueeze(2).expand(-1, -1, count)).squeeze(1) for place in (first, second)]
+        if linkage == "complete":
+            joined = torch.maximum(*rows)
+        else:
+            weights = [size.gather(1, place) for place in (first, second)]
+            joined = (weights[0] * rows[0] + weights[1] * rows[1]) / (weights[0] + weights[1])
+        is_first, is_second = (index == first) & merges, (index == second) & merges
+        flat = torch.where(is_first.unsqueeze(2), joined.unsqueeze(1), flat)
+        flat = torch.where(is_first.unsqueeze(1), joined.unsqueeze(2), flat)
+        size = torch.where(is_first, size + size.gather(1, second), size)
+        alive = alive & ~is_second
+        labels = torch.where((labels == second) & merges, first, labels)
+    return labels.reshape(distances.shape[:-1])
+
+
+class SlotMerger(nn.Module):
+    """Replaces slots that are alike by their mean, so that an object that fell into pieces is one slot again.
+
+    Args:
+        threshold: cosine distance below which clusters of slots are merged; None never merges.
+        linkage: distance of clusters.
+        min_slots: a frame whose slots would become fewer than this keeps them all.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Example:
+        >>> merger = SlotMerger(threshold=0.1, min_slots=1)
+        >>> merged = merger(torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]]]))
+        >>> merged.valid.tolist(), merged.slots[0, 0, 0].tolist()
+        ([[[True, True, False]]], [1.0, 0.05000000074505806])
+
+    Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.3; linkage and the least number as in its public code.
+    """
+
+    def __init__(self, threshold: float | None = 0.12, linkage: Linkage = "complete", min_slots: int = 3) -> None:
+        super().__init__()
+        if threshold is not None and not 0.0 <= threshold <= 2.0:
+            raise ConfigError(f"Expected argument `threshold` to be None or in [0, 2], but got {threshold}. Use 0.12.")
+        if linkage not in ("complete", "average"):
+            raise ConfigError(f"Expected argument `linkage` to be 'complete' or 'average', but got {linkage!r}.")
+        if min_slots < 1:
+            raise ConfigError(f"Expected argument `min_slots` to be at least 1, but got {min_slots}. Use 3.")
+        self.threshold = threshold
+        self.linkage: Linkage = linkage
+        self.min_slots = min_slots
+
+    def forward(self, slots: Tensor, wanted: Tensor | None = None) -> MergedSlots:
+        """Merge slots of each frame.
+
+        Args:
+            slots: `(B, P, S, D)`.
+            wanted: bool `(B, P)`, frames whose slots may be merged; None for all.
+
+        Returns:
+            Merged slots and their members.
+
+        Raises:
+            ShapeError: `slots` is not 4-D, or `wanted` does not fit.
+        """
+        if slots.ndim != 4 or (wanted is not None and wanted.shape != slots.shape[:2]):
+            raise ShapeError(
+                "Expected arguments `slots` and `wanted` to be (B, P, S, D) and (B, P), but got "
+                f"{tuple(slots.shape)} and {None if wanted is None else tuple(wanted.shape)}."
+            )
+        index = torch.arange(slots.shape[2], device=slots.device)
+        labels = index.expand(slots.shape[:3])
+        if self.threshold is not None:
+            merged = agglomerate(cosine_distances(slots.detach()), self.threshold, self.linkage)
+            # Each cluster goes by its lowest index, so that these are as many as clusters.
+            keep = (merged == index).sum(dim=-1) >= self.min_slots
+            keep = keep if wanted is None else keep & wanted
+            labels = torch.where(keep.unsqueeze(-1), merged, labels)
+        members = labels.unsqueeze(2) == index.unsqueeze(1)
+        share = members.to(slots.dtype)
+        share = share / share.sum(dim=-1, keepdim=True).clamp_min(1.0)
+        return MergedSlots(share @ slots, members)
