@@ -92,15 +92,56 @@ def test_backoff_goes_to_zero_and_comes_back():
     assert up == [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1]
 
 
+def test_a_host_that_adds_slots_is_measured_by_what_it_then_uses():
+    guard = CollapseGuard("warn", 0.8, 2)
+    guard.watch(used(2, 2), 2.0)
+    assert not guard.step(used(2, 2), 2.0)
+    # Half of the window has four slots, of which nearly all are used.
+    assert not guard.step(used(4, 3), 4.0).collapsed
+    assert guard.before == (3.0, 2.5)
+    for existing in (4.0, 8.0):
+        guard.step(used(existing), existing)
+        assert not guard.step(used(existing), existing).collapsed
+    assert guard.before == (8.0, 8.0)
+    guard.step(used(2), 8.0)
+    assert guard.step(used(2), 8.0).collapsed
+
+
+def test_slots_that_fall_out_of_use_while_others_are_added_are_a_collapse():
+    guard = CollapseGuard("warn", 0.8, 1)
+    guard.watch(used(4, 4), 4.0)
+    assert guard.step(used(2, 2), 8.0).collapsed
+    assert guard.before == (4.0, 4.0)
+
+
+def test_slots_that_the_host_drops_are_not_missed():
+    guard = CollapseGuard("warn", 0.8, 1)
+    guard.watch(used(8, 8), torch.tensor(11.0))
+    assert not guard.step(used(5, 5), torch.tensor(5.0)).collapsed
+    verdict = guard.step(used(3, 3), torch.tensor(5.0))
+    assert verdict.collapsed
+    assert "encoder 5.0 -> 3.0" in verdict.message
+    assert guard.before == (8.0, 8.0)
+
+
+def test_a_number_of_slots_that_wavers_does_not_move_what_is_compared_with():
+    guard = CollapseGuard("warn", 0.8, 1)
+    guard.watch(used(5, 5), 6.0)
+    for existing in (6.4, 5.9, 6.3, 6.4):
+        guard.step(used(5.5, 5.5), existing)
+    assert guard.before == (5.0, 5.0)
+
+
 @pytest.mark.parametrize("cut", range(9))
 def test_state_continues_where_it_was(cut):
     values = [8, 8, 3, 3, 2, 8, 8, 8, 1]
 
     def feed(guard, index):
+        existing = 8.0 if index < 5 else 9.0
         if index < 2:
-            guard.watch(used(values[index]))
+            guard.watch(used(values[index]), existing)
             return None
-        return guard.step(used(values[index]))
+        return guard.step(used(values[index]), existing)
 
     whole, first, second = (CollapseGuard("backoff", 0.8, 2) for _ in range(3))
     expected = [feed(whole, i) for i in range(9)]

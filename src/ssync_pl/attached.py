@@ -159,6 +159,7 @@ class AttachedSSync:
         self._session: HostSession | None = None
         self._root_hook: RemovableHandle | None = None
         self._batch: Any = None
+        self._listening = False
 
     @property
     def step(self) -> int:
@@ -263,13 +264,14 @@ class AttachedSSync:
             >>> with attach(SAVi(num_slots=2), warmup_steps=0) as ssync, ssync.paused():
             ...     pass
         """
-        listening = self._session is not None and self._session.capture.is_open
-        if self._session is not None and listening:
+        before, self._listening = self._listening, False
+        if self._session is not None:
             self._session.capture.close()
         try:
             yield
         finally:
-            if self._session is not None and listening:
+            self._listening = before
+            if self._session is not None and before:
                 self._session.capture.open(training_only=True)
 
     def discard(self) -> None:
@@ -340,11 +342,18 @@ class AttachedSSync:
             return
         session.close()
         self._batch = None
-        if not session.checked or self._engine.phase(self.step) is not Phase.OFF:
+        self._listening = not session.checked or self._engine.phase(self.step) is not Phase.OFF
+        if self._listening:
             session.open(training_only=True)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._session is None or not self._session.capture.hears(module):
+        if self._session is None or not self._listening:
+            return
+        if not module.training:
+            self._session.capture.close()
+            return
+        self._session.capture.open(training_only=True)
+        if not torch.is_grad_enabled():
             return
         values = [*args, *kwargs.values()]
         self._batch = next((value for value in values if isinstance(value, Mapping)), values)

@@ -273,12 +273,12 @@ class _Session(HostSession):
         self.own_step = host.__dict__.get("training_step")
 
     def wrap(self, run: Callable[..., Any]) -> None:
-        self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)  # type: ignore[method-assign]
+        self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)
 
     def restore(self) -> None:
         self.remove()
         if self.own_step is not None:
-            self.host.training_step = self.own_step  # type: ignore[method-assign]
+            self.host.training_step = self.own_step
         else:
             self.host.__dict__.pop("training_step", None)
 

@@ -156,7 +156,7 @@ class SSyncEngine:
             >>> d = torch.zeros(1, 1, 2, 4)
             >>> SSyncEngine(SSyncConfig()).watch(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)))
         """
-        self.guard.watch(used_slots(maps))
+        self.guard.watch(used_slots(maps), _existing_slots(maps))
 
     def apply(
         self,
@@ -226,7 +226,7 @@ class SSyncEngine:
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         if log is not None:
             _write(log, output, used, weight)
-        return weight * output.loss, self.guard.step(used)
+        return weight * output.loss, self.guard.step(used, _existing_slots(maps))
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
@@ -326,6 +326,11 @@ def heed(verdict: GuardVerdict | None, trainer: Any) -> None:
         warnings.warn(verdict.message, stacklevel=2)
     if verdict.stop:
         trainer.should_stop = True
+
+
+def _existing_slots(maps: SSyncMaps) -> Tensor | float:
+    """Mean number of slots that exist in a video; a plain number where all of them do."""
+    return float(maps.shape[2]) if maps.slot_valid is None else maps.slot_valid.sum(1).float().mean()
 
 
 def _running(average: Tensor | None, value: Tensor) -> Tensor:

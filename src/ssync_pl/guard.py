@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from ssync_pl.functional.ssync import mean_over_ranks
 __all__ = ["CollapseGuard", "GuardVerdict"]
 
 _SMALLEST_FACTOR = 1 / 64
+# Slots on average by which a host has to grow, so that hosts that drop another number in each batch do not count.
+_GROWTH = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class CollapseGuard:
     slots are not mature can fall into it, so the number of slots that win a patch is watched, for both maps. Counts
     stay on the device; the host reads them once a window.
 
+    Some hosts change how many slots exist. Where they drop slots, only those that exist can be missed; where they add
+    slots, the count in use then becomes what later windows are compared with, if it is larger.
+
     Args:
         action: ``"warn"``, ``"backoff"`` or ``"stop"``.
         threshold: Share of the slots in use before, in (0, 1), below which it is a collapse.
@@ -63,27 +69,31 @@ class CollapseGuard:
         self.factor = 1.0
         self.before: tuple[float, float] | None = None
         self.latest: tuple[float, float] | None = None
+        self._existing = math.inf
+        self._existing_before: float | None = None
         self._sum: Tensor | None = None
         self._count = 0
         self._told = False
         self._on = False
 
-    def watch(self, used: Tensor) -> None:
+    def watch(self, used: Tensor, existing: Tensor | float = math.inf) -> None:
         """Count slots in use before switching on.
 
         Args:
             used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
+            existing: Mean number of slots that exist in a video; infinity when unknown.
 
         Example:
             >>> CollapseGuard("warn", 0.8, 10).watch(torch.tensor([4.0, 4.0]))
         """
-        self._add(used)
+        self._add(used, existing)
 
-    def step(self, used: Tensor) -> GuardVerdict | None:
+    def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
         """Count slots in use with SSync on; judge at the end of a window.
 
         Args:
             used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
+            existing: Mean number of slots that exist in a video; infinity when unknown.
 
         Returns:
             A verdict at the end of a window, None in between.
@@ -98,17 +108,22 @@ class CollapseGuard:
         if not self._on:
             self._on = True
             self.before = self._take() if self._count else None
-        self._add(used)
+            self._existing_before = None if self.before is None else self._existing
+        self._add(used, existing)
         if self._count < self.window:
             return None
         self.latest = self._take()
-        if self.before is None:
+        if self.before is None or self._existing_before is None:
             # No warm-up: the first window stands for "before".
-            self.before = self.latest
-        return self._judge()
+            self.before, self._existing_before = self.latest, self._existing
+        verdict = self._judge(self.before, self.latest)
+        if self._existing_before < self._existing - _GROWTH:
+            self.before = (max(self.before[0], self.latest[0]), max(self.before[1], self.latest[1]))
+            self._existing_before = self._existing
+        return verdict
 
-    def _judge(self) -> GuardVerdict:
-        before, now = self.before or (0.0, 0.0), self.latest or (0.0, 0.0)
+    def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
+        before = (min(before[0], self._existing), min(before[1], self._existing))
         share = min(n / max(b, 1.0) for n, b in zip(now, before, strict=True))
         if share >= self.threshold:
             self._told = False
@@ -132,16 +147,21 @@ class CollapseGuard:
             f"loss. {done} A longer warm-up, a ramp or `relative_weight` (0.1, say) help immature hosts."
         )
 
-    def _add(self, used: Tensor) -> None:
+    def _add(self, used: Tensor, existing: Tensor | float) -> None:
         used = used.detach().float()
-        self._sum = used.clone() if self._sum is None else self._sum.to(used.device) + used
+        if isinstance(existing, Tensor):
+            existing = existing.detach().to(used)
+        else:
+            existing = used.new_full((), existing)
+        counts = torch.cat([used, existing.reshape(1)])
+        self._sum = counts if self._sum is None else self._sum.to(used.device) + counts
         self._count += 1
 
     def _take(self) -> tuple[float, float]:
-        total = torch.zeros(2) if self._sum is None else self._sum / max(self._count, 1)
+        total = torch.zeros(3) if self._sum is None else self._sum / max(self._count, 1)
         self._sum, self._count = None, 0
         # All ranks have to come to the same verdict.
-        encoder, decoder = mean_over_ranks(total).tolist()
+        encoder, decoder, self._existing = mean_over_ranks(total).tolist()
         return encoder, decoder
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +178,7 @@ class CollapseGuard:
         return {
             "factor": self.factor,
             "before": self.before,
+            "existing_before": self._existing_before,
             "sum": partial,
             "count": self._count,
             "told": self._told,
@@ -178,6 +199,8 @@ class CollapseGuard:
         """
         self.factor = float(state["factor"])
         self.before = None if state["before"] is None else (float(state["before"][0]), float(state["before"][1]))
+        existing = state["existing_before"]
+        self._existing_before = None if existing is None else float(existing)
         self._sum = None if state["sum"] is None else torch.tensor(state["sum"])
         self._count = int(state["count"])
         self._told = bool(state["told"])

@@ -95,7 +95,7 @@ class HostSession:
         """Forget what was heard before, and start to listen.
 
         Args:
-            training_only: Leave out modules in evaluation mode and everything under `torch.no_grad`.
+            training_only: Leave out everything under `torch.no_grad`.
 
         Example:
             >>> from ssync_pl.hosts import SAVi
@@ -165,7 +165,8 @@ class HostSession:
                 f"Expected the training step of {type(self.host).__name__} to run "
                 f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
                 f"'{self.adapter.name}' may be the wrong one, or the host was compiled and run before this training: "
-                "call torch._dynamo.reset() first."
+                "call torch._dynamo.reset() first. Modules inside reentrant activation checkpointing run without "
+                "gradients: use checkpoint(..., use_reentrant=False)."
             )
         maps = self.adapter.collect(self.capture, batch)
         if not self.checked:

@@ -147,6 +147,8 @@ def test_grid_errors(patches: int, options: dict[str, Any], message: str) -> Non
         ({"frames": torch.zeros(1, 2, 3, 8, 12), "label": torch.zeros(4)}, (8, 12)),
         (torch.zeros(1, 2, 3, 8, 12), (8, 12)),
         ([torch.zeros(2, 7, 8, 12)], None),
+        ({"features": torch.zeros(2, 3, 16, 40)}, None),
+        ({"features": torch.zeros(2, 3, 16, 40), "video": torch.zeros(1, 2, 3, 8, 12)}, (8, 12)),
         (None, None),
     ],
 )

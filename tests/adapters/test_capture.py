@@ -137,22 +137,29 @@ def test_inputs_are_recorded_and_left_alone() -> None:
     twin(value)
 
 
-def test_training_only_leaves_evaluation_out() -> None:
+def test_training_only_leaves_no_grad_out() -> None:
     layer, capture = _watched()
     capture.open(training_only=True)
-    layer.eval()
-    layer(torch.zeros(1, 2))
-    layer.train()
     with torch.no_grad():
         assert not capture.is_open
         layer(torch.zeros(1, 2))
     assert capture["layer"] == []
-    layer(torch.zeros(1, 2))
+    # A part that is frozen in evaluation mode is heard all the same.
+    layer.eval()(torch.zeros(1, 2))
     assert len(capture["layer"]) == 1
     capture.open()
     with torch.no_grad():
-        layer.eval()(torch.zeros(1, 2))
+        layer(torch.zeros(1, 2))
     assert len(capture["layer"]) == 2
+
+
+def test_copies_of_a_data_parallel_host_are_refused() -> None:
+    layer, capture = _watched()
+    layer._is_replica = True
+    layer(torch.zeros(1, 2))
+    capture.open()
+    with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each"):
+        layer(torch.zeros(1, 2))
 
 
 def test_an_adapters_own_hooks_go_with_the_others() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters import PathAdapter
-from ssync_pl.errors import HostError, ShapeError
+from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.maps import SSyncMaps
 
 Output = namedtuple("Output", ["slots", "attention"])
@@ -112,9 +112,68 @@ def test_grids_that_contradict_each_other_are_refused() -> None:
     assert _collect([flat], [wide], grid=[2, 8]).grid == (2, 8)  # a config file gives a list
 
 
-def test_maps_of_two_sizes_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"one shape .* but got \(1, 1, 2, 4\) and \(1, 1, 2, 64\)"):
-        _collect([torch.zeros(1, 1, 2, 4)], [torch.zeros(1, 1, 2, 8, 8)])
+def test_finer_masks_are_averaged_to_the_grid_of_the_attention() -> None:
+    logits, masks = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 8, 8)
+    maps = _collect([logits], [masks])
+    assert maps.grid == (2, 2)
+    assert maps.attention_logits is logits
+    assert maps.mask_logits is None
+    expected = masks.softmax(2).unflatten(4, (2, 4)).unflatten(3, (2, 4)).mean((4, 6)).flatten(3)
+    assert torch.allclose(maps.mask_probs, expected)
+    maps.check_values()
+
+
+def test_finer_attention_is_averaged_to_the_grid_of_the_masks() -> None:
+    logits, masks = torch.randn(1, 1, 2, 4, 4), torch.randn(1, 1, 2, 4)
+    maps = _collect([logits], [masks])
+    blocks = logits.unflatten(4, (2, 2)).unflatten(3, (2, 2))
+    assert torch.allclose(maps.attention_logits, blocks.mean((4, 6)).flatten(3))
+    assert torch.allclose(maps.attention_probs, blocks.softmax(2).mean((4, 6)).flatten(3))
+    assert maps.mask_logits is masks
+
+
+def test_averaged_probabilities_are_not_squashed_again() -> None:
+    probs = torch.randn(1, 1, 2, 4, 4).softmax(2)
+    maps = _collect([torch.randn(1, 1, 2, 4)], [probs], masks_kind="probs")
+    assert torch.allclose(maps.mask_probs.sum(2), torch.ones(()))
+    assert torch.allclose(maps.mask_probs.mean(3), probs.mean((3, 4)))
+
+
+def test_frames_that_the_decoder_folds_into_the_batch() -> None:
+    frames, masks = [torch.randn(2, 3, 4) for _ in range(5)], torch.randn(10, 3, 4)
+    maps = _collect(frames, [masks])
+    assert maps.shape == (2, 5, 3, 4)
+    assert torch.equal(maps.mask_logits[1, 2], masks[1 * 5 + 2])
+
+
+@pytest.mark.parametrize(
+    ("attention", "masks"),
+    [
+        ((1, 1, 2, 4), (1, 1, 3, 4)),  # slots
+        ((1, 2, 2, 4), (1, 3, 2, 4)),  # frames
+        ((2, 2, 2, 4), (1, 2, 2, 4)),  # videos
+        ((1, 1, 2, 4), (1, 1, 2, 9)),  # patches
+    ],
+)
+def test_maps_that_do_not_belong_together_are_refused(attention: Any, masks: Any) -> None:
+    with pytest.raises(ShapeError, match=r"same slots, videos and frames.*'grouping' gave \(.*'decoder' gave \("):
+        _collect([torch.zeros(attention)], [torch.zeros(masks)])
+
+
+def test_grids_that_do_not_divide_each_other_are_refused() -> None:
+    with pytest.raises(HostError, match=r"\(2, 6\), and that of 'decoder', \(6, 4\), to divide each other"):
+        _collect([torch.zeros(1, 1, 2, 2, 6)], [torch.zeros(1, 1, 2, 6, 4)])
+    with pytest.raises(HostError, match=r"have 4 patches, as 'grouping' gives, or 64, as 'decoder' does, but got"):
+        _collect([torch.zeros(1, 1, 2, 4)], [torch.zeros(1, 1, 2, 8, 8)], grid=(3, 3))
+
+
+def test_the_grid_of_the_coarser_map() -> None:
+    maps = _collect([torch.zeros(1, 1, 2, 12)], [torch.zeros(1, 1, 2, 8, 24)])
+    assert maps.grid == (2, 6)  # from the rows and columns of the masks
+    maps = _collect([torch.zeros(1, 1, 2, 12)], [torch.zeros(1, 1, 2, 192)], {"video": torch.zeros(1, 1, 3, 32, 96)})
+    assert maps.grid == (2, 6)  # from the frames
+    maps = _collect([torch.zeros(1, 1, 2, 12)], [torch.zeros(1, 1, 2, 8, 24)], grid=(2, 6))
+    assert maps.grid == (2, 6)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +193,32 @@ def test_shapes_that_are_not_understood(values: list[Tensor], message: str) -> N
 def test_integer_maps_are_refused() -> None:
     with pytest.raises(ShapeError, match="floating-point"):
         _collect([torch.zeros(1, 1, 2, 4, dtype=torch.long)], [torch.zeros(1, 1, 2, 4)])
+
+
+def test_the_host_itself_may_give_both_maps() -> None:
+    class Whole(nn.Module):
+        def forward(self, d: Tensor, a: Tensor) -> dict[str, Tensor]:
+            return {"d": d, "a": a}
+
+    host, d, a = Whole(), torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4)
+    adapter = PathAdapter(".:d", ".:a", "logits", "logits")
+    capture = adapter.attach(host)
+    capture.open()
+    host(d, a)
+    maps = adapter.collect(capture)
+    assert maps.attention_logits is d
+    assert maps.mask_logits is a
+
+
+@pytest.mark.parametrize("place", ["", ":key", "softmax:", "softmax::1"])
+def test_a_place_needs_a_path(place: str) -> None:
+    with pytest.raises(ConfigError, match=f"place as 'path', 'path:key' or 'softmax:path', but got '{place}'"):
+        PathAdapter(place, "decoder")
+
+
+def test_the_axis_of_a_softmax_is_a_number() -> None:
+    with pytest.raises(ConfigError, match="axis of the softmax behind 'softmax:decoder:', but got 'masks'"):
+        PathAdapter("grouping", "softmax:decoder:masks")
 
 
 def test_match_and_attach_need_both_paths() -> None:

@@ -13,12 +13,13 @@ DIM, SLOTS, PATCH = 6, 3, 4
 class Corrector(nn.Module):
     """Slot attention that keeps the logits of its last iteration for the test, as lists by call."""
 
-    def __init__(self, iterations: int = 2, give_dots: bool = False) -> None:
+    def __init__(self, iterations: int = 2, give_dots: bool = False, over_patches: bool = False) -> None:
         super().__init__()
         self.to_q, self.to_k, self.to_v = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
         self.scale = DIM**-0.5
         self.iterations = iterations
         self.give_dots = give_dots
+        self.over_patches = over_patches
         self.sharpen = 1.0
         self.own_logits: list[Tensor] = []
 
@@ -30,6 +31,8 @@ class Corrector(nn.Module):
             slots = slots + torch.einsum("bsn,bnd->bsd", weights / weights.sum(-1, keepdim=True), values)
         self.own_logits.append(logits)
         output = {"slots": slots, "masks": (self.sharpen * logits).softmax(1)}
+        if self.over_patches:
+            output["spread"] = logits.softmax(-1)
         return {**output, "dots": logits} if self.give_dots else output
 
 
@@ -102,11 +105,15 @@ class Scan(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, slots: Tensor, features: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, features: Tensor, and_back: bool = False) -> Tensor:
         states = []
         for t in range(features.shape[1]):
             slots = self.module.corrector(slots, features[:, t], **({"n_iters": 3} if t == 0 else {}))["slots"]
             states.append(slots)
+        if and_back:
+            for t in reversed(range(features.shape[1] - 1)):
+                slots = self.module.corrector(slots, features[:, t])["slots"]
+                states[t] = slots
         return torch.stack(states, 1)
 
 

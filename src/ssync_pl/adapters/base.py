@@ -239,7 +239,7 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
 
     Args:
         batch: A mapping (``video`` and ``image`` are looked at first), a sequence or a tensor. Frames are tensors of
-            4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``.
+            4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``; stored ``features`` are no frames.
 
     Returns:
         ``(H, W)`` in pixels, or None.
@@ -250,7 +250,8 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
     """
     if isinstance(batch, Mapping):
         first = [batch[key] for key in ("video", "image") if key in batch]
-        values = [*first, *batch.values()]
+        # Stored features (B, T, N, D) of a short clip would pass for frames of T colours.
+        values = [*first, *(value for key, value in batch.items() if key != "features")]
     elif isinstance(batch, (list, tuple)):
         values = list(batch)
     else:

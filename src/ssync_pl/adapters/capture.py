@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssync_pl.errors import HostError
 
-__all__ = ["Capture", "submodule"]
+__all__ = ["Capture", "refuse_replicas", "submodule"]
 
 Take = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 TakeInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -99,37 +99,20 @@ class Capture:
         """Whether hooks record now.
 
         Returns:
-            True between `open` and `close`, under `torch.no_grad` only where `open` did not ask for training.
+            True between `open` and `close`, under `torch.no_grad` only where `open` did not ask for training. False
+            inside a backward pass, where activation checkpointing runs modules a second time.
 
         Example:
             >>> Capture().is_open
             False
         """
-        return self._open and (not self._training_only or torch.is_grad_enabled())
-
-    def hears(self, module: nn.Module) -> bool:
-        """Whether a call of a module is recorded now.
-
-        Args:
-            module: The module that runs.
-
-        Returns:
-            As `is_open`; where `open` asked for training, the module has to be in training mode too.
-
-        Example:
-            >>> capture = Capture()
-            >>> capture.open(training_only=True)
-            >>> capture.hears(nn.Identity()), capture.hears(nn.Identity().eval())
-            (True, False)
-        """
-        # Nothing but flags: these lines are traced into compiled graphs.
-        return self.is_open and (not self._training_only or module.training)
+        return self._open and not _in_backward() and (not self._training_only or torch.is_grad_enabled())
 
     def open(self, training_only: bool = False) -> None:
         """Start to listen.
 
         Args:
-            training_only: Leave out modules in evaluation mode and everything under `torch.no_grad`.
+            training_only: Leave out everything under `torch.no_grad`.
 
         Example:
             >>> capture = Capture()
@@ -243,7 +226,8 @@ class _Hook:
         self.take = take
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.capture.hears(module):
+        if self.capture.is_open:
+            refuse_replicas(module)
             value = output if self.take is None else self.take(module, args, output)
             self.capture[self.key].append(value)
 
@@ -260,11 +244,35 @@ class _InputHook:
         self.take = take
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.take is not None and self.capture.hears(module):
+        if self.take is not None and self.capture.is_open:
             self.capture[self.key].append(self.take(module, args, kwargs))
 
     def __reduce__(self) -> tuple[type[_InputHook], tuple[Capture, str, None]]:
         return (_InputHook, (self.capture, self.key, None))
+
+
+def _in_backward() -> bool:
+    # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Stop a training in which `torch.nn.DataParallel` runs copies of the host in threads.
+
+    Args:
+        module: The module that runs.
+
+    Raises:
+        HostError: It is a copy of another device, whose frames would mix with those of the others.
+
+    Example:
+        >>> refuse_replicas(nn.Identity())
+    """
+    if getattr(module, "_is_replica", False):
+        raise HostError(
+            "Expected one copy of the host in this process, but torch.nn.DataParallel runs one for each of several "
+            "devices at the same time. Use DistributedDataParallel, or give DataParallel one device."
+        )
 
 
 def submodule(host: nn.Module, path: str) -> nn.Module:

@@ -1,42 +1,132 @@
-"""Any host whose two maps are outputs of modules that the user names."""
+"""Any host whose two maps are outputs of modules that the user names, or inputs of softmaxes inside of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ssync_pl.adapters.base import HostAdapter, frame_size, resolve_grid, stack_frames
+from ssync_pl.adapters.base import HostAdapter, frame_size
 from ssync_pl.adapters.capture import Capture, submodule
+from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps, softmax_gap
+from ssync_pl.adapters.tap import Softmaxes, TapCapture
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.maps import SSyncMaps
 
-__all__ = ["MapKind", "PathAdapter"]
+__all__ = ["MapKind", "PathAdapter", "Place", "parse_place"]
 
-MapKind = Literal["logits", "probs"]
+SOFTMAX = "softmax"
+
+
+class Place(NamedTuple):
+    """Where a map is in a host.
+
+    Args:
+        text: As the user wrote it.
+        softmax: The map is the input of a softmax inside the module, not its output.
+        path: Dotted path of the module; ``"."`` is the host itself.
+        key: Entry of the module's output.
+        axis: Axis of the softmax, where the user names it.
+
+    Example:
+        >>> Place("decoder:masks", False, "decoder", "masks", None).path
+        'decoder'
+    """
+
+    text: str
+    softmax: bool
+    path: str
+    key: str
+    axis: int | None
+
+    def module(self, host: nn.Module) -> nn.Module:
+        """The module in a host.
+
+        Args:
+            host: The host.
+
+        Returns:
+            The module.
+
+        Raises:
+            HostError: There is none.
+
+        Example:
+            >>> parse_place(".").module(nn.Identity())
+            Identity()
+        """
+        return host if self.path == "." else submodule(host, self.path)
+
+
+def parse_place(text: str) -> Place:
+    """Read where a map is.
+
+    Args:
+        text: ``"path"`` or ``"path:key"`` for a module's output, ``"softmax:path"`` or ``"softmax:path:axis"`` for the
+            input of a softmax inside a module.
+
+    Returns:
+        The place.
+
+    Raises:
+        ConfigError: The text has no path, or its axis is no number.
+
+    Example:
+        >>> parse_place("softmax:slot_attention").path
+        'slot_attention'
+        >>> parse_place("softmax:decoder:-1").axis
+        -1
+    """
+    first, colon, rest = text.partition(":")
+    softmax = first == SOFTMAX and bool(colon)
+    path, _, key = rest.partition(":") if softmax else (first, colon, rest)
+    if not path:
+        raise ConfigError(
+            f"Expected a place as 'path', 'path:key' or 'softmax:path', but got {text!r}. Name a module of the host by "
+            "its dotted path; '.' is the host itself."
+        )
+    if not softmax:
+        return Place(text, False, path, key, None)
+    if key and not key.removeprefix("-").isdigit():
+        raise ConfigError(
+            f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. The softmax's input is taken "
+            "as it is: leave the last part out, or give the number of the slot axis."
+        )
+    return Place(text, True, path, "", int(key) if key else None)
 
 
 class PathAdapter(HostAdapter):
     """Reads both maps from named modules.
 
-    A module's output is the map itself, or has it under a key: ``"processor.corrector:masks"`` (a dict's key, an
-    attribute, or a position). Shapes understood: ``(B, S, N)`` for one frame of a call, stacked over the calls of a
-    step; ``(B, T, S, N)``; ``(B, T, S, H, W)``.
+    Each side is named on its own, in one of two ways:
+
+    * ``"path"`` or ``"path:key"``: the module's output is the map, or has it under a key (a dict's key, an attribute,
+      or a position), as in ``"processor.corrector:masks"``. Shapes understood: ``(B, S, N)`` for one frame of a call,
+      stacked over the calls of a step; ``(B, T, S, N)``; ``(B, T, S, H, W)``; ``(B * T, S, N)`` where the other side
+      tells T.
+    * ``"softmax:path"``: the map is what the module feeds to a softmax over the slots; its input are the host's own
+      logits, so that merging works, and the module may return whatever it likes. The last such softmax of each call
+      counts, so name a module that runs once a frame, or once a step, around the iterations. ``"softmax:."`` listens
+      to the whole training step. The axis of the slots is the one that both sides can share;
+      ``"softmax:path:axis"`` names it.
+
+    ``"."`` is the host itself. Where the two grids differ, the finer map is averaged to the coarser one. Heads with a
+    softmax each count as their mean.
 
     Args:
-        attention: Path of the slot attention.
-        masks: Path of the decoder.
-        attention_kind: ``"probs"`` (softmax over slots) or ``"logits"``.
+        attention: Place of the slot attention.
+        masks: Place of the decoder's masks.
+        attention_kind: ``"probs"`` (softmax over slots) or ``"logits"``; the input of a softmax always is logits.
         masks_kind: The same for the decoder's map.
         grid: ``(H, W)`` patches; None reads it off the maps or the size of the batch's frames, or takes a square.
 
     Raises:
-        ConfigError: A kind is unknown, or ``grid`` is not two numbers.
+        ConfigError: A place or a kind is not understood, or ``grid`` is not two numbers.
 
     Example:
-        >>> adapter = PathAdapter("corrector:logits", "decoder", attention_kind="logits", grid=(6, 8))
+        >>> adapter = PathAdapter("corrector:logits", "softmax:decoder", attention_kind="logits", grid=(6, 8))
         >>> adapter.name
         'paths'
     """
@@ -61,6 +151,9 @@ class PathAdapter(HostAdapter):
         self.attention_kind = attention_kind
         self.masks_kind = masks_kind
         self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.slots: int | None = None
+        self._looked = False
+        self.places = (parse_place(attention), parse_place(masks))
 
     def match(self, host: nn.Module) -> bool:
         """Whether both paths exist in the host.
@@ -72,12 +165,12 @@ class PathAdapter(HostAdapter):
             True when they do.
 
         Example:
-            >>> PathAdapter("0", "1").match(nn.Sequential(nn.Identity(), nn.Identity()))
+            >>> PathAdapter("0", "softmax:1").match(nn.Sequential(nn.Identity(), nn.Identity()))
             True
         """
         try:
-            for path in (self.attention, self.masks):
-                submodule(host, path.partition(":")[0])
+            for place in self.places:
+                place.module(host)
         except HostError:
             return False
         return True
@@ -95,13 +188,19 @@ class PathAdapter(HostAdapter):
             HostError: A path does not exist.
 
         Example:
-            >>> PathAdapter("0", "1").attach(nn.Sequential(nn.Identity(), nn.Identity())).silent
-            ['0', '1']
+            >>> PathAdapter("0", "softmax:1").attach(nn.Sequential(nn.Identity(), nn.Identity())).silent
+            ['0', 'softmax:1']
         """
-        capture = Capture()
-        modules = {path: submodule(host, path.partition(":")[0]) for path in (self.attention, self.masks)}
-        for path, module in modules.items():
-            capture.watch(path, module, _Pick(path))
+        capture = TapCapture()
+        self._looked = False
+        modules = {place.text: (place, place.module(host)) for place in self.places}
+        for text, (place, module) in modules.items():
+            if not place.softmax:
+                capture.watch(text, module, _Pick(place))
+            elif module is host:
+                capture.tap_window(text, module, self.slots, place.axis)
+            else:
+                capture.tap(text, module, self.slots, place.axis)
         return capture
 
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
@@ -116,59 +215,118 @@ class PathAdapter(HostAdapter):
 
         Raises:
             HostError: A map has a shape that is not understood, or there is no one grid for both.
-            ShapeError: The two maps differ in shape.
+            ShapeError: The two maps do not belong together.
 
         Example:
-            >>> host = nn.Sequential(nn.Identity(), nn.Identity())
-            >>> adapter = PathAdapter("0", "1")
+            >>> import torch
+            >>> host = nn.Sequential(nn.Identity(), nn.Softmax(1))
+            >>> adapter = PathAdapter("0", "softmax:1")
             >>> capture = adapter.attach(host)
             >>> capture.open()
             >>> _ = host(torch.full((1, 2, 9), 0.5))
-            >>> adapter.collect(capture).shape
-            (1, 1, 2, 9)
+            >>> adapter.collect(capture)
+            SSyncMaps(B=1, T=1, S=2, grid=(3, 3), attention=probs, masks=logits, dtype=torch.float32, device=cpu)
         """
-        attention, attention_grid = _to_clip(capture[self.attention], self.attention)
-        masks, mask_grid = _to_clip(capture[self.masks], self.masks)
-        if attention.shape != masks.shape:
-            raise ShapeError(
-                f"Expected '{self.attention}' and '{self.masks}' to give maps of one shape (B, T, S, N), but got "
-                f"{tuple(attention.shape)} and {tuple(masks.shape)}. Both maps need the same slots and patches: where "
-                "only the grids differ, write a small HostAdapter with `maps_on_common_grid`."
-            )
-        grids = {grid for grid in (self.grid, attention_grid, mask_grid) if grid is not None}
-        if len(grids) > 1:
-            raise HostError(
-                f"Expected one grid of patches, but got {', '.join(map(str, sorted(grids)))} from argument `grid` and "
-                "the maps' own rows and columns. Leave `grid` out, or make the maps agree."
-            )
-        grid = next(iter(grids), None)
-        return SSyncMaps(
-            **{f"attention_{self.attention_kind}": attention, f"mask_{self.masks_kind}": masks},
-            grid=resolve_grid(attention.shape[-1], grid, frame=frame_size(batch)),
+        pair, frame = self.pair(capture), frame_size(batch)
+        if not isinstance(capture, TapCapture) or not any(place.softmax for place in self.places):
+            return join_maps(pair, self.grid, frame)
+        # Where no slot is ever absent, saying so would cost the fast paths of the loss.
+        maps = join_maps(pair, self.grid, frame, mark_absent=capture.masks or not self._looked)
+        if not self._looked:
+            self._looked = True  # once, since this waits for the device
+            if maps.slot_valid is not None and bool(maps.slot_valid.all()) and not capture.masks:
+                return replace(maps, slot_valid=None)
+            capture.masks = True
+        return maps
+
+    def pair(self, capture: Capture) -> Pair:
+        """The two tensors that were seen, and how they are read.
+
+        Args:
+            capture: Filled by one training step.
+
+        Returns:
+            The pair that `collect` makes maps of.
+
+        Raises:
+            HostError: A map has a shape that is not understood.
+            ShapeError: The two maps do not belong together.
+
+        Example:
+            >>> import torch
+            >>> host = nn.Sequential(nn.Identity(), nn.Softmax(1))
+            >>> adapter = PathAdapter("0", "softmax:1")
+            >>> capture = adapter.attach(host)
+            >>> capture.open()
+            >>> _ = host(torch.full((1, 2, 9), 0.5))
+            >>> adapter.pair(capture).masks.axis
+            1
+        """
+        kinds = (self.attention_kind, self.masks_kind)
+        sides = [
+            _softmaxes(capture[place.text], place) if place.softmax else _outputs(capture[place.text], place, kind)
+            for place, kind in zip(self.places, kinds, strict=True)
+        ]
+        pair = find_pair(*sides)
+        if pair is not None:
+            return pair
+        seen = [
+            f"'{place.text}' gave {'; '.join(one.describe() for one in side)}"
+            for place, side in zip(self.places, sides, strict=True)
+        ]
+        raise ShapeError(
+            "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
+            f"{' and '.join(seen)}. Name modules that run once a frame or once a step, around the iterations of slot "
+            "attention; where it runs on other frames than the decoder, write a small HostAdapter."
         )
+
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        """Compare with the softmaxes that the host computed itself.
+
+        Args:
+            capture: Filled by one training step.
+            maps: What `collect` made of it.
+
+        Raises:
+            HostError: The softmax over slots of a map is not what the host's own softmax gave.
+
+        Example:
+            >>> verify = PathAdapter("softmax:0", "1").verify  # called by `SSyncCallback` in the first step
+        """
+        pair = self.pair(capture)
+        for place, (seen, layout) in zip(self.places, pair.sides, strict=True):
+            if not place.softmax:
+                continue
+            gap, tolerance = softmax_gap(seen, layout, pair.batch, pair.frames)
+            if gap > tolerance:
+                raise HostError(
+                    f"Expected the map of '{place.text}' to be the softmax over slots that the host computed, but "
+                    f"they differ by up to {gap:.3g} (tolerance {tolerance:.1g}). Name the slot axis: "
+                    f"'softmax:{place.path}:axis'."
+                )
 
 
 class _Pick:
     """Finds the map in a module's output."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.key = path.partition(":")[2]
+    def __init__(self, place: Place) -> None:
+        self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        value = output
-        if self.key:
+        value, key = output, self.place.key
+        if key:
             if isinstance(output, Mapping):
-                value = output.get(self.key)
-            elif isinstance(output, (tuple, list)) and self.key.lstrip("-").isdigit():
-                index = int(self.key)
+                value = output.get(key)
+            elif isinstance(output, (tuple, list)) and key.lstrip("-").isdigit():
+                index = int(key)
                 value = output[index] if -len(output) <= index < len(output) else None
             else:
-                value = getattr(output, self.key, None)
+                value = getattr(output, key, None)
         if not isinstance(value, Tensor):
             raise HostError(
-                f"Expected a tensor at '{self.path}', but got {type(value).__name__} from an output of type "
-                f"{_describe(output)}. Pick an entry with '{self.path.partition(':')[0]}:key'."
+                f"Expected a tensor at '{self.place.text}', but got {type(value).__name__} from an output of type "
+                f"{_describe(output)}. Pick an entry with '{self.place.path}:key', or take the input of a softmax "
+                f"inside the module with 'softmax:{self.place.path}'."
             )
         return value
 
@@ -183,18 +341,35 @@ def _describe(output: Any) -> str:
     return type(output).__name__
 
 
-def _to_clip(values: list[Tensor], path: str) -> tuple[Tensor, tuple[int, int] | None]:
+def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
     if not values:
-        raise HostError(f"Expected '{path}' to run inside the training step, but it did not.")
-    first = values[0]
-    if first.ndim == 3:
-        return stack_frames(values, path), None
-    value = values[0] if len(values) == 1 else torch.empty(0)
-    if value.ndim == 4:
-        return value, None
-    if value.ndim == 5:
-        return value.flatten(3), (int(value.shape[-2]), int(value.shape[-1]))
+        raise HostError(f"Expected '{place.text}' to run inside the training step, but it did not.")
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) != 1:
+        raise HostError(f"Expected '{place.text}' to give one shape for all frames, but got {shapes}.")
+    ndim = values[0].ndim
+    if ndim == 3:
+        return [Seen(values, 1, kind, place.text, heads=False)]
+    if ndim in (4, 5) and len(values) == 1:
+        return [Seen(values, 2, kind, place.text, heads=False)]
     raise HostError(
-        f"Expected '{path}' to give (B, S, N) once a frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
-        f"{tuple(first.shape)} in {len(values)} call(s). Write a small HostAdapter that reshapes it."
+        f"Expected '{place.text}' to give (B, S, N) once a frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
+        f"{shapes[0]} in {len(values)} call(s). Where a softmax over the slots is inside of it, use "
+        f"'softmax:{place.path}'; else write a small HostAdapter that reshapes it."
     )
+
+
+def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
+    calls = [call for call in calls if call]
+    if not calls:
+        raise HostError(
+            f"Expected a softmax to run inside '{place.path}' in the training step, but none did. The map may be "
+            "normalised without a softmax, or in another module: `ssync-pl doctor` lists what it finds."
+        )
+    common = [key for key in calls[-1] if all(key in call for call in calls)]
+    if not common:
+        shapes = sorted({shape for call in calls for shape, _ in call})
+        raise HostError(
+            f"Expected the softmax inside '{place.path}' to have one shape in all of its calls, but got {shapes}."
+        )
+    return [Seen([call[key] for call in calls], key[1], "logits", place.text) for key in common]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ssync_pl.adapters.base import (
     stack_frames,
 )
 from ssync_pl.adapters.capture import Capture, submodule
+from ssync_pl.adapters.projections import Projection, StartOfCall, require_projections, softmax_gap, take_projection
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.maps import SSyncMaps
 
@@ -25,11 +26,15 @@ __all__ = ["VideosaurAdapter"]
 
 _CORRECTORS = ("processor.module.corrector", "processor.corrector")
 _DECODERS = ("decoder.module", "decoder")
+_OWN_LOSSES = ("loss_grp2deccls", "loss_dec2grpcls")
 
 
 @register_adapter
 class VideosaurAdapter(HostAdapter):
     """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images.
+
+    These are VideoSAUR with its SAVi, SAVi++ and DINOSAUR configurations, SlotContrast, SRL, SlotCurri, and SSync's own
+    code, whose two losses should be off then: a warning says so.
 
     The corrector runs once a frame and projects with ``to_k`` once and ``to_q`` in each iteration; its logits are the
     last query · key · ``scale``, computed again from the host's own projections (or read, where a fork returns them as
@@ -37,8 +42,8 @@ class VideosaurAdapter(HostAdapter):
     spatial broadcast decoder whose ``output_transform`` ends in alpha. Image models give T = 1.
 
     Args:
-        grid: ``(H, W)`` patches of the slot attention. None takes it from the size of the batch's frames and the patch
-            size of the encoder, or a square.
+        grid: ``(H, W)`` patches of the slot attention. None takes the host's own ``grid`` where it states one, or it
+            follows from the size of the batch's frames and the patch size of the encoder, or is a square.
 
     Raises:
         ConfigError: ``grid`` is not two positive integers.
@@ -98,13 +103,15 @@ class VideosaurAdapter(HostAdapter):
                 f"{' or '.join(map(repr, _DECODERS))}, but it does not. Name the modules yourself: "
                 "SSyncCallback(attention=..., masks=...)."
             )
+        _warn_of_own_losses(host)
         capture = Capture()
-        capture.watch("to_k", corrector.to_k, _StartOfCall(capture, ("to_k", "to_q")))
-        capture.watch("to_q", corrector.to_q, _projection)
-        capture.watch("corrector", corrector, _Product(capture, "bsd,bnd->bsn", "to_q", "to_k", _patch_size(host)))
+        capture.watch("to_k", corrector.to_k, StartOfCall(capture, ("to_k", "to_q")))
+        capture.watch("to_q", corrector.to_q, take_projection)
+        attention = _Product(capture, "bsd,bnd->bsn", "to_q", "to_k", _patch_size(host), grid=_stated_grid(host))
+        capture.watch("corrector", corrector, attention)
         if _projects(decoder):
-            capture.watch("decoder.to_k", decoder.to_k, _projection)
-            capture.watch("decoder.to_q", decoder.to_q, _projection)
+            capture.watch("decoder.to_k", decoder.to_k, take_projection)
+            capture.watch("decoder.to_q", decoder.to_q, take_projection)
             product = _Product(capture, "bnd,bsd->bns", "decoder.to_q", "decoder.to_k", transpose=True)
             capture.watch("decoder", decoder, product)
         else:
@@ -146,7 +153,8 @@ class VideosaurAdapter(HostAdapter):
             )
         masks = decoded.logits.unflatten(0, (batch_size, frames))
         pixels = (int(masks.shape[-2]), int(masks.shape[-1])) if masks.ndim == 5 else None
-        grid = resolve_grid(patches, self.grid, calls[0].patch_size, frame_size(batch) or pixels)
+        stated = self.grid or calls[0].grid
+        grid = resolve_grid(patches, stated, calls[0].patch_size, frame_size(batch) or pixels)
         if pixels is not None:
             return maps_on_common_grid(attention, grid, masks)
         return SSyncMaps(attention_logits=attention, mask_logits=masks, grid=grid)
@@ -166,10 +174,7 @@ class VideosaurAdapter(HostAdapter):
         """
         for name in ("corrector", "decoder"):
             calls: list[_Map] = capture[name]
-            with torch.no_grad():
-                gaps = [(call.logits.double().softmax(1) - call.masks.double()).abs().max() for call in calls]
-                gap = float(torch.stack(gaps).max())
-            tolerance = max(1e-5, *(4 * torch.finfo(call.masks.dtype).eps for call in calls))
+            gap, tolerance = softmax_gap([(call.logits, call.masks) for call in calls], 1)
             if not gap <= tolerance:
                 raise HostError(
                     f"Expected the masks that the {name} returns to be the softmax over slots of its logits, but they "
@@ -185,39 +190,7 @@ class _Map(NamedTuple):
     logits: Tensor
     masks: Tensor
     patch_size: tuple[int, int] | None = None
-
-
-class _Projection(NamedTuple):
-    """Output of a projection and the autocast it ran under; a host may switch autocast inside its modules."""
-
-    value: Tensor
-    autocast: tuple[bool, torch.dtype] | None
-
-    def precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        enabled, dtype = self.autocast
-        return torch.autocast(self.value.device.type, dtype=dtype, enabled=enabled)
-
-
-def _projection(module: nn.Module, args: tuple[Any, ...], output: Any) -> _Projection:
-    device = output.device.type
-    if not torch.amp.is_autocast_available(device):
-        return _Projection(output, None)
-    return _Projection(output, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
-
-
-class _StartOfCall:
-    """Forgets the previous call's projections when a new call begins, so that no query outlives its frame."""
-
-    def __init__(self, capture: Capture, keys: tuple[str, ...]) -> None:
-        self.capture = capture
-        self.keys = keys
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Projection:
-        for key in self.keys:
-            self.capture[key].clear()
-        return _projection(module, args, output)
+    grid: tuple[int, int] | None = None
 
 
 class _Product:
@@ -231,6 +204,7 @@ class _Product:
         key: str,
         patch_size: tuple[int, int] | None = None,
         transpose: bool = False,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.capture = capture
         self.equation = equation
@@ -238,6 +212,7 @@ class _Product:
         self.key = key
         self.patch_size = patch_size
         self.transpose = transpose
+        self.grid = grid
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Map:
         masks = _masks(module, output)
@@ -245,17 +220,13 @@ class _Product:
         if not isinstance(logits, Tensor):
             logits = self._recompute(module)
             logits = logits.transpose(1, 2) if self.transpose else logits
-        return _Map(_like(logits, masks, module), masks, self.patch_size)
+        grid = self.grid if self.grid is not None and self.grid[0] * self.grid[1] == logits.shape[-1] else None
+        return _Map(_like(logits, masks, module), masks, self.patch_size, grid)
 
     def _recompute(self, module: Any) -> Tensor:
-        for name in (self.query, self.key):
-            if not self.capture[name]:
-                raise HostError(
-                    f"Expected {type(module).__name__} to call its '{name}' in each of its calls, but it did not. Name "
-                    "the modules yourself: SSyncCallback(attention=..., masks=...)."
-                )
-        query: _Projection = self.capture[self.query][-1]
-        key: _Projection = self.capture[self.key][-1]
+        require_projections(self.capture, module, self.query, self.key)
+        query: Projection = self.capture[self.query][-1]
+        key: Projection = self.capture[self.key][-1]
         with query.precision():
             return torch.einsum(self.equation, query.value, key.value) * module.scale
 
@@ -306,6 +277,17 @@ def _like(logits: Tensor, masks: Tensor, module: nn.Module) -> Tensor:
     return logits
 
 
+def _warn_of_own_losses(host: nn.Module) -> None:
+    losses = getattr(host, "loss_fns", None)
+    found = [name for name in _OWN_LOSSES if isinstance(losses, nn.ModuleDict) and name in losses]
+    if found:
+        warnings.warn(
+            f"{type(host).__name__} has SSync's losses itself ({', '.join(found)}), so they would count twice. Give "
+            "them weight 0 in the host's `loss_weights`.",
+            stacklevel=2,
+        )
+
+
 def _corrector(host: nn.Module) -> Any:
     for path in _CORRECTORS:
         module = _find(host, path)
@@ -338,6 +320,14 @@ def _find(host: nn.Module, path: str) -> nn.Module | None:
         return submodule(host, path)
     except HostError:
         return None
+
+
+def _stated_grid(host: nn.Module) -> tuple[int, int] | None:
+    """The grid that a host states itself: cached features come without frames that it could follow from."""
+    grid = getattr(host, "grid", None)
+    if isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(side, int) for side in grid):
+        return grid[0], grid[1]
+    return None
 
 
 def _patch_size(host: nn.Module) -> tuple[int, int] | None:

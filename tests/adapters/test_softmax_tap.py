@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from tap_hosts import (
+    DIM,
+    HOSTS,
+    SLOTS,
+    SOFTMAXES,
+    PicturesOnly,
+    SlotsOnly,
+    Unknown,
+    UnknownHost,
+    UnknownImages,
+    tap_clip,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ssync_pl import SSyncCallback, attach, ssync_loss
+from ssync_pl.adapters import find_adapter
+from ssync_pl.adapters.paths import PathAdapter
+from ssync_pl.adapters.softmax_tap import SoftmaxTapAdapter
+from ssync_pl.adapters.tap import SoftmaxRecorder
+from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.maps import SSyncMaps
+
+TAPS = ("softmax:binder", "softmax:painter")
+
+
+def make(attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> Unknown:
+    torch.manual_seed(0)
+    host = Unknown(attention, decoder)
+    with torch.no_grad():
+        host.seeds.mul_(3)  # slots that differ enough to win patches
+    return host
+
+
+def tapped(
+    host: Unknown, adapter: PathAdapter | None = None, video: Tensor | None = None, run: Any = None
+) -> SSyncMaps:
+    adapter = PathAdapter(*TAPS) if adapter is None else adapter
+    capture = adapter.attach(host)
+    host.forget()
+    capture.open()
+    video = tap_clip() if video is None else video
+    host(video)
+    capture.close()
+    maps = adapter.collect(capture, {"video": video})
+    adapter.verify(capture, maps)
+    capture.remove()
+    return maps
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_every_way_to_call_a_softmax(softmax: str) -> None:
+    host = make(SlotsOnly(softmax=softmax))
+    maps = tapped(host)
+    attention, masks = host.own()
+    assert torch.equal(maps.attention_logits, attention)
+    assert torch.equal(maps.mask_logits, masks)
+    assert maps.grid == (4, 4)
+
+
+@pytest.mark.parametrize("attention", ["bsn", "bns"])
+@pytest.mark.parametrize("masks", ["bsn", "bns", "btsn", "btns", "bs1hw", "bshw1", "btshw"])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_every_layout(attention: str, masks: str, frames: int) -> None:
+    host = make(SlotsOnly(attention), PicturesOnly(masks))
+    maps = tapped(host, video=tap_clip(2, frames))
+    own = host.own()
+    # One frame of two videos may as well be two frames of one: the sizes decide, the values are the same.
+    assert maps.shape == (2, frames, SLOTS, 16)
+    assert torch.equal(maps.attention_logits, own[0])
+    assert torch.equal(maps.mask_logits, own[1])
+
+
+def test_masks_of_pixels_are_averaged() -> None:
+    host = make(decoder=PicturesOnly("bs1hw", scale=2))
+    maps = tapped(host)
+    expected = host.own()[1].softmax(2).unflatten(3, (4, 2, 4, 2)).mean((4, 6)).flatten(3)
+    assert torch.allclose(maps.mask_probs, expected)
+    assert torch.equal(maps.attention_logits, host.own()[0])
+    assert maps.grid == (4, 4)
+
+
+def test_heads_count_as_their_mean() -> None:
+    host = make(SlotsOnly(heads=2))
+    maps = tapped(host)
+    own = host.own()[0]  # (B, T, heads, S, N)
+    assert torch.allclose(maps.attention_probs, own.softmax(3).mean(2))
+    assert torch.allclose(maps.attention_logits, own.mean(2))
+
+
+def test_the_last_iteration_counts() -> None:
+    host = make(SlotsOnly(iterations=3))
+    assert torch.equal(tapped(host).attention_logits, host.own()[0])
+
+
+def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
+    class Both(PicturesOnly):
+        def forward(self, slots: Tensor) -> Any:
+            super().forward(slots)
+            return {"masks": self.kept[-1].softmax(2)}
+
+    host = make(decoder=Both())
+    maps = tapped(host, PathAdapter("softmax:binder", "painter:masks"))
+    assert torch.equal(maps.attention_logits, host.own()[0])
+    assert torch.equal(maps.mask_probs, host.own()[1].softmax(2))
+    maps = tapped(host, PathAdapter("softmax:binder", "softmax:painter:-2"))
+    assert torch.equal(maps.mask_logits, host.own()[1])
+
+
+def test_absent_slots_are_marked_and_give_finite_gradients() -> None:
+    attention = SlotsOnly()
+    attention.absent = 1
+    host = make(attention)
+    for loss in ("brier", "ce"):
+        maps = tapped(host)
+        assert maps.slot_valid is not None
+        assert maps.slot_valid.tolist() == [[True, True, False]] * 2
+        maps.check_values()
+        output = ssync_loss(maps, loss=loss)
+        gradients = torch.autograd.grad(output.loss, [host.binder.to_q.weight, host.painter.position])
+        assert output.loss.isfinite()
+        assert output.loss > 0
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+
+
+def test_slots_are_not_marked_where_all_are_there() -> None:
+    assert tapped(make()).slot_valid is None
+
+
+def test_slots_that_are_absent_later_are_marked_too() -> None:
+    class Sometimes(SlotsOnly):
+        def forward(self, slots: Tensor, features: Tensor) -> Tensor:
+            logits = (self.to_q(slots) @ self.to_k(features).transpose(1, 2)).masked_fill(self.gone, float("-inf"))
+            self.kept.append(logits)
+            return slots + self.update(self.softmax(logits, 1) @ features)
+
+    host = make(Sometimes())
+    adapter = PathAdapter(*TAPS)
+    capture = adapter.attach(host)
+    for gone in (False, True):
+        host.binder.gone = torch.tensor([[[False]], [[False]], [[gone]]]).view(1, 3, 1)
+        capture.clear()
+        capture.open()
+        host(tap_clip())
+        capture.close()
+        assert adapter.collect(capture).slot_valid.tolist() == [[True, True, not gone]] * 2
+
+
+def test_absent_slots_of_a_mask_from_elsewhere_are_found_in_the_first_step() -> None:
+    class Biased(SlotsOnly):
+        def forward(self, slots: Tensor, features: Tensor) -> Tensor:
+            logits = self.to_q(slots) @ self.to_k(features).transpose(1, 2) + self.bias
+            self.kept.append(logits)
+            return slots + self.update(self.softmax(logits, 1) @ features)
+
+    host = make(Biased())
+    host.binder.bias = torch.tensor([0.0, 0.0, float("-inf")])[:, None]
+    assert tapped(host).slot_valid.tolist() == [[True, True, False]] * 2
+
+
+def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
+    host = UnknownImages()
+    adapter = PathAdapter("softmax:.", "softmax:.")
+    capture = adapter.attach(host)
+    image = tap_clip(2, 1)[:, 0]
+    features = host.eyes(image.flatten(2).transpose(1, 2))
+    capture.open()
+    slots = host.bind(features)  # no forward pass at all
+    host.paint(slots)
+    capture.close()
+    maps = adapter.collect(capture)
+    assert torch.equal(maps.attention_logits[:, 0], ((features + host.position) @ host.seeds.T).transpose(1, 2))
+    assert torch.equal(maps.mask_logits[:, 0], slots @ host.position.T)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_loss_and_gradients_are_those_of_the_host_s_own_tensors() -> None:
+    host = make()
+    maps = tapped(host)
+    total = ssync_loss(maps).loss
+    attention, masks = host.own()
+    expected = ssync_loss(SSyncMaps(attention_logits=attention, mask_logits=masks, grid=(4, 4))).loss
+    assert torch.equal(total, expected)
+    weights = [host.binder.to_q.weight, host.binder.to_k.weight, host.painter.position, host.eyes.weight]
+    gradients = (torch.autograd.grad(value, weights, retain_graph=True) for value in (total, expected))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+        assert one.any()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_hosts(whole: bool) -> None:
+    torch._dynamo.reset()
+    host = make()
+    adapter = PathAdapter(*TAPS) if not whole else PathAdapter("softmax:binder", "softmax:.")
+    capture = adapter.attach(host)
+    compiled = torch.compile(host, backend="eager")
+    own = []
+    for seed in (0, 1):
+        compiled(tap_clip(seed=seed))  # with a closed window
+        host.forget()
+        capture.clear()
+        capture.open()
+        compiled(tap_clip(seed=seed))
+        capture.close()
+        maps = adapter.collect(capture)
+        assert torch.equal(maps.attention_logits, host.own()[0])
+        assert torch.equal(maps.mask_logits, host.own()[1])
+        own.append(maps)
+    assert not torch.equal(own[0].attention_logits, own[1].attention_logits)
+    torch._dynamo.reset()
+
+
+def test_checkpointed_attention() -> None:
+    host = make()
+    host.checkpointing = "plain"
+    maps = tapped(host)
+    ssync_loss(maps).loss.backward()
+    expected = make()
+    ssync_loss(tapped(expected)).loss.backward()
+    assert torch.allclose(host.binder.to_q.weight.grad, expected.binder.to_q.weight.grad)
+    assert host.binder.to_q.weight.grad.any()
+
+
+def test_recomputation_is_not_heard() -> None:
+    host = make()
+    host.checkpointing = "plain"
+    adapter = PathAdapter(*TAPS)
+    capture = adapter.attach(host)
+    capture.open()
+    loss = host.loss_function(tap_clip())
+    capture.close()
+    calls = len(capture["softmax:binder"])
+    loss.backward()
+    assert len(capture["softmax:binder"]) == calls == 2
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_autocast_keeps_the_precision_of_the_host() -> None:
+    host = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = tapped(host)
+    assert maps.attention_logits.dtype == torch.bfloat16
+    assert torch.equal(maps.attention_logits, host.own()[0])
+    ssync_loss(maps).loss.backward()
+    assert host.binder.to_q.weight.grad.isfinite().all()
+
+
+def test_nothing_of_the_host_changes() -> None:
+    host, plain = make(), make()
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+    capture = PathAdapter(*TAPS).attach(host)
+    capture.open()
+    torch.manual_seed(7)
+    out = host(tap_clip())
+    after = torch.rand(1)
+    capture.remove()
+    torch.manual_seed(7)
+    assert torch.equal(out, plain(tap_clip()))
+    assert torch.equal(after, torch.rand(1))
+    assert list(host.state_dict()) == list(before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_forward_pass_that_fails_leaves_no_recorder_on() -> None:
+    host = make()
+    capture = PathAdapter("softmax:binder", "softmax:.").attach(host)
+    capture.open()
+    with pytest.raises(RuntimeError):
+        host(torch.rand(1, 2, 5, 4, 4))
+    capture.close()
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_copies_of_a_host_are_silent() -> None:
+    host = make()
+    capture = PathAdapter("softmax:binder", "softmax:.").attach(host)
+    capture.open()
+    twin = copy.deepcopy(host)
+    twin(tap_clip())
+    assert not capture["softmax:binder"]
+    capture.close()
+    host.forget()
+    pickle.loads(pickle.dumps(host.painter))(torch.rand(1, 1, SLOTS, DIM))
+    capture.remove()
+
+
+def test_a_softmax_without_gradient_takes_no_place() -> None:
+    class Logs(PicturesOnly):
+        def forward(self, slots: Tensor) -> Tensor:
+            out = super().forward(slots)
+            with torch.no_grad():
+                (self.kept[-1] * 100).flatten(0, 1).softmax(1)  # a sharper picture for a log
+            return out
+
+    host = make(decoder=Logs("bsn"))
+    maps = tapped(host)
+    assert torch.equal(maps.mask_logits, host.own()[1])
+    with torch.no_grad():
+        maps = tapped(make(SlotsOnly(iterations=3)))
+    assert not maps.attention_logits.requires_grad
+
+
+def test_naming_the_slots_keeps_other_softmaxes_out() -> None:
+    host = make(SlotsOnly(softmax="method"))
+    adapter = SoftmaxTapAdapter("binder", "painter", slots=SLOTS)
+    maps = tapped(host, adapter)
+    assert torch.equal(maps.attention_logits, host.own()[0])
+    with SoftmaxRecorder(slots=2) as recorder:
+        torch.zeros(2, 3, 4).softmax(1)
+        torch.zeros(3, 2, 4).softmax(1)
+    assert list(recorder.seen) == [((3, 2, 4), 1)]
+
+
+def test_the_axis_may_be_named_where_the_shape_is_ambiguous() -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(1) + x.softmax(2)  # as many patches as slots
+
+    host = nn.ModuleDict({"a": Square(), "b": Square()})
+    a, b = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    for axis in (1, 2):
+        adapter = SoftmaxTapAdapter("a", "b", attention_axis=axis, masks_axis=axis)
+        capture = adapter.attach(host)
+        capture.open()
+        host["a"](a)
+        host["b"](b)
+        capture.close()
+        maps = adapter.collect(capture)
+        adapter.verify(capture, maps)
+        assert torch.equal(maps.attention_logits[:, 0], a if axis == 1 else a.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"slots": 0}, "`slots` to be None or a positive integer, but got 0"), ({"grid": 4}, r"`grid` to be \(H, W\)")],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SoftmaxTapAdapter("a", "b", **arguments)
+
+
+def test_a_module_without_a_softmax_is_refused() -> None:
+    with pytest.raises(HostError, match="softmax to run inside 'eyes' in the training step, but none did"):
+        tapped(make(), PathAdapter("softmax:eyes", "softmax:painter"))
+
+
+def test_a_module_around_the_wrong_loop_is_refused() -> None:
+    class Looped(SlotsOnly):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Softmax(1)
+            self.softmax = lambda x, axis: self.inner(x)
+
+    with pytest.raises(ShapeError, match=r"\(2, 3, 16\) with slots on axis 1 in 4 calls and 'softmax:painter' gave"):
+        tapped(make(Looped()), PathAdapter("softmax:binder.inner", "softmax:painter"))
+
+
+def test_slots_that_grow_inside_a_step_are_refused() -> None:
+    host = nn.ModuleDict({"a": nn.Softmax(1), "b": nn.Softmax(1)})
+    adapter = PathAdapter("softmax:a", "softmax:b")
+    capture = adapter.attach(host)
+    capture.open()
+    for slots in (2, 3):
+        host["a"](torch.zeros(1, slots, 4))
+    host["b"](torch.zeros(2, 3, 4))
+    with pytest.raises(HostError, match="to have one shape in all of its calls"):
+        adapter.collect(capture)
+
+
+def test_verify_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make()
+    adapter = PathAdapter(*TAPS)
+    capture = adapter.attach(host)
+    capture.open()
+    host(tap_clip())
+    capture.close()
+    maps, pair = adapter.collect(capture), adapter.pair(capture)
+    wrong = pair.attention._replace(axis=2)
+    monkeypatch.setattr(adapter, "pair", lambda capture: pair._replace(attention=wrong))
+    with pytest.raises(HostError, match="'softmax:binder' to be the softmax over slots that the host computed"):
+        adapter.verify(capture, maps)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_no_adapter_knows_these_hosts(name: str) -> None:
+    with pytest.raises(HostError, match="is none"):
+        find_adapter(HOSTS[name]())
+
+
+def fit(host: Any, callback: SSyncCallback, batches: list[Any], **options: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(host, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def test_training_with_the_callback() -> None:
+    torch.manual_seed(0)
+    host = UnknownHost()
+    keys = list(host.state_dict())
+    callback = SSyncCallback(attention="softmax:net.binder", masks="softmax:net.painter", warmup_steps=0)
+    trainer = fit(host, callback, [{"video": tap_clip(seed=i)} for i in range(3)])
+    assert trainer.callback_metrics["ssync/interior_loss"] > 0
+    assert "ssync/merged_slots" in trainer.callback_metrics  # merging needs logits
+    assert list(host.state_dict()) == keys
+
+
+def test_training_with_the_callback_where_the_host_itself_calls_the_softmax() -> None:
+    torch.manual_seed(0)
+    host = UnknownHost(UnknownImages())
+    with torch.no_grad():
+        host.net.seeds.mul_(5)
+    callback = SSyncCallback(attention="softmax:.", masks="softmax:.", warmup_steps=0)
+    trainer = fit(host, callback, [{"image": tap_clip(seed=i)[:, 0]} for i in range(3)])
+    assert trainer.callback_metrics["ssync/interior_loss"] + trainer.callback_metrics["ssync/boundary_loss"] > 0
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_training_in_a_loop_of_one_s_own() -> None:
+    host = make()
+    optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
+    losses = []
+    with attach(host, attention=TAPS[0], masks="softmax:painter", warmup_steps=0) as ssync:
+        for seed in range(3):
+            host.forget()
+            loss = host.loss_function(tap_clip(seed=seed))
+            term = ssync.loss()
+            attention, masks = host.own()
+            by_hand = ssync_loss(SSyncMaps(attention_logits=attention, mask_logits=masks, grid=(4, 4))).loss
+            assert torch.equal(term, by_hand)
+            optimizer.zero_grad()
+            (loss + term).backward()
+            optimizer.step()
+            losses.append(float(term.detach()))
+    assert min(losses) > 0
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    host = UnknownHost()
+    host.net.checkpointing = "reentrant"
+    callback = SSyncCallback(attention="softmax:net.binder", masks="softmax:net.painter", warmup_steps=0)
+    with pytest.raises(HostError, match="slot attention of UnknownHost to carry gradient"):
+        fit(host, callback, [{"video": tap_clip()}])
