@@ -40,7 +40,8 @@ class SSyncHooks:
     Args:
         adapter: How to read the host's maps: ``"auto"`` recognises it, a name picks an adapter, or pass an adapter.
         attention: For a host that no adapter knows: dotted path of the module that gives the attention over slots, as
-            ``"path"`` or ``"path:key"``. Needs ``masks`` too.
+            ``"path"`` or ``"path:key"``, or as ``"softmax:path"`` for what a softmax over slots inside of it is given.
+            Needs ``masks`` too.
         masks: The same for the decoder's object masks.
         attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
         masks_kind: The same for ``masks``.

@@ -22,13 +22,15 @@ _TRAINER_VERBS = {
 }
 _OTHER_VERBS = {
     "data": "generate, convert, check, preview shards, cache features: `ssync-pl data --help`",
-    "config": "print a packaged configuration: `ssync-pl config ssync`",
+    "doctor": "say whether SSync can be used with a model, and what to write: `ssync-pl doctor --help`",
+    "config": "print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`",
+    "checkpoint": "convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync: `ssync-pl checkpoint --help`",
 }
 
 
 def _help() -> str:
     verbs = {**_TRAINER_VERBS, **_OTHER_VERBS}
-    lines = [f"  {verb:<9} {text}" for verb, text in verbs.items()]
+    lines = [f"  {verb:<10} {text}" for verb, text in verbs.items()]
     return "\n".join(
         [
             "usage: ssync-pl COMMAND [OPTIONS]",
@@ -109,7 +111,9 @@ def _dispatch(words: list[str], debug: bool) -> int:
 
 def _other_commands() -> dict[str, Callable[[list[str]], int]]:
     # Lightning takes seconds to import, and these commands do not need it.
+    from ssync_pl.checkpoint_command import run_checkpoint
     from ssync_pl.config_command import run_config
     from ssync_pl.data_commands import run_data
+    from ssync_pl.doctor_command import run_doctor
 
-    return {"data": run_data, "config": run_config}
+    return {"data": run_data, "doctor": run_doctor, "config": run_config, "checkpoint": run_checkpoint}

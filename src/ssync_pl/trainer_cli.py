@@ -21,6 +21,7 @@ import ssync_pl.hosts
 import ssync_pl.pictures
 import ssync_pl.summary  # noqa: F401
 from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.parser_errors import explain_parser_error
 from ssync_pl.predictions import SlotPredictions
 from ssync_pl.progress import progress_bar
@@ -213,25 +214,41 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
     """
     parser_class = type("SSyncArgumentParser", (SSyncArgumentParser,), {"debug": debug})
     try:
-        return SSyncCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            args=args,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            trainer_defaults={"default_root_dir": _DEFAULT_ROOT},
-            save_config_kwargs={"overwrite": True},
-            parser_class=parser_class,
-            parser_kwargs={"prog": "ssync-pl"},
-        )
+        with public_globals():  # public checkpoints can be named by --ckpt_path as they are
+            return SSyncCLI(
+                L.LightningModule,
+                L.LightningDataModule,
+                args=args,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                trainer_defaults={"default_root_dir": _DEFAULT_ROOT},
+                save_config_kwargs={"overwrite": True},
+                parser_class=parser_class,
+                parser_kwargs={"prog": "ssync-pl"},
+            )
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (EOFError, UnpicklingError) as error:
         raise _bad_checkpoint(error) from error
+    except KeyError as error:
+        if "pytorch-lightning_version" in str(error):
+            raise ConfigError(
+                "Expected --ckpt_path to be a checkpoint of Lightning, but it is a state dict alone. A public one goes "
+                "through `ssync-pl checkpoint convert`."
+            ) from error
+        if "optimizer state" not in str(error):
+            raise
+        raise ConfigError(
+            "Expected --ckpt_path to hold the state of the optimizer, with which `fit` goes on, but it holds weights "
+            "only. Take a checkpoint of a training: one of `ssync-pl checkpoint convert` is for validate, test and "
+            "predict, and for `load_from_checkpoint`."
+        ) from error
     except RuntimeError as error:
         if "PytorchStreamReader" in str(error):
             raise _bad_checkpoint(error) from error
+        if "loading state_dict" in str(error):
+            raise _other_checkpoint(error) from error
         if "more than one stateful callback" not in str(error):
             raise
         raise ConfigError(f"{error} The callback is in the configuration already: leave one of them out.") from error
@@ -242,4 +259,14 @@ def _bad_checkpoint(error: Exception) -> ConfigError:
     return ConfigError(
         f"Expected --ckpt_path to be a whole checkpoint, but reading it failed ({type(error).__name__}: {reason}). "
         "Take another one; --debug shows where."
+    )
+
+
+def _other_checkpoint(error: Exception) -> ConfigError:
+    reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}…"
+    return ConfigError(
+        f"Expected --ckpt_path to hold the tensors of the model in the configuration, but {reason} Take the "
+        "configuration that it was trained with; a public checkpoint with further parts goes through "
+        "`ssync-pl checkpoint convert`."
     )

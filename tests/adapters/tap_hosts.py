@@ -173,6 +173,14 @@ class UnknownHost(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def make_unknown(attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> Unknown:
+    torch.manual_seed(0)
+    host = Unknown(attention, decoder)
+    with torch.no_grad():
+        host.seeds.mul_(3)  # slots that differ enough to win patches
+    return host
+
+
 def tap_clip(batch: int = 2, frames: int = 2, seed: int = 0) -> Tensor:
     return torch.rand((batch, frames, 3, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed))
 

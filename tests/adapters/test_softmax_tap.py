@@ -4,7 +4,6 @@ import copy
 import pickle
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from tap_hosts import (
@@ -15,30 +14,22 @@ from tap_hosts import (
     PicturesOnly,
     SlotsOnly,
     Unknown,
-    UnknownHost,
     UnknownImages,
+    make_unknown,
     tap_clip,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncCallback, attach, ssync_loss
+from ssync_pl import ssync_loss
 from ssync_pl.adapters import find_adapter
 from ssync_pl.adapters.paths import PathAdapter
 from ssync_pl.adapters.softmax_tap import SoftmaxTapAdapter
 from ssync_pl.adapters.tap import SoftmaxRecorder
 from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.hosts import SAVi, VideoSAUR
 from ssync_pl.maps import SSyncMaps
 
 TAPS = ("softmax:binder", "softmax:painter")
-
-
-def make(attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> Unknown:
-    torch.manual_seed(0)
-    host = Unknown(attention, decoder)
-    with torch.no_grad():
-        host.seeds.mul_(3)  # slots that differ enough to win patches
-    return host
 
 
 def tapped(
@@ -59,7 +50,7 @@ def tapped(
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_every_way_to_call_a_softmax(softmax: str) -> None:
-    host = make(SlotsOnly(softmax=softmax))
+    host = make_unknown(SlotsOnly(softmax=softmax))
     maps = tapped(host)
     attention, masks = host.own()
     assert torch.equal(maps.attention_logits, attention)
@@ -71,7 +62,7 @@ def test_every_way_to_call_a_softmax(softmax: str) -> None:
 @pytest.mark.parametrize("masks", ["bsn", "bns", "btsn", "btns", "bs1hw", "bshw1", "btshw"])
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_every_layout(attention: str, masks: str, frames: int) -> None:
-    host = make(SlotsOnly(attention), PicturesOnly(masks))
+    host = make_unknown(SlotsOnly(attention), PicturesOnly(masks))
     maps = tapped(host, video=tap_clip(2, frames))
     own = host.own()
     # One frame of two videos may as well be two frames of one: the sizes decide, the values are the same.
@@ -81,7 +72,7 @@ def test_every_layout(attention: str, masks: str, frames: int) -> None:
 
 
 def test_masks_of_pixels_are_averaged() -> None:
-    host = make(decoder=PicturesOnly("bs1hw", scale=2))
+    host = make_unknown(decoder=PicturesOnly("bs1hw", scale=2))
     maps = tapped(host)
     expected = host.own()[1].softmax(2).unflatten(3, (4, 2, 4, 2)).mean((4, 6)).flatten(3)
     assert torch.allclose(maps.mask_probs, expected)
@@ -90,7 +81,7 @@ def test_masks_of_pixels_are_averaged() -> None:
 
 
 def test_heads_count_as_their_mean() -> None:
-    host = make(SlotsOnly(heads=2))
+    host = make_unknown(SlotsOnly(heads=2))
     maps = tapped(host)
     own = host.own()[0]  # (B, T, heads, S, N)
     assert torch.allclose(maps.attention_probs, own.softmax(3).mean(2))
@@ -98,7 +89,7 @@ def test_heads_count_as_their_mean() -> None:
 
 
 def test_the_last_iteration_counts() -> None:
-    host = make(SlotsOnly(iterations=3))
+    host = make_unknown(SlotsOnly(iterations=3))
     assert torch.equal(tapped(host).attention_logits, host.own()[0])
 
 
@@ -108,7 +99,7 @@ def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
             super().forward(slots)
             return {"masks": self.kept[-1].softmax(2)}
 
-    host = make(decoder=Both())
+    host = make_unknown(decoder=Both())
     maps = tapped(host, PathAdapter("softmax:binder", "painter:masks"))
     assert torch.equal(maps.attention_logits, host.own()[0])
     assert torch.equal(maps.mask_probs, host.own()[1].softmax(2))
@@ -119,7 +110,7 @@ def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
 def test_absent_slots_are_marked_and_give_finite_gradients() -> None:
     attention = SlotsOnly()
     attention.absent = 1
-    host = make(attention)
+    host = make_unknown(attention)
     for loss in ("brier", "ce"):
         maps = tapped(host)
         assert maps.slot_valid is not None
@@ -133,7 +124,7 @@ def test_absent_slots_are_marked_and_give_finite_gradients() -> None:
 
 
 def test_slots_are_not_marked_where_all_are_there() -> None:
-    assert tapped(make()).slot_valid is None
+    assert tapped(make_unknown()).slot_valid is None
 
 
 def test_slots_that_are_absent_later_are_marked_too() -> None:
@@ -143,7 +134,7 @@ def test_slots_that_are_absent_later_are_marked_too() -> None:
             self.kept.append(logits)
             return slots + self.update(self.softmax(logits, 1) @ features)
 
-    host = make(Sometimes())
+    host = make_unknown(Sometimes())
     adapter = PathAdapter(*TAPS)
     capture = adapter.attach(host)
     for gone in (False, True):
@@ -162,7 +153,7 @@ def test_absent_slots_of_a_mask_from_elsewhere_are_found_in_the_first_step() -> 
             self.kept.append(logits)
             return slots + self.update(self.softmax(logits, 1) @ features)
 
-    host = make(Biased())
+    host = make_unknown(Biased())
     host.binder.bias = torch.tensor([0.0, 0.0, float("-inf")])[:, None]
     assert tapped(host).slot_valid.tolist() == [[True, True, False]] * 2
 
@@ -184,7 +175,7 @@ def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
 
 
 def test_loss_and_gradients_are_those_of_the_host_s_own_tensors() -> None:
-    host = make()
+    host = make_unknown()
     maps = tapped(host)
     total = ssync_loss(maps).loss
     attention, masks = host.own()
@@ -200,7 +191,7 @@ def test_loss_and_gradients_are_those_of_the_host_s_own_tensors() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_hosts(whole: bool) -> None:
     torch._dynamo.reset()
-    host = make()
+    host = make_unknown()
     adapter = PathAdapter(*TAPS) if not whole else PathAdapter("softmax:binder", "softmax:.")
     capture = adapter.attach(host)
     compiled = torch.compile(host, backend="eager")
@@ -221,18 +212,18 @@ def test_compiled_hosts(whole: bool) -> None:
 
 
 def test_checkpointed_attention() -> None:
-    host = make()
+    host = make_unknown()
     host.checkpointing = "plain"
     maps = tapped(host)
     ssync_loss(maps).loss.backward()
-    expected = make()
+    expected = make_unknown()
     ssync_loss(tapped(expected)).loss.backward()
     assert torch.allclose(host.binder.to_q.weight.grad, expected.binder.to_q.weight.grad)
     assert host.binder.to_q.weight.grad.any()
 
 
 def test_recomputation_is_not_heard() -> None:
-    host = make()
+    host = make_unknown()
     host.checkpointing = "plain"
     adapter = PathAdapter(*TAPS)
     capture = adapter.attach(host)
@@ -246,7 +237,7 @@ def test_recomputation_is_not_heard() -> None:
 
 
 def test_autocast_keeps_the_precision_of_the_host() -> None:
-    host = make()
+    host = make_unknown()
     with torch.autocast("cpu", torch.bfloat16):
         maps = tapped(host)
     assert maps.attention_logits.dtype == torch.bfloat16
@@ -256,7 +247,7 @@ def test_autocast_keeps_the_precision_of_the_host() -> None:
 
 
 def test_nothing_of_the_host_changes() -> None:
-    host, plain = make(), make()
+    host, plain = make_unknown(), make_unknown()
     before = {name: value.clone() for name, value in host.state_dict().items()}
     capture = PathAdapter(*TAPS).attach(host)
     capture.open()
@@ -273,7 +264,7 @@ def test_nothing_of_the_host_changes() -> None:
 
 
 def test_a_forward_pass_that_fails_leaves_no_recorder_on() -> None:
-    host = make()
+    host = make_unknown()
     capture = PathAdapter("softmax:binder", "softmax:.").attach(host)
     capture.open()
     with pytest.raises(RuntimeError):
@@ -283,7 +274,7 @@ def test_a_forward_pass_that_fails_leaves_no_recorder_on() -> None:
 
 
 def test_copies_of_a_host_are_silent() -> None:
-    host = make()
+    host = make_unknown()
     capture = PathAdapter("softmax:binder", "softmax:.").attach(host)
     capture.open()
     twin = copy.deepcopy(host)
@@ -303,16 +294,16 @@ def test_a_softmax_without_gradient_takes_no_place() -> None:
                 (self.kept[-1] * 100).flatten(0, 1).softmax(1)  # a sharper picture for a log
             return out
 
-    host = make(decoder=Logs("bsn"))
+    host = make_unknown(decoder=Logs("bsn"))
     maps = tapped(host)
     assert torch.equal(maps.mask_logits, host.own()[1])
     with torch.no_grad():
-        maps = tapped(make(SlotsOnly(iterations=3)))
+        maps = tapped(make_unknown(SlotsOnly(iterations=3)))
     assert not maps.attention_logits.requires_grad
 
 
 def test_naming_the_slots_keeps_other_softmaxes_out() -> None:
-    host = make(SlotsOnly(softmax="method"))
+    host = make_unknown(SlotsOnly(softmax="method"))
     adapter = SoftmaxTapAdapter("binder", "painter", slots=SLOTS)
     maps = tapped(host, adapter)
     assert torch.equal(maps.attention_logits, host.own()[0])
@@ -352,7 +343,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_module_without_a_softmax_is_refused() -> None:
     with pytest.raises(HostError, match="softmax to run inside 'eyes' in the training step, but none did"):
-        tapped(make(), PathAdapter("softmax:eyes", "softmax:painter"))
+        tapped(make_unknown(), PathAdapter("softmax:eyes", "softmax:painter"))
 
 
 def test_a_module_around_the_wrong_loop_is_refused() -> None:
@@ -363,7 +354,7 @@ def test_a_module_around_the_wrong_loop_is_refused() -> None:
             self.softmax = lambda x, axis: self.inner(x)
 
     with pytest.raises(ShapeError, match=r"\(2, 3, 16\) with slots on axis 1 in 4 calls and 'softmax:painter' gave"):
-        tapped(make(Looped()), PathAdapter("softmax:binder.inner", "softmax:painter"))
+        tapped(make_unknown(Looped()), PathAdapter("softmax:binder.inner", "softmax:painter"))
 
 
 def test_slots_that_grow_inside_a_step_are_refused() -> None:
@@ -379,7 +370,7 @@ def test_slots_that_grow_inside_a_step_are_refused() -> None:
 
 
 def test_verify_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = make()
+    host = make_unknown()
     adapter = PathAdapter(*TAPS)
     capture = adapter.attach(host)
     capture.open()
@@ -398,66 +389,25 @@ def test_no_adapter_knows_these_hosts(name: str) -> None:
         find_adapter(HOSTS[name]())
 
 
-def fit(host: Any, callback: SSyncCallback, batches: list[Any], **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(host, DataLoader(batches, batch_size=None))
-    return trainer
-
-
-def test_training_with_the_callback() -> None:
+@pytest.mark.parametrize("name", ["savi", "videosaur"])
+def test_the_tap_hears_what_an_adapter_reads(name: str) -> None:
     torch.manual_seed(0)
-    host = UnknownHost()
-    keys = list(host.state_dict())
-    callback = SSyncCallback(attention="softmax:net.binder", masks="softmax:net.painter", warmup_steps=0)
-    trainer = fit(host, callback, [{"video": tap_clip(seed=i)} for i in range(3)])
-    assert trainer.callback_metrics["ssync/interior_loss"] > 0
-    assert "ssync/merged_slots" in trainer.callback_metrics  # merging needs logits
-    assert list(host.state_dict()) == keys
-
-
-def test_training_with_the_callback_where_the_host_itself_calls_the_softmax() -> None:
-    torch.manual_seed(0)
-    host = UnknownHost(UnknownImages())
-    with torch.no_grad():
-        host.net.seeds.mul_(5)
-    callback = SSyncCallback(attention="softmax:.", masks="softmax:.", warmup_steps=0)
-    trainer = fit(host, callback, [{"image": tap_clip(seed=i)[:, 0]} for i in range(3)])
-    assert trainer.callback_metrics["ssync/interior_loss"] + trainer.callback_metrics["ssync/boundary_loss"] > 0
-    assert not torch.overrides._get_current_function_mode_stack()
-
-
-def test_training_in_a_loop_of_one_s_own() -> None:
-    host = make()
-    optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
-    losses = []
-    with attach(host, attention=TAPS[0], masks="softmax:painter", warmup_steps=0) as ssync:
-        for seed in range(3):
-            host.forget()
-            loss = host.loss_function(tap_clip(seed=seed))
-            term = ssync.loss()
-            attention, masks = host.own()
-            by_hand = ssync_loss(SSyncMaps(attention_logits=attention, mask_logits=masks, grid=(4, 4))).loss
-            assert torch.equal(term, by_hand)
-            optimizer.zero_grad()
-            (loss + term).backward()
-            optimizer.step()
-            losses.append(float(term.detach()))
-    assert min(losses) > 0
-    assert not torch.overrides._get_current_function_mode_stack()
-
-
-def test_reentrant_checkpointing_is_refused() -> None:
-    host = UnknownHost()
-    host.net.checkpointing = "reentrant"
-    callback = SSyncCallback(attention="softmax:net.binder", masks="softmax:net.painter", warmup_steps=0)
-    with pytest.raises(HostError, match="slot attention of UnknownHost to carry gradient"):
-        fit(host, callback, [{"video": tap_clip()}])
+    if name == "savi":
+        host: Any = SAVi(num_slots=3, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
+                         decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))  # fmt: skip
+        batch, places = {"video": torch.rand(2, 2, 3, 16, 16)}, ("softmax:corrector", "softmax:decoder")
+    else:
+        host = VideoSAUR(num_slots=3, slot_dim=8, backbone=None, feature_dim=5, grid=(4, 4), decoder_hidden=(8,))
+        batch = {"features": torch.rand(2, 2, 16, 5)}
+        places = ("softmax:processor.module.corrector", "softmax:decoder.module")
+    adapters = (find_adapter(host), PathAdapter(*places))
+    captures = [adapter.attach(host) for adapter in adapters]
+    for capture in captures:
+        capture.open()
+    host.training_step(batch, 0)
+    for capture in captures:
+        capture.close()
+    one, two = (adapter.collect(capture, batch) for adapter, capture in zip(adapters, captures, strict=True))
+    assert one.shape == two.shape
+    assert torch.equal(one.attention_logits, two.attention_logits)
+    assert torch.equal(one.masks, two.masks)

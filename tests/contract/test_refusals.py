@@ -86,9 +86,9 @@ def test_nan_maps_in_the_first_step(warmup_steps):
 def test_slot_counts_that_differ():
     host = make_host()
     host.decoder.extra_slots = 1
-    message = refuse("Both maps need the same slots", host, make_callback(), error=ShapeError)
-    assert "(2, 2, 4, 12)" in message
-    assert "(2, 2, 5, 12)" in message
+    message = refuse("both maps to have the same slots", host, make_callback(), error=ShapeError)
+    assert "(2, 4, 12) with slots on axis 1" in message
+    assert "(2, 2, 5, 12) with slots on axis 2" in message
 
 
 def test_logits_that_were_announced_as_probabilities():

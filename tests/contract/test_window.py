@@ -15,7 +15,7 @@ from tiny_hosts import (
     weights,
 )
 
-from ssync_pl.adapters.paths import _Pick
+from ssync_pl.adapters.paths import Pick
 
 
 class Counted:
@@ -24,13 +24,13 @@ class Counted:
     def __init__(self, monkeypatch):
         self.stages = []
         self.trainer = None
-        take = _Pick.__call__
+        take = Pick.__call__
 
         def spy(pick, module, args, output):
-            self.stages.append((self.trainer.state.stage.value, pick.path))
+            self.stages.append((self.trainer.state.stage.value, pick.place.text))
             return take(pick, module, args, output)
 
-        monkeypatch.setattr(_Pick, "__call__", spy)
+        monkeypatch.setattr(Pick, "__call__", spy)
 
 
 def test_sanity_check_summary_and_validation_are_not_captured(monkeypatch):

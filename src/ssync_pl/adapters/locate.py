@@ -93,7 +93,8 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     raise HostError(
         f"Expected a host that one of the adapters knows ({', '.join(adapter_names())}), but {name} is none. Name the "
         "modules yourself: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where an output with "
-        f"several entries is picked with 'path:key'. `ssync-pl doctor` helps to find them. Candidates: {candidates}."
+        "several entries is picked with 'path:key', and what a module's softmax reads with 'softmax:path'. "
+        f"`ssync-pl doctor` helps to find them. Candidates: {candidates}."
     )
 
 

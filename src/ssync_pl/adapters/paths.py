@@ -15,7 +15,7 @@ from ssync_pl.adapters.tap import Softmaxes, TapCapture
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.maps import SSyncMaps
 
-__all__ = ["MapKind", "PathAdapter", "Place", "parse_place"]
+__all__ = ["MapKind", "PathAdapter", "Pick", "Place", "parse_place"]
 
 SOFTMAX = "softmax"
 
@@ -196,7 +196,7 @@ class PathAdapter(HostAdapter):
         modules = {place.text: (place, place.module(host)) for place in self.places}
         for text, (place, module) in modules.items():
             if not place.softmax:
-                capture.watch(text, module, _Pick(place))
+                capture.watch(text, module, Pick(place))
             elif module is host:
                 capture.tap_window(text, module, self.slots, place.axis)
             else:
@@ -306,8 +306,20 @@ class PathAdapter(HostAdapter):
                 )
 
 
-class _Pick:
-    """Finds the map in a module's output."""
+class Pick:
+    """Finds the map in a module's output; for `Capture.watch`.
+
+    Args:
+        place: The module, and the entry of its output that is the map.
+
+    Raises:
+        HostError: When called: there is no tensor at that place.
+
+    Example:
+        >>> import torch
+        >>> Pick(parse_place("decoder:masks"))(nn.Identity(), (), {"masks": torch.zeros(1, 2, 9)}).shape
+        torch.Size([1, 2, 9])
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place

@@ -11,7 +11,7 @@ from ssync_pl.adapters.agreement import check_close
 from ssync_pl.adapters.base import HostAdapter, frame_size, register_adapter
 from ssync_pl.adapters.capture import submodule
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.adapters.paths import Place, _Pick, parse_place
+from ssync_pl.adapters.paths import Pick, Place, parse_place
 from ssync_pl.adapters.projections import Projection, StartOfCall, require_projections, take_projection
 from ssync_pl.adapters.tap import Softmaxes, TapCapture
 from ssync_pl.errors import ConfigError, HostError
@@ -141,7 +141,7 @@ class SlotAttentionPackageAdapter(HostAdapter):
             tap("masks", self.masks.module(host), axis=self.masks.axis)
             capture.tap("own softmax", module)
         else:
-            capture.watch("masks", self.masks.module(host), _Pick(self.masks))
+            capture.watch("masks", self.masks.module(host), Pick(self.masks))
         return capture
 
     def collect(self, capture: Any, batch: Any = None) -> SSyncMaps:

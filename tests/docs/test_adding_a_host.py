@@ -1,0 +1,99 @@
+"""The page's code is run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssync_pl import SSyncMaps
+from ssync_pl.adapters import base, find_adapter
+from ssync_pl.errors import HostError
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_host.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    names: dict[str, Any] = {}
+    for block in BLOCKS[:2]:
+        exec(compile(block, str(PAGE), "exec"), names)
+    yield names
+    torch.set_num_threads(threads)
+
+
+def test_the_page_has_a_host_an_adapter_and_its_use() -> None:
+    assert len(BLOCKS) == 3
+    assert len(BLOCKS[1].split("class GrouperAdapter")[1].splitlines()) <= 45
+
+
+def test_the_use(page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[2], str(PAGE), "exec"), page)
+    promised = re.search(r"print\(ssync.maps\)  # (.*), \.\.\.\)", BLOCKS[2])
+    assert promised is not None
+    assert capsys.readouterr().out.startswith(promised[1])
+    assert page["ssync"].logs["ssync/weight"] == 1
+
+
+def test_the_maps_are_the_host_s_own(page: dict[str, Any]) -> None:
+    host = page["MyModel"]()
+    adapter = find_adapter(host)
+    assert adapter.name == "grouper"
+    keys, used = list(host.state_dict()), []
+    host.grouper.register_forward_hook(lambda module, args, output: used.append(output[1]))
+    capture = adapter.attach(host)
+    capture.open()
+    host(torch.rand(2, 3, 3, 16, 24))
+    capture.close()
+    maps = adapter.collect(capture, {"video": torch.rand(2, 3, 3, 16, 24)})
+    adapter.verify(capture, maps)
+    torch.testing.assert_close(maps.attention_logits.softmax(2), torch.stack(used, 1))
+    alpha = capture.only("renderer").softmax(2)
+    torch.testing.assert_close(maps.mask_probs, alpha.unflatten(4, (6, 2)).unflatten(3, (4, 2)).mean((4, 6)).flatten(3))
+    (maps.attention_logits.softmax(2)[:, :, 0].sum() + maps.mask_probs[:, :, 0].sum()).backward()
+    assert host.grouper.q.weight.grad.any()
+    assert host.renderer.places.grad.any()
+    capture.remove()
+    assert list(host.state_dict()) == keys
+
+
+def test_its_check_refuses_a_host_that_was_changed(page: dict[str, Any]) -> None:
+    host = page["MyModel"]()
+    adapter = find_adapter(host)
+    capture = adapter.attach(host)
+    capture.open()
+    host(torch.rand(2, 3, 3, 16, 16))
+    capture.close()
+    logits, used = capture["grouper"][0]
+    capture["grouper"][0] = (2 * logits, used)
+    maps = SSyncMaps(attention_logits=torch.zeros(1, 1, 2, 4), mask_logits=torch.zeros(1, 1, 2, 4), grid=(2, 2))
+    with pytest.raises(HostError, match="grouper's attention to be the softmax of its logits"):
+        adapter.verify(capture, maps)
+
+
+def test_what_the_page_says_without_an_adapter(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssync_pl.doctor import examine
+
+    monkeypatch.delitem(base._REGISTRY, "grouper")
+    host, video = page["MyModel"](), torch.rand(2, 3, 3, 16, 24)
+    report = examine(host, lambda: host(video).square().mean(), video)
+    assert report.ready
+    assert [one.places for one in report.maps] == [("softmax:grouper",), ("softmax:renderer",)]
+    assert report.grid == (4, 6)
+
+
+def test_names_that_the_page_mentions_exist() -> None:
+    import importlib
+
+    text = PAGE.read_text(encoding="utf-8")
+    for name in set(re.findall(r"`(ssync_pl(?:\.\w+)+)`", text)):
+        assert importlib.import_module(name)

@@ -1,0 +1,128 @@
+"""A folder with a user's module in it, of models that no adapter knows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+USER_MODULE = """
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from ssync_pl import SSyncMaps, SSyncRegularizer
+
+
+class Binder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(6, 6)
+
+    def forward(self, slots, features):
+        for _ in range(2):
+            weights = (self.query(slots) @ features.transpose(1, 2)).softmax(1)
+            slots = slots + weights @ features
+        return slots
+
+
+class Painter(nn.Module):
+    def __init__(self, detach=False):
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(16, 6))
+        self.detach = detach
+
+    def forward(self, slots):
+        alpha = slots.flatten(0, 1) @ self.place.T
+        masks = (alpha.detach() if self.detach else alpha).softmax(1)
+        return torch.einsum("bsn,bsd->bnd", masks, slots.flatten(0, 1))
+
+
+class Net(nn.Module):
+    def __init__(self, slots=3, detach=False):
+        super().__init__()
+        self.seeds = nn.Parameter(3 * torch.randn(1, slots, 6))
+        self.eyes = nn.Linear(3, 6)
+        self.place = nn.Parameter(2 * torch.randn(16, 6))
+        self.binder, self.painter = Binder(), Painter(detach)
+
+    def forward(self, video):
+        features = self.eyes(video.flatten(3).transpose(2, 3)) + self.place
+        slots, clip = self.seeds.repeat(len(video), 1, 1), []
+        for t in range(video.shape[1]):
+            slots = self.binder(slots, features[:, t])
+            clip.append(slots)
+        return self.painter(torch.stack(clip, 1))
+
+    def loss_function(self, batch):
+        return {"recon_loss": self(batch["img"]).square().mean()}
+
+
+class Host(L.LightningModule):
+    def __init__(self, automatic=True, detach=False, key="video"):
+        super().__init__()
+        self.net = Net(detach=detach)
+        self.automatic_optimization = automatic
+        self.key = key
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch[self.key]).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.trainer.global_step  # what a host asks of its trainer
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class Skips(Host):
+    def training_step(self, batch):
+        return None
+
+
+class Regularized(SSyncRegularizer, Host):
+    pass
+
+
+def classifier():
+    return nn.Sequential(nn.Flatten(1), nn.Linear(96, 4), nn.Softmax(1))
+
+
+def tokens():
+    class Attention(nn.Module):
+        def forward(self, x):
+            x = x.flatten(0, 1).flatten(2).transpose(1, 2)
+            return (x @ x.transpose(1, 2)).softmax(2) @ x
+
+    return Attention()
+
+
+def fails(message="no weights"):
+    raise ValueError(message)
+
+
+model = Net()
+number = 3
+"""
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "user_code.py").write_text(USER_MODULE)
+    (tmp_path / "broken_code.py").write_text("raise RuntimeError('at import')\n")
+    (tmp_path / "needy_code.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("user_code", "broken_code", "needy_code"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
