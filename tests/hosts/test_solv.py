@@ -193,7 +193,21 @@ def test_masks_are_linked_over_time() -> None:
     expected = relabel_slots(out.masks, link_slots(out.slots, out.slot_valid))
     assert torch.equal(masks, expected.unflatten(-1, GRID))
     torch.testing.assert_close(masks.sum(2), torch.ones(2, 5, *GRID))
-    assert _solv(merge_threshold=None).linking == "index"
+
+
+def test_masks_may_be_linked_by_what_they_cover() -> None:
+    model, batch = _solv(link_by="features").eval(), _clip(frames=5)
+    with torch.no_grad():
+        masks, out = model.segment(batch), model(batch["features"])
+    features = batch["features"]
+    for video in range(2):
+        apart = features[video] - features[video].mean((0, 1))
+        looks = torch.stack(
+            [torch.stack([mask @ apart[t] / mask.sum() for mask in out.masks[video, t]]) for t in range(5)]
+        )
+        linked = link_slots(looks[None], out.slot_valid[video : video + 1])
+        expected = relabel_slots(out.masks[video : video + 1], linked)
+        torch.testing.assert_close(masks[video], expected[0].unflatten(-1, GRID))
 
 
 def test_overfits_two_halves_and_trains_every_parameter() -> None:
@@ -322,6 +336,8 @@ def test_wrong_options_and_clips_are_refused() -> None:
         ({"edge_probability": 2.0}, "`edge_probability`"),
         ({"merge_rise": 0.5}, "`merge_rise`"),
         ({"linking": "never"}, "`linking`"),
+        ({"link_by": "names"}, "`link_by`"),
+        ({"corrector_init": "other"}, "`init`"),
         ({"clip_length": 4}, "odd"),
         ({"feature_dim": None}, "`feature_dim`"),
         ({"token_drop": 1.0}, "`ratio`"),

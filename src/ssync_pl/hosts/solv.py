@@ -101,8 +101,10 @@ class SOLV(SlotHost):
         grid: rows and columns of the patches.
         clip_length: frames of a window, odd.
         iterations: slot-attention updates.
-        sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`; None keeps
-            PyTorch's initialisation (0.58). Larger lets slots differ from the start.
+        corrector_init: initialisation of slot attention: `"default"` is PyTorch's, `"kmeans"` starts as soft k-means,
+            from which small models learn objects sooner.
+        corrector_sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`;
+            None is PyTorch's 0.58, or 1.5 with `"kmeans"`. Larger lets slots differ from the start.
         token_drop: share of the patches that slots do not see in training, in [0, 1).
         edge_probability: share of training clips that are treated as the start or the end of their video: neighbours
             on one side are hidden, as they are missing in evaluation. The public code samples such clips.
@@ -113,7 +115,10 @@ class SOLV(SlotHost):
         merge_min_slots: a frame that would keep fewer slots than this keeps them all.
         merge_rise: the share of training clips that are merged rises to 1 as `log(1 + (rise - 1) * progress) /
             log(rise)`; 1 merges from the start. Published: the number of passes, 180.
-        linking: how evaluation links slots over time, see `link_slots`; without merging, a slot's index is used.
+        linking: how evaluation links slots over time, see `link_slots`. Published: `"previous"` when slots are merged,
+            else `"index"`.
+        link_by: what is compared: `"slots"` (published), or the mean of the frozen `"features"` under each mask, less
+            the video's mean, which knows nothing of a slot's index.
         decoder_hidden: output channels of the decoder's hidden layers.
         init: initialisation of the decoder: `"default"` is PyTorch's, `"fan_in"` keeps the signal's variance, with
             which small models learn objects sooner.
@@ -150,7 +155,8 @@ class SOLV(SlotHost):
         grid: tuple[int, int] = (14, 14),
         clip_length: int = 5,
         iterations: int = 3,
-        sharpness: float | None = None,
+        corrector_init: Literal["default", "kmeans"] = "default",
+        corrector_sharpness: float | None = None,
         token_drop: float = 0.5,
         edge_probability: float = 0.1,
         temporal_blocks: int = 3,
@@ -160,6 +166,7 @@ class SOLV(SlotHost):
         merge_min_slots: int = 3,
         merge_rise: float = 180.0,
         linking: Linking = "memory",
+        link_by: Literal["slots", "features"] = "slots",
         decoder_hidden: tuple[int, ...] = (1024, 1024, 1024, 1024),
         init: Literal["default", "fan_in"] = "default",
         dropout: float = 0.1,
@@ -179,12 +186,15 @@ class SOLV(SlotHost):
             raise ConfigError(
                 f"Expected argument `linking` to be 'memory', 'previous' or 'index', but got {linking!r}. Choose one."
             )
+        if link_by not in ("slots", "features"):
+            raise ConfigError(f"Expected argument `link_by` to be 'slots' or 'features', but got {link_by!r}.")
         self.save_hyperparameters()
         self.grid = (int(grid[0]), int(grid[1]))
         self.clip_length = clip_length
         self.edge_probability = edge_probability
         self.merge_rise = merge_rise
-        self.linking: Linking = "index" if merge_threshold is None else linking
+        self.linking: Linking = linking
+        self.link_by = link_by
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.decay = decay
@@ -204,7 +214,14 @@ class SOLV(SlotHost):
         channels = self.encoder.output_dim
         self.token_drop = TokenDrop(token_drop)
         self.spatial_binder = RelativeSlotAttention(
-            grid, num_slots, slot_dim, channels, iterations, dropout, sharpness=sharpness
+            grid,
+            num_slots,
+            slot_dim,
+            channels,
+            iterations,
+            dropout,
+            init=corrector_init,
+            sharpness=corrector_sharpness,
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_linkage, merge_min_slots)
@@ -340,8 +357,11 @@ class SOLV(SlotHost):
         return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
 
     def _linked(self, out: SOLVOutput) -> Tensor:
-        masks = relabel_slots(out.masks, link_slots(out.slots, out.slot_valid, self.linking))
-        return masks.unflatten(-1, self.grid)
+        looks = out.slots
+        if self.link_by == "features":
+            apart = out.targets.float() - out.targets.float().mean(dim=(1, 2), keepdim=True)
+            looks = out.masks @ apart  # the cosine needs no division by the area
+        return relabel_slots(out.masks, link_slots(looks, out.slot_valid, self.linking)).unflatten(-1, self.grid)
 
     def _inputs(self, batch: Mapping[str, Any]) -> Tensor:
         for name in ("features", "video"):

@@ -146,6 +146,26 @@ def test_sharper_slots_differ_from_the_start() -> None:
         RelativeSlotAttention(GRID, sharpness=0.0)
 
 
+def test_an_untrained_binder_can_be_soft_k_means() -> None:
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(3, 16)
+    truth = torch.arange(3).repeat_interleave(16)
+    tokens = (centres[truth] + 0.3 * torch.randn(48, 16)).view(1, 1, 48, 16)
+    binder = RelativeSlotAttention((6, 8), 3, 32, 16, iterations=3, dropout=0.0, init="kmeans")
+    with torch.no_grad():
+        binder.from_position.weight.zero_()
+        binder.slots.copy_(binder.embed(tokens[0, 0, [0, 16, 32]]) + 0.5 * torch.randn(3, 32))
+        bound = binder(tokens, torch.arange(48).expand(1, 1, 48))
+        assert torch.equal(bound.logits[0, 0].argmax(0), truth)
+        # The MLP of pairs passes what it gets, but for the far negative tail.
+        keys = binder.to_k(binder.embed(tokens[0, 0]))
+        passed = binder.pair_out(binder.pair_in(keys).relu())
+        assert (keys.std() - 1.5).abs() < 0.2
+        torch.testing.assert_close(passed, keys.clamp(min=-3.0))
+    with pytest.raises(ConfigError, match="`init`"):
+        RelativeSlotAttention(GRID, init="other")  # type: ignore[arg-type]
+
+
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="`grid`"):
         RelativeSlotAttention((0, 3))
