@@ -93,3 +93,19 @@ def test_heads_of_the_decoder_count_as_their_mean() -> None:
     expected = pair.masks.values[0].softmax(3).mean(1).transpose(1, 2).reshape(2, 4, 3, 16)
     assert maps.mask_logits is None
     torch.testing.assert_close(maps.mask_probs, expected)
+
+
+def test_heads_in_front_of_patches_are_not_rows_where_the_grids_would_not_fit() -> None:
+    # STEVE: slot attention on 64 x 64 pixels once a frame, cross-attention of 4 heads from 16 x 16 tokens to slots.
+    attention = Seen([torch.randn(2, 4096, 5) for _ in range(3)], 2, "logits", "slot_attention")
+    cross = torch.randn(6, 4, 256, 5)
+    pair = find_pair([attention], [Seen([cross], 3, "logits", "decoder")])
+    assert (pair.batch, pair.frames) == (2, 3)
+    assert (pair.masks_layout.heads, pair.masks_layout.count) == (4, 256)
+    maps = join_maps(pair)
+    assert maps.grid == (16, 16)
+    expected = cross.softmax(3).mean(1).mT.unflatten(0, (2, 3))
+    torch.testing.assert_close(maps.masks, expected)
+    # Rows and columns behind one another stay rows and columns where they fit.
+    pixels = find_pair([attention], [Seen([torch.randn(6, 64, 64, 5)], 3, "logits", "decoder")])
+    assert (pixels.masks_layout.heads, pixels.masks_layout.patches) == (1, (64, 64))

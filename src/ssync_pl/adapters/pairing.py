@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -188,8 +189,8 @@ def _roles(count: int, stacked: bool) -> list[tuple[str, ...]]:
 def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
     """The two maps that belong together: the same slots, the same videos and frames, patches that fit.
 
-    Of several, one with more patches than slots, then equal numbers of patches, then one without heads, then what was
-    computed last.
+    Of several, one with more patches than slots, then one whose grids divide each other as far as that can be told,
+    then equal numbers of patches, then one without heads, then what was computed last.
 
     Args:
         attention: Candidates of the slot attention, in the order in which the host computed them.
@@ -213,7 +214,7 @@ def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
             if sizes is None or a.slots != m.slots or not _divide(a.count, m.count):
                 continue
             more = min(a.count, m.count) > a.slots
-            rank = (int(more), int(a.count == m.count), -(a.heads > 1) - (m.heads > 1), j, i)
+            rank = (int(more), int(_nest(a, m)), int(a.count == m.count), -(a.heads > 1) - (m.heads > 1), j, i)
             if best is None or rank > best[0]:
                 best = (rank, Pair(one, two, a, m, *sizes))
     return None if best is None else best[1]
@@ -236,6 +237,22 @@ def _clip(a: Layout, m: Layout) -> tuple[int, int] | None:
     if other.frames is None:
         return (known.batch, frames) if other.batch == known.batch * frames else None
     return (known.batch, frames) if (other.batch, other.frames) == (known.batch, frames) else None
+
+
+def _nest(a: Layout, m: Layout) -> bool:
+    """Whether the patches of one make up those of the other; a flat axis counts as a square where it can be one."""
+    one, two = (_likely_grid(layout) for layout in (a, m))
+    if one is None or two is None:
+        return True
+    coarse, fine = sorted((one, two))
+    return all(side % small == 0 for side, small in zip(fine, coarse, strict=True))
+
+
+def _likely_grid(layout: Layout) -> tuple[int, int] | None:
+    if len(layout.patches) == 2:
+        return layout.patches[0], layout.patches[1]
+    side = math.isqrt(layout.count)
+    return (side, side) if side * side == layout.count else None
 
 
 def _divide(one: int, two: int) -> bool:

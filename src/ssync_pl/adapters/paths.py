@@ -325,6 +325,16 @@ class Pick:
         self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        """Take the map out of an output.
+
+        Args:
+            module: That ran.
+            args: Of the call.
+            output: Of the call.
+
+        Returns:
+            The tensor at the place.
+        """
         value, key = output, self.place.key
         if key:
             if isinstance(output, Mapping):
