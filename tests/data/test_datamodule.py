@@ -346,6 +346,63 @@ def test_synthetic_set_is_made_once(tmp_path):
         SyntheticDataModule(batch_size=0)
 
 
+def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
+    import ssync_pl.hosts.nn.backbones as backbones
+
+    class Means(backbones.FrozenBackbone):
+        layer_dims = (3,)
+
+        def grid_for(self, height, width):
+            return height // 4, width // 4
+
+        def extract(self, frames):
+            return self.model(frames).flatten(2).mT
+
+    built = []
+
+    def load(name, layer):
+        built.append((name, layer))
+        return Means(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
+
+    monkeypatch.setattr(backbones, "load_backbone", load)
+    options = {
+        "root": str(tmp_path),
+        "num_train": 4,
+        "num_validation": 2,
+        "resolution": 16,
+        "frames": 4,
+        "generate_workers": 0,
+        "batch_size": 2,
+        "flip_probability": 0.0,
+        "cache_backbone": "means",
+        "cache_layer": "pool",
+        "features_only": True,
+        **PLAIN,
+    }
+    data = SyntheticDataModule(**options)
+    data.prepare_data()
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert batch["features"].shape == (2, 4, 16, 3)
+    assert "video" not in batch
+    (batch,) = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    video = batch["video"].flatten(0, 1) * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    expected = torch.nn.functional.avg_pool2d((video - 0.5) / 0.5, 4).flatten(2).mT
+    torch.testing.assert_close(batch["features"].flatten(0, 1), expected, rtol=0.01, atol=0.01)
+    SyntheticDataModule(**options).prepare_data()
+    assert built == [("means", "pool")]
+    # Other features have a folder of their own.
+    projected = SyntheticDataModule(**{**options, "cache_components": 2})
+    assert projected.features != data.features
+    projected.prepare_data()
+    projected.setup()
+    assert next(iter(projected.train_dataloader()))["features"].shape[-1] == 2
+    with pytest.raises(ConfigError, match="either `features` or `cache_backbone`"):
+        SyntheticDataModule(cache_backbone="means", features="x")
+    with pytest.raises(ConfigError, match="Name the backbone"):
+        SyntheticDataModule(cache_components=4)
+
+
 def test_the_command_line_reads_every_option(make_shards):
     from jsonargparse import ArgumentParser
 

@@ -120,3 +120,46 @@ def test_a_transformer_of_timm_from_end_to_end(pattern, tmp_path, capsys):
     ).view(3, 1, 1)
     wanted = backbone(frames).features
     assert torch.allclose(stored, wanted, rtol=2**-8, atol=1e-5)
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    generator = np.random.default_rng(0)
+    for prefix in ("train", "validation"):
+        with ShardWriter(tmp_path / "videos", prefix) as writer:
+            writer.write("0", {"video.npy": generator.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)})
+    return [str(tmp_path / "videos" / f"{prefix}-*.tar") for prefix in ("train", "validation")]
+
+
+def test_projected_features_of_training_and_validation(noisy, means, tmp_path, capsys):
+    train, validation = noisy
+    words = ("--backbone", "means", "--image-size", "16", "--components", "2")
+    status, text, error = call(capsys, train, *words, "--out", tmp_path / "out")
+    assert status == 0, error
+    assert "features: 2 components of 3 channels, " in text
+    assert " of the variance, fitted to 4 frames of train-000000.tar\n" in text
+    status, text, error = call(capsys, validation, *words, "--out", tmp_path / "out")
+    assert status == 0, error
+    assert "fitted to 4 frames of train-000000.tar\n" in text
+    status, _, error = call(capsys, train, validation, *words, "--out", tmp_path / "both", "--fit", train)
+    assert status == 0, error
+    for name in ("train-000000.tar", "validation-000000.tar", "projection.npz"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
+    words = ("--backbone", "means", "--image-size", "16", "--projection", tmp_path / "out" / "projection.npz")
+    status, _, error = call(capsys, validation, *words, "--out", tmp_path / "other")
+    assert status == 0, error
+    assert (tmp_path / "other" / "projection.npz").read_bytes() == (tmp_path / "out" / "projection.npz").read_bytes()
+
+
+def test_another_projection_is_refused(noisy, means, tmp_path, capsys):
+    words = (noisy[0], "--backbone", "means", "--image-size", "16", "--out", tmp_path / "out")
+    assert call(capsys, *words, "--standardize")[0] == 0
+    status, _, text = call(capsys, *words, "--components", "2")
+    assert status == 2
+    assert "2 components wanted, none there" in text
+    status, _, text = call(capsys, *words)
+    assert status == 2
+    assert "holds projected features (3 standardised channels, fitted to 4 frames of train-000000.tar)" in text
+    status, _, text = call(capsys, *words, "--components", "2", "--standardize")
+    assert status == 2
+    assert "not allowed with" in text

@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
     text = (
         "Run a frozen backbone over every frame and store its features in shards of the same names. Give the folder as "
         "`features` to the data module. A run that was stopped goes on where it was; several runs at once share the "
-        "work."
+        "work. With --components, run it for the training shards first: the projection is fitted to the first run's "
+        "shards, kept in the folder, and taken by every later run with the same --out (validation, test)."
     )
     parser = commands.add_parser(
         "cache-features",
@@ -47,6 +48,11 @@ def add_parser(commands: Any) -> None:
     source.add_argument("--checkpoint", type=Path, help="file of weights (PyTorch or safetensors)")
     parser.add_argument("--dtype", choices=("bf16", "int8"), default="bf16", help="how features are stored")
     parser.add_argument("--flips", action="store_true", help="store features of mirrored frames too")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--components", type=int, help="store this many principal components of standardised channels")
+    kind.add_argument("--standardize", action="store_true", help="store standardised channels")
+    kind.add_argument("--projection", type=Path, help="projection.npz of another folder, instead of fitting one")
+    parser.add_argument("--fit", nargs="+", help="shards to fit the projection to, instead of the first run's")
     parser.add_argument("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
     parser.add_argument("--crop", choices=("none", "center", "random"), default="none", help="random is refused")
     parser.add_argument("--batch-size", type=int, default=32, help="frames a call of the backbone")
@@ -57,7 +63,9 @@ def add_parser(commands: Any) -> None:
 
 def _cache_features(options: argparse.Namespace) -> int:
     from ssync_pl.data.features.cache import cache_features
+    from ssync_pl.data.features.projection import PROJECTION_FILE, read_projection
     from ssync_pl.data.features.recipe import require_crop
+    from ssync_pl.data.features.settle import describe_projection
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.hosts.nn.backbones import load_backbone
 
@@ -65,6 +73,7 @@ def _cache_features(options: argparse.Namespace) -> int:
     require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
+    fit = None if options.fit is None else expand_shards(options.fit)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
     report = cache_features(
         shards,
@@ -78,6 +87,10 @@ def _cache_features(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         device=device,
         on_bad_sample=options.on_bad_sample,
+        components=options.components,
+        standardize=options.standardize,
+        fit=fit,
+        projection=options.projection,
     )
     rows, columns = backbone.grid_for(*size)
     lines = [
@@ -86,6 +99,8 @@ def _cache_features(options: argparse.Namespace) -> int:
         f"shards:   {report.written} written, {report.kept} kept",
         f"size:     {report.bytes / 1e6:.1f} MB ({options.dtype})",
     ]
+    if (options.out / PROJECTION_FILE).exists():
+        lines.insert(2, f"features: {describe_projection(read_projection(options.out / PROJECTION_FILE))}")
     if report.written:
         lines.append(f"speed:    {report.frames} frames, {report.frames_per_second:.1f} frames/s on {device}")
     lines += [f"skipped:  {message}" for message in report.skipped.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,10 +17,15 @@ from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.patch_decoders import MLPDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.soft_kmeans import init_soft_kmeans_
+from ssync_pl.hosts.nn.weights import init_fan_in_
 from ssync_pl.hosts.schedules import exponential_for
 from ssync_pl.hosts.training import SlotHost
 
-__all__ = ["FeatureHost", "FeatureHostOutput", "build_patch_decoder", "build_slots"]
+__all__ = ["DEFAULT_SHARPNESS", "FeatureHost", "FeatureHostOutput", "build_patch_decoder", "build_slots"]
+
+DEFAULT_SHARPNESS = 1.5
+"""How decided the first assignments are when slot attention starts as soft k-means."""
 
 
 class FeatureHostOutput(NamedTuple):
@@ -69,6 +74,12 @@ class FeatureHost(SlotHost):
         decay_steps: step at which the rate has fallen to `decay_rate` of its peak; None is the end of the training.
         decay_rate: see `decay_steps`; 1 does not decay.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
+        corrector_init: `"default"`, or `"kmeans"`: slot attention starts as soft k-means (`init_soft_kmeans_`).
+        corrector_sharpness: with `"kmeans"`, how decided the first assignments are.
+        init: `"default"`, or `"fan_in"`: the encoder's and the MLP decoder's layers start with `init_fan_in_`.
+
+    Raises:
+        ConfigError: an initial state cannot be had with these parts.
 
     Example:
         >>> from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
@@ -91,6 +102,9 @@ class FeatureHost(SlotHost):
         decay_steps: int | None,
         decay_rate: float,
         has_background: bool,
+        corrector_init: Literal["default", "kmeans"] = "default",
+        corrector_sharpness: float = DEFAULT_SHARPNESS,
+        init: Literal["default", "fan_in"] = "default",
     ) -> None:
         super().__init__(has_background)
         self.is_video = is_video
@@ -99,6 +113,8 @@ class FeatureHost(SlotHost):
         self.warmup_steps = warmup_steps
         self.decay_steps = decay_steps
         self.decay_rate = decay_rate
+        _init_corrector(corrector, corrector_init, corrector_sharpness)
+        _init_layers(encoder, decoder, init)
         processor = SlotProcessor(corrector, predictor, iterations_first)
         self.initializer = initializer
         self.encoder: nn.Module = MapOverTime(encoder) if is_video else encoder
@@ -277,7 +293,14 @@ def build_slots(kind: str, num_slots: int, slot_dim: int, initial_std: float | N
 
 
 def build_patch_decoder(
-    kind: str, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int, mixer_blocks: int, mixer_heads: int
+    kind: str,
+    slot_dim: int,
+    output_dim: int,
+    hidden: Sequence[int],
+    patches: int,
+    mixer_blocks: int,
+    mixer_heads: int,
+    memory_efficient: bool = True,
 ) -> nn.Module:
     """Build a decoder from a host's options.
 
@@ -289,6 +312,7 @@ def build_patch_decoder(
         patches: number N of patches.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of the mixer's allocator.
+        memory_efficient: of `MLPDecoder`; a mixer makes nothing for each pair of slot and patch but masks.
 
     Returns:
         `MLPDecoder` or `SlotMixerDecoder`.
@@ -301,7 +325,37 @@ def build_patch_decoder(
         torch.Size([1, 3, 9])
     """
     if kind == "mlp":
-        return MLPDecoder(slot_dim, output_dim, hidden, patches)
+        return MLPDecoder(slot_dim, output_dim, hidden, patches, memory_efficient)
     if kind == "mixer":
         return SlotMixerDecoder(slot_dim, output_dim, hidden, patches, mixer_blocks, mixer_heads)
     raise ConfigError(f"Expected argument `decoder` to be 'mlp' or 'mixer', but got {kind!r}. Choose one.")
+
+
+def _init_corrector(corrector: SlotCorrector, kind: str, sharpness: float) -> None:
+    if kind not in ("default", "kmeans"):
+        raise ConfigError(
+            f"Expected argument `corrector_init` to be 'default' or 'kmeans', but got {kind!r}. Choose one."
+        )
+    if kind == "kmeans":
+        init_soft_kmeans_(corrector, sharpness)
+    elif sharpness != DEFAULT_SHARPNESS:
+        raise ConfigError(
+            "Expected argument `corrector_sharpness` only with corrector_init='kmeans', but got "
+            f"{sharpness} with {kind!r}. Leave it out, or set corrector_init='kmeans'."
+        )
+
+
+def _init_layers(encoder: FeatureEncoder, decoder: nn.Module, kind: str) -> None:
+    if kind not in ("default", "fan_in"):
+        raise ConfigError(f"Expected argument `init` to be 'default' or 'fan_in', but got {kind!r}. Choose one.")
+    if kind == "default":
+        return
+    candidates = (encoder.output_transform, decoder.mlp if isinstance(decoder, MLPDecoder) else None)
+    stacks = [stack for stack in candidates if stack is not None]
+    if not stacks:
+        raise ConfigError(
+            "Expected init='fan_in' with an encoder MLP (`encoder_hidden` above 0) or with decoder='mlp', but there is "
+            "neither. Leave `init` out."
+        )
+    for stack in stacks:
+        init_fan_in_(stack)

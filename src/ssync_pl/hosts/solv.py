@@ -128,6 +128,8 @@ class SOLV(SlotHost):
         decay: `"cosine"` to 0, `"exponential"` (`0.5 ** (halvings * progress)`) or `"constant"`.
         halvings: how often `"exponential"` halves the rate over the training.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
+        memory_efficient: the decoder works in chunks and keeps fewer activations for the backward pass: the same result
+            and gradients in less memory. False makes all at once.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -175,6 +177,7 @@ class SOLV(SlotHost):
         decay: Literal["cosine", "exponential", "constant"] = "exponential",
         halvings: float = 3.0,
         has_background: bool = True,
+        memory_efficient: bool = True,
     ) -> None:
         super().__init__(has_background)
         if not 0.0 <= edge_probability <= 1.0 or merge_rise < 1.0:
@@ -225,7 +228,9 @@ class SOLV(SlotHost):
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_linkage, merge_min_slots)
-        self.decoder = RelativeMixtureDecoder(math.prod(self.grid), slot_dim, channels, decoder_hidden, init)
+        self.decoder = RelativeMixtureDecoder(
+            math.prod(self.grid), slot_dim, channels, decoder_hidden, init, memory_efficient
+        )
         self._total_steps = math.inf
 
     def forward(self, inputs: Tensor, valid: Tensor | None = None, merge: Tensor | None = None) -> SOLVOutput:

@@ -10,7 +10,13 @@ from torch import Tensor
 from ssync_pl.errors import ConfigError
 from ssync_pl.functional.slot_contrast import slot_contrast_loss
 from ssync_pl.functional.temporal_similarity import temporal_similarity, temporal_similarity_loss
-from ssync_pl.hosts.feature_host import FeatureHost, FeatureHostOutput, build_patch_decoder, build_slots
+from ssync_pl.hosts.feature_host import (
+    DEFAULT_SHARPNESS,
+    FeatureHost,
+    FeatureHostOutput,
+    build_patch_decoder,
+    build_slots,
+)
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.corrector import SlotCorrector
 from ssync_pl.hosts.nn.feature_encoder import build_feature_encoder
@@ -51,10 +57,18 @@ class VideoSAUR(FeatureHost):
         grid: rows and columns of the patches, each of which has a position embedding in the decoder.
         encoder_hidden: hidden size of the MLP from features to what slots attend to; None for twice the channels of the
             features, as published; 0 for no MLP.
+        encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Features of
+            convolutional backbones do not say where a patch lies, and slots that do not know it can tell the decoder
+            no place: set 0.5 with them. ViTs have positions of their own. The state dict gets one more key.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
         corrector_eps: added to the attention before it is normalised over patches.
+        corrector_init: `"default"`, as published, or `"kmeans"`: slot attention starts as soft k-means, so that it
+            groups alike patches from the first step. For short trainings; see `init_soft_kmeans_`. The features that
+            slots attend to must have `slot_dim` channels, as they do with `encoder_hidden` above 0.
+        corrector_sharpness: with `"kmeans"`, how decided the first assignments are: the logits start at its square
+            times those of the normalised slots and features.
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP; None for `4 * slot_dim`.
@@ -63,6 +77,9 @@ class VideoSAUR(FeatureHost):
         decoder_hidden: sizes of the decoder's hidden layers.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
+        init: `"default"`, as published, or `"fan_in"`: the layers of the encoder's MLP and of an MLP decoder start with
+            variances that keep the signal's (`init_fan_in_`; a mixer stays as it is). For short trainings of small
+            models, whose decoders otherwise see little of the slots at first.
         reconstruction_weight: weight of the reconstruction loss; 0 leaves its channels out of the decoder.
         similarity_weight: weight of the similarity loss; 0 leaves its channels, one a patch, out of the decoder.
         similarity_temperature: divides the similarities before their softmax; published: 0.075 (MOVi), 0.15 and 0.25
@@ -77,6 +94,8 @@ class VideoSAUR(FeatureHost):
         decay_steps: step at which the rate has fallen to `decay_rate` of its peak; None is the end of the training.
         decay_rate: see `decay_steps`; 1 does not decay.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
+        memory_efficient: an MLP decoder mixes its hidden activations, in chunks, instead of reconstructions: the same
+            result and gradients, sooner and in less than half of the memory. False takes the plain layout.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -104,10 +123,13 @@ class VideoSAUR(FeatureHost):
         similarity_dim: int | None = None,
         grid: tuple[int, int] = (14, 14),
         encoder_hidden: int | None = None,
+        encoder_position: float = 0.0,
         iterations_first: int = 3,
         iterations_later: int = 2,
         corrector_mlp_hidden: int | None = 0,
         corrector_eps: float = 1e-8,
+        corrector_init: Literal["default", "kmeans"] = "default",
+        corrector_sharpness: float = DEFAULT_SHARPNESS,
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int | None = None,
@@ -115,6 +137,7 @@ class VideoSAUR(FeatureHost):
         decoder_hidden: tuple[int, ...] = (1024, 1024, 1024),
         mixer_blocks: int = 2,
         mixer_heads: int = 4,
+        init: Literal["default", "fan_in"] = "default",
         reconstruction_weight: float = 1.0,
         similarity_weight: float = 0.1,
         similarity_temperature: float = 0.075,
@@ -128,6 +151,7 @@ class VideoSAUR(FeatureHost):
         decay_steps: int | None = None,
         decay_rate: float = 0.5,
         has_background: bool = True,
+        memory_efficient: bool = True,
     ) -> None:
         weights = (reconstruction_weight, similarity_weight, contrast_weight)
         if min(weights) < 0 or reconstruction_weight + similarity_weight == 0:
@@ -152,6 +176,7 @@ class VideoSAUR(FeatureHost):
             grid=grid,
             slot_dim=slot_dim,
             hidden=encoder_hidden,
+            position=encoder_position,
         )
         patches = math.prod(encoder.grid)
         channels = encoder.feature_dim * (reconstruction_weight > 0) + patches * (similarity_weight > 0)
@@ -166,7 +191,7 @@ class VideoSAUR(FeatureHost):
             ),
             predictor=predictor,
             decoder=build_patch_decoder(
-                decoder, slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads
+                decoder, slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads, memory_efficient
             ),
             iterations_first=iterations_first,
             is_video=True,
@@ -175,6 +200,9 @@ class VideoSAUR(FeatureHost):
             decay_steps=decay_steps,
             decay_rate=decay_rate,
             has_background=has_background,
+            corrector_init=corrector_init,
+            corrector_sharpness=corrector_sharpness,
+            init=init,
         )
         self.save_hyperparameters()
         self.reconstruction_weight = reconstruction_weight

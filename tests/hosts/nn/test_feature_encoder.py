@@ -48,6 +48,29 @@ def test_without_projection_slots_see_the_features() -> None:
     assert list(encoder.parameters()) == []
 
 
+def test_a_position_is_added_inside_the_projection() -> None:
+    plain, placed = _build(feature_dim=5, hidden=7), _build(feature_dim=5, hidden=7, position=0.5)
+    assert set(placed.state_dict()) - set(plain.state_dict()) == {"position.weight"}
+    placed.load_state_dict({**plain.state_dict(), "position.weight": torch.randn(7, 2)})
+    raw = torch.randn(2, 24, 5)
+    assert placed.output_transform is not None
+    assert placed.position is not None
+    norm, first, _, last = placed.output_transform.layers
+    hidden = first(norm(raw)) + placed.position()
+    torch.testing.assert_close(placed(raw)["features"], last(hidden.relu()))
+    assert torch.equal(placed(raw)["backbone_features"], raw)
+    assert (placed(raw)["features"] - plain(raw)["features"]).abs().mean() > 0.01
+    # One patch everywhere: only its place tells patches apart.
+    same = raw[:, :1].expand(-1, 24, -1)
+    assert plain(same)["features"].std(1).max() < 1e-5 < 0.01 < placed(same)["features"].std(1).min()
+
+
+@pytest.mark.parametrize(("hidden", "position"), [(0, 0.5), (7, -0.5)])
+def test_a_position_needs_a_projection(hidden: int, position: float) -> None:
+    with pytest.raises(ConfigError, match=r"`encoder_position` .* only with `encoder_hidden` above 0"):
+        _build(feature_dim=5, hidden=hidden, position=position)
+
+
 def test_refusals_without_backbone() -> None:
     with pytest.raises(ConfigError, match="`feature_dim` to be the channels of the cached features"):
         _build()

@@ -7,9 +7,10 @@ from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn.mixture_decoder import RelativeMixtureDecoder
 
 
-def test_the_mixture_is_that_of_each_patch_by_hand() -> None:
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_the_mixture_is_that_of_each_patch_by_hand(memory_efficient: bool) -> None:
     torch.manual_seed(0)
-    decoder = RelativeMixtureDecoder(patches=4, slot_dim=6, feature_dim=3, hidden=(8, 7))
+    decoder = RelativeMixtureDecoder(4, 6, 3, hidden=(8, 7), memory_efficient=memory_efficient)
     slots, positions = torch.randn(2, 1, 3, 6), torch.randn(2, 1, 3, 4, 2)
     valid = torch.tensor([[[True, True, True]], [[True, False, True]]])
     out = decoder(slots, positions, valid)
@@ -24,8 +25,9 @@ def test_the_mixture_is_that_of_each_patch_by_hand() -> None:
             torch.testing.assert_close(out.reconstruction[video, 0, patch], expected)
 
 
-def test_slots_that_do_not_exist_get_no_gradient() -> None:
-    decoder = RelativeMixtureDecoder(patches=4, slot_dim=6, feature_dim=3, hidden=(8, 7))
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_slots_that_do_not_exist_get_no_gradient(memory_efficient: bool) -> None:
+    decoder = RelativeMixtureDecoder(4, 6, 3, hidden=(8, 7), memory_efficient=memory_efficient)
     slots = torch.randn(1, 1, 2, 6, requires_grad=True)
     decoder(slots, torch.zeros(1, 1, 2, 4, 2), torch.tensor([[[True, False]]])).reconstruction.sum().backward()
     assert slots.grad is not None

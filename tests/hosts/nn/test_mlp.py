@@ -37,3 +37,15 @@ def test_activated_output_is_never_negative() -> None:
     inputs = torch.randn(50, 4)
     assert (MLP(4, [8], 3)(inputs) < 0).any()
     assert (MLP(4, [8], 3, activate_output=True)(inputs) >= 0).all()
+
+
+def test_a_shift_goes_behind_the_first_linear_layer() -> None:
+    mlp = MLP(2, [2], 1, layer_norm=True)
+    with torch.no_grad():
+        mlp.layers[1].weight.copy_(torch.eye(2))
+        mlp.layers[3].weight.copy_(torch.tensor([[1.0, 10.0]]))
+    # The normalised input is (-1, 1); hidden: relu(-1 + 3, 1 - 4) = (2, 0).
+    inputs = torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(mlp(inputs, torch.tensor([3.0, -4.0])), torch.tensor([[2.0]]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mlp(inputs), torch.tensor([[10.0]]), rtol=0, atol=1e-4)
+    assert torch.equal(mlp(inputs, torch.zeros(2)), mlp(inputs))

@@ -7,9 +7,10 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.nn.patch_decoders import MLPDecoder, SlotMixerDecoder
 
 
-def test_mlp_decoder_slot_by_slot_and_patch_by_patch() -> None:
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_mlp_decoder_slot_by_slot_and_patch_by_patch(memory_efficient: bool) -> None:
     torch.manual_seed(0)
-    decoder = MLPDecoder(4, 3, [8, 6], patches=5).double()
+    decoder = MLPDecoder(4, 3, [8, 6], patches=5, memory_efficient=memory_efficient).double()
     slots = torch.randn(2, 3, 4, dtype=torch.float64)
     output = decoder(slots)
     for m in range(2):

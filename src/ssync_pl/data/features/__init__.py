@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssync_pl.data.features.cache import CacheReport, cache_features
     from ssync_pl.data.features.codec import decode_features, encode_features
+    from ssync_pl.data.features.projection import Projection, read_projection
     from ssync_pl.data.features.recipe import FeatureRecipe, verify_backbone
     from ssync_pl.data.features.store import FeatureStore
 
@@ -15,9 +16,11 @@ __all__ = [
     "CacheReport",
     "FeatureRecipe",
     "FeatureStore",
+    "Projection",
     "cache_features",
     "decode_features",
     "encode_features",
+    "read_projection",
     "verify_backbone",
 ]
 
@@ -25,9 +28,11 @@ _HOMES = {
     "CacheReport": "cache",
     "FeatureRecipe": "recipe",
     "FeatureStore": "store",
+    "Projection": "projection",
     "cache_features": "cache",
     "decode_features": "codec",
     "encode_features": "codec",
+    "read_projection": "projection",
     "verify_backbone": "recipe",
 }
 

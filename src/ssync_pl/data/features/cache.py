@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ssync_pl.data.decode import read_npy_header
-from ssync_pl.data.features.claim import Claim, claim
+from ssync_pl.data.features.claim import Claim, cannot_write, claim
 from ssync_pl.data.features.codec import FeatureType, stored_dtype, tensor_to_array
 from ssync_pl.data.features.compute import FeatureRun, sample_features
 from ssync_pl.data.features.recipe import (
@@ -28,6 +28,7 @@ from ssync_pl.data.features.recipe import (
     require_crop,
     source_facts,
 )
+from ssync_pl.data.features.settle import ProjectionWish, settle_projection
 from ssync_pl.data.features.store import member_names
 from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, write_index
 from ssync_pl.data.patterns import is_remote
@@ -91,12 +92,22 @@ def cache_features(
     device: str | torch.device = "cpu",
     on_bad_sample: Literal["raise", "skip"] = "raise",
     progress: bool = True,
+    components: int | None = None,
+    standardize: bool = False,
+    fit: Sequence[str] | None = None,
+    projection: str | os.PathLike[str] | None = None,
 ) -> CacheReport:
     """Store the features of every frame, in shards of the same names and keys as those of the videos.
 
     Frames go through `BatchTransform`, as in evaluation, with the backbone's normalisation. Each shard is written under
     a temporary name, checked and renamed; a call that was killed goes on with the shards that are missing. Several
     processes may fill one folder at once: each takes shards that no other is writing.
+
+    With `components` features are projected (`fit_projection`): each channel standardised, each layer of the same
+    weight, then a PCA. The projection is fitted once, by the first call for a folder, to up to 512 frames from all over
+    its shards, or those of `fit`, and lies in the folder as `projection.npz`. So store the training videos first:
+    later calls for that folder, of the validation videos for example, take the same projection. A host that is trained
+    on projected features needs stored features in evaluation too, since its backbone would not project.
 
     Args:
         shards: Local shards of videos.
@@ -111,12 +122,16 @@ def cache_features(
         device: Where the backbone runs.
         on_bad_sample: `raise`, or `skip` videos that cannot be read: they get no features and are reported.
         progress: Show a bar.
+        components: Store this many principal components instead of the backbone's channels.
+        standardize: Store standardised channels, without a PCA.
+        fit: Local shards to fit the projection to; `None` takes `shards`.
+        projection: `projection.npz` of another folder, to use instead of fitting one.
 
     Returns:
         What was done.
 
     Raises:
-        ConfigError: A setting is out of range, or `out` holds features of another recipe.
+        ConfigError: A setting is out of range, or `out` holds features of another recipe or projection.
         ShardError: A video cannot be read, its features are not finite, videos changed meanwhile, or `out` cannot be
             written or holds other shards.
 
@@ -147,6 +162,12 @@ def cache_features(
         raise ConfigError(f"Expected argument `on_bad_sample` to be raise or skip, but got {on_bad_sample!r}.")
     require_crop(crop)
     stored_dtype(dtype)
+    wish = ProjectionWish(components, standardize, fit, projection)
+    if components is not None and components > backbone.dim:
+        raise ConfigError(
+            f"Expected argument `components` to be at most the {backbone.dim} channels of backbone {backbone.name}, "
+            f"but got {components}."
+        )
     remote = [path for path in shards if is_remote(path)]
     if remote:
         raise ConfigError(f"Expected local shards to compute features of, but got {remote[0]}. Download them first.")
@@ -175,15 +196,16 @@ def cache_features(
     )
     rules = SampleRules(image_size=size, crop=crop)
     run = FeatureRun(backbone, transform, recipe, rules, batch_size, torch.device(device), on_bad_sample == "skip")
-    return _cache(list(shards), run, Path(out), progress)
+    return _cache(list(shards), run, Path(out), progress, wish)
 
 
-def _cache(shards: list[str], run: FeatureRun, out: Path, progress: bool) -> CacheReport:
+def _cache(shards: list[str], run: FeatureRun, out: Path, progress: bool, wish: ProjectionWish) -> CacheReport:
     entries = load_shards(shards)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
+    run = _projected(run, out, wish, shards)
     _require_same_recipe(out, run.recipe)
     report = CacheReport()
     bar = tqdm(total=sum(len(entry.samples) for entry in entries), unit="video", disable=not progress)
@@ -193,6 +215,19 @@ def _cache(shards: list[str], run: FeatureRun, out: Path, progress: bool) -> Cac
     finished = [out / entry.name for entry in entries if (out / entry.name).exists()]
     _write_folder_index(out)
     return replace(report, bytes=sum(path.stat().st_size for path in finished))
+
+
+def _projected(run: FeatureRun, out: Path, wish: ProjectionWish, shards: list[str]) -> FeatureRun:
+    projection = settle_projection(out, run, run.backbone.layer_dims, wish, shards)
+    if projection is None:
+        return run
+    recipe = replace(
+        run.recipe,
+        dim=projection.matrix.shape[1],
+        components=projection.components,
+        projection=projection.fingerprint,
+    )
+    return replace(run, recipe=recipe, projection=projection.to(run.device))
 
 
 def _one_shard(
@@ -207,7 +242,7 @@ def _one_shard(
             try:
                 mine = stack.enter_context(claim(final))
             except OSError as error:
-                raise _cannot_write(out, error) from error
+                raise cannot_write(out, error) from error
         if final.exists():  # asked again: another process may have finished it before the claim
             _require_finished(final, entry, facts)
             bar.update(len(entry.samples))
@@ -220,7 +255,7 @@ def _one_shard(
         try:
             mine.finish()
         except OSError as error:
-            raise _cannot_write(out, error) from error
+            raise cannot_write(out, error) from error
     return replace(
         report,
         written=report.written + 1,
@@ -274,7 +309,7 @@ def _write_shard(
         tar.close()
         mine.stream.flush()
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     bar.update(len(skipped))
     _check(mine.temporary, frames, run.recipe)
     return CacheReport(videos=len(frames), frames=sum(frames.values()) * (1 + run.recipe.flips), skipped=skipped)
@@ -304,7 +339,7 @@ def _add(tar: tarfile.TarFile, out: Path, name: str, data: bytes) -> None:
     try:
         tar.addfile(info, io.BytesIO(data))
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
 
 
 def _write_folder_index(out: Path) -> None:
@@ -316,11 +351,4 @@ def _write_folder_index(out: Path) -> None:
     try:
         write_index(out, load_shards(paths, save=False), {"features": {**read[0][0].to_json(), "sources": sources}})
     except OSError as error:
-        raise _cannot_write(out, error) from error
-
-
-def _cannot_write(out: Path, error: OSError) -> ShardError:
-    return ShardError(
-        f"Expected to write features to {out}, but could not ({error}). Finished shards are kept: make room, or take "
-        "another --out, and run again."
-    )
+        raise cannot_write(out, error) from error

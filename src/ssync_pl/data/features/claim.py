@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["Claim", "claim"]
+from ssync_pl.errors import ShardError
+
+__all__ = ["Claim", "cannot_write", "claim"]
 
 try:
     import fcntl
@@ -88,6 +90,26 @@ def claim(final: Path) -> Iterator[Claim | None]:
             temporary.unlink()
         with contextlib.suppress(OSError):  # what did not go onto a full disk is removed anyway
             stream.close()
+
+
+def cannot_write(out: Path, error: OSError) -> ShardError:
+    """Say that a folder of features cannot be written.
+
+    Args:
+        out: The folder.
+        error: What the system said.
+
+    Returns:
+        The error to raise.
+
+    Example:
+        >>> print(cannot_write(Path("features"), OSError("disk full")))
+        Expected to write features to features, but could not (disk full). Finished shards are kept: make room, ...
+    """
+    return ShardError(
+        f"Expected to write features to {out}, but could not ({error}). Finished shards are kept: make room, or take "
+        "another --out, and run again."
+    )
 
 
 def _temporary(final: Path) -> Path:

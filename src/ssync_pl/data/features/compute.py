@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.features.codec import FeatureType, encode_features
+from ssync_pl.data.features.projection import Projection
 from ssync_pl.data.features.recipe import FeatureRecipe
 from ssync_pl.data.index import SampleEntry, ShardEntry
 from ssync_pl.data.reader import ShardReader
@@ -22,7 +23,7 @@ from ssync_pl.errors import ShardError
 if TYPE_CHECKING:
     from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
-__all__ = ["FeatureRun", "sample_features"]
+__all__ = ["FeatureRun", "frames_of", "sample_features"]
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class FeatureRun:
         batch_size: Frames a call of the backbone.
         device: Where frames are transformed and the backbone runs.
         skip: Leave out videos that cannot be read, instead of raising.
+        projection: Applied to the features before they are stored, on `device`.
 
     Example:
         >>> [name for name in FeatureRun.__dataclass_fields__ if name.startswith("b")]
@@ -52,6 +54,7 @@ class FeatureRun:
     batch_size: int
     device: torch.device
     skip: bool
+    projection: Projection | None = None
 
 
 def sample_features(
@@ -90,6 +93,36 @@ def sample_features(
         yield from batches.finished(waiting)
     batches.flush()
     yield from batches.finished(waiting)
+
+
+def frames_of(
+    path: str, entry: ShardEntry, run: FeatureRun, reader: ShardReader, choose: Callable[[int], Sequence[int]]
+) -> Iterator[Tensor]:
+    """Read some frames of a shard's videos as the backbone sees them.
+
+    Args:
+        path: The shard.
+        entry: Its index entry, with the samples to read.
+        run: What stays the same over all shards.
+        reader: Reads the shard.
+        choose: From the number of frames of a video to the numbers of those wanted.
+
+    Yields:
+        (n, 3, H, W) normalised, a video each.
+
+    Raises:
+        ShardError: A video cannot be read.
+
+    Example:
+        >>> list(frames_of("a.tar", ShardEntry("a.tar", 0, ()), FeatureRun(*[None] * 7), ShardReader(), range))
+        []
+    """
+    skipped: dict[str, str] = {}
+    for _, sample in _read_samples(path, entry, run, reader, skipped):
+        video = sample["video"]
+        piece = {"video": video[None, list(choose(len(video)))], "crop": sample["crop"][None]}
+        batch = {**piece, "flip": torch.tensor([False])}
+        yield run.transform({name: value.to(run.device) for name, value in batch.items()})["video"][0]
 
 
 def _read_samples(
@@ -159,6 +192,8 @@ class _Batches:
             left -= len(frames)
         self.waiting -= count
         features = self.run.backbone(torch.cat([frames for _, _, frames in taken])).features
+        if self.run.projection is not None:
+            features = self.run.projection(features)
         finite = bool(features.isfinite().all())
         encoded = {name: part.cpu() for name, part in encode_features(features, _kind(self.run.recipe)).items()}
         first = 0

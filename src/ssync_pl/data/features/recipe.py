@@ -65,6 +65,8 @@ class FeatureRecipe:
         std: The same for the standard deviation.
         dtype: How features are stored.
         flips: Whether there are features of the mirrored frames too.
+        components: Principal components that the backbone's channels were projected to; 0 without a PCA.
+        projection: Fingerprint of the projection; empty where features are as the backbone gave them.
 
     Example:
         >>> recipe = FeatureRecipe("a", "b", "0", 8, (2, 2), (8, 8), "bicubic", "none", (0.5,) * 3, (0.5,) * 3, "bf16")
@@ -84,6 +86,8 @@ class FeatureRecipe:
     std: tuple[float, float, float]
     dtype: str
     flips: bool = False
+    components: int = 0
+    projection: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values.
@@ -115,6 +119,8 @@ class FeatureRecipe:
             numbers = (recipe.dim, *recipe.grid, *recipe.image_size)
             if len(numbers) != 5 or not all(isinstance(number, int) and number > 0 for number in numbers):
                 raise ValueError(f"sizes {numbers}")
+            if recipe.components not in (0, recipe.dim) or not isinstance(recipe.projection, str):
+                raise ValueError(f"{recipe.components} components of projection {recipe.projection!r}")
         except (TypeError, ValueError) as error:
             raise ConfigError(f"Expected a recipe of features, but got an unusable one ({error}).") from error
         return recipe
@@ -181,7 +187,9 @@ def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None
         backbone: The backbone that a host would run on frames without stored features.
 
     Raises:
-        ConfigError: Name, layer, weights, normalisation, size or grid differ; the message says which.
+        ConfigError: Name, layer, weights, normalisation, size or grid differ; the message says which. Or the features
+            were projected, which no backbone does: a host that is trained on them needs stored features in evaluation
+            too.
 
     Example:
         >>> verify_backbone({}, None)
@@ -189,6 +197,13 @@ def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None
         ssync_pl.errors.ConfigError: Expected a recipe of features, but got an unusable one ...
     """
     stored = FeatureRecipe.from_json(recipe)
+    if stored.projection:
+        raise ConfigError(
+            f"Expected stored features as backbone {backbone.name} gives them ({backbone.dim} channels), but they were "
+            f"{f'projected to {stored.components} components' if stored.components else 'standardised'}. Set "
+            f"`backbone: null` and `feature_dim: {stored.dim}`, and store features of the evaluation's videos in the "
+            "same folder."
+        )
     facts: dict[str, tuple[Any, Any]] = {
         # The tag after the dot names published weights, and those are compared by their bytes.
         "backbone": (stored.backbone.split(".")[0], backbone.name.split(".")[0]),

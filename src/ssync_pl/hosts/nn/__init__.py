@@ -11,10 +11,11 @@ from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, Lear
 from ssync_pl.hosts.nn.mlp import MLP
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.patch_decoders import MLPDecoder, SlotMixerDecoder
-from ssync_pl.hosts.nn.position import SoftPositionEmbedding, coordinate_grid
+from ssync_pl.hosts.nn.position import PatchPosition, SoftPositionEmbedding, coordinate_grid
 from ssync_pl.hosts.nn.predictors import TransformerBlock, TransformerPredictor
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotAttentionOutput
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer, SlotTransformerBlock
+from ssync_pl.hosts.nn.soft_kmeans import init_soft_kmeans_
 from ssync_pl.hosts.nn.weights import init_fan_in_
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LearnedSlots",
     "MLPDecoder",
     "MapOverTime",
+    "PatchPosition",
     "ScanOverTime",
     "SlotAttention",
     "SlotAttentionOutput",
@@ -46,5 +48,6 @@ __all__ = [
     "coordinate_grid",
     "first_frame_hints",
     "init_fan_in_",
+    "init_soft_kmeans_",
     "load_backbone",
 ]

@@ -149,6 +149,12 @@ class FrozenBackbone(nn.Module, ABC):
             )
         return BackboneOutput(features, grid)
 
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        """Channels of each layer of `layer`, in the order in which they come out; they add up to `dim`."""
+        count = self.layer.count("+") + 1
+        return (self.dim // count,) * count if self.dim % count == 0 else (self.dim,)
+
     def renormalize(self, frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Bring frames that were normalised otherwise to this backbone's normalisation.
 

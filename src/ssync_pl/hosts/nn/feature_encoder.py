@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn.backbones import FrozenBackbone, Weights, load_backbone
 from ssync_pl.hosts.nn.mlp import MLP
+from ssync_pl.hosts.nn.position import PatchPosition
 
 __all__ = ["FeatureEncoder", "build_feature_encoder"]
 
@@ -28,6 +29,8 @@ class FeatureEncoder(nn.Module):
         grid: rows and columns of the patches.
         slot_dim: channels C after the projection.
         hidden: hidden size of the projection, a normalised two-layer MLP; 0 for no projection, with C = D.
+        position: scale of a learned position embedding that is added inside the projection, before its ReLU; 0 for
+            none, without a parameter.
 
     Attributes:
         frame_mean: per-channel mean that frames are normalised with; None is the backbone's own.
@@ -50,12 +53,18 @@ class FeatureEncoder(nn.Module):
         grid: tuple[int, int],
         slot_dim: int,
         hidden: int,
+        position: float = 0.0,
     ) -> None:
         super().__init__()
         if feature_dim < 1 or similarity_dim < 0 or hidden < 0 or len(grid) != 2 or min(grid) < 1:
             raise ConfigError(
                 "Expected `feature_dim` to be at least 1, `similarity_dim` and `encoder_hidden` to be at least 0, and "
                 f"`grid` to be rows and columns, but got {feature_dim}, {similarity_dim}, {hidden} and {grid}."
+            )
+        if position < 0 or (position > 0 and hidden == 0):
+            raise ConfigError(
+                "Expected argument `encoder_position` to be at least 0, and above 0 only with `encoder_hidden` above "
+                f"0, inside which positions are added, but got {position} and {hidden}. Try 0.5 and 128."
             )
         if backbone is not None and backbone.dim != feature_dim + similarity_dim:
             raise ConfigError(
@@ -70,6 +79,7 @@ class FeatureEncoder(nn.Module):
         self.frame_std: Sequence[float] | None = None
         self.backbone = backbone
         self.output_transform = MLP(feature_dim, [hidden], slot_dim, layer_norm=True) if hidden else None
+        self.position = PatchPosition(self.grid, hidden, position) if position else None
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Encode frames, or project features that are there already.
@@ -98,10 +108,16 @@ class FeatureEncoder(nn.Module):
             )
         main = raw[..., : self.feature_dim]
         return {
-            "features": main if self.output_transform is None else self.output_transform(main),
+            "features": self._project(main),
             "backbone_features": main,
             "similarity_features": raw[..., self.feature_dim :] if self.similarity_dim else main,
         }
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self.output_transform is None:
+            return features
+        shift = None if self.position is None else self.position()
+        return torch.as_tensor(self.output_transform(features, shift))
 
     def _extract(self, frames: Tensor) -> Tensor:
         if self.backbone is None:
@@ -131,6 +147,7 @@ def build_feature_encoder(
     grid: tuple[int, int],
     slot_dim: int,
     hidden: int | None,
+    position: float = 0.0,
 ) -> FeatureEncoder:
     """Build an encoder from a host's options.
 
@@ -145,6 +162,7 @@ def build_feature_encoder(
         grid: rows and columns of the patches.
         slot_dim: size of a slot.
         hidden: hidden size of the projection; None for twice the features' channels, 0 for none.
+        position: scale of the position embedding inside the projection; 0 for none.
 
     Returns:
         The encoder.
@@ -173,7 +191,7 @@ def build_feature_encoder(
         layers = layer if similarity_layer is None else f"{layer}+{similarity_layer}"
         # A file and the name of weights exclude each other.
         network = load_backbone(backbone, layers, None if checkpoint is not None else weights, checkpoint)
-        sizes = _layer_dims(network)
+        sizes = network.layer_dims
         count = len(sizes) if similarity_layer is None or layer is None else len(layer.split("+"))
         feature_dim, similarity_dim = sum(sizes[:count]), sum(sizes[count:])
     elif feature_dim is None:
@@ -188,13 +206,4 @@ def build_feature_encoder(
             "`similarity_dim` where it holds further channels."
         )
     hidden = 2 * feature_dim if hidden is None else hidden
-    return FeatureEncoder(network, feature_dim, similarity_dim or 0, grid, slot_dim, hidden)
-
-
-def _layer_dims(backbone: FrozenBackbone) -> list[int]:
-    from ssync_pl.hosts.nn.timm_backbones import TimmConvNet
-
-    if isinstance(backbone, TimmConvNet):
-        return [backbone.channels[number] for number in backbone.order]
-    parts = backbone.layer.split("+")
-    return [backbone.dim // len(parts)] * len(parts)
+    return FeatureEncoder(network, feature_dim, similarity_dim or 0, grid, slot_dim, hidden, position)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.nn.patch_mixture import PatchMLP, linear_layers, mix_patches
 from ssync_pl.hosts.nn.weights import init_fan_in_
 
 __all__ = ["FeatureMixture", "RelativeMixtureDecoder"]
@@ -46,6 +47,9 @@ class RelativeMixtureDecoder(nn.Module):
         hidden: output channels of the MLP's hidden layers.
         init: `"default"` is PyTorch's initialisation; `"fan_in"` keeps the signal's variance from layer to layer, with
             which small models learn objects sooner.
+        memory_efficient: make activations in chunks, and keep fewer for the backward pass: the same result and
+            gradients in less memory, see `mix_patches`. Where modules of the MLP have hooks or were replaced, and under
+            `torch.compile`, all are made at once.
 
     Raises:
         ConfigError: a size is out of range, or `init` is unknown.
@@ -66,8 +70,10 @@ class RelativeMixtureDecoder(nn.Module):
         feature_dim: int = 768,
         hidden: Sequence[int] = (1024, 1024, 1024, 1024),
         init: Literal["default", "fan_in"] = "default",
+        memory_efficient: bool = True,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         if init not in ("default", "fan_in"):
             raise ConfigError(f"Expected argument `init` to be 'default' or 'fan_in', but got {init!r}. Choose one.")
         if not hidden or min(patches, slot_dim, feature_dim, *hidden) < 1:
@@ -107,6 +113,9 @@ class RelativeMixtureDecoder(nn.Module):
                 "Expected arguments `slots`, `positions` and `valid` to be (B, P, S, D), (B, P, S, N, 2) and "
                 f"(B, P, S), but got {tuple(slots.shape)}, {tuple(positions.shape)} and {tuple(valid.shape)}."
             )
+        layers = self._layers()
+        if layers is not None:
+            return self._mix(slots, positions, valid, layers)
         width = self.first.weight
         place = F.linear(self.place + self.from_position.bias, width)
         offset = F.linear(positions, width @ self.from_position.weight)
@@ -115,3 +124,32 @@ class RelativeMixtureDecoder(nn.Module):
         masks = mask_logits.masked_fill(~valid.unsqueeze(-1), float("-inf")).softmax(dim=2)
         mixed = torch.einsum("bpsnh,bpsn->bpnh", hidden, masks.to(hidden.dtype))
         return FeatureMixture(self.to_features(mixed), mask_logits)
+
+    def _layers(self) -> list[nn.Linear] | None:
+        """Hidden layers but the first if weights will do, None if the modules have to run."""
+        if not self.memory_efficient or linear_layers([self.from_position]) is None:
+            return None
+        ends = [linear_layers([layer]) for layer in (self.first, self.to_features, self.to_alpha)]
+        return None if None in ends else linear_layers(list(self.mlp)[1:], within=[self.mlp])
+
+    def _mix(self, slots: Tensor, positions: Tensor, valid: Tensor, layers: list[nn.Linear]) -> FeatureMixture:
+        videos = slots.shape[:2]
+        with torch.autocast(slots.device.type, enabled=False):
+            width = self.first.weight
+            slots, positions = slots.to(width.dtype), positions.to(width.dtype)
+            share = self.first(slots)
+            places = F.linear(self.place + self.from_position.bias, width)
+            from_position = width @ self.from_position.weight
+        mlp = PatchMLP(
+            hidden=[(layer.weight, layer.bias) for layer in layers],
+            features=(self.to_features.weight, self.to_features.bias),
+            alpha=(self.to_alpha.weight[0], self.to_alpha.bias[0]),
+        )
+        reconstruction, mask_logits = mix_patches(
+            share.flatten(0, 1),
+            places,
+            mlp,
+            offsets=(positions.flatten(0, 1), from_position),
+            valid=valid.flatten(0, 1),
+        )
+        return FeatureMixture(reconstruction.unflatten(0, videos), mask_logits.unflatten(0, videos).float())

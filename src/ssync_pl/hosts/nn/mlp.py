@@ -52,14 +52,22 @@ class MLP(nn.Module):
                 layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, shift: Tensor | None = None) -> Tensor:
         """Transform the last axis.
 
         Args:
             inputs: `(..., input_dim)`.
+            shift: added behind the first linear layer, before its ReLU; broadcasts to `(..., hidden[0])`.
 
         Returns:
             `(..., output_dim)`.
         """
-        outputs = torch.as_tensor(self.layers(inputs))
+        if shift is None:
+            outputs = torch.as_tensor(self.layers(inputs))
+        else:
+            outputs = inputs
+            for layer in self.layers:
+                outputs = layer(outputs)
+                if shift is not None and isinstance(layer, nn.Linear):
+                    outputs, shift = outputs + shift, None
         return inputs + outputs if self.residual else outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ssync_pl.errors import ConfigError
 from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.hosts.nn.mlp import MLP
+from ssync_pl.hosts.nn.patch_mixture import PatchMLP, linear_layers, mix_patches
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 
 __all__ = ["MLPDecoder", "SlotMixerDecoder"]
@@ -20,11 +22,17 @@ class MLPDecoder(nn.Module):
 
     The MLP's last channel is the mask logit. Parameters have the public checkpoints' names and shapes.
 
+    The plain layout makes C channels for all M * S * N pairs of slot and patch, keeps the activations of all layers for
+    the backward pass, and mixes at the end. `memory_efficient` gives the same result and gradients with less of both,
+    see `mix_patches`. The plain layout is taken where modules of the MLP have hooks or were replaced, and under
+    `torch.compile`.
+
     Args:
         slot_dim: size D of a slot.
         output_dim: channels C of a reconstructed patch.
         hidden: hidden sizes of the MLP.
         patches: number N of patches.
+        memory_efficient: mix hidden activations, in chunks, instead of reconstructions.
 
     Raises:
         ConfigError: A size is below 1 or there is no hidden layer.
@@ -35,9 +43,14 @@ class MLPDecoder(nn.Module):
         {'reconstruction': (2, 9, 24), 'masks': (2, 5, 9), 'dots': (2, 5, 9)}
     """
 
-    def __init__(self, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int) -> None:
+    returns_logits: ClassVar[bool] = True  # as `dots`, so that nobody needs to listen to the MLP
+
+    def __init__(
+        self, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int, memory_efficient: bool = True
+    ) -> None:
         super().__init__()
         _check_sizes(hidden, patches)
+        self.memory_efficient = memory_efficient
         self.mlp = MLP(slot_dim, hidden, output_dim + 1)
         self.pos_emb = nn.Parameter(torch.randn(1, 1, patches, slot_dim) * slot_dim**-0.5)
 
@@ -51,11 +64,34 @@ class MLPDecoder(nn.Module):
             `reconstruction` `(M, N, C)`; `dots` `(M, S, N)`, the mask logits in at least float32; `masks`, their
             softmax over slots.
         """
+        layers = self._layers()
+        if layers is not None:
+            mixed, dots = self._mix(slots, layers)
+            return {"reconstruction": mixed, "masks": dots.softmax(dim=1), "dots": dots}
         decoded = self.mlp(slots.unsqueeze(2) + self.pos_emb)
         dots = decoded[..., -1].to(compute_dtype(decoded.dtype))
         masks = dots.softmax(dim=1)
         mixed = (decoded[..., :-1] * masks.unsqueeze(-1).to(decoded.dtype)).sum(dim=1)
         return {"reconstruction": mixed, "masks": masks, "dots": dots}
+
+    def _layers(self) -> list[nn.Linear] | None:
+        """Linear layers of the MLP if their weights will do, None if the modules have to run."""
+        if not self.memory_efficient or type(self.mlp) is not MLP:
+            return None
+        return linear_layers(self.mlp.layers, within=[self.mlp, self.mlp.layers])
+
+    def _mix(self, slots: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+        first, last = layers[0], layers[-1]
+        with torch.autocast(slots.device.type, enabled=False):
+            slots = slots.to(first.weight.dtype)
+            share = nn.functional.linear(slots, first.weight, first.bias)
+            places = nn.functional.linear(self.pos_emb[0, 0], first.weight)
+        mlp = PatchMLP(
+            hidden=[(layer.weight, layer.bias) for layer in layers[1:-1]],
+            features=(last.weight[:-1], last.bias[:-1]),
+            alpha=(last.weight[-1], last.bias[-1]),
+        )
+        return mix_patches(share, places, mlp)
 
 
 class SlotMixerDecoder(nn.Module):

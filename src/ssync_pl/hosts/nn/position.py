@@ -1,6 +1,8 @@
-"""Position embeddings that are added to feature maps."""
+"""Position embeddings that are added to feature maps or patches."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from einops import rearrange
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError
 
-__all__ = ["SoftPositionEmbedding", "coordinate_grid"]
+__all__ = ["PatchPosition", "SoftPositionEmbedding", "coordinate_grid"]
 
 
 def coordinate_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
@@ -68,3 +70,44 @@ class SoftPositionEmbedding(nn.Module):
         grid = coordinate_grid(features.shape[-2], features.shape[-1], device=features.device)
         embedding = self.projection(grid.to(self.projection.weight.dtype))
         return features + self.scale * rearrange(embedding, "h w c -> c h w")
+
+
+class PatchPosition(nn.Module):
+    """A learned linear map of where each patch lies, without bias.
+
+    Rows and columns run over [-1, 1] times `sqrt(3)`, so that each has about variance 1, and the weights start
+    Gaussian with variance 1 over the number of coordinates: the embedding starts with about variance `scale ** 2` a
+    channel, whatever the grid.
+
+    Args:
+        grid: rows and columns of the patches.
+        dim: channels of the embedding.
+        scale: factor on the embedding, above 0.
+
+    Raises:
+        ConfigError: `scale` is not above 0.
+
+    Example:
+        >>> PatchPosition((2, 3), 16, scale=0.5)().shape
+        torch.Size([6, 16])
+    """
+
+    coordinates: Tensor
+
+    def __init__(self, grid: tuple[int, int], dim: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ConfigError(f"Expected argument `scale` to be above 0, but got {scale}. Use 0.5.")
+        axes = [torch.linspace(-1.0, 1.0, size) for size in grid]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * math.sqrt(3.0)
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(dim, coordinates.shape[-1]) * coordinates.shape[-1] ** -0.5)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Embed the places of the patches.
+
+        Returns:
+            `(N, dim)`, patches row by row.
+        """
+        return self.scale * nn.functional.linear(self.coordinates, self.weight)

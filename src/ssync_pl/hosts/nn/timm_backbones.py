@@ -155,6 +155,11 @@ class TimmConvNet(FrozenBackbone):
         self.channels = channels
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        """Channels of each stage, in the order in which they come out."""
+        return tuple(self.channels[number] for number in self.order)
+
     def grid_for(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the finest stage.
 
