@@ -39,7 +39,8 @@ class VideosaurAdapter(HostAdapter):
     The corrector runs once a frame and projects with ``to_k`` once and ``to_q`` in each iteration; its logits are the
     last query · key · ``scale``, computed again from the host's own projections (or read, where a fork returns them as
     ``dots``). Decoders: an ``mlp`` whose last channel is alpha; a slot mixer with ``to_q``, ``to_k`` and ``scale``; a
-    spatial broadcast decoder whose ``output_transform`` ends in alpha. Image models give T = 1.
+    spatial broadcast decoder whose ``output_transform`` ends in alpha; any whose ``returns_logits`` is true, which
+    returns its mask logits as ``dots``. Image models give T = 1.
 
     Args:
         grid: ``(H, W)`` patches of the slot attention. None takes the host's own ``grid`` where it states one, or it
@@ -114,6 +115,9 @@ class VideosaurAdapter(HostAdapter):
             capture.watch("decoder.to_q", decoder.to_q, take_projection)
             product = _Product(capture, "bnd,bsd->bns", "decoder.to_q", "decoder.to_k", transpose=True)
             capture.watch("decoder", decoder, product)
+        elif getattr(decoder, "returns_logits", False):
+            # Such a decoder may compute its layers in an order of its own, without calling its `mlp`.
+            capture.watch("decoder", decoder, _Returned())
         else:
             path, channel = ("mlp", -1) if _has(decoder, "mlp") else ("output_transform", -3)
             capture.watch(f"decoder.{path}", submodule(decoder, path), _LastChannel(channel))
@@ -229,6 +233,20 @@ class _Product:
         key: Projection = self.capture[self.key][-1]
         with query.precision():
             return torch.einsum(self.equation, query.value, key.value) * module.scale
+
+
+class _Returned:
+    """Logits that a decoder returns as ``dots`` beside its masks."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Map:
+        masks = _masks(module, output)
+        logits = output.get("dots")
+        if not isinstance(logits, Tensor):
+            raise HostError(
+                f"Expected {type(module).__name__} to return a dict with a tensor 'dots', as its "
+                f"`returns_logits` says, but got keys {', '.join(map(str, output))}."
+            )
+        return _Map(_like(logits, masks, module), masks)
 
 
 class _LastChannel:
