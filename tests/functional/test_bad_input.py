@@ -11,6 +11,7 @@ from ssync_pl.errors import ShapeError, SSyncError
 from ssync_pl.functional import ssync_loss
 from ssync_pl.maps import SSyncMaps
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 QUIET = {"deadline": None, "derandomize": True}
 REFUSED = (SSyncError, ValueError, TypeError)
 

@@ -12,6 +12,7 @@ from ssync_naive import naive_ssync
 from ssync_pl.functional import ssync_loss
 from ssync_pl.maps import SSyncMaps
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = (
     "chain_transitive",

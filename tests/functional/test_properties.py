@@ -13,6 +13,7 @@ from ssync_pl.errors import SSyncError
 from ssync_pl.functional import ssync_loss
 from ssync_pl.maps import SSyncMaps
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 QUIET = {"deadline": None, "derandomize": True}
 REFUSED = (SSyncError, ValueError, TypeError)
 

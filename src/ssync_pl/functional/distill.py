@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["LossKind", "brier_per_patch", "cross_entropy_per_patch", "selected_mean"]
+__all__ = ["LossKind", "brier_per_patch", "cross_entropy_per_patch", "mean_over_ranks", "selected_mean"]
 
 LossKind = Literal["brier", "ce"]
 
@@ -68,3 +68,24 @@ def selected_mean(per_patch: Tensor, selected: Tensor, entries: Tensor) -> Tenso
     # A product and not a choice: NaN in a host's map has to surface in the loss, never to be hidden by the selection.
     # Counts averaged over ranks can lie between 0 and 1, so that clamping them to 1 would shrink the loss.
     return (per_patch * selected).sum() / torch.where(entries > 0, entries, 1.0)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average a tensor over the processes of a distributed training; alone, it is returned as it is.
+
+    Args:
+        value: Any shape, the same on every rank. No gradient flows through the average.
+
+    Returns:
+        The mean, on the tensor's device.
+
+    Example:
+        >>> mean_over_ranks(torch.tensor(2.0))
+        tensor(2.)
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -9,10 +9,20 @@ from torch import Tensor
 
 from ssync_pl.functional.labels import compute_dtype
 
-__all__ = ["MergeResult", "connected_components", "merge_slots", "relabel", "slot_coverage", "temporal_slot_iou"]
+__all__ = [
+    "MergeResult",
+    "component_winners",
+    "connected_components",
+    "merge_slots",
+    "relabel",
+    "slot_coverage",
+    "temporal_slot_iou",
+]
 
 # The reference adds this to each area, so that two slots that cover nothing have an overlap of 0, not 0 / 0.
 _AREA_EPSILON = 1e-6
+# Numbers of paths stay finite: 128 ** 128 < 2 ** 1023.
+_MOST_IN_FLOAT64 = 128
 
 
 class MergeResult(NamedTuple):
@@ -69,7 +79,7 @@ def temporal_slot_iou(coverage: Tensor, dtype: torch.dtype = torch.float32) -> T
     """Intersection over union of every two slots' coverage, averaged over frames.
 
     Args:
-        coverage: ``(B, T, S, N)`` bool.
+        coverage: ``(B, T, S, N)`` bool, or 0 and 1 in ``dtype``.
         dtype: Precision of the result.
 
     Returns:
@@ -81,8 +91,8 @@ def temporal_slot_iou(coverage: Tensor, dtype: torch.dtype = torch.float32) -> T
 
     Source: SSync (arXiv 2606.15527), temporal consistency of transitive merging.
     """
-    mask = coverage.to(dtype)
-    intersection = mask @ mask.transpose(-1, -2)
+    mask = coverage.to(dtype).flatten(0, 1)
+    intersection = torch.bmm(mask, mask.mT).unflatten(0, coverage.shape[:2])
     area = intersection.diagonal(dim1=-2, dim2=-1) + _AREA_EPSILON
     union = area.unsqueeze(-1) + area.unsqueeze(-2) - intersection
     return (intersection / union).mean(dim=1)
@@ -103,10 +113,15 @@ def connected_components(adjacency: Tensor) -> Tensor:
         True
     """
     size = adjacency.shape[-1]
-    reach = (adjacency | torch.eye(size, dtype=torch.bool, device=adjacency.device)).float()
+    # Numbers of paths of up to as many links; on CPUs they need not be cut to 1 on the way.
+    uncut = size <= _MOST_IN_FLOAT64 and adjacency.device.type == "cpu"
+    paths = adjacency.to(torch.float64 if uncut else torch.float32)
+    paths.diagonal(dim1=1, dim2=2).fill_(1.0)
     for _ in range(max(size - 1, 1).bit_length()):
-        reach = ((reach @ reach) > 0.5).float()
-    return reach > 0.5
+        paths = torch.bmm(paths, paths)
+        if not uncut:
+            paths = (paths > 0.5).to(paths.dtype)
+    return paths > 0.5
 
 
 def merge_slots(
@@ -140,11 +155,32 @@ def merge_slots(
     Source: SSync (arXiv 2606.15527), transitive pseudo-label merging.
     """
     iou = temporal_slot_iou(slot_coverage(logits, slot_valid, patch_valid), compute_dtype(logits.dtype))
-    component = connected_components(iou > merge_threshold)
-    score = torch.where(component, areas.unsqueeze(1), -1)
-    winners = score.max(dim=2).indices
+    winners = component_winners(iou, areas, merge_threshold)
     slots = torch.arange(winners.shape[1], device=winners.device)
     return MergeResult(winners, (winners != slots).sum(dim=1), iou)
+
+
+def component_winners(slot_iou: Tensor, areas: Tensor, merge_threshold: float) -> Tensor:
+    """For each slot the largest one that it is linked to, directly or over others.
+
+    Args:
+        slot_iou: ``(B, S, S)`` overlaps in [0, 1].
+        areas: ``(B, S)`` number of patches that each slot wins in the clip.
+        merge_threshold: Overlap above which two slots are linked, strict.
+
+    Returns:
+        ``(B, S)`` int64 slots; the lowest index where areas tie.
+
+    Example:
+        >>> overlap = torch.tensor([[[1.0, 0.8, 0.1], [0.8, 1.0, 0.1], [0.1, 0.1, 1.0]]])
+        >>> component_winners(overlap, torch.tensor([[1, 3, 5]]), 0.7)
+        tensor([[1, 1, 2]])
+
+    Source: SSync (arXiv 2606.15527), transitive pseudo-label merging.
+    """
+    component = connected_components(slot_iou > merge_threshold)
+    score = torch.where(component, areas.unsqueeze(1), -1)
+    return score.max(dim=2).indices
 
 
 def relabel(labels: Tensor, winners: Tensor) -> Tensor:

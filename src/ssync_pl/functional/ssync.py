@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional.distill import LossKind, brier_per_patch, cross_entropy_per_patch, selected_mean
+from ssync_pl.functional.compiled import compiled_block
+from ssync_pl.functional.direct import direct_block
+from ssync_pl.functional.distill import (
+    LossKind,
+    brier_per_patch,
+    cross_entropy_per_patch,
+    mean_over_ranks,
+    selected_mean,
+)
 from ssync_pl.functional.labels import (
     compute_dtype,
     hard_labels,
@@ -18,15 +30,22 @@ from ssync_pl.functional.labels import (
     slot_probabilities,
 )
 from ssync_pl.functional.merging import MergeResult, merge_slots, relabel
+from ssync_pl.functional.parts import BlockParts
 from ssync_pl.functional.regions import (
     NUM_NEIGHBOURS,
     boundary_region,
     count_differing_neighbours,
     interior_region,
 )
+from ssync_pl.kernels import fused_available, fused_block
 from ssync_pl.maps import SSyncMaps
 
-__all__ = ["SSyncOutput", "check_options", "mean_over_ranks", "ssync_loss"]
+__all__ = ["BlockPath", "SSyncOutput", "check_options", "mean_over_ranks", "ssync_loss"]
+
+# Private in every release so far; without it transforms raise an error of PyTorch's, and the plain path still serves.
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+BlockPath = Literal["auto", "plain", "direct", "compiled", "fused"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +157,7 @@ def ssync_loss(
     interior_weight: float = 1.0,
     sync_counts: bool = False,
     check_finite: bool = True,
+    path: BlockPath = "auto",
 ) -> SSyncOutput:
     """Both losses of SSync, with everything that a log or a picture needs.
 
@@ -161,12 +181,16 @@ def ssync_loss(
             equal those of one process on the joined batch.
         check_finite: Refuse NaN maps where that costs no synchronisation: on CPU, outside of compiled graphs. Elsewhere
             NaN reaches the losses.
+        path: How it is computed; the results are the same. ``"fused"``: GPU kernels. ``"direct"``: gradients formed
+            beside the losses. ``"compiled"``: the same with steps fused by `torch.compile`, which takes up to a minute
+            for each new shape; never taken by itself. ``"plain"``: autograd over the steps, for every option and higher
+            derivatives. ``"auto"`` takes the first of fused, direct and plain that serves these maps and options.
 
     Returns:
         Losses, merged labels, regions, winners and statistics. An empty selection gives a loss of 0 with zero gradient.
 
     Raises:
-        ConfigError: An option is out of range.
+        ConfigError: An option is out of range, or the path cannot serve these maps and options.
         ShapeError: A map on CPU holds NaN.
 
     Example:
@@ -187,16 +211,126 @@ def ssync_loss(
         if not 0.0 <= weight < float("inf"):
             raise ConfigError(f"Expected argument `{name}` to be finite and at least 0, but got {weight}.")
     with torch.autocast(device_type=maps.attention.device.type, enabled=False):
+        merge = _resolve_merge(maps, merge)
+        fast = _fast_path(maps, path, temperature, loss)
+        if fast is not None:
+            parts = fast(
+                maps.attention_logits,
+                maps.mask_logits,
+                maps.grid,
+                merge_threshold=merge_threshold if merge else None,
+                n_bd=n_bd,
+                n_nbd=n_nbd,
+                n_noise=n_noise,
+                sync_counts=sync_counts,
+            )
+            if not (check_finite and _is_nan(parts)):
+                return _output_of(parts, maps, (boundary_weight, interior_weight))
         return _ssync(
             maps,
             merge_threshold=merge_threshold,
             regions=(n_bd, n_nbd, n_noise),
             temperature=temperature,
             loss=loss,
-            merge=_resolve_merge(maps, merge),
+            merge=merge,
             weights=(boundary_weight, interior_weight),
             sync_counts=sync_counts,
             check_finite=check_finite,
+        )
+
+
+def _fast_path(maps: SSyncMaps, path: str, temperature: float, loss: str) -> Callable[..., BlockParts] | None:
+    """The function that serves these maps, or None for the plain path."""
+    if path not in get_args(BlockPath):
+        raise ConfigError(
+            f"Expected argument `path` to be one of {get_args(BlockPath)}, but got {path!r}. Leave it out."
+        )
+    if path == "plain":
+        return None
+    d, a = maps.attention_logits, maps.mask_logits
+    extras = (maps.attention_probs, maps.mask_probs, maps.slot_valid, maps.patch_valid, maps.frame_index)
+    served = (
+        d is not None
+        and a is not None
+        and all(extra is None for extra in extras)
+        and temperature == 1.0
+        and loss == "brier"
+        and _is_ordinary(d, a)
+    )
+    if served and path in ("auto", "fused") and fused_available(d, a):  # type: ignore[arg-type]
+        return fused_block
+    if served and path != "fused":
+        return compiled_block if path == "compiled" else direct_block
+    if path == "auto":
+        return None
+    raise ConfigError(
+        f"Expected maps and options that the path '{path}' serves (logits on both sides, every slot and patch valid, "
+        "loss 'brier', temperature 1; for 'fused' also a CUDA device with Triton and at most 64 slots), but they are "
+        "others. Use path='auto'."
+    )
+
+
+def _is_ordinary(d: Tensor, a: Tensor) -> bool:
+    """Whether these are values to compute with now, one backward pass at most behind them."""
+    return (
+        # Compiled graphs fuse the plain path by themselves; subclasses stand for traced or sharded values.
+        not torch.compiler.is_compiling()
+        and type(d.detach()) is Tensor
+        and type(a.detach()) is Tensor
+        and d.device.type in ("cpu", "cuda")
+        and d.device == a.device
+        and compute_dtype(d.dtype) == compute_dtype(a.dtype)
+        # Transforms of functions and forward derivatives look through every step.
+        and not _are_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_nan(parts: BlockParts) -> bool:
+    """Whether a map holds NaN, where it costs nothing to ask: a NaN anywhere reaches a loss."""
+    if parts.boundary_loss.device.type != "cpu":
+        return False
+    return math.isnan(parts.boundary_loss.item() + parts.interior_loss.item())
+
+
+def _output_of(parts: BlockParts, maps: SSyncMaps, weights: tuple[float, float]) -> SSyncOutput:
+    batch, frames, slots, patches = maps.shape
+    height, width = maps.grid  # type: ignore[misc]
+    volume = (batch, frames, height, width)
+    total = float(batch * frames * patches)
+    dtype = parts.boundary_loss.dtype
+    boundary, interior = parts.boundary_loss, parts.interior_loss
+    loss = boundary + interior if weights == (1.0, 1.0) else weights[0] * boundary + weights[1] * interior
+    with torch.no_grad():
+        counts = parts.counts
+        if counts is None:
+            both, agree = parts.boundary & parts.interior, parts.encoder_labels == parts.decoder_labels
+            counts = torch.stack([parts.boundary.sum(), parts.interior.sum(), both.sum(), agree.sum()])
+        counts = counts.to(dtype)
+        boundary_count, interior_count, _, _ = counts.unbind()
+        boundary_share, interior_share, both_share, agreement = (counts / total).unbind()
+        winners = parts.winners.long()
+        return SSyncOutput(
+            loss=loss,
+            boundary_loss=parts.boundary_loss,
+            interior_loss=parts.interior_loss,
+            encoder_labels=parts.encoder_labels.long().view(volume),
+            decoder_labels=parts.decoder_labels.long().view(volume),
+            raw_encoder_labels=parts.raw_encoder_labels.long().view(volume),
+            raw_decoder_labels=parts.raw_decoder_labels.long().view(volume),
+            boundary=parts.boundary.view(volume),
+            interior=parts.interior.view(volume),
+            winners=winners,
+            merged_slots=(winners != torch.arange(slots, device=winners.device)).sum(1),
+            slot_iou=parts.slot_iou,
+            boundary_count=boundary_count,
+            interior_count=interior_count,
+            boundary_fraction=boundary_share,
+            interior_fraction=interior_share,
+            overlap_fraction=both_share,
+            agreement=agreement,
+            used_encoder_slots=(parts.encoder_areas > 0).sum(1).to(dtype),
+            used_decoder_slots=(parts.decoder_areas > 0).sum(1).to(dtype),
         )
 
 
@@ -251,8 +385,13 @@ def _ssync(
         if valid is not None:
             boundary, interior = boundary & valid, interior & valid
 
-    boundary_loss = _direction(masks, q, e, boundary.flatten(2), temperature, loss, sync_counts)
-    interior_loss = _direction(attention, p, d, interior.flatten(2), temperature, loss, sync_counts)
+        entries = torch.stack([_entries(region.flatten(2), maps, loss, p.dtype) for region in (boundary, interior)])
+        if sync_counts:
+            # Gradients are averaged over ranks afterwards, hence the mean and not the sum.
+            entries = mean_over_ranks(entries)
+
+    boundary_loss = _direction(masks, q, e, boundary.flatten(2), temperature, loss, entries[0])
+    interior_loss = _direction(attention, p, d, interior.flatten(2), temperature, loss, entries[1])
 
     with torch.no_grad():
         total = float(e.numel()) if valid is None else valid.sum().clamp_min(1).to(p.dtype)
@@ -307,6 +446,15 @@ class _Side:
         return slot_log_probabilities(None, self.probs, 1.0, self.slot_valid, self.patch_valid)
 
 
+def _entries(selected: Tensor, maps: SSyncMaps, loss: LossKind, dtype: torch.dtype) -> Tensor:
+    """Number of terms of a mean: one a patch in cross-entropy, one for each slot of a patch in the Brier score."""
+    if loss == "ce":
+        return selected.sum().to(dtype)
+    if maps.slot_valid is None:
+        return selected.sum().to(dtype) * maps.shape[2]
+    return (selected.sum((1, 2)) * maps.slot_valid.sum(1)).sum().to(dtype)
+
+
 def _direction(
     student: _Side,
     probs: Tensor,
@@ -314,44 +462,13 @@ def _direction(
     selected: Tensor,
     temperature: float,
     loss: LossKind,
-    sync_counts: bool,
+    entries: Tensor,
 ) -> Tensor:
     if loss == "ce":
         per_patch = cross_entropy_per_patch(student.log_probabilities(temperature), teacher)
-        # Cross-entropy has one term a patch, the Brier score one for each slot.
-        entries = selected.sum().to(probs.dtype)
     else:
-        tempered = probs if temperature == 1.0 else student.probabilities(temperature)
-        per_patch = brier_per_patch(tempered, teacher)
-        if student.slot_valid is None:
-            entries = selected.sum().to(probs.dtype) * probs.shape[2]
-        else:
-            entries = (selected.sum((1, 2)) * student.slot_valid.sum(1)).sum().to(probs.dtype)
-    if sync_counts:
-        # Gradients are averaged over ranks afterwards, hence the mean and not the sum.
-        entries = mean_over_ranks(entries)
+        per_patch = brier_per_patch(probs if temperature == 1.0 else student.probabilities(temperature), teacher)
     return selected_mean(per_patch, selected, entries)
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Average a tensor over the processes of a distributed training; alone, it is returned as it is.
-
-    Args:
-        value: Any shape, the same on every rank. No gradient flows through the average.
-
-    Returns:
-        The mean, on the tensor's device.
-
-    Example:
-        >>> mean_over_ranks(torch.tensor(2.0))
-        tensor(2.)
-    """
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _refuse_nan(maps: SSyncMaps, p: Tensor, q: Tensor) -> None:
