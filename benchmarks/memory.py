@@ -12,8 +12,8 @@ beside weights and input. It is measured for each of ``--batches``, and grows by
 which the largest batch that fits in a memory follows. On CUDA that batch is tried out: the process is given that much
 memory, and batches grow until one runs out of it.
 
-Times are of both layouts in turns. Results: ``memory_<device>.csv`` (a row for each subject, layout and batch),
-``memory_batches_<device>.csv`` (largest batches) and ``memory_<device>.png``.
+Times are of both layouts in turns, and of ``--timed`` subjects only. Results: ``memory_<device>.csv`` (a row for each
+subject, layout and batch), ``memory_batches_<device>.csv`` (largest batches) and ``memory_<device>.png``.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def measure(subject: str, options: argparse.Namespace, tick: Callable[[], Any]) 
             peaks[layout] = peak_bytes(step, device)
             models[layout].zero_grad(set_to_none=True)
             tick()
-        times = interleaved(steps, options.rounds, tick=tick, device=device) if options.rounds else {}
+        times = interleaved(steps, options.rounds, tick=tick, device=device) if subject in options.timed else {}
         for layout in steps:
             row: dict[str, Any] = {"subject": subject, "layout": layout, "batch": batch}
             row |= {"peak_mib": round(peaks[layout] / 2**20, 2)}
@@ -231,7 +231,7 @@ def draw(rows: list[dict[str, Any]], batches: list[dict[str, Any]], path: Path, 
     import matplotlib.pyplot as plt
 
     colors = {"plain": "tab:gray", "memory_efficient": "tab:blue"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
     batch = max(row["batch"] for row in rows)
     shown = [(plain, other) for plain, other in _pairs(rows) if plain["batch"] == batch]
     for offset, layout in ((-0.2, "plain"), (0.2, "memory_efficient")):
@@ -242,7 +242,8 @@ def draw(rows: list[dict[str, Any]], batches: list[dict[str, Any]], path: Path, 
     left.set_xticks(range(len(shown)), [plain["subject"] for plain, _ in shown])
     left.set_ylabel("peak of forward and backward [MiB]")
     left.set_title(f"batch of {batch}")
-    left.legend(frameon=False)
+    left.margins(y=0.25)
+    left.legend(frameon=False, loc="upper right", ncols=2)
     for subject, style in zip(dict.fromkeys(row["subject"] for row in batches), ("-", "--", ":"), strict=False):
         for layout, color in colors.items():
             own = [row for row in batches if (row["subject"], row["layout"]) == (subject, layout)]
@@ -256,7 +257,7 @@ def draw(rows: list[dict[str, Any]], batches: list[dict[str, Any]], path: Path, 
     right.minorticks_off()
     right.set_xlabel("memory [GiB]")
     right.set_ylabel("largest batch [clips]")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +271,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2], help="measured batches, in clips")
     parser.add_argument("--memory", nargs="+", type=float, default=[8, 16, 24, 40, 80], help="memories in GiB")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each layout; 0 for none")
+    parser.add_argument("--timed", nargs="*", default=["decoder"], choices=SUBJECTS, help="subjects to time as well")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each layout")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -279,7 +281,8 @@ def main(words: list[str] | None = None) -> None:
     if options.device == "cpu" and len(options.batches) < 2:
         parser.error("Expected two sizes or more for --batches, since the largest batch follows from their difference.")
     torch.set_num_threads(options.threads)
-    total = len(options.subjects) * len(options.batches) * (len(LAYOUTS) + options.rounds)
+    rounds = {subject: options.rounds * (subject in options.timed) for subject in options.subjects}
+    total = sum(len(options.batches) * (len(LAYOUTS) + rounds[subject]) for subject in options.subjects)
     with tqdm(total=total, desc="memory", unit="step") as progress:
         rows = [row for subject in options.subjects for row in measure(subject, options, progress.update)]
     batches = largest(rows, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -222,7 +223,7 @@ def test_refusals_teach():
         _host_loss(model, _video())
         with pytest.raises(ConfigError, match="the model's loss beside `relative_weight`"):
             ssync.loss()
-    with attach(model, warmup_steps=5) as ssync, pytest.raises(HostError, match="to run 'corrector'"):
+    with attach(model, warmup_steps=5) as ssync, pytest.raises(HostError, match="none was heard: 'corrector'"):
         ssync.loss()
     with attach(model, warmup_steps=0) as ssync:
         model.requires_grad_(False)
@@ -247,3 +248,71 @@ def test_no_warning_without_a_collapse():
             for _ in range(3):
                 _host_loss(model, _video())
                 ssync.loss()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_the_block_runs_and_is_not_heard(copied):
+    model = _model()
+    with attach(model, warmup_steps=0) as ssync:
+        ssync.add(model(_video()).reconstruction.square().mean())
+        twin = copied(model)
+        loss = model(_video()).reconstruction.square().mean()
+        twin(_video()[:1])  # an average of the weights, say
+        assert ssync.add(loss) > loss
+    assert ssync.maps is not None
+    assert ssync.maps.shape[0] == 2
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, {"loss": torch.ones(())}, torch.ones(2)])
+def test_a_loss_that_is_none_is_refused_in_the_warmup_already(wrong):
+    model = _model()
+    with attach(model, warmup_steps=5) as ssync:
+        model(_video())
+        with pytest.raises(ConfigError, match="Expected argument `host_loss` to be"):
+            ssync.add(wrong)
+
+
+@pytest.mark.parametrize("forget", ["eval", "no_grad", "forward"])
+def test_an_unheard_forward_pass_is_named(forget):
+    model = _model()
+    model.train(forget != "eval")
+    with attach(model, warmup_steps=0) as ssync:
+        if forget != "forward":
+            with torch.set_grad_enabled(forget != "no_grad"):
+                model(_video())
+        with pytest.raises(HostError, match=r"in training mode and with gradients, but none was heard: .*model.train"):
+            ssync.loss()
+
+
+def test_two_forward_passes_in_a_step_are_named():
+    model = _model()
+    with attach(model, warmup_steps=0) as ssync:
+        model(_video())
+        model(_video())
+        with pytest.raises(HostError, match=r"ran 2 times since the last `loss`.*discard.*paused"):
+            ssync.loss()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": SAVi}, "`model` to be a torch.nn.Module, but got SAVi"),
+        ({"model": "savi"}, "`model` to be a torch.nn.Module, but got str"),
+        ({"config": {"warmup_steps": 0}}, "`config` to be an SSyncConfig, but got dict"),
+        ({"total_steps": "100"}, "`total_steps` to be a number of at least 0, but got '100'"),
+        ({"total_steps": -5}, "`total_steps` to be a number of at least 0, but got -5"),
+        ({"attention": 3, "masks": "decoder"}, "Expected a place as 'path'"),
+        ({"attention": "softmax:a:\u00b2", "masks": "decoder"}, "Expected the axis of the softmax"),
+        ({"attention": "a", "masks": "b", "grid": ("a", "b")}, r"`grid` to be \(H, W\) patches"),
+        ({"attention": "a", "masks": "b", "grid": (-4, -6)}, r"`grid` to be \(H, W\) patches"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        attach(**{"model": nn.Identity(), "total_steps": 10, **arguments})
+
+
+@pytest.mark.parametrize("state", [None, {}, {"calls": 3}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(ConfigError, match=r"what `state_dict` of an attached SSync returned, but .*guard"):
+        attach(nn.Identity(), total_steps=10).load_state_dict(state)

@@ -45,7 +45,7 @@ def test_the_benchmark_measures_every_subject_and_draws_it(tmp_path):
     ]
     for row in rows:
         assert float(row["peak_mib"]) > 0
-        assert float(row["median_ms"]) > 0
+        assert (row["median_ms"] == "") == (row["subject"] != "decoder")
         assert row["device"]
         assert row["date"]
         assert row["torch"] == torch.__version__

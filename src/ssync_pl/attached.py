@@ -16,7 +16,7 @@ from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
 from ssync_pl.config import SSyncConfig
 from ssync_pl.engine import SSyncEngine
-from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.errors import ConfigError, HostError, ShapeError, SSyncError
 from ssync_pl.guard import GuardVerdict
 from ssync_pl.maps import SSyncMaps
 from ssync_pl.schedule import Phase
@@ -72,6 +72,7 @@ def attach(
 
     Example:
         >>> from ssync_pl.hosts import SAVi
+        >>> _ = torch.manual_seed(0)
         >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
         ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
         >>> optimizer = torch.optim.Adam(model.parameters())
@@ -90,12 +91,19 @@ def attach(
     """
     if config is not None and options:
         raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
+    if config is not None and not isinstance(config, SSyncConfig):
+        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
     if config is None:
         known = SSyncConfig.__dataclass_fields__
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
         config = SSyncConfig(**options)
+    if not isinstance(model, nn.Module):
+        got = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"Expected argument `model` to be a torch.nn.Module, but got {got}. Pass the model itself.")
+    if total_steps is not None and (not isinstance(total_steps, (int, float)) or not total_steps >= 0):
+        raise ConfigError(f"Expected argument `total_steps` to be a number of at least 0, but got {total_steps!r}.")
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ConfigError(f"Expected argument `accumulate` to be an integer of at least 1, but got {accumulate!r}.")
     if not isinstance(start_step, int) or start_step < 0:
@@ -161,6 +169,7 @@ class AttachedSSync:
         self._root_hook: RemovableHandle | None = None
         self._batch: Any = None
         self._listening = False
+        self._forwards = 0
 
     @property
     def step(self) -> int:
@@ -180,7 +189,7 @@ class AttachedSSync:
             raise SSyncError("Expected `attach(...)` to be entered once at a time, but it is entered already.")
         self._session = HostSession(self.model, self._adapter, self._grid)
         # The frames' size may be needed for the grid, and a loop need not hand its batch over for that.
-        self._root_hook = self._session.root.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._root_hook = self._session.root.register_forward_pre_hook(_RootHook(self), with_kwargs=True)
         self._listen()
         return self
 
@@ -207,7 +216,7 @@ class AttachedSSync:
 
         Raises:
             SSyncError: Called outside of the ``with`` block.
-            ConfigError: ``relative_weight`` is set and ``host_loss`` is not given.
+            ConfigError: ``relative_weight`` is set and ``host_loss`` is not given, or it is not a 0-dim tensor.
             HostError: The forward pass did not run the modules with the maps, or the maps carry no gradient.
             ShapeError: The maps do not fit each other.
 
@@ -237,11 +246,13 @@ class AttachedSSync:
 
         Raises:
             SSyncError: Called outside of the ``with`` block.
+            ConfigError: ``host_loss`` is not a 0-dim tensor.
             HostError: As in `loss`.
             ShapeError: As in `loss`.
 
         Example:
             >>> from ssync_pl.hosts import SAVi
+            >>> _ = torch.manual_seed(0)
             >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
             ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
             >>> with attach(model, warmup_steps=0, relative_weight=0.1) as ssync:
@@ -249,6 +260,8 @@ class AttachedSSync:
             ...     bool(ssync.add(loss) > loss)
             True
         """
+        if host_loss is None:
+            raise ConfigError("Expected argument `host_loss` to be the model's loss, but got None. Use ssync.loss().")
         term, verdict = self._term(host_loss, batch)
         self._heed(verdict)
         return host_loss if term is None else host_loss + term
@@ -304,12 +317,21 @@ class AttachedSSync:
         Args:
             state: What `state_dict` returned.
 
+        Raises:
+            ConfigError: It is something else.
+
         Example:
             >>> ssync = AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 0, 1)
             >>> ssync.load_state_dict({**ssync.state_dict(), "calls": 3})
             >>> ssync.step
             3
         """
+        missing = {"calls", *self._engine.state_dict()} - set(state if isinstance(state, Mapping) else ())
+        if missing:
+            raise ConfigError(
+                f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "
+                "it. Load the state that was saved, or use `start_step`."
+            )
         self._calls = int(state["calls"])
         self._engine.load_state_dict(dict(state))
         if self._session is not None:
@@ -321,11 +343,17 @@ class AttachedSSync:
             raise SSyncError("Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.")
         if host_loss is None and self.config.relative_weight is not None:
             raise ConfigError("Expected the model's loss beside `relative_weight`, but got None. Use ssync.add(loss).")
+        if host_loss is not None and (not isinstance(host_loss, Tensor) or host_loss.numel() != 1):
+            shape = f"shape {tuple(host_loss.shape)}" if isinstance(host_loss, Tensor) else type(host_loss).__name__
+            raise ConfigError(
+                f"Expected argument `host_loss` to be a 0-dim tensor, but got {shape}. Sum up or average the loss of "
+                "the step first."
+            )
         step, checked = self.step, session.checked
         try:
             maps = None
             if not checked or self._engine.phase(step) is not Phase.OFF:
-                maps = session.collect(self._batch if batch is None else batch, self.config)
+                maps = self._collect(session, batch)
             if maps is None or self._engine.phase(step) is Phase.OFF:
                 term, verdict = None, None
             else:
@@ -336,6 +364,25 @@ class AttachedSSync:
             self._listen()
         return term, verdict
 
+    def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
+        if self._forwards == 0 and session.capture.is_empty:
+            raise HostError(
+                f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "
+                f"with gradients, but none was heard: {', '.join(map(repr, session.capture.silent))} did not run. Call "
+                "model.train(), leave no_grad off, and call `loss` once after each forward pass. A model that was "
+                "compiled and run before needs torch._dynamo.reset()."
+            )
+        try:
+            return session.collect(self._batch if batch is None else batch, self.config)
+        except (HostError, ShapeError) as error:
+            if self._forwards < 2:
+                raise
+            raise type(error)(
+                f"{error} {type(self.model).__name__} ran {self._forwards} times since the last `loss`, and all of it "
+                "was taken for one step: call `loss` after each forward pass, `discard()` after one whose step is "
+                "given up, and put others into `with ssync.paused():`."
+            ) from error
+
     def _listen(self) -> None:
         """Forget the last step, and listen to the next one if it has to be heard."""
         session = self._session
@@ -343,6 +390,7 @@ class AttachedSSync:
             return
         session.close()
         self._batch = None
+        self._forwards = 0
         self._listening = not session.checked or self._engine.phase(self.step) is not Phase.OFF
         if self._listening:
             session.open(training_only=True)
@@ -356,6 +404,7 @@ class AttachedSSync:
         self._session.capture.open(training_only=True)
         if not torch.is_grad_enabled():
             return
+        self._forwards += 1
         values = [*args, *kwargs.values()]
         self._batch = next((value for value in values if isinstance(value, Mapping)), values)
 
@@ -368,3 +417,20 @@ class AttachedSSync:
         if verdict.message:
             warnings.warn(verdict.message, stacklevel=3)
         self.should_stop = self.should_stop or verdict.stop
+
+
+class _RootHook:
+    """Hears that the host runs; a copied or pickled host keeps a hook that does nothing."""
+
+    def __init__(self, attached: AttachedSSync | None = None) -> None:
+        self.attached = attached
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.attached is not None:
+            self.attached._remember(module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+        return _RootHook()
+
+    def __reduce__(self) -> tuple[type[_RootHook], tuple[()]]:
+        return (_RootHook, ())

@@ -77,3 +77,10 @@ def test_the_text() -> None:
     refused = render_report(replace(GOOD, problems=("No.",), lines=("one line",)))
     assert "SSync cannot be used as it is:\n  - No." in refused
     assert "once that is settled:" in refused
+
+
+def test_a_loss_that_is_none_and_a_single_slot() -> None:
+    assert "loss is nan: nothing can be trained" in hints(replace(GOOD, loss=float("nan")))[0]
+    assert GOOD.shape is not None
+    single = replace(GOOD, shape=(*GOOD.shape[:2], 1, GOOD.shape[3]), maps=())
+    assert "There is one slot" in hints(single)[0]

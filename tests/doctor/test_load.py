@@ -89,5 +89,43 @@ def test_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"weights of Linear, but RuntimeError.*size mismatch"):
         load_weights(nn.Linear(2, 3), tmp_path / "plain.pt")
     (tmp_path / "text.pt").write_text("nothing")
-    with pytest.raises(ConfigError, match=r"text.pt to hold the weights of Linear"):
+    with pytest.raises(ConfigError, match=r"text.pt to hold tensors and plain values only"):
         load_weights(other, tmp_path / "text.pt")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, ("never",)
+
+
+def test_weights_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "more": _Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(ConfigError, match="tensors and plain values only") as caught:
+        load_weights(nn.Linear(2, 2), tmp_path / "bomb.pt")
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("word", ["100000000,2,3,224,224,1000", "99999999999999999999999,2"])
+def test_a_batch_that_does_not_fit(word: str) -> None:
+    with pytest.raises(ConfigError, match="to fit into memory"):
+        parse_batch([word], as_dict=False)
+
+
+def test_a_name_of_a_batch_comes_once() -> None:
+    with pytest.raises(ConfigError, match="each name of --batch once, but got 'a' again"):
+        parse_batch(["a=2,3", "a=2"], as_dict=False)
+
+
+def test_scripts_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script_code.py").write_text("import argparse; argparse.ArgumentParser().parse_args(['--no'])")
+    (tmp_path / "leaving_code.py").write_text("def build(): raise SystemExit(3)")
+    with working_folder_first():
+        with pytest.raises(ConfigError, match=r"ended the program .*__main__"):
+            build_model("script_code:Net")
+        with pytest.raises(ConfigError, match="raised SystemExit: 3"):
+            build_model("leaving_code:build")
+        with pytest.raises(ConfigError, match=r"as `import` names it, .* Write e\.g\. 'folder\.script_code'"):
+            build_model("./folder/script_code.py:Net")

@@ -209,3 +209,19 @@ def test_a_trainer_takes_public_and_converted_files(old_file, tmp_path):
             )
     assert scores[0] == scores[1]
     torch.testing.assert_close(host.initializer.slots.data, _state("slotcontrast")["initializer.slots"])
+
+
+@pytest.mark.parametrize("name", ["initializer.slots", "decoder.module.pos_emb"])
+def test_tensors_without_axes_are_refused(tmp_path, name):
+    state = _state("slotcontrast") | {name: torch.ones(())}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=f"Expected {name} to have . axes"):
+        convert_checkpoint(tmp_path / "a.pt", None, changes=CACHED)
+
+
+def test_sizes_beyond_memory_and_options_of_another_type(tmp_path):
+    torch.save(_state("slotcontrast"), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="to fit into memory"):
+        convert_checkpoint(tmp_path / "a.pt", None, changes=[*CACHED, "slot_dim=1000000000000000"])
+    with pytest.raises(ConfigError, match="Correct --set"):
+        convert_checkpoint(tmp_path / "a.pt", None, changes=["backbone=3", "layer=vit_block1"])

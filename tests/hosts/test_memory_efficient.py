@@ -81,3 +81,20 @@ def test_masks_are_the_logits_that_the_decoder_returned(tiny_host: Build, featur
     (maps.mask_logits * torch.randn_like(maps.mask_logits)).sum().backward()
     assert host.decoder.module.pos_emb.grad.any()
     capture.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_a_compiled_scan_trains_as_before(
+    attached_first: bool, tiny_host: Build, feature_batch: dict[str, Tensor]
+) -> None:
+    torch.compiler.reset()
+    plain = _train(tiny_host(SlotContrast), feature_batch)
+    host = tiny_host(SlotContrast, compile_scan=True)
+    if not attached_first:
+        host.training_step(feature_batch, 0).backward()
+        host.zero_grad()
+    compiled = _train(host, feature_batch)
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)

@@ -341,3 +341,17 @@ def test_unknown_keys_that_could_matter_are_refused_unless_ignored(convert):
 def test_what_would_train_something_else_is_refused(convert, name, change, message):
     with pytest.raises(ConfigError, match=message):
         convert(name, *change.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed=.inf", "seed to be a whole number, but got inf"),
+        ("seed=.nan", "seed to be a whole number, but got nan"),
+        ("optimizer.lr=.nan", "optimizer.lr to be a number, but got nan"),
+        ("model.encoder.backbone.features=3", "features to be names of layers, but got 3"),
+    ],
+)
+def test_numbers_and_names_that_are_none(convert, change, message):
+    with pytest.raises(ConfigError, match=message):
+        convert("slotcontrast", change)

@@ -159,3 +159,21 @@ def test_omegaconf_reads_the_same(name):
     finally:
         for key in functions:
             omegaconf.OmegaConf.clear_resolver(key)
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (tmp_path, "no such file"),
+        (tmp_path / "no.yml", "no such file"),
+        (tmp_path / "binary.yml", "YAML in UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_config(path)
+
+
+def test_merge_keys():
+    tree = parse_yaml("base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}")
+    assert tree["more"] == {"a": 1, "b": 3}
+    with pytest.raises(ConfigError, match="comes twice"):
+        parse_yaml("base: &base {a: 1}\nmore: {<<: *base, b: 3, b: 4}")

@@ -79,7 +79,7 @@ def parse_place(text: str) -> Place:
         >>> parse_place("softmax:decoder:-1").axis
         -1
     """
-    first, colon, rest = text.partition(":")
+    first, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
     softmax = first == SOFTMAX and bool(colon)
     path, _, key = rest.partition(":") if softmax else (first, colon, rest)
     if not path:
@@ -89,7 +89,7 @@ def parse_place(text: str) -> Place:
         )
     if not softmax:
         return Place(text, False, path, key, None)
-    if key and not key.removeprefix("-").isdigit():
+    if key and not key.removeprefix("-").isdecimal():
         raise ConfigError(
             f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. The softmax's input is taken "
             "as it is: leave the last part out, or give the number of the slot axis."
@@ -144,8 +144,9 @@ class PathAdapter(HostAdapter):
         for name, kind in (("attention_kind", attention_kind), ("masks_kind", masks_kind)):
             if kind not in ("logits", "probs"):
                 raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
-        if grid is not None and (not isinstance(grid, (list, tuple)) or len(grid) != 2):
-            raise ConfigError(f"Expected argument `grid` to be (H, W), but got {grid!r}.")
+        sizes = grid if isinstance(grid, (list, tuple)) else ()
+        if grid is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
+            raise ConfigError(f"Expected argument `grid` to be (H, W) patches, but got {grid!r}.")
         self.attention = attention
         self.masks = masks
         self.attention_kind = attention_kind
@@ -339,7 +340,7 @@ class Pick:
         if key:
             if isinstance(output, Mapping):
                 value = output.get(key)
-            elif isinstance(output, (tuple, list)) and key.lstrip("-").isdigit():
+            elif isinstance(output, (tuple, list)) and key.removeprefix("-").isdecimal():
                 index = int(key)
                 value = output[index] if -len(output) <= index < len(output) else None
             else:

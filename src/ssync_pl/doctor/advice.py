@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ssync_pl.adapters.pairing import MapKind
@@ -139,11 +140,17 @@ def hints(report: DoctorReport) -> tuple[str, ...]:
         "The host's own loss is 0.01, and the pub"
     """
     found = []
-    if report.loss is not None and not _LOSS_RANGE[0] <= abs(report.loss) <= _LOSS_RANGE[1]:
+    if report.loss is not None and not math.isfinite(report.loss):
+        found.append(
+            f"The host's own loss is {report.loss}: nothing can be trained like this. Check the host and the batch."
+        )
+    elif report.loss is not None and not _LOSS_RANGE[0] <= abs(report.loss) <= _LOSS_RANGE[1]:
         found.append(
             f"The host's own loss is {report.loss:.3g}, and the published weights go with one near 1: "
             "relative_weight=0.1 adds a tenth of the host's loss instead."
         )
+    if report.shape is not None and report.shape[2] == 1:
+        found.append("There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing.")
     if report.shape is not None:
         for one in report.maps:
             if one.used_slots < 0.5 * report.shape[2]:

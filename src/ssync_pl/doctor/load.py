@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.hosts.checkpoints import public_globals, why_unreadable
 
 __all__ = ["build_model", "load_weights", "parse_batch", "parse_settings", "working_folder_first"]
 
@@ -63,6 +65,12 @@ def build_model(target: str, settings: dict[str, Any] | None = None) -> nn.Modul
 
 
 def _import(name: str, target: str) -> Any:
+    if name.endswith(".py") or "/" in name or name.startswith("."):
+        dotted = name.removesuffix(".py").strip("./").replace("/", ".")
+        raise ConfigError(
+            f"Expected a module for {target!r} as `import` names it, but got '{name}'. Write e.g. '{dotted}', and run "
+            "this in the folder where that can be imported."
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -73,6 +81,11 @@ def _import(name: str, target: str) -> Any:
             ) from error
         raise ConfigError(
             f"Expected to import '{name}', but it needs '{error.name}', which is not installed."
+        ) from error
+    except SystemExit as error:  # such as a script that reads its own command line
+        raise ConfigError(
+            f"Expected to import '{name}', but it ended the program (exit {error.code}). Put what it does as a script "
+            "below `if __name__ == '__main__':`."
         ) from error
     except Exception as error:
         raise ConfigError(f"Expected to import '{name}', but it raised {type(error).__name__}: {error}.") from error
@@ -85,7 +98,7 @@ def _call(build: Any, target: str, settings: dict[str, Any]) -> Any:
         return build(**settings)
     except SSyncError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "no arguments"
         raise ConfigError(
             f"Expected {target!r} to build a model from {given}, but it raised {type(error).__name__}: {error}. Give "
@@ -148,7 +161,12 @@ def parse_batch(words: list[str], as_dict: bool) -> Any:
             raise ConfigError(
                 f"Expected --batch as sizes, e.g. 2,4,3,64,64 (B, T, 3, H, W) or video=2,4,3,64,64, but got {word!r}."
             )
-        value = torch.rand(sizes, generator=generator)
+        if name in named:
+            raise ConfigError(f"Expected each name of --batch once, but got {name!r} again. Leave one out.")
+        try:
+            value = torch.rand(sizes, generator=generator)
+        except (RuntimeError, TypeError, MemoryError) as error:  # more than memory, or than 64 bits
+            raise ConfigError(f"Expected --batch to fit into memory, but got {word!r}. Give a smaller one.") from error
         if name:
             named[name] = value
         else:
@@ -179,11 +197,16 @@ def load_weights(host: nn.Module, path: Path) -> None:
         >>> load_weights(nn.Linear(1, 1), path)
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
-        host.load_state_dict(state)
+        with public_globals():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        host.load_state_dict(content.get("state_dict", content))
     except FileNotFoundError as error:
         raise ConfigError(f"Expected a checkpoint at {path}, but there is none.") from error
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"Expected {path} to hold tensors and plain values only, but reading it failed ({why_unreadable(error)}). "
+            "Save the model's state_dict() alone; no file is read in a way that could run what is in it."
+        ) from error
     except Exception as error:
         text = str(error).strip().split("\n")
         raise ConfigError(

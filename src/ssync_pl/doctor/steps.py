@@ -191,7 +191,7 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
         yield
     except SSyncError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise HostError(
             f"Expected {type(host).__name__} to run a training step on {describe_batch(batch)}, but {_reason(error)}. "
             "Give a batch as the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD where "
@@ -199,7 +199,7 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # The deepest line of the user's own code says more than one of a library, or of what listens.
     foreign = ("site-packages", *_LISTENING)

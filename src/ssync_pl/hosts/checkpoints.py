@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.official.interpolation import apply_changes, read_config
 from ssync_pl.official.model import translate_model
 from ssync_pl.official.sections import Findings, Section
 from ssync_pl.official.shapes import ReadHost, host_from_shapes
 
-__all__ = ["ConvertedCheckpoint", "PublicCheckpoint", "convert_checkpoint", "public_globals", "read_checkpoint"]
+__all__ = [
+    "ConvertedCheckpoint",
+    "PublicCheckpoint",
+    "convert_checkpoint",
+    "public_globals",
+    "read_checkpoint",
+    "why_unreadable",
+]
 
 
 class PublicCheckpoint(NamedTuple):
@@ -119,7 +127,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
             with public_globals():
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends early"
+        reason = why_unreadable(error)
         raise ConfigError(
             f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
             f"but reading it failed ({type(error).__name__}: {reason}). Take another file; none is read in a way that "
@@ -138,6 +146,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
     steps = whole.get("epoch", 0), whole.get("global_step", 0)
     epoch, step = (value if isinstance(value, int) else 0 for value in steps)
     return PublicCheckpoint(dict(state), epoch, step)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a file could not be read, without PyTorch's advice to read it in a way that runs what is in it.
+
+    Args:
+        error: What `torch.load` raised.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> why_unreadable(ValueError("Weights only load failed. Re-running `torch.load` with ..."))
+        'Weights only load failed.'
+    """
+    text = str(error)
+    found = re.search(r"(?i)unsupported (?:global|class|operand)[^\n]*?(?= whose| was not| by default|\n|$)", text)
+    first = found[0] if found else text.splitlines()[0] if text else "it ends early"
+    return re.split(r"In PyTorch 2\.6|Re-running", first)[0].strip()
 
 
 def convert_checkpoint(
@@ -228,8 +255,16 @@ def _build(host: str, options: dict[str, Any], with_backbone: bool) -> Any:
         options["backbone_weights"] = "none"  # they are in the file
     try:
         return getattr(ssync_pl.hosts, host)(**{**options, "grid": tuple(options["grid"])})
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ConfigError(f"Expected options of {host}, but got others ({error}). Correct --set.") from error
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, SSyncError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no memory"
+        raise ConfigError(
+            f"Expected {host} to fit into memory with the sizes of the file and of --set, but it does not ({reason}). "
+            "The file is damaged, or --set is wrong."
+        ) from error
 
 
 def _load(host: Any, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -77,6 +77,7 @@ class FeatureHost(SlotHost):
         corrector_init: `"default"`, or `"kmeans"`: slot attention starts as soft k-means (`init_soft_kmeans_`).
         corrector_sharpness: with `"kmeans"`, how decided the first assignments are.
         init: `"default"`, or `"fan_in"`: the encoder's and the MLP decoder's layers start with `init_fan_in_`.
+        compile_scan: run the recurrence by `torch.compile`. Videos only.
 
     Raises:
         ConfigError: an initial state cannot be had with these parts.
@@ -105,6 +106,7 @@ class FeatureHost(SlotHost):
         corrector_init: Literal["default", "kmeans"] = "default",
         corrector_sharpness: float = DEFAULT_SHARPNESS,
         init: Literal["default", "fan_in"] = "default",
+        compile_scan: bool = False,
     ) -> None:
         super().__init__(has_background)
         self.is_video = is_video
@@ -118,7 +120,7 @@ class FeatureHost(SlotHost):
         processor = SlotProcessor(corrector, predictor, iterations_first)
         self.initializer = initializer
         self.encoder: nn.Module = MapOverTime(encoder) if is_video else encoder
-        self.processor: nn.Module = ScanOverTime(processor) if is_video else processor
+        self.processor: nn.Module = ScanOverTime(processor, compile_scan) if is_video else processor
         self.decoder: nn.Module = MapOverTime(decoder) if is_video else decoder
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:

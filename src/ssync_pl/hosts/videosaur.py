@@ -96,6 +96,8 @@ class VideoSAUR(FeatureHost):
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
         memory_efficient: an MLP decoder mixes its hidden activations, in chunks, instead of reconstructions: the same
             result and gradients, sooner and in less than half of the memory. False takes the plain layout.
+        compile_scan: run the recurrence over frames, many small operations, by `torch.compile`. It takes a minute to
+            start, and needs what `torch.compile` needs (a compiler on CPU, Triton on a GPU).
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -152,6 +154,7 @@ class VideoSAUR(FeatureHost):
         decay_rate: float = 0.5,
         has_background: bool = True,
         memory_efficient: bool = True,
+        compile_scan: bool = False,
     ) -> None:
         weights = (reconstruction_weight, similarity_weight, contrast_weight)
         if min(weights) < 0 or reconstruction_weight + similarity_weight == 0:
@@ -203,6 +206,7 @@ class VideoSAUR(FeatureHost):
             corrector_init=corrector_init,
             corrector_sharpness=corrector_sharpness,
             init=init,
+            compile_scan=compile_scan,
         )
         self.save_hyperparameters()
         self.reconstruction_weight = reconstruction_weight

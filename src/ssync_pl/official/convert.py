@@ -76,8 +76,7 @@ def convert_config(
         The configuration, and what was left out.
 
     Raises:
-        ConfigError: A part has no counterpart; unknown keys of model, optimizer or data.
-        FileNotFoundError: There is no such file.
+        ConfigError: There is no such file; a part has no counterpart; unknown keys of model, optimizer or data.
 
     Example:
         >>> import tempfile

@@ -38,8 +38,7 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
         Plain dicts, lists and scalars.
 
     Raises:
-        ConfigError: The file is no YAML mapping, is too large, or a reference cannot be followed.
-        FileNotFoundError: There is no such file.
+        ConfigError: There is no such file, it is no YAML mapping, is too large, or a reference cannot be followed.
 
     Example:
         >>> import tempfile
@@ -49,9 +48,15 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
         256
     """
     path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"Expected a configuration at {str(path)!r}, but there is no such file. Correct the path.")
     if path.stat().st_size > _MOST_BYTES:
         raise ConfigError(f"Expected a configuration of at most {_MOST_BYTES} bytes, but {path} has more.")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Expected {path} to be YAML in UTF-8, but it is not ({error}). Correct it.") from error
+    tree = parse_yaml(text, str(path))
     apply_changes(tree, changes)
     return resolve(tree)
 
@@ -143,7 +148,8 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's floats, refusing repeated keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *defaults`, which the safe loader flattens
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         repeated = [key for number, key in enumerate(keys) if key in keys[:number]]
         if repeated:
             raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]!r} comes twice", node.start_mark)

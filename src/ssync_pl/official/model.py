@@ -115,7 +115,9 @@ def _encoder(section: Section, options: dict[str, Any], slot_dim: int) -> int:
     backbone.need("frozen", True, default=False, why=why)
     features = backbone.take("features")
     main = section.take("main_features_key", "vit_block12")
-    listed = [features] if isinstance(features, str) else list(features)
+    listed = [features] if isinstance(features, str) else features
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, str) for one in listed):
+        raise ConfigError(f"Expected {backbone.key('features')} to be names of layers, but got {features!r}.")
     # The official encoder takes the only feature there is, and looks for the main one among several.
     options["layer"] = listed[0] if len(listed) == 1 else main
     if options["layer"] not in listed:

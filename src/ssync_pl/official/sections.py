@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,8 @@ class Section:
         value = self.take(name, default)
         if value is default and default is not _NOTHING:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # no inf, no NaN
+        if isinstance(value, bool) or not whole:
             raise ConfigError(f"Expected {self.key(name)} to be a whole number, but got {value!r}. Correct it.")
         return int(value)
 
@@ -140,7 +142,7 @@ class Section:
         value = self.take(name, default)
         if value is default and default is not _NOTHING:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f"Expected {self.key(name)} to be a number, but got {value!r}. Correct it.")
         return float(value)
 

@@ -111,11 +111,14 @@ class _Reader:
         self.shapes = shapes
         self._taken: set[str] = set()
 
-    def take(self, name: str) -> tuple[int, ...]:
+    def take(self, name: str, axes: int = 1) -> tuple[int, ...]:
         if name not in self.shapes:
             raise ConfigError(f"Expected a tensor {name} in the state dict, but there is none. It is of another model.")
         self._taken.add(name)
-        return self.shapes[name]
+        shape = self.shapes[name]
+        if len(shape) < axes:
+            raise ConfigError(f"Expected {name} to have {axes} axes, but got shape {shape}. It is of another model.")
+        return shape
 
     def has(self, name: str) -> bool:
         return name in self.shapes
@@ -161,7 +164,7 @@ class _Reader:
 
 def _slots(reader: _Reader, found: ReadHost) -> None:
     if reader.has("initializer.slots"):
-        _, slots, dim = reader.take("initializer.slots")
+        slots, dim = reader.take("initializer.slots", axes=3)[-2:]
         found.options.update(num_slots=slots, slot_dim=dim, slot_init="learned")
         return
     reader.take("initializer.log_std")
@@ -215,7 +218,7 @@ def _predictor(reader: _Reader, found: ReadHost, name: str) -> None:
 
 
 def _decoder(reader: _Reader, found: ReadHost, name: str) -> tuple[int, int]:
-    patches = reader.take(f"{name}.pos_emb")[-2]
+    patches = reader.take(f"{name}.pos_emb", axes=2)[-2]
     if reader.has(f"{name}.mlp.layers.0.weight"):
         *hidden, last = reader.mlp(f"{name}.mlp")
         found.options.update(decoder="mlp", decoder_hidden=hidden)
@@ -264,7 +267,7 @@ def _backbone(reader: _Reader, found: ReadHost, name: str, similar: bool) -> Non
         found.missing.append("layer")
         return
     blocks = reader.blocks(name)
-    projection = reader.shapes.get(f"{name}.patch_embed.proj.weight", (0, 0, 0, 0))
+    projection = reader.shapes.get(f"{name}.patch_embed.proj.weight") or (0, 0, 0, 0)
     scaled = reader.has(f"{name}.blocks.0.ls1.gamma")
     model = _BACKBONES.get((projection[0], projection[-1], scaled))
     if model is None or any(part in key for key in names for part in ("reg_token", "dist_token")):

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import copy
+import functools
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ssync_pl.hosts.nn.corrector import SlotCorrector
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 
 
@@ -59,3 +64,26 @@ def test_scan_predicts_between_frames_only() -> None:
 def test_without_predictor_slots_are_carried_over() -> None:
     output = ScanOverTime(SlotProcessor(_Adds()))(torch.zeros(1, 2, 1), torch.ones(1, 3, 4, 1))
     assert output["slots"][0, :, 0, 0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_compiled_scan_is_the_same_and_hears_hooks_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = ScanOverTime(SlotProcessor(SlotCorrector(5, 8, iterations=1, mlp_hidden=0), nn.Linear(8, 8)))
+    compiled = ScanOverTime(copy.deepcopy(plain.module), compiled=True)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    slots, features = torch.randn(2, 3, 8), torch.randn(2, 4, 6, 5)
+    heard: list[Tensor] = []
+    for count in (0, 4):
+        expected, found = plain(slots, features), compiled(slots, features)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+        assert len(heard) == count
+        compiled.module.corrector.to_q.register_forward_hook(lambda module, args, output: heard.append(output))
+    gradients = []
+    for scan in (plain, compiled):
+        scan(slots, features)["dots"].square().sum().backward()
+        gradients.append([parameter.grad for parameter in scan.parameters()])
+    torch.testing.assert_close(*gradients)
+    torch.compiler.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,8 @@ class ScanOverTime(nn.Module):
 
     Args:
         module: takes slots, features and the frame's number, returns a dict with `slots`.
+        compiled: run the module by `torch.compile`. It is one graph on the first frame and one on later frames; hooks
+            that come or go later are seen.
 
     Example:
         >>> from ssync_pl.hosts.nn.corrector import SlotCorrector
@@ -92,9 +96,12 @@ class ScanOverTime(nn.Module):
         torch.Size([2, 3, 4, 25])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, compiled: bool = False) -> None:
         super().__init__()
         self.module = module
+        self.compiled = compiled
+        if compiled:
+            module.compile()
 
     def forward(self, slots: Tensor, features: Tensor) -> dict[str, Tensor]:
         """Process clips.
@@ -107,7 +114,16 @@ class ScanOverTime(nn.Module):
             Everything the processor gives, stacked to `(B, T, ...)`.
         """
         outputs: list[dict[str, Tensor]] = []
-        for step, frame in enumerate(features.unbind(dim=1)):
-            outputs.append(self.module(slots, frame, step))
-            slots = outputs[-1]["slots"]
+        with _hook_guards() if self.compiled else contextlib.nullcontext():
+            for step, frame in enumerate(features.unbind(dim=1)):
+                outputs.append(self.module(slots, frame, step))
+                slots = outputs[-1]["slots"]
         return {name: torch.stack([output[name] for output in outputs], dim=1) for name in outputs[0]}
+
+
+def _hook_guards() -> contextlib.AbstractContextManager[None]:
+    """Compile so that graphs know the hooks they contain: SSync's may be attached after the first step."""
+    import torch._dynamo
+
+    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    return patch

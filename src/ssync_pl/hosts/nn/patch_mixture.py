@@ -128,11 +128,11 @@ class _Chunk(NamedTuple):
 def _recomputed_share(layers: int) -> float:
     """Share of the last hidden layer's activations that the backward pass computes once more.
 
-    In units of one layer's activations, the plain layout peaks at about `layers + 2.5`: all of them, and gradients and
+    In units of one layer's activations, the plain layout peaks at about `layers + 2.1`: all of them, and gradients and
     reconstructions of all slots beside them. Here `layers - 1` are kept, less this share, and up to 0.4 are buffers and
     gradients of parameters. The share makes this 0.4 of the other, up to four layers.
     """
-    return min(1.0, max(0.0, (layers - 1) + 0.4 - 0.4 * (layers + 2.5)))
+    return min(1.0, max(0.0, (layers - 1) + 0.4 - 0.4 * (layers + 2.1)))
 
 
 def _chunks(slots: Tensor, places: Tensor, widest: int, layers: int, itemsize: int) -> Iterator[_Chunk]:
