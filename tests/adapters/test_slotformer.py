@@ -78,5 +78,5 @@ def test_extraction_of_slots_without_a_decoder_is_refused() -> None:
     host.decode = lambda slots: (slots.mean((1, 2))[:, None, None, None].expand(-1, 3, SIZE, SIZE), slots)  # type: ignore
     with attach(host, warmup_steps=0) as ssync:
         host.loss_function(slotformer_batch(host))
-        with pytest.raises(HostError, match="to run 'output', 'decoder', but it did not"):
+        with pytest.raises(HostError, match="'output', 'decoder' did not run"):
             ssync.loss()
