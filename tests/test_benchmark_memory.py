@@ -90,8 +90,7 @@ def test_one_batch_size_is_refused(capsys):
 
 def test_committed_numbers_hold_the_promise():
     rows = {(row["subject"], row["batch"], row["layout"]): row for row in _read(BENCHMARKS / "results/memory_cpu.csv")}
-    # What a layout keeps whatever the batch, its weights and their gradients, weighs more in the smallest batch.
-    for batch, share in (("1", 0.42), ("2", 0.4)):
+    for batch in ("1", "2"):
         plain, efficient = (rows["decoder", batch, layout] for layout in ("plain", "memory_efficient"))
-        assert float(efficient["peak_mib"]) <= share * float(plain["peak_mib"])
+        assert float(efficient["peak_mib"]) <= 0.4 * float(plain["peak_mib"])
         assert float(plain["median_ms"]) >= 1.3 * float(efficient["median_ms"])
