@@ -257,6 +257,8 @@ def draw(rows: list[dict[str, Any]], batches: list[dict[str, Any]], path: Path, 
     right.minorticks_off()
     right.set_xlabel("memory [GiB]")
     right.set_ylabel("largest batch [clips]")
+    tried = all(row["from"] == "tried" for row in batches)
+    right.set_title("tried out" if tried else "extrapolated from the batches measured")
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
     figure.tight_layout()

@@ -45,8 +45,7 @@ class BlockParts(NamedTuple):
         slot_iou: ``(B, S, S)``, None without merging.
         encoder_areas: ``(B, S)`` integers, patches that each slot wins, before merging.
         decoder_areas: ``(B, S)`` integers.
-        counts: ``(4,)`` integers: boundary, interior, both, patches whose merged labels agree. None where the path does
-            not count them by itself.
+        counts: ``(4,)`` integers: boundary, interior, both, patches whose merged labels agree.
 
     Example:
         >>> BlockParts._fields[:2]
@@ -65,4 +64,4 @@ class BlockParts(NamedTuple):
     slot_iou: Tensor | None
     encoder_areas: Tensor
     decoder_areas: Tensor
-    counts: Tensor | None = None
+    counts: Tensor

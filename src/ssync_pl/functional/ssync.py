@@ -302,11 +302,7 @@ def _output_of(parts: BlockParts, maps: SSyncMaps, weights: tuple[float, float])
     boundary, interior = parts.boundary_loss, parts.interior_loss
     loss = boundary + interior if weights == (1.0, 1.0) else weights[0] * boundary + weights[1] * interior
     with torch.no_grad():
-        counts = parts.counts
-        if counts is None:
-            both, agree = parts.boundary & parts.interior, parts.encoder_labels == parts.decoder_labels
-            counts = torch.stack([parts.boundary.sum(), parts.interior.sum(), both.sum(), agree.sum()])
-        counts = counts.to(dtype)
+        counts = parts.counts.to(dtype)
         boundary_count, interior_count, _, _ = counts.unbind()
         boundary_share, interior_share, both_share, agreement = (counts / total).unbind()
         winners = parts.winners.long()
