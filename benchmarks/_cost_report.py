@@ -59,9 +59,11 @@ def tables(rows: list[dict[str, Any]]) -> str:
     Returns:
         Text.
     """
+    on_device = any(row.get("graph_ms") for row in rows)
+    more = (" graph ms | kernels | waits |", "---|---|---|") if on_device else ("", "")
     lines = [
-        "| shape | method | ms (quartiles) | fastest | × vectorised | peak MiB | operators |",
-        "|---|---|---|---|---|---|---|",
+        "| shape | method | ms (quartiles) | fastest | × vectorised | peak MiB | operators |" + more[0],
+        "|---|---|---|---|---|---|---|" + more[1],
     ]
     for table in ("main", "rival"):
         part = [row for row in rows if row["table"] == table]
@@ -73,7 +75,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 spread = f"{_ms(row['median_ms'])} ({_ms(row['low_ms'])} – {_ms(row['high_ms'])})"
                 lines.append(
                     f"| {shape} | {row['method']} | {spread} | {_ms(row['min_ms'])} | {ratio} "
-                    f"| {float(row['peak_mib']):.1f} | {int(row['ops'])} |"
+                    f"| {_number(row, 'peak_mib', '.1f')} | {_number(row, 'ops', '.0f')} |"
+                    + (_device_cells(row) if on_device else "")
                 )
     return "\n".join(lines)
 
@@ -135,6 +138,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _device_cells(row: dict[str, Any]) -> str:
+    return "".join(f" {_number(row, *cell)} |" for cell in (("graph_ms", ".4f"), ("kernels", ".0f"), ("syncs", ".0f")))
+
+
+def _number(row: dict[str, Any], key: str, form: str) -> str:
+    return "" if row.get(key) in (None, "") else format(float(row[key]), form)
 
 
 def _shape(row: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_facts", "exponent", "interleaved", "spread", "write_rows"]
+__all__ = ["device_facts", "exponent", "graph_seconds", "interleaved", "spread", "write_rows"]
 
 
 def device_facts(device: str | torch.device) -> dict[str, Any]:
@@ -90,6 +90,39 @@ def interleaved(
         if tick is not None:
             tick()
     return times
+
+
+def graph_seconds(call: Callable[[], Any], replays: int = 200) -> float | None:
+    """Time that the device itself needs, without Python and launches: a call captured as a CUDA graph, replayed.
+
+    Args:
+        call: Waits for nothing; called before, so that nothing is compiled while it is captured.
+        replays: The time is their mean.
+
+    Returns:
+        Seconds a call, None where a graph cannot hold it.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for number in range(replays + 10):
+        if number == 10:
+            first.record()
+        graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / replays
 
 
 def spread(times: list[float]) -> dict[str, float]:

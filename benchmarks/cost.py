@@ -6,14 +6,17 @@
   main shapes only, since each shape takes seconds to compile);
 * ``loop``: the method frame by frame in Python; ``vectorised``: the method in batched PyTorch without statistics,
   options and checks. Both are written for this benchmark (``_baselines.py``);
+* ``copy`` (CUDA only): no method but the device's own pace, a copy that moves 28 bytes for each slot of a patch, what
+  the two passes over both maps, the third over one and both gradients come to in float32;
 * ``dense``: dense alignment, both consistency losses on features projected to 64 numbers, with nearest patches by
   frozen features of 384, as published for MOVi-C; all frames in one group at the rival shape and in sweeps, groups of 4
   frames at the main shapes, as published.
 
 Sweeps vary one of B, T, N and S; the exponent of time is fitted over each. Memory is the largest sum that PyTorch's
 allocator held beside the maps, operators are those called from Python or autograd, kernels and waits for the device are
-counted on CUDA; all by the profiler, in a call of its own. Results: ``benchmarks/results/cost_<device>.csv``, a figure
-beside it, tables on the terminal.
+counted on CUDA; all by the profiler, in a call of its own. On CUDA ``graph_ms`` is what the device itself needs: the
+mean of many replays of a CUDA graph, where one can hold the method. Results: ``benchmarks/results/cost_<device>.csv``,
+a figure beside it, tables on the terminal.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 from _baselines import loop_block, vectorised_block
 from _cost_report import draw, fitted, tables
 from _counting import count_call
-from _timing import device_facts, interleaved, spread, write_rows
+from _timing import device_facts, graph_seconds, interleaved, spread, write_rows
 from tqdm import tqdm
 
 from ssync_pl import SSyncMaps
@@ -37,6 +40,7 @@ from ssync_pl.functional.dense_alignment import decoder_consistency, encoder_con
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECTED, FROZEN = 64, 384
 PATHS = ("plain", "direct", "compiled", "fused")
+GRAPHS = ("plain", "direct", "fused", "vectorised", "copy")
 
 
 class Shape(NamedTuple):
@@ -68,6 +72,7 @@ SWEEPS = {
 }
 # The dense losses hold several matrices of (T * N)^2 numbers, of 100 MB each at 5 000 patches.
 MOST_DENSE_PATCHES = 5000
+MOST_TRACED_FRAMES = 64
 
 
 def jobs(quick: bool, cuda: bool) -> list[Job]:
@@ -94,6 +99,7 @@ def jobs(quick: bool, cuda: bool) -> list[Job]:
     for shape in MAIN:
         # Of a large batch the dense losses would take minutes and gigabytes a call on a CPU.
         others = ("vectorised", "loop", "dense") if shape.videos < 64 else ("vectorised", "loop")
+        others = (*others, "copy") if cuda else others
         listed.append(Job("main", shape, (*ours, "compiled", *others), 4))
     listed.append(Job("rival", RIVAL, (*ours, "vectorised", "dense"), RIVAL.frames))
     for name, sizes in SWEEPS.items():
@@ -143,6 +149,10 @@ def call_of(method: str, job: Job, device: str) -> Callable[[], Any]:
             return ssync_loss(SSyncMaps(*maps, grid=grid), path=method).loss  # type: ignore[arg-type]
     elif method == "dense":
         return _dense(maps, job, device)
+    elif method == "copy":
+        source = torch.rand(28 * maps[0].numel() // 8, device=device)  # each number is read and written
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
     else:
         block = loop_block if method == "loop" else vectorised_block
 
@@ -185,7 +195,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             times = interleaved(calls, options.rounds, options.seconds, bar.update, options.device)
             for method, call in calls.items():
                 size = {"videos": shape.videos, "frames": shape.frames, "slots": shape.slots, "side": shape.side}
-                counts = count_call(call, options.device)
+                # A trace of half a million operators takes a minute to write.
+                heavy = method == "loop" and shape.videos * shape.frames > MOST_TRACED_FRAMES
+                counts: dict[str, Any] = {} if heavy else dict(count_call(call, options.device))
+                if options.device == "cuda" and method in GRAPHS:
+                    seconds = graph_seconds(call)
+                    counts["graph_ms"] = "" if seconds is None else round(1e3 * seconds, 4)
                 rows.append({"table": job.table, "method": method, **size, **spread(times[method]), **counts})
     return rows
 

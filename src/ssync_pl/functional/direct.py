@@ -119,9 +119,10 @@ class _DirectBlock(torch.autograd.Function):
         # Not among the saved tensors: a host may write over its logits, which are not read again. Held until the first
         # backward pass.
         ctx.links = (masks, attention)
-        ctx.mark_non_differentiable(*(value for value in parts[2:] if value is not None))
+        outputs = parts[:-2]  # what is not derived here is no tensor
+        ctx.mark_non_differentiable(*(value for value in outputs[2:] if value is not None))
         ctx.set_materialize_grads(False)
-        return parts
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:

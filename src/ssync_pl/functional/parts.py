@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BlockOptions", "BlockParts"]
+__all__ = ["BlockOptions", "BlockParts", "BlockStatistics"]
 
 
 class BlockOptions(NamedTuple):
@@ -29,6 +29,24 @@ class BlockOptions(NamedTuple):
     sync_counts: bool = False
 
 
+class BlockStatistics(NamedTuple):
+    """What a fast path has counted already, in the form in which it is reported.
+
+    Args:
+        shares: ``(2, 4)`` floats: `BlockParts.counts`, and the same as shares of all patches.
+        merged_slots: ``(B,)`` int64, slots that take another slot's label.
+        used_slots: ``(2, B)`` floats, slots that win a patch of the encoder's and of the decoder's map.
+
+    Example:
+        >>> BlockStatistics._fields
+        ('shares', 'merged_slots', 'used_slots')
+    """
+
+    shares: Tensor
+    merged_slots: Tensor
+    used_slots: Tensor
+
+
 class BlockParts(NamedTuple):
     """What a fast path of the block computes; only the losses carry gradient.
 
@@ -46,6 +64,8 @@ class BlockParts(NamedTuple):
         encoder_areas: ``(B, S)`` integers, patches that each slot wins, before merging.
         decoder_areas: ``(B, S)`` integers.
         counts: ``(4,)`` integers: boundary, interior, both, patches whose merged labels agree.
+        statistics: None where they are still to be derived.
+        loss: 0-dim, weighted total; None where it is still to be added up.
 
     Example:
         >>> BlockParts._fields[:2]
@@ -65,3 +85,5 @@ class BlockParts(NamedTuple):
     encoder_areas: Tensor
     decoder_areas: Tensor
     counts: Tensor
+    statistics: BlockStatistics | None = None
+    loss: Tensor | None = None

@@ -30,7 +30,7 @@ from ssync_pl.functional.labels import (
     slot_probabilities,
 )
 from ssync_pl.functional.merging import MergeResult, merge_slots, relabel
-from ssync_pl.functional.parts import BlockParts
+from ssync_pl.functional.parts import BlockParts, BlockStatistics
 from ssync_pl.functional.regions import (
     NUM_NEIGHBOURS,
     boundary_region,
@@ -214,6 +214,7 @@ def ssync_loss(
         merge = _resolve_merge(maps, merge)
         fast = _fast_path(maps, path, temperature, loss)
         if fast is not None:
+            weights = (boundary_weight, interior_weight)
             parts = fast(
                 maps.attention_logits,
                 maps.mask_logits,
@@ -223,9 +224,10 @@ def ssync_loss(
                 n_nbd=n_nbd,
                 n_noise=n_noise,
                 sync_counts=sync_counts,
+                **({"weights": weights} if fast is fused_block else {}),
             )
             if not (check_finite and _is_nan(parts)):
-                return _output_of(parts, maps, (boundary_weight, interior_weight))
+                return _output_of(parts, maps, weights)
         return _ssync(
             maps,
             merge_threshold=merge_threshold,
@@ -294,17 +296,19 @@ def _is_nan(parts: BlockParts) -> bool:
 
 
 def _output_of(parts: BlockParts, maps: SSyncMaps, weights: tuple[float, float]) -> SSyncOutput:
-    batch, frames, slots, patches = maps.shape
+    batch, frames, _, patches = maps.shape
     height, width = maps.grid  # type: ignore[misc]
     volume = (batch, frames, height, width)
     total = float(batch * frames * patches)
     dtype = parts.boundary_loss.dtype
     boundary, interior = parts.boundary_loss, parts.interior_loss
-    loss = boundary + interior if weights == (1.0, 1.0) else weights[0] * boundary + weights[1] * interior
+    loss = parts.loss
+    if loss is None:
+        loss = boundary + interior if weights == (1.0, 1.0) else weights[0] * boundary + weights[1] * interior
     with torch.no_grad():
-        counts = parts.counts.to(dtype)
-        boundary_count, interior_count, _, _ = counts.unbind()
-        boundary_share, interior_share, both_share, agreement = (counts / total).unbind()
+        statistics = parts.statistics or _statistics_of(parts, total, dtype)
+        boundary_count, interior_count, _, _ = statistics.shares[0].unbind()
+        boundary_share, interior_share, both_share, agreement = statistics.shares[1].unbind()
         winners = parts.winners.long()
         return SSyncOutput(
             loss=loss,
@@ -317,7 +321,7 @@ def _output_of(parts: BlockParts, maps: SSyncMaps, weights: tuple[float, float])
             boundary=parts.boundary.view(volume),
             interior=parts.interior.view(volume),
             winners=winners,
-            merged_slots=(winners != torch.arange(slots, device=winners.device)).sum(1),
+            merged_slots=statistics.merged_slots,
             slot_iou=parts.slot_iou,
             boundary_count=boundary_count,
             interior_count=interior_count,
@@ -325,9 +329,16 @@ def _output_of(parts: BlockParts, maps: SSyncMaps, weights: tuple[float, float])
             interior_fraction=interior_share,
             overlap_fraction=both_share,
             agreement=agreement,
-            used_encoder_slots=(parts.encoder_areas > 0).sum(1).to(dtype),
-            used_decoder_slots=(parts.decoder_areas > 0).sum(1).to(dtype),
+            used_encoder_slots=statistics.used_slots[0],
+            used_decoder_slots=statistics.used_slots[1],
         )
+
+
+def _statistics_of(parts: BlockParts, total: float, dtype: torch.dtype) -> BlockStatistics:
+    counts = parts.counts.to(dtype)
+    slots = torch.arange(parts.winners.shape[1], device=parts.winners.device)
+    used = [(areas > 0).sum(1).to(dtype) for areas in (parts.encoder_areas, parts.decoder_areas)]
+    return BlockStatistics(torch.stack([counts, counts / total]), (parts.winners != slots).sum(1), torch.stack(used))
 
 
 def _resolve_merge(maps: SSyncMaps, merge: bool | None) -> bool:

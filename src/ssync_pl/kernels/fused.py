@@ -5,21 +5,46 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssync_pl.functional.distill import mean_over_ranks
-from ssync_pl.functional.parts import BlockParts
+from ssync_pl.functional.parts import BlockParts, BlockStatistics
 
 __all__ = ["MAX_SLOTS", "fused_available", "fused_block"]
 
 MAX_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Patches a program: enough to fill a warp's loads, few enough that 64 slots stay in registers.
-_PATCHES = 64
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut into programs.
+
+    Args:
+        patches: Of one step of a program, a power of two (of the graph step: pairs of slots; of the last: programs).
+        steps: Of a program.
+        warps: Of a program.
+
+    Example:
+        >>> LABELS.patches * LABELS.steps
+        192
+    """
+
+    patches: int
+    steps: int
+    warps: int
+
+
+# Measured on an H100 at 24 x 24 patches, where many small programs hide the time that memory takes to answer.
+LABELS = Launch(64, 3, 2)
+COVERAGE = Launch(128, 5, 4)
+LINK = Launch(2048, 1, 2)
+TEACH = Launch(128, 1, 4)
+FINISH = Launch(1024, 1, 8)
+GRADIENTS = Launch(128, 1, 4)
 
 
 @functools.cache
@@ -59,13 +84,15 @@ def fused_block(
     n_bd: int = 1,
     n_nbd: int = 1,
     n_noise: int = 1,
+    weights: tuple[float, float] = (1.0, 1.0),
     sync_counts: bool = False,
 ) -> BlockParts:
     """Labels, merging, regions, both Brier losses, and in the backward pass both gradients.
 
-    Five programs: statistics of both maps; the graph of slots; regions, over labels only; sums of the losses; and, in
-    the backward pass, the gradients. Each map is read three times in all (the attention once more for its mean), each
-    gradient written once. Nothing waits for the device and no shape depends on data, so that a CUDA graph can hold it.
+    Six kernels: labels of both maps and sums of the attention; overlaps of coverage; the graph of slots; regions and
+    losses; their totals; and, in the backward pass, the gradients. Each map is fetched three times at most (the
+    attention once more for its coverage), each gradient written once. Nothing waits for the device and no shape
+    depends on data, so that a CUDA graph can hold it.
 
     Args:
         attention_logits: ``(B, T, S, N)`` float32, bfloat16 or float16, any strides.
@@ -75,6 +102,7 @@ def fused_block(
         n_bd: A boundary patch has at least this many differing neighbours.
         n_nbd: An interior patch has fewer differing neighbours than this.
         n_noise: A boundary patch has at least this many agreeing neighbours.
+        weights: Of both losses in the total.
         sync_counts: Divide by the selected patches of all ranks.
 
     Returns:
@@ -87,9 +115,10 @@ def fused_block(
     Source: SSync (arXiv 2606.15527), Sec. 3; the same results as `ssync_loss` on the plain path.
     """
     outputs = _FusedBlock.apply(
-        attention_logits, mask_logits, grid, merge_threshold, (n_bd, n_nbd, n_noise), sync_counts
+        attention_logits, mask_logits, grid, merge_threshold, (n_bd, n_nbd, n_noise), weights, sync_counts
     )
-    return BlockParts(*outputs)
+    *parts, shares, merged_slots, used, loss = outputs
+    return BlockParts(*parts, BlockStatistics(shares, merged_slots, used), loss)  # type: ignore[call-arg]
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -101,87 +130,103 @@ class _FusedBlock(torch.autograd.Function):
         grid: tuple[int, int],
         merge_threshold: float | None,
         regions: tuple[int, int, int],
+        weights: tuple[float, float],
         sync_counts: bool,
     ) -> tuple[Any, ...]:
         # Deferred: kernels are compiled, or interpreted, as the environment says when they are first needed.
         from ssync_pl.kernels import programs
 
         batch, frames, slots, patches = attention.shape
-        sizes = (frames, slots, patches)
+        images = batch * frames
         strides = (*attention.stride(), *masks.stride())
         padded = max(16, 1 << (slots - 1).bit_length())
-        blocks = (-(-patches // _PATCHES), batch * frames)
-        device = attention.device
         merge = merge_threshold is not None
-        mean = attention.mean(dim=(1, 3), dtype=torch.float32) if merge else attention.new_empty(0, dtype=torch.float32)
-        labels = torch.empty(4, batch, frames, patches, dtype=torch.uint8, device=device)
-        selected = torch.empty(batch, frames, patches, dtype=torch.uint8, device=device)
-        shared = torch.zeros(batch * frames if merge else 0, slots, slots, dtype=torch.float32, device=device)
-        whole = torch.zeros(2 * batch * slots + 4, dtype=torch.int32, device=device)
-        encoder_areas, decoder_areas = whole[: 2 * batch * slots].view(2, batch, slots)
-        counts = whole[2 * batch * slots :]
-        programs.read_maps[blocks](
-            attention, masks, mean, labels[0], labels[1], shared, encoder_areas, decoder_areas, *sizes, *strides,
-            MERGE=merge, SLOTS=padded, PATCHES=_PATCHES,
+        new = functools.partial(torch.empty, device=attention.device)
+
+        wide = max(32, min(LABELS.patches, 1024 // padded))  # the accumulators of 64 slots have to fit, too
+        parts = -(-patches // (wide * LABELS.steps))
+        small = new(2, images, patches, dtype=torch.uint8)
+        raw = new(2, batch, frames, patches, dtype=torch.int64)
+        sums = new(images * parts if merge else 0, slots, dtype=torch.float32)
+        areas = new(2, images, parts, slots, dtype=torch.int32)
+        programs.label_maps[(parts, images, 2)](
+            attention, masks, small, raw, sums, areas, frames, patches, *strides,
+            MERGE=merge, SLOTS=padded, NUM_SLOTS=slots, PATCHES=wide, STEPS=LABELS.steps, num_warps=wide // 32,
         )  # fmt: skip
-        overlap = None
+
+        shared_parts = 1
+        overlap = new(batch if merge else 0, slots, slots, dtype=torch.float32)
+        shared = overlap
         if merge:
-            overlap = torch.empty(batch, slots, slots, dtype=torch.float32, device=device)
-            winners = torch.empty(batch, slots, dtype=torch.int32, device=device)
-            programs.link_slots[(batch,)](
-                shared, encoder_areas, overlap, winners, frames, slots, merge_threshold,
-                SLOTS=padded, DOUBLINGS=max(slots - 1, 1).bit_length(),
+            wide = max(32, min(COVERAGE.patches, 2048 // padded))
+            shared_parts = -(-patches // (wide * COVERAGE.steps))
+            shared = new(images, shared_parts, slots, slots, dtype=torch.float32)
+            programs.share_coverage[(shared_parts, images)](
+                attention, sums, shared, frames, parts, patches, *strides[:4],
+                SLOTS=padded, NUM_SLOTS=slots, PATCHES=wide, STEPS=COVERAGE.steps, num_warps=COVERAGE.warps,
             )  # fmt: skip
-        else:
-            winners = torch.arange(slots, dtype=torch.int32, device=device).repeat(batch, 1)
-        programs.count_regions[blocks](
-            labels[0], labels[1], winners, labels[2], labels[3], selected, counts, *sizes, *grid, *regions,
-            PATCHES=_PATCHES,
+        winners, merged_slots = new(batch, slots, dtype=torch.int64), new(batch, dtype=torch.int64)
+        used, total_areas = new(2, batch, dtype=torch.float32), new(2, batch, slots, dtype=torch.int32)
+        programs.link_slots[(batch,)](
+            shared, areas, overlap, winners, merged_slots, used, total_areas, frames, shared_parts, parts,
+            merge_threshold if merge else 1.0,
+            MERGE=merge, SLOTS=padded, NUM_SLOTS=slots, FRAMES=max(1, LINK.patches // padded**2),
+            DOUBLINGS=max(slots - 1, 1).bit_length(), num_warps=LINK.warps if padded == 16 else 4,
         )  # fmt: skip
-        partial = torch.empty(blocks[0] * blocks[1], 2, dtype=torch.float32, device=device)
-        programs.sum_losses[blocks](
-            attention, masks, labels[2], labels[3], selected, partial, *sizes, *strides,
-            SLOTS=padded, PATCHES=_PATCHES,
+
+        blocks = -(-patches // TEACH.patches)
+        merged, selected = torch.empty_like(raw), new(2, batch, frames, patches, dtype=torch.bool)
+        targets = torch.empty_like(small)
+        partial = new(images * blocks, 2, dtype=torch.float32)
+        partial_counts = new(images * blocks, 4, dtype=torch.int32)
+        programs.teach[(blocks, images)](
+            attention, masks, small, winners, merged, targets, selected.view(torch.int8), partial, partial_counts,
+            frames, patches, *grid, *regions, *strides,
+            NUM_SLOTS=slots, PATCHES=TEACH.patches, num_warps=TEACH.warps,
         )  # fmt: skip
-        entries = counts[:2].float() * slots
+        losses, entries = new(5, dtype=torch.float32), new(2, dtype=torch.float32)
+        counts, shares = new(4, dtype=torch.int32), new(2, 4, dtype=torch.float32)
+        programs.finish[(1,)](
+            partial, partial_counts, losses, entries, counts, shares, *weights, images * blocks, slots,
+            images * patches, PROGRAMS=FINISH.patches, num_warps=FINISH.warps,
+        )  # fmt: skip
         if sync_counts:
-            entries = mean_over_ranks(entries)
-        entries = torch.where(entries > 0, entries, 1.0)
-        boundary_loss, interior_loss = partial.sum(0) / entries
-        ctx.save_for_backward(attention, masks, labels, selected, entries)
-        ctx.launch = (blocks, sizes, strides, padded)
+            entries = mean_over_ranks(shares[0, :2] * slots)
+            entries = torch.where(entries > 0, entries, 1.0)
+            means = losses[3:] / entries
+            losses = torch.cat([(means * means.new_tensor(weights)).sum(0, keepdim=True), means])
+        ctx.save_for_backward(attention, masks, targets, selected, entries)
+        ctx.weights, ctx.sizes = weights, (frames, patches, *strides)
         others = (
-            labels[0], labels[1], labels[2], labels[3], (selected & 1).bool(), (selected >> 1).bool(),
-            winners, overlap, encoder_areas, decoder_areas, counts,
+            raw[0], raw[1], merged[0], merged[1], selected[0], selected[1], winners, overlap if merge else None,
+            total_areas[0], total_areas[1], counts, shares, merged_slots, used,
         )  # fmt: skip
         ctx.mark_non_differentiable(*(value for value in others if value is not None))
         ctx.set_materialize_grads(False)
-        return (boundary_loss, interior_loss, *others)
+        return (losses[1], losses[2], *others, losses[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, boundary: Tensor | None, interior: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, boundary: Tensor | None, interior: Tensor | None, *rest: Any) -> tuple[Any, ...]:
         from ssync_pl.kernels import programs
 
-        attention, masks, labels, selected, entries = ctx.saved_tensors
-        blocks, sizes, strides, padded = ctx.launch
-        nothing = entries.new_zeros(2)
-        scale = torch.stack(
-            [nothing[0] if boundary is None else boundary, nothing[1] if interior is None else interior]
-        )
-        scale = scale.float() / entries
-        by_attention = torch.empty(attention.shape, dtype=attention.dtype, device=attention.device)
-        by_masks = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
-        programs.write_gradients[blocks](
-            attention, masks, labels[2], labels[3], selected, scale[0], scale[1], by_attention, by_masks,
-            *sizes, *strides, SLOTS=padded, PATCHES=_PATCHES,
-        )  # fmt: skip
-        # A side without weight gets None: its graph need not be walked.
-        return (
-            None if interior is None else by_attention,
-            None if boundary is None else by_masks,
-            None,
-            None,
-            None,
-            None,
-        )
+        attention, masks, targets, selected, entries = ctx.saved_tensors
+        total = rest[-1]
+        new = functools.partial(torch.empty, device=attention.device)
+        to_boundary, to_interior = (0.0, 0.0) if total is None else ctx.weights
+        # A side that nothing asks for gets None: its graph need not be walked.
+        by_masks = None if total is None and boundary is None else new(masks.shape, dtype=masks.dtype)
+        by_attention = None if total is None and interior is None else new(attention.shape, dtype=attention.dtype)
+        sides = (by_masks is not None) + (by_attention is not None)
+        if sides:
+            # What is not there is not touched; its place in the call needs some tensor.
+            images, patches = attention.shape[0] * attention.shape[1], attention.shape[3]
+            programs.write_gradients[(-(-patches // GRADIENTS.patches), images, sides)](
+                attention, masks, targets, selected.view(torch.int8),
+                *(entries if value is None else value for value in (total, boundary, interior)), entries,
+                attention if by_attention is None else by_attention, masks if by_masks is None else by_masks,
+                to_boundary, to_interior, float(boundary is not None), float(interior is not None), *ctx.sizes,
+                FIRST=int(by_masks is None), NUM_SLOTS=attention.shape[2], PATCHES=GRADIENTS.patches,
+                num_warps=GRADIENTS.warps,
+            )  # fmt: skip
+        return by_attention, by_masks, None, None, None, None, None
