@@ -28,7 +28,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         paths = os.pathsep.join([str(_HERE), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
             [sys.executable, str(_HERE / "convert_jobs.py"), str(out), str(workers)],
-            env={**os.environ, "PYTHONPATH": paths, "CONVERT_JOBS_PAUSE": "0.15"},
+            env={**os.environ, "PYTHONPATH": paths, "CONVERT_JOBS_HANG_FROM": "6"},
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
