@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -182,7 +181,8 @@ def die_with_parent() -> None:
 
 
 def _watch() -> None:
-    while sys.stdin.buffer.read(1):
+    # Not through sys.stdin, whose lock a thread that waits would hold at the end of the process.
+    while os.read(0, 1):
         pass
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)

@@ -39,6 +39,7 @@ class Asked:
         data: Root of generated data, or None for the configuration's.
         extra: Words for `ssync-pl fit`.
         recorder: Class path of the callback that writes `evaluation.json`.
+        keep_steps: Steps between checkpoints, beside those that are taken about every minute.
 
     Example:
         >>> Asked((Path("a.yaml"),), Path("out")).variants
@@ -57,6 +58,7 @@ class Asked:
     data: Path | None = None
     extra: tuple[str, ...] = ()
     recorder: str = RECORDER
+    keep_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -271,8 +273,8 @@ def _check_names(variants: Sequence[Variant], baseline: str) -> None:
         for other in variants[:place]:
             if variant.overlay == other.overlay:
                 raise ConfigError(
-                    f"Expected variants that differ, but {other.name!r} and {variant.name!r} are the same training with "
-                    "this configuration. Leave one out."
+                    f"Expected variants that differ, but {other.name!r} and {variant.name!r} are the same training "
+                    "with this configuration. Leave one out."
                 )
 
 
@@ -281,7 +283,8 @@ def _slots_of(config: Mapping[str, Any]) -> int:
     count = options.get("num_slots")
     if not isinstance(count, int):
         raise ConfigError(
-            f"Expected `num_slots` among the options of {model} in the configuration, but got {count!r}. Write it there."
+            f"Expected `num_slots` among the options of {model} in the configuration, but got {count!r}. Write it "
+            "there."
         )
     return count
 
@@ -300,8 +303,8 @@ def _data_set(name: str, config: Mapping[str, Any]) -> DataSet:
     data, options = class_of(config, "data")
     if data != "SyntheticDataModule":
         raise ConfigError(
-            f"Expected data of SyntheticDataModule for the preset {name!r} of --sets, but the configuration has {data}. "
-            "Name a YAML file with the other data."
+            f"Expected data of SyntheticDataModule for the preset {name!r} of --sets, but the configuration has "
+            f"{data}. Name a YAML file with the other data."
         )
     if options.get("preset", "a") == name:
         return DataSet(name)
@@ -360,7 +363,5 @@ def _run(
     # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
     parts = [__version__, list(texts), data_set.changes, variant.overlay, slots, asked.steps, list(asked.extra)]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    settings = run_settings(folder, merged, asked.recorder)
-    return Run(
-        data_set.name, slots, variant.name, seed, folder, variant.overlay, settings, tuple(command), recipe
-    )
+    settings = run_settings(folder, merged, asked.recorder, asked.keep_steps)
+    return Run(data_set.name, slots, variant.name, seed, folder, variant.overlay, settings, tuple(command), recipe)

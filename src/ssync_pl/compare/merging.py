@@ -39,7 +39,8 @@ def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"Expected {option} {path} to hold YAML, but it does not: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"Expected {option} {path} to hold YAML, but it does not: {reason}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -76,9 +76,9 @@ def is_finished(run: Run) -> bool:
         kept = _read_json(run.folder / name)
         if kept and kept.get("recipe") != run.recipe:
             raise ConfigError(
-                f"Expected {run.folder} to be empty or to hold a run of this configuration, but it holds one of another "
-                f"(recipe {kept.get('recipe')}, now {run.recipe}): files, steps, version or options differ. Pass "
-                "another --out, or remove that folder."
+                f"Expected {run.folder} to be empty or to hold a run of this configuration, but it holds one of "
+                f"another (recipe {kept.get('recipe')}, now {run.recipe}): files, steps, version or options differ. "
+                "Pass another --out, or remove that folder."
             )
         if kept and name == "run.json":
             return True
@@ -125,13 +125,13 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], threads: int, say: Callabl
             finally:
                 _end([process])
         if code != 0:
-            raise ConfigError(f"The data of set {name!r} could not be made (status {code}). {log} ends with:\n{_tail(log)}")
+            raise ConfigError(
+                f"The data of set {name!r} could not be made (status {code}). {log} ends with:\n{_tail(log)}"
+            )
         log.unlink()
 
 
-def run_all(
-    runs: Sequence[Run], processes: int, threads: int, show: Callable[[str], None]
-) -> list[Failure]:
+def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[str], None]) -> list[Failure]:
     """Make all runs that are not finished; one that fails does not stop the others.
 
     Args:
@@ -211,7 +211,8 @@ def _lock(run: Run) -> Iterator[int]:
         if Path(str(error.filename)).parent != run.folder:
             raise
         raise ConfigError(
-            f"Expected {run.folder} to be free, but another process is at work in it. Wait for it, or pass another --out."
+            f"Expected {run.folder} to be free, but another process is at work in it. Wait for it, or pass another "
+            "--out."
         ) from error
 
 
@@ -319,7 +320,9 @@ def _line(done: int, total: int, failed: int, running: Sequence[_Child], left: s
         at = f"{progress.get('step', 0)}/{progress.get('total') or '?'}" if progress else "starting"
         steps.append(f"{run.set}/{run.slots}/{run.variant}/{run.seed} {at}")
     bad = f", {failed} failed" if failed else ""
-    return f"runs {done}/{total} done{bad}; {left} left; {', '.join(steps)}" if steps else f"runs {done}/{total} done{bad}"
+    return (
+        f"runs {done}/{total} done{bad}; {left} left; {', '.join(steps)}" if steps else f"runs {done}/{total} done{bad}"
+    )
 
 
 def _tail(log: Path) -> str:

@@ -14,13 +14,16 @@ KEEPER = "ssync_pl.compare.keeping.KeepRun"
 _VALIDATIONS = (4, 3, 5, 2)
 
 
-def run_settings(folder: Path, config: Mapping[str, Any], recorder: str) -> dict[str, Any]:
+def run_settings(
+    folder: Path, config: Mapping[str, Any], recorder: str, keep_steps: int | None = None
+) -> dict[str, Any]:
     """Settings of a run that do not change its training.
 
     Args:
         folder: Folder of the run.
         config: The merged configuration with the variant.
         recorder: Class path of the callback that writes `evaluation.json`.
+        keep_steps: Steps between checkpoints; None goes by the time alone.
 
     Returns:
         A configuration to lay over, with `callbacks+`, which appends.
@@ -34,7 +37,8 @@ def run_settings(folder: Path, config: Mapping[str, Any], recorder: str) -> dict
     if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
         callbacks.append({"class_path": "ssync_pl.summary.ValidationSummary", "init_args": {"untrained": True}})
     callbacks.append({"class_path": recorder})
-    callbacks.append({"class_path": KEEPER, "init_args": {"folder": str(folder)}})
+    keeps = {"folder": str(folder), **({} if keep_steps is None else {"every_n_steps": keep_steps})}
+    callbacks.append({"class_path": KEEPER, "init_args": keeps})
     # A version of "" puts metrics.csv into the folder itself.
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
     return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": callbacks}}

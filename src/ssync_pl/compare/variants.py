@@ -202,7 +202,9 @@ def _contrast(ssync: bool, weight: float) -> Callable[[str, Mapping[str, Any]], 
         model, options = class_of(config, "model")
         if model not in CONTRAST_DEFAULTS and "contrast_weight" not in options:
             known = " or ".join(CONTRAST_DEFAULTS)
-            raise ConfigError(f"Expected a host with `contrast_weight` ({known}) for variant {name!r}, but got {model}.")
+            raise ConfigError(
+                f"Expected a host with `contrast_weight` ({known}) for variant {name!r}, but got {model}."
+            )
         now = options.get("contrast_weight", CONTRAST_DEFAULTS.get(model))
         if (now == 0) == (weight == 0):
             raise ConfigError(
