@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_package():
 )
 def test_a_variant_changes_one_setting(tiny, name, setting, value):
     before = copy.deepcopy(tiny)
-    assert options_after(name, tiny) == {"warmup_ratio": 0.5, **{setting: value}}
+    assert options_after(name, tiny) == {"warmup_ratio": 0.5, setting: value}
     assert tiny == before
 
 
@@ -123,7 +123,7 @@ def test_variants_of_ssync_want_it_in_the_configuration(tiny, name):
 
 
 def test_contrast_that_is_so_already_is_refused(tiny):
-    with pytest.raises(ConfigError, match="contrast_weight 0.1 already. Use `without`"):
+    with pytest.raises(ConfigError, match=r"contrast_weight 0\.1 already\. Use `without`"):
         make_variant("slot-contrast", with_contrast(tiny))
-    with pytest.raises(ConfigError, match="contrast_weight 0.0 already. Use `with`"):
+    with pytest.raises(ConfigError, match=r"contrast_weight 0\.0 already\. Use `with`"):
         make_variant("ssync-no-contrast", with_contrast(tiny, 0.0))
