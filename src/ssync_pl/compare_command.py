@@ -161,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _asked(options: argparse.Namespace, extra: tuple[str, ...], recorder: str | None, keep_steps: int | None) -> Any:
-    from ssync_pl.compare.matrix import RECORDER, Asked, parse_numbers, parse_seeds
+    from ssync_pl.compare.matrix import RECORDER, Asked
+    from ssync_pl.compare.sets import parse_numbers, parse_seeds
 
     if options.steps is not None:
         _at_least_one(options.steps, "--steps")

@@ -12,7 +12,8 @@ import torch
 
 from ssync_pl.cli import main
 from ssync_pl.compare.curves import complete_curve, read_curve, set_curve_aside
-from ssync_pl.compare.keeping import PIPE_VARIABLE, KeepRun
+from ssync_pl.compare.keeping import KeepRun
+from ssync_pl.compare.processes import PIPE_VARIABLE
 from ssync_pl.errors import ConfigError
 
 from .conftest import write_tiny

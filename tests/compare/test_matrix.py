@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssync_pl.compare.matrix import Asked, build_matrix, parse_numbers, parse_seeds
+from ssync_pl.compare.matrix import Asked, build_matrix
+from ssync_pl.compare.sets import parse_numbers, parse_seeds
 from ssync_pl.compare.settings import step_words
 from ssync_pl.errors import ConfigError
 

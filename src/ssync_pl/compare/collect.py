@@ -63,7 +63,8 @@ def collect_run(folder: Path) -> Row | None:
         return None
     facts, evaluation, summary = (_read(folder / name) for name in ("run.json", "evaluation.json", "summary.json"))
     tables: Mapping[str, Mapping[str, Any]] = summary.get("rows", {})
-    found = {**tables.get("this run", {}), **evaluation.get("scores", {})}
+    found = dict(tables.get("this run", {}))
+    found.update({name: value for name, value in evaluation.get("scores", {}).items() if value is not None})
     row: Row = {name: facts.get(name) for name in COLUMNS}
     row.update({name: found.get(name) for name in SCORES})
     probe = {f"probe_{name.removeprefix('probe_')}": value for name, value in evaluation.get("probe", {}).items()}

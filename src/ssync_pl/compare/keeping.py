@@ -15,12 +15,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from ssync_pl.compare.processes import PIPE_VARIABLE
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
 
 __all__ = ["KeepRun", "die_with_parent"]
 
-PIPE_VARIABLE = "SSYNC_COMPARE_PIPE"
 _REPORT_SECONDS = 1.0
 
 

@@ -6,17 +6,18 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
 from ssync_pl.compare.merging import class_of, merge, merge_all, read_yaml
+from ssync_pl.compare.sets import DataSet, data_set_of, refuse_doubles
 from ssync_pl.compare.settings import run_settings, step_words
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Asked", "DataSet", "Matrix", "Run", "build_matrix", "parse_numbers", "parse_seeds"]
+__all__ = ["Asked", "Matrix", "Run", "build_matrix"]
 
 _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
 RECORDER = "ssync_pl.compare.recorder.RunRecorder"
@@ -59,27 +60,6 @@ class Asked:
     extra: tuple[str, ...] = ()
     recorder: str = RECORDER
     keep_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One of the data sets that runs are made on.
-
-    Args:
-        name: Names the folder and the rows of the tables.
-        files: Configuration files to lay over.
-        words: Words for `ssync-pl fit`.
-        changes: The same as a dict of YAML values.
-
-    Example:
-        >>> DataSet("default").words
-        ()
-    """
-
-    name: str
-    files: tuple[Path, ...] = ()
-    words: tuple[str, ...] = ()
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,54 +144,6 @@ class Matrix:
         }
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `--seeds`: a number N for the seeds 0 to N-1, or a list.
-
-    Args:
-        text: For example `5` or `3,4`; `3,` is the seed 3 alone.
-
-    Returns:
-        The seeds.
-
-    Raises:
-        ConfigError: No seeds.
-
-    Example:
-        >>> parse_seeds("3"), parse_seeds("3,4"), parse_seeds("3,")
-        ((0, 1, 2), (3, 4), (3,))
-    """
-    if "," in text:
-        return parse_numbers(text, "--seeds", least=0)
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ConfigError(f"Expected --seeds to be a number of seeds from 1 on, or a list like 3,4, but got {text!r}.")
-    return tuple(range(int(text)))
-
-
-def parse_numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
-    """Read a list of numbers with commas between them.
-
-    Args:
-        text: For example `7,11`.
-        option: Name of the option, for the message.
-        least: Smallest number allowed.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ConfigError: One is no number, too small, or there twice.
-
-    Example:
-        >>> parse_numbers("7,11", "--slots")
-        (7, 11)
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or any(not part.isdecimal() or int(part) < least for part in parts):
-        raise ConfigError(f"Expected {option} to be whole numbers from {least} on, as in 7,11, but got {text!r}.")
-    _refuse_doubles(parts, option)
-    return tuple(int(part) for part in parts)
-
-
 def build_matrix(asked: Asked) -> Matrix:
     """Lay out all runs; nothing is written or started.
 
@@ -232,13 +164,13 @@ def build_matrix(asked: Asked) -> Matrix:
     """
     if not asked.configs:
         raise ConfigError("Expected --config FILE, the configuration that is compared, but got none.")
-    _refuse_doubles(asked.variants, "--variants")
-    _refuse_doubles(asked.sets, "--sets")
+    refuse_doubles(asked.variants, "--variants")
+    refuse_doubles(asked.sets, "--sets")
     config = merge_all(read_yaml(path) for path in asked.configs)
     class_of(config, "model")
     class_of(config, "data")
-    sets = tuple(_data_set(name, config) for name in asked.sets) or (DataSet("default"),)
-    _refuse_doubles([one.name for one in sets], "--sets")
+    sets = tuple(data_set_of(name, config) for name in asked.sets) or (DataSet("default"),)
+    refuse_doubles([one.name for one in sets], "--sets")
     slots = asked.slots or (_slots_of(config),)
     texts = tuple(path.read_text(encoding="utf-8") for path in asked.configs)
     runs: list[Run] = []
@@ -255,15 +187,9 @@ def build_matrix(asked: Asked) -> Matrix:
     return Matrix(asked, sets, slots, variants, tuple(runs), prepare, texts)
 
 
-def _refuse_doubles(names: Sequence[str], option: str) -> None:
-    doubles = sorted({name for name in names if list(names).count(name) > 1})
-    if doubles:
-        raise ConfigError(f"Expected {option} to name each once, but got {', '.join(doubles)} twice.")
-
-
 def _check_names(variants: Sequence[Variant], baseline: str) -> None:
     names = [variant.name for variant in variants]
-    _refuse_doubles(names, "--variants")
+    refuse_doubles(names, "--variants")
     if baseline not in names:
         raise ConfigError(
             f"Expected the variant {baseline!r} that the others are compared with to be among --variants "
@@ -287,32 +213,6 @@ def _slots_of(config: Mapping[str, Any]) -> int:
             "there."
         )
     return count
-
-
-def _data_set(name: str, config: Mapping[str, Any]) -> DataSet:
-    if name == "default":
-        return DataSet("default")
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        return DataSet(path.stem, files=(path,), changes=read_yaml(path, "--sets"))
-    from ssync_pl.data.synthetic import PRESETS
-
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ConfigError(f"Expected --sets to be among {known}, or paths of YAML files, but got {name!r}.")
-    data, options = class_of(config, "data")
-    if data != "SyntheticDataModule":
-        raise ConfigError(
-            f"Expected data of SyntheticDataModule for the preset {name!r} of --sets, but the configuration has "
-            f"{data}. Name a YAML file with the other data."
-        )
-    if options.get("preset", "a") == name:
-        return DataSet(name)
-    changes: dict[str, Any] = {"preset": name}
-    if options.get("scene") is not None:
-        changes["scene"] = None  # it was made for the configuration's own preset, and would undo this one
-    words = tuple(f"--data.init_args.{key}={'null' if value is None else value}" for key, value in changes.items())
-    return DataSet(name, words=words, changes={"data": {"init_args": changes}})
 
 
 def _data_words(asked: Asked, config: Mapping[str, Any]) -> list[str]:

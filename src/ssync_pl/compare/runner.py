@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +15,15 @@ from typing import Any
 
 from ssync_pl.compare.curves import complete_curve, set_curve_aside
 from ssync_pl.compare.matrix import Matrix, Run
+from ssync_pl.compare.processes import child_environment, end_processes, start_process
 from ssync_pl.data.convert.locking import exclusive
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
 
-__all__ = ["Failure", "child_environment", "is_finished", "prepare_sets", "run_all"]
+__all__ = ["Failure", "is_finished", "prepare_sets", "run_all"]
 
-PIPE_VARIABLE = "SSYNC_COMPARE_PIPE"
 _PAUSE = 0.2
 _TAIL = 15
-_GRACE_SECONDS = 5.0
 # A process whose parent was killed ends as soon as its imports are done.
 _ORPHAN_SECONDS = 60.0
 
@@ -85,23 +83,6 @@ def is_finished(run: Run) -> bool:
     return False
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """Environment of the processes.
-
-    Args:
-        threads: Threads of each.
-
-    Returns:
-        This process's environment with what differs.
-
-    Example:
-        >>> child_environment(1)["OMP_NUM_THREADS"]
-        '1'
-    """
-    count = str(threads)
-    return {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, PIPE_VARIABLE: "1"}
-
-
 def prepare_sets(matrix: Matrix, runs: Sequence[Run], threads: int, say: Callable[[str], None]) -> None:
     """Render videos and store features of the sets of some runs, one set after the other.
 
@@ -119,11 +100,11 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], threads: int, say: Callabl
         say(f"preparing data {place}/{len(names)}: {name}")
         log = matrix.asked.out / f"prepare_{name}.txt"
         with open(log, "wb") as stream:
-            process = _start(matrix.prepare[name], stream, child_environment(threads))
+            process = start_process(matrix.prepare[name], stream, child_environment(threads))
             try:
                 code = process.wait()
             finally:
-                _end([process])
+                end_processes([process])
         if code != 0:
             raise ConfigError(
                 f"The data of set {name!r} could not be made (status {code}). {log} ends with:\n{_tail(log)}"
@@ -171,7 +152,7 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
             left = total - gained - sum(_share(child.progress) for child in running)
             show(_line(done, len(runs), len(failures), running, _left(now, left, time.monotonic() - begun)))
     finally:
-        _end([child.process for child in running])
+        end_processes([child.process for child in running])
         for child in running:
             child.locks.close()
     return failures
@@ -194,7 +175,7 @@ def _launch(run: Run, threads: int) -> _Child:
         write_bytes(run.folder / "started.json", json.dumps({"recipe": run.recipe}).encode())
         command = [*run.command, *(["--ckpt_path", str(checkpoint)] if goes_on else [])]
         with open(run.folder / "log.txt", "ab" if goes_on else "wb") as log:
-            process = _start(command, log, child_environment(threads), (handle,))
+            process = start_process(command, log, child_environment(threads), (handle,))
     except BaseException:
         locks.close()
         raise
@@ -214,22 +195,6 @@ def _lock(run: Run) -> Iterator[int]:
             f"Expected {run.folder} to be free, but another process is at work in it. Wait for it, or pass another "
             "--out."
         ) from error
-
-
-def _start(
-    command: Sequence[str], log: Any, environment: Mapping[str, str], handles: tuple[int, ...] = ()
-) -> subprocess.Popen[bytes]:
-    # A session of its own, so that a child ends together with the workers that it started; and a pipe, whose end tells
-    # it that this process is gone, even when that was killed.
-    return subprocess.Popen(
-        list(command),
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=dict(environment),
-        start_new_session=True,
-        pass_fds=handles if os.name == "posix" else (),
-    )
 
 
 def _poll(child: _Child) -> int | None:
@@ -277,27 +242,6 @@ def _finish(child: _Child, code: int) -> Failure | None:
         return None
     finally:
         child.locks.close()
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes and what they started: first politely, then not."""
-    alive = [process for process in processes if process.poll() is None]
-    for process in alive:
-        _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in alive:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
-        process.wait()
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
 
 
 def _share(progress: Mapping[str, Any]) -> float:

@@ -189,8 +189,7 @@ def _published(name: str, config: Mapping[str, Any]) -> Variant:
 
 def _srl(name: str, config: Mapping[str, Any]) -> Variant:
     own = _options(config, name)
-    shared = (*_READS_MAPS, "warmup_ratio", "warmup_steps", "ramp_steps")
-    options = {key: value for key, value in own.items() if key in shared}
+    options = {key: value for key, value in own.items() if key in ("warmup_ratio", "warmup_steps")}
     if "warmup_steps" not in options:
         options.setdefault("warmup_ratio", DEFAULTS["warmup_ratio"])
     callback = {"class_path": _DENSE, "init_args": options}
