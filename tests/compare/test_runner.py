@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,8 @@ def test_one_that_fails_leaves_the_others_and_the_end_of_its_log(tmp_path):
     bad = make_run(tmp_path, 1, "print('line'); raise SystemExit(3)")
     silent = make_run(tmp_path, 2, "pass")
     shown = []
-    failures = run_all([make_run(tmp_path, 0), bad, silent, make_run(tmp_path, 3)], 2, 1, shown.append)
+    slow = make_run(tmp_path, 0, SCORES + "import time; time.sleep(1)")
+    failures = run_all([slow, bad, silent, make_run(tmp_path, 3)], 2, 1, shown.append)
     assert {failure.run.seed: failure.reason for failure in failures} == {
         1: "ended with status 3",
         2: "ended without evaluation.json",
@@ -91,20 +93,27 @@ def test_a_folder_at_work_is_refused_and_a_stale_lock_is_not(tmp_path, monkeypat
     assert run_all([run], 1, 1, lambda text: None) == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="handles are inherited")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for open files")
 def test_a_process_that_outlives_its_parent_keeps_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_ORPHAN_SECONDS", 0.2)
     run = make_run(tmp_path, 0, "import time; time.sleep(60)")
     child = runner._launch(run, 1)
+    kept = child.locks.pop_all()
+    lock = run.folder / ".lock"
     try:
-        # What a killed parent leaves: the file, held by nobody but the child.
-        lock = run.folder / ".lock"
-        child.locks.pop_all()
+        # What a killed parent leaves: the file stays, and its own handle of it is closed.
+        (handle,) = [entry.name for entry in Path("/proc/self/fd").iterdir() if os.path.realpath(entry) == str(lock)]
+        os.close(int(handle))
         with pytest.raises(ConfigError, match="another process"), runner._lock(run):
             pass
         assert lock.exists()
+        runner.end_processes([child.process])
+        with runner._lock(run):
+            pass
     finally:
         runner.end_processes([child.process])
+        with pytest.raises(OSError):
+            kept.close()
 
 
 def test_an_interrupt_ends_the_processes(tmp_path):

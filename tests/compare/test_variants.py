@@ -127,3 +127,33 @@ def test_contrast_that_is_so_already_is_refused(tiny):
         make_variant("slot-contrast", with_contrast(tiny))
     with pytest.raises(ConfigError, match=r"contrast_weight 0\.0 already\. Use `with`"):
         make_variant("ssync-no-contrast", with_contrast(tiny, 0.0))
+
+
+def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
+    """Options that an overlay does not name stay those of the example."""
+    from pathlib import Path
+
+    import yaml
+
+    from ssync_pl.compare.matrix import Asked, build_matrix
+    from ssync_pl.doctor.configured import from_configuration
+
+    example = Path(__file__).resolve().parents[2] / "examples" / "slotcontrast_synthetic.yaml"
+    variants = ("without", "ssync-no-contrast", "threshold-0.8")
+    matrix = build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("cluttered",)))
+    found = {}
+    for run in matrix.runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "overlay.yaml").write_text(yaml.safe_dump(dict(run.overlay)))
+        (run.folder / "settings.yaml").write_text("{}")
+        found[run.variant] = from_configuration(list(run.command[4:]))
+    for parts in found.values():
+        assert parts.host.hparams["num_slots"] == 11
+        assert parts.host.hparams["slot_dim"] == 64
+        assert (parts.data.config.name, parts.data.config.min_objects) == ("cluttered", 15)
+    contrasts = [found[name].host.contrast_weight for name in variants]
+    assert contrasts == [0.1, 0.0, 0.1]
+    callbacks = {name: {type(one).__name__: one for one in parts.callbacks} for name, parts in found.items()}
+    assert "SSyncCallback" not in callbacks["without"]
+    config = callbacks["threshold-0.8"]["SSyncCallback"].config
+    assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.1, 0.5)
