@@ -71,7 +71,7 @@ def test_a_warmup_in_steps_gives_way_to_a_ratio(tiny):
 
 
 def test_the_dense_rival_has_the_same_schedule(tiny):
-    callbacks = callbacks_of(make_variant("srl", tiny).overlay)
+    callbacks = callbacks_of(make_variant("srl", with_contrast(tiny)).overlay)
     assert [callback_name(one) for one in callbacks] == ["DenseAlignmentCallback", "ValidationSummary"]
     assert callbacks[0]["init_args"] == {"warmup_ratio": 0.5}
 
@@ -107,6 +107,7 @@ def test_a_file_is_a_variant_of_its_own(tmp_path, tiny):
         ("warmup-0.5", "warmup_ratio 0.5 already"),
         ("threshold-0.7", "merge_threshold 0.7 already"),
         ("no-contrast", "a host with `contrast_weight` .* but got SAVi"),
+        ("srl", r"a host that rebuilds features \(VideoSAUR, .*\) for variant 'srl', but got SAVi"),
         ("none.yaml", "there is no 'none.yaml'"),
     ],
 )

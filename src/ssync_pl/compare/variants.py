@@ -31,6 +31,7 @@ CONTRAST_DEFAULTS = {"SlotContrast": 0.5, "VideoSAUR": 0.0}
 PUBLISHED_CONTRAST = 0.1
 _READS_MAPS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 _DENSE = "ssync_pl.dense_callback.DenseAlignmentCallback"
+_DENSE_HOSTS = ("VideoSAUR", "SlotContrast", "DINOSAUR")
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,11 @@ def _published(name: str, config: Mapping[str, Any]) -> Variant:
 
 def _srl(name: str, config: Mapping[str, Any]) -> Variant:
     own = _options(config, name)
+    model, _ = class_of(config, "model")
+    if model not in _DENSE_HOSTS:
+        raise ConfigError(
+            f"Expected a host that rebuilds features ({', '.join(_DENSE_HOSTS)}) for variant {name!r}, but got {model}."
+        )
     options = {key: value for key, value in own.items() if key in ("warmup_ratio", "warmup_steps")}
     if "warmup_steps" not in options:
         options.setdefault("warmup_ratio", DEFAULTS["warmup_ratio"])
