@@ -23,6 +23,7 @@ _TRAINER_VERBS = {
 _OTHER_VERBS = {
     "data": "generate, convert, check, preview shards, cache features: `ssync-pl data --help`",
     "doctor": "say whether SSync can be used with a model, and what to write: `ssync-pl doctor --help`",
+    "compare": "train variants, seeds, slot counts and sets, and say what differs: `ssync-pl compare --help`",
     "config": "print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`",
     "checkpoint": "convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync: `ssync-pl checkpoint --help`",
 }
@@ -79,7 +80,7 @@ def main(args: list[str] | None = None) -> int:
         sys.stderr.write(f"{stop.code}\n")
         return 1
     except KeyboardInterrupt:
-        again = " The same command goes on where this one was stopped." if words[:2] == ["data", "convert"] else ""
+        again = " The same command goes on where this one was stopped." if _goes_on(words) else ""
         sys.stderr.write(f"\nssync-pl: stopped.{again}\n")
         return 130
     except (SSyncError, OSError, UnicodeDecodeError) as error:
@@ -88,6 +89,10 @@ def main(args: list[str] | None = None) -> int:
         kind = "" if isinstance(error, SSyncError) else f"{type(error).__name__}: "
         sys.stderr.write(f"ssync-pl: error: {kind}{error}\n")
         return 2
+
+
+def _goes_on(words: list[str]) -> bool:
+    return words[:2] == ["data", "convert"] or words[:1] == ["compare"]
 
 
 def _dispatch(words: list[str], debug: bool) -> int:
@@ -112,8 +117,15 @@ def _dispatch(words: list[str], debug: bool) -> int:
 def _other_commands() -> dict[str, Callable[[list[str]], int]]:
     # Lightning takes seconds to import, and these commands do not need it.
     from ssync_pl.checkpoint_command import run_checkpoint
+    from ssync_pl.compare_command import run_compare
     from ssync_pl.config_command import run_config
     from ssync_pl.data_commands import run_data
     from ssync_pl.doctor_command import run_doctor
 
-    return {"data": run_data, "doctor": run_doctor, "config": run_config, "checkpoint": run_checkpoint}
+    return {
+        "data": run_data,
+        "doctor": run_doctor,
+        "compare": run_compare,
+        "config": run_config,
+        "checkpoint": run_checkpoint,
+    }

@@ -34,6 +34,8 @@ _COLUMNS = {
     "used_slots": "used slots",
 }
 
+_SCORED = ("this run", "untrained")
+
 
 class ValidationSummary(L.Callback):
     """Print one table at the end of `fit`, `validate` or `test`, and write it to `<log_dir>/summary.json`.
@@ -44,7 +46,7 @@ class ValidationSummary(L.Callback):
 
     Args:
         untrained: Score the whole validation set before training as well. It takes the place of Lightning's sanity
-            check, which leaves random states and training as they are; resumed runs have no such row.
+            check, which leaves random states and training as they are; checkpoints hold the row for resumed runs.
         baselines: Score the grid and k-means on RGB. Computed once a data set and kept in a JSON file beside the data,
             if the data module knows its folder. Runs of several processes use what is kept, but compute nothing.
         num_slots: Parts of the baselines. None: the host's hyperparameter `num_slots`; without one, no baselines.
@@ -103,6 +105,23 @@ class ValidationSummary(L.Callback):
     def _restore_sanity_check(self, trainer: L.Trainer) -> None:
         if self._sanity_steps is not None:
             trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot score again.
+
+        Returns:
+            The rows so far, and the step of the last validation.
+        """
+        return {"rows": {name: dict(self.rows[name]) for name in _SCORED if name in self.rows}, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the rows of the run that is resumed.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.rows.update({name: dict(scores) for name, scores in state["rows"].items() if name in _SCORED})
+        self._step = int(state["step"])
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the test's metrics."""

@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def exclusive(path: str | os.PathLike[str], *, timeout: float = 0.0) -> Iterator[None]:
+def exclusive(path: str | os.PathLike[str], *, timeout: float = 0.0) -> Iterator[int]:
     """Hold a lock file while the block runs; the operating system frees the lock of a killed process.
 
     On disks without locks the block runs unlocked, and a warning is logged.
@@ -30,6 +30,9 @@ def exclusive(path: str | os.PathLike[str], *, timeout: float = 0.0) -> Iterator
     Args:
         path: The lock file; it is made, and removed at the end.
         timeout: Seconds to wait for another holder.
+
+    Yields:
+        The handle of the lock file; a process that inherits it holds the lock as well.
 
     Raises:
         BlockingIOError: Another process or thread still holds the lock.
@@ -49,7 +52,7 @@ def exclusive(path: str | os.PathLike[str], *, timeout: float = 0.0) -> Iterator
     path = Path(path)
     handle = _acquire(path, time.monotonic() + timeout)
     try:
-        yield
+        yield handle
     finally:
         # Removed while it is held: whoever opened it meanwhile sees that the file is gone and makes a new one.
         with contextlib.suppress(OSError):

@@ -1,0 +1,75 @@
+"""Quality with and without SSync: the repository's comparisons, by name.
+
+``python benchmarks/quality.py main`` makes the runs of one experiment through ``ssync-pl compare``, prints its tables,
+and writes ``benchmarks/results/quality_main.csv``. Finished runs are kept below ``runs/quality``, so that a killed call
+continues. Other options go to ``ssync-pl compare`` and win over the experiment's: ``python benchmarks/quality.py main
+--seeds 10 --processes 2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from ssync_pl.cli import main as ssync_pl
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = {
+    # name: configuration in examples/, and options of `ssync-pl compare`
+    "main": ("slotcontrast_synthetic", ["--variants", "without,with,srl", "--seeds", "5"]),
+    "slots": (
+        "slotcontrast_synthetic",
+        ["--variants", "without,with,no-merging", "--slots", "7,11,15", "--seeds", "3"],
+    ),
+    "ablation": (
+        "slotcontrast_synthetic",
+        [
+            "--variants",
+            "without,with,boundary-only,interior-only,no-merging,cross-entropy,no-warmup,threshold-0.5,threshold-0.9,"
+            "weight-0.03,weight-0.3,no-contrast,ssync-no-contrast",
+            "--seeds",
+            "3",
+        ],
+    ),
+    "savi": ("savi_synthetic", ["--variants", "without,with", "--seeds", "5"]),
+    "videosaur": (
+        "videosaur_synthetic",
+        ["--variants", "without,with,slot-contrast,ssync-slot-contrast", "--seeds", "5"],
+    ),
+    "solv": ("solv_synthetic", ["--variants", "without,with", "--seeds", "5"]),
+    "cluttered": (
+        "slotcontrast_synthetic",
+        ["--variants", "without,with", "--sets", "cluttered", "--slots", "11", "--seeds", "5"],
+    ),
+}
+
+
+def words_of(experiment: str, out: Path, extra: list[str]) -> list[str]:
+    """The words after ``ssync-pl``; what comes later wins, so the caller's options are last."""
+    example, options = EXPERIMENTS[experiment]
+    words = ["compare", "--config", str(ROOT / "examples" / f"{example}.yaml"), *options, "--out", str(out)]
+    return [*words, *extra]
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quality/EXPERIMENT)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the table")
+    options, extra = parser.parse_known_args(args)
+    out = options.out or Path("runs/quality") / options.experiment
+    status = ssync_pl(words_of(options.experiment, out, extra))
+    if status == 0 and "--dry-run" not in extra:
+        options.results.mkdir(parents=True, exist_ok=True)
+        table = options.results / f"quality_{options.experiment}.csv"
+        shutil.copyfile(out / "results.csv", table.with_suffix(".tmp"))
+        table.with_suffix(".tmp").replace(table)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

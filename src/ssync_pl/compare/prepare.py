@@ -1,0 +1,46 @@
+"""Makes the data of a comparison before its runs start, so that parallel runs do not render or cache twice."""
+
+from __future__ import annotations
+
+import sys
+
+from ssync_pl.errors import SSyncError
+
+__all__ = ["prepare"]
+
+
+def prepare(words: list[str]) -> int:
+    """Build the data module of a configuration and let it make its files.
+
+    Args:
+        words: As after `ssync-pl fit`.
+
+    Returns:
+        The exit status.
+
+    Example:
+        >>> import contextlib, io
+        >>> with contextlib.redirect_stderr(io.StringIO()) as text:
+        ...     prepare(["--model=SAVi", "--data=SyntheticDataModule", "--data.num_train=-1"])
+        2
+    """
+    # Deferred: Lightning takes seconds to import.
+    from ssync_pl.compare.keeping import die_with_parent
+    from ssync_pl.doctor.configured import from_configuration
+
+    die_with_parent()
+    try:
+        data = from_configuration(words).data
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except (SSyncError, OSError) as error:
+        sys.stderr.write(f"ssync-pl compare: error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(prepare(sys.argv[1:]))
