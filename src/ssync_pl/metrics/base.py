@@ -84,7 +84,7 @@ class MaskMetric(ItemMean):
     """
 
     higher_is_better = True
-    plot_upper_bound = 1.0
+    plot_upper_bound: float | None = 1.0
 
     level: Literal["video", "image"] = "video"
 
