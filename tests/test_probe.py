@@ -124,6 +124,16 @@ def test_what_is_missing_is_left_out() -> None:
     assert probe_slots(ProbeSamples(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2))) == {}
 
 
+def test_slots_that_are_not_finite_are_left_out() -> None:
+    samples = planted()
+    slots = samples.slots.clone()
+    slots[::7, 3] = torch.inf
+    slots[1::7] = torch.nan
+    score = probe_slots(ProbeSamples(slots, samples.videos, samples.positions))["position_r2"]
+    assert score == pytest.approx(1.0, abs=1e-4)
+    assert probe_slots(ProbeSamples(slots * torch.nan, samples.videos, samples.positions)) == {}
+
+
 def test_a_coordinate_that_never_changes_is_left_out() -> None:
     samples = planted()
     positions = samples.positions.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from ssync_pl.metrics.functional.contingency import contingency
 from ssync_pl.metrics.functional.overlap import iou_from_counts
 
 __all__ = ["ProbeSamples", "join_samples", "match_slots", "object_facts", "probe_slots", "sample_slots", "video_folds"]
-
-FOLDS = 5
-"""Parts of the videos, each predicted from the others."""
 
 # Of the ridge, for standardised features and a mean over samples. The last one predicts little but the mean.
 _PENALTIES = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
@@ -64,6 +61,9 @@ def join_samples(parts: Sequence[ProbeSamples]) -> ProbeSamples:
     Returns:
         The samples in their order.
 
+    Raises:
+        ConfigError: There are none.
+
     Example:
         >>> one = ProbeSamples(torch.zeros(3, 8), torch.zeros(3, dtype=torch.long), torch.zeros(3, 2))
         >>> join_samples([one, one]).slots.shape
@@ -71,15 +71,9 @@ def join_samples(parts: Sequence[ProbeSamples]) -> ProbeSamples:
     """
     if not parts:
         raise ConfigError("Expected samples of at least one batch, but got none.")
-    colors = [part.colors for part in parts if part.colors is not None]
-    shapes = [part.shapes for part in parts if part.shapes is not None]
-    return ProbeSamples(
-        torch.cat([part.slots for part in parts]),
-        torch.cat([part.videos for part in parts]),
-        torch.cat([part.positions for part in parts]),
-        torch.cat(colors) if len(colors) == len(parts) else None,
-        torch.cat(shapes) if len(shapes) == len(parts) else None,
-    )
+    columns = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(ProbeSamples)}
+    whole = {name: column for name, column in columns.items() if all(value is not None for value in column)}
+    return ProbeSamples(**{name: torch.cat(column) for name, column in whole.items()})
 
 
 def match_slots(
@@ -207,9 +201,8 @@ def sample_slots(
     pairs = match_slots(masks, true, valid, has_background=has_background, ignore_overlaps=ignore_overlaps)
     video, frame, channel, slot = pairs.unbind(1)
     centres, colors = object_facts(true, frames)
-    kept = slots.detach().cpu().float()[video, frame, slot]
     return ProbeSamples(
-        kept,
+        slots.detach().cpu().float()[video, frame, slot],
         video + first_video,
         centres.cpu()[video, frame, channel],
         None if colors is None else colors.cpu()[video, frame, channel],
@@ -217,7 +210,7 @@ def sample_slots(
     )
 
 
-def video_folds(videos: Tensor, folds: int = FOLDS) -> Tensor:
+def video_folds(videos: Tensor, folds: int = 5) -> Tensor:
     """Deal videos out to folds, in turns, so that all samples of a video are in one.
 
     Args:
@@ -257,6 +250,7 @@ def probe_slots(samples: ProbeSamples) -> dict[str, float]:
         >>> round(scores["position_r2"], 3)
         1.0
     """
+    samples = _finite(samples)  # a host that has diverged
     scores: dict[str, float] = {}
     for name, facts in (("position_r2", samples.positions), ("color_r2", samples.colors)):
         if facts is not None:
@@ -272,6 +266,12 @@ def probe_slots(samples: ProbeSamples) -> dict[str, float]:
             if predicted is not None:
                 scores["shape_accuracy"] = float((predicted.argmax(1) == classes).double().mean())
     return scores
+
+
+def _finite(samples: ProbeSamples) -> ProbeSamples:
+    kept = samples.slots.isfinite().all(dim=1)
+    columns = {entry.name: getattr(samples, entry.name) for entry in fields(samples)}
+    return ProbeSamples(**{name: value[kept] for name, value in columns.items() if value is not None})
 
 
 def _cross_predict(slots: Tensor, facts: Tensor, videos: Tensor) -> Tensor | None:
@@ -299,8 +299,8 @@ def _ridge(slots: Tensor, facts: Tensor, unseen: Tensor, penalties: Sequence[flo
     known, unseen = (slots - centre) / spread, (unseen - centre) / spread
     level = facts.mean(0)
     gram, target = known.T @ known / len(known), known.T @ (facts - level) / len(known)
-    eye = torch.eye(len(gram), dtype=gram.dtype)
-    return [unseen @ torch.linalg.solve(gram + penalty * eye, target) + level for penalty in penalties]
+    ridges = [gram + penalty * torch.eye(len(gram), dtype=gram.dtype) for penalty in penalties]
+    return [unseen @ torch.linalg.solve(ridge, target) + level for ridge in ridges]
 
 
 def _r2(predicted: Tensor, facts: Tensor) -> Tensor:

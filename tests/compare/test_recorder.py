@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,123 +10,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from recorded_runs import GRID, feature_host, feature_loaders, feature_videos, fit, read, synthetic, tiny_savi
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback
 from ssync_pl.compare import final
 from ssync_pl.compare.recorder import RunRecorder
-from ssync_pl.data import ShardDataModule
-from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 from ssync_pl.errors import ConfigError
-from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
 from ssync_pl.metrics import SegmentationMetrics
 
 SCORES = {f"{level}_{score}" for level in ("video", "image") for score in ("fg_ari", "ari", "mbo", "miou")}
 SCORES |= {"boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"}
-GRID = (4, 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rendered set for all tests."""
-    return tmp_path_factory.mktemp("synthetic")
-
-
-def synthetic(root: Path, **options: Any) -> SyntheticDataModule:
-    settings: dict[str, Any] = {"preset": "a_zoom", "num_train": 4, "num_validation": 5, "resolution": 16, "frames": 3}
-    settings |= {"batch_size": 2, "val_batch_size": 2, "clip_length": 2, "num_workers": 0, "generate_workers": 0}
-    return SyntheticDataModule(root=str(root), **(settings | options))
-
-
-def tiny_savi() -> SAVi:
-    torch.manual_seed(0)
-    return SAVi(
-        num_slots=4,
-        slot_dim=8,
-        encoder_channels=(8,),
-        encoder_strides=(2,),
-        encoder_kernel=3,
-        feature_dim=8,
-        corrector_mlp_hidden=8,
-        predictor_mlp_hidden=8,
-        predictor_heads=2,
-        decoder_broadcast=(4, 4),
-        decoder_channels=(8,),
-        decoder_strides=(2,),
-        learning_rate=1e-2,
-        warmup_steps=0,
-    )
-
-
-def fit(
-    path: Path, host: L.LightningModule, callbacks: list[L.Callback], *loaders: Any, **options: Any
-) -> tuple[L.Trainer, Path]:
-    settings: dict[str, Any] = {
-        "max_steps": 4,
-        "accelerator": "cpu",
-        "logger": CSVLogger(str(path), name="", version=""),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": callbacks,
-    }
-    torch.manual_seed(5)
-    trainer = L.Trainer(**(settings | options))
-    if len(loaders) == 1:
-        trainer.fit(host, datamodule=loaders[0])
-    else:
-        trainer.fit(host, *loaders)
-    return trainer, Path(str(trainer.log_dir))
-
-
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "evaluation.json").read_text())
-
-
-def feature_videos(count: int, seed: int, video: bool = True) -> list[dict[str, Any]]:
-    """Cached features of squares that move over a floor, with the frames or without."""
-    generator = torch.Generator().manual_seed(seed)
-    items = []
-    for index in range(count):
-        masks = torch.zeros(3, 2, 16, 16, dtype=torch.bool)
-        for t in range(3):
-            masks[t, 1, 4 * (index % 3) : 4 * (index % 3) + 8, 4 * (t % 2) : 4 * (t % 2) + 8] = True
-        masks[:, 0] = ~masks[:, 1]
-        patches = masks[:, 1, ::4, ::4].flatten(1).float()
-        features = patches.unsqueeze(-1) * torch.linspace(-2, 2, 6) + 0.1 * torch.randn(3, 16, 6, generator=generator)
-        item: dict[str, Any] = {"features": features}
-        if video:
-            item["video"] = masks[:, 1:].float().expand(-1, 3, -1, -1).clone()
-            item |= {"segmentations": masks, "__key__": f"{seed}-{index}"}
-        items.append(item)
-    return items
-
-
-def feature_loaders(validation: int = 6) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    return (
-        DataLoader(feature_videos(4, 0, video=False), batch_size=2),  # type: ignore[arg-type]
-        DataLoader(feature_videos(validation, 1), batch_size=2),  # type: ignore[arg-type]
-    )
-
-
-def feature_host(kind: Any, **changes: Any) -> Any:
-    options: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": GRID}
-    if kind is SOLV:
-        options |= {"clip_length": 3, "temporal_heads": 2, "temporal_blocks": 1, "decoder_hidden": (16,)}
-    else:
-        options |= {"encoder_hidden": 16, "decoder_hidden": (16,), "decay_rate": 1.0}
-    torch.manual_seed(0)
-    return kind(**(options | {"warmup_steps": 0} | changes))
 
 
 def test_savi_on_the_packaged_set(tmp_path: Path, root: Path) -> None:
@@ -197,8 +91,10 @@ def test_no_bit_of_the_training_changes(tmp_path: Path, root: Path, callbacks: l
     assert all(torch.equal(value, other_metrics[name]) for name, value in metrics.items())
 
 
-@pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR, SOLV])
-@pytest.mark.parametrize("ssync", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "ssync"),
+    [(SlotContrast, False), (SlotContrast, True), (SOLV, False), (SOLV, True), (VideoSAUR, False), (DINOSAUR, True)],
+)
 def test_every_host_on_cached_features(tmp_path: Path, kind: Any, ssync: bool) -> None:
     callbacks: list[L.Callback] = [SSyncCallback(warmup_ratio=0.5)] if ssync else []
     _, folder = fit(tmp_path, feature_host(kind), [*callbacks, RunRecorder()], *feature_loaders())
@@ -258,51 +154,6 @@ def test_padding_is_neither_scored_nor_drawn(tmp_path: Path) -> None:
         assert (pictures["frames"][1] == pictures["frames"][1, :1]).all()  # one real frame, four times
 
 
-def test_the_hash_names_the_videos_that_were_scored(tmp_path: Path, root: Path) -> None:
-    hashes = {}
-    for name, options in {
-        "whole": {},
-        "again": {"val_batch_size": 5},
-        "part": {"limit": 1},
-        "others": {"data_seed": 1},
-    }.items():
-        limit = options.pop("limit", None)
-        recorder = RunRecorder(videos=0, probe=False)
-        extra = {} if limit is None else {"limit_val_batches": limit}
-        _, folder = fit(tmp_path / name, tiny_savi(), [recorder], synthetic(root, **options), max_steps=1, **extra)
-        hashes[name] = read(folder)["val_keys_hash"]
-        assert read(folder)["num_videos"] == (2 if limit else 5)
-    assert hashes["whole"] == hashes["again"]
-    assert len(set(hashes.values())) >= 2
-    assert hashes["part"] != hashes["whole"]
-
-
-def test_training_videos_are_never_scored(tmp_path: Path, root: Path) -> None:
-    data = synthetic(root)
-    data.prepare_data()
-    data.setup("fit")
-    shards = data.patterns["train"]
-    same = ShardDataModule(train=shards, validation=str(shards), batch_size=2, clip_length=2, num_workers=0)
-    with pytest.raises(ConfigError, match="4 of 4 are in the training set"):
-        fit(tmp_path, tiny_savi(), [RunRecorder()], same)
-    items = feature_videos(6, 1)
-    train = DataLoader(Subset(items, [0, 1, 2, 3]), batch_size=2)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="1 of 3"):
-        fit(tmp_path, feature_host(SlotContrast), [RunRecorder()], train, DataLoader(Subset(items, [3, 4, 5])))  # type: ignore[arg-type]
-    assert not (tmp_path / "evaluation.json").exists()
-    # without a validation in the training, it shows at its end
-    with pytest.raises(ConfigError, match="1 of 3"):
-        fit(
-            tmp_path,
-            feature_host(SlotContrast),
-            [RunRecorder()],
-            train,
-            DataLoader(Subset(items, [3, 4, 5])),  # type: ignore[arg-type]
-            num_sanity_val_steps=0,
-        )
-    assert not (tmp_path / "evaluation.json").exists()
-
-
 def test_a_run_that_had_nothing_left_to_do_is_recorded(tmp_path: Path, root: Path) -> None:
     trainer, _ = fit(tmp_path / "a", tiny_savi(), [], synthetic(root))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -359,3 +210,18 @@ def test_refusals(tmp_path: Path) -> None:
             num_sanity_val_steps=0,
             check_val_every_n_epoch=100,
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [SlotContrast, SOLV])
+def test_on_cuda(tmp_path: Path, kind: Any) -> None:
+    host = feature_host(kind)
+    callbacks = [SSyncCallback(warmup_ratio=0.5), RunRecorder()]
+    _, folder = fit(tmp_path, host, callbacks, *feature_loaders(), accelerator="cuda", devices=1, max_steps=30)
+    content = read(folder)
+    assert set(content["scores"]) == SCORES
+    assert 0.0 < content["step_ms"] < 1000.0
+    assert 0.0 < content["peak_mib"] < 1000.0
+    assert "position_r2" in content["probe"]
+    assert (folder / "pictures.npz").exists()
+    assert next(host.parameters()).device.type == "cpu"  # where Lightning leaves it

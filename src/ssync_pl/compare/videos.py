@@ -100,7 +100,7 @@ def hash_keys(loader: Any, keys: Iterable[str]) -> str:
     """A short name for the videos that were scored: equal where two runs were scored on the same ones.
 
     Args:
-        loader: The loader, whose shards are part of it by name and size.
+        loader: The loader; where it reads shards with an index, these and the sizes of their members are part of it.
         keys: Keys of the videos.
 
     Returns:
@@ -112,7 +112,17 @@ def hash_keys(loader: Any, keys: Iterable[str]) -> str:
     """
     dataset = getattr(loader, "dataset", None)
     entries = dataset.shards or [] if isinstance(dataset, (ShardDataset, ShardStream)) else []
-    content = [sorted([entry.name, entry.size] for entry in entries), sorted(keys)]
+    scored = set(keys)
+    content = [
+        sorted(scored),
+        # sets that were made alike share keys and names of shards, but no sizes of packed masks
+        sorted(
+            [entry.name, sample.key, sorted((member, size) for member, (_, size) in sample.members.items())]
+            for entry in entries
+            for sample in entry.samples
+            if sample.key in scored
+        ),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
