@@ -1,11 +1,17 @@
+from __future__ import annotations
+
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 TINY = {
     "num_slots": 3,
     "slot_dim": 8,
@@ -66,3 +72,18 @@ def standin_environment() -> dict[str, str]:
     """With the folder of the stand-in recorder on the path of child processes."""
     paths = [str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rendered set for all tests."""
+    return tmp_path_factory.mktemp("synthetic")

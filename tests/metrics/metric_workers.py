@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ssync_pl.metrics import ImageMIoU, SegmentationMetrics
+from ssync_pl.metrics import BoundaryF, ImageMIoU, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+
+
+def metrics_by_name() -> dict[str, Any]:
+    return {
+        "all": SegmentationMetrics(),
+        "single": ImageMIoU(ignore_background=True),
+        "borders": BoundaryF(),
+        "per object": SlotsPerObject(ignore_background=True),
+        "identity": SlotIdentity(ignore_background=True),
+        "unused": UnusedSlots(),
+    }
+
+
+def given(name: str, pred: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if name == "unused":
+        return (torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float(),)
+    return (pred, true)
 
 
 def rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
@@ -19,8 +37,8 @@ def rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) ->
         # Uneven on purpose: rank 0 has one video, rank 1 two.
         share = slice(0, 1) if rank == 0 else slice(1, 3)
         results = {}
-        for name, metric in {"all": SegmentationMetrics(), "single": ImageMIoU(ignore_background=True)}.items():
-            metric.update(pred[share], true[share])
+        for name, metric in metrics_by_name().items():
+            metric.update(*given(name, pred[share], true[share]))
             value = metric.compute()
             results[name] = value if isinstance(value, dict) else {"value": value}
         torch.save(results, f"{folder}/rank{rank}.pt")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from metric_workers import rank_main, second_rank
+from metric_workers import given, metrics_by_name, rank_main, second_rank
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
@@ -201,13 +201,15 @@ def test_two_ranks_equal_one_process(scene, tmp_path: Path):
         torch.set_num_threads(threads)
         while not child.join():
             pass
-    metrics, single = SegmentationMetrics(), ImageMIoU(ignore_background=True)
-    metrics.update(pred, truth)
-    single.update(pred, truth)
-    expected = metrics.compute()
+    expected = {}
+    for name, metric in metrics_by_name().items():
+        metric.update(*given(name, pred, truth))
+        value = metric.compute()
+        expected[name] = value if isinstance(value, dict) else {"value": value}
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert results["all"].keys() == expected.keys()
-        for name, value in expected.items():
-            assert results["all"][name].item() == pytest.approx(value.item(), abs=1e-12)
-        assert results["single"]["value"].item() == pytest.approx(single.compute().item(), abs=1e-12)
+        assert results.keys() == expected.keys()
+        for name, values in expected.items():
+            assert results[name].keys() == values.keys()
+            for score, value in values.items():
+                assert results[name][score].item() == pytest.approx(value.item(), abs=1e-12), (name, score)

@@ -1,4 +1,4 @@
-"""The shell that all mask metrics share: a sum of values and the number of items that count."""
+"""The shells that all metrics share: a sum of values and the number of items that count."""
 
 from __future__ import annotations
 
@@ -12,14 +12,59 @@ from torchmetrics import Metric
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics.functional.contingency import Contingency, contingency
 
-__all__ = ["MaskMetric"]
+__all__ = ["ItemMean", "MaskMetric", "validate_resolution"]
 
 
-class MaskMetric(Metric):
+class ItemMean(Metric):
+    """A mean over videos or frames, with one state for the sum of values and one for the number of items.
+
+    States are float64 sums, so that batches and ranks of different sizes weigh by their items.
+
+    Args:
+        **kwargs: for `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> class Lengths(ItemMean):
+        ...     def update(self, videos):
+        ...         self.add_items(torch.tensor([len(video) for video in videos]), torch.ones(len(videos)).bool())
+        >>> metric = Lengths()
+        >>> metric.update([[1, 2], [1, 2, 3, 4]])
+        >>> metric.compute().item()
+        3.0
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add_items(self, values: Tensor, counted: Tensor) -> None:
+        """Add the values of some items.
+
+        Args:
+            values: one value an item, any shape.
+            counted: bool of the same shape, False for items that do not count.
+        """
+        # A host cast to half precision casts the states: sums go back to float64.
+        self.total = self.total.double() + values.masked_fill(~counted, 0.0).sum().to(self.total.device)
+        self.count = self.count.double() + counted.sum().to(self.count.device)
+
+    def compute(self) -> Tensor:
+        """Mean over the items so far, float64; NaN if there are none."""
+        return self.total.double() / self.count.double()
+
+
+class MaskMetric(ItemMean):
     """Base of the metrics that score predicted masks against true masks, one value a video or a frame.
 
-    A new metric sets `level` and implements `item_values`. States are float64 sums, so that batches and ranks of
-    different sizes weigh by their items.
+    A new metric sets `level` and implements `item_values`.
 
     Args:
         ignore_background: channel 0 of the true masks is the background and does not count.
@@ -38,14 +83,10 @@ class MaskMetric(Metric):
         32.0
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_upper_bound = 1.0
+    plot_upper_bound: float | None = 1.0
 
     level: Literal["video", "image"] = "video"
-    total: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -58,8 +99,6 @@ class MaskMetric(Metric):
         self.ignore_background = ignore_background
         self.ignore_overlaps = ignore_overlaps
         self.resolution = validate_resolution(resolution)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
     def item_values(self, counts: Contingency) -> tuple[Tensor, Tensor]:
@@ -86,14 +125,7 @@ class MaskMetric(Metric):
         )
         counts = counts.foreground() if self.ignore_background else counts
         counts = counts.videos() if self.level == "video" else counts
-        values, counted = self.item_values(counts)
-        # A host cast to half precision casts the states: sums go back to float64.
-        self.total = self.total.double() + values.masked_fill(~counted, 0.0).sum().to(self.total.device)
-        self.count = self.count.double() + counted.sum().to(self.count.device)
-
-    def compute(self) -> Tensor:
-        """Mean over the items so far, float64; NaN if there are none."""
-        return self.total.double() / self.count.double()
+        self.add_items(*self.item_values(counts))
 
 
 def validate_resolution(resolution: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -1,0 +1,277 @@
+"""One pass of a trained host over its validation set: every score, the probe's samples and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from ssync_pl.adapters import HostAdapter, locate
+from ssync_pl.adapters.capture import Capture
+from ssync_pl.callback import SSyncCallback
+from ssync_pl.compare.keepsakes import PictureBox
+from ssync_pl.compare.videos import ShapeTable
+from ssync_pl.errors import ConfigError
+from ssync_pl.functional.ssync import ssync_loss
+from ssync_pl.hosts.evaluation import frame_validity, resize_masks
+from ssync_pl.hosts.training import SlotHost
+from ssync_pl.metrics import BoundaryF, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl.probe import ProbeSamples, sample_slots
+
+__all__ = ["FinalPass", "Scores", "final_pass"]
+
+# The probe keeps every matched slot in memory; more videos than these do not make it surer.
+_PROBE_VIDEOS = 512
+
+
+class Scores(nn.Module):
+    """All scores of an evaluation: segmentation, borders, and what becomes of slots.
+
+    Args:
+        has_background: Channel 0 of the true masks is the background.
+        ignore_overlaps: Leave out pixels with several true masks instead of refusing them.
+
+    Example:
+        >>> scores = Scores()
+        >>> truth = torch.nn.functional.one_hot(torch.randint(2, (2, 2, 8, 8)), 2).movedim(-1, 2).bool()
+        >>> scores.update(torch.rand(2, 2, 3, 4, 4), truth, torch.ones(2, 2, dtype=torch.bool))
+        >>> {"video_fg_ari", "boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"} <= set(
+        ...     scores.compute()
+        ... )
+        True
+    """
+
+    def __init__(self, has_background: bool = True, ignore_overlaps: bool = False) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"ignore_background": has_background, "ignore_overlaps": ignore_overlaps}
+        self.segmentation = SegmentationMetrics("", has_background, ignore_overlaps)
+        self.boundary_f = BoundaryF()
+        self.slots_per_object = SlotsPerObject(**options)
+        self.identity = SlotIdentity(**options)
+        self.unused_slots = UnusedSlots()
+        self._slots = 0
+
+    def update(self, masks: Tensor, true: Tensor, valid: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            masks: Object masks `(B, T, S, h, w)`.
+            true: bool masks `(B, T, C, H, W)`.
+            valid: bool `(B, T)`, frames that count.
+        """
+        # Enlarged once here instead of once in each metric.
+        labels = resize_masks(masks.float(), (true.shape[-2], true.shape[-1])).max(dim=2).indices
+        for metric in (self.segmentation, self.boundary_f, self.slots_per_object, self.identity):
+            metric.update(labels, true, valid)
+        self.unused_slots.update(masks.float(), valid)
+        self._slots = masks.shape[2]
+
+    def compute(self) -> dict[str, float]:
+        """Scores over all batches, and over all processes.
+
+        Returns:
+            Numbers by name; NaN where nothing counts.
+        """
+        found = {name: float(value) for name, value in self.segmentation.compute().items()}
+        for name in ("boundary_f", "slots_per_object", "unused_slots", "identity"):
+            found[name] = float(getattr(self, name).compute())
+        return {**found, "used_slots": self._slots - found["unused_slots"]}
+
+
+@dataclass
+class FinalPass:
+    """What one pass found.
+
+    Args:
+        scores: Numbers by name.
+        keys: Names of the videos that were scored by this process.
+        samples: For the probe, one a batch; empty where the host gives no slots of each frame.
+
+    Example:
+        >>> FinalPass().keys
+        []
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    samples: list[ProbeSamples] = field(default_factory=list)
+
+
+def final_pass(
+    trainer: L.Trainer, host: SlotHost, loader: Any, limit: int | None, pictures: PictureBox | None, probe: bool
+) -> FinalPass:
+    """Score a host on the device of its training, and leave no trace: not in modes, hooks, metrics or random states.
+
+    Args:
+        trainer: The trainer; it says how batches are moved and in which precision the host runs.
+        host: The host.
+        loader: Validation batches.
+        limit: Batches at most; None for all.
+        pictures: Filled with the first videos; None draws none.
+        probe: Whether slots are kept for the probe.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ConfigError: A batch has no true masks.
+
+    Example:
+        >>> run = final_pass  # called by `RunRecorder` at the end of the training
+    """
+    data = getattr(trainer, "datamodule", None)
+    found = FinalPass()
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluating(host, trainer.strategy.root_device))
+        # Hosts may draw their first slots: the same ones whatever the training drew before.
+        torch.manual_seed(0)
+        evaluation = host.evaluation
+        scores = Scores(evaluation.has_background, evaluation.ignore_overlaps).to(trainer.strategy.root_device)
+        said = stack.enter_context(_listening(host))
+        shapes = ShapeTable(loader)
+        sketch = _Sketch(trainer, host, pictures)
+        seen = 0
+        stack.callback(sketch.remove)
+        for raw in islice(loader, limit):
+            moved = (data or host).on_before_batch_transfer(raw, 0)
+            batch = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
+            if not isinstance(batch, Mapping) or not isinstance(batch.get("segmentations"), Tensor):
+                got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
+            true, valid = batch["segmentations"], frame_validity(batch)
+            said.clear()
+            sketch.open()
+            with trainer.precision_plugin.val_step_context():
+                masks, _ = host.evaluate(batch)
+            keys = _keys(batch, len(masks), seen)
+            sketch.add(batch, keys, masks, valid)
+            scores.update(masks, true, valid)
+            if probe and seen < _PROBE_VIDEOS:
+                sample = _sample(said, masks, batch, valid, seen, shapes, keys, evaluation)
+                found.samples += [] if sample is None else [sample]
+            found.keys += [key for key, real in zip(keys, valid.any(dim=1).tolist(), strict=True) if real]
+            seen += len(masks)
+        if seen:  # on each process: computing waits for the others
+            found.scores = scores.compute()
+    return found
+
+
+@contextmanager
+def _evaluating(host: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode on the device of the training; Lightning has moved the host away from it by then."""
+    modes = [(module, module.training) for module in host.modules()]
+    home = next((parameter.device for parameter in host.parameters()), device)
+    host.to(device).eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        host.to(home)
+
+
+@contextmanager
+def _listening(host: nn.Module) -> Iterator[list[Any]]:
+    """What the host's `forward` returns."""
+    said: list[Any] = []
+    handle = host.register_forward_hook(lambda module, args, output: said.append(output))
+    try:
+        yield said
+    finally:
+        handle.remove()
+
+
+class _Sketch:
+    """Draws the first batches; whatever goes wrong ends the drawing and not the evaluation."""
+
+    def __init__(self, trainer: L.Trainer, host: nn.Module, box: PictureBox | None) -> None:
+        self.box = box
+        self.adapter: HostAdapter | None = None
+        self.capture: Capture | None = None
+        if box is None or box.full:
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+        try:
+            located = locate("auto", host) if named is None else locate(named.adapter, host, named.grid)
+            self.adapter, self.capture = located.adapter, located.adapter.attach(located.root)
+        except Exception as error:
+            self._give_up(error)
+
+    def open(self) -> None:
+        if self.capture is not None:
+            self.capture.clear()
+            self.capture.open()
+
+    def add(self, batch: Mapping[str, Any], keys: list[str], masks: Tensor, valid: Tensor) -> None:
+        if self.box is None or self.capture is None or self.adapter is None:
+            return
+        try:
+            self.capture.close()
+            output = ssync_loss(self.adapter.collect(self.capture, batch=batch))
+            self.box.add(batch, keys, masks, valid, output)
+        except Exception as error:
+            self._give_up(error)
+        else:
+            if self.box.full:
+                self.remove()
+
+    def remove(self) -> None:
+        capture, self.capture = self.capture, None
+        if capture is not None:
+            capture.remove()
+
+    def _give_up(self, error: Exception) -> None:
+        self.remove()
+        rank_zero_warn(f"RunRecorder keeps no more pictures: {type(error).__name__}: {error}")
+
+
+def _keys(batch: Mapping[str, Any], count: int, first: int) -> list[str]:
+    keys = batch.get("__key__")
+    if isinstance(keys, (list, tuple)) and len(keys) == count:
+        return [str(key) for key in keys]
+    return [str(first + index) for index in range(count)]
+
+
+def _sample(
+    said: list[Any],
+    masks: Tensor,
+    batch: Mapping[str, Any],
+    valid: Tensor,
+    first: int,
+    shapes: ShapeTable,
+    keys: list[str],
+    evaluation: Any,
+) -> ProbeSamples | None:
+    """Slots of each frame with their objects; None where the host does not say one slot a mask and frame."""
+    slots = getattr(said[0], "slots", None) if len(said) == 1 else None
+    if not isinstance(slots, Tensor) or slots.ndim != 4 or slots.shape[:3] != masks.shape[:3]:
+        return None
+    # A host that links its slots over time afterwards (SOLV) says itself which mask is which slot's.
+    own = getattr(said[0], "masks", None)
+    own = own.unflatten(-1, masks.shape[-2:]) if isinstance(own, Tensor) else masks
+    true, video = batch["segmentations"], batch.get("video")
+    size = (int(true.shape[-2]), int(true.shape[-1]))
+    fits = isinstance(video, Tensor) and video.shape[-2:] == true.shape[-2:]
+    return sample_slots(
+        slots,
+        own.float() if own.shape[-2:] == size else resize_masks(own.float(), size).max(dim=2).indices,
+        true,
+        valid,
+        # Normalised as they are: an affine change of colours changes no R².
+        frames=video if fits else None,
+        shapes=shapes.classes(keys, true.shape[2], evaluation.has_background),
+        first_video=first,
+        has_background=evaluation.has_background,
+        ignore_overlaps=evaluation.ignore_overlaps,
+    )

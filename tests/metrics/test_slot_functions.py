@@ -1,0 +1,294 @@
+"""Borders, slots an object, unused slots and identity over time: against naive loops and on scenes made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.metrics import BoundaryF, ItemMean, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl.metrics.functional import boundary_f, labels_to_masks, slot_identity, slots_per_object, unused_slots
+from ssync_pl.metrics.functional.boundary import boundary_pixels, tolerance_pixels
+
+Scene = tuple[Tensor, Tensor]
+
+
+def naive_borders(labels: Tensor) -> set[tuple[int, int]]:
+    height, width = labels.shape
+    found = set()
+    for y in range(height):
+        for x in range(width):
+            for j, i in ((y, x + 1), (y + 1, x), (y + 1, x + 1)):
+                if j < height and i < width and labels[j, i] != labels[y, x]:
+                    found.add((y, x))
+    return found
+
+
+def naive_boundary_f(pred: Tensor, true: Tensor, tolerance: float) -> float | None:
+    found, wanted = naive_borders(pred), naive_borders(true)
+    radius = max(1, math.ceil(tolerance * math.sqrt(pred.shape[0] ** 2 + pred.shape[1] ** 2)))
+
+    def share(ones: set[tuple[int, int]], others: set[tuple[int, int]]) -> float:
+        hits = sum(any(abs(y - j) <= radius and abs(x - i) <= radius for j, i in others) for y, x in ones)
+        return hits / len(ones) if ones else 0.0
+
+    if not wanted:
+        return None
+    precision, recall = share(found, wanted), share(wanted, found)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def naive_slots_per_object(pred: Tensor, true: Tensor, min_share: float) -> float | None:
+    counts = []
+    for number in range(1, int(true.max()) + 1):
+        own = 0
+        for slot in range(int(pred.max()) + 1):
+            won = true[pred == slot].tolist()
+            pixels = {segment: won.count(segment) for segment in set(won)}
+            mine = pixels.pop(number, 0)
+            first = all(mine > other if segment <= number else mine >= other for segment, other in pixels.items())
+            own += bool(mine and first and mine >= min_share * int((true == number).sum()))
+        if own:
+            counts.append(own)
+    return sum(counts) / len(counts) if counts else None
+
+
+def naive_identity(pred: Tensor, true: Tensor) -> float | None:
+    kept = steps = 0
+    for number in range(1, int(true.max()) + 1):
+        for t in range(len(true) - 1):
+            firsts = []
+            for frame in (t, t + 1):
+                won = pred[frame][true[frame] == number].tolist()
+                most = max((won.count(slot) for slot in set(won)), default=0)
+                firsts.append({slot for slot in set(won) if won.count(slot) == most})
+            if all(firsts):
+                steps += 1
+                kept += bool(firsts[0] & firsts[1])
+    return kept / steps if steps else None
+
+
+def random_scenes(seed: int, videos: int = 2) -> Scene:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 4, (videos, 3, 3, 5), generator=generator)
+    truth = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise = torch.randint(0, 6, (videos, 3, 6, 10), generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    keep = torch.rand(videos, 3, 6, 10, generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return torch.where(keep < 0.5, noise, truth), truth
+
+
+def mean(values: list[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tolerance", [0.0, 0.0075, 0.1])
+def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
+    pred, truth = random_scenes(seed)
+    true = labels_to_masks(truth, 4)
+    expected = [
+        [naive_boundary_f(p, t, tolerance) for p, t in zip(*video, strict=True)]
+        for video in zip(pred, truth, strict=True)
+    ]
+    assert boundary_f(pred, true, tolerance=tolerance).item() == pytest.approx(mean([mean(v) for v in expected]))
+    every = boundary_f(pred, true, tolerance=tolerance, level="image", reduction="none")
+    assert every.flatten().tolist() == pytest.approx([value for video in expected for value in video])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("min_share", [0.0, 0.01, 0.3])
+def test_slots_per_object_against_loops(seed: int, min_share: float) -> None:
+    pred, truth = random_scenes(seed)
+    expected = [naive_slots_per_object(p, t, min_share) for p, t in zip(pred, truth, strict=True)]
+    got = slots_per_object(pred, labels_to_masks(truth, 4), ignore_background=True, min_share=min_share)
+    assert got.item() == pytest.approx(mean(expected))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_identity_against_loops(seed: int) -> None:
+    pred, truth = random_scenes(seed)
+    expected = [naive_identity(p, t) for p, t in zip(pred, truth, strict=True)]
+    got = slot_identity(pred, labels_to_masks(truth, 4), ignore_background=True)
+    assert got.item() == pytest.approx(mean(expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unused_slots_against_loops(seed: int) -> None:
+    masks = torch.randn(3, 2, 9, 2, 2, generator=torch.Generator().manual_seed(seed))
+    valid = torch.tensor([[True, True], [True, False], [False, False]])
+    expected = []
+    for video, frames in zip(masks, valid, strict=True):
+        used = {int(s) for frame, real in zip(video, frames, strict=True) if real for s in frame.argmax(0).flatten()}
+        expected.append(9.0 - len(used))
+    assert unused_slots(masks, valid, reduction="none")[:2].tolist() == expected[:2]
+    assert unused_slots(masks, valid).item() == pytest.approx(sum(expected[:2]) / 2)
+
+
+def square(top: int, left: int, side: int = 6, size: int = 16) -> Tensor:
+    labels = torch.zeros(size, size, dtype=torch.long)
+    labels[top : top + side, left : left + side] = 1
+    return labels
+
+
+def test_boundary_f_by_hand() -> None:
+    truth = labels_to_masks(square(4, 4).view(1, 1, 16, 16), 2)
+
+    def score(pred: Tensor) -> float:
+        return boundary_f(pred.view(1, 1, 16, 16), truth).item()
+
+    assert score(square(4, 4)) == 1.0
+    assert score(5 - square(4, 4)) == 1.0  # names of slots do not matter
+    assert score(square(5, 5)) == 1.0  # one pixel off is within the tolerance
+    assert score(square(7, 7)) < 0.7
+    assert score(torch.zeros(16, 16, dtype=torch.long)) == 0.0  # one slot has no border
+    cut = square(4, 4) + 2 * (torch.arange(16) >= 13)
+    assert 0.5 < score(cut) < 1.0  # a border through the background costs precision
+    far = boundary_f(square(7, 7).view(1, 1, 16, 16), truth, tolerance=0.15).item()
+    assert far == 1.0
+    assert tolerance_pixels((224, 224)) == 3
+
+
+def test_frames_without_a_true_border_are_skipped() -> None:
+    truth = torch.stack([square(4, 4), torch.zeros(16, 16, dtype=torch.long)]).unsqueeze(0)
+    pred = torch.stack([square(4, 4), square(2, 2)]).unsqueeze(0)
+    assert boundary_f(pred, labels_to_masks(truth, 2)).item() == 1.0
+    nothing = boundary_f(pred, labels_to_masks(torch.zeros_like(truth), 2))
+    assert nothing.isnan()
+
+
+def test_pixels_without_a_mask_and_overlaps_have_borders() -> None:
+    masks = torch.zeros(1, 1, 2, 4, 8, dtype=torch.bool)
+    masks[0, 0, 0, :, :4] = True  # no background channel
+    masks[0, 0, 1, :, 2:4] = True  # hidden by the first
+    pred = (torch.arange(8) < 4).long().expand(1, 1, 4, 8)
+    assert boundary_f(pred, masks, tolerance=0.0).item() == 1.0
+    assert boundary_pixels(pred[0, 0])[:, 3].all()
+
+
+def test_slots_per_object_by_hand() -> None:
+    true = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2]).view(1, 1, 1, 10)
+    masks = labels_to_masks(true, 3)
+
+    def score(*pred: int) -> float:
+        return slots_per_object(torch.tensor(pred).view(1, 1, 1, 10), masks, ignore_background=True).item()
+
+    assert score(0, 0, 0, 0, 1, 1, 1, 1, 2, 2) == 1.0
+    assert score(0, 5, 6, 7, 1, 1, 1, 1, 2, 2) == 1.0  # cutting the background costs nothing
+    assert score(0, 0, 0, 0, 1, 1, 3, 3, 2, 2) == 1.5
+    assert score(0, 0, 0, 0, 1, 3, 4, 5, 2, 6) == 3.0
+    assert score(0, 0, 0, 0, 1, 1, 1, 1, 1, 1) == 1.0  # the second object is missed, not over-segmented
+    assert score(0, 0, 0, 0, 0, 1, 1, 1, 2, 2) == 1.0  # a few pixels of the background's slot are no part of it
+    assert math.isnan(score(*[0] * 10))
+
+
+def test_min_share_leaves_dust_out() -> None:
+    true = torch.ones(1, 1, 1, 200, dtype=torch.long)
+    pred = torch.zeros_like(true)
+    pred[..., 0] = 1  # half a percent of the object
+    masks = labels_to_masks(true, 2)
+    assert slots_per_object(pred, masks, ignore_background=True).item() == 1.0
+    assert slots_per_object(pred, masks, ignore_background=True, min_share=0.0).item() == 2.0
+
+
+def test_identity_by_hand() -> None:
+    true = torch.ones(1, 4, 1, 6, dtype=torch.long)
+    masks = labels_to_masks(true, 2)
+    rows = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 0, 0, 0]])
+    pred = rows.view(1, 4, 1, 6)
+    # kept, swapped, kept (a tie between 2 and 0 still holds 2)
+    assert slot_identity(pred, masks, ignore_background=True).item() == pytest.approx(2 / 3)
+    gone = true.clone()
+    gone[:, 2] = 0  # no pair of frames reaches over a gap
+    assert slot_identity(pred, labels_to_masks(gone, 2), ignore_background=True).item() == 1.0
+    lone = slot_identity(pred[:, :1], masks[:, :1], ignore_background=True)
+    assert lone.isnan()
+    hidden = torch.tensor([[True, True, False, True]])
+    assert slot_identity(pred, masks, hidden, ignore_background=True).item() == 1.0
+
+
+@pytest.mark.parametrize("kind", [BoundaryF, SlotsPerObject, SlotIdentity])
+def test_classes_equal_functions(kind: type[ItemMean], scene: Scene) -> None:
+    pred, true = scene
+    valid = torch.tensor([[True] * 4, [True, True, False, True], [False] * 4])
+    options = {} if kind is BoundaryF else {"ignore_background": True}
+    function = {BoundaryF: boundary_f, SlotsPerObject: slots_per_object, SlotIdentity: slot_identity}[kind]
+    metric = kind(**options)
+    for video in range(3):
+        part = slice(video, video + 1)
+        metric.update(pred[part], true[part], valid[part])
+    assert metric.compute().item() == pytest.approx(function(pred, true, valid, **options).item(), abs=1e-12)
+    assert metric.count.item() == 2
+    metric.half().update(pred[:1], true[:1])
+    assert metric.total.dtype == torch.float64
+    metric.reset()
+    assert metric.count.item() == 0
+
+
+def test_unused_slots_class() -> None:
+    masks = torch.randn(3, 2, 5, 2, 2, generator=torch.Generator().manual_seed(1))
+    metric = UnusedSlots()
+    metric.update(masks[:2])
+    metric.update(masks[2:], torch.tensor([False]))
+    assert metric.compute().item() == pytest.approx(unused_slots(masks[:2]).item())
+
+
+def test_padding_is_not_looked_at(scene: Scene) -> None:
+    pred, true = scene
+    valid = torch.tensor([[True, True, False, False]] * 3)
+    other = pred.clone()
+    other[:, 2:] = 0
+    for function in (boundary_f, slots_per_object, slot_identity):
+        assert torch.equal(function(pred, true, valid), function(other, true, valid)), function
+        assert torch.equal(function(pred, true, valid), function(pred[:, :2], true[:, :2])), function
+
+
+def test_soft_masks_are_resized_like_labels(scene: Scene) -> None:
+    pred, true = scene
+    soft = torch.nn.functional.one_hot(pred, 5).movedim(-1, 2).float()
+    for function in (boundary_f, slots_per_object, slot_identity):
+        assert torch.equal(function(soft, true), function(pred, true)), function
+
+
+def test_large_clips_go_in_groups(monkeypatch: pytest.MonkeyPatch, scene: Scene) -> None:
+    from ssync_pl.metrics.functional import boundary
+
+    whole = boundary_f(*scene)
+    monkeypatch.setattr(boundary, "_GROUP_ELEMENTS", 1)
+    assert torch.equal(boundary_f(*scene), whole)
+
+
+def test_refusals(scene: Scene) -> None:
+    pred, true = scene
+    with pytest.raises(ConfigError, match="tolerance"):
+        boundary_f(pred, true, tolerance=-0.1)
+    with pytest.raises(ConfigError, match="tolerance"):
+        BoundaryF(tolerance=7.0)
+    with pytest.raises(ConfigError, match="min_share"):
+        slots_per_object(pred, true, min_share=1.0)
+    with pytest.raises(ConfigError, match="level"):
+        boundary_f(pred, true, level="clip")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="how many slots"):
+        unused_slots(pred)
+    with pytest.raises(ShapeError, match="valid"):
+        unused_slots(torch.rand(2, 2, 3, 4, 4), torch.ones(3, dtype=torch.bool))
+
+
+def test_shuffled_labels_score_as_chance() -> None:
+    """FG-ARI corrects for chance: labels that know nothing of the picture come out at 0, whatever their shares."""
+    generator = torch.Generator().manual_seed(0)
+    _, truth = random_scenes(0, videos=6)
+    truth = truth.repeat_interleave(3, -1).repeat_interleave(3, -2)
+    order = torch.randperm(truth[0].numel(), generator=generator)
+    shuffled = truth.flatten(1)[:, order].view(truth.shape)
+    scores = {}
+    for name, pred in {"true": truth, "shuffled": shuffled}.items():
+        metrics = SegmentationMetrics()
+        metrics.update(pred, labels_to_masks(truth, 4))
+        scores[name] = metrics.compute()
+    assert scores["true"]["video_fg_ari"].item() == 1.0
+    for score in ("video_fg_ari", "video_ari", "image_fg_ari", "image_ari"):
+        assert abs(scores["shuffled"][score].item()) < 0.01, score
