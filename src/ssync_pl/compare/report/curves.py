@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssync_pl.compare.report.figures import Figure, Theme, draw, legend, panels, style_of
+from ssync_pl.compare.report.figures import WIDTH, Figure, Theme, draw, legend, panels, style_of
 from ssync_pl.compare.report.load import Group, Run
 
 __all__ = ["band", "learning_figure", "losses_figure", "merging_figure", "switch_on"]
@@ -135,7 +135,8 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
         return None
     shown = [one for one in group.variants if any(key in run.curves for run in group.of(one) for key in found)]
     starts = _starts(group, shown)
-    width = 10.8 if len(found) > 2 else 7.4
+    alike = len(set(starts.values())) == 1
+    width = WIDTH if len(found) > 2 else 7.4
 
     def paint(canvas: Any, theme: Theme) -> None:
         from matplotlib.lines import Line2D
@@ -148,8 +149,9 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
                     mark = "o" if len(lines[0]) <= 12 else ""
                     axes.plot(lines[0], lines[1], lw=1.8, marker=mark, ms=3, **look)
                     axes.fill_between(lines[0], lines[2], lines[3], color=look["color"], alpha=0.15, lw=0)
-            for step in starts:
-                axes.axvline(step, color=theme.ink, lw=0.9, ls=":")
+            for one, step in starts.items():
+                color = style_of(group.variants, group.baseline, one)["color"]
+                axes.axvline(step, color=theme.ink if alike else color, lw=1.0, ls=":")
             axes.set_title(label)
             axes.set_xlabel("training step")
             if any(len(run.curves.get(key, ())) for run in group.runs):
@@ -159,10 +161,13 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
 
     reading = " Lines: mean over seeds; bands: from the lowest to the highest seed."
     if starts:
-        reading += f" SSync switches on at step {', '.join(f'{step:.0f}' for step in starts)} (dotted)."
+        steps = [f"{step:.0f}" for step in starts.values()]
+        said = steps[0] if alike else ", ".join(f"{step} (“{one}”)" for one, step in zip(starts, steps, strict=True))
+        reading += f" Dotted: SSync switches on, first logged at step {said}."
     alt = f"{title} over training steps: {', '.join(found.values())}, for {', '.join(shown)}."
     return draw(name, title, caption + reading, alt, (width, 3.1 + 0.2 * (len(shown) // 6)), paint)
 
 
-def _starts(group: Group, shown: Sequence[str]) -> list[float]:
-    return sorted({step for one in shown for run in group.of(one) if (step := switch_on(run)) is not None})
+def _starts(group: Group, shown: Sequence[str]) -> dict[str, float]:
+    found = {one: [step for run in group.of(one) if (step := switch_on(run)) is not None] for one in shown}
+    return {one: min(steps) for one, steps in found.items() if steps}

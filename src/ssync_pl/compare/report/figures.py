@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ssync_pl.compare.report.load import Comparison, Group
 from ssync_pl.compare.report.scores import MAIN, REFERENCES, Score, in_words
@@ -24,6 +25,8 @@ _COLORS = (
 )
 _GREY = "#808890"
 _DPI = 130
+WIDTH = 11.2
+"""Of a figure as wide as the page, in inches; an inch is 100 pixels of CSS."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,12 @@ def _render(size: tuple[float, float], paint: Callable[[Any, Theme], None], them
     with mpl.rc_context({**colors, **looks}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names may have letters that the font lacks
         canvas = Canvas(figsize=size, dpi=_DPI, layout="constrained")
-        FigureCanvasAgg(canvas)
+        agg = FigureCanvasAgg(canvas)
         paint(canvas, theme)
-        canvas.savefig(buffer, format="png", dpi=_DPI)
+        agg.draw()  # `savefig` would draw twice, and write colours that nobody can tell apart
+        pixels = np.asarray(agg.buffer_rgba())[..., :3]
+    image = Image.fromarray(np.ascontiguousarray(pixels)).quantize(256, method=Image.Quantize.FASTOCTREE)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -237,7 +243,8 @@ def paired_figure(group: Group, name: str) -> Figure | None:
     if not scores:
         return None
     wide = max(2.6, 0.95 * len(others) + 0.9)
-    columns = max(1, min(len(scores), int(10.8 / wide)))
+    columns = min(len(scores), 4 if wide <= WIDTH / 4 else 2 if wide <= WIDTH / 2 else 1)
+    wide = max(wide, WIDTH / columns) if columns > 1 else wide
     longest = max((len(plain(one)) for one in group.variants), default=0)
     turned = longest * 0.075 > (wide - 0.7) / max(len(others), 1)
     height = 2.7 + (0.06 * longest if turned else 0.0)
@@ -293,7 +300,7 @@ def _pairs(axes: Any, group: Group, score: Score, others: Sequence[str], theme: 
     if not drawn:
         return
     low, high = min(drawn), max(drawn)
-    reach = max(high - low, 0.02)
+    reach = max((high - low) / 2, 0.02)
     for prefix, title in REFERENCES.items():
         value = group.reference(prefix, score.key)
         # Far ones would press the seeds into one line; the table has them.
@@ -335,14 +342,14 @@ def slots_figure(comparison: Comparison, of: str, name: str) -> Figure | None:
             axes.set_xticks(counts)
             axes.set_xlabel("slots")
             axes.set_title(score.label)
-        legend(canvas, names, comparison.baseline, 10.8)
+        legend(canvas, names, comparison.baseline, WIDTH)
 
     return draw(
         name,
         "Slot counts" if of == "default" else f"Slot counts, set {of}",
         "Means with 95 % intervals over seeds. A flat line is a variant that does not mind how many slots it has.",
         f"{join_labels(scores)} over {', '.join(map(str, counts))} slots for {', '.join(names)}.",
-        (10.8, 3.2 + 0.2 * (len(names) // 6)),
+        (WIDTH, 3.2 + 0.2 * (len(names) // 6)),
         paint,
     )
 

@@ -12,7 +12,7 @@ from ssync_pl.compare.report.load import Comparison, Group
 from ssync_pl.compare.report.pictures import Column, Video
 from ssync_pl.compare.report.style import STYLE
 from ssync_pl.compare.report.tables import Cell, Table
-from ssync_pl.compare.report.words import facts, group_sentences, headline, typed_command
+from ssync_pl.compare.report.words import SHORT, facts, group_sentences, headline, typed_command
 from ssync_pl.viz import REGION_COLORS
 
 __all__ = ["Section", "anchor", "page"]
@@ -74,17 +74,19 @@ def page(
     links += [("slot-counts", "Slot counts")] if overall else []
     links += [("missing", "Runs that did not finish")] if comparison.missing else []
     links += [("again", "How to reproduce")]
+    # What the headline quotes is not said again.
+    listed = sum(len(group_sentences(section.group)) for section in sections) > SHORT
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(comparison.name)}: comparison</title><style>{STYLE}</style></head><body>",
         f"<header><h1>Comparison: {escape(comparison.name)}</h1>",
-        f'<p class="lead">{escape(headline(comparison))}</p>',
+        f'<p class="lead">{_prose(headline(comparison))}</p>',
         *(f'<p class="note">{escape(note)}</p>' for note in notes),
         '<nav aria-label="Sections"><ul>',
         *(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title in links),
         "</ul></nav></header><main>",
-        *(_section(section, place) for place, section in enumerate(sections)),
+        *(_section(section, place, listed) for place, section in enumerate(sections)),
     ]
     if overall:
         parts += ['<section id="slot-counts"><h2>Slot counts</h2>', *map(_figure, overall), "</section>"]
@@ -96,12 +98,12 @@ def page(
     return "\n".join(parts)
 
 
-def _section(section: Section, place: int) -> str:
+def _section(section: Section, place: int, listed: bool) -> str:
     group = section.group
     parts = [f'<section id="{anchor(place)}"><h2>{escape(group.title)}</h2>']
     sentences = group_sentences(group)
-    if sentences:
-        parts += ['<ul class="verdicts">', *(f"<li>{escape(sentence)}</li>" for sentence in sentences), "</ul>"]
+    if sentences and listed:
+        parts += ['<ul class="verdicts">', *(f"<li>{_prose(sentence)}</li>" for sentence in sentences), "</ul>"]
     parts += [_table(table) for table in section.tables]
     parts += [_figure(figure) for figure in section.figures]
     if section.videos:
@@ -154,7 +156,8 @@ def _figure(figure: Figure) -> str:
 def _legend() -> str:
     colors = [(REGION_COLORS[name], name) for name in ("boundary", "interior", "both")]
     swatches = "".join(
-        f'<span class="swatch" style="background:rgb{color}"></span>{escape(name)}' for color, name in colors
+        f'<span class="key"><span class="swatch" style="background:rgb{color}"></span>{escape(name)}</span> '
+        for color, name in colors
     )
     return (
         '<p class="note">Each row is a moment of the video. Slots have the colour of the object of the truth that they '
@@ -164,9 +167,11 @@ def _legend() -> str:
 
 
 def _video(video: Video) -> str:
-    first = "".join(f'<th scope="col" rowspan="2">{escape(column.title)}</th>' for column in video.columns)
+    first = "".join(
+        f'<th scope="col" rowspan="2" class="{column.title}">{escape(column.title)}</th>' for column in video.columns
+    )
     names, kinds = "", ""
-    cells = "".join(_picture(column, f"{column.title} of video {video.key}", "") for column in video.columns)
+    cells = "".join(_picture(column, f"{column.title} of video {video.key}", column.title) for column in video.columns)
     for name, columns in video.variants.items():
         names += f'<th scope="colgroup" colspan="{len(columns)}" class="first">{escape(name)}</th>'
         for place, column in enumerate(columns):
@@ -209,6 +214,10 @@ def _again(comparison: Comparison, csv: bytes) -> str:
     link = f"data:text/csv;base64,{base64.b64encode(csv).decode()}"
     parts.append(f'<p><a download="results.csv" href="{link}">results.csv</a>: a row for every run.</p></section>')
     return "\n".join(parts)
+
+
+def _prose(text: str) -> str:
+    return escape(text.replace(" ± ", "\u00a0±\u00a0"))  # a number stays on one line
 
 
 def _code(text: str) -> str:

@@ -97,5 +97,8 @@ def in_words(value: Estimate, digits: int = 3, *, signed: bool = False) -> str:
         >>> in_words(Estimate(-0.5, 0.02, 3)), in_words(Estimate(0.5, None, 1), signed=True)
         ('−0.500 ± 0.020', '+0.500')
     """
-    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}"
+    if not mean.strip("+-0."):
+        mean = mean.lstrip("+-")  # a sign of what is rounded away would say too much
+    mean = mean.replace("-", "−")
     return mean if value.half_width is None else f"{mean} ± {value.half_width:.{digits}f}"

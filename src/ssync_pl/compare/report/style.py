@@ -62,10 +62,11 @@ table.videos { font-size: .82rem; }
 table.videos th, table.videos td { padding: .2rem; text-align: center; border: 0; }
 table.videos thead th { white-space: normal; max-width: 22rem; }
 table.videos thead th[colspan] { border-bottom: 1px solid var(--line); }
+table.videos .frame { position: sticky; left: 0; background: var(--paper); }
 table.videos .first { border-left: 1px solid var(--line); padding-left: .45rem; }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .9em;
+.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .4em;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.swatch:first-child { margin-left: 0; }
+.key { white-space: nowrap; }
 details { margin: .6rem 0; } summary { cursor: pointer; padding: .25rem 0; }
 pre { white-space: pre-wrap; background: var(--soft); border: 1px solid var(--line); border-radius: 6px;
   padding: .6rem .8rem; margin: .4rem 0; font-size: .85rem; line-height: 1.4; }
@@ -77,7 +78,8 @@ dt { color: var(--faint); } dd { margin: 0; }
 @media print { body { font-size: 10pt; } nav, .hint { display: none; } .scroll { overflow: visible; border: 0; }
   h2, h3, h4 { break-after: avoid; } figure, tr { break-inside: avoid; } .scroll img { max-width: 100%; height: auto; }
   table.numbers { font-size: 7pt; } th, td { padding: .2rem .25rem; white-space: normal; }
-  th[scope=row], thead td, .hint { position: static; min-width: 0; } caption span { position: static; max-width: none; }
+  th[scope=row], thead td, table.videos .frame { position: static; min-width: 0; }
+  caption span { position: static; max-width: none; }
   table.videos { width: 100%; table-layout: fixed; } table.videos img { width: 100%; }
   details::details-content { content-visibility: visible; height: auto; } }
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Sequence
 
@@ -10,7 +9,10 @@ from ssync_pl.compare.report.load import Comparison, Group
 from ssync_pl.compare.report.scores import MAIN, in_words
 from ssync_pl.compare.report.tables import judge
 
-__all__ = ["facts", "group_sentences", "headline", "join", "typed_command"]
+__all__ = ["SHORT", "facts", "group_sentences", "headline", "join", "typed_command"]
+
+SHORT = 3
+"""Sentences that the headline quotes; where there are more it counts."""
 
 
 def join(words: Sequence[object]) -> str:
@@ -41,21 +43,29 @@ def headline(comparison: Comparison) -> str:
     """
     done, lost = len(comparison.runs), len(comparison.missing)
     others = [f"“{name}”" for name in comparison.descriptions if name != comparison.baseline]
-    against = f"{join(others)} against “{comparison.baseline}”" if others else f"“{comparison.baseline}” alone"
+    named = join(others) if len(others) <= 4 else f"{len(others)} of them"
+    against = f"{named} against “{comparison.baseline}”"
     sets = list(dict.fromkeys(group.set for group in comparison.groups if group.set != "default"))
     slots = sorted({group.slots for group in comparison.groups})
     seeds = len(comparison.seeds)
-    text = f"This report compares the same training {against}"
+    text = f"This report compares the same training in {len(comparison.descriptions)} variants, {against}"
+    if not others:
+        text = f"This report shows one variant of a training, “{comparison.baseline}”"
     text += f", on {'the set' if len(sets) == 1 else 'the sets'} {join(sets)}" if sets else ""
     text += f", with {join(slots)} slots" if slots else ""
     text += f", {seeds} seed{'' if seeds == 1 else 's'} each. " if seeds else ". "
     if not done:
         return text + "No run has finished yet."
     text += f"{done} of {done + lost} runs finished. " if lost else f"All {done} runs finished. "
-    sentences = [sentence for group in comparison.groups for sentence in group_sentences(group)]
+    alone = len(comparison.groups) == 1
+    sentences = [
+        sentence if alone else f"{group.title}: {sentence}"
+        for group in comparison.groups
+        for sentence in group_sentences(group)
+    ]
     if not sentences:
         return text + "There is nothing to compare it with."
-    if len(sentences) <= 3:
+    if len(sentences) <= SHORT:
         text += " ".join(sentences)
     else:
         text += _counts(comparison)
@@ -97,7 +107,7 @@ def group_sentences(group: Group) -> list[str]:
             parts.append(f"within noise: {join(unclear)}")
         if alone:
             parts.append(f"one seed, so no verdict: {join(alone)}")
-        found.append(f"{group.title}, “{name}” minus “{group.baseline}”: {'; '.join(parts)}.")
+        found.append(f"“{name}” minus “{group.baseline}”: {'; '.join(parts)}.")
     return found
 
 
@@ -181,15 +191,21 @@ def facts(comparison: Comparison) -> dict[str, str]:
     dates = known("date")
     wall = [run.values["wall_seconds"] for run in runs if "wall_seconds" in run.values]
     steps = sorted({round(run.values["step"]) for run in runs if "step" in run.values})
-    # Runs that were made elsewhere ran on another Python, which no file tells.
     found = {
         "seeds": ", ".join(map(str, comparison.seeds)),
         "training steps": ", ".join(map(str, steps)),
-        "wall time": f"{sum(wall) / 60:.1f} min in all, {min(wall):.0f} to {max(wall):.0f} s a run" if wall else "",
+        "wall time": _wall(wall),
         "machine": "; ".join(known("device")),
         "torch": ", ".join(known("torch")),
         "ssync_pl": str(comparison.matrix.get("version", "")),
-        "report written with": f"Python {platform.python_version()}",
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "",
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _wall(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return ""
+    least, most = f"{min(seconds):.0f}", f"{max(seconds):.0f}"
+    each = f"{least} s a run" if least == most else f"{least} to {most} s a run"
+    return f"{sum(seconds) / 60:.1f} min in all, {each}"
