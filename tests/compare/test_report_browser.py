@@ -29,7 +29,11 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--al
 MEASURE = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
 <iframe src="{page}" style="width:{width}px;height:900px;border:0"></iframe><pre id="out"></pre><script>
 document.querySelector("iframe").onload = event => {{
-  const page = event.target.contentDocument, root = page.documentElement;
+  const page = event.target.contentDocument;
+  page.querySelectorAll("details").forEach(one => one.open = true);
+  setTimeout(() => measure(page, page.documentElement), 1000);
+}};
+function measure(page, root) {{
   const outside = [...page.querySelectorAll("body *")].filter(one => !one.closest(".scroll") && !one.closest(".unseen")
     && one.getBoundingClientRect().right > {width} + 0.5).map(one => one.tagName);
   const boxes = [...page.querySelectorAll(".scroll")].filter(one => one.offsetParent);
@@ -39,7 +43,7 @@ document.querySelector("iframe").onload = event => {{
   document.getElementById("out").textContent = ["width", root.scrollWidth, "outside", outside.length, "boxes",
     boxes.length, "scrolling", boxes.filter(one => one.scrollWidth > one.clientWidth + 1).length, "hints wrong",
     wrong.length, "broken", broken.length, "images", page.images.length].join(" ");
-}};</script>"""
+}}</script>"""
 
 
 def browse(folder: Path, *arguments: str) -> str:

@@ -15,6 +15,9 @@ __all__ = ["band", "learning_figure", "losses_figure", "merging_figure", "switch
 
 Line = NDArray[np.float64]
 
+MOST_BANDS = 5
+"""Variants with bands in one figure; those of more would cover each other."""
+
 _LEARNING = {
     "val/video_fg_ari": "video FG-ARI",
     "val/video_ari": "video ARI",
@@ -136,6 +139,7 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
     shown = [one for one in group.variants if any(key in run.curves for run in group.of(one) for key in found)]
     starts = _starts(group, shown)
     alike = len(set(starts.values())) == 1
+    banded = len(shown) <= MOST_BANDS
     width = WIDTH if len(found) > 2 else 7.4
 
     def paint(canvas: Any, theme: Theme) -> None:
@@ -148,7 +152,8 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
                     look = style_of(group.variants, group.baseline, one)
                     mark = "o" if len(lines[0]) <= 12 else ""
                     axes.plot(lines[0], lines[1], lw=1.8, marker=mark, ms=3, **look)
-                    axes.fill_between(lines[0], lines[2], lines[3], color=look["color"], alpha=0.15, lw=0)
+                    if banded:
+                        axes.fill_between(lines[0], lines[2], lines[3], color=look["color"], alpha=0.15, lw=0)
             for one, step in starts.items():
                 color = style_of(group.variants, group.baseline, one)["color"]
                 axes.axvline(step, color=theme.ink if alike else color, lw=1.0, ls=":")
@@ -159,7 +164,7 @@ def _figure(group: Group, name: str, keys: dict[str, str], title: str, caption: 
         marks = [Line2D([], [], color=theme.ink, lw=0.9, ls=":", label="SSync switches on")] if starts else []
         legend(canvas, shown, group.baseline, width, marks)
 
-    reading = " Lines: mean over seeds; bands: from the lowest to the highest seed."
+    reading = " Lines: mean over seeds" + ("; bands: from the lowest to the highest seed." if banded else ".")
     if starts:
         steps = [f"{step:.0f}" for step in starts.values()]
         said = steps[0] if alike else ", ".join(f"{step} (“{one}”)" for one, step in zip(starts, steps, strict=True))

@@ -30,7 +30,7 @@ figure { margin: 0; }
 a { color: var(--link); }
 nav ul { padding: 0; margin: .75rem 0; list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; }
 ul.verdicts { padding-left: 1.2rem; }
-.scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 6px;
+.scroll { position: relative; overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 6px;
   scrollbar-width: thin; margin: .4rem 0 .8rem; }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .hint { position: sticky; left: 0; width: fit-content; margin: 0; padding: 0 .6rem; font-size: .8rem;

@@ -117,18 +117,21 @@ def _judged(comparison: Comparison, name: str) -> list[str]:
 
 
 def _counts(comparison: Comparison) -> str:
-    parts = []
+    parts, quiet = [], []
     for name in comparison.descriptions:
         found = _judged(comparison, name)
-        if found:
-            better, worse = found.count("better"), found.count("worse")
-            parts.append(
-                f"“{name}” is better in {better}, worse in {worse} and within noise in {found.count('unclear')}"
-            )
+        better, worse = found.count("better"), found.count("worse")
+        if better or worse:
+            parts.append(f"“{name}” is better in {better} and worse in {worse} of {len(found)}")
+        elif found:
+            quiet.append(f"“{name}”")
+    if quiet:
+        is_are = "is" if len(quiet) == 1 else "are"
+        parts.append(f"{join(quiet)} {is_are} within noise in all")
     if not parts:
         return ""
-    labels = join([score.label for score in MAIN])
-    return f"Counted over {labels} of each set and slot count: {'; '.join(parts)}."
+    place = "the set" if len(comparison.groups) == 1 else "each set and slot count"
+    return f"Counted over {join([score.label for score in MAIN])} of {place}: {'; '.join(parts)}."
 
 
 def _caution(comparison: Comparison) -> str:
