@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssync_pl.compare.report.figures import WIDTH, Figure, Theme, draw, legend, panels, style_of
-from ssync_pl.compare.report.load import Group, Run
+from ssync_pl.compare.report.records import Group, Run
 
 __all__ = ["band", "learning_figure", "losses_figure", "merging_figure", "switch_on"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 from ssync_pl.compare.report.figures import Figure
-from ssync_pl.compare.report.load import Comparison, Group
 from ssync_pl.compare.report.pictures import Column, Video
+from ssync_pl.compare.report.records import Comparison, Group
 from ssync_pl.compare.report.style import STYLE
 from ssync_pl.compare.report.tables import Cell, Table
 from ssync_pl.compare.report.words import SHORT, facts, group_sentences, headline, typed_command
@@ -113,7 +113,7 @@ def _section(section: Section, place: int, listed: bool) -> str:
         if place == 0:
             parts += inner
         else:
-            parts += [f"<details><summary>Show {len(section.videos)} videos</summary>", *inner, "</details>"]
+            parts += ["<details><summary>Show the videos</summary>", *inner, "</details>"]
     return "\n".join([*parts, "</section>"])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ssync_pl.compare.report.figures import Figure
 from ssync_pl.compare.report.html import Section
-from ssync_pl.compare.report.load import Comparison
+from ssync_pl.compare.report.records import Comparison
 from ssync_pl.compare.report.tables import Cell, Table
 from ssync_pl.compare.report.words import facts, group_sentences, headline, typed_command
 

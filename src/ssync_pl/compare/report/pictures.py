@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssync_pl.compare.report.load import Group, Run
+from ssync_pl.compare.report.records import Group, Run
 from ssync_pl.metrics.functional.assignment import linear_assignment
 from ssync_pl.viz import SheetRow, color_labels, color_regions, draw_sheet, encode_png, resize_nearest, slot_colors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssync_pl.compare.report.load import Group
+from ssync_pl.compare.report.records import Group
 from ssync_pl.compare.report.scores import REFERENCES, SCORES, SHEETS, Score, in_words
 from ssync_pl.compare.statistics import Estimate, verdict
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from ssync_pl.compare.report.load import Comparison, Group
+from ssync_pl.compare.report.records import Comparison, Group
 from ssync_pl.compare.report.scores import MAIN, in_words
 from ssync_pl.compare.report.tables import judge
 
@@ -48,7 +48,7 @@ def headline(comparison: Comparison) -> str:
     sets = list(dict.fromkeys(group.set for group in comparison.groups if group.set != "default"))
     slots = sorted({group.slots for group in comparison.groups})
     seeds = len(comparison.seeds)
-    text = f"This report compares the same training in {len(comparison.descriptions)} variants, {against}"
+    text = f"This report compares the same training in {len(comparison.descriptions)} variants: {against}"
     if not others:
         text = f"This report shows one variant of a training, “{comparison.baseline}”"
     text += f", on {'the set' if len(sets) == 1 else 'the sets'} {join(sets)}" if sets else ""

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssync_pl.compare.report.curves import learning_figure, losses_figure, merging_figure
-from ssync_pl.compare.report.figures import Figure, can_draw, paired_figure, slots_figure
+from ssync_pl.compare.report.figures import Figure, can_draw
 from ssync_pl.compare.report.html import Section, page
-from ssync_pl.compare.report.load import Comparison, Group, Run, load_comparison
+from ssync_pl.compare.report.load import load_comparison
 from ssync_pl.compare.report.markdown import document
 from ssync_pl.compare.report.pictures import group_videos, video_sheet
+from ssync_pl.compare.report.plots import paired_figure, slots_figure
+from ssync_pl.compare.report.records import Comparison, Group, Run
 from ssync_pl.compare.report.scores import COLUMNS
 from ssync_pl.compare.report.tables import group_tables
 from ssync_pl.files import write_bytes
