@@ -23,6 +23,11 @@ import ssync_pl.summary  # noqa: F401
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.parser_errors import explain_parser_error
+from ssync_pl.predict.carry import CarrySlots, carries_slots
+from ssync_pl.predict.input_data import InputDataModule
+from ssync_pl.predict.options import INPUT_OPTIONS, input_writer, refuse_alone
+from ssync_pl.predict.report import describe_windows
+from ssync_pl.predict.words import gather_inputs, with_config
 from ssync_pl.predictions import SlotPredictions
 from ssync_pl.progress import progress_bar
 from ssync_pl.step_seed import StepSeed
@@ -85,6 +90,13 @@ class SSyncCLI(LightningCLI):
             help="Folder of the run below trainer.default_root_dir. Default: the first configuration file's name.",
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            for option in INPUT_OPTIONS:
+                parser.add_argument(f"--{option.name}", type=option.kind, default=option.default, help=option.help)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the words and settle the name of the run.
 
@@ -110,11 +122,23 @@ class SSyncCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            if self._inputs():
+                options = self.config_init["predict"]
+                self.datamodule = InputDataModule(
+                    self.datamodule,
+                    self._inputs(),
+                    options.get("clip_frames"),
+                    options.get("projection"),
+                    options.get("backbone_checkpoint"),
+                )
         except (ValueError, TypeError) as error:
             refused = _refusal(error)
             if refused is None:
                 raise
             raise refused from None
+
+    def _inputs(self) -> list[str]:
+        return (self._get(self.config_init, "input") or []) if self.subcommand == "predict" else []
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the package's own logger and callbacks where the user named none.
@@ -140,8 +164,15 @@ class SSyncCLI(LightningCLI):
             if not has_bar and trainer_config.get("enable_progress_bar") is not False:
                 added.append(progress_bar())
             writers = (SlotPredictions, BasePredictionWriter)
-            if self.subcommand == "predict" and not any(isinstance(callback, writers) for callback in callbacks):
-                added.append(SlotPredictions())
+            has_writer = any(isinstance(callback, writers) for callback in callbacks)
+            if self.subcommand == "predict":
+                refuse_alone(self.config_init["predict"], has_writer)
+                if not has_writer:
+                    added.append(input_writer(self.config_init["predict"]))
+            if self._inputs():
+                added.append(CarrySlots())
+                kwargs.setdefault("devices", 1)  # the windows of a video go one after the other
+                kwargs.setdefault("num_nodes", 1)
             if added:
                 kwargs.setdefault("callbacks", [*callbacks, *added])
         return super().instantiate_trainer(**kwargs)
@@ -155,6 +186,9 @@ class SSyncCLI(LightningCLI):
         """Say where the predictions are."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
+                if self._inputs():
+                    lines = describe_windows(callback.written, carries_slots(self.model))
+                    sys.stdout.write("".join(f"{line}\n" for line in lines))
                 sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
 
 
@@ -212,6 +246,7 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         >>> text.getvalue().splitlines()[-1]
         '0'
     """
+    args = with_config(gather_inputs(args))
     parser_class = type("SSyncArgumentParser", (SSyncArgumentParser,), {"debug": debug})
     try:
         with public_globals():  # public checkpoints can be named by --ckpt_path as they are
