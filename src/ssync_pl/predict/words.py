@@ -108,7 +108,7 @@ def find_config(checkpoint: str) -> Path:
     )
 
 
-def with_config(words: Sequence[str]) -> list[str]:
+def with_config(words: list[str]) -> list[str]:
     """Add the run's configuration to the words where they name none.
 
     Args:
@@ -125,7 +125,7 @@ def with_config(words: Sequence[str]) -> list[str]:
         ['predict', '--config', 'a.yaml']
     """
     asks = any(word in ("-h", "--help") or word.startswith("--print_config") for word in words)
-    if option_value(words, _INPUT) is None or asks:
+    if words[:1] != ["predict"] or option_value(words, _INPUT) is None or asks:
         return list(words)
     checkpoint = option_value(words, "--ckpt_path")
     named = any(word == "--config" or word == "-c" or word.startswith(("--config=", "-c=")) for word in words)
