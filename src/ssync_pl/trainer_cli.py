@@ -25,7 +25,7 @@ from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.parser_errors import explain_parser_error
 from ssync_pl.predict.carry import CarrySlots, carries_slots
 from ssync_pl.predict.input_data import InputDataModule
-from ssync_pl.predict.options import INPUT_OPTIONS, input_writer, refuse_alone
+from ssync_pl.predict.options import INPUT_OPTIONS, input_writer, refuse_alone, require_host
 from ssync_pl.predict.report import describe_windows
 from ssync_pl.predict.words import gather_inputs, with_config
 from ssync_pl.predictions import SlotPredictions
@@ -114,6 +114,13 @@ class SSyncCLI(LightningCLI):
         if self.config["subcommand"] == "predict" and settings.get("return_predictions") is None:
             settings["return_predictions"] = False  # Lightning would keep the masks of the whole set in memory
 
+    def _parse_ckpt_path(self) -> None:
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        wanted = _class_name(settings)
+        super()._parse_ckpt_path()  # a checkpoint that knows its host puts it in the place of the configuration's
+        if settings.get("input"):
+            require_host(wanted, _class_name(self.config[self.config["subcommand"]]))
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer.
 
@@ -190,6 +197,10 @@ class SSyncCLI(LightningCLI):
                     lines = describe_windows(callback.written, carries_slots(self.model))
                     sys.stdout.write("".join(f"{line}\n" for line in lines))
                 sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
+
+
+def _class_name(settings: Any) -> str:
+    return str((settings.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
 
 
 def _refusal(error: BaseException | None) -> SSyncError | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from input_files import moving, write_frames, write_shard, write_video
 from PIL import Image
 
@@ -86,9 +87,10 @@ def test_a_crop_leaves_the_rest_of_the_frame_without_a_slot(tmp_path: Path, run:
     frames = write_frames(tmp_path / "frames", moving(2))
     assert run("--input", frames, "--data.image_size=16", "--data.crop=center", "--out", tmp_path / "out") == 0
     labels = labels_of(tmp_path / "out", "frames")
-    assert (labels[:, :, :8] == 255).all()
-    assert (labels[:, :, 32:] == 255).all()
-    assert labels[:, :, 8:32].max() <= 2
+    # 24 x 40 is resized to 16 x 27, of which columns 5 to 21 are seen.
+    assert (labels[:, :, :7] == 255).all()
+    assert (labels[:, :, 31:] == 255).all()
+    assert labels[:, :, 7:31].max() <= 2
 
 
 def refused(run: Run, capsys: pytest.CaptureFixture[str], *words: Any) -> str:
@@ -105,7 +107,14 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(
     (tmp_path / "file").write_text("")
     assert "to write predictions to" in refused(run, capsys, "--input", frames, "--out", tmp_path / "file")
     settings = checkpoint.parent.parent / "config.yaml"
-    message = refused(run, capsys, "--config", settings, "--input", frames, "--model.init_args.slot_dim=16")
+    other = ["--model=DINOSAUR", "--model.backbone=null", "--model.feature_dim=8", "--model.grid=[2, 2]"]
+    other += ["--data=ShardDataModule", "--input", frames]
+    message = refused(run, capsys, *other)
+    assert "a checkpoint of DINOSAUR, the model of the configuration, but it is one of SAVi" in message
+    content = torch.load(checkpoint, weights_only=True)
+    nameless = tmp_path / "nameless.ckpt"  # as one of the user's own training loop may be
+    torch.save({name: value for name, value in content.items() if name != "hyper_parameters"}, nameless)
+    message = refused(run, capsys, "--ckpt_path", nameless, *other)
     assert "to hold the tensors of the model in the configuration" in message
     assert "only with --input" in refused(run, capsys, "--config", settings, "--out", tmp_path / "out")
     alone = tmp_path / "alone.ckpt"

@@ -9,7 +9,7 @@ from typing import Any
 from ssync_pl.errors import ConfigError
 from ssync_pl.predictions import SlotPredictions
 
-__all__ = ["INPUT_OPTIONS", "InputOption", "input_writer", "refuse_alone"]
+__all__ = ["INPUT_OPTIONS", "InputOption", "input_writer", "refuse_alone", "require_host"]
 
 _CELL = 480  # users' videos are larger than those that hosts are trained on
 
@@ -114,4 +114,24 @@ def refuse_alone(options: Mapping[str, Any], has_writer: bool) -> None:
         raise ConfigError(
             "Expected --out only without a prediction writer in the configuration, but there is one. Set its folder "
             "there, or leave the writer out."
+        )
+
+
+def require_host(wanted: str, found: str) -> None:
+    """Refuse a checkpoint of another host than the configuration's.
+
+    Args:
+        wanted: Class of the configuration's model.
+        found: Class of the checkpoint's.
+
+    Raises:
+        ConfigError: They differ.
+
+    Example:
+        >>> require_host("SAVi", "SAVi")
+    """
+    if wanted != found:
+        raise ConfigError(
+            f"Expected --ckpt_path to be a checkpoint of {wanted}, the model of the configuration, but it is one of "
+            f"{found}. Take the configuration that it was trained with: config.yaml in the folder of its run."
         )
