@@ -20,6 +20,7 @@ import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
 import ssync_pl.pictures
 import ssync_pl.summary  # noqa: F401
+from ssync_pl.checkpoint_errors import bad_checkpoint, other_checkpoint
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.parser_errors import explain_parser_error
@@ -276,7 +277,7 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (EOFError, UnpicklingError) as error:
-        raise _bad_checkpoint(error) from error
+        raise bad_checkpoint(error) from error
     except KeyError as error:
         if "pytorch-lightning_version" in str(error):
             raise ConfigError(
@@ -292,27 +293,9 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         ) from error
     except RuntimeError as error:
         if "PytorchStreamReader" in str(error):
-            raise _bad_checkpoint(error) from error
+            raise bad_checkpoint(error) from error
         if "loading state_dict" in str(error):
-            raise _other_checkpoint(error) from error
+            raise other_checkpoint(error) from error
         if "more than one stateful callback" not in str(error):
             raise
         raise ConfigError(f"{error} The callback is in the configuration already: leave one of them out.") from error
-
-
-def _bad_checkpoint(error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else "it ends early"
-    return ConfigError(
-        f"Expected --ckpt_path to be a whole checkpoint, but reading it failed ({type(error).__name__}: {reason}). "
-        "Take another one; --debug shows where."
-    )
-
-
-def _other_checkpoint(error: Exception) -> ConfigError:
-    reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
-    reason = reason if len(reason) <= 300 else f"{reason[:300]}…"
-    return ConfigError(
-        f"Expected --ckpt_path to hold the tensors of the model in the configuration, but {reason} Take the "
-        "configuration that it was trained with; a public checkpoint with further parts goes through "
-        "`ssync-pl checkpoint convert`."
-    )

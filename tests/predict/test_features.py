@@ -69,12 +69,12 @@ def test_the_projection_must_be_there_and_the_same(cached, tmp_path: Path) -> No
     data, shard = cached(components=2)
     folder = tmp_path / "features"
     kept = (folder / "projection.npz").rename(tmp_path / "kept.npz")
-    with pytest.raises(ConfigError, match=r"there is no projection.npz. Pass that file as --projection"):
+    with pytest.raises(ConfigError, match=r"there is no projection\.npz\. Pass that file, from wherever"):
         InputDataModule(data, [str(shard)])
     assert find_features(data, str(kept)).projection is not None
     for path in folder.glob("*.tar"):
         path.unlink()
-    with pytest.raises(ConfigError, match=r"there are no features. Pass that file as --projection"):
+    with pytest.raises(ConfigError, match=r"there are no features\. Pass that file, from wherever"):
         find_features(data, None)
     alone = find_features(data, str(kept))  # the file says itself what was projected
     assert (alone.backbone, alone.layer, alone.projection.matrix.shape) == ("means", "pool", (6, 2))

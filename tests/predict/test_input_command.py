@@ -83,6 +83,18 @@ def test_windows_give_nearly_the_labels_of_the_whole(tmp_path: Path, run: Run) -
     assert np.mean(whole == cut) > 0.8
 
 
+def test_shards_give_the_labels_of_the_data_module(tmp_path: Path, run: Run, checkpoint: Path) -> None:
+    shard = write_shard(tmp_path / "shards", moving(3, 24, 24)[:, 4:20, 4:20], moving(5, 24, 24)[:, 4:20, 4:20])
+    data = ["--data=ShardDataModule", "--data.image_size=16", "--data.num_workers=0", f"--data.predict={shard}"]
+    settings = ["--config", checkpoint.parent.parent / "config.yaml", *data]
+    own = ["--trainer.callbacks+=SlotPredictions", "--trainer.callbacks.video=false"]
+    assert run(*settings, *own, f"--trainer.callbacks.out={tmp_path / 'data'}") == 0
+    assert run(*settings, *own, f"--trainer.callbacks.out={tmp_path / 'input'}", "--input", shard) == 0
+    for name, frames in (("0", 3), ("1", 5)):
+        assert labels_of(tmp_path / "data", name).shape == (frames, 16, 16)
+        assert np.array_equal(labels_of(tmp_path / "data", name), labels_of(tmp_path / "input", name))
+
+
 def test_a_crop_leaves_the_rest_of_the_frame_without_a_slot(tmp_path: Path, run: Run) -> None:
     frames = write_frames(tmp_path / "frames", moving(2))
     assert run("--input", frames, "--data.image_size=16", "--data.crop=center", "--out", tmp_path / "out") == 0

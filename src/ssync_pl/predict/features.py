@@ -191,5 +191,5 @@ def _read(projection: str) -> Projection:
 def _no_projection(folder: Path, what: str) -> ConfigError:
     return ConfigError(
         f"Expected {folder} to hold the features that the host was trained on, with their {PROJECTION_FILE}, but "
-        f"{what}. Pass that file as --projection, or the folder's new place as --data.features."
+        f"{what}. Pass that file, from wherever the folder is now, as --projection."
     )
