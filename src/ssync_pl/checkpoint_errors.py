@@ -39,8 +39,8 @@ def other_checkpoint(error: Exception) -> ConfigError:
         The error to raise instead.
 
     Example:
-        >>> "of the model in the configuration, but size mismatch" in str(other_checkpoint(Exception("a\\nsize mismatch")))
-        True
+        >>> str(other_checkpoint(RuntimeError("Error(s) in loading\\nsize mismatch for a.")))[72:100]
+        'tion, but size mismatch for '
     """
     reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
     reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"

@@ -194,6 +194,11 @@ class SlotPredictions(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the index; process 0 joins those of all processes."""
+        if self._joined is not None:  # `limit_predict_batches` stopped in the middle of a video
+            rank_zero_warn(
+                f"SlotPredictions writes nothing of {self._joined.files.key}: the prediction ended before the video."
+            )
+            self._discard()
         try:
             self._write_index(trainer)
             trainer.strategy.barrier("predictions")
@@ -206,9 +211,7 @@ class SlotPredictions(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep the index of what was written before the run broke off."""
-        if self._joined is not None:
-            self._joined.files.discard()
-            self._joined = None
+        self._discard()
         if trainer.state.fn != "predict" or self.folder is None or not self.folder.is_dir():
             return
         try:
@@ -230,6 +233,11 @@ class SlotPredictions(L.Callback):
             got = tuple(video.shape) if isinstance(video, Tensor) else _keys(batch)
             raise ShapeError(f"Expected batch key `{self.video_key}` to be (B, T, 3, H, W), but got {got}.")
         return video
+
+    def _discard(self) -> None:
+        if self._joined is not None:
+            self._joined.files.discard()
+            self._joined = None
 
     def _choice(self) -> FileChoice:
         mp4 = self.video and mp4_available()

@@ -161,6 +161,14 @@ def test_a_video_that_breaks_off_leaves_no_half_files(
     assert not list(out.glob(".*"))
 
 
+def test_a_prediction_that_ends_in_the_middle_of_a_video_says_so(tmp_path: Path, run: Run) -> None:
+    frames = write_frames(tmp_path / "frames", moving(7))
+    words = ["--clip-frames=4", "--out", tmp_path / "out", "--trainer.limit_predict_batches=1"]
+    with pytest.warns(UserWarning, match="writes nothing of frames: the prediction ended before the video"):
+        assert run("--input", frames, *words) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]
+
+
 def test_the_options_are_in_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from ssync_pl.cli import main
 
