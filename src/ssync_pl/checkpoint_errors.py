@@ -40,7 +40,7 @@ def other_checkpoint(error: Exception) -> ConfigError:
 
     Example:
         >>> str(other_checkpoint(RuntimeError("Error(s) in loading\\nsize mismatch for a.")))[72:100]
-        'tion, but size mismatch for '
+        'on, but size mismatch for a.'
     """
     reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
     reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
