@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ssync_pl import predictions
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
+from ssync_pl.predict import video_files
 from ssync_pl.predictions import SlotPredictions
 from ssync_pl.viz import overlay_labels
 
@@ -105,7 +106,7 @@ def test_every_video_with_its_own_length(tmp_path: Path, shards: str) -> None:
     trainer = predict(tmp_path, callback, data_module(shards))
     folder = Path(trainer.log_dir) / "predictions"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["index.json", *(f"clip-{n}{end}" for n in range(3) for end in (".mp4", ".labels.npz"))]
+        ["index.json", *(f"clip-{n}{end}" for n in range(3) for end in (".mp4", ".labels.npz", ".tracks.csv"))]
     )
     assert [(v["key"], v["name"], v["frames"], v["slots_used"]) for v in index(folder)] == [
         ("clip-0", "clip-0", 2, 1),
@@ -132,8 +133,22 @@ def test_frames_are_shown_as_stored_beside_the_labels(
         seen.append((panels, options))
         return np.zeros((2, 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(predictions, "compose_frames", keep)
-    monkeypatch.setattr(predictions, "encode_mp4", lambda frames, fps: b"mp4 at %d" % fps)
+    class Encoder:
+        def __init__(self, fps: int) -> None:
+            self.fps = fps
+
+        def add(self, frames: np.ndarray) -> None:
+            assert frames.shape == (2, 16, 16, 3)
+
+        def close(self) -> bytes:
+            return b"mp4 at %d" % self.fps
+
+        def discard(self) -> None:
+            return
+
+    monkeypatch.setattr(video_files, "compose_frames", keep)
+    monkeypatch.setattr(video_files, "Mp4Encoder", Encoder)
+    monkeypatch.setattr(predictions, "mp4_available", lambda: True)
     data = ShardDataModule(predict=shards, batch_size=2, num_workers=0)  # ImageNet's mean and deviation
     host = answering(lambda labels: {"labels": torch.full_like(labels, 2)})
     trainer = predict(tmp_path, SlotPredictions(fps=9), data, host)
@@ -163,7 +178,9 @@ def test_keys_cannot_leave_the_folder_or_replace_each_other(tmp_path: Path) -> N
     assert [video["key"] for video in videos] == keys
     names = [video["name"] for video in videos]
     assert len({name.lower() for name in names}) == len(keys)
-    assert sorted(path.name for path in out.iterdir()) == sorted(["index.json", *(f"{n}.labels.npz" for n in names)])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["index.json", *(f"{n}.{end}" for n in names for end in ("labels.npz", "tracks.csv"))]
+    )
     assert names[:7] == ["evil", "etc_passwd", "a_b", "a_b-2", "A_b-3", "dup", "dup-2"]
     assert names[7] == "dup-2-2"
     assert all(len(name) <= 110 for name in names)
@@ -184,7 +201,7 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     for _ in range(2):
         predict(tmp_path, callback, batches(clip(["a"])))
         assert [(video["key"], video["name"]) for video in index(out)] == [("a", "a")]
-        assert sorted(path.name for path in out.iterdir()) == ["a.labels.npz", "index.json"]
+        assert sorted(path.name for path in out.iterdir()) == ["a.labels.npz", "a.tracks.csv", "index.json"]
 
 
 @pytest.mark.parametrize("masks", ["labels", "soft", "none"])
@@ -265,19 +282,19 @@ def test_without_pyav_one_warning_and_sheets(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_full_disk_is_named_and_what_was_written_is_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = predictions.write_bytes
+    real = video_files.write_bytes
 
     def full(path: Path, content: bytes) -> Path:
         if Path(path).name.startswith("b."):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, content)
 
-    monkeypatch.setattr(predictions, "write_bytes", full)
+    monkeypatch.setattr(video_files, "write_bytes", full)
     callback = SlotPredictions(str(tmp_path / "out"), video=False)
     with pytest.raises(ShardError, match=r"out, but the disk is full after 1 videos\. Free space"):
         predict(tmp_path, callback, batches(clip(["a"]), clip(["b"])))
     assert [video["key"] for video in index(tmp_path / "out")] == ["a"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.labels.npz", "index.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.labels.npz", "a.tracks.csv", "index.json"]
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
@@ -370,7 +387,9 @@ def test_two_processes_write_each_video_once(tmp_path: Path) -> None:
     assert {video["rank"] for video in videos} == {0, 1}
     names = sorted(video["name"] for video in videos)
     assert names == ["0", "0-2", "1", "1-2", "2"]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*(f"{n}.labels.npz" for n in names), "index.json"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*(f"{n}.{end}" for n in names for end in ("labels.npz", "tracks.csv")), "index.json"]
+    )
     labels = [int(np.load(out / f"{name}.labels.npz")["labels"].max()) for name in names]
     assert sorted(labels) == [0, 0, 0, 1, 1]  # nothing was replaced
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import re
 import shutil
@@ -13,22 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
 from ssync_pl.files import write_bytes
-from ssync_pl.viz.colors import overlay_labels, to_uint8
-from ssync_pl.viz.sheet import SheetRow, draw_sheet, encode_png
-from ssync_pl.viz.video import compose_frames, encode_mp4, mp4_available
+from ssync_pl.predict.joined import WINDOW_KEY, JoinedVideo
+from ssync_pl.predict.video_files import FileChoice, VideoFiles
+from ssync_pl.viz.colors import to_uint8
+from ssync_pl.viz.video import mp4_available
 
 __all__ = ["PredictedVideo", "SlotPredictions"]
 
 _CLAIMS = ".claims"
 _RANK_INDEX = "index.rank-*.json"
-_SHEET_FRAMES = 8
+_FPS = 6
 _LONGEST_NAME = 100
 
 
@@ -42,6 +41,8 @@ class PredictedVideo:
         rank: The process that wrote it.
         frames: Number of frames.
         slots_used: Slots that win at least one pixel of the video.
+        source: The file or folder that the video came from; empty where only the data module knows.
+        windows: In how many windows, one after the other, the host saw it.
 
     Example:
         >>> PredictedVideo("clips/7", "clips_7", 0, frames=24, slots_used=5).name
@@ -53,27 +54,34 @@ class PredictedVideo:
     rank: int
     frames: int
     slots_used: int
+    source: str = ""
+    windows: int = 1
 
 
 class SlotPredictions(L.Callback):
     """Write what `predict_step` returns of every video: an overlay video, a label file, and an index of all.
 
     For each video of the predict set: `<name>.mp4` (frames beside the slots' labels), `<name>.labels.npz` with
-    `labels` uint8 (T, H, W) (read it with `numpy.load`), and one line of `index.json`. Repeats that only fill a batch
-    (`batch_padding_mask`) are not written, padded frames (`frame_mask`) are cut off. Every process writes its own
-    videos; process 0 joins their indices. `ssync-pl predict` adds this callback unless the configuration names it or
-    another prediction writer.
+    `labels` uint8 (T, H, W) (read it with `numpy.load`), `<name>.tracks.csv` (area, centre and box of each slot in each
+    frame, see `slot_tracks`), and one line of `index.json`. Repeats that only fill a batch (`batch_padding_mask`) are
+    not written, padded frames (`frame_mask`) are cut off. Every process writes its own videos; process 0 joins their
+    indices. `ssync-pl predict` adds this callback unless the configuration names it or another prediction writer.
+
+    Videos of `ssync-pl predict --input` come in windows, which are joined. Their labels have the size of the video's
+    own frames, with 255 where a crop of the model cut pixels off; `masks` of `soft` keep the model's size.
 
     Args:
         out: The folder. None: `predictions` in the run's log folder.
         video: Write the MP4. Needs PyAV; without it a PNG sheet is written instead and one warning says so.
         masks: `labels` writes the label files, `soft` adds `masks` float16 (T, S, H, W) to them, `none` writes none.
-        fps: Frames a second of the MP4.
+        fps: Frames a second of the MP4. None takes the video's own where it is known, else 6.
         cell: Longer side of a frame in the MP4 and the sheet, in pixels.
         max_videos: Most videos that are written, over all processes. None writes all.
         labels_key: Where `predict_step`'s result holds labels (B, T, H, W); dots lead into nested dicts.
         masks_key: Where it holds masks (B, T, S, H, W); they give the labels where there are none.
         video_key: Key of the frames (B, T, 3, H, W) in the batch.
+        label_pngs: Write `<name>_labels/00000.png`, …: 8-bit palette pictures, index = slot, colours of the overlay.
+        tracks: Write `<name>.tracks.csv`.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -88,12 +96,14 @@ class SlotPredictions(L.Callback):
         out: str | None = None,
         video: bool = True,
         masks: Literal["labels", "none", "soft"] = "labels",
-        fps: int = 6,
+        fps: int | None = None,
         cell: int = 224,
         max_videos: int | None = None,
         labels_key: str = "labels",
         masks_key: str = "masks",
         video_key: str = "video",
+        label_pngs: bool = False,
+        tracks: bool = True,
     ) -> None:
         super().__init__()
         for name, value, least in (("fps", fps, 1), ("cell", cell, 16), ("max_videos", max_videos, 1)):
@@ -110,17 +120,20 @@ class SlotPredictions(L.Callback):
         self.labels_key = labels_key
         self.masks_key = masks_key
         self.video_key = video_key
+        self.label_pngs = label_pngs
+        self.tracks = tracks
         self.folder: Path | None = None
         self.total = 0
         self.written: list[PredictedVideo] = []
         self._room: int | None = None
         self._seen = 0
+        self._joined: JoinedVideo | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the folder, and clear what an interrupted run left in it."""
         log_dir = trainer.log_dir  # collective, so asked on each rank
         self.folder = Path(self.out) if self.out else Path(log_dir or trainer.default_root_dir) / "predictions"
-        self.written, self._seen, self._room = [], 0, None
+        self.written, self._seen, self._room, self._joined = [], 0, None, None
         if self.max_videos is not None:
             share, rest = divmod(self.max_videos, trainer.world_size)
             self._room = share + (trainer.global_rank < rest)
@@ -150,6 +163,12 @@ class SlotPredictions(L.Callback):
             return
         video = self._video(batch)
         labels, masks = self._labels(outputs, video)
+        if isinstance(batch.get(WINDOW_KEY), Mapping):
+            try:
+                self._add_window(trainer.global_rank, batch[WINDOW_KEY], labels[0], None if masks is None else masks[0])
+            except OSError as error:
+                raise self._disk_error(error) from error
+            return
         data = getattr(trainer, "datamodule", None)
         mean, std = getattr(data, "mean", None), getattr(data, "std", None)
         real, valid = batch.get("batch_padding_mask"), batch.get("frame_mask")
@@ -160,14 +179,26 @@ class SlotPredictions(L.Callback):
             keep = slice(None) if valid is None else valid[row].bool()
             key = str(keys[row]) if isinstance(keys, (list, tuple)) else self._number(trainer)
             frames = to_uint8(video[row][keep].float().cpu().numpy(), mean, std)
-            soft = None if masks is None else masks[row][keep].half().cpu().numpy()
+            soft = masks[row][keep].half().cpu().numpy() if masks is not None and self.masks == "soft" else None
             try:
-                self._write(trainer.global_rank, key, frames, labels[row][keep].cpu().numpy(), soft)
+                name = self._claim(key)
+                files = VideoFiles(self._folder(), name, key, self.fps or _FPS, self._choice())
+                try:
+                    files.add(frames, labels[row][keep].cpu().numpy(), soft)
+                    used = files.finish(None if masks is None else masks.shape[2])
+                finally:
+                    files.discard()
             except OSError as error:
                 raise self._disk_error(error) from error
+            self._note(PredictedVideo(key, name, trainer.global_rank, len(frames), used))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the index; process 0 joins those of all processes."""
+        if self._joined is not None:  # `limit_predict_batches` stopped in the middle of a video
+            rank_zero_warn(
+                f"SlotPredictions writes nothing of {self._joined.files.key}: the prediction ended before the video."
+            )
+            self._discard()
         try:
             self._write_index(trainer)
             trainer.strategy.barrier("predictions")
@@ -180,6 +211,7 @@ class SlotPredictions(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep the index of what was written before the run broke off."""
+        self._discard()
         if trainer.state.fn != "predict" or self.folder is None or not self.folder.is_dir():
             return
         try:
@@ -201,6 +233,42 @@ class SlotPredictions(L.Callback):
             got = tuple(video.shape) if isinstance(video, Tensor) else _keys(batch)
             raise ShapeError(f"Expected batch key `{self.video_key}` to be (B, T, 3, H, W), but got {got}.")
         return video
+
+    def _discard(self) -> None:
+        if self._joined is not None:
+            self._joined.files.discard()
+            self._joined = None
+
+    def _choice(self) -> FileChoice:
+        mp4 = self.video and mp4_available()
+        return FileChoice(self.video, mp4, self.masks, self.label_pngs, self.tracks, self.cell)
+
+    def _note(self, video: PredictedVideo) -> None:
+        self.written.append(video)
+        if self._room is not None:
+            self._room -= 1
+
+    def _add_window(self, rank: int, window: Mapping[str, Any], labels: Tensor, masks: Tensor | None) -> None:
+        if window["start"] == 0:
+            key = window["key"]
+            name = self._claim(key)
+            fps = self.fps or (max(1, round(window["rate"])) if window["rate"] else _FPS)
+            self._joined = JoinedVideo(VideoFiles(self._folder(), name, key, fps, self._choice()))
+        if self._joined is None:
+            return
+        self._joined.add(window, labels, masks)
+        if window["last"]:
+            joined, self._joined = self._joined, None
+            try:
+                used = joined.files.finish(joined.num_slots)
+            finally:
+                joined.files.discard()
+            frames = joined.files.frames
+            self._note(
+                PredictedVideo(
+                    window["key"], joined.files.name, rank, frames, used, str(window["source"]), joined.windows
+                )
+            )
 
     def _labels(self, outputs: Any, video: Tensor) -> tuple[Tensor, Tensor | None]:
         if isinstance(outputs, Tensor):  # a host may return its labels or masks alone
@@ -227,36 +295,7 @@ class SlotPredictions(L.Callback):
         most = int(labels.max()) if labels.numel() else 0
         if most > 255 or (labels.numel() and int(labels.min()) < 0):
             raise ShapeError(f"Expected labels from 0 to 255, but got {int(labels.min())} to {most}.")
-        return labels.to(torch.uint8), masks if self.masks == "soft" else None
-
-    def _write(self, rank: int, key: str, frames: np.ndarray, labels: np.ndarray, soft: np.ndarray | None) -> None:
-        folder = self._folder()
-        name = self._claim(key)
-        used = int(np.unique(labels).size)
-        if self.masks != "none":
-            buffer = io.BytesIO()
-            if soft is None:
-                np.savez_compressed(buffer, labels=labels)
-            else:
-                np.savez_compressed(buffer, labels=labels, masks=soft)
-            write_bytes(folder / f"{name}.labels.npz", buffer.getvalue())
-        if self.video and len(frames):
-            overlay = overlay_labels(frames, labels.astype(np.int64))
-            title = f"{key[-60:]}  |  slots used: {used}"
-            if mp4_available():
-                clip = compose_frames(
-                    [[frames, overlay]], columns=["video", "slots"], rows=[""], title=title, cell=self.cell
-                )
-                write_bytes(folder / f"{name}.mp4", encode_mp4(clip, fps=self.fps))
-            else:
-                picked = np.unique(np.linspace(0, len(frames) - 1, _SHEET_FRAMES).round().astype(int))
-                rows = [SheetRow("video", frames[picked]), SheetRow("slots", overlay[picked])]
-                columns = [f"frame {number}" for number in picked]
-                sheet = draw_sheet(rows, title=title, columns=columns, cell=self.cell)
-                write_bytes(folder / f"{name}.png", encode_png(sheet))
-        self.written.append(PredictedVideo(key, name, rank, len(frames), used))
-        if self._room is not None:
-            self._room -= 1
+        return labels.to(torch.uint8), masks
 
     def _claim(self, key: str) -> str:
         # Making a folder is atomic, so that two processes never take one name for two videos of the same key.

@@ -20,9 +20,15 @@ import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
 import ssync_pl.pictures
 import ssync_pl.summary  # noqa: F401
+from ssync_pl.checkpoint_errors import bad_checkpoint, other_checkpoint
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.parser_errors import explain_parser_error
+from ssync_pl.predict.carry import CarrySlots, carries_slots
+from ssync_pl.predict.input_data import InputDataModule
+from ssync_pl.predict.options import INPUT_OPTIONS, input_writer, refuse_alone, require_host
+from ssync_pl.predict.report import describe_windows
+from ssync_pl.predict.words import gather_inputs, with_config
 from ssync_pl.predictions import SlotPredictions
 from ssync_pl.progress import progress_bar
 from ssync_pl.step_seed import StepSeed
@@ -85,6 +91,13 @@ class SSyncCLI(LightningCLI):
             help="Folder of the run below trainer.default_root_dir. Default: the first configuration file's name.",
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            for option in INPUT_OPTIONS:
+                parser.add_argument(f"--{option.name}", type=option.kind, default=option.default, help=option.help)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the words and settle the name of the run.
 
@@ -102,6 +115,13 @@ class SSyncCLI(LightningCLI):
         if self.config["subcommand"] == "predict" and settings.get("return_predictions") is None:
             settings["return_predictions"] = False  # Lightning would keep the masks of the whole set in memory
 
+    def _parse_ckpt_path(self) -> None:
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        wanted = _class_name(settings)
+        super()._parse_ckpt_path()  # a checkpoint that knows its host puts it in the place of the configuration's
+        if settings.get("input"):
+            require_host(wanted, _class_name(self.config[self.config["subcommand"]]))
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer.
 
@@ -110,11 +130,23 @@ class SSyncCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            if self._inputs():
+                options = self.config_init["predict"]
+                self.datamodule = InputDataModule(
+                    self.datamodule,
+                    self._inputs(),
+                    options.get("clip_frames"),
+                    options.get("projection"),
+                    options.get("backbone_checkpoint"),
+                )
         except (ValueError, TypeError) as error:
             refused = _refusal(error)
             if refused is None:
                 raise
             raise refused from None
+
+    def _inputs(self) -> list[str]:
+        return (self._get(self.config_init, "input") or []) if self.subcommand == "predict" else []
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the package's own logger and callbacks where the user named none.
@@ -140,8 +172,15 @@ class SSyncCLI(LightningCLI):
             if not has_bar and trainer_config.get("enable_progress_bar") is not False:
                 added.append(progress_bar())
             writers = (SlotPredictions, BasePredictionWriter)
-            if self.subcommand == "predict" and not any(isinstance(callback, writers) for callback in callbacks):
-                added.append(SlotPredictions())
+            has_writer = any(isinstance(callback, writers) for callback in callbacks)
+            if self.subcommand == "predict":
+                refuse_alone(self.config_init["predict"], has_writer)
+                if not has_writer:
+                    added.append(input_writer(self.config_init["predict"]))
+            if self._inputs():
+                added.append(CarrySlots())
+                kwargs.setdefault("devices", 1)  # the windows of a video go one after the other
+                kwargs.setdefault("num_nodes", 1)
             if added:
                 kwargs.setdefault("callbacks", [*callbacks, *added])
         return super().instantiate_trainer(**kwargs)
@@ -155,7 +194,14 @@ class SSyncCLI(LightningCLI):
         """Say where the predictions are."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
+                if self._inputs():
+                    lines = describe_windows(callback.written, carries_slots(self.model))
+                    sys.stdout.write("".join(f"{line}\n" for line in lines))
                 sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
+
+
+def _class_name(settings: Any) -> str:
+    return str((settings.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
 
 
 def _refusal(error: BaseException | None) -> SSyncError | None:
@@ -212,6 +258,7 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         >>> text.getvalue().splitlines()[-1]
         '0'
     """
+    args = with_config(gather_inputs(args))
     parser_class = type("SSyncArgumentParser", (SSyncArgumentParser,), {"debug": debug})
     try:
         with public_globals():  # public checkpoints can be named by --ckpt_path as they are
@@ -230,7 +277,7 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (EOFError, UnpicklingError) as error:
-        raise _bad_checkpoint(error) from error
+        raise bad_checkpoint(error) from error
     except KeyError as error:
         if "pytorch-lightning_version" in str(error):
             raise ConfigError(
@@ -246,27 +293,9 @@ def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
         ) from error
     except RuntimeError as error:
         if "PytorchStreamReader" in str(error):
-            raise _bad_checkpoint(error) from error
+            raise bad_checkpoint(error) from error
         if "loading state_dict" in str(error):
-            raise _other_checkpoint(error) from error
+            raise other_checkpoint(error) from error
         if "more than one stateful callback" not in str(error):
             raise
         raise ConfigError(f"{error} The callback is in the configuration already: leave one of them out.") from error
-
-
-def _bad_checkpoint(error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else "it ends early"
-    return ConfigError(
-        f"Expected --ckpt_path to be a whole checkpoint, but reading it failed ({type(error).__name__}: {reason}). "
-        "Take another one; --debug shows where."
-    )
-
-
-def _other_checkpoint(error: Exception) -> ConfigError:
-    reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
-    reason = reason if len(reason) <= 300 else f"{reason[:300]}…"
-    return ConfigError(
-        f"Expected --ckpt_path to hold the tensors of the model in the configuration, but {reason} Take the "
-        "configuration that it was trained with; a public checkpoint with further parts goes through "
-        "`ssync-pl checkpoint convert`."
-    )

@@ -273,7 +273,7 @@ def train_sample(
     sample: dict[str, Any] = {
         "video": torch.from_numpy(video),
         "flip": torch.tensor(draw.flip),
-        "crop": _crop_offsets(video, rules, draw.top, draw.left),
+        "crop": crop_offsets(video, rules, draw.top, draw.left),
         "cut": cut,
     }
     if rules.masks:
@@ -306,7 +306,7 @@ def eval_sample(members: Collection[str], fetch: Fetch, where: str, rules: Sampl
     """
     member = find_member(members, "video", where)
     video = _check_video(_read_frames(member, fetch(member), where, None), member, where)
-    offsets = _crop_offsets(video, rules, None, None)
+    offsets = crop_offsets(video, rules, None, None)
     sample: dict[str, Any] = {"video": torch.from_numpy(video), "crop": offsets, "cut": slice(0, len(video), 1)}
     if rules.masks:
         sample["segmentations"] = _masks(members, fetch, where, rules, slice(None), len(video), video.shape)
@@ -404,7 +404,7 @@ def _masks(
     return torch.from_numpy(np.array(masks != 0 if rules.mask_format == "channels" else masks, np.uint8, order="C"))
 
 
-def _crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left: float | None) -> Tensor:
+def crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left: float | None) -> Tensor:
     if rules.image_size is None or rules.crop == "none":
         return torch.zeros(2, dtype=torch.int64)
     height, width = covering_size((video.shape[1], video.shape[2]), rules.image_size, floor=rules.reference)

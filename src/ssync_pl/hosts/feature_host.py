@@ -110,6 +110,7 @@ class FeatureHost(SlotHost):
     ) -> None:
         super().__init__(has_background)
         self.is_video = is_video
+        self.carries_slots = is_video
         self.grid = encoder.grid
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps

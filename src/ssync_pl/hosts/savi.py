@@ -136,6 +136,7 @@ class SAVi(SlotHost):
             )
         self.save_hyperparameters()
         self.slot_init = slot_init
+        self.carries_slots = True
         self.num_slots = num_slots
         self.iterations_first = iterations_first
         self.iterations_later = iterations_later

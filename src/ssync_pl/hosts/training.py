@@ -29,6 +29,9 @@ class SlotHost(L.LightningModule, ABC):
         (True, True)
     """
 
+    carries_slots: bool = False
+    """Whether a clip can start from given slots: `initializer` gives the first ones, `forward(...).slots` all."""
+
     def __init__(self, has_background: bool = True) -> None:
         super().__init__()
         self.evaluation = SlotEvaluation("val/", has_background)

@@ -13,10 +13,11 @@ from ssync_pl.viz.colors import (
     to_uint8,
 )
 from ssync_pl.viz.sheet import SheetRow, draw_sheet, encode_png, stack_sheets
-from ssync_pl.viz.video import compose_frames, encode_mp4, mp4_available
+from ssync_pl.viz.video import Mp4Encoder, compose_frames, encode_mp4, mp4_available
 
 __all__ = [
     "REGION_COLORS",
+    "Mp4Encoder",
     "SheetRow",
     "color_labels",
     "color_regions",
