@@ -31,10 +31,13 @@ SCORES = (
     "used_slots",
     "identity",
 )
+# Of slot attention, where the host has one map a frame: which of its two maps is the better teacher.
+ENCODER = ("encoder_video_fg_ari", "encoder_video_ari", "encoder_video_mbo", "encoder_boundary_f")
 PROBES = ("probe_position_r2", "probe_color_r2", "probe_shape_accuracy")
 COLUMNS = (
     *("set", "slots", "variant", "seed", "step"),
     *SCORES,
+    *ENCODER,
     *PROBES,
     *("step_ms", "peak_mib", "wall_seconds", "cpu_seconds", "merged_slots", "recipe", "device", "torch", "date"),
 )
@@ -66,7 +69,7 @@ def collect_run(folder: Path) -> Row | None:
     found = dict(tables.get("this run", {}))
     found.update({name: value for name, value in evaluation.get("scores", {}).items() if value is not None})
     row: Row = {name: facts.get(name) for name in COLUMNS}
-    row.update({name: found.get(name) for name in SCORES})
+    row.update({name: found.get(name) for name in (*SCORES, *ENCODER)})
     probe = {f"probe_{name.removeprefix('probe_')}": value for name, value in evaluation.get("probe", {}).items()}
     row.update({name: probe.get(name) for name in PROBES})
     row["step"] = evaluation.get("steps", summary.get("step"))

@@ -136,11 +136,14 @@ def final_pass(
         # Hosts may draw their first slots: the same ones whatever the training drew before.
         torch.manual_seed(0)
         evaluation = host.evaluation
-        scores = Scores(evaluation.has_background, evaluation.ignore_overlaps).to(trainer.strategy.root_device)
+        scores, encoder = (
+            Scores(evaluation.has_background, evaluation.ignore_overlaps).to(trainer.strategy.root_device)
+            for _ in range(2)
+        )
         said = stack.enter_context(_listening(host))
         shapes = ShapeTable(loader)
         sketch = _Sketch(trainer, host, pictures)
-        seen = 0
+        seen = heard = 0
         stack.callback(sketch.remove)
         for raw in islice(loader, limit):
             moved = (data or host).on_before_batch_transfer(raw, 0)
@@ -154,8 +157,11 @@ def final_pass(
             with trainer.precision_plugin.val_step_context():
                 masks, _ = host.evaluate(batch)
             keys = _keys(batch, len(masks), seen)
-            sketch.add(batch, keys, masks, valid)
+            attention = sketch.add(batch, keys, masks, valid)
             scores.update(masks, true, valid)
+            if attention is not None:
+                encoder.update(attention, true, valid)
+                heard += len(masks)
             if probe and seen < _PROBE_VIDEOS:
                 sample = _sample(said, masks, batch, valid, seen, shapes, keys, evaluation)
                 found.samples += [] if sample is None else [sample]
@@ -163,6 +169,9 @@ def final_pass(
             seen += len(masks)
         if seen:  # on each process: computing waits for the others
             found.scores = scores.compute()
+            # Of all videos or of none: half a score would be another score. Processes have to agree.
+            if trainer.strategy.reduce_boolean_decision(heard == seen, all=True):
+                found.scores.update({f"encoder_{name}": value for name, value in encoder.compute().items()})
     return found
 
 
@@ -192,14 +201,12 @@ def _listening(host: nn.Module) -> Iterator[list[Any]]:
 
 
 class _Sketch:
-    """Draws the first batches; whatever goes wrong ends the drawing and not the evaluation."""
+    """Reads the host's maps and draws the first batches; whatever goes wrong ends that and not the evaluation."""
 
     def __init__(self, trainer: L.Trainer, host: nn.Module, box: PictureBox | None) -> None:
         self.box = box
         self.adapter: HostAdapter | None = None
         self.capture: Capture | None = None
-        if box is None or box.full:
-            return
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
         try:
@@ -213,18 +220,24 @@ class _Sketch:
             self.capture.clear()
             self.capture.open()
 
-    def add(self, batch: Mapping[str, Any], keys: list[str], masks: Tensor, valid: Tensor) -> None:
-        if self.box is None or self.capture is None or self.adapter is None:
-            return
+    def add(self, batch: Mapping[str, Any], keys: list[str], masks: Tensor, valid: Tensor) -> Tensor | None:
+        """Draw; and give the attention `(B, T, S, h, w)` where it is one map a frame, as the masks are."""
+        if self.capture is None or self.adapter is None:
+            return None
         try:
             self.capture.close()
-            output = ssync_loss(self.adapter.collect(self.capture, batch=batch))
-            self.box.add(batch, keys, masks, valid, output)
+            maps = self.adapter.collect(self.capture, batch=batch)
+            if self.box is not None and not self.box.full:
+                self.box.add(batch, keys, masks, valid, ssync_loss(maps))
+            if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
+                return None
+            attention = maps.attention
+            if maps.attention_logits is not None:
+                attention = maps.attention_logits.float().softmax(dim=2)
+            return attention.unflatten(-1, maps.grid)
         except Exception as error:
             self._give_up(error)
-        else:
-            if self.box.full:
-                self.remove()
+        return None
 
     def remove(self) -> None:
         capture, self.capture = self.capture, None

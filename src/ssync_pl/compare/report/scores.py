@@ -50,6 +50,10 @@ SCORES = (
     Score("unused_slots", "unused slots", 0, "slots", 2),
     Score("used_slots", "used slots", 0, "slots", 2),
     Score("merged_slots", "merged slots", 0, "slots", 2),
+    Score("encoder_video_fg_ari", "video FG-ARI", 1, "encoder"),
+    Score("encoder_video_ari", "video ARI", 1, "encoder"),
+    Score("encoder_video_mbo", "video mBO", 1, "encoder"),
+    Score("encoder_boundary_f", "boundary F", 1, "encoder"),
     Score("step_ms", "step, ms", -1, "cost", 1),
     Score("peak_mib", "peak memory, MiB", -1, "cost", 0),
     Score("wall_seconds", "wall time, s", -1, "cost", 0),
@@ -63,6 +67,7 @@ MAIN = tuple(score for score in SCORES if score.key in ("video_fg_ari", "video_a
 SHEETS = {
     "scores": "Segmentation",
     "slots": "Slots: edges, identity, what they tell about objects, how many are in use",
+    "encoder": "Slot attention's own map: the teacher at boundaries",
     "cost": "Cost of a run",
 }
 """Titles of the tables."""
@@ -75,6 +80,7 @@ COLUMNS = (
     *("set", "slots", "variant", "seed", "step"),
     *(score.key for score in SCORES if score.sheet == "scores"),
     *("boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"),
+    *(score.key for score in SCORES if score.sheet == "encoder"),
     *("probe_position_r2", "probe_color_r2", "probe_shape_accuracy"),
     *("step_ms", "peak_mib", "wall_seconds", "cpu_seconds", "merged_slots", "recipe", "device", "torch", "date"),
     *(f"{prefix}_{key}" for prefix in REFERENCES for key in _REFERENCE_SCORES),
