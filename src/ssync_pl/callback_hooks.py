@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import types
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
@@ -19,6 +15,7 @@ from ssync_pl.functional.distill import LossKind
 from ssync_pl.regularizer import SSyncRegularizer
 from ssync_pl.schedule import Phase
 from ssync_pl.session import HostSession, adapter_from
+from ssync_pl.wrapped_step import WrappedMethod, loss_of, step_logger, with_loss
 
 __all__ = ["SSyncHooks"]
 
@@ -176,10 +173,11 @@ class SSyncHooks:
         Raises:
             HostError: The host is not recognised, or has SSync already.
         """
-        if isinstance(pl_module.__dict__.get("training_step"), _WrappedStep):
+        other = pl_module.__dict__.get("training_step")
+        if isinstance(other, WrappedMethod):
             raise HostError(
-                f"Expected one SSyncCallback, but {type(pl_module).__name__} already has SSync in its training step. "
-                "Remove the second callback."
+                f"Expected one SSyncCallback and nothing else of its kind, but {type(pl_module).__name__} already has "
+                f"{other.owner} in its training step. Remove the second callback."
             )
         self._session = _Session(pl_module, self.adapter, self.grid)
         self._session.wrap(functools.partial(self._step, trainer, pl_module))
@@ -254,83 +252,27 @@ class SSyncHooks:
             return step(*args, **kwargs)
         with session.window():
             output = step(*args, **kwargs)
-            loss = _loss_of(output)
+            loss = loss_of(output)
             if loss is None:
                 return output
             batch = args[0] if args else kwargs.get("batch")
             maps = session.collect(batch, self.config)
-            total, verdict = self.engine.apply(loss, maps, trainer.global_step, _logger(host, maps.shape[0]))
+            total, verdict = self.engine.apply(loss, maps, trainer.global_step, step_logger(host, maps.shape[0]))
         heed(verdict, trainer)
-        return _with_loss(output, total)
+        return with_loss(output, total)
 
 
 class _Session(HostSession):
-    """What the callback holds while a host trains: the hooks, and the step that it has put itself around."""
-
-    host: Any
+    """What the callback holds while a host trains: the hooks, and what it has put around the training step."""
 
     def __init__(self, host: Any, adapter: str | HostAdapter, grid: tuple[int, int] | None) -> None:
         super().__init__(host, adapter, grid)
-        self.own_step = host.__dict__.get("training_step")
+        self.step: WrappedMethod | None = None
 
     def wrap(self, run: Callable[..., Any]) -> None:
-        self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)
+        self.step = WrappedMethod(self.host, "training_step", run, "SSync")
 
     def restore(self) -> None:
         self.remove()
-        if self.own_step is not None:
-            self.host.training_step = self.own_step
-        else:
-            self.host.__dict__.pop("training_step", None)
-
-
-class _WrappedStep:
-    """The host's training step with SSync around it; a copied or pickled host gets its own plain step back."""
-
-    def __init__(self, host: Any, step: Callable[..., Any], run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, step)
-        self.host = host
-        self.step = step
-        self.run = run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.step, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo.get(id(self.host))
-        return _plain_step(twin if twin is not None else self.host)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_plain_step, (self.host,))
-
-
-def _plain_step(host: Any) -> Callable[..., Any]:
-    return types.MethodType(type(host).training_step, host)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    if output is None or isinstance(output, Tensor):
-        return output
-    if isinstance(output, MutableMapping):
-        loss = output.get("loss")
-        if isinstance(loss, Tensor):
-            return loss
-    raise HostError(
-        f"Expected the training step to return a tensor, a dict with 'loss', or None, but got {type(output).__name__}."
-    )
-
-
-def _with_loss(output: Any, total: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return total
-    # The host may keep a reference to its own dict.
-    output = copy.copy(output)
-    output["loss"] = total
-    return output
-
-
-def _logger(host: Any, batch_size: int) -> Callable[..., None]:
-    def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        host.log(name, value, prog_bar=prog_bar, batch_size=batch_size)
-
-    return log
+        if self.step is not None:
+            self.step.restore()
