@@ -8,8 +8,8 @@ from typing import Any
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.config import CollapseAction, SSyncConfig
-from ssync_pl.engine import SSyncEngine, heed
+from ssync_pl.config import CollapseAction, SSyncConfig, StartKind
+from ssync_pl.engine import SSyncEngine, heed, tell_never_started
 from ssync_pl.errors import HostError
 from ssync_pl.functional.distill import LossKind
 from ssync_pl.regularizer import SSyncRegularizer
@@ -60,6 +60,11 @@ class SSyncHooks:
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1].
         warmup_steps: The same as a number of optimizer steps; takes the place of ``warmup_ratio``.
         ramp_steps: Optimizer steps over which the weight then grows linearly to its full size; 0 switches at once.
+        start: ``"schedule"`` switches on after the warm-up (published). ``"mature"`` then still waits until the host is
+            mature: encoder and decoder agree on ``mature_agreement`` of the patches, or their agreement and the slots
+            in use have stopped changing. It is looked at once every ``guard_window`` steps. A host that never matures
+            never gets SSync; a warning at the end of the training says so.
+        mature_agreement: Share of the patches that the same slot wins in both maps, in (0, 1].
         on_collapse: What to do when slots fall out of use after switching on: ``"warn"``, ``"backoff"`` (halve the
             weight until they recover, then let it grow back) or ``"stop"`` the training.
         collapse_threshold: Share of the slots in use before switching on, in (0, 1), below which it is a collapse.
@@ -104,6 +109,8 @@ class SSyncHooks:
         warmup_ratio: float = 0.3,
         warmup_steps: int | None = None,
         ramp_steps: int = 0,
+        start: StartKind = "schedule",
+        mature_agreement: float = 0.5,
         on_collapse: CollapseAction = "warn",
         collapse_threshold: float = 0.8,
         guard_window: int = 50,
@@ -124,6 +131,8 @@ class SSyncHooks:
             warmup_ratio=warmup_ratio,
             warmup_steps=warmup_steps,
             ramp_steps=ramp_steps,
+            start=start,
+            mature_agreement=mature_agreement,
             on_collapse=on_collapse,
             collapse_threshold=collapse_threshold,
             guard_window=guard_window,
@@ -190,6 +199,15 @@ class SSyncHooks:
             pl_module: The host.
         """
         self.engine.start_in(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the host never became mature.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+        """
+        tell_never_started(self.engine, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the host back as it was.

@@ -55,6 +55,8 @@ class Phase(Enum):
     """Nothing is captured or computed."""
     WATCH = "watch"
     """The last steps of the warm-up: slots in use are counted, nothing is added to the loss."""
+    WAIT = "wait"
+    """The warm-up is over and the host is not mature: agreement and slots in use are counted, nothing is added."""
     ON = "on"
     """The losses are computed and added."""
 
