@@ -43,7 +43,7 @@ class WrappedMethod:
         self.name = name
         self.owner = owner
         self._method = method
-        self._run = run
+        self.run = run
         self._own = host.__dict__.get(name)
         setattr(host, name, self)
 
@@ -72,7 +72,7 @@ class WrappedMethod:
         Returns:
             What it returns.
         """
-        return self._run(self._method, *args, **kwargs)
+        return self.run(self._method, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo.get(id(self.host))
