@@ -40,6 +40,8 @@ def test_takes_every_setting_with_the_same_default_and_type():
         ("warmup_ratio", 0.2),
         ("warmup_steps", 7),
         ("ramp_steps", 8),
+        ("start", "mature"),
+        ("mature_agreement", 0.4),
         ("on_collapse", "stop"),
         ("collapse_threshold", 0.7),
         ("guard_window", 9),

@@ -27,6 +27,7 @@ def test_defaults_are_the_published_ones():
         "warmup_ratio": 0.3,
         "warmup_steps": None,
         "ramp_steps": 0,
+        "start": "schedule",
         "sync_counts": False,
     }
     assert {name: getattr(config, name) for name in published} == published
@@ -47,6 +48,8 @@ def test_defaults_are_the_published_ones():
         ("warmup_ratio", [-0.1, 1.1, NAN]),
         ("warmup_steps", [-1]),
         ("ramp_steps", [-1]),
+        ("start", ["late", None]),
+        ("mature_agreement", [0.0, 1.1, NAN]),
         ("on_collapse", ["ignore", None]),
         ("collapse_threshold", [0.0, 1.0, NAN]),
         ("guard_window", [0, -1]),

@@ -202,6 +202,9 @@ class AttachedSSync:
         if self._root_hook is not None:
             self._root_hook.remove()
         self._batch = None
+        message = self._engine.never_started(self.step) if kind is None else ""
+        if message:
+            warnings.warn(message, stacklevel=2)
 
     def loss(self, host_loss: Tensor | None = None, batch: Any = None) -> Tensor:
         """What to add to the loss of the step whose forward pass has just run. Call it once a forward pass.
@@ -326,7 +329,9 @@ class AttachedSSync:
             >>> ssync.step
             3
         """
-        missing = {"calls", *self._engine.state_dict()} - set(state if isinstance(state, Mapping) else ())
+        # A run without maturity may be taken up with it.
+        needed = {"calls", *self._engine.state_dict()} - {"maturity"}
+        missing = needed - set(state if isinstance(state, Mapping) else ())
         if missing:
             raise ConfigError(
                 f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import types
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.config import CollapseAction, SSyncConfig
-from ssync_pl.engine import SSyncEngine, heed
+from ssync_pl.config import CollapseAction, SSyncConfig, StartKind
+from ssync_pl.engine import SSyncEngine, heed, tell_never_started
 from ssync_pl.errors import HostError
 from ssync_pl.functional.distill import LossKind
 from ssync_pl.regularizer import SSyncRegularizer
 from ssync_pl.schedule import Phase
 from ssync_pl.session import HostSession, adapter_from
+from ssync_pl.wrapped_step import WrappedMethod, loss_of, step_logger, with_loss
 
 __all__ = ["SSyncHooks"]
 
@@ -63,6 +60,11 @@ class SSyncHooks:
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1].
         warmup_steps: The same as a number of optimizer steps; takes the place of ``warmup_ratio``.
         ramp_steps: Optimizer steps over which the weight then grows linearly to its full size; 0 switches at once.
+        start: ``"schedule"`` switches on after the warm-up (published). ``"mature"`` then still waits until the host is
+            mature: encoder and decoder agree on ``mature_agreement`` of the patches, or their agreement and the slots
+            in use have stopped changing. It is looked at once every ``guard_window`` steps. A host that never matures
+            never gets SSync; a warning at the end of the training says so.
+        mature_agreement: Share of the patches that the same slot wins in both maps, in (0, 1].
         on_collapse: What to do when slots fall out of use after switching on: ``"warn"``, ``"backoff"`` (halve the
             weight until they recover, then let it grow back) or ``"stop"`` the training.
         collapse_threshold: Share of the slots in use before switching on, in (0, 1), below which it is a collapse.
@@ -107,6 +109,8 @@ class SSyncHooks:
         warmup_ratio: float = 0.3,
         warmup_steps: int | None = None,
         ramp_steps: int = 0,
+        start: StartKind = "schedule",
+        mature_agreement: float = 0.5,
         on_collapse: CollapseAction = "warn",
         collapse_threshold: float = 0.8,
         guard_window: int = 50,
@@ -127,6 +131,8 @@ class SSyncHooks:
             warmup_ratio=warmup_ratio,
             warmup_steps=warmup_steps,
             ramp_steps=ramp_steps,
+            start=start,
+            mature_agreement=mature_agreement,
             on_collapse=on_collapse,
             collapse_threshold=collapse_threshold,
             guard_window=guard_window,
@@ -176,10 +182,11 @@ class SSyncHooks:
         Raises:
             HostError: The host is not recognised, or has SSync already.
         """
-        if isinstance(pl_module.__dict__.get("training_step"), _WrappedStep):
+        other = pl_module.__dict__.get("training_step")
+        if isinstance(other, WrappedMethod):
             raise HostError(
-                f"Expected one SSyncCallback, but {type(pl_module).__name__} already has SSync in its training step. "
-                "Remove the second callback."
+                f"Expected one SSyncCallback and nothing else of its kind, but {type(pl_module).__name__} already has "
+                f"{other.owner} in its training step. Remove the second callback."
             )
         self._session = _Session(pl_module, self.adapter, self.grid)
         self._session.wrap(functools.partial(self._step, trainer, pl_module))
@@ -192,6 +199,15 @@ class SSyncHooks:
             pl_module: The host.
         """
         self.engine.start_in(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the host never became mature.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The host.
+        """
+        tell_never_started(self.engine, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the host back as it was.
@@ -254,83 +270,27 @@ class SSyncHooks:
             return step(*args, **kwargs)
         with session.window():
             output = step(*args, **kwargs)
-            loss = _loss_of(output)
+            loss = loss_of(output)
             if loss is None:
                 return output
             batch = args[0] if args else kwargs.get("batch")
             maps = session.collect(batch, self.config)
-            total, verdict = self.engine.apply(loss, maps, trainer.global_step, _logger(host, maps.shape[0]))
+            total, verdict = self.engine.apply(loss, maps, trainer.global_step, step_logger(host, maps.shape[0]))
         heed(verdict, trainer)
-        return _with_loss(output, total)
+        return with_loss(output, total)
 
 
 class _Session(HostSession):
-    """What the callback holds while a host trains: the hooks, and the step that it has put itself around."""
-
-    host: Any
+    """What the callback holds while a host trains: the hooks, and what it has put around the training step."""
 
     def __init__(self, host: Any, adapter: str | HostAdapter, grid: tuple[int, int] | None) -> None:
         super().__init__(host, adapter, grid)
-        self.own_step = host.__dict__.get("training_step")
+        self.step: WrappedMethod | None = None
 
     def wrap(self, run: Callable[..., Any]) -> None:
-        self.host.training_step = _WrappedStep(self.host, self.host.training_step, run)
+        self.step = WrappedMethod(self.host, "training_step", run, "SSync")
 
     def restore(self) -> None:
         self.remove()
-        if self.own_step is not None:
-            self.host.training_step = self.own_step
-        else:
-            self.host.__dict__.pop("training_step", None)
-
-
-class _WrappedStep:
-    """The host's training step with SSync around it; a copied or pickled host gets its own plain step back."""
-
-    def __init__(self, host: Any, step: Callable[..., Any], run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, step)
-        self.host = host
-        self.step = step
-        self.run = run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.step, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo.get(id(self.host))
-        return _plain_step(twin if twin is not None else self.host)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_plain_step, (self.host,))
-
-
-def _plain_step(host: Any) -> Callable[..., Any]:
-    return types.MethodType(type(host).training_step, host)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    if output is None or isinstance(output, Tensor):
-        return output
-    if isinstance(output, MutableMapping):
-        loss = output.get("loss")
-        if isinstance(loss, Tensor):
-            return loss
-    raise HostError(
-        f"Expected the training step to return a tensor, a dict with 'loss', or None, but got {type(output).__name__}."
-    )
-
-
-def _with_loss(output: Any, total: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return total
-    # The host may keep a reference to its own dict.
-    output = copy.copy(output)
-    output["loss"] = total
-    return output
-
-
-def _logger(host: Any, batch_size: int) -> Callable[..., None]:
-    def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        host.log(name, value, prog_bar=prog_bar, batch_size=batch_size)
-
-    return log
+        if self.step is not None:
+            self.step.restore()

@@ -9,9 +9,10 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.functional.distill import LossKind
 from ssync_pl.functional.ssync import check_options
 
-__all__ = ["CollapseAction", "SSyncConfig"]
+__all__ = ["CollapseAction", "SSyncConfig", "StartKind"]
 
 CollapseAction = Literal["warn", "backoff", "stop"]
+StartKind = Literal["schedule", "mature"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class SSyncConfig:
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1].
         warmup_steps: The same as a number of optimizer steps; takes the place of ``warmup_ratio``.
         ramp_steps: Optimizer steps over which the weight then grows linearly to its full size; 0 switches at once.
+        start: ``"schedule"`` switches on after the warm-up (published). ``"mature"`` then still waits until the host is
+            mature: encoder and decoder agree on ``mature_agreement`` of the patches, or their agreement and the slots
+            in use have stopped changing. It is looked at once every ``guard_window`` steps. A host that never matures
+            never gets SSync; a warning at the end of the training says so.
+        mature_agreement: Share of the patches that the same slot wins in both maps, in (0, 1].
         on_collapse: What to do when slots fall out of use after switching on: ``"warn"``, ``"backoff"`` (halve the
             weight until they recover, then let it grow back) or ``"stop"`` the training.
         collapse_threshold: Share of the slots in use before switching on, in (0, 1), below which it is a collapse.
@@ -70,6 +76,8 @@ of the training during which SSync is off.
     warmup_ratio: float = 0.3
     warmup_steps: int | None = None
     ramp_steps: int = 0
+    start: StartKind = "schedule"
+    mature_agreement: float = 0.5
     on_collapse: CollapseAction = "warn"
     collapse_threshold: float = 0.8
     guard_window: int = 50
@@ -112,6 +120,20 @@ of the training during which SSync is off.
         )
         _require(self.ramp_steps >= 0, "ramp_steps", "to be at least 0", self.ramp_steps, "It counts optimizer steps.")
         _require(
+            self.start in ("schedule", "mature"),
+            "start",
+            "to be 'schedule' or 'mature'",
+            repr(self.start),
+            "Pick one of these.",
+        )
+        _require(
+            0.0 < self.mature_agreement <= 1.0,
+            "mature_agreement",
+            "to be in (0, 1]",
+            self.mature_agreement,
+            "It is the share of the patches on which encoder and decoder agree.",
+        )
+        _require(
             self.on_collapse in ("warn", "backoff", "stop"),
             "on_collapse",
             "to be 'warn', 'backoff' or 'stop'",
@@ -129,7 +151,7 @@ of the training during which SSync is off.
 
     def _check_types(self) -> None:
         numbers = ("merge_threshold", "temperature", "boundary_weight", "interior_weight", "warmup_ratio")
-        for name in (*numbers, "collapse_threshold", "relative_weight"):
+        for name in (*numbers, "collapse_threshold", "mature_agreement", "relative_weight"):
             value = getattr(self, name)
             fits = isinstance(value, (int, float)) and not isinstance(value, bool)
             fits = fits or (name == "relative_weight" and value is None)

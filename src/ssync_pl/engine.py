@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ssync_pl.config import SSyncConfig
 from ssync_pl.errors import ConfigError, HostError, SSyncError
-from ssync_pl.functional.labels import compute_dtype, hard_labels, mask_slots, slot_areas
 from ssync_pl.functional.ssync import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.guard import CollapseGuard, GuardVerdict
 from ssync_pl.maps import SSyncMaps
+from ssync_pl.maturity import Maturity, watched
 from ssync_pl.schedule import Phase, Schedule
 
-__all__ = ["LogFunction", "SSyncEngine", "check_first", "heed", "used_slots"]
+__all__ = ["LogFunction", "SSyncEngine", "check_first", "heed", "tell_never_started", "used_slots"]
 
 _RUNNING_DECAY = 0.98
 # Of the Brier score: below this, relative weights stop growing while the term goes to zero.
@@ -56,13 +56,7 @@ def used_slots(maps: SSyncMaps) -> Tensor:
         >>> used_slots(SSyncMaps(attention_logits=d, mask_logits=d, grid=(1, 2)))
         tensor([2., 2.])
     """
-    with torch.no_grad():
-        counts = []
-        for value in (maps.attention, maps.masks):
-            scores = mask_slots(value.to(compute_dtype(value.dtype)), maps.slot_valid)
-            areas = slot_areas(hard_labels(scores), scores.shape[2], maps.patch_valid)
-            counts.append((areas > 0).sum(1).float().mean())
-        return torch.stack(counts)
+    return watched(maps)[1:]
 
 
 class SSyncEngine:
@@ -84,6 +78,7 @@ class SSyncEngine:
     def __init__(self, config: SSyncConfig) -> None:
         self.config = config
         self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
+        self.maturity = Maturity(config.mature_agreement, config.guard_window) if config.start == "mature" else None
         self.schedule: Schedule | None = None
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
@@ -144,19 +139,34 @@ class SSyncEngine:
         """
         if self.schedule is None:
             raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
-        return self.schedule.phase(step)
+        phase = self.schedule.phase(step)
+        if phase is not Phase.ON or self.maturity is None:
+            return phase
+        opened = self.maturity.opened
+        return Phase.ON if opened is not None and step >= opened else Phase.WAIT
 
-    def watch(self, maps: SSyncMaps) -> None:
-        """Count slots in use near the end of the warm-up.
+    def watch(self, maps: SSyncMaps, step: int = 0, log: LogFunction | None = None) -> None:
+        """Count slots in use near the end of the warm-up, and look whether the host is mature.
 
         Args:
             maps: The host's maps.
+            step: Optimizer steps taken so far.
+            log: Receives the numbers of the step.
 
         Example:
             >>> d = torch.zeros(1, 1, 2, 4)
             >>> SSyncEngine(SSyncConfig()).watch(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)))
         """
-        self.guard.watch(used_slots(maps), _existing_slots(maps))
+        values = watched(maps)
+        self.guard.watch(values[1:], _existing_slots(maps))
+        if log is not None:
+            log("ssync/agreement", values[0])
+            log("ssync/used_encoder_slots", values[1])
+            log("ssync/used_slots", values[2])
+            log("ssync/weight", 0.0)
+        waiting = self.maturity is not None and self.maturity.opened is None
+        if waiting and self.maturity.add(values, step) is False:  # type: ignore[union-attr]
+            self.guard.forget()
 
     def apply(
         self,
@@ -218,8 +228,8 @@ class SSyncEngine:
             return None, None
         if not isinstance(maps, SSyncMaps):
             maps = maps()
-        if phase is Phase.WATCH:
-            self.watch(maps)
+        if phase is not Phase.ON:
+            self.watch(maps, step, log if phase is Phase.WAIT else None)
             return None, None
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
@@ -229,7 +239,7 @@ class SSyncEngine:
         return weight * output.loss, self.guard.step(used, _existing_slots(maps))
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
-        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
+        factor = self._ramp(step) * self.guard.factor
         share = self.config.relative_weight
         if share is None:
             return factor
@@ -241,6 +251,39 @@ class SSyncEngine:
         self._term_average = _running(self._term_average, now[1])
         floor = _RELATIVE_FLOOR * (self.config.boundary_weight + self.config.interior_weight) / 2
         return factor * share * self._host_average / self._term_average.clamp_min(max(floor, 1e-12))
+
+    def _ramp(self, step: int) -> float:
+        schedule: Schedule = self.schedule  # type: ignore[assignment]
+        opened = None if self.maturity is None else self.maturity.opened
+        return schedule.weight(step if opened is None else step - max(0, opened - schedule.start))
+
+    def never_started(self, step: int) -> str:
+        """What to tell the user at the end of a training in which SSync waited for the host in vain.
+
+        Args:
+            step: Optimizer steps taken.
+
+        Returns:
+            A message; empty where SSync was on, or is not due yet.
+
+        Example:
+            >>> engine = SSyncEngine(SSyncConfig(start="mature", warmup_steps=5))
+            >>> engine.start(10)
+            >>> engine.never_started(4), engine.never_started(10)[:30]
+            ('', 'SSync was never switched on: t')
+        """
+        if self.schedule is None or step <= self.schedule.start:
+            return ""
+        if self.maturity is None or self.maturity.opened is not None:
+            return ""
+        latest = self.maturity.latest
+        seen = "no window of `guard_window` steps has ended"
+        if latest is not None:
+            seen = f"encoder and decoder agree on {latest[0]:.0%} of the patches, {min(latest[1:]):.1f} slots in use"
+        return (
+            f"SSync was never switched on: the host is not mature ({seen}, `mature_agreement` "
+            f"{self.maturity.threshold:.0%}). Train longer, lower `mature_agreement`, or use start='schedule'."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs.
@@ -256,6 +299,7 @@ class SSyncEngine:
         return {
             "guard": self.guard.state_dict(),
             **{name: None if value is None else float(value) for name, value in averages.items()},
+            **({} if self.maturity is None else {"maturity": self.maturity.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -269,6 +313,9 @@ class SSyncEngine:
             >>> engine.load_state_dict(SSyncEngine(SSyncConfig()).state_dict())
         """
         self.guard.load_state_dict(state["guard"])
+        # A run without maturity may be taken up with it.
+        if self.maturity is not None and state.get("maturity") is not None:
+            self.maturity.load_state_dict(state["maturity"])
         host, term = state["host_average"], state["term_average"]
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
@@ -326,6 +373,22 @@ def heed(verdict: GuardVerdict | None, trainer: Any) -> None:
         warnings.warn(verdict.message, stacklevel=2)
     if verdict.stop:
         trainer.should_stop = True
+
+
+def tell_never_started(engine: SSyncEngine, trainer: Any) -> None:
+    """Warn at the end of a training in which SSync waited for the host in vain.
+
+    Args:
+        engine: Of the training.
+        trainer: A Lightning Trainer.
+
+    Example:
+        >>> import types
+        >>> tell_never_started(SSyncEngine(SSyncConfig()), types.SimpleNamespace(global_step=9, is_global_zero=True))
+    """
+    message = engine.never_started(trainer.global_step)
+    if message and trainer.is_global_zero:
+        warnings.warn(message, stacklevel=2)
 
 
 def _existing_slots(maps: SSyncMaps) -> Tensor | float:

@@ -88,6 +88,18 @@ class CollapseGuard:
         """
         self._add(used, existing)
 
+    def forget(self) -> None:
+        """Start to count afresh what is watched: a host that SSync waits for is compared with its last window.
+
+        Example:
+            >>> guard = CollapseGuard("warn", 0.8, 10)
+            >>> guard.watch(torch.tensor([4.0, 4.0]))
+            >>> guard.forget()
+            >>> guard.state_dict()["count"]
+            0
+        """
+        self._sum, self._count = None, 0
+
     def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
         """Count slots in use with SSync on; judge at the end of a window.
 

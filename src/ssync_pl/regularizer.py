@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ssync_pl.config import SSyncConfig
-from ssync_pl.engine import SSyncEngine, check_first, heed
+from ssync_pl.engine import SSyncEngine, check_first, heed, tell_never_started
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.maps import SSyncMaps
 
@@ -116,6 +116,11 @@ use ssync_loss(maps).
         """Forget the length of an earlier training, so that the warm-up follows this one."""
         super().on_fit_start()  # type: ignore[misc]
         self._ssync_engine.schedule = None
+
+    def on_train_end(self) -> None:
+        """Say so where the host never became mature."""
+        super().on_train_end()  # type: ignore[misc]
+        tell_never_started(self._ssync_engine, self.trainer)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep running averages and the guard's state.

@@ -9,7 +9,38 @@ from enum import Enum
 from ssync_pl.config import SSyncConfig
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Phase", "Schedule"]
+__all__ = ["Phase", "Schedule", "steps_of"]
+
+
+def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "warmup") -> int:
+    """Settle a span that is given as a share of the training or as a number of steps.
+
+    Args:
+        ratio: Share of the training's optimizer steps, in [0, 1].
+        steps: The same as a number of steps; takes the place of ``ratio``.
+        total_steps: Optimizer steps of the whole training; infinity when unknown.
+        name: Of the two arguments without ``_ratio`` and ``_steps``, for messages.
+
+    Returns:
+        Optimizer steps.
+
+    Raises:
+        ConfigError: The training has no known length and the span is a share of it.
+
+    Example:
+        >>> steps_of(0.3, None, 1000), steps_of(0.3, 7, 1000), steps_of(0.0, None, math.inf)
+        (300, 7, 0)
+    """
+    if steps is not None:
+        return steps
+    if ratio == 0.0:
+        return 0
+    if not math.isfinite(total_steps) or total_steps < 0:
+        raise ConfigError(
+            f"Expected the training to have a known number of steps for `{name}_ratio`={ratio}, but the Trainer has "
+            f"neither max_steps nor max_epochs. Pass `{name}_steps` instead."
+        )
+    return math.ceil(ratio * total_steps)
 
 
 class Phase(Enum):
@@ -24,6 +55,8 @@ class Phase(Enum):
     """Nothing is captured or computed."""
     WATCH = "watch"
     """The last steps of the warm-up: slots in use are counted, nothing is added to the loss."""
+    WAIT = "wait"
+    """The warm-up is over and the host is not mature: agreement and slots in use are counted, nothing is added."""
     ON = "on"
     """The losses are computed and added."""
 
@@ -69,17 +102,7 @@ class Schedule:
             >>> Schedule.resolve(SSyncConfig(), total_steps=1000).start
             300
         """
-        if config.warmup_steps is not None:
-            start = config.warmup_steps
-        elif config.warmup_ratio == 0.0:
-            start = 0
-        elif not math.isfinite(total_steps) or total_steps < 0:
-            raise ConfigError(
-                f"Expected the training to have a known number of steps for `warmup_ratio`={config.warmup_ratio}, but "
-                "the Trainer has neither max_steps nor max_epochs. Pass `warmup_steps` instead."
-            )
-        else:
-            start = math.ceil(config.warmup_ratio * total_steps)
+        start = steps_of(config.warmup_ratio, config.warmup_steps, total_steps)
         return cls(start=start, ramp_steps=config.ramp_steps, watch_steps=config.guard_window)
 
     def phase(self, step: int) -> Phase:

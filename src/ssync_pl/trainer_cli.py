@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # A class can be named without its module once it is imported.
 import ssync_pl.callback
 import ssync_pl.data.synthetic_datamodule
+import ssync_pl.dense_callback
 import ssync_pl.hosts
 import ssync_pl.pictures
 import ssync_pl.summary  # noqa: F401

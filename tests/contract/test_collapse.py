@@ -9,6 +9,7 @@ from tiny_hosts import Recorder, fit, make_callback, make_host
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssync_pl.functional.ssync
+from ssync_pl.schedule import Phase
 
 # The added loss is small, so that slots fall out of use only where a test makes them.
 SETTINGS = {
@@ -86,8 +87,8 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"relative_weight": 0.1}, {"on_collapse": "backoff", "loss": "ce"}])
-def test_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkeypatch, options):
+def reads_of(monkeypatch, callback, steps):
+    """How often each training step reads the device."""
     # The search for NaN is free on the CPU and returns at once elsewhere.
     monkeypatch.setattr(ssync_pl.functional.ssync, "_refuse_nan", lambda *args: None)
     monkeypatch.setattr(ssync_pl.functional.ssync, "_is_nan", lambda *args: False)
@@ -109,8 +110,22 @@ def test_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkey
 
             step.run = run
 
-    fit(make_host(), make_callback(warmup_steps=2, guard_window=3, **options), Count(), steps=11)
+    fit(make_host(), callback, Count(), steps=steps)
+    return reads
+
+
+@pytest.mark.parametrize("options", [{}, {"relative_weight": 0.1}, {"on_collapse": "backoff", "loss": "ce"}])
+def test_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkeypatch, options):
+    reads = reads_of(monkeypatch, make_callback(warmup_steps=2, guard_window=3, **options), steps=11)
     # Steps 0 and 1 are the warm-up (the first is checked), 2 reads what was watched, 4, 7 and 10 end a window.
     busy = {0, 2, 4, 7, 10}
     assert [step for step, count in enumerate(reads) if count] == sorted(busy)
     assert all(reads[step] == 1 for step in busy - {0})
+
+
+def test_device_is_read_at_the_end_of_a_window_only_while_it_waits_for_the_host(monkeypatch):
+    callback = make_callback(warmup_steps=0, guard_window=3, start="mature", mature_agreement=1.0)
+    reads = reads_of(monkeypatch, callback, steps=9)
+    assert callback.engine.phase(9) is Phase.WAIT
+    assert [step for step, count in enumerate(reads) if count] == [0, 2, 5, 8]
+    assert reads[2:] == [1, 0, 0, 1, 0, 0, 1]
