@@ -231,10 +231,11 @@ class _Sketch:
                 self.box.add(batch, keys, masks, valid, ssync_loss(maps))
             if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
                 return None
-            attention = maps.attention
-            if maps.attention_logits is not None:
-                attention = maps.attention_logits.float().softmax(dim=2)
-            return attention.unflatten(-1, maps.grid)
+            seen = _probabilities(maps.mask_logits, maps.mask_probs).unflatten(-1, maps.grid)
+            given = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(seen)
+            if not torch.allclose(seen, given, atol=1e-3):
+                return None  # a host that orders its slots anew afterwards: its attention is in the old order
+            return _probabilities(maps.attention_logits, maps.attention_probs).unflatten(-1, maps.grid)
         except Exception as error:
             self._give_up(error)
         return None
@@ -247,6 +248,13 @@ class _Sketch:
     def _give_up(self, error: Exception) -> None:
         self.remove()
         rank_zero_warn(f"RunRecorder keeps no more pictures: {type(error).__name__}: {error}")
+
+
+def _probabilities(logits: Tensor | None, probs: Tensor | None) -> Tensor:
+    if probs is not None:
+        return probs.float()
+    assert logits is not None  # SSyncMaps has one or the other
+    return logits.float().softmax(dim=2)
 
 
 def _keys(batch: Mapping[str, Any], count: int, first: int) -> list[str]:
