@@ -7,7 +7,7 @@ import torch
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.functional import ssync_loss
-from ssync_pl.kernels import fused_available
+from ssync_pl.kernels import fused_available, fused_block, kernels_hold, trial
 from ssync_pl.maps import SSyncMaps
 
 INTEGERS = (
@@ -187,6 +187,27 @@ def case_a_nan_reaches_the_loss_or_is_refused():
         with pytest.raises(ValueError, match="`attention_logits` to be finite, but got NaN"):
             ssync_loss(maps, path="fused")
     assert ssync_loss(maps, path="fused", check_finite=False).interior_loss.isnan()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("slots", [1, 4, 11, 20])
+def case_the_trial_finds_that_the_kernels_hold(slots, dtypes):
+    d, a = (torch.zeros(1, 1, slots, 4, device=DEVICE, dtype=dtype) for dtype in dtypes)
+    assert kernels_hold(d, a)
+
+
+def case_wrong_kernels_are_found_out_and_not_used(monkeypatch):
+    def wrong(*args, **kwargs):
+        parts = fused_block(*args, **kwargs)
+        return parts._replace(boundary=~parts.boundary)
+
+    monkeypatch.setattr(trial, "fused_block", wrong)
+    monkeypatch.setattr(trial, "_found", {})
+    d, a = clip((1, 1, 3, 4, 4))
+    d.requires_grad_()
+    with pytest.warns(UserWarning, match="for 3 slots, so that they are not used"):
+        output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
+    assert "DirectBlock" in output.interior_loss.grad_fn.name()
 
 
 def case_auto_takes_the_fused_path():

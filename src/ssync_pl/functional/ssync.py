@@ -37,7 +37,7 @@ from ssync_pl.functional.regions import (
     count_differing_neighbours,
     interior_region,
 )
-from ssync_pl.kernels import fused_available, fused_block
+from ssync_pl.kernels import fused_available, fused_block, kernels_hold
 from ssync_pl.maps import SSyncMaps
 
 __all__ = ["BlockPath", "SSyncOutput", "check_options", "mean_over_ranks", "ssync_loss"]
@@ -259,7 +259,9 @@ def _fast_path(maps: SSyncMaps, path: str, temperature: float, loss: str) -> Cal
         and loss == "brier"
         and _is_ordinary(d, a)
     )
-    if served and path in ("auto", "fused") and fused_available(d, a):  # type: ignore[arg-type]
+    fused = served and path in ("auto", "fused") and fused_available(d, a)  # type: ignore[arg-type]
+    # What is asked for by name is not doubted.
+    if fused and (path == "fused" or kernels_hold(d, a)):  # type: ignore[arg-type]
         return fused_block
     if served and path != "fused":
         return compiled_block if path == "compiled" else direct_block

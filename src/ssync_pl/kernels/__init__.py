@@ -6,5 +6,6 @@ Nothing here is imported before it is used, since Triton comes with CUDA builds 
 from __future__ import annotations
 
 from ssync_pl.kernels.fused import MAX_SLOTS, fused_available, fused_block
+from ssync_pl.kernels.trial import kernels_hold
 
-__all__ = ["MAX_SLOTS", "fused_available", "fused_block"]
+__all__ = ["MAX_SLOTS", "fused_available", "fused_block", "kernels_hold"]

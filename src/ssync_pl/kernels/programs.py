@@ -1,9 +1,9 @@
 """Triton programs of the fused path. Shapes: B videos, T frames, S slots, N = H * W patches, row by row.
 
-Where a map is reduced over slots, one thread has all slots of its patches and goes through them in a loop that is
-unrolled: no exchange between threads, and a map is fetched once, since further passes over the same few values find
-them in the nearest cache. Where only some patches count, only these are fetched. Programs leave partial sums for others
-to add up, so that no result depends on their order; on an H100 that is faster than adding to one place, too.
+Where a map is reduced over slots, one thread has all slots of its patches and goes through them in a loop
+(`reductions`): no exchange between threads, and a map is fetched once, since further passes over the same few values
+find them in the nearest cache. Where only some patches count, only these are fetched. Programs leave partial sums for
+others to add up, so that no result depends on their order; on an H100 that is faster than adding to one place, too.
 """
 
 from __future__ import annotations
@@ -11,48 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssync_pl.kernels.reductions import _UNROLLED, brier, error_of, label_of, largest_logit, total_weight
+
 __all__ = ["finish", "label_maps", "link_slots", "share_coverage", "teach", "write_gradients"]
 
 # What stands in the bytes of labels where a logit was NaN; there are at most 64 slots.
 _NONE = tl.constexpr(255)
-
-
-@triton.jit
-def _largest(places, stride_slot, inside, NUM_SLOTS: tl.constexpr):
-    largest = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    for slot in tl.static_range(1, NUM_SLOTS):
-        largest = tl.maximum(largest, tl.load(places + slot * stride_slot, mask=inside, other=0.0).to(tl.float32))
-    return largest
-
-
-@triton.jit
-def _weight(places, slot, stride_slot, inside, largest):
-    """Numerator of a slot's probability."""
-    return tl.exp(tl.load(places + slot * stride_slot, mask=inside, other=0.0).to(tl.float32) - largest)
-
-
-@triton.jit
-def _total(places, stride_slot, inside, largest, NUM_SLOTS: tl.constexpr):
-    total = _weight(places, 0, stride_slot, inside, largest)
-    for slot in tl.static_range(1, NUM_SLOTS):
-        total += _weight(places, slot, stride_slot, inside, largest)
-    return total
-
-
-@triton.jit
-def _label(places, stride_slot, inside, NUM_SLOTS: tl.constexpr):
-    """The first of the largest probabilities, where rounding may tie what differs as logits, and where none is."""
-    largest = _largest(places, stride_slot, inside, NUM_SLOTS)
-    total = _total(places, stride_slot, inside, largest, NUM_SLOTS)
-    best = _weight(places, 0, stride_slot, inside, largest) / total
-    best = tl.where(best == best, best, -1.0)
-    label = tl.zeros_like(best).to(tl.int32)
-    for slot in tl.static_range(1, NUM_SLOTS):
-        probability = _weight(places, slot, stride_slot, inside, largest) / total
-        better = probability > best
-        best = tl.where(better, probability, best)
-        label = tl.where(better, slot, label)
-    return label, total != total
 
 
 @triton.jit
@@ -80,7 +44,7 @@ def _label_side(
     for step in tl.static_range(STEPS):
         patch = first + step * PATCHES + tl.arange(0, PATCHES)
         inside = patch < num_patches
-        label, none = _label(maps + places + patch * stride_patch, stride_slot, inside, NUM_SLOTS)
+        label, none = label_of(maps + places + patch * stride_patch, stride_slot, inside, NUM_SLOTS)
         tl.store(small + frame * num_patches + patch, tl.where(none, _NONE, label).to(tl.uint8), mask=inside)
         tl.store(raw + frame * num_patches + patch, label.to(tl.int64), mask=inside)
         won += ((label[None, :] == slot[:, None]) & inside[None, :]).to(tl.int32)
@@ -283,18 +247,6 @@ def _differing(labels, winners, own, time, patch, num_frames, num_patches, heigh
 
 
 @triton.jit
-def _brier(places, stride_slot, label, selected, NUM_SLOTS: tl.constexpr):
-    """Squared error of a patch's probabilities to the one-hot label, summed over slots; 0 where it does not count."""
-    largest = _largest(places, stride_slot, selected, NUM_SLOTS)
-    factor = 1.0 / _total(places, stride_slot, selected, largest, NUM_SLOTS)
-    score = tl.zeros_like(factor)
-    for slot in tl.static_range(NUM_SLOTS):
-        error = _weight(places, slot, stride_slot, selected, largest) * factor - (label == slot).to(tl.float32)
-        score += error * error
-    return tl.where(selected, score, 0.0)
-
-
-@triton.jit
 def _total_score(score, labels, inside):
     """Sum over patches. A NaN reaches the loss from wherever it is in the map, as in the plain path."""
     none = tl.load(labels, mask=inside, other=0).to(tl.int32) == _NONE
@@ -353,10 +305,10 @@ def teach(
     tl.store(regions + volume + of_frame + patch, interior.to(tl.int8), mask=inside)
     program = frame * tl.num_programs(0) + tl.program_id(0)
     places = masks + video * m_video + time * m_frame + patch * m_patch
-    score = _brier(places, m_slot, e, boundary, NUM_SLOTS)
+    score = brier(places, m_slot, e, boundary, NUM_SLOTS)
     tl.store(sums + program * 2, _total_score(score, decoder + patch, inside))
     places = attention + video * a_video + time * a_frame + patch * a_patch
-    score = _brier(places, a_slot, d, interior, NUM_SLOTS)
+    score = brier(places, a_slot, d, interior, NUM_SLOTS)
     tl.store(sums + program * 2 + 1, _total_score(score, encoder + patch, inside))
     tl.store(counts + program * 4, tl.sum(boundary.to(tl.int32), axis=0))
     tl.store(counts + program * 4 + 1, tl.sum(interior.to(tl.int32), axis=0))
@@ -418,18 +370,26 @@ def _gradient_side(
 ):  # fmt: skip
     """Of the Brier score by the logits: with e = p - onehot, 2 p (e - sum(p e)), times a scale; 0 outside a region."""
     selected = inside & (region != 0)
-    largest = _largest(places, stride_slot, selected, NUM_SLOTS)
-    factor = 1.0 / _total(places, stride_slot, selected, largest, NUM_SLOTS)
+    largest = largest_logit(places, stride_slot, selected, NUM_SLOTS)
+    factor = 1.0 / total_weight(places, stride_slot, selected, largest, NUM_SLOTS)
     pull = tl.zeros_like(factor)
-    for slot in tl.static_range(NUM_SLOTS):
-        probability = _weight(places, slot, stride_slot, selected, largest) * factor
-        pull += probability * (probability - (label == slot).to(tl.float32))
     scale = tl.where(selected, 2.0 * scale, 0.0)
-    for slot in tl.static_range(NUM_SLOTS):
-        probability = _weight(places, slot, stride_slot, selected, largest) * factor
-        error = probability - (label == slot).to(tl.float32)
-        gradient = scale * probability * (error - pull)
-        tl.store(out + slot * num_patches, gradient.to(out.dtype.element_ty), mask=inside)
+    if NUM_SLOTS <= _UNROLLED:
+        for slot in tl.static_range(NUM_SLOTS):
+            probability, error = error_of(places, slot, stride_slot, selected, largest, factor, label)
+            pull += probability * error
+        for slot in tl.static_range(NUM_SLOTS):
+            probability, error = error_of(places, slot, stride_slot, selected, largest, factor, label)
+            gradient = scale * probability * (error - pull)
+            tl.store(out + slot * num_patches, gradient.to(out.dtype.element_ty), mask=inside)
+    else:
+        for slot in range(NUM_SLOTS):
+            probability, error = error_of(places, slot, stride_slot, selected, largest, factor, label)
+            pull += probability * error
+        for slot in range(NUM_SLOTS):
+            probability, error = error_of(places, slot, stride_slot, selected, largest, factor, label)
+            gradient = scale * probability * (error - pull)
+            tl.store(out + slot * num_patches, gradient.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
