@@ -139,7 +139,7 @@ def draw(rows: list[dict[str, Any]], path: Path, facts: dict[str, Any]) -> None:
     right.set_yticks(range(len(bars)), [f"{host}: {names.get(kind, kind)}" for host, kind in bars])
     right.invert_yaxis()
     right.set_xlabel("ms a training step, medians")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.suptitle(
         f"A training step with and without SSync · {facts['device']}, torch {facts['torch']}, {facts['date']}, "
         f"{facts['batch_size']} clips of {facts['frames']} frames",
