@@ -62,7 +62,10 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quality/EXPERIMENT)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the table")
-    options, extra = parser.parse_known_args(args)
+    words = sys.argv[1:] if args is None else args
+    place = words.index("--") if "--" in words else len(words)
+    options, extra = parser.parse_known_args(words[:place])
+    extra += words[place:]
     out = options.out or Path("runs/quality") / options.experiment
     status = ssync_pl(words_of(options.experiment, out, extra))
     if status == 0 and "--dry-run" not in extra:

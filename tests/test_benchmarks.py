@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ssync_pl.compare.report.scores import in_words
+from ssync_pl.compare.statistics import estimate, paired_difference
+
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = [
     "--data.init_args.num_train=8",
@@ -39,6 +42,27 @@ def test_the_readme_prints_the_committed_results():
             values = [float(row[key]) for row in rows if row["arm"] == arm]
             assert len(values) >= 3
             assert cell == f"{statistics.median(values):.3f} ({min(values):.3f} – {max(values):.3f})"
+
+
+def test_the_readme_prints_the_committed_comparison():
+    with open(ROOT / "benchmarks" / "results" / "quality_main.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+
+    def cells(start: str) -> list[str]:
+        (line,) = [text for text in lines if text.startswith(start)]
+        return [cell.strip(" *") for cell in line.strip("|").split("|")][1:]
+
+    def values(variant: str, key: str) -> dict[int, float]:
+        return {int(row["seed"]): float(row[key]) for row in rows if row["variant"] == variant}
+
+    for place, key in enumerate(("video_fg_ari", "video_ari", "video_mbo", "boundary_f")):
+        arms = {variant: values(variant, key) for variant in ("with", "without")}
+        assert len(arms["with"]) >= 5
+        for variant, start in (("with", "| SlotContrast with SSync |"), ("without", "| SlotContrast without |")):
+            assert cells(start)[place] == in_words(estimate(list(arms[variant].values())))
+        difference = paired_difference(arms["with"], arms["without"])
+        assert cells("| paired difference |")[place] == in_words(difference, signed=True)
 
 
 def test_runs_of_another_configuration_are_refused(tmp_path):

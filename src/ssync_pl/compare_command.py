@@ -55,7 +55,7 @@ def run_compare(args: list[str], recorder: str | None = None, keep_steps: int | 
     options = _parser().parse_args(args[:place])
     matrix = build_matrix(_asked(options, tuple(args[place + 1 :]), recorder, keep_steps))
     threads = _at_least_one(options.threads, "--threads")
-    processes = max(1, _cpus() // threads)
+    processes = 1 if _on_gpu(options.device) else max(1, _cpus() // threads)
     if options.processes is not None:
         processes = _at_least_one(options.processes, "--processes")
     if options.dry_run:
@@ -85,7 +85,10 @@ def _compare(matrix: Any, processes: int, threads: int, report: bool) -> int:
                 prepare_sets(matrix, missing, threads, progress.say)
             failures = run_all(matrix.runs, processes, threads, progress.show)
             progress.close()
-            rows = collect_runs(run.folder for run in matrix.runs)
+            # Those of earlier calls, too: a comparison can grow.
+            asked = [run.folder for run in matrix.runs]
+            others = {path.parent for path in out.glob("runs/*/*/*/*/run.json")} - set(asked)
+            rows = collect_runs([*asked, *sorted(others)])
             write_results(out / "results.csv", rows)
     except BlockingIOError as error:
         raise ConfigError(
@@ -151,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "files that are laid over it; `default` is the configuration's data",
     )
     add("--steps", type=int, metavar="N", help="optimizer steps of each run (default: the configuration's)")
-    add("--processes", type=int, metavar="N", help="runs at a time (default: CPUs / threads)")
+    add("--processes", type=int, metavar="N", help="runs at a time (default: CPUs / threads; 1 on a GPU)")
     add("--threads", type=int, default=1, metavar="N", help="threads of a run (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the configuration's accelerator")
     add("--data", type=Path, metavar="FOLDER", help="root of the generated data (default: the configuration's)")
@@ -196,6 +199,13 @@ def _at_least_one(value: int, option: str) -> int:
     return value
 
 
+def _on_gpu(device: str) -> bool:
+    """Whether runs share a GPU, where several at a time are the user's to ask for."""
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available()
+
+
 def _cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # containers give a process fewer than the machine has
         return len(os.sched_getaffinity(0))
@@ -213,6 +223,8 @@ def _check_folder(matrix: Any) -> None:
         raise ConfigError(
             f"Expected {path} to hold JSON, but it is damaged. Remove it, or pass another --out."
         ) from error
+    if not isinstance(kept, dict):
+        raise ConfigError(f"Expected {path} to hold a comparison, but it is damaged. Remove it, or pass another --out.")
     now = matrix.to_json()
     other = [name for name in ("config", "steps", "extra", "version") if kept.get(name) != now[name]]
     if other:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.functional import ssync_loss
 from ssync_pl.kernels import fused_available, fused_block, kernels_hold, trial
 from ssync_pl.maps import SSyncMaps
@@ -208,6 +208,41 @@ def case_wrong_kernels_are_found_out_and_not_used(monkeypatch):
     with pytest.warns(UserWarning, match="for 3 slots, so that they are not used"):
         output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
     assert "DirectBlock" in output.interior_loss.grad_fn.name()
+
+
+def case_kernels_that_cannot_run_are_not_used(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(trial, "fused_block", broken)
+    monkeypatch.setattr(trial, "_found", {})
+    d, a = clip((1, 1, 3, 4, 4))
+    with pytest.warns(UserWarning, match=r"could not be run \(RuntimeError: Failed to find C compiler\)"):
+        output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
+    assert output.loss.isfinite()
+
+
+def case_second_derivatives_are_refused():
+    d, a = clip((1, 2, 4, 6, 6))
+    leaves = [x.detach().requires_grad_() for x in (d, a)]
+    output = ssync_loss(SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), path="fused")
+    first = torch.autograd.grad(output.loss, leaves, create_graph=True)
+    with pytest.raises(SSyncError, match="path='plain'"):
+        sum(x.square().sum() for x in first).backward()
+
+
+def case_losses_may_be_added_to_in_place():
+    d, a = clip((1, 2, 4, 6, 6))
+    grads = []
+    for path in ("plain", "fused"):
+        leaves = [x.detach().requires_grad_() for x in (d, a)]
+        output = ssync_loss(SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), path=path)
+        loss = output.loss
+        loss += leaves[0].square().mean()
+        loss.backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
 def case_auto_takes_the_fused_path():

@@ -146,7 +146,7 @@ def final_pass(
         seen = heard = 0
         stack.callback(sketch.remove)
         for raw in islice(loader, limit):
-            moved = (data or host).on_before_batch_transfer(raw, 0)
+            moved = (data or host).on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
             batch = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
             if not isinstance(batch, Mapping) or not isinstance(batch.get("segmentations"), Tensor):
                 got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__

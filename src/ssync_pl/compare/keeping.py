@@ -87,9 +87,13 @@ class KeepRun(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, and nothing but the next step follows."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients that are gathered are in no checkpoint
         step = trainer.global_step
         due = time.monotonic() - self._saved >= self.every_seconds
         due = due or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        if trainer.world_size > 1:  # saving waits for all processes, whose clocks differ
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if not due or _validation_may_follow(trainer, batch_idx, self._total):
             return
         pending = self.folder / "checkpoints" / "pending.ckpt"

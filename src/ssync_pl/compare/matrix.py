@@ -75,7 +75,8 @@ class Run:
         overlay: What the variant lays over the configuration.
         settings: Logger and callbacks that every run gets.
         command: Words of its process.
-        recipe: Hash of everything that decides the result but the seed.
+        recipe: Hash of everything in the configuration that decides the result, but the seed. Device and root of the
+            data are left out: the rows name the device, and a set is the same under every root.
 
     Example:
         >>> Run("default", 7, "with", 0, Path("x"), {}, {}, ("a",), "hash").label

@@ -15,7 +15,7 @@ from ssync_pl.functional.merging import component_winners, temporal_slot_iou
 from ssync_pl.functional.parts import BlockOptions, BlockParts
 from ssync_pl.functional.regions import NUM_NEIGHBOURS
 
-__all__ = ["EAGER", "Stages", "direct_block", "run_block"]
+__all__ = ["EAGER", "Stages", "direct_block", "refuse_second_pass", "run_block"]
 
 
 def direct_block(
@@ -133,7 +133,7 @@ class _DirectBlock(torch.autograd.Function):
         elif ctx.links is not None:
             scaled = map(_Scaled.apply, ctx.saved_tensors, upstream, ctx.links)
         else:
-            _refuse()
+            refuse_second_pass()
         by_masks, by_attention = (
             None if value is None else value.to(dtype) for value, dtype in zip(scaled, ctx.dtypes, strict=True)
         )
@@ -149,14 +149,26 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        _refuse()
+        refuse_second_pass()
 
 
 def _scale(gradient: Tensor | None, weight: Tensor | None, link: Tensor | None) -> Tensor | None:
     return None if gradient is None or weight is None else gradient * weight
 
 
-def _refuse() -> NoReturn:
+def refuse_second_pass() -> NoReturn:
+    """Say that the gradients of a fast path are constants.
+
+    Raises:
+        SSyncError: Always.
+
+    Example:
+        >>> refuse_second_pass()
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.SSyncError: Expected one backward pass through `ssync_loss`, but got a second one, through its \
+gradients. Pass `path='plain'` for higher derivatives.
+    """
     raise SSyncError(
         "Expected one backward pass through `ssync_loss`, but got a second one, through its gradients. "
         "Pass `path='plain'` for higher derivatives."

@@ -184,7 +184,8 @@ def ssync_loss(
         path: How it is computed; the results are the same. ``"fused"``: GPU kernels. ``"direct"``: gradients formed
             beside the losses. ``"compiled"``: the same with steps fused by `torch.compile`, which takes up to a minute
             for each new shape; never taken by itself. ``"plain"``: autograd over the steps, for every option and higher
-            derivatives. ``"auto"`` takes the first of fused, direct and plain that serves these maps and options.
+            derivatives. ``"auto"`` takes the first of fused, direct and plain that serves these maps and options. The
+            fused path reads the logits again in the backward pass: do not write over them before.
 
     Returns:
         Losses, merged labels, regions, winners and statistics. An empty selection gives a loss of 0 with zero gradient.

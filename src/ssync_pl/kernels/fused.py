@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ssync_pl.functional.direct import refuse_second_pass
 from ssync_pl.functional.distill import mean_over_ranks
 from ssync_pl.functional.parts import BlockParts, BlockStatistics
 
 __all__ = ["MAX_SLOTS", "fused_available", "fused_block"]
 
 MAX_SLOTS = 64
+_MAX_IMAGES = 65535  # what a grid of programs holds along its second axis
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,7 +74,8 @@ def fused_available(attention_logits: Tensor, mask_logits: Tensor) -> bool:
     if not cuda and os.environ.get("TRITON_INTERPRET", "") != "1":
         return False
     fits = attention_logits.dtype in _DTYPES and mask_logits.dtype in _DTYPES
-    return fits and 0 < attention_logits.shape[2] <= MAX_SLOTS
+    batch, frames, slots, _ = attention_logits.shape
+    return fits and 0 < slots <= MAX_SLOTS and batch * frames <= _MAX_IMAGES
 
 
 def fused_block(
@@ -114,9 +117,10 @@ def fused_block(
 
     Source: SSync (arXiv 2606.15527), Sec. 3; the same results as `ssync_loss` on the plain path.
     """
-    outputs = _FusedBlock.apply(
-        attention_logits, mask_logits, grid, merge_threshold, (n_bd, n_nbd, n_noise), weights, sync_counts
-    )
+    with _on_device(attention_logits):
+        outputs = _FusedBlock.apply(
+            attention_logits, mask_logits, grid, merge_threshold, (n_bd, n_nbd, n_noise), weights, sync_counts
+        )
     *parts, shares, merged_slots, used, loss = outputs
     return BlockParts(*parts, BlockStatistics(shares, merged_slots, used), loss)  # type: ignore[call-arg]
 
@@ -184,17 +188,20 @@ class _FusedBlock(torch.autograd.Function):
             frames, patches, *grid, *regions, *strides,
             NUM_SLOTS=slots, PATCHES=TEACH.patches, num_warps=TEACH.warps,
         )  # fmt: skip
-        losses, entries = new(5, dtype=torch.float32), new(2, dtype=torch.float32)
+        # Tensors of their own and no views of one, so that a script may add to them in place.
+        total, boundary, interior = (new((), dtype=torch.float32) for _ in range(3))
+        found, entries = new(2, dtype=torch.float32), new(2, dtype=torch.float32)
         counts, shares = new(4, dtype=torch.int32), new(2, 4, dtype=torch.float32)
         programs.finish[(1,)](
-            partial, partial_counts, losses, entries, counts, shares, *weights, images * blocks, slots,
-            images * patches, PROGRAMS=FINISH.patches, num_warps=FINISH.warps,
+            partial, partial_counts, total, boundary, interior, found, entries, counts, shares, *weights,
+            images * blocks, slots, images * patches, PROGRAMS=FINISH.patches, num_warps=FINISH.warps,
         )  # fmt: skip
         if sync_counts:
             entries = mean_over_ranks(shares[0, :2] * slots)
             entries = torch.where(entries > 0, entries, 1.0)
-            means = losses[3:] / entries
-            losses = torch.cat([(means * means.new_tensor(weights)).sum(0, keepdim=True), means])
+            boundary, interior = found / entries
+            boundary, interior = boundary.clone(), interior.clone()
+            total = weights[0] * boundary + weights[1] * interior
         ctx.save_for_backward(attention, masks, targets, selected, entries)
         ctx.weights, ctx.sizes = weights, (frames, patches, *strides)
         others = (
@@ -203,10 +210,9 @@ class _FusedBlock(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(*(value for value in others if value is not None))
         ctx.set_materialize_grads(False)
-        return (losses[1], losses[2], *others, losses[0])
+        return (boundary, interior, *others, total)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, boundary: Tensor | None, interior: Tensor | None, *rest: Any) -> tuple[Any, ...]:
         from ssync_pl.kernels import programs
 
@@ -221,12 +227,36 @@ class _FusedBlock(torch.autograd.Function):
         if sides:
             # What is not there is not touched; its place in the call needs some tensor.
             images, patches = attention.shape[0] * attention.shape[1], attention.shape[3]
-            programs.write_gradients[(-(-patches // GRADIENTS.patches), images, sides)](
-                attention, masks, targets, selected.view(torch.int8),
-                *(entries if value is None else value for value in (total, boundary, interior)), entries,
-                attention if by_attention is None else by_attention, masks if by_masks is None else by_masks,
-                to_boundary, to_interior, float(boundary is not None), float(interior is not None), *ctx.sizes,
-                FIRST=int(by_masks is None), NUM_SLOTS=attention.shape[2], PATCHES=GRADIENTS.patches,
-                num_warps=GRADIENTS.warps,
-            )  # fmt: skip
+            with _on_device(attention):
+                programs.write_gradients[(-(-patches // GRADIENTS.patches), images, sides)](
+                    attention, masks, targets, selected.view(torch.int8),
+                    *(entries if value is None else value for value in (total, boundary, interior)), entries,
+                    attention if by_attention is None else by_attention, masks if by_masks is None else by_masks,
+                    to_boundary, to_interior, float(boundary is not None), float(interior is not None), *ctx.sizes,
+                    FIRST=int(by_masks is None), NUM_SLOTS=attention.shape[2], PATCHES=GRADIENTS.patches,
+                    num_warps=GRADIENTS.warps,
+                )  # fmt: skip
+        if torch.is_grad_enabled():
+            upstream = (total, boundary, interior)
+            by_attention, by_masks = (
+                None if gradient is None else _Once.apply(gradient, of, *upstream)
+                for gradient, of in ((by_attention, attention), (by_masks, masks))
+            )
         return by_attention, by_masks, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, tied to what it depends on, so that a derivative of it is refused and not taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        refuse_second_pass()
+
+
+def _on_device(of: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the maps."""
+    return torch.cuda.device(of.device) if of.is_cuda else contextlib.nullcontext()

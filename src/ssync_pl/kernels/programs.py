@@ -320,7 +320,10 @@ def teach(
 def finish(
     sums,
     counts,
-    losses,
+    total,
+    boundary,
+    interior,
+    found,
     entries,
     totals,
     shares,
@@ -333,19 +336,19 @@ def finish(
 ):
     """One program adds up what those of `teach` found.
 
-    `losses`: weighted total, both losses, both sums. `shares`: counts, and counts over all patches.
+    `total`, `boundary`, `interior`: the losses; `found`: both sums. `shares`: counts, and counts over all patches.
     """
     program, which = tl.arange(0, PROGRAMS), tl.arange(0, 4)
-    boundary, interior = tl.zeros((PROGRAMS,), dtype=tl.float32), tl.zeros((PROGRAMS,), dtype=tl.float32)
+    at_boundary, inside = tl.zeros((PROGRAMS,), dtype=tl.float32), tl.zeros((PROGRAMS,), dtype=tl.float32)
     number = tl.zeros((PROGRAMS, 4), dtype=tl.int32)
     for start in range(0, num_programs, PROGRAMS):
         row = start + program
         there = row < num_programs
         row = row.to(tl.int64)
-        boundary += tl.load(sums + row * 2, mask=there, other=0.0)
-        interior += tl.load(sums + row * 2 + 1, mask=there, other=0.0)
+        at_boundary += tl.load(sums + row * 2, mask=there, other=0.0)
+        inside += tl.load(sums + row * 2 + 1, mask=there, other=0.0)
         number += tl.load(counts + row[:, None] * 4 + which[None, :], mask=there[:, None], other=0)
-    boundary_sum, interior_sum, number = tl.sum(boundary, axis=0), tl.sum(interior, axis=0), tl.sum(number, axis=0)
+    boundary_sum, interior_sum, number = tl.sum(at_boundary, axis=0), tl.sum(inside, axis=0), tl.sum(number, axis=0)
     share = number.to(tl.float32)
     tl.store(totals + which, number)
     tl.store(shares + which, share)
@@ -357,11 +360,11 @@ def finish(
     tl.store(entries, boundary_terms)
     tl.store(entries + 1, interior_terms)
     boundary_loss, interior_loss = boundary_sum / boundary_terms, interior_sum / interior_terms
-    tl.store(losses, boundary_weight * boundary_loss + interior_weight * interior_loss)
-    tl.store(losses + 1, boundary_loss)
-    tl.store(losses + 2, interior_loss)
-    tl.store(losses + 3, boundary_sum)
-    tl.store(losses + 4, interior_sum)
+    tl.store(total, boundary_weight * boundary_loss + interior_weight * interior_loss)
+    tl.store(boundary, boundary_loss)
+    tl.store(interior, interior_loss)
+    tl.store(found, boundary_sum)
+    tl.store(found + 1, interior_sum)
 
 
 @triton.jit

@@ -40,11 +40,14 @@ def kernels_hold(attention_logits: Tensor, mask_logits: Tensor) -> bool:
     if key not in _found:
         if attention_logits.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        _found[key] = _try(*key)
+        try:
+            _found[key], reason = _try(*key), "do not give what they should"
+        except Exception as error:  # no C compiler, a device that is too old, another Triton: the direct path serves
+            _found[key], reason = False, f"could not be run ({type(error).__name__}: {str(error)[:200]})"
         if not _found[key]:
             warnings.warn(
-                f"The fused kernels do not give what they should on {key[0]} for {key[1]} slots, so that they are not "
-                "used: SSync takes the direct path, which is slower. Another release of PyTorch and Triton may help.",
+                f"The fused kernels {reason} on {key[0]} for {key[1]} slots, so that they are not used: SSync takes "
+                "the direct path, which is slower. Another release of PyTorch and Triton may help.",
                 stacklevel=2,
             )
     return _found[key]
@@ -58,7 +61,7 @@ def _try(device: torch.device, slots: int, attention_dtype: torch.dtype, mask_dt
     batch, frames, patches = _SHAPE
     shape = (2, batch, frames, slots, patches)
     # Multiples of 1/16 that bfloat16 holds exactly, so that no order of summation moves a threshold.
-    values = (torch.randint(-40, 41, shape, generator=generator) / 16).to(device)
+    values = (torch.randint(-40, 41, shape, generator=generator, device="cpu") / 16).to(device)
     with torch.enable_grad(), torch.inference_mode(False):
         sides = [_run(block, values, attention_dtype, mask_dtype) for block in (fused_block, direct_block)]
     (fused, got), (direct, expected) = sides

@@ -35,6 +35,7 @@ class FeatureSource:
         weights: Fingerprint of its weights; None where nothing says it.
         dtype: How features were stored, which rounds them.
         projection: What they were projected with; None for nothing.
+        image_size: `(H, W)` of the frames that the backbone saw; None where nothing says it.
 
     Example:
         >>> FeatureSource("efficientnet_lite0", None, None, "bf16", None).dtype
@@ -46,6 +47,7 @@ class FeatureSource:
     weights: str | None
     dtype: FeatureType
     projection: Projection | None
+    image_size: tuple[int, int] | None = None
 
 
 def find_features(data: ShardDataModule, projection: str | None) -> FeatureSource | None:
@@ -124,7 +126,7 @@ class FeatureMaker:
         self.backbone = _backbone(source, checkpoint)
         self.source = source
         self.transform = BatchTransform(
-            data.transform.image_size,
+            data.transform.image_size or source.image_size,
             resize_mode=data.transform.resize_mode,
             crop=data.transform.crop,
             mean=self.backbone.mean,
@@ -164,7 +166,7 @@ class FeatureMaker:
 
 def _source(recipe: FeatureRecipe, projection: Projection | None) -> FeatureSource:
     dtype: FeatureType = "int8" if recipe.dtype == "int8" else "bf16"
-    return FeatureSource(recipe.backbone, recipe.layer, recipe.weights, dtype, projection)
+    return FeatureSource(recipe.backbone, recipe.layer, recipe.weights, dtype, projection, recipe.image_size)
 
 
 def _backbone(source: FeatureSource, checkpoint: str | None) -> FrozenBackbone:

@@ -37,7 +37,7 @@ def gather_inputs(words: Sequence[str]) -> list[str]:
     waiting = False
     for word in words:
         name, equals, value = word.partition("=")
-        if waiting and not word.startswith("--"):
+        if waiting and not word.startswith("-"):
             inputs.append(word)
             continue
         waiting = word == _INPUT
