@@ -10,6 +10,7 @@ import ssync_pl
 
 PUBLIC = [
     "AttachedSSync",
+    "DenseAlignmentCallback",
     "LightningHost",
     "SSyncCallback",
     "SSyncConfig",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ssync_pl.attached import AttachedSSync, attach
     from ssync_pl.callback import SSyncCallback
     from ssync_pl.config import SSyncConfig
+    from ssync_pl.dense_callback import DenseAlignmentCallback
     from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
     from ssync_pl.lightning_host import LightningHost
     from ssync_pl.maps import SSyncMaps
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttachedSSync": "ssync_pl.attached",
+    "DenseAlignmentCallback": "ssync_pl.dense_callback",
     "LightningHost": "ssync_pl.lightning_host",
     "SSyncCallback": "ssync_pl.callback",
     "SSyncConfig": "ssync_pl.config",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "AttachedSSync",
+    "DenseAlignmentCallback",
     "LightningHost",
     "SSyncCallback",
     "SSyncConfig",

@@ -75,8 +75,13 @@ def _compare(matrix: Any, processes: int, threads: int, report: bool) -> int:
 
     out = matrix.asked.out
     _check_folder(matrix)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Expected --out {out} to be a folder that can be written, but {error.strerror or error}. Pass another one."
+        ) from error
     missing = [run for run in matrix.runs if not is_finished(run)]  # refuses before anything is trained
-    out.mkdir(parents=True, exist_ok=True)
     progress = _Progress()
     try:
         with exclusive(out / ".lock"):

@@ -101,7 +101,7 @@ def checked_host(trainer: L.Trainer, host: L.LightningModule) -> FeatureHost:
     if not isinstance(host, FeatureHost):
         raise HostError(
             "Expected a host of ssync_pl.hosts that rebuilds features (VideoSAUR, SlotContrast, DINOSAUR), but got "
-            f"{type(host).__name__}. Use the module DenseAlignment inside your own training step."
+            f"{type(host).__name__}. Use ssync_pl.functional.dense_alignment inside your own training step."
         )
     if not host.automatic_optimization:
         raise HostError(
@@ -143,6 +143,6 @@ def encoder_of(host: FeatureHost) -> FeatureEncoder:
     if not encoders:
         raise HostError(
             f"Expected a FeatureEncoder in {type(host).__name__}.encoder, but there is none. Use the module "
-            "DenseAlignment inside your own training step."
+            "ssync_pl.functional.dense_alignment inside your own training step."
         )
     return encoders[0]  # type: ignore[return-value]

@@ -158,3 +158,10 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     assert "SSyncCallback" not in callbacks["without"]
     config = callbacks["threshold-0.8"]["SSyncCallback"].config
     assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.1, 0.5)
+
+
+def test_an_own_variant_with_a_misspelt_key_is_refused_at_once(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("modle: {init_args: {num_slots: 8}}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="but got modle"):
+        make_variant(str(path), {"trainer": {}, "model": {}})

@@ -29,6 +29,9 @@ DEFAULTS: dict[str, Any] = {
 # Hosts with a slot-slot contrastive loss, and its weight there unless the configuration names one.
 CONTRAST_DEFAULTS = {"SlotContrast": 0.5, "VideoSAUR": 0.0}
 PUBLISHED_CONTRAST = 0.1
+_TOP_LEVEL = frozenset(
+    ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer")
+)
 _READS_MAPS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 _DENSE = "ssync_pl.dense_callback.DenseAlignmentCallback"
 _DENSE_HOSTS = ("VideoSAUR", "SlotContrast", "DINOSAUR")
@@ -102,6 +105,13 @@ merge_threshold 0.7 already. Leave it out.
 
 def _from_file(path: str) -> Variant:
     overlay = read_yaml(path, "--variants")
+    # A misspelt key would else be found when its run begins, after the runs before it.
+    unknown = sorted({key.split(".")[0].rstrip("+") for key in overlay} - _TOP_LEVEL)
+    if unknown:
+        raise ConfigError(
+            f"Expected {path} to hold keys of a configuration ({', '.join(sorted(_TOP_LEVEL))}), but got "
+            f"{', '.join(unknown)}. Mend them."
+        )
     return Variant(Path(path).stem, f"with {Path(path).name} laid over the configuration", overlay)
 
 
