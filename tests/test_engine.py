@@ -8,9 +8,10 @@ import torch
 
 import ssync_pl.engine
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
-from ssync_pl.engine import SSyncEngine, heed, used_slots
+from ssync_pl.engine import SSyncEngine, heed
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.guard import GuardVerdict
+from ssync_pl.maturity import watched
 from ssync_pl.schedule import Phase
 
 
@@ -166,7 +167,7 @@ def test_used_slots_by_hand():
     masks = torch.zeros(2, 1, 3, 4)
     maps = SSyncMaps(attention_logits=attention, mask_probs=masks + 1 / 3, grid=(2, 2))
     # Attention: 2 and 1 slots; masks tie, and ties go to the first slot.
-    assert used_slots(maps).tolist() == [1.5, 1.0]
+    assert watched(maps)[1:].tolist() == [1.5, 1.0]
 
 
 def test_used_slots_leave_out_what_is_not_valid():
@@ -174,10 +175,10 @@ def test_used_slots_leave_out_what_is_not_valid():
     logits[0, 0, 2, 0] = 9.0
     logits[0, 0, 1, 1] = 9.0
     kwargs = {"attention_logits": logits, "mask_logits": logits, "grid": (2, 2)}
-    assert used_slots(SSyncMaps(**kwargs)).tolist() == [3.0, 3.0]
-    assert used_slots(SSyncMaps(**kwargs, slot_valid=torch.tensor([[True, True, False]]))).tolist() == [2.0, 2.0]
+    assert watched(SSyncMaps(**kwargs))[1:].tolist() == [3.0, 3.0]
+    assert watched(SSyncMaps(**kwargs, slot_valid=torch.tensor([[True, True, False]])))[1:].tolist() == [2.0, 2.0]
     patches = torch.tensor([[[True, False, True, True]]])
-    assert used_slots(SSyncMaps(**kwargs, patch_valid=patches)).tolist() == [2.0, 2.0]
+    assert watched(SSyncMaps(**kwargs, patch_valid=patches))[1:].tolist() == [2.0, 2.0]
 
 
 def test_used_slots_agree_with_the_loss():
@@ -185,7 +186,7 @@ def test_used_slots_agree_with_the_loss():
         maps = random_maps(3, **extra)
         out = ssync_loss(maps)
         expected = torch.stack([out.used_encoder_slots.mean(), out.used_decoder_slots.mean()])
-        assert torch.equal(used_slots(maps), expected)
+        assert torch.equal(watched(maps)[1:], expected)
 
 
 def test_verdict_at_the_end_of_a_window():

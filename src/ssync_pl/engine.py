@@ -18,7 +18,7 @@ from ssync_pl.maps import SSyncMaps
 from ssync_pl.maturity import Maturity, watched
 from ssync_pl.schedule import Phase, Schedule
 
-__all__ = ["LogFunction", "SSyncEngine", "check_first", "heed", "tell_never_started", "used_slots"]
+__all__ = ["LogFunction", "SSyncEngine", "check_first", "heed", "tell_never_started"]
 
 _RUNNING_DECAY = 0.98
 # Of the Brier score: below this, relative weights stop growing while the term goes to zero.
@@ -40,23 +40,6 @@ class LogFunction(Protocol):
             value: 0-dim tensor or number.
             prog_bar: Also show it in the progress bar.
         """
-
-
-def used_slots(maps: SSyncMaps) -> Tensor:
-    """Mean number of slots that win a patch somewhere in the clip, for both maps, unmerged.
-
-    Args:
-        maps: The host's maps, ``(B, T, S, N)``.
-
-    Returns:
-        ``(2,)``: encoder, decoder.
-
-    Example:
-        >>> d = torch.tensor([[[[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]]])
-        >>> used_slots(SSyncMaps(attention_logits=d, mask_logits=d, grid=(1, 2)))
-        tensor([2., 2.])
-    """
-    return watched(maps)[1:]
 
 
 class SSyncEngine:

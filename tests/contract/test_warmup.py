@@ -49,7 +49,7 @@ def calls(monkeypatch):
 
     spy(Capture, "open", "capture")
     spy(ssync_pl.engine, "ssync_loss", "loss")
-    spy(ssync_pl.engine, "used_slots", "slots")
+    spy(ssync_pl.engine, "watched", "slots")
 
     class Step(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
