@@ -29,9 +29,9 @@ def members(color: int, frames: int = 2) -> dict[str, Any]:
 
 
 def paint(item: Item) -> dict[str, Any]:
-    # A program that is to be killed must not be able to finish first, however slow its killer is.
+    # A program that is to be stopped must not be able to finish first, however slow its killer is.
     if item.source["color"] >= int(os.environ.get("CONVERT_JOBS_HANG_FROM", "256")):
-        time.sleep(600)
+        time.sleep(float(os.environ["CONVERT_JOBS_HANG_SECONDS"]))
     return members(item.source["color"])
 
 

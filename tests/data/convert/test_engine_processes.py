@@ -24,11 +24,17 @@ _HERE = Path(__file__).parent
 def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     running: list[subprocess.Popen[bytes]] = []
 
-    def start(out: Path, workers: int) -> subprocess.Popen[bytes]:
+    def start(out: Path, workers: int, hang: float = 600.0) -> subprocess.Popen[bytes]:
         paths = os.pathsep.join([str(_HERE), os.environ.get("PYTHONPATH", "")])
+        waits = {"CONVERT_JOBS_HANG_FROM": "6", "CONVERT_JOBS_HANG_SECONDS": str(hang)}
         process = subprocess.Popen(
             [sys.executable, str(_HERE / "convert_jobs.py"), str(out), str(workers)],
-            env={**os.environ, "PYTHONPATH": paths, "CONVERT_JOBS_HANG_FROM": "6"},
+            env={
+                **os.environ,
+                "PYTHONPATH": paths,
+                "CONVERT_JOBS_HANG_FROM": "6",
+                "CONVERT_JOBS_HANG_SECONDS": str(hang),
+            },
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
@@ -91,7 +97,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
 def test_control_c_stops_the_workers_and_leaves_a_resumable_folder(
     tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    process = start(tmp_path, 2)
+    process = start(tmp_path, 2, hang=5.0)  # workers end the video that they are at
     _wait_for(lambda: len(list(tmp_path.glob(".*.tmp"))) == 2)  # both workers are up
     _wait_for(lambda: bool(_shards(tmp_path)))
     os.killpg(process.pid, signal.SIGINT)
