@@ -26,7 +26,6 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def start(out: Path, workers: int, hang: float = 600.0) -> subprocess.Popen[bytes]:
         paths = os.pathsep.join([str(_HERE), os.environ.get("PYTHONPATH", "")])
-        waits = {"CONVERT_JOBS_HANG_FROM": "6", "CONVERT_JOBS_HANG_SECONDS": str(hang)}
         process = subprocess.Popen(
             [sys.executable, str(_HERE / "convert_jobs.py"), str(out), str(workers)],
             env={
