@@ -292,5 +292,5 @@ def test_short_name_in_a_configuration(capsys):
         run_trainer(["fit", *words, "--trainer.callbacks.weight=0.25", "--print_config"])
     assert stop.value.code in (0, None)
     text = capsys.readouterr().out
-    assert "class_path: ssync_pl.dense_callback.DenseAlignmentCallback" in text
+    assert "class_path: ssync_pl.DenseAlignmentCallback" in text
     assert "weight: 0.25" in text

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
 CONTRAST_DEFAULTS = {"SlotContrast": 0.5, "VideoSAUR": 0.0}
 PUBLISHED_CONTRAST = 0.1
 _TOP_LEVEL = frozenset(
-    ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer")
+    ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
 _READS_MAPS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 _DENSE = "ssync_pl.dense_callback.DenseAlignmentCallback"
