@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ssync_pl.cli import main
@@ -20,7 +21,7 @@ from ssync_pl.compare_command import run_compare
 from ssync_pl.data.convert.locking import exclusive
 from ssync_pl.errors import ConfigError
 
-from .compare.conftest import standin_environment, write_tiny
+from .compare.conftest import standin_environment, tiny_config, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN = "standin_recorder.StandIn"
@@ -32,8 +33,12 @@ TIMES = {"wall_seconds", "cpu_seconds", "date"}
 def comparison(tmp_path_factory):
     """A comparison, first with a run that fails, then again."""
     root = tmp_path_factory.mktemp("compare")
-    config = write_tiny(root / "tiny.yaml", root / "data")
-    words = ["--config", str(config), "--out", str(root / "out"), "--seeds", "1", "--processes", "2", "--no-report"]
+    config = tiny_config(root / "data")
+    config["model"]["init_args"] = {**config["model"]["init_args"], "slot_init": "gaussian"}
+    config["trainer"]["callbacks"][0]["init_args"]["guard_window"] = 1
+    (root / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    words = ["--config", str(root / "tiny.yaml"), "--out", str(root / "out"), "--seeds", "1", "--processes", "2"]
+    words += ["--no-report", "--no-sharing"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", standin_environment())
         statuses = [run_compare(words, recorder="standin_recorder.Failing")]
@@ -286,6 +291,32 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
     ]
     for name, folder in runs_of(tmp_path / "broken").items():
         assert read_curve(folder / "metrics.csv") == read_curve(runs_of(tmp_path / "whole")[name] / "metrics.csv")
+
+
+def test_a_shared_warmup_changes_no_number(comparison, tmp_path, monkeypatch):
+    out, words, _, _ = comparison
+    monkeypatch.setattr(os, "environ", standin_environment())
+    words = [word for word in words if word != "--no-sharing"]
+    words[words.index("--out") + 1] = str(tmp_path)
+    words[words.index("--processes") + 1] = "1"
+    assert run_compare(words, recorder=STANDIN) == 0
+    ours, theirs = (read_results(folder / "results.csv") for folder in (tmp_path, out))
+    assert len(ours) == 2
+    assert [{k: v for k, v in row.items() if k not in TIMES} for row in ours] == [
+        {k: v for k, v in row.items() if k not in TIMES} for row in theirs
+    ]
+    shared, apart = runs_of(tmp_path), runs_of(out)
+    taken = {name: json.loads((folder / "run.json").read_text())["shared_steps"] for name, folder in shared.items()}
+    assert taken["without"] == 0
+    assert 1 <= taken["with"] < SWITCHED_ON
+    assert not list(out.rglob("warmup_*"))
+    for name, folder in shared.items():
+        assert read_curve(folder / "metrics.csv") == read_curve(apart[name] / "metrics.csv")
+        states = [
+            torch.load(one / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+            for one in (folder, apart[name])
+        ]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
 def _quality():

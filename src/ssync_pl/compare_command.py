@@ -16,8 +16,9 @@ from ssync_pl.errors import ConfigError
 __all__ = ["run_compare"]
 
 _DESCRIPTION = """Trains a configuration under several variants, seeds, slot counts and data sets, and says
-what differs. All variants of a seed have the same initial weights, data order and number of steps. Finished
-runs are kept, and a run that was killed goes on from its last checkpoint: the same command continues."""
+what differs. All variants of a seed have the same initial weights, data order and number of steps; what they have
+in common until SSync switches on is trained once. Finished runs are kept, and a run that was killed goes on from its
+last checkpoint: the same command continues."""
 _EXAMPLES = """examples:
   ssync-pl compare --config examples/savi_synthetic.yaml --seeds 5 --out runs/compare/savi
   ssync-pl compare --config examples/slotcontrast_synthetic.yaml --variants without,with,no-merging,threshold-0.8 \\
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N", help="threads of a run (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the configuration's accelerator")
     add("--data", type=Path, metavar="FOLDER", help="root of the generated data (default: the configuration's)")
+    add("--no-sharing", action="store_true", help="train the warm-up of every run, though it is the same")
     add("--no-report", action="store_true", help="print tables only, draw nothing")
     add("--dry-run", action="store_true", help="print the runs with their commands, and start none")
     return parser
@@ -191,6 +193,7 @@ def _asked(options: argparse.Namespace, extra: tuple[str, ...], recorder: str | 
         extra=extra,
         recorder=recorder or RECORDER,
         keep_steps=keep_steps,
+        share=not options.no_sharing,
     )
 
 

@@ -28,11 +28,11 @@ class Crash(L.Callback):
             raise RuntimeError("killed")
 
 
-def fit(config, folder, *more):
+def fit(config, folder, *more, after=()):
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
     keeper = ["--trainer.callbacks+=ssync_pl.compare.keeping.KeepRun", f"--trainer.callbacks.folder={folder}"]
     words = ["fit", "--config", str(config), f"--trainer.logger={json.dumps(logger)}", *more, *keeper]
-    return main([*words, "--trainer.callbacks.every_n_steps=1", "--trainer.enable_progress_bar=false"])
+    return main([*words, "--trainer.callbacks.every_n_steps=1", "--trainer.enable_progress_bar=false", *after])
 
 
 def test_a_killed_training_goes_on_with_a_whole_curve(tmp_path, monkeypatch):
@@ -60,6 +60,34 @@ def test_a_killed_training_goes_on_with_a_whole_curve(tmp_path, monkeypatch):
     progress = json.loads((broken / "progress.json").read_text())
     assert (progress["step"], progress["total"]) == (16, 16)
     assert progress["before"]["wall"] > 0
+
+
+SWITCHES = [
+    {"name": "warmup_0.5_1", "ratio": 0.5, "steps": None, "watch": 1},
+    {"name": "warmup_12_steps_0", "ratio": 0.3, "steps": 12, "watch": 0},
+    {"name": "warmup_0.1_50", "ratio": 0.1, "steps": None, "watch": 50},
+]
+
+
+def test_checkpoints_for_other_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
+    config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "data")
+    switches = f"--trainer.callbacks.switches={json.dumps(SWITCHES)}"
+    assert fit(config, tmp_path / "run", after=[switches]) == 0
+    kept = tmp_path / "run" / "checkpoints"
+    # The first step of the window without a validation behind it; the third switch comes too early for a checkpoint.
+    assert json.loads((kept / "warmup_0.5_1.json").read_text()) == {"step": 1, "total": 16}
+    assert json.loads((kept / "warmup_12_steps_0.json").read_text()) == {"step": 5, "total": 16}
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "final.ckpt",
+        "last.ckpt",
+        "warmup_0.5_1.ckpt",
+        "warmup_0.5_1.json",
+        "warmup_12_steps_0.ckpt",
+        "warmup_12_steps_0.json",
+    ]
+    for name, step in (("warmup_0.5_1", 1), ("warmup_12_steps_0", 5)):
+        assert torch.load(kept / f"{name}.ckpt", weights_only=True)["global_step"] == step
 
 
 def test_bad_intervals_are_refused():

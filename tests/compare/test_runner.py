@@ -1,5 +1,6 @@
 """Scheduling, locks and failures, on processes that only write what a training would leave."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -72,6 +73,52 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     words = json.loads((run.folder / "words.json").read_text())
     assert words == ["--ckpt_path", str(run.folder / "checkpoints" / "last.ckpt")]
     assert (run.folder / "log.txt").read_text().startswith("before")
+
+
+WARM = """
+import time
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "metrics.csv").write_text("step,loss\\n0,1\\n1,2\\n2,3\\n")
+(folder / "checkpoints" / "warmup_x.json").write_text('{"step": 2, "total": 4}')
+(folder / "checkpoints" / "warmup_x.ckpt").write_bytes(b"x")
+"""
+NOTE = "(folder / 'words.json').write_text(json.dumps([sys.argv[2:], time.time()]))\n"
+
+
+def test_a_run_waits_for_the_warmup_of_another_one_and_goes_on_from_it(tmp_path):
+    code = "import time\n" + SCORES + NOTE
+    source = make_run(tmp_path, 1, code + "time.sleep(0.5)\n" + WARM + "time.sleep(2)")
+    other = make_run(tmp_path, 2, code + "time.sleep(1.5)")
+    child = make_run(tmp_path, 0, code)
+    shared = source.folder / "checkpoints" / "warmup_x.ckpt"
+    child = dataclasses.replace(child, shared=shared)
+    shown = []
+    assert run_all([child, source, other], 2, 1, shown.append) == []
+    found = {seed: json.loads((tmp_path / f"seed_{seed}" / "words.json").read_text()) for seed in range(3)}
+    assert found[0][0] == ["--ckpt_path", str(shared)]
+    assert found[1][0] == found[2][0] == []
+    assert found[0][1] > max(found[1][1], found[2][1])  # the others began, and it came when there was room
+    assert (child.folder / "metrics.csv").read_text().split() == ["loss,step", "1,0", "2,1"]
+    facts = json.loads((child.folder / "run.json").read_text())
+    assert facts["shared_steps"] == 2
+    assert json.loads((source.folder / "run.json").read_text())["shared_steps"] == 0
+
+
+def test_no_process_idles_for_a_warmup(tmp_path):
+    code = "import time\n" + SCORES + NOTE
+    source = make_run(tmp_path, 1, code + "time.sleep(1)\n" + WARM)
+    child = dataclasses.replace(make_run(tmp_path, 0, code), shared=source.folder / "checkpoints" / "warmup_x.ckpt")
+    assert run_all([child, source], 2, 1, lambda text: None) == []
+    assert json.loads((child.folder / "words.json").read_text())[0] == []
+
+
+def test_a_run_that_begins_anew_takes_its_old_checkpoints_away(tmp_path):
+    run = make_run(tmp_path, 0)
+    (run.folder / "checkpoints").mkdir(parents=True)
+    for name in ("warmup_x.json", "warmup_x.ckpt"):
+        (run.folder / "checkpoints" / name).write_text("{}")
+    assert run_all([run], 1, 1, lambda text: None) == []
+    assert not list(run.folder.glob("checkpoints/warmup_*"))
 
 
 @pytest.mark.parametrize("name", ["run.json", "started.json"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from ssync_pl.compare.processes import PIPE_VARIABLE
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
+from ssync_pl.schedule import steps_of
 
 __all__ = ["KeepRun", "die_with_parent"]
 
 _REPORT_SECONDS = 1.0
+# A checkpoint for other runs may be taken this much earlier, because some steps have a validation behind them.
+_EARLIER_STEPS = 8
 
 
 class KeepRun(Checkpoint):
@@ -38,6 +43,8 @@ class KeepRun(Checkpoint):
         folder: Folder of the run.
         every_seconds: Seconds between checkpoints, above 0: about what a kill costs at most.
         every_n_steps: Also after each that many steps; None goes by the time alone.
+        switches: When other runs begin to differ from this one, as `Switch.to_settings` says it: for each a checkpoint
+            from just before is kept beside, from which they go on, with a `.json` that says at which step it is.
 
     Raises:
         ConfigError: An interval is not above 0.
@@ -47,7 +54,13 @@ class KeepRun(Checkpoint):
         ''
     """
 
-    def __init__(self, folder: str, every_seconds: float = 45.0, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_seconds: float = 45.0,
+        every_n_steps: int | None = None,
+        switches: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         super().__init__()
         if every_seconds <= 0 or (every_n_steps is not None and every_n_steps < 1):
             raise ConfigError(
@@ -57,8 +70,11 @@ class KeepRun(Checkpoint):
         self.folder = Path(folder)
         self.every_seconds = every_seconds
         self.every_n_steps = every_n_steps
+        self.switches = tuple(switches)
         self.last_model_path = ""
         self._pending: Path | None = None
+        self._for_others: dict[str, int] = {}  # the latest step of each checkpoint that is still to be taken
+        self._taken: tuple[list[str], int] = ([], 0)
         self._total: int | None = None
         self._before = {"wall": 0.0, "cpu": 0.0}
         self._started = time.monotonic()
@@ -74,6 +90,7 @@ class KeepRun(Checkpoint):
         total = trainer.estimated_stepping_batches
         self._total = total if isinstance(total, int) else None
         self._saved = time.monotonic()
+        self._for_others = self._latest_steps()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -92,6 +109,8 @@ class KeepRun(Checkpoint):
         step = trainer.global_step
         due = time.monotonic() - self._saved >= self.every_seconds
         due = due or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        names = [name for name, latest in self._for_others.items() if latest - _EARLIER_STEPS < step <= latest]
+        due = due or bool(names)
         if trainer.world_size > 1:  # saving waits for all processes, whose clocks differ
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if not due or _validation_may_follow(trainer, batch_idx, self._total):
@@ -99,6 +118,9 @@ class KeepRun(Checkpoint):
         pending = self.folder / "checkpoints" / "pending.ckpt"
         trainer.save_checkpoint(pending)
         self._pending, self._saved = pending, time.monotonic()
+        self._taken = (names, step)
+        for name in names:
+            del self._for_others[name]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained state, under another name than the one that runs continue from."""
@@ -136,8 +158,23 @@ class KeepRun(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.save()
+        for name in self._taken[0]:
+            copy = self._pending.with_name(f"{name}.ckpt")
+            write_bytes(copy.with_suffix(".json"), json.dumps({"step": self._taken[1], "total": self._total}).encode())
+            shutil.copyfile(self._pending, copy.with_suffix(".tmp"))
+            os.replace(copy.with_suffix(".tmp"), copy)
         os.replace(self._pending, self._pending.with_name("last.ckpt"))
         self._pending = None
+
+    def _latest_steps(self) -> dict[str, int]:
+        if self._total is None:
+            return {}
+        found = {}
+        for switch in self.switches:
+            latest = steps_of(switch["ratio"], switch["steps"], self._total) - switch["watch"]
+            if latest > 0 and not (self.folder / "checkpoints" / f"{switch['name']}.ckpt").is_file():
+                found[switch["name"]] = latest
+        return found
 
     def _report(self, trainer: L.Trainer) -> None:
         self._reported = time.monotonic()

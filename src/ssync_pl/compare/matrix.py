@@ -14,6 +14,7 @@ from ssync_pl import __version__
 from ssync_pl.compare.merging import class_of, merge, merge_all, read_yaml
 from ssync_pl.compare.sets import DataSet, data_set_of, refuse_doubles
 from ssync_pl.compare.settings import run_settings, step_words
+from ssync_pl.compare.sharing import Share, plan_sharing
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 
@@ -41,6 +42,7 @@ class Asked:
         extra: Words for `ssync-pl fit`.
         recorder: Class path of the callback that writes `evaluation.json`.
         keep_steps: Steps between checkpoints, beside those that are taken about every minute.
+        share: Runs that are the same until SSync switches on have that part trained once.
 
     Example:
         >>> Asked((Path("a.yaml"),), Path("out")).variants
@@ -60,6 +62,7 @@ class Asked:
     extra: tuple[str, ...] = ()
     recorder: str = RECORDER
     keep_steps: int | None = None
+    share: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Run:
         command: Words of its process.
         recipe: Hash of everything in the configuration that decides the result, but the seed. Device and root of the
             data are left out: the rows name the device, and a set is the same under every root.
+        shared: Checkpoint of another run from which this one may go on, once it is there.
 
     Example:
         >>> Run("default", 7, "with", 0, Path("x"), {}, {}, ("a",), "hash").label
@@ -92,6 +96,7 @@ class Run:
     settings: Mapping[str, Any]
     command: tuple[str, ...]
     recipe: str
+    shared: Path | None = None
 
     @property
     def label(self) -> str:
@@ -181,9 +186,12 @@ def build_matrix(asked: Asked) -> Matrix:
         made = tuple(make_variant(name, of_set) for name in asked.variants)
         _check_names(made, asked.baseline)
         variants = variants or made
+        plan = plan_sharing(made, of_set, asked.extra) if asked.share else {}
         for count in slots:
             for seed in asked.seeds:
-                runs.extend(_run(asked, data_set, count, variant, seed, of_set, texts) for variant in made)
+                for variant in made:
+                    share = plan.get(variant.name, Share())
+                    runs.append(_run(asked, data_set, count, variant, seed, of_set, texts, share))
     prepare = {one.name: tuple(_prepare_command(asked, one)) for one in sets}
     return Matrix(asked, sets, slots, variants, tuple(runs), prepare, texts)
 
@@ -245,8 +253,10 @@ def _run(
     seed: int,
     config: Mapping[str, Any],
     texts: Sequence[str],
+    share: Share,
 ) -> Run:
-    folder = asked.out / "runs" / data_set.name / f"slots_{slots}" / variant.name / f"seed_{seed}"
+    folders = asked.out / "runs" / data_set.name / f"slots_{slots}"
+    folder = folders / variant.name / f"seed_{seed}"
     merged = merge(config, variant.overlay)
     data, options = class_of(merged, "data")
     command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words(asked, data_set)]
@@ -264,5 +274,10 @@ def _run(
     # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
     parts = [__version__, list(texts), data_set.changes, variant.overlay, slots, asked.steps, list(asked.extra)]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    settings = run_settings(folder, merged, asked.recorder, asked.keep_steps)
-    return Run(data_set.name, slots, variant.name, seed, folder, variant.overlay, settings, tuple(command), recipe)
+    switches = [switch.to_settings() for switch in share.keeps]
+    settings = run_settings(folder, merged, asked.recorder, asked.keep_steps, switches)
+    shared = None
+    if share.source is not None and share.switch is not None:
+        shared = folders / share.source / f"seed_{seed}" / "checkpoints" / f"{share.switch.name}.ckpt"
+    words = tuple(command)
+    return Run(data_set.name, slots, variant.name, seed, folder, variant.overlay, settings, words, recipe, shared)

@@ -16,6 +16,7 @@ from typing import Any
 from ssync_pl.compare.curves import complete_curve, set_curve_aside
 from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.compare.processes import child_environment, end_processes, start_process
+from ssync_pl.compare.sharing import shared_steps, take_over
 from ssync_pl.data.convert.locking import exclusive
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
@@ -136,7 +137,7 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
     try:
         while waiting or running:
             while waiting and len(running) < processes:
-                running.append(_launch(waiting.pop(0), threads))
+                running.append(_launch(waiting.pop(_next(waiting, running)), threads))
             time.sleep(_PAUSE)
             for child in list(running):
                 code = _poll(child)
@@ -158,8 +159,19 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
     return failures
 
 
+def _next(waiting: Sequence[Run], running: Sequence[_Child]) -> int:
+    """The first run that need not wait for another one's warm-up; no process idles for it."""
+    busy = {run.folder for run in waiting} | {child.run.folder for child in running}
+    for place, run in enumerate(waiting):
+        waits = run.shared is not None and run.shared.parent.parent in busy and shared_steps(run.shared) is None
+        if not waits or (run.folder / "checkpoints" / "last.ckpt").is_file():
+            return place
+    return 0
+
+
 def _launch(run: Run, threads: int) -> _Child:
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    found = None
     run.folder.mkdir(parents=True, exist_ok=True)
     locks = contextlib.ExitStack()
     try:
@@ -170,16 +182,26 @@ def _launch(run: Run, threads: int) -> _Child:
         else:
             for name in ("metrics.csv", "metrics_before.csv", "progress.json", "checkpoints/last.ckpt"):
                 (run.folder / name).unlink(missing_ok=True)
+            for path in run.folder.glob("checkpoints/warmup_*"):
+                path.unlink()
+            found = shared_steps(run.shared)
+            if run.shared is not None and found is not None:
+                take_over(run.shared, run.folder, found[0])
+                checkpoint = run.shared
         for name, content in (("overlay.yaml", run.overlay), ("settings.yaml", run.settings)):
             write_bytes(run.folder / name, _yaml(content))
-        write_bytes(run.folder / "started.json", json.dumps({"recipe": run.recipe}).encode())
-        command = [*run.command, *(["--ckpt_path", str(checkpoint)] if goes_on else [])]
+        if not goes_on:
+            started = {"recipe": run.recipe, "shared_steps": found[0] if found else 0}
+            write_bytes(run.folder / "started.json", json.dumps(started).encode())
+        command = [*run.command, *(["--ckpt_path", str(checkpoint)] if goes_on or found else [])]
         with open(run.folder / "log.txt", "ab" if goes_on else "wb") as log:
             process = start_process(command, log, child_environment(threads), (handle,))
     except BaseException:
         locks.close()
         raise
     progress = (_read_json(run.folder / "progress.json") or {}) if goes_on else {}
+    if found is not None:
+        progress = {"step": found[0], "total": found[1]}
     return _Child(run, process, locks, time.monotonic(), _share(progress), progress=progress)
 
 
@@ -231,6 +253,7 @@ def _finish(child: _Child, code: int) -> Failure | None:
             "recipe": run.recipe,
             "command": list(run.command),
             "wall_seconds": round(time.monotonic() - child.started + float(before.get("wall", 0.0)), 1),
+            "shared_steps": (_read_json(run.folder / "started.json") or {}).get("shared_steps", 0),
             "cpu_seconds": round(child.cpu + float(before.get("cpu", 0.0)), 1),
             "device": child.progress.get("device"),
             "torch": child.progress.get("torch"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ _VALIDATIONS = (4, 3, 5, 2)
 
 
 def run_settings(
-    folder: Path, config: Mapping[str, Any], recorder: str, keep_steps: int | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    recorder: str,
+    keep_steps: int | None = None,
+    switches: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Settings of a run that do not change its training.
 
@@ -24,6 +28,7 @@ def run_settings(
         config: The merged configuration with the variant.
         recorder: Class path of the callback that writes `evaluation.json`.
         keep_steps: Steps between checkpoints; None goes by the time alone.
+        switches: When other runs go on from this one.
 
     Returns:
         A configuration to lay over, with `callbacks+`, which appends.
@@ -37,7 +42,11 @@ def run_settings(
     if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
         callbacks.append({"class_path": "ssync_pl.summary.ValidationSummary", "init_args": {"untrained": True}})
     callbacks.append({"class_path": recorder})
-    keeps = {"folder": str(folder), **({} if keep_steps is None else {"every_n_steps": keep_steps})}
+    keeps: dict[str, Any] = {"folder": str(folder)}
+    if keep_steps is not None:
+        keeps["every_n_steps"] = keep_steps
+    if switches:
+        keeps["switches"] = [dict(switch) for switch in switches]
     callbacks.append({"class_path": KEEPER, "init_args": keeps})
     # A version of "" puts metrics.csv into the folder itself.
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}

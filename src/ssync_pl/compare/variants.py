@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "relative_weight": None,
     "warmup_ratio": 0.3,
     "warmup_steps": None,
+    "guard_window": 50,
     "on_collapse": "warn",
 }
 # Hosts with a slot-slot contrastive loss, and its weight there unless the configuration names one.
