@@ -26,8 +26,8 @@ EXPERIMENTS: dict[str, tuple[str, list[str], list[str]]] = {
         "slotcontrast_synthetic",
         [
             "--variants",
-            "without,with,boundary-only,interior-only,no-merging,cross-entropy,no-warmup,threshold-0.5,threshold-0.9,"
-            "weight-0.03,weight-0.3,published,srl,no-contrast,ssync-no-contrast",
+            "without,with,boundary-only,interior-only,no-merging,cross-entropy,published,threshold-0.5,threshold-0.9,"
+            "weight-0.05,weight-0.3,no-warmup,srl,no-contrast,ssync-no-contrast",
             *("--slots", "11", "--seeds", "3"),
         ],
         FRESH,

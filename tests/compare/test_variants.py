@@ -157,7 +157,7 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     callbacks = {name: {type(one).__name__: one for one in parts.callbacks} for name, parts in found.items()}
     assert "SSyncCallback" not in callbacks["without"]
     config = callbacks["threshold-0.8"]["SSyncCallback"].config
-    assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.1, 0.5)
+    assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.15, 0.5)
 
 
 def test_an_own_variant_with_a_misspelt_key_is_refused_at_once(tmp_path):

@@ -1,0 +1,192 @@
+"""The tables of quality in README.md and benchmarks/README.md, out of the committed results.
+
+``python benchmarks/tables.py`` writes each one between ``<!-- table: NAME -->`` and ``<!-- /table -->``; ``--check``
+only says which are out of date, by the exit status too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ssync_pl.compare.collect import number, read_results
+from ssync_pl.compare.report.scores import SCORES, in_words
+from ssync_pl.compare.statistics import Estimate, estimate, paired_difference
+from ssync_pl.files import write_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+MAIN = ("video_fg_ari", "video_ari", "video_mbo", "boundary_f")
+HOSTS = (
+    ("quality_main", "SlotContrast, `c` from above, 11 slots"),
+    ("quality_videosaur", "VideoSAUR, `c` from above, 11 slots"),
+    ("quality_cluttered", "SlotContrast, `cluttered`, 11 slots"),
+    ("quality_solv", "SOLV, `c` from above, 7 slots"),
+    ("quality_savi", "SAVi, `a_zoom`, 8 slots"),
+)
+_LABELS = {score.key: score.label for score in SCORES}
+_DIGITS = {score.key: score.digits for score in SCORES}
+
+Row = Mapping[str, str]
+
+
+def values(rows: Sequence[Row], key: str, variant: str, slots: str | None = None) -> dict[int, float]:
+    """Values of a column by seed, of one variant and slot count."""
+    chosen = [row for row in rows if row["variant"] == variant and slots in (None, row["slots"])]
+    return {int(row["seed"]): number(row[key]) for row in chosen}
+
+
+def write(found: Estimate | None, key: str, signed: bool = False) -> str:
+    """An estimate as a cell; differences clear of zero are bold."""
+    if found is None:
+        return "–"
+    text = in_words(found, _DIGITS[key], signed=signed)
+    clear = signed and found.half_width is not None and abs(found.mean) > found.half_width
+    return f"**{text}**" if clear else text
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join([line(head), line(["---"] * len(head)).replace(" ", ""), *(line(row) for row in body)])
+
+
+def main_table() -> str:
+    """The main host: both variants, their paired difference, and what needs no learning."""
+    rows = read_results(RESULTS / "quality_main.csv")
+    keys = (*MAIN, "slots_per_object")
+    body = []
+    for name, variant in (("SlotContrast with SSync", "with"), ("SlotContrast without", "without")):
+        found = [estimate(list(values(rows, key, variant).values())) for key in keys]
+        body.append([name, *(write(one, key) for one, key in zip(found, keys, strict=True))])
+    pairs = [paired_difference(values(rows, key, "with"), values(rows, key, "without")) for key in keys]
+    body.append(["paired difference", *(write(one, key, True) for one, key in zip(pairs, keys, strict=True))])
+    for name, prefix in (("fixed grid of 11 cells", "grid"), ("k-means on RGB, 11 clusters", "kmeans_rgb")):
+        cells = [f"{number(rows[0].get(f'{prefix}_{key}')):.3f}" for key in MAIN[:3]]
+        body.append([name, *cells, "–", "–"])
+    return grid([f"{rows[0]['slots']} slots", *(_LABELS[key] for key in keys)], body)
+
+
+def slots_table() -> str:
+    """Slot counts, and what FG-ARI falls by from 11 to 15 slots."""
+    rows = read_results(RESULTS / "quality_slots.csv")
+    counts = sorted({row["slots"] for row in rows}, key=int)
+    body = []
+    for count in counts:
+        seeds = len(values(rows, MAIN[0], "with", count))
+        without = estimate(list(values(rows, MAIN[0], "without", count).values()))
+        arms = [(key, values(rows, key, "with", count), values(rows, key, "without", count)) for key in MAIN]
+        cells = [write(paired_difference(ours, theirs), key, True) for key, ours, theirs in arms]
+        body.append([count, str(seeds), write(without, MAIN[0]), *cells])
+    head = ["slots", "seeds", "FG-ARI without", *(f"{_LABELS[key]}, with − without" for key in MAIN)]
+    return grid(head, body) + "\n\n" + _falls(rows)
+
+
+def _falls(rows: Sequence[Row]) -> str:
+    said = []
+    key = MAIN[0]
+    for variant in ("without", "with"):
+        fall = paired_difference(values(rows, key, variant, "11"), values(rows, key, variant, "15"))
+        said.append(f"{write(fall, key)} {variant} SSync")
+    return f"From 11 to 15 slots video FG-ARI falls by {' and by '.join(said)}."
+
+
+def ablation_table() -> str:
+    """All variants against the run without SSync."""
+    rows = read_results(RESULTS / "quality_ablation.csv")
+    keys = (*MAIN, "slots_per_object", "unused_slots")
+    baseline = "without"
+    body = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        seeds = len(values(rows, MAIN[0], variant))
+        if variant == baseline:
+            found = [write(estimate(list(values(rows, key, variant).values())), key) for key in keys]
+        else:
+            found = [
+                write(paired_difference(values(rows, key, variant), values(rows, key, baseline)), key, True)
+                for key in keys
+            ]
+        body.append([f"`{variant}`", str(seeds), *found])
+    return grid(["variant", "seeds", *(_LABELS[key] for key in keys)], body)
+
+
+def hosts_table() -> str:
+    """Every host that was run: with minus without."""
+    body = []
+    for name, words in HOSTS:
+        rows = [row for row in read_results(RESULTS / f"{name}.csv") if row["slots"] == _slots(name)]
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            if variant == "without":
+                continue
+            arms = [(key, values(rows, key, variant), values(rows, key, "without")) for key in MAIN]
+            cells = [write(paired_difference(ours, theirs), key, True) for key, ours, theirs in arms]
+            without = estimate(list(arms[0][2].values()))
+            said = words if variant == "with" else f"{words}, `{variant}`"
+            body.append([f"[{said}](results/{name}.csv)", str(len(arms[0][1])), write(without, MAIN[0]), *cells])
+    return grid(["host", "seeds", "FG-ARI without", *(f"{_LABELS[key]}, with − without" for key in MAIN)], body)
+
+
+def exploration_table() -> str:
+    """What was tried before settings were chosen: means over the runs that there are, one to three each."""
+    rows = read_results(RESULTS / "quality_exploration.csv")
+    counts = sorted({row["slots"] for row in rows}, key=int)
+    body = []
+    for variant in sorted({row["variant"] for row in rows}, key=lambda name: (name != "without", name)):
+        cells = []
+        for count in counts:
+            chosen = [row for row in rows if (row["slots"], row["variant"]) == (count, variant)]
+            means = [sum(number(row[key]) for row in chosen) / max(len(chosen), 1) for key in MAIN[:3]]
+            cells.append(" · ".join(f"{mean:.3f}" for mean in means) + f" ({len(chosen)})" if chosen else "")
+        body.append([variant, *cells])
+    return grid(["variant", *(f"{count} slots" for count in counts)], body)
+
+
+def _slots(name: str) -> str:
+    rows = read_results(RESULTS / f"{name}.csv")
+    return rows[0]["slots"]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "main": main_table,
+    "slots": slots_table,
+    "ablation": ablation_table,
+    "hosts": hosts_table,
+    "exploration": exploration_table,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables written anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- table: {match.group(1)} -->\n{TABLES[match.group(1)]()}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- /table -->", replace, text, flags=re.DOTALL)
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table is out of date")
+    options = parser.parse_args(args)
+    stale = False
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if before != after:
+            stale = True
+            sys.stdout.write(f"{page.relative_to(ROOT)}: {'out of date' if options.check else 'written'}\n")
+            if not options.check:
+                write_bytes(page, after.encode())
+    return int(stale and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
