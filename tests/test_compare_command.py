@@ -309,6 +309,9 @@ def test_a_shared_warmup_changes_no_number(comparison, tmp_path, monkeypatch):
     taken = {name: json.loads((folder / "run.json").read_text())["shared_steps"] for name, folder in shared.items()}
     assert taken["without"] == 0
     assert 1 <= taken["with"] < SWITCHED_ON
+    # Its own rows begin where the other run's end; join_curves would hide a run that began anew.
+    log = (shared["with"] / "log.txt").read_text()
+    assert "Restored all states from the checkpoint" in log
     assert not list(out.rglob("warmup_*"))
     for name, folder in shared.items():
         assert read_curve(folder / "metrics.csv") == read_curve(apart[name] / "metrics.csv")

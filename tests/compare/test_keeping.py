@@ -9,6 +9,7 @@ import time
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 
 from ssync_pl.cli import main
 from ssync_pl.compare.curves import complete_curve, read_curve, set_curve_aside
@@ -82,12 +83,34 @@ def test_checkpoints_for_other_runs(tmp_path, monkeypatch):
         "final.ckpt",
         "last.ckpt",
         "warmup_0.5_1.ckpt",
+        "warmup_0.5_1.csv",
         "warmup_0.5_1.json",
         "warmup_12_steps_0.ckpt",
+        "warmup_12_steps_0.csv",
         "warmup_12_steps_0.json",
     ]
+    curve = [row for row in read_curve(tmp_path / "run" / "metrics.csv") if int(row["step"]) < 5]
+    assert read_curve(kept / "warmup_12_steps_0.csv") == curve
     for name, step in (("warmup_0.5_1", 1), ("warmup_12_steps_0", 5)):
         assert torch.load(kept / f"{name}.ckpt", weights_only=True)["global_step"] == step
+
+
+@pytest.mark.parametrize(("warmup", "fits"), [(7, True), (5, False)])
+def test_a_warmup_that_is_longer_than_ones_own_is_refused(tmp_path, monkeypatch, capsys, warmup, fits):
+    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
+    config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "data", max_steps=8)
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("trainer: {callbacks: [{class_path: ValidationSummary}]}")
+    switch = [{"name": "warmup_x", "ratio": 0.5, "steps": 6, "watch": 0}]
+    switches = f"--trainer.callbacks.switches={json.dumps(switch)}"
+    assert fit(config, tmp_path / "a", "--trainer.callbacks=null", "--config", str(plain), after=[switches]) == 0
+    taken = json.loads((tmp_path / "a" / "checkpoints" / "warmup_x.json").read_text())["step"]
+    ours = yaml.safe_load(config.read_text())
+    ours["trainer"]["callbacks"][0]["init_args"] = {"warmup_steps": taken + warmup - 6, "guard_window": 1}
+    config.write_text(yaml.safe_dump(ours))
+    words = ["--ckpt_path", str(tmp_path / "a" / "checkpoints" / "warmup_x.ckpt")]
+    assert fit(config, tmp_path / "b", *words) == (0 if fits else 2)
+    assert ("Pass --no-sharing" in capsys.readouterr().err) == (not fits)
 
 
 def test_bad_intervals_are_refused():

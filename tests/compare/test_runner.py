@@ -78,7 +78,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
 WARM = """
 import time
 (folder / "checkpoints").mkdir(exist_ok=True)
-(folder / "metrics.csv").write_text("step,loss\\n0,1\\n1,2\\n2,3\\n")
+(folder / "checkpoints" / "last.ckpt").write_bytes(b"x")
+(folder / "checkpoints" / "warmup_x.csv").write_text("step,loss\\n0,1\\n1,2\\n")
 (folder / "checkpoints" / "warmup_x.json").write_text('{"step": 2, "total": 4}')
 (folder / "checkpoints" / "warmup_x.ckpt").write_bytes(b"x")
 """
@@ -112,10 +113,44 @@ def test_no_process_idles_for_a_warmup(tmp_path):
     assert json.loads((child.folder / "words.json").read_text())[0] == []
 
 
+def test_runs_that_others_wait_for_come_first(tmp_path):
+    code = "import time\n" + SCORES + NOTE + WARM
+    runs = []
+    for seed in range(3):
+        source = make_run(tmp_path, seed, code)
+        shared = source.folder / "checkpoints" / "warmup_x.ckpt"
+        runs += [dataclasses.replace(make_run(tmp_path, 10 + seed, code), shared=shared), source]
+    assert run_all(runs, 1, 1, lambda text: None) == []
+    order = sorted(tmp_path.rglob("words.json"), key=lambda path: json.loads(path.read_text())[1])
+    # No process idles: the first run cannot wait for anything but the sources, which begin before what goes on.
+    assert [path.parent.name for path in order[:3]] == ["seed_0", "seed_1", "seed_2"]
+    assert all(json.loads(path.read_text())[0] for path in order[3:])
+
+
+def test_the_time_that_is_left_ends_at_nothing(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(runner, "_left", lambda now, left, seconds: told.append(left) or "?")
+    code = "import time\n" + SCORES + WARM
+    source = make_run(tmp_path, 1, code)
+    child = dataclasses.replace(make_run(tmp_path, 0, code), shared=source.folder / "checkpoints" / "warmup_x.ckpt")
+    assert run_all([child, source], 1, 1, lambda text: None) == []
+    assert max(told) <= 2.0
+    assert 0.5 in told  # the source is done, and half of the other run is, too
+    assert told[-1] == 0.0
+
+
+def test_a_shared_run_that_fails_says_what_to_try(tmp_path):
+    source = make_run(tmp_path, 1, "import time\n" + SCORES + WARM)
+    child = make_run(tmp_path, 0, "raise SystemExit(3)")
+    child = dataclasses.replace(child, shared=source.folder / "checkpoints" / "warmup_x.ckpt")
+    (failure,) = run_all([child, source], 1, 1, lambda text: None)
+    assert "--no-sharing" in failure.reason
+
+
 def test_a_run_that_begins_anew_takes_its_old_checkpoints_away(tmp_path):
     run = make_run(tmp_path, 0)
     (run.folder / "checkpoints").mkdir(parents=True)
-    for name in ("warmup_x.json", "warmup_x.ckpt"):
+    for name in ("warmup_x.json", "warmup_x.csv", "warmup_x.ckpt"):
         (run.folder / "checkpoints" / name).write_text("{}")
     assert run_all([run], 1, 1, lambda text: None) == []
     assert not list(run.folder.glob("checkpoints/warmup_*"))

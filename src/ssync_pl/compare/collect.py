@@ -39,7 +39,18 @@ COLUMNS = (
     *SCORES,
     *ENCODER,
     *PROBES,
-    *("step_ms", "peak_mib", "wall_seconds", "cpu_seconds", "merged_slots", "recipe", "device", "torch", "date"),
+    *(
+        "step_ms",
+        "peak_mib",
+        "wall_seconds",
+        "cpu_seconds",
+        "shared_steps",
+        "merged_slots",
+        "recipe",
+        "device",
+        "torch",
+        "date",
+    ),
 )
 BASELINES = {"untrained": "untrained", "grid": "grid", "k-means RGB": "kmeans_rgb"}
 

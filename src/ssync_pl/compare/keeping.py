@@ -17,7 +17,10 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from ssync_pl.callback import SSyncCallback
+from ssync_pl.compare.curves import join_curves, read_curve, write_curve
 from ssync_pl.compare.processes import PIPE_VARIABLE
+from ssync_pl.compare.sharing import refuse_late
 from ssync_pl.errors import ConfigError
 from ssync_pl.files import write_bytes
 from ssync_pl.schedule import steps_of
@@ -44,7 +47,8 @@ class KeepRun(Checkpoint):
         every_seconds: Seconds between checkpoints, above 0: about what a kill costs at most.
         every_n_steps: Also after each that many steps; None goes by the time alone.
         switches: When other runs begin to differ from this one, as `Switch.to_settings` says it: for each a checkpoint
-            from just before is kept beside, from which they go on, with a `.json` that says at which step it is.
+            from just before is kept beside, from which they go on, with its curve and a `.json` that says at which
+            step it is.
 
     Raises:
         ConfigError: An interval is not above 0.
@@ -75,6 +79,8 @@ class KeepRun(Checkpoint):
         self._pending: Path | None = None
         self._for_others: dict[str, int] = {}  # the latest step of each checkpoint that is still to be taken
         self._taken: tuple[list[str], int] = ([], 0)
+        self._made_with: dict[str, Any] = {}
+        self._from: dict[str, Any] | None = None
         self._total: int | None = None
         self._before = {"wall": 0.0, "cpu": 0.0}
         self._started = time.monotonic()
@@ -90,6 +96,8 @@ class KeepRun(Checkpoint):
         total = trainer.estimated_stepping_batches
         self._total = total if isinstance(total, int) else None
         self._saved = time.monotonic()
+        self._made_with = self._facts(trainer)
+        self._refuse_another_warmup(trainer)
         self._for_others = self._latest_steps()
 
     def on_train_batch_start(
@@ -134,12 +142,12 @@ class KeepRun(Checkpoint):
         self._report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds so far, so that those of a continued run are all counted.
+        """Seconds so far, so that those of a continued run are all counted, and what the run is made with.
 
         Returns:
-            Plain numbers.
+            Plain values.
         """
-        return self._seconds()
+        return {**self._seconds(), "folder": str(self.folder), **self._made_with}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the seconds of the run that is continued.
@@ -148,6 +156,7 @@ class KeepRun(Checkpoint):
             state: What `state_dict` returned.
         """
         self._before = {name: float(state[name]) for name in ("wall", "cpu")}
+        self._from = dict(state)
 
     def _seconds(self) -> dict[str, float]:
         wall = self._before["wall"] + time.monotonic() - self._started
@@ -159,12 +168,37 @@ class KeepRun(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         for name in self._taken[0]:
-            copy = self._pending.with_name(f"{name}.ckpt")
-            write_bytes(copy.with_suffix(".json"), json.dumps({"step": self._taken[1], "total": self._total}).encode())
-            shutil.copyfile(self._pending, copy.with_suffix(".tmp"))
-            os.replace(copy.with_suffix(".tmp"), copy)
+            self._keep_for_others(self._pending.with_name(f"{name}.ckpt"), self._taken[1])
         os.replace(self._pending, self._pending.with_name("last.ckpt"))
         self._pending = None
+
+    def _keep_for_others(self, path: Path, step: int) -> None:
+        rows = join_curves(read_curve(self.folder / "metrics_before.csv"), read_curve(self.folder / "metrics.csv"))
+        write_curve(path.with_suffix(".csv"), [row for row in rows if int(row["step"]) < step])
+        write_bytes(path.with_suffix(".json"), json.dumps({"step": step, "total": self._total}).encode())
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(self._pending, temporary)  # type: ignore[arg-type]
+        except OSError:  # a file system without links
+            shutil.copyfile(self._pending, temporary)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+
+    def _refuse_another_warmup(self, trainer: L.Trainer) -> None:
+        if self._from is None or self._from.get("folder") in (None, str(self.folder)):
+            return
+        starts = [
+            callback.engine.schedule.start - callback.engine.schedule.watch_steps
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, SSyncCallback) and callback.engine.schedule is not None
+        ]
+        if starts:
+            refuse_late(min(starts), trainer.global_step, self._facts(trainer), self._from)
+
+    def _facts(self, trainer: L.Trainer) -> dict[str, Any]:
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+        return {"total": self._total, "device": name, "torch": str(torch.__version__), "processes": trainer.world_size}
 
     def _latest_steps(self) -> dict[str, int]:
         if self._total is None:
@@ -180,15 +214,7 @@ class KeepRun(Checkpoint):
         self._reported = time.monotonic()
         if not trainer.is_global_zero:
             return
-        device = trainer.strategy.root_device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-        facts = {
-            "step": trainer.global_step,
-            "total": self._total,
-            "device": name,
-            "torch": torch.__version__,
-            "before": self._before,
-        }
+        facts = {"step": trainer.global_step, **self._facts(trainer), "before": self._before}
         write_bytes(self.folder / "progress.json", json.dumps(facts).encode())
 
 

@@ -260,6 +260,9 @@ def _run(
     merged = merge(config, variant.overlay)
     data, options = class_of(merged, "data")
     command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words(asked, data_set)]
+    if "callbacks" in variant.overlay.get("trainer", {}):
+        # Else a callback of the overlay would keep what the one in its place had, and the overlay leaves out.
+        command.append("--trainer.callbacks=null")
     command += ["--config", str(folder / "overlay.yaml"), "--config", str(folder / "settings.yaml")]
     command += [*data_set.words, f"--seed_everything={seed}"]
     if data in _OWN_DATA or "seed" in options:

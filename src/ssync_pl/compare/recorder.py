@@ -32,7 +32,7 @@ class RunRecorder(L.Callback):
 
     * `evaluation.json`: `scores` (those of validation, and `boundary_f`, `slots_per_object`, `unused_slots`,
       `used_slots`, `identity`), `probe` (`position_r2`, `color_r2`, `shape_accuracy`: what a linear map reads off a
-      slot), `step_ms` (median of the training steps after the first 20), `peak_mib` (CUDA: what training allocated;
+      slot), `step_ms` (median of the later half of the training steps), `peak_mib` (CUDA: what training allocated;
       else the largest memory of the process), `steps`, `val_keys_hash` and `num_videos`. What there is not is null or
       left out.
     * `pictures.npz`: frames, truth, slots and SSync's regions of the first validation videos.
@@ -63,6 +63,7 @@ class RunRecorder(L.Callback):
         self.frames = frames
         self.probe = probe
         self.clock = StepClock()
+        self._timed_from = 0
         self.peak_mib: float | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -79,12 +80,16 @@ class RunRecorder(L.Callback):
         """Refuse a validation set that is trained on, as soon as both are known."""
         refuse_shared_videos(trainer.train_dataloader, trainer.val_dataloaders)
         self._forget_peak(trainer)
+        # A run that shared its warm-up has only the later steps, and one with SSync is to be timed with it.
+        total = trainer.estimated_stepping_batches
+        self._timed_from = int(total) // 2 if math.isfinite(total) and total > 0 else 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A step begins."""
-        self.clock.start(trainer.strategy.root_device)
+        if trainer.global_step >= self._timed_from:
+            self.clock.start(trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

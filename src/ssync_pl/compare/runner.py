@@ -130,7 +130,7 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
     """
     waiting = [run for run in runs if not is_finished(run)]
     done = len(runs) - len(waiting)
-    total, begun = len(waiting), time.monotonic()
+    begun = time.monotonic()
     running: list[_Child] = []
     failures: list[Failure] = []
     gained = 0.0  # shares of runs that were trained in this call
@@ -150,7 +150,8 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
                 done += failure is None
                 failures += [failure] if failure else []
             now = gained + sum(_share(child.progress) - child.share for child in running)
-            left = total - gained - sum(_share(child.progress) for child in running)
+            left = sum(1.0 - _expected(run) for run in waiting)
+            left += sum(1.0 - _share(child.progress) for child in running)
             show(_line(done, len(runs), len(failures), running, _left(now, left, time.monotonic() - begun)))
     finally:
         end_processes([child.process for child in running])
@@ -160,13 +161,23 @@ def run_all(runs: Sequence[Run], processes: int, threads: int, show: Callable[[s
 
 
 def _next(waiting: Sequence[Run], running: Sequence[_Child]) -> int:
-    """The first run that need not wait for another one's warm-up; no process idles for it."""
-    busy = {run.folder for run in waiting} | {child.run.folder for child in running}
-    for place, run in enumerate(waiting):
-        waits = run.shared is not None and run.shared.parent.parent in busy and shared_steps(run.shared) is None
-        if not waits or (run.folder / "checkpoints" / "last.ckpt").is_file():
-            return place
+    """The first run that others wait for, else the first that need not wait itself; no process idles for a warm-up."""
+    begun = {child.run.folder for child in running}
+    busy = {run.folder for run in waiting} | begun
+    sources = {source for run in waiting if (source := _waits_for(run, busy)) is not None} - begun
+    for wanted in (sources, busy):
+        for place, run in enumerate(waiting):
+            if run.folder in wanted and _waits_for(run, busy) is None:
+                return place
     return 0
+
+
+def _waits_for(run: Run, busy: set[Path]) -> Path | None:
+    """Folder of the run whose warm-up this one waits for."""
+    if run.shared is None or (run.folder / "checkpoints" / "last.ckpt").is_file():
+        return None
+    source = run.shared.parent.parent
+    return source if source in busy and shared_steps(run.shared) is None else None
 
 
 def _launch(run: Run, threads: int) -> _Child:
@@ -186,7 +197,7 @@ def _launch(run: Run, threads: int) -> _Child:
                 path.unlink()
             found = shared_steps(run.shared)
             if run.shared is not None and found is not None:
-                take_over(run.shared, run.folder, found[0])
+                take_over(run.shared, run.folder)
                 checkpoint = run.shared
         for name, content in (("overlay.yaml", run.overlay), ("settings.yaml", run.settings)):
             write_bytes(run.folder / name, _yaml(content))
@@ -236,8 +247,11 @@ def _finish(child: _Child, code: int) -> Failure | None:
     if child.process.stdin is not None:
         child.process.stdin.close()
     try:
+        started = _read_json(run.folder / "started.json") or {}
         if code != 0:
-            return Failure(run, f"ended with status {code}", _tail(run.folder / "log.txt"))
+            shared = started.get("shared_steps")
+            hint = f"; it went on from the warm-up of {run.shared}, which --no-sharing leaves out" if shared else ""
+            return Failure(run, f"ended with status {code}{hint}", _tail(run.folder / "log.txt"))
         if not (run.folder / "evaluation.json").is_file():
             return Failure(run, "ended without evaluation.json", _tail(run.folder / "log.txt"))
         complete_curve(run.folder)
@@ -253,7 +267,7 @@ def _finish(child: _Child, code: int) -> Failure | None:
             "recipe": run.recipe,
             "command": list(run.command),
             "wall_seconds": round(time.monotonic() - child.started + float(before.get("wall", 0.0)), 1),
-            "shared_steps": (_read_json(run.folder / "started.json") or {}).get("shared_steps", 0),
+            "shared_steps": started.get("shared_steps", 0),
             "cpu_seconds": round(child.cpu + float(before.get("cpu", 0.0)), 1),
             "device": child.progress.get("device"),
             "torch": child.progress.get("torch"),
@@ -270,6 +284,12 @@ def _finish(child: _Child, code: int) -> Failure | None:
 def _share(progress: Mapping[str, Any]) -> float:
     total = progress.get("total")
     return min(1.0, progress.get("step", 0) / total) if total else 0.0
+
+
+def _expected(run: Run) -> float:
+    """Share of a run's steps that it need not train, as far as that is known."""
+    step, total = shared_steps(run.shared) or (0, 1)
+    return step / total
 
 
 def _left(now: float, left: float, seconds: float) -> str:

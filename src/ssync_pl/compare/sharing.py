@@ -12,11 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.compare.curves import join_curves, read_curve, write_curve
-from ssync_pl.compare.merging import callback_name, callbacks_of, merge
+from ssync_pl.compare.merging import callback_name, callbacks_of, class_of, merge
 from ssync_pl.compare.variants import DEFAULTS, Variant
+from ssync_pl.errors import ConfigError
+from ssync_pl.files import write_bytes
 
-__all__ = ["Share", "Switch", "plan_sharing", "shared_steps", "take_over"]
+__all__ = ["Share", "Switch", "plan_sharing", "refuse_late", "shared_steps", "take_over"]
+
+
+# What can go on in the middle of a pass. Another module may draw other batches there.
+_UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path")
+_RESUMABLE = ("SyntheticDataModule", "ShardDataModule")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: 
     Args:
         variants: The variants.
         config: The configuration that they are laid over.
-        extra: Words for `ssync-pl fit`. Where they may change callbacks, nothing is shared.
+        extra: Words for `ssync-pl fit`. Where they may change callbacks, nothing is shared; nor where the data module
+            is one that may not go on in the middle of a pass.
 
     Returns:
         For each name what it shares. Variants without SSync also keep what the configuration itself would take over,
@@ -88,13 +95,15 @@ def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: 
 
     Example:
         >>> callback = {"class_path": "SSyncCallback", "init_args": {"warmup_ratio": 0.5}}
-        >>> config = {"trainer": {"callbacks": [callback]}}
+        >>> config = {"trainer": {"callbacks": [callback]}, "data": {"class_path": "ShardDataModule"}}
         >>> plain = Variant("without", "", {"trainer": {"callbacks": []}})
         >>> plan = plan_sharing([Variant("with", "", {}), plain], config)
         >>> plan["with"].source, plan["with"].switch.name, len(plan["without"].keeps)
         ('without', 'warmup_0.5_50', 1)
     """
-    if any("callbacks" in word or word.split("=")[0] in ("--config", "--trainer", "--ckpt_path") for word in extra):
+    data, _ = class_of(config, "data")
+    unsure = any("callbacks" in word or word.split("=")[0] in _UNSURE for word in extra)
+    if unsure or data not in _RESUMABLE:
         return {variant.name: Share() for variant in variants}
     merged = {variant.name: merge(config, variant.overlay) for variant in variants}
     switches = {name: _switch(one) for name, one in merged.items()}
@@ -130,6 +139,12 @@ def shared_steps(checkpoint: Path | None) -> tuple[int, int] | None:
     """
     if checkpoint is None or not checkpoint.is_file():
         return None
+    source = checkpoint.parent.parent
+    # Else that run will begin anew, and take its checkpoints away.
+    if not (checkpoint.parent / "last.ckpt").is_file() or not (
+        (source / "run.json").is_file() or (source / "started.json").is_file()
+    ):
+        return None
     try:
         facts = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
         return int(facts["step"]), int(facts["total"])
@@ -137,19 +152,49 @@ def shared_steps(checkpoint: Path | None) -> tuple[int, int] | None:
         return None
 
 
-def take_over(checkpoint: Path, folder: Path, step: int) -> None:
+def take_over(checkpoint: Path, folder: Path) -> None:
     """Put the learning curve of the warm-up where the curve of a run that goes on is kept.
 
     Args:
-        checkpoint: The checkpoint, below the folder of the run that trained the warm-up.
+        checkpoint: The checkpoint, with its curve beside it.
         folder: Folder of the run that goes on from it.
-        step: Steps that it holds.
     """
-    source = checkpoint.parent.parent
-    rows = join_curves(read_curve(source / "metrics_before.csv"), read_curve(source / "metrics.csv"))
-    rows = [row for row in rows if int(row["step"]) < step]
-    if rows:
-        write_curve(folder / "metrics_before.csv", rows)
+    curve = checkpoint.with_suffix(".csv")
+    if curve.is_file():
+        write_bytes(folder / "metrics_before.csv", curve.read_bytes())
+
+
+def refuse_late(start: int, step: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Refuse a warm-up that is not what this run would have trained itself.
+
+    Args:
+        start: First step in which this run would have differed.
+        step: Steps that the warm-up holds.
+        here: Length of the training, device and version of this run.
+        there: The same of the run that trained the warm-up.
+
+    Raises:
+        ConfigError: The warm-up is too long, or was made in another way.
+
+    Example:
+        >>> refuse_late(100, 95, {"total": 200}, {"total": 200})
+        >>> refuse_late(90, 95, {"total": 200}, {"total": 200})
+        Traceback (most recent call last):
+            ...
+        ssync_pl.errors.ConfigError: Expected SSync to be off in the 95 steps that this run takes over from the run \
+without it, but it counts slots from step 90 on. Pass --no-sharing.
+    """
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise ConfigError(
+                f"Expected the warm-up that this run takes over to have been trained with {name} {value}, but it was "
+                f"with {there.get(name)}. Pass --no-sharing."
+            )
+    if start < step:
+        raise ConfigError(
+            f"Expected SSync to be off in the {step} steps that this run takes over from the run without it, but it "
+            f"counts slots from step {start} on. Pass --no-sharing."
+        )
 
 
 def _ssync(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -82,7 +82,18 @@ COLUMNS = (
     *("boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"),
     *(score.key for score in SCORES if score.sheet == "encoder"),
     *("probe_position_r2", "probe_color_r2", "probe_shape_accuracy"),
-    *("step_ms", "peak_mib", "wall_seconds", "cpu_seconds", "merged_slots", "recipe", "device", "torch", "date"),
+    *(
+        "step_ms",
+        "peak_mib",
+        "wall_seconds",
+        "cpu_seconds",
+        "shared_steps",
+        "merged_slots",
+        "recipe",
+        "device",
+        "torch",
+        "date",
+    ),
     *(f"{prefix}_{key}" for prefix in REFERENCES for key in _REFERENCE_SCORES),
 )
 """Columns of `results.csv`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ssync_pl.compare.report.records import Comparison, Group
 from ssync_pl.compare.report.scores import MAIN, in_words
@@ -193,11 +193,13 @@ def facts(comparison: Comparison) -> dict[str, str]:
 
     dates = known("date")
     wall = [run.values["wall_seconds"] for run in runs if "wall_seconds" in run.values]
+    # What several runs have in common was trained once, and is in the time of each.
+    shared = sum(run.values["wall_seconds"] * _shared(run.values) for run in runs if "wall_seconds" in run.values)
     steps = sorted({round(run.values["step"]) for run in runs if "step" in run.values})
     found = {
         "seeds": ", ".join(map(str, comparison.seeds)),
         "training steps": ", ".join(map(str, steps)),
-        "wall time": _wall(wall),
+        "wall time": _wall(wall, shared),
         "machine": "; ".join(known("device")),
         "torch": ", ".join(known("torch")),
         "ssync_pl": str(comparison.matrix.get("version", "")),
@@ -206,9 +208,13 @@ def facts(comparison: Comparison) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def _wall(seconds: Sequence[float]) -> str:
+def _shared(values: Mapping[str, float]) -> float:
+    return values.get("shared_steps", 0.0) / max(values.get("step", 1.0), 1.0)
+
+
+def _wall(seconds: Sequence[float], shared: float) -> str:
     if not seconds:
         return ""
     least, most = f"{min(seconds):.0f}", f"{max(seconds):.0f}"
     each = f"{least} s a run" if least == most else f"{least} to {most} s a run"
-    return f"{sum(seconds) / 60:.1f} min in all, {each}"
+    return f"{(sum(seconds) - shared) / 60:.1f} min in all, {each}"
