@@ -15,7 +15,7 @@ from ssync_pl.functional.distill import LossKind
 from ssync_pl.regularizer import SSyncRegularizer
 from ssync_pl.schedule import Phase
 from ssync_pl.session import HostSession, adapter_from
-from ssync_pl.wrapped_step import WrappedMethod, loss_of, step_logger, with_loss
+from ssync_pl.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
 
 __all__ = ["SSyncHooks"]
 
@@ -275,7 +275,9 @@ class SSyncHooks:
                 return output
             batch = args[0] if args else kwargs.get("batch")
             maps = session.collect(batch, self.config)
-            total, verdict = self.engine.apply(loss, maps, trainer.global_step, step_logger(host, maps.shape[0]))
+            due = phase in (Phase.ON, Phase.WAIT) and session.log_steps.due(trainer)
+            log = step_logger(host, maps.shape[0]) if due else None
+            total, verdict = self.engine.apply(loss, maps, trainer.global_step, log)
         heed(verdict, trainer)
         return with_loss(output, total)
 
@@ -286,6 +288,7 @@ class _Session(HostSession):
     def __init__(self, host: Any, adapter: str | HostAdapter, grid: tuple[int, int] | None) -> None:
         super().__init__(host, adapter, grid)
         self.step: WrappedMethod | None = None
+        self.log_steps = LogSteps()
 
     def wrap(self, run: Callable[..., Any]) -> None:
         self.step = WrappedMethod(self.host, "training_step", run, "SSync")

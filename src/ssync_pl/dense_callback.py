@@ -17,7 +17,7 @@ from ssync_pl.extra_parameters import average_gradients, join_state, split_state
 from ssync_pl.functional.dense_alignment import DenseAlignment
 from ssync_pl.hosts.feature_host import FeatureHost, FeatureHostOutput
 from ssync_pl.schedule import steps_of
-from ssync_pl.wrapped_step import WrappedMethod, loss_of, step_logger, with_loss
+from ssync_pl.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
 
 __all__ = ["DenseAlignmentCallback"]
 
@@ -105,6 +105,7 @@ class DenseAlignmentCallback(L.Callback):
         self._capture: Capture | None = None
         self._wrapped: list[WrappedMethod] = []
         self._checked = False
+        self._log_steps = LogSteps()
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -334,9 +335,10 @@ class DenseAlignmentCallback(L.Callback):
         finally:
             capture.close()
             capture.clear()
-        log = step_logger(host, len(seen.targets))
-        log("dense/encoder_loss", dense.encoder_loss.detach())
-        log("dense/decoder_loss", dense.decoder_loss.detach())
-        log("dense/redundancy_loss", dense.redundancy_loss.detach())
-        log("dense/weight", losses.weight if now >= losses.start_step else 0.0)
+        if self._log_steps.due(trainer):
+            log = step_logger(host, len(seen.targets))
+            log("dense/encoder_loss", dense.encoder_loss.detach())
+            log("dense/decoder_loss", dense.decoder_loss.detach())
+            log("dense/redundancy_loss", dense.redundancy_loss.detach())
+            log("dense/weight", losses.weight if now >= losses.start_step else 0.0)
         return with_loss(output, loss + dense.loss)

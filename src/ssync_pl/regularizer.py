@@ -12,6 +12,8 @@ from ssync_pl.config import SSyncConfig
 from ssync_pl.engine import SSyncEngine, check_first, heed, tell_never_started
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.maps import SSyncMaps
+from ssync_pl.schedule import Phase
+from ssync_pl.wrapped_step import LogSteps
 
 __all__ = ["SSyncRegularizer"]
 
@@ -53,6 +55,7 @@ class SSyncRegularizer:
             ssync = SSyncConfig(**(ssync or {}))
         self.ssync_config = ssync
         self._ssync_engine = SSyncEngine(ssync)
+        self._ssync_log_steps = LogSteps()
         self._ssync_checked = False
         save: Callable[..., None] = self.save_hyperparameters  # type: ignore[attr-defined]
         save({"ssync": asdict(ssync)})
@@ -97,7 +100,9 @@ use ssync_loss(maps).
             maps = maps if isinstance(maps, SSyncMaps) else maps()
             check_first(maps, type(self).__name__, self.ssync_config)
             self._ssync_checked = True
-        total, verdict = self._ssync_engine.apply(loss, maps, trainer.global_step, self._log_ssync)
+        counts = self._ssync_engine.phase(trainer.global_step) in (Phase.ON, Phase.WAIT)
+        log = self._log_ssync if counts and self._ssync_log_steps.due(trainer) else None
+        total, verdict = self._ssync_engine.apply(loss, maps, trainer.global_step, log)
         heed(verdict, trainer)
         return total
 
@@ -110,6 +115,7 @@ use ssync_loss(maps).
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit":
             self._ssync_engine = SSyncEngine(self.ssync_config)
+            self._ssync_log_steps = LogSteps()
             self._ssync_checked = False
 
     def on_fit_start(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssync_pl.errors import HostError
 
-__all__ = ["WrappedMethod", "loss_of", "step_logger", "with_loss"]
+__all__ = ["LogSteps", "WrappedMethod", "loss_of", "step_logger", "with_loss"]
 
 
 class WrappedMethod:
@@ -129,6 +129,47 @@ def with_loss(output: Any, total: Tensor) -> Any:
     output = copy.copy(output)
     output["loss"] = total
     return output
+
+
+class LogSteps:
+    """Says in which training steps numbers are worth logging.
+
+    Lightning takes half a millisecond for each number that is logged, and drops it unless the step is one of
+    ``log_every_n_steps``. In each pass the first step counts too, so that ``callback_metrics`` has the names.
+
+    Example:
+        >>> import types
+        >>> epoch_loop = types.SimpleNamespace(_batches_that_stepped=0)
+        >>> trainer = types.SimpleNamespace(current_epoch=0, log_every_n_steps=3, should_stop=False,
+        ...     fit_loop=types.SimpleNamespace(epoch_loop=epoch_loop))
+        >>> steps = LogSteps()
+        >>> for epoch_loop._batches_that_stepped in range(4):
+        ...     print(steps.due(trainer))
+        True
+        False
+        True
+        False
+    """
+
+    def __init__(self) -> None:
+        self._pass: int | None = None
+
+    def due(self, trainer: Any) -> bool:
+        """Say whether this step's numbers are logged; called once in each step that has some.
+
+        Args:
+            trainer: The Trainer.
+
+        Returns:
+            Also True for a Trainer that does not tell its steps.
+        """
+        first = trainer.current_epoch != self._pass
+        self._pass = trainer.current_epoch
+        loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+        stepped, every = getattr(loop, "_batches_that_stepped", None), getattr(trainer, "log_every_n_steps", None)
+        if first or not isinstance(stepped, int) or not isinstance(every, int):
+            return True
+        return (every > 0 and (stepped + 1) % every == 0) or trainer.should_stop
 
 
 def step_logger(host: Any, batch_size: int) -> Callable[..., None]:

@@ -72,6 +72,32 @@ def test_logged_by_the_logger_and_only_once_it_is_on(tmp_path):
     assert steps == ["2", "3"]
 
 
+def test_only_steps_that_are_written_down_are_logged(tmp_path):
+    """Each number costs Lightning half a millisecond, whether it is kept or not."""
+    counted = []
+
+    class Count(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            log = pl_module.log
+
+            def count(name, value, **options):
+                if name.startswith("ssync/"):
+                    counted.append(trainer.global_step)
+                log(name, value, **options)
+
+            pl_module.log = count
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = fit(make_host(), make_callback(warmup_steps=1), Count(), steps=9, logger=logger, log_every_n_steps=4)
+    # Those that the logger keeps, and the first of each pass, so that the names are there.
+    later_passes = range(len(make_loader()), 9, len(make_loader()))
+    assert sorted(set(counted)) == sorted({1, 3, 7, *later_passes})
+    assert set(trainer.callback_metrics) >= NAMES
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    assert [row.split(",")[header.index("step")] for row in rows[1:]] == ["3", "7"]
+
+
 def test_losses_are_shown_in_the_progress_bar():
     shown = []
 
