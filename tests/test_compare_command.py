@@ -254,8 +254,9 @@ def gone(folder, timeout=30):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGKILL, 2), (signal.SIGINT, 2), (signal.SIGKILL, 1)])
+def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number, processes):
+    """With one process, the run with SSync goes on from the warm-up of the other one."""
     config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "data", max_steps=120)
 
     def words(name):
@@ -267,7 +268,7 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
             "--seeds",
             "1",
             "--processes",
-            "2",
+            str(processes),
             "--no-report",
         ]
 
@@ -289,6 +290,8 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in ours] == [
         {k: v for k, v in row.items() if k not in TIMES} for row in theirs
     ]
+    shared = json.loads((runs_of(tmp_path / "broken")["with"] / "run.json").read_text())["shared_steps"]
+    assert shared > 0 or processes == 2
     for name, folder in runs_of(tmp_path / "broken").items():
         assert read_curve(folder / "metrics.csv") == read_curve(runs_of(tmp_path / "whole")[name] / "metrics.csv")
 

@@ -96,6 +96,9 @@ def judge(difference: Estimate | None, better: int) -> str:
     return "better" if up == (better > 0) else "worse"
 
 
+_COST = " A step is the median of the later half of a training. A warm-up that runs share is in the time of each."
+
+
 def group_tables(group: Group) -> list[Table]:
     """Tables of a data set and slot count, without columns and tables that have no number.
 
@@ -113,7 +116,8 @@ def group_tables(group: Group) -> list[Table]:
         rows = [_variant(group, name, found) for name in group.variants]
         rows += [_reference(group, prefix, name, found) for prefix, name in REFERENCES.items()]
         rows = [row for row in rows if not row.reference or any(cell.value != "–" for cell in row.cells)]
-        tables.append(Table(title, _caption(group), tuple(score.label for score in found), tuple(rows)))
+        caption = _caption(group) + (_COST if sheet == "cost" else "")
+        tables.append(Table(title, caption, tuple(score.label for score in found), tuple(rows)))
     return tables
 
 
