@@ -20,8 +20,8 @@ from ssync_pl.files import write_bytes
 __all__ = ["Share", "Switch", "plan_sharing", "refuse_late", "shared_steps", "take_over"]
 
 
-# What can go on in the middle of a pass. Another module may draw other batches there.
 _UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path")
+# What can go on in the middle of a pass. Another module may draw other batches there.
 _RESUMABLE = ("SyntheticDataModule", "ShardDataModule")
 
 
