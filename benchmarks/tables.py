@@ -24,6 +24,7 @@ MAIN = ("video_fg_ari", "video_ari", "video_mbo", "boundary_f")
 HOSTS = (
     ("quality_main", "SlotContrast, `c` from above, 11 slots"),
     ("quality_videosaur", "VideoSAUR, `c` from above, 11 slots"),
+    ("quality_cluttered", "SlotContrast, `cluttered`, 11 slots"),
     ("quality_solv", "SOLV, `c` from above, 7 slots"),
 )
 _LABELS = {score.key: score.label for score in SCORES}
