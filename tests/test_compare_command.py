@@ -26,7 +26,7 @@ from .compare.conftest import standin_environment, tiny_config, write_tiny
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN = "standin_recorder.StandIn"
 SWITCHED_ON = 8  # half of the steps
-TIMES = {"wall_seconds", "cpu_seconds", "date"}
+TIMES = {"wall_seconds", "cpu_seconds", "shared_steps", "date"}
 
 
 @pytest.fixture(scope="module")
