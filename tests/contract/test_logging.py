@@ -73,7 +73,7 @@ def test_logged_by_the_logger_and_only_once_it_is_on(tmp_path):
 
 
 def test_only_steps_that_are_written_down_are_logged(tmp_path):
-    """Each number costs Lightning half a millisecond, whether it is kept or not."""
+    """Each number is work for Lightning, whether it is kept or not."""
     counted = []
 
     class Count(L.Callback):
