@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import platform
 import statistics
 import sys
 from datetime import date
@@ -75,7 +76,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--data", help="root of the generated data (default: the configuration's)")
     parser.add_argument("--clusters", type=int, nargs="+", default=[7, 11, 15])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="of place")
-    parser.add_argument("--seeds", type=int, default=5, help="k-means starts")
+    parser.add_argument("--seeds", type=int, default=3, help="k-means starts")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "feature_kmeans.csv")
     options = parser.parse_args(args)
     words = ["--config", str(options.config), "--data.init_args.data_seed=1", "--data.init_args.num_validation=96"]
@@ -87,7 +88,15 @@ def main(args: list[str] | None = None) -> int:
                 found = score(batches, grid, clusters, weight, seed)
                 sys.stderr.write(f"{clusters} clusters, weight {weight}, seed {seed}: {found['video_fg_ari']:.3f}\n")
                 facts = {"clusters": clusters, "position_weight": weight, "seed": seed}
-                rows.append({**facts, **found, "torch": torch.__version__, "date": date.today().isoformat()})
+                rows.append(
+                    {
+                        **facts,
+                        **found,
+                        "device": f"CPU {platform.machine()}",
+                        "torch": torch.__version__,
+                        "date": date.today().isoformat(),
+                    }
+                )
             mine = [row for row in rows if (row["clusters"], row["position_weight"]) == (clusters, weight)]
             means = ", ".join(f"{name} {statistics.mean(row[name] for row in mine):.3f}" for name in SCORES[:3])
             sys.stdout.write(f"{clusters} clusters, weight of place {weight}: {means}\n")

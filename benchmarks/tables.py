@@ -136,7 +136,7 @@ def hosts_table() -> str:
     """Every host that was run: with minus without."""
     body = []
     for name, words in HOSTS:
-        rows = [row for row in read_results(RESULTS / f"{name}.csv") if row["slots"] == _slots(name)]
+        rows = read_results(RESULTS / f"{name}.csv")
         for variant in dict.fromkeys(row["variant"] for row in rows):
             if variant == "without":
                 continue
@@ -161,11 +161,6 @@ def exploration_table() -> str:
             cells.append(" · ".join(f"{mean:.3f}" for mean in means) + f" ({len(chosen)})" if chosen else "")
         body.append([variant, *cells])
     return grid(["variant", *(f"{count} slots" for count in counts)], body)
-
-
-def _slots(name: str) -> str:
-    rows = read_results(RESULTS / f"{name}.csv")
-    return rows[0]["slots"]
 
 
 TABLES: dict[str, Callable[[], str]] = {

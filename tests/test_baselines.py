@@ -117,7 +117,7 @@ def test_kmeans_padded_frames_do_not_shape_the_clusters():
     [
         (torch.zeros(2, 3, 4, 4), {}, ShapeError, r"\(T, H, W, 3\) or \(B, T, 3, H, W\), but got \(2, 3, 4, 4\)"),
         (torch.zeros(2, 4, 4, 3, dtype=torch.long), {}, ShapeError, "uint8 or float, but got torch.int64"),
-        (torch.zeros(1, 1, 1, 3), {}, ShapeError, "at least 2 pixels a video, but got 1"),
+        (torch.zeros(1, 1, 1, 3), {}, ShapeError, "at least 2 points a video, but got 1"),
         (torch.zeros(2, 4, 4, 3), {"iterations": -1}, ConfigError, "iterations >= 0"),
         (torch.zeros(2, 4, 4, 3), {"frame_mask": torch.ones(2)}, ShapeError, "bool with a value for each of 1 x 2"),
     ],

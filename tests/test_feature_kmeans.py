@@ -37,7 +37,7 @@ def test_padded_frames_do_not_shape_the_clusters():
         ((2, 16, 3), {}, ShapeError, "to be float"),
         ((1, 2, 15, 3), {}, ShapeError, r"N = 4 \* 4"),
         ((1, 2, 16, 3), {"num_clusters": 0}, ConfigError, "num_clusters >= 1"),
-        ((1, 2, 16, 3), {"num_clusters": 33}, ShapeError, "at least 33 patches"),
+        ((1, 2, 16, 3), {"num_clusters": 33}, ShapeError, "at least 33 points"),
         ((1, 2, 16, 3), {"frame_mask": torch.ones(1, 3, dtype=torch.bool)}, ShapeError, "frame_mask"),
     ],
 )

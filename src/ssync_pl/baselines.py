@@ -132,35 +132,81 @@ def kmeans_rgb(
         )
     if not (video.is_floating_point() or video.dtype == torch.uint8):
         raise ShapeError(f"Expected argument `video` to be uint8 or float, but got {video.dtype}.")
+    check_settings(num_clusters, iterations, position_weight)
+    pixels = video.unsqueeze(0) if single else video.movedim(2, -1)
+    batch, frames, height, width = pixels.shape[:4]
+    pixels = pixels.float() / 255 if video.dtype == torch.uint8 else pixels.float()
+    if position_weight > 0:
+        pixels = torch.cat([pixels, position_weight * _positions(pixels)], dim=-1)
+    result = cluster(pixels.flatten(2, 3), num_clusters, iterations, seed, frame_mask).view(
+        batch, frames, height, width
+    )
+    return result[0] if single else result
+
+
+def check_settings(num_clusters: int, iterations: int, position_weight: float) -> None:
+    """Refuse settings of k-means that are out of range.
+
+    Args:
+        num_clusters: At least 1.
+        iterations: At least 0.
+        position_weight: At least 0.
+
+    Raises:
+        ConfigError: One is not.
+
+    Example:
+        >>> check_settings(2, 20, 0.0)
+    """
     if num_clusters < 1 or iterations < 0 or position_weight < 0:
         raise ConfigError(
             "Expected num_clusters >= 1, iterations >= 0 and position_weight >= 0, "
             f"but got {num_clusters}, {iterations} and {position_weight}."
         )
-    pixels = video.unsqueeze(0) if single else video.movedim(2, -1)
-    batch, frames, height, width = pixels.shape[:4]
-    if frames * height * width < num_clusters:
+
+
+def cluster(
+    points: Tensor, num_clusters: int, iterations: int = 20, seed: int = 0, frame_mask: Tensor | None = None
+) -> Tensor:
+    """Lloyd's k-means of the points of each video, over the whole clip, with a k-means++ start.
+
+    Args:
+        points: `(B, T, P, D)`, float.
+        num_clusters: Number of clusters.
+        iterations: Lloyd steps at most; ends early when no centre moves.
+        seed: Of the start.
+        frame_mask: bool `(B, T)` or `(T,)`, False for padded frames, which do not shape the clusters.
+
+    Returns:
+        Long labels `(B, T, P)` in `[0, num_clusters)`.
+
+    Raises:
+        ShapeError: There are fewer points than clusters, or the mask does not fit.
+
+    Example:
+        >>> cluster(torch.tensor([[[[0.0], [1.0]], [[0.0], [1.0]]]]), 2).unique().tolist()
+        [0, 1]
+    """
+    batch, frames, count = points.shape[:3]
+    if frames * count < num_clusters:
         raise ShapeError(
-            f"Expected at least {num_clusters} pixels a video, but got {frames * height * width}. Use fewer clusters."
+            f"Expected at least {num_clusters} points a video, but got {frames * count}. Use fewer clusters."
         )
-    pixels = pixels.float() / 255 if video.dtype == torch.uint8 else pixels.float()
-    if position_weight > 0:
-        pixels = torch.cat([pixels, position_weight * _positions(pixels)], dim=-1)
-    mask = torch.ones(batch, frames, dtype=torch.bool) if frame_mask is None else frame_mask.reshape(-1, frames)
+    mask = torch.ones(batch, frames, dtype=torch.bool) if frame_mask is None else frame_mask
+    mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != (batch, frames) or mask.dtype != torch.bool:
         raise ShapeError(
             f"Expected argument `frame_mask` to be bool with a value for each of {batch} x {frames} frames, "
             f"but got {mask.dtype} of shape {tuple(mask.shape)}."
         )
-    weights = mask.to(pixels.device)[:, :, None].expand(batch, frames, height * width).flatten(1).float()
-    points = pixels.flatten(1, 3)
-    per_group = max(1, _GROUP_ELEMENTS // (points.shape[1] * num_clusters))
+    weights = mask.to(points.device)[:, :, None].expand(batch, frames, count).flatten(1).float()
+    flat = points.flatten(1, 2)
+    per_group = max(1, _GROUP_ELEMENTS // (flat.shape[1] * num_clusters))
     labels = [
-        _lloyd(points[start : start + per_group], weights[start : start + per_group], num_clusters, iterations, seed)
+        _lloyd(flat[start : start + per_group], weights[start : start + per_group], num_clusters, iterations, seed)
         for start in range(0, batch, per_group)
     ]
-    result = torch.cat(labels).view(batch, frames, height, width) if labels else pixels[..., 0].long()
-    return result[0] if single else result
+    return (torch.cat(labels) if labels else flat[..., 0].long()).view(batch, frames, count)
 
 
 def _positions(pixels: Tensor) -> Tensor:

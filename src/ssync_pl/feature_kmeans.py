@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssync_pl.baselines import _lloyd
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.baselines import check_settings, cluster
+from ssync_pl.errors import ShapeError
 
 __all__ = ["kmeans_features"]
 
@@ -51,27 +51,12 @@ def kmeans_features(
             f"Expected argument `features` to be float (B, T, N, D) with N = {grid[0]} * {grid[1]}, but got "
             f"{features.dtype} of shape {tuple(features.shape)}."
         )
-    if num_clusters < 1 or iterations < 0 or position_weight < 0:
-        raise ConfigError(
-            "Expected num_clusters >= 1, iterations >= 0 and position_weight >= 0, "
-            f"but got {num_clusters}, {iterations} and {position_weight}."
-        )
-    batch, frames, patches = features.shape[:3]
-    if frames * patches < num_clusters:
-        raise ShapeError(f"Expected at least {num_clusters} patches a video, but got {frames * patches}.")
-    mask = torch.ones(batch, frames, dtype=torch.bool) if frame_mask is None else frame_mask
-    if mask.shape != (batch, frames) or mask.dtype != torch.bool:
-        raise ShapeError(
-            f"Expected argument `frame_mask` to be bool ({batch}, {frames}), but got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}."
-        )
+    check_settings(num_clusters, iterations, position_weight)
     points = features.float()
     if position_weight > 0:
         longer = max(max(grid) - 1, 1)
         axes = [torch.arange(size, device=points.device) / longer for size in grid]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
         scale = position_weight * points.square().sum(-1).mean().sqrt()
-        points = torch.cat([points, (scale * places).expand(batch, frames, -1, -1)], dim=-1)
-    weights = mask.to(points.device)[:, :, None].expand(batch, frames, patches).flatten(1).float()
-    labels = _lloyd(points.flatten(1, 2), weights, num_clusters, iterations, seed)
-    return labels.view(batch, frames, *grid)
+        points = torch.cat([points, (scale * places).expand(*points.shape[:2], -1, -1)], dim=-1)
+    return cluster(points, num_clusters, iterations, seed, frame_mask).unflatten(2, grid)

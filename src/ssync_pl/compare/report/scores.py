@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ssync_pl.compare.collect import COLUMNS as RUN_COLUMNS
 from ssync_pl.compare.statistics import Estimate
 
 __all__ = ["COLUMNS", "MAIN", "REFERENCES", "SCORES", "SHEETS", "Score", "in_words"]
@@ -76,26 +77,7 @@ REFERENCES = {"untrained": "untrained host", "grid": "fixed grid", "kmeans_rgb":
 """Baselines without learning: prefix of their columns, and name."""
 
 _REFERENCE_SCORES = [score.key for score in SCORES if score.sheet == "scores"] + ["used_slots"]
-COLUMNS = (
-    *("set", "slots", "variant", "seed", "step"),
-    *(score.key for score in SCORES if score.sheet == "scores"),
-    *("boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"),
-    *(score.key for score in SCORES if score.sheet == "encoder"),
-    *("probe_position_r2", "probe_color_r2", "probe_shape_accuracy"),
-    *(
-        "step_ms",
-        "peak_mib",
-        "wall_seconds",
-        "cpu_seconds",
-        "shared_steps",
-        "merged_slots",
-        "recipe",
-        "device",
-        "torch",
-        "date",
-    ),
-    *(f"{prefix}_{key}" for prefix in REFERENCES for key in _REFERENCE_SCORES),
-)
+COLUMNS = (*RUN_COLUMNS, *(f"{prefix}_{key}" for prefix in REFERENCES for key in _REFERENCE_SCORES))
 """Columns of `results.csv`."""
 
 
