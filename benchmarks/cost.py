@@ -34,8 +34,8 @@ from _timing import device_facts, graph_seconds, interleaved, spread, write_rows
 from tqdm import tqdm
 
 from ssync_pl import SSyncMaps
-from ssync_pl.functional import ssync_loss
-from ssync_pl.functional.dense_alignment import decoder_consistency, encoder_consistency
+from ssync_pl.method import ssync_loss
+from ssync_pl.rivals.dense_alignment import decoder_consistency, encoder_consistency
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECTED, FROZEN = 64, 384

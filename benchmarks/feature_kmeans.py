@@ -19,11 +19,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from ssync_pl.doctor.configured import from_configuration
-from ssync_pl.feature_kmeans import kmeans_features
-from ssync_pl.files import write_bytes
+from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.tools.doctor.configured import from_configuration
+from ssync_pl.tools.feature_kmeans import kmeans_features
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo")

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssync_pl import AttachedSSync, SSyncConfig, SSyncMaps, attach
-from ssync_pl.engine import SSyncEngine
-from ssync_pl.functional.dense_alignment import DenseAlignment
 from ssync_pl.hosts import SOLV, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.plugin.engine import SSyncEngine
+from ssync_pl.rivals.dense_alignment import DenseAlignment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HOSTS = ("videosaur", "slotcontrast", "solv", "savi")

@@ -15,7 +15,7 @@ from pathlib import Path
 from ssync_pl.compare.collect import number, read_results
 from ssync_pl.compare.report.scores import SCORES, in_words
 from ssync_pl.compare.statistics import Estimate, estimate, paired_difference
-from ssync_pl.files import write_bytes
+from ssync_pl.data.files import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,9 +13,9 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from ssync_pl.baselines import cached_baselines, format_table, grid_partition, kmeans_rgb, score_baselines
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
+from ssync_pl.tools.baselines import cached_baselines, format_table, grid_partition, kmeans_rgb, score_baselines
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_cache_without_a_writable_folder_computes_each_time(tmp_path: Path, monk
         raise PermissionError("read-only file system")
 
     # Permissions do not bind the superuser, so the refusal is played.
-    monkeypatch.setattr("ssync_pl.baselines.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("ssync_pl.tools.baselines.tempfile.mkstemp", refuse)
     compute = Counter()
-    with caplog.at_level(logging.INFO, logger="ssync_pl.baselines"):
+    with caplog.at_level(logging.INFO, logger="ssync_pl.tools.baselines"):
         for expected in (1.0, 2.0):
             assert cached_baselines(tmp_path / "b.json", {"slots": 8}, compute)["grid"]["video_mbo"] == expected
     assert "read-only file system" in caplog.text
@@ -232,7 +232,7 @@ def test_cache_leaves_no_temporary_file_when_replacing_fails(tmp_path: Path, mon
     def refuse(*_: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("ssync_pl.baselines.os.replace", refuse)
+    monkeypatch.setattr("ssync_pl.tools.baselines.os.replace", refuse)
     cached_baselines(tmp_path / "b.json", {}, Counter())
     assert os.listdir(tmp_path) == []
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssync_pl import SSyncMaps
-from ssync_pl.functional import ssync_loss
+from ssync_pl.method import ssync_loss
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

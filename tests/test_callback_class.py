@@ -8,8 +8,8 @@ import lightning.pytorch as L
 import pytest
 
 from ssync_pl import SSyncCallback
-from ssync_pl.callback import callback_class
 from ssync_pl.errors import ConfigError
+from ssync_pl.plugin.callback import callback_class
 
 
 class _OldCallback:

@@ -9,10 +9,10 @@ import yaml
 
 from ssync_pl import __version__
 from ssync_pl.cli import main
-from ssync_pl.config_command import packaged_config
+from ssync_pl.cli.config_command import packaged_config
 from ssync_pl.data import load_shards
-from ssync_pl.parser_errors import explain_parser_error
-from ssync_pl.progress import progress_bar
+from ssync_pl.tools.parser_errors import explain_parser_error
+from ssync_pl.tools.progress import progress_bar
 
 HOST = {
     "num_slots": 3,
@@ -341,7 +341,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def stop(words: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssync_pl.data_commands.run_data", stop)
+    monkeypatch.setattr("ssync_pl.cli.data_commands.run_data", stop)
     assert main(["data", "convert", "videos"]) == 130
     assert "The same command goes on" in capsys.readouterr().err
     assert main(["data", "check"]) == 130
@@ -352,9 +352,9 @@ def test_a_run_of_unknown_length_says_what_to_set() -> None:
     from types import SimpleNamespace
 
     from ssync_pl import SSyncConfig
-    from ssync_pl.engine import SSyncEngine
     from ssync_pl.errors import ConfigError
     from ssync_pl.hosts.schedules import schedule_for
+    from ssync_pl.plugin.engine import SSyncEngine
 
     with pytest.raises(ConfigError, match="max_steps"):
         SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1))

@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from ssync_pl.cli import main
+from ssync_pl.cli.compare_command import run_compare
 from ssync_pl.compare.collect import read_results
 from ssync_pl.compare.curves import read_curve
-from ssync_pl.compare_command import run_compare
 from ssync_pl.data.convert.locking import exclusive
 from ssync_pl.errors import ConfigError
 
@@ -199,13 +199,13 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     def stop(words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssync_pl.compare_command.run_compare", stop)
+    monkeypatch.setattr("ssync_pl.cli.compare_command.run_compare", stop)
     assert main(["compare"]) == 130
     assert "The same command goes on where this one was stopped." in capsys.readouterr().err
 
 
 def start(words, keep_steps=5):
-    code = "import sys; from ssync_pl.cli import main; import ssync_pl.compare_command as command\n"
+    code = "import sys; from ssync_pl.cli import main; import ssync_pl.cli.compare_command as command\n"
     code += f"run = command.run_compare\ncommand.run_compare = lambda words: run(words, {STANDIN!r}, {keep_steps})\n"
     code += "sys.exit(main(['compare', *sys.argv[1:]]))"
     return subprocess.Popen(

@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 
-import ssync_pl.engine
+import ssync_pl.plugin.engine
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
-from ssync_pl.engine import SSyncEngine, heed
 from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.guard import GuardVerdict
-from ssync_pl.maturity import watched
-from ssync_pl.schedule import Phase
+from ssync_pl.plugin.engine import SSyncEngine, heed
+from ssync_pl.plugin.guard import GuardVerdict
+from ssync_pl.plugin.maturity import watched
+from ssync_pl.plugin.schedule import Phase
 
 
 def random_maps(seed=0, slots=3, **extra):
@@ -43,7 +43,7 @@ def test_off_returns_the_very_same_loss_and_does_not_call_maps():
 
 
 def test_watch_returns_the_very_same_loss_and_counts(monkeypatch):
-    monkeypatch.setattr(ssync_pl.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
+    monkeypatch.setattr(ssync_pl.plugin.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
     engine, loss, logs = started(warmup_steps=10, guard_window=2), torch.tensor(1.0), []
     total, _ = engine.apply(loss, random_maps, 8, lambda name, value, prog_bar=False: logs.append(name))
     assert total is loss

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssync_pl.extra_parameters import average_gradients, join_state, split_state, with_parameters
+from ssync_pl.rivals.extra_parameters import average_gradients, join_state, split_state, with_parameters
 
 
 def stepped(groups):

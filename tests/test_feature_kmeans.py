@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ssync_pl.baselines import kmeans_rgb
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.feature_kmeans import kmeans_features
+from ssync_pl.tools.baselines import kmeans_rgb
+from ssync_pl.tools.feature_kmeans import kmeans_features
 
 
 def test_three_channels_are_clustered_as_colours_are():

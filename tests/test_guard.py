@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssync_pl.guard import CollapseGuard, GuardVerdict
+from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict
 
 
 def used(encoder, decoder=8.0):

@@ -39,7 +39,7 @@ def run(code):
     [
         "import ssync_pl",
         "from ssync_pl import SSyncConfig, SSyncMaps, SSyncOutput, attach, ssync_loss",
-        "import ssync_pl.functional, ssync_pl.maps, ssync_pl.errors, ssync_pl.adapters",
+        "import ssync_pl.method, ssync_pl.method.maps, ssync_pl.errors, ssync_pl.adapters",
     ],
 )
 def test_pulls_in_nothing_heavy(statement):
@@ -87,4 +87,7 @@ def test_unknown_name_lists_the_names():
 
 
 def test_submodules_stay_reachable():
-    assert run("import ssync_pl.maps, json; print(json.dumps(ssync_pl.maps.SSyncMaps.__name__))") == "SSyncMaps"
+    assert (
+        run("import ssync_pl.method.maps, json; print(json.dumps(ssync_pl.method.maps.SSyncMaps.__name__))")
+        == "SSyncMaps"
+    )

@@ -12,10 +12,10 @@ def command():
     print(json.dumps(sys.argv))
     return 7
 """
-RUN = "import sys; from ssync_pl.lightning_command import main; sys.exit(main())"
+RUN = "import sys; from ssync_pl.cli.lightning_command import main; sys.exit(main())"
 ISOLATED = """
 from importlib import metadata
-import ssync_pl.lightning_command as command
+import ssync_pl.cli.lightning_command as command
 def absent(name):
     raise metadata.PackageNotFoundError(name)
 command.metadata.distribution = absent

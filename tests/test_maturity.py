@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-import ssync_pl.engine
+import ssync_pl.plugin.engine
 from ssync_pl import SSyncConfig, SSyncMaps, attach, ssync_loss
-from ssync_pl.engine import SSyncEngine
 from ssync_pl.hosts import SlotContrast
-from ssync_pl.maturity import Maturity, watched
-from ssync_pl.schedule import Phase
+from ssync_pl.plugin.engine import SSyncEngine
+from ssync_pl.plugin.maturity import Maturity, watched
+from ssync_pl.plugin.schedule import Phase
 
 
 def verdicts(rows, threshold=0.9, window=1):
@@ -153,7 +153,7 @@ def test_state_only_with_maturity():
 
 
 def test_the_loss_is_not_computed_while_waiting(monkeypatch):
-    monkeypatch.setattr(ssync_pl.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
+    monkeypatch.setattr(ssync_pl.plugin.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
     loss = torch.tensor(1.0)
     assert engine_with().apply(loss, APART, 50)[0] is loss
 

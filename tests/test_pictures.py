@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncCallback, SSyncPictures, pictures
+from ssync_pl import SSyncCallback, SSyncPictures
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError
+from ssync_pl.tools import pictures
 
 SLOTS, FRAMES, SIZE = 3, 4, 16
 

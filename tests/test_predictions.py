@@ -20,12 +20,12 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssync_pl import predictions
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
-from ssync_pl.predict import video_files
-from ssync_pl.predictions import SlotPredictions
-from ssync_pl.viz import overlay_labels
+from ssync_pl.tools import predictions
+from ssync_pl.tools.predict import video_files
+from ssync_pl.tools.predictions import SlotPredictions
+from ssync_pl.tools.viz import overlay_labels
 
 SLOTS = 3
 
@@ -335,7 +335,7 @@ import sys
 import lightning.pytorch as L
 import torch
 from ssync_pl.data import ShardDataModule
-from ssync_pl.predictions import SlotPredictions
+from ssync_pl.tools.predictions import SlotPredictions
 
 
 class Host(L.LightningModule):
@@ -443,7 +443,7 @@ def test_the_command_writes_predictions_by_itself(
 def test_the_command_keeps_no_predictions_in_memory(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssync_pl.trainer_cli import run_trainer
+    from ssync_pl.tools.trainer_cli import run_trainer
 
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     monkeypatch.setattr(predictions, "mp4_available", lambda: False)
@@ -455,7 +455,7 @@ def test_the_command_keeps_no_predictions_in_memory(
 
 
 def test_a_writer_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssync_pl.trainer_cli import SSyncCLI
+    from ssync_pl.tools.trainer_cli import SSyncCLI
 
     def build(callbacks: list[L.Callback], verb: str) -> list[L.Callback]:
         cli = SSyncCLI.__new__(SSyncCLI)

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssync_pl import probe
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
-from ssync_pl.probe import ProbeSamples, join_samples, match_slots, object_facts, probe_slots, sample_slots, video_folds
+from ssync_pl.tools import probe
+from ssync_pl.tools.probe import (
+    ProbeSamples,
+    join_samples,
+    match_slots,
+    object_facts,
+    probe_slots,
+    sample_slots,
+    video_folds,
+)
 
 
 def planted(noise: float = 0.0, videos: int = 20, each: int = 15, size: int = 12, seed: int = 0) -> ProbeSamples:

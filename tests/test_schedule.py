@@ -4,7 +4,7 @@ import pytest
 
 from ssync_pl import SSyncConfig
 from ssync_pl.errors import ConfigError
-from ssync_pl.schedule import Phase, Schedule
+from ssync_pl.plugin.schedule import Phase, Schedule
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 99, 100, 1000, 100_001])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.step_seed import StepSeed
+from ssync_pl.plugin.step_seed import StepSeed
 
 QUIET = {
     "accelerator": "cpu",

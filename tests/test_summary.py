@@ -9,11 +9,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssync_pl import ValidationSummary, summary
-from ssync_pl.baselines import score_baselines
+from ssync_pl import ValidationSummary
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.tools import summary
+from ssync_pl.tools.baselines import score_baselines
 
 
 def summary_batch(seed: int) -> dict[str, Any]:

@@ -10,36 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssync_pl.attached import AttachedSSync, attach
-    from ssync_pl.callback import SSyncCallback
-    from ssync_pl.config import SSyncConfig
-    from ssync_pl.dense_callback import DenseAlignmentCallback
-    from ssync_pl.functional.ssync import SSyncOutput, ssync_loss
-    from ssync_pl.lightning_host import LightningHost
-    from ssync_pl.maps import SSyncMaps
-    from ssync_pl.pictures import SSyncPictures
-    from ssync_pl.predictions import SlotPredictions
-    from ssync_pl.regularizer import SSyncRegularizer
-    from ssync_pl.step_seed import StepSeed
-    from ssync_pl.summary import ValidationSummary
+    from ssync_pl.method.maps import SSyncMaps
+    from ssync_pl.method.ssync import SSyncOutput, ssync_loss
+    from ssync_pl.plugin.attach import AttachedSSync, attach
+    from ssync_pl.plugin.callback import SSyncCallback
+    from ssync_pl.plugin.config import SSyncConfig
+    from ssync_pl.plugin.lightning_host import LightningHost
+    from ssync_pl.plugin.regularizer import SSyncRegularizer
+    from ssync_pl.plugin.step_seed import StepSeed
+    from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
+    from ssync_pl.tools.pictures import SSyncPictures
+    from ssync_pl.tools.predictions import SlotPredictions
+    from ssync_pl.tools.summary import ValidationSummary
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AttachedSSync": "ssync_pl.attached",
-    "DenseAlignmentCallback": "ssync_pl.dense_callback",
-    "LightningHost": "ssync_pl.lightning_host",
-    "SSyncCallback": "ssync_pl.callback",
-    "SSyncConfig": "ssync_pl.config",
-    "SSyncMaps": "ssync_pl.maps",
-    "SSyncOutput": "ssync_pl.functional.ssync",
-    "SSyncPictures": "ssync_pl.pictures",
-    "SSyncRegularizer": "ssync_pl.regularizer",
-    "SlotPredictions": "ssync_pl.predictions",
-    "StepSeed": "ssync_pl.step_seed",
-    "ValidationSummary": "ssync_pl.summary",
-    "attach": "ssync_pl.attached",
-    "ssync_loss": "ssync_pl.functional.ssync",
+    "AttachedSSync": "ssync_pl.plugin.attach",
+    "DenseAlignmentCallback": "ssync_pl.rivals.dense_callback",
+    "LightningHost": "ssync_pl.plugin.lightning_host",
+    "SSyncCallback": "ssync_pl.plugin.callback",
+    "SSyncConfig": "ssync_pl.plugin.config",
+    "SSyncMaps": "ssync_pl.method.maps",
+    "SSyncOutput": "ssync_pl.method.ssync",
+    "SSyncPictures": "ssync_pl.tools.pictures",
+    "SSyncRegularizer": "ssync_pl.plugin.regularizer",
+    "SlotPredictions": "ssync_pl.tools.predictions",
+    "StepSeed": "ssync_pl.plugin.step_seed",
+    "ValidationSummary": "ssync_pl.tools.summary",
+    "attach": "ssync_pl.plugin.attach",
+    "ssync_loss": "ssync_pl.method.ssync",
 }
 
 __all__ = [

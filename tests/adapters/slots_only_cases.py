@@ -18,7 +18,7 @@ from ssync_pl.adapters.junkeun_yi_savi import JunkeunYiSaviAdapter
 from ssync_pl.adapters.locate import locate
 from ssync_pl.adapters.slotformer import SlotFormerAdapter
 from ssync_pl.adapters.sold import SoldAdapter
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 
 class Case(NamedTuple):

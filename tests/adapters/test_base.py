@@ -20,7 +20,7 @@ from ssync_pl.adapters import (
     stack_frames,
 )
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 
 class _Marked(HostAdapter):

@@ -5,7 +5,7 @@ import torch
 
 from ssync_pl.adapters.heads import joint_heads, separate_heads
 from ssync_pl.errors import ShapeError
-from ssync_pl.functional.merging import slot_coverage
+from ssync_pl.method.merging import slot_coverage
 
 B, S, HEADS, N = 2, 4, 3, 5
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssync_pl.adapters.junkeun_yi_savi import JunkeunYiSaviAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 
 def _maps(host: JunkeunYiHost) -> SSyncMaps:

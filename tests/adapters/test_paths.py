@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError, HostError, ShapeError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 Output = namedtuple("Output", ["slots", "attention"])
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ssync_pl import SSyncMaps, ssync_loss
 from ssync_pl.adapters import Capture, find_adapter
 from ssync_pl.adapters.slot_attention_package import SlotAttentionPackageAdapter
-from ssync_pl.callback import SSyncCallback
 from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.plugin.callback import SSyncCallback
 
 PATCHES = PACKAGE_GRID[0] * PACKAGE_GRID[1]
 

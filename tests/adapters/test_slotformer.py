@@ -7,7 +7,7 @@ from slotformer_hosts import SIZE, SLOTS, SlotFormerHost, own_maps, slotformer_b
 from ssync_pl import attach, ssync_loss
 from ssync_pl.adapters.slotformer import SlotFormerAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 
 def test_a_trainer_that_goes_past_the_models_call_is_served() -> None:

@@ -17,7 +17,7 @@ from ssync_pl.adapters.projections import Projection
 from ssync_pl.adapters.slots_only import SlotCall, check_updates, fold_frames, watch_slot_attention
 from ssync_pl.errors import HostError
 from ssync_pl.hosts import SAVi
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 EVERY = pytest.mark.parametrize("name", CASES)
 ONE_EACH = pytest.mark.parametrize("name", [next(iter(hosts.HOSTS)) for _, hosts in FAMILIES])

@@ -27,7 +27,7 @@ from ssync_pl.adapters.softmax_tap import SoftmaxTapAdapter
 from ssync_pl.adapters.tap import SoftmaxRecorder
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.hosts import SAVi, VideoSAUR
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 TAPS = ("softmax:binder", "softmax:painter")
 

@@ -10,7 +10,7 @@ from ssync_pl import SSyncCallback, ssync_loss
 from ssync_pl.adapters.locate import locate
 from ssync_pl.adapters.sold import SoldAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 
 class _Seen(L.Callback):

@@ -31,7 +31,7 @@ from ssync_pl.adapters import Capture, find_adapter
 from ssync_pl.adapters.solv import SolvAdapter, merge_member_logits, scatter_tokens
 from ssync_pl.errors import HostError
 from ssync_pl.hosts import SAVi
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 Run = tuple[SolvHost, Any, Capture, SSyncMaps, tuple[Tensor, Tensor, Tensor]]
 

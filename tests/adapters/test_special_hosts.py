@@ -18,9 +18,9 @@ from videosaur_fork_hosts import VideosaurHost, videosaur_batch, videosaur_loade
 
 from ssync_pl import SSyncConfig, SSyncMaps, attach, ssync_loss
 from ssync_pl.adapters import maps_on_common_grid
-from ssync_pl.callback import SSyncCallback
-from ssync_pl.engine import SSyncEngine, check_first
 from ssync_pl.errors import HostError
+from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.plugin.engine import SSyncEngine, check_first
 
 B, T, S, H, W = 2, 3, 4, 4, 4
 VALID = torch.tensor([[True, True, False, True], [True, False, True, True]])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, attach, ssync_loss
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 TAPS = ("softmax:binder", "softmax:painter")
 

@@ -14,7 +14,7 @@ from videosaur_fork_hosts import FRAME, GRID, HOSTS, T, VideosaurHost, training_
 
 from ssync_pl import SSyncMaps, ssync_loss
 from ssync_pl.adapters import VideosaurAdapter, find_adapter
-from ssync_pl.callback import SSyncCallback
+from ssync_pl.plugin.callback import SSyncCallback
 
 
 class _Totals(L.Callback):

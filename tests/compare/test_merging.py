@@ -22,7 +22,7 @@ def test_options_of_another_class_go():
 
 def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
     """LightningCLI itself, on the same files, sees the same callbacks and options."""
-    from ssync_pl.doctor.configured import from_configuration
+    from ssync_pl.tools.doctor.configured import from_configuration
 
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(tiny))
     overs = [

@@ -8,9 +8,9 @@ import yaml
 from ssync_pl.compare.matrix import Asked, build_matrix
 from ssync_pl.compare.sharing import Switch, plan_sharing, refuse_late, shared_steps, take_over
 from ssync_pl.compare.variants import Variant, make_variant
-from ssync_pl.config import SSyncConfig
-from ssync_pl.doctor.configured import from_configuration
 from ssync_pl.errors import ConfigError
+from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.tools.doctor.configured import from_configuration
 
 
 def configuration(**options):

@@ -137,7 +137,7 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     import yaml
 
     from ssync_pl.compare.matrix import Asked, build_matrix
-    from ssync_pl.doctor.configured import from_configuration
+    from ssync_pl.tools.doctor.configured import from_configuration
 
     example = Path(__file__).resolve().parents[2] / "examples" / "slotcontrast_synthetic.yaml"
     variants = ("without", "ssync-no-contrast", "threshold-0.8")

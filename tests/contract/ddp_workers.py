@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make_clips, make_host, weights
 from torch.utils.data import DataLoader
 
-from ssync_pl.guard import CollapseGuard
-from ssync_pl.maturity import Maturity
+from ssync_pl.plugin.guard import CollapseGuard
+from ssync_pl.plugin.maturity import Maturity
 
 # What each case hands to the callback, and to the strategy.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -11,8 +11,8 @@ from ddp_workers import strategy
 from tiny_hosts import fit
 from torch.utils.data import DataLoader
 
-from ssync_pl.dense_callback import DenseAlignmentCallback
 from ssync_pl.hosts import SlotContrast
+from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
 STEPS = 3
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_hosts import Recorder, TinyHost, assert_same_weights, fit, make_callback, make_clips, make_host, maps_of
 from torch.utils.data import DataLoader
 
-import ssync_pl.engine
+import ssync_pl.plugin.engine
 from ssync_pl import SSyncRegularizer
 
 MATURE = {"start": "mature", "warmup_steps": 2, "guard_window": 2}
@@ -70,7 +70,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, mixin, 
     def engine_of(host, callbacks):
         return host._ssync_engine if mixin else callbacks[0].engine
 
-    monkeypatch.setattr(ssync_pl.engine, "watched", as_if)
+    monkeypatch.setattr(ssync_pl.plugin.engine, "watched", as_if)
     # Lightning starts the epoch's data over when it resumes inside an epoch, so all batches are alike.
     data = DataLoader(make_clips(2) * 4, batch_size=2)
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)

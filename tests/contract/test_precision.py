@@ -13,8 +13,8 @@ from tiny_hosts import (
     make_host,
 )
 
-import ssync_pl.engine
-from ssync_pl.functional.labels import hard_labels
+import ssync_pl.plugin.engine
+from ssync_pl.method.labels import hard_labels
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_gradients_are_scaled_once_under_float16():
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_labels_and_losses_are_computed_in_float32(monkeypatch, precision):
     seen = []
-    real = ssync_pl.engine.ssync_loss
+    real = ssync_pl.plugin.engine.ssync_loss
 
     def spy(maps, **options):
         out = real(maps, **options)
         seen.append((maps, out))
         return out
 
-    monkeypatch.setattr(ssync_pl.engine, "ssync_loss", spy)
+    monkeypatch.setattr(ssync_pl.plugin.engine, "ssync_loss", spy)
     extra = {"precision": precision}
     if precision == "16-mixed":
         extra = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}

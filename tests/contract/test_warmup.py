@@ -16,7 +16,7 @@ from tiny_hosts import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 
-import ssync_pl.engine
+import ssync_pl.plugin.engine
 from ssync_pl.adapters import Capture
 from ssync_pl.errors import ConfigError
 
@@ -48,8 +48,8 @@ def calls(monkeypatch):
         monkeypatch.setattr(owner, name, wrapped)
 
     spy(Capture, "open", "capture")
-    spy(ssync_pl.engine, "ssync_loss", "loss")
-    spy(ssync_pl.engine, "watched", "slots")
+    spy(ssync_pl.plugin.engine, "ssync_loss", "loss")
+    spy(ssync_pl.plugin.engine, "watched", "slots")
 
     class Step(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ssync_pl import SSyncCallback
 from ssync_pl.data import ShardDataModule
 from ssync_pl.hosts import SAVi
-from ssync_pl.step_seed import StepSeed
+from ssync_pl.plugin.step_seed import StepSeed
 
 
 class Notes(L.Callback):

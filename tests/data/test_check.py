@@ -16,7 +16,7 @@ from ssync_pl.data.check import CheckReport, check_shards, group_shards, render_
 from ssync_pl.data.index import load_shards, read_index
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, MissingShardError, ShardError
-from ssync_pl.viz import encode_mp4
+from ssync_pl.tools.viz import encode_mp4
 
 
 def noise(seed: int, frames: int = 4, size: tuple[int, int] = (8, 8)) -> np.ndarray:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssync_pl.data.preview import PreviewVideo, compose_preview, draw_preview, pick_videos
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.viz import overlay_labels, slot_colors
+from ssync_pl.tools.preview import PreviewVideo, compose_preview, draw_preview, pick_videos
+from ssync_pl.tools.viz import overlay_labels, slot_colors
 
 
 def video(value: int, frames: int = 4, size: tuple[int, int] = (8, 8)) -> np.ndarray:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import yaml
 
 from ssync_pl import SSyncCallback
-from ssync_pl.doctor.advice import Wanted, hints, lines, manual_lines
-from ssync_pl.doctor.render import render_report
-from ssync_pl.doctor.report import CostReport, DoctorReport, MapReport
+from ssync_pl.tools.doctor.advice import Wanted, hints, lines, manual_lines
+from ssync_pl.tools.doctor.render import render_report
+from ssync_pl.tools.doctor.report import CostReport, DoctorReport, MapReport
 
 WANTED = Wanted(attention="softmax:a.b", masks="c:masks", masks_kind="logits", grid=(8, 18))
 GOOD = DoctorReport(

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ssync_pl.cli import main
-from ssync_pl.doctor.load import build_model, working_folder_first
+from ssync_pl.tools.doctor.load import build_model, working_folder_first
 
 BATCH = "2,2,3,4,4"
 SAVI = {

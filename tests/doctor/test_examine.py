@@ -8,12 +8,12 @@ import torch
 
 from ssync_pl import ssync_loss
 from ssync_pl.adapters import HostAdapter, PathAdapter
-from ssync_pl.doctor import examine, render_report
-from ssync_pl.doctor.advice import Wanted
-from ssync_pl.doctor.load import build_model, working_folder_first
-from ssync_pl.doctor.report import DoctorReport
 from ssync_pl.errors import HostError
 from ssync_pl.hosts import SAVi, VideoSAUR
+from ssync_pl.tools.doctor import examine, render_report
+from ssync_pl.tools.doctor.advice import Wanted
+from ssync_pl.tools.doctor.load import build_model, working_folder_first
+from ssync_pl.tools.doctor.report import DoctorReport
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssync_pl.doctor.load import build_model, load_weights, parse_batch, parse_settings, working_folder_first
 from ssync_pl.errors import ConfigError
+from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch, parse_settings, working_folder_first
 
 
 def test_a_class_a_function_or_a_model(user_folder: Path) -> None:

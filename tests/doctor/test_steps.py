@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.doctor.load import build_model, working_folder_first
-from ssync_pl.doctor.steps import describe_batch, in_trainer, is_lightning, plain_step
 from ssync_pl.errors import HostError
+from ssync_pl.tools.doctor.load import build_model, working_folder_first
+from ssync_pl.tools.doctor.steps import describe_batch, in_trainer, is_lightning, plain_step
 
 
 class Gives(nn.Module):

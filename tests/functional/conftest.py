@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssync_pl.functional import ssync
+from ssync_pl.method import ssync
 
 sys.path.insert(0, str(Path(__file__).parent))
 

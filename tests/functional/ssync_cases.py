@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from ssync_naive import naive_ssync
 
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 EXACT = ("boundary", "interior", "winners", "merged_slots", "boundary_count", "interior_count")
 CLOSE = ("boundary_fraction", "interior_fraction", "overlap_fraction", "agreement")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 
 def joined_batch() -> tuple[torch.Tensor, torch.Tensor]:

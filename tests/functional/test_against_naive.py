@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssync_cases import Case, cases, logits_of_kind, off_threshold, softmax
 
-from ssync_pl.functional import ssync_loss
+from ssync_pl.method import ssync_loss
 
 QUIET = {"deadline": None, "derandomize": True}
 

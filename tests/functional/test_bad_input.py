@@ -8,8 +8,8 @@ import torch
 from ssync_cases import run, softmax, tensors
 
 from ssync_pl.errors import ShapeError, SSyncError
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 QUIET = {"deadline": None, "derandomize": True}

@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 OUTPUTS = ("loss", "boundary_loss", "interior_loss", "encoder_labels", "decoder_labels", "boundary", "interior")
 OUTPUTS += ("winners", "merged_slots", "slot_iou", "agreement", "used_encoder_slots", "overlap_fraction")

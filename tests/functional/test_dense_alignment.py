@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional.dense_alignment import (
+from ssync_pl.rivals.dense_alignment import (
     DenseAlignment,
     decoder_consistency,
     encoder_consistency,

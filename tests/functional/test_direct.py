@@ -9,10 +9,10 @@ from ssync_cases import close_to_largest, logits_of_kind
 from torch.autograd import forward_ad
 
 from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.functional import ssync_loss
-from ssync_pl.functional.direct import _differing
-from ssync_pl.functional.regions import count_differing_neighbours
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.direct import _differing
+from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.method.regions import count_differing_neighbours
 
 FLOATS = ("loss", "boundary_loss", "interior_loss")
 OPTIONS = [
@@ -280,8 +280,8 @@ def test_compiled(dtype):
 
 def test_compiled_stages_equal_the_eager_ones():
     # What the compiler is given, run as it stands: the compiled path itself is among the slow tests.
-    from ssync_pl.functional import compiled
-    from ssync_pl.functional.direct import EAGER
+    from ssync_pl.method import compiled
+    from ssync_pl.method.direct import EAGER
 
     d, a = clip(kind="integers", dtype=torch.float64)
     probs = torch.stack([a, d]).softmax(3)

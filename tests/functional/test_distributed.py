@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from ssync_workers import CASES, batch_of, rank_step
 
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 
 @pytest.fixture(scope="module")

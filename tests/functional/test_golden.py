@@ -9,8 +9,8 @@ import torch
 from ssync_cases import close_to_largest
 from ssync_naive import naive_ssync
 
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 GOLDEN = Path(__file__).parents[1] / "golden"

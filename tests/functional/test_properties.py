@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ssync_cases import Case, logits_of_kind, run, tensors
 
 from ssync_pl.errors import SSyncError
-from ssync_pl.functional import ssync_loss
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 QUIET = {"deadline": None, "derandomize": True}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional import slot_contrast_loss
+from ssync_pl.hosts.slot_contrast import slot_contrast_loss
 
 
 def _by_loops(slots: Tensor, temperature: float, across_batch: bool, valid: Tensor | None = None) -> float:

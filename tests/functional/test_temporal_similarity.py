@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional import temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.temporal_similarity import temporal_similarity, temporal_similarity_loss
 
 
 @pytest.mark.parametrize(("shift", "threshold"), [(1, 0.0), (2, 0.0), (1, None), (1, 0.4)])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_pl.functional import slot_contrast_loss
 from ssync_pl.hosts import SlotContrast, VideoSAUR
+from ssync_pl.hosts.slot_contrast import slot_contrast_loss
 
 Build = Callable[..., Any]
 

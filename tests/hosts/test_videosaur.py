@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from ssync_pl import SSyncCallback
 from ssync_pl.adapters import find_adapter
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
+from ssync_pl.hosts.slot_contrast import slot_contrast_loss
+from ssync_pl.hosts.temporal_similarity import temporal_similarity, temporal_similarity_loss
 
 Build = Callable[..., Any]
 Batch = dict[str, Tensor]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.functional import ssync_loss
-from ssync_pl.kernels import fused_available, fused_block, kernels_hold, trial
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.method.triton import fused_available, fused_block, kernels_hold, trial
 
 INTEGERS = (
     "encoder_labels",

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.functional import ssync_loss
-from ssync_pl.kernels import fused_available
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.method.triton import fused_available
 
 HERE = Path(__file__).parent
 COMMAND = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssync_pl.official.interpolation import apply_changes, parse_yaml
+from ssync_pl.tools.official.interpolation import apply_changes, parse_yaml
 
 _SLOT_ATTENTION = """
   grouper: {name: SlotAttention, inp_dim: "${globals.DIM}", slot_dim: "${globals.DIM}", n_iters: 2, use_mlp: %s}

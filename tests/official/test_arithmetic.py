@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.official.arithmetic import evaluate
+from ssync_pl.tools.official.arithmetic import evaluate
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ssync_pl import SSyncCallback, hosts
 from ssync_pl.data import ShardDataModule
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.schedules import exponential_for
-from ssync_pl.official.convert import convert_config
+from ssync_pl.tools.official.convert import convert_config
 
 
 @pytest.fixture

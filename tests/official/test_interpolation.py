@@ -4,8 +4,8 @@ import pytest
 from public_configs import TEXTS
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.official.interpolation import parse_yaml, read_config, resolve
-from ssync_pl.official.vits import timm_name, vit_property
+from ssync_pl.tools.official.interpolation import parse_yaml, read_config, resolve
+from ssync_pl.tools.official.vits import timm_name, vit_property
 
 
 def test_references_go_to_the_root_to_neighbours_and_through_each_other():

@@ -14,7 +14,7 @@ import torch
 from input_files import moving, write_frames, write_shard, write_video
 from PIL import Image
 
-from ssync_pl.predict.tracks import slot_tracks, tracks_csv
+from ssync_pl.tools.predict.tracks import slot_tracks, tracks_csv
 
 Run = Callable[..., int]
 
@@ -141,7 +141,7 @@ def test_a_video_that_breaks_off_leaves_no_half_files(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ssync_pl.errors import ShardError
-    from ssync_pl.predict import inputs
+    from ssync_pl.tools.predict import inputs
 
     good = write_frames(tmp_path / "good", moving(2))
     torn = write_frames(tmp_path / "torn", moving(6))

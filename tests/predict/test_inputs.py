@@ -6,7 +6,7 @@ from input_files import moving, write_frames, write_shard, write_video
 from PIL import Image
 
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.predict.inputs import find_videos
+from ssync_pl.tools.predict.inputs import find_videos
 
 
 def test_every_kind_of_input(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ssync_pl.errors import ShapeError
-from ssync_pl.predict.tracks import TRACK_COLUMNS, slot_tracks, tracks_csv
+from ssync_pl.tools.predict.tracks import TRACK_COLUMNS, slot_tracks, tracks_csv
 
 
 def naive(labels, num_slots):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssync_pl.predict.video_files import FileChoice, VideoFiles, encode_label_png
-from ssync_pl.viz import color_labels
+from ssync_pl.tools.predict.video_files import FileChoice, VideoFiles, encode_label_png
+from ssync_pl.tools.viz import color_labels
 
 LABELS = np.random.default_rng(0).integers(0, 4, (5, 6, 8)).astype(np.uint8)
 FRAMES = np.zeros((5, 6, 8, 3), np.uint8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.predict.windows import cut_windows, match_slots, relabel, window_length
+from ssync_pl.tools.predict.windows import cut_windows, match_slots, relabel, window_length
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 9, 15, 16, 64, 65])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ssync_pl.errors import ShapeError
-from ssync_pl.viz import (
+from ssync_pl.tools.viz import (
     REGION_COLORS,
     color_labels,
     color_regions,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ssync_pl.errors import ShapeError
-from ssync_pl.viz import SheetRow, draw_sheet, encode_png, stack_sheets
+from ssync_pl.tools.viz import SheetRow, draw_sheet, encode_png, stack_sheets
 
 
 def solid(color: tuple[int, int, int], frames: int = 2, size: tuple[int, int] = (8, 8)) -> np.ndarray:

@@ -3,8 +3,9 @@ import io
 import numpy as np
 import pytest
 
+from ssync_pl.data import video
 from ssync_pl.errors import ShapeError
-from ssync_pl.viz import compose_frames, encode_mp4, video
+from ssync_pl.tools.viz import compose_frames, encode_mp4
 
 
 def clip(frames: int, value: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from ssync_pl.adapters.capture import Capture
 from ssync_pl.adapters.oclf import OclfAdapter
 from ssync_pl.adapters.oclf_calls import NAME_THEM, AttentionListener, MaskCall
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["AdaSlotAdapter"]
 

@@ -10,7 +10,7 @@ from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.adapters.slots_only import has_modules
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["AutoregressiveAdapter", "refuse_autoregressive"]
 

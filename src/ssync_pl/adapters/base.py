@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.errors import HostError
-from ssync_pl.functional.labels import compute_dtype
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = [
     "HostAdapter",

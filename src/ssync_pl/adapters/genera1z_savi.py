@@ -20,7 +20,7 @@ from ssync_pl.adapters.slots_only import (
     watch_slot_attention,
 )
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["Genera1zSaviAdapter"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.errors import ShapeError
-from ssync_pl.functional.labels import compute_dtype
+from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["HeadMaps", "joint_heads", "separate_heads"]
 

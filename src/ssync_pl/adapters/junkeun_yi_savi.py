@@ -17,7 +17,7 @@ from ssync_pl.adapters.heads import HeadMaps, separate_heads
 from ssync_pl.adapters.projections import Projection, take_projection
 from ssync_pl.adapters.slots_only import fold_frames, has_modules
 from ssync_pl.errors import HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["JunkeunYiSaviAdapter"]
 

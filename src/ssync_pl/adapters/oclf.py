@@ -28,7 +28,7 @@ from ssync_pl.adapters.oclf_calls import (
 )
 from ssync_pl.adapters.projections import StartOfCall, softmax_gap, take_projection
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["OclfAdapter"]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ssync_pl.adapters.base import resolve_grid
 from ssync_pl.adapters.heads import separate_heads
 from ssync_pl.errors import HostError, ShapeError
-from ssync_pl.functional.labels import compute_dtype
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["Layout", "MapKind", "Pair", "Seen", "find_pair", "join_maps", "layouts", "softmax_gap"]
 

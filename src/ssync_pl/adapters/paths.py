@@ -13,7 +13,7 @@ from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps, softmax_gap
 from ssync_pl.adapters.tap import Softmaxes, TapCapture
 from ssync_pl.errors import ConfigError, HostError, ShapeError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["MapKind", "PathAdapter", "Pick", "Place", "parse_place"]
 

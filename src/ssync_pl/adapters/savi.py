@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters.base import HostAdapter, maps_on_common_grid, register_adapter, stack_frames
 from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["SaviAdapter"]
 

@@ -15,7 +15,7 @@ from ssync_pl.adapters.paths import Pick, Place, parse_place
 from ssync_pl.adapters.projections import Projection, StartOfCall, require_projections, take_projection
 from ssync_pl.adapters.tap import Softmaxes, TapCapture
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["SlotAttentionPackageAdapter"]
 

@@ -12,8 +12,8 @@ from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.projections import Projection, take_projection
 from ssync_pl.errors import HostError
-from ssync_pl.functional.labels import compute_dtype
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["SolvAdapter", "merge_member_logits", "scatter_tokens"]
 

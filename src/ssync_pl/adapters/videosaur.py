@@ -20,7 +20,7 @@ from ssync_pl.adapters.base import (
 from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.projections import Projection, StartOfCall, require_projections, softmax_gap, take_projection
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.maps import SSyncMaps
+from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["VideosaurAdapter"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ssync_pl.compare.curves import read_curve
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
-from ssync_pl.files import write_bytes
 
 __all__ = ["BASELINES", "COLUMNS", "collect_run", "collect_runs", "number", "read_results", "write_results"]
 

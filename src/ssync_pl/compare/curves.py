@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssync_pl.files import write_bytes
+from ssync_pl.data.files import write_bytes
 
 __all__ = ["complete_curve", "join_curves", "read_curve", "set_curve_aside", "write_curve"]
 

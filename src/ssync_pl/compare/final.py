@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter, locate
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.callback import SSyncCallback
 from ssync_pl.compare.keepsakes import PictureBox
 from ssync_pl.compare.videos import ShapeTable
 from ssync_pl.errors import ConfigError
-from ssync_pl.functional.ssync import ssync_loss
 from ssync_pl.hosts.evaluation import frame_validity, resize_masks
 from ssync_pl.hosts.training import SlotHost
+from ssync_pl.method.ssync import ssync_loss
 from ssync_pl.metrics import BoundaryF, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
-from ssync_pl.probe import ProbeSamples, sample_slots
+from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.tools.probe import ProbeSamples, sample_slots
 
 __all__ = ["FinalPass", "Scores", "final_pass"]
 

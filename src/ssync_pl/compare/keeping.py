@@ -17,13 +17,13 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from ssync_pl.callback import SSyncCallback
 from ssync_pl.compare.curves import join_curves, read_curve, write_curve
 from ssync_pl.compare.processes import PIPE_VARIABLE
 from ssync_pl.compare.sharing import refuse_late
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
-from ssync_pl.files import write_bytes
-from ssync_pl.schedule import steps_of
+from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.plugin.schedule import steps_of
 
 __all__ = ["KeepRun", "die_with_parent"]
 

@@ -26,7 +26,7 @@ def prepare(words: list[str]) -> int:
     """
     # Deferred: Lightning takes seconds to import.
     from ssync_pl.compare.keeping import die_with_parent
-    from ssync_pl.doctor.configured import from_configuration
+    from ssync_pl.tools.doctor.configured import from_configuration
 
     die_with_parent()
     try:

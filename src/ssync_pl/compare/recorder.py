@@ -17,10 +17,10 @@ from ssync_pl.compare.final import FinalPass, final_pass
 from ssync_pl.compare.keepsakes import PictureBox
 from ssync_pl.compare.timing import StepClock, process_peak_mib
 from ssync_pl.compare.videos import flat_loaders, hash_keys, refuse_shared_videos
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
-from ssync_pl.files import write_bytes
 from ssync_pl.hosts.training import SlotHost
-from ssync_pl.probe import join_samples, probe_slots
+from ssync_pl.tools.probe import join_samples, probe_slots
 
 __all__ = ["RunRecorder"]
 

@@ -18,8 +18,8 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.compare.processes import child_environment, end_processes, start_process
 from ssync_pl.compare.sharing import shared_steps, take_over
 from ssync_pl.data.convert.locking import exclusive
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
-from ssync_pl.files import write_bytes
 
 __all__ = ["Failure", "is_finished", "prepare_sets", "run_all"]
 

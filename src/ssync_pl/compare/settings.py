@@ -40,7 +40,7 @@ def run_settings(
     """
     callbacks: list[dict[str, Any]] = []
     if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
-        callbacks.append({"class_path": "ssync_pl.summary.ValidationSummary", "init_args": {"untrained": True}})
+        callbacks.append({"class_path": "ssync_pl.tools.summary.ValidationSummary", "init_args": {"untrained": True}})
     callbacks.append({"class_path": recorder})
     keeps: dict[str, Any] = {"folder": str(folder)}
     if keep_steps is not None:

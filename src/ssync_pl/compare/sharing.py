@@ -14,8 +14,8 @@ from typing import Any
 
 from ssync_pl.compare.merging import callback_name, callbacks_of, class_of, merge
 from ssync_pl.compare.variants import DEFAULTS, Variant
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
-from ssync_pl.files import write_bytes
 
 __all__ = ["Share", "Switch", "plan_sharing", "refuse_late", "shared_steps", "take_over"]
 

@@ -34,7 +34,7 @@ _TOP_LEVEL = frozenset(
     ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
 _READS_MAPS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
-_DENSE = "ssync_pl.dense_callback.DenseAlignmentCallback"
+_DENSE = "ssync_pl.rivals.dense_callback.DenseAlignmentCallback"
 _DENSE_HOSTS = ("VideoSAUR", "SlotContrast", "DINOSAUR")
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ssync_pl.data.decode import member_extension, read_gz_npy_header, read_npy_header
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError
-from ssync_pl.files import write_bytes
 
 __all__ = [
     "INDEX_NAME",

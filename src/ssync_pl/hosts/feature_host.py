@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.corrector import SlotCorrector
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
@@ -21,6 +20,7 @@ from ssync_pl.hosts.nn.soft_kmeans import init_soft_kmeans_
 from ssync_pl.hosts.nn.weights import init_fan_in_
 from ssync_pl.hosts.schedules import exponential_for
 from ssync_pl.hosts.training import SlotHost
+from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["DEFAULT_SHARPNESS", "FeatureHost", "FeatureHostOutput", "build_patch_decoder", "build_slots"]
 

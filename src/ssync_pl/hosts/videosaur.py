@@ -8,8 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.functional.slot_contrast import slot_contrast_loss
-from ssync_pl.functional.temporal_similarity import temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.feature_host import (
     DEFAULT_SHARPNESS,
     FeatureHost,
@@ -21,6 +19,8 @@ from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.corrector import SlotCorrector
 from ssync_pl.hosts.nn.feature_encoder import build_feature_encoder
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
+from ssync_pl.hosts.slot_contrast import slot_contrast_loss
+from ssync_pl.hosts.temporal_similarity import temporal_similarity, temporal_similarity_loss
 
 __all__ = ["VideoSAUR"]
 

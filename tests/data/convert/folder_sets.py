@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssync_pl.cli.data_commands.convert import add_parser
 from ssync_pl.data.convert.rle import compress_counts
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
 from ssync_pl.data.reader import ShardReader
-from ssync_pl.data_commands.convert import add_parser
 
 __all__ = [
     "MADE_FRAMES",

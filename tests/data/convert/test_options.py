@@ -54,7 +54,7 @@ def test_mp4_holds_the_frames_and_refuses_odd_sizes() -> None:
 
 
 def test_mp4_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssync_pl.viz.video.mp4_available", lambda: False)
+    monkeypatch.setattr("ssync_pl.data.video.mp4_available", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install .ssync-pl\[video\]"):
         encode_video(np.zeros((1, 8, 8, 3), np.uint8), "mp4", "clip.avi")
 

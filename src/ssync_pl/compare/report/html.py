@@ -13,7 +13,7 @@ from ssync_pl.compare.report.records import Comparison, Group
 from ssync_pl.compare.report.style import STYLE
 from ssync_pl.compare.report.tables import Cell, Table
 from ssync_pl.compare.report.words import SHORT, facts, group_sentences, headline, typed_command
-from ssync_pl.viz import REGION_COLORS
+from ssync_pl.tools.viz import REGION_COLORS
 
 __all__ = ["Section", "anchor", "page"]
 

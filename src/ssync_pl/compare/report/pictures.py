@@ -15,7 +15,15 @@ from PIL import Image
 
 from ssync_pl.compare.report.records import Group, Run
 from ssync_pl.metrics.functional.assignment import linear_assignment
-from ssync_pl.viz import SheetRow, color_labels, color_regions, draw_sheet, encode_png, resize_nearest, slot_colors
+from ssync_pl.tools.viz import (
+    SheetRow,
+    color_labels,
+    color_regions,
+    draw_sheet,
+    encode_png,
+    resize_nearest,
+    slot_colors,
+)
 
 __all__ = ["Clip", "Column", "Video", "group_videos", "match_slots", "read_clips", "slot_palette", "video_sheet"]
 

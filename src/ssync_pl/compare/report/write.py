@@ -18,7 +18,7 @@ from ssync_pl.compare.report.plots import paired_figure, slots_figure
 from ssync_pl.compare.report.records import Comparison, Group, Run
 from ssync_pl.compare.report.scores import COLUMNS
 from ssync_pl.compare.report.tables import group_tables
-from ssync_pl.files import write_bytes
+from ssync_pl.data.files import write_bytes
 
 __all__ = ["results_csv", "write_report"]
 

@@ -106,7 +106,7 @@ def encode_video(video: np.ndarray, video_format: str, where: str, fps: int = 12
         raise ConfigError(f"Expected the video format to be one of {', '.join(VIDEO_FORMATS)}, but got {video_format}.")
     if video_format == "npy":
         return {"video.npy": video}
-    from ssync_pl.viz.video import encode_mp4, mp4_available
+    from ssync_pl.data.video import encode_mp4, mp4_available
 
     if not mp4_available():
         raise ConfigError(

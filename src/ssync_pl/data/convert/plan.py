@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.files import write_bytes
 
 __all__ = ["Plan", "forget_skips", "read_plan", "read_skips", "refuse_foreign_shards", "write_plan", "write_skips"]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssync_pl.data.features.codec import stored_dtype
+from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
 from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import find_member
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.files import write_bytes
 
 if TYPE_CHECKING:
     from ssync_pl.hosts.nn.backbones import FrozenBackbone

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.hosts.nn.mlp import MLP
+from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["SlotCorrector"]
 

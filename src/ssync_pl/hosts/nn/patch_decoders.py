@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.functional.labels import compute_dtype
 from ssync_pl.hosts.nn.mlp import MLP
 from ssync_pl.hosts.nn.patch_mixture import PatchMLP, linear_layers, mix_patches
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
+from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["MLPDecoder", "SlotMixerDecoder"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import HostError
-from ssync_pl.functional.labels import compute_dtype
+from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["PatchMLP", "linear_layers", "mix_patches"]
 

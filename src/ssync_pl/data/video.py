@@ -1,0 +1,124 @@
+"""Overlay videos: frames beside their overlays, encoded as MP4 with PyAV."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssync_pl.errors import ShapeError
+
+__all__ = ["Mp4Encoder", "encode_mp4", "mp4_available"]
+
+Bytes = NDArray[np.uint8]
+
+
+def mp4_available() -> bool:
+    """Tell whether PyAV, which writes the MP4 files, is installed.
+
+    Returns:
+        True when `import av` would find a package.
+
+    Example:
+        >>> isinstance(mp4_available(), bool)
+        True
+    """
+    return importlib.util.find_spec("av") is not None
+
+
+def encode_mp4(frames: Bytes, *, fps: int = 6) -> bytes:
+    """Encode frames as an H.264 video, or MPEG-4 where PyAV was built without x264.
+
+    Args:
+        frames: uint8 array (T, H, W, 3), RGB. Odd heights and widths get one white line more: the codec
+            needs even ones.
+        fps: Frames a second.
+
+    Returns:
+        The bytes of an MP4 file.
+
+    Raises:
+        ModuleNotFoundError: PyAV is not installed.
+        ShapeError: The frames are not (T, H, W, 3) with T of 1 or more.
+
+    Example:
+        >>> clip = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+        >>> not mp4_available() or encode_mp4(clip)[4:8] == b"ftyp"
+        True
+    """
+    encoder = Mp4Encoder(fps)
+    encoder.add(frames)
+    return encoder.close()
+
+
+class Mp4Encoder:
+    """Encodes a video piece by piece, so that a long one need not be in memory as a whole.
+
+    Args:
+        fps: Frames a second.
+
+    Example:
+        >>> encoder = Mp4Encoder(6)
+        >>> if mp4_available():
+        ...     encoder.add(np.zeros((2, 16, 16, 3), dtype=np.uint8))
+        ...     assert encoder.close()[4:8] == b"ftyp"
+    """
+
+    def __init__(self, fps: int = 6) -> None:
+        self.fps = fps
+        self._buffer = io.BytesIO()
+        self._container: Any = None
+        self._stream: Any = None
+
+    def add(self, frames: Bytes) -> None:
+        """Encode the next frames.
+
+        Args:
+            frames: uint8 array (T, H, W, 3), RGB, of the same size in every call. Odd heights and widths get one white
+                line more: the codec needs even ones.
+
+        Raises:
+            ModuleNotFoundError: PyAV is not installed.
+            ShapeError: The frames are not (T, H, W, 3) with T of 1 or more.
+        """
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[0] == 0:
+            raise ShapeError(f"Expected argument `frames` to be (T, H, W, 3) with T >= 1, but got {frames.shape}.")
+        if not mp4_available():
+            raise ModuleNotFoundError("Expected PyAV for MP4 files, but it is not installed. Run `pip install av`.")
+        import av
+
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+        if self._container is None:
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+            self._container = av.open(self._buffer, mode="w", format="mp4")
+            self._stream = self._container.add_stream(codec, rate=self.fps)
+            self._stream.height, self._stream.width = frames.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def close(self) -> bytes:
+        """Finish the video.
+
+        Returns:
+            The bytes of an MP4 file.
+
+        Raises:
+            ShapeError: There is no frame.
+        """
+        if self._container is None:
+            raise ShapeError("Expected at least one frame before the video is finished, but got none.")
+        self._container.mux(self._stream.encode())
+        self.discard()
+        return self._buffer.getvalue()
+
+    def discard(self) -> None:
+        """Close what is open; of an unfinished video nothing is left."""
+        if self._container is not None:
+            self._container.close()
+            self._container = self._stream = None

@@ -1,0 +1,441 @@
+"""`attach`: SSync in any training loop around PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ssync_pl.adapters import HostAdapter
+from ssync_pl.adapters.paths import MapKind
+from ssync_pl.errors import ConfigError, HostError, ShapeError, SSyncError
+from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.plugin.engine import SSyncEngine
+from ssync_pl.plugin.guard import GuardVerdict
+from ssync_pl.plugin.schedule import Phase
+from ssync_pl.plugin.session import HostSession, adapter_from
+
+__all__ = ["AttachedSSync", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    adapter: str | HostAdapter = "auto",
+    *,
+    attention: str | None = None,
+    masks: str | None = None,
+    attention_kind: MapKind = "probs",
+    masks_kind: MapKind = "probs",
+    grid: tuple[int, int] | None = None,
+    total_steps: int | None = None,
+    start_step: int = 0,
+    accumulate: int = 1,
+    config: SSyncConfig | None = None,
+    **options: Any,
+) -> AttachedSSync:
+    """Listen to a model that is trained by a loop of your own.
+
+    Inside the ``with`` block every forward pass in training mode and with gradients is heard. After it, and before the
+    next one, `AttachedSSync.loss` gives what is to be added to the loss of that step. Validation (``model.eval()`` or
+    ``torch.no_grad()``) is not heard. During the warm-up nothing is captured but the first step, which refuses a model
+    that cannot be used.
+
+    Args:
+        model: The model; what DDP or `torch.compile` made of it works too.
+        adapter: How to read the model's maps: ``"auto"`` recognises it, a name picks an adapter, or pass an adapter.
+        attention: For a model that no adapter knows: dotted path of the module that gives the attention over slots, as
+            ``"path"`` or ``"path:key"``, or as ``"softmax:path"`` for what a softmax over slots inside of it is given.
+            Needs ``masks`` too.
+        masks: The same for the decoder's object masks.
+        attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
+        masks_kind: The same for ``masks``.
+        grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
+        total_steps: Optimizer steps of the whole training; needed where the warm-up is a share of it.
+        start_step: Optimizer steps taken before, in a run that is resumed; at least 0.
+        accumulate: Calls of `AttachedSSync.loss` that make one optimizer step, at least 1.
+        config: The settings. None makes them from ``options``.
+        **options: Settings of `SSyncConfig`, as keywords.
+
+    Returns:
+        A context manager; see `AttachedSSync`.
+
+    Raises:
+        ConfigError: A setting is out of range, or settings contradict each other.
+        HostError: On entering: the model is not recognised.
+
+    Example:
+        >>> from ssync_pl.hosts import SAVi
+        >>> _ = torch.manual_seed(0)
+        >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
+        ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> with attach(model, warmup_steps=1) as ssync:
+        ...     for video in torch.rand(2, 1, 2, 3, 16, 16):
+        ...         loss = model(video).reconstruction.square().mean()
+        ...         total = loss + ssync.loss()
+        ...         optimizer.zero_grad()
+        ...         total.backward()
+        ...         optimizer.step()
+        ...         print(bool(total > loss))
+        False
+        True
+
+    Source: SSync (arXiv 2606.15527).
+    """
+    if config is not None and options:
+        raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
+    if config is not None and not isinstance(config, SSyncConfig):
+        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
+    if config is None:
+        known = SSyncConfig.__dataclass_fields__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
+        config = SSyncConfig(**options)
+    if not isinstance(model, nn.Module):
+        got = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"Expected argument `model` to be a torch.nn.Module, but got {got}. Pass the model itself.")
+    if total_steps is not None and (not isinstance(total_steps, (int, float)) or not total_steps >= 0):
+        raise ConfigError(f"Expected argument `total_steps` to be a number of at least 0, but got {total_steps!r}.")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ConfigError(f"Expected argument `accumulate` to be an integer of at least 1, but got {accumulate!r}.")
+    if not isinstance(start_step, int) or start_step < 0:
+        raise ConfigError(f"Expected argument `start_step` to be an integer of at least 0, but got {start_step!r}.")
+    spec, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
+    return AttachedSSync(model, spec, grid, config, total_steps, start_step, accumulate)
+
+
+class AttachedSSync:
+    """What `attach` returns: enter it, train, leave it.
+
+    Args:
+        model: The model.
+        adapter: ``"auto"``, a name, or an adapter.
+        grid: ``(H, W)`` patches, or None.
+        config: The settings.
+        total_steps: Optimizer steps of the whole training, or None.
+        start_step: Optimizer steps taken before.
+        accumulate: Calls of `loss` that make one optimizer step.
+
+    Attributes:
+        maps: ``(B, T, S, N)`` maps of the last step with SSync on or watching, without their graph; None before.
+        logs: Numbers of the last step with SSync on, as 0-dim tensors or numbers, by the names that the callback logs.
+        should_stop: With ``on_collapse="stop"``, True once slots have fallen out of use; the loop has to look at it.
+
+    Raises:
+        ConfigError: The warm-up is a share of a training of unknown length.
+
+    Example:
+        >>> from ssync_pl.hosts import SAVi
+        >>> ssync = AttachedSSync(SAVi(num_slots=2), "auto", None, SSyncConfig(), 100, 0, 1)
+        >>> ssync.step
+        0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | HostAdapter,
+        grid: tuple[int, int] | None,
+        config: SSyncConfig,
+        total_steps: int | None,
+        start_step: int,
+        accumulate: int,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.maps: SSyncMaps | None = None
+        self.logs: dict[str, Tensor | float] = {}
+        self.should_stop = False
+        self._adapter = adapter
+        self._grid = grid
+        self._calls = start_step * accumulate
+        self._accumulate = accumulate
+        self._engine = SSyncEngine(config)
+        if total_steps is None and config.warmup_steps is None and config.warmup_ratio > 0:
+            raise ConfigError(
+                f"Expected argument `total_steps` for warmup_ratio={config.warmup_ratio}, but got None. Give the "
+                "number of optimizer steps of the whole training, or use `warmup_steps`."
+            )
+        self._engine.start(total_steps if total_steps is not None else float("inf"))
+        self._session: HostSession | None = None
+        self._root_hook: RemovableHandle | None = None
+        self._batch: Any = None
+        self._listening = False
+        self._forwards = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far.
+
+        Returns:
+            Calls of `loss`, divided by ``accumulate``.
+
+        Example:
+            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 4, 2).step
+            4
+        """
+        return self._calls // self._accumulate
+
+    def __enter__(self) -> AttachedSSync:
+        if self._session is not None:
+            raise SSyncError("Expected `attach(...)` to be entered once at a time, but it is entered already.")
+        self._session = HostSession(self.model, self._adapter, self._grid)
+        # The frames' size may be needed for the grid, and a loop need not hand its batch over for that.
+        self._root_hook = self._session.root.register_forward_pre_hook(_RootHook(self), with_kwargs=True)
+        self._listen()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.remove()
+        if self._root_hook is not None:
+            self._root_hook.remove()
+        self._batch = None
+        message = self._engine.never_started(self.step) if kind is None else ""
+        if message:
+            warnings.warn(message, stacklevel=2)
+
+    def loss(self, host_loss: Tensor | None = None, batch: Any = None) -> Tensor:
+        """What to add to the loss of the step whose forward pass has just run. Call it once a forward pass.
+
+        Args:
+            host_loss: 0-dim loss of the model; needed with ``relative_weight``, and not changed.
+            batch: The batch, where the frames' size is needed for the grid and is not found among what the model was
+                called with.
+
+        Returns:
+            0-dim, weighted; 0 during the warm-up.
+
+        Raises:
+            SSyncError: Called outside of the ``with`` block.
+            ConfigError: ``relative_weight`` is set and ``host_loss`` is not given, or it is not a 0-dim tensor.
+            HostError: The forward pass did not run the modules with the maps, or the maps carry no gradient.
+            ShapeError: The maps do not fit each other.
+
+        Example:
+            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 0, 1).loss()
+            Traceback (most recent call last):
+                ...
+            ssync_pl.errors.SSyncError: Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.
+        """
+        term, verdict = self._term(host_loss, batch)
+        self._heed(verdict)
+        if term is not None:
+            return term
+        if host_loss is not None:
+            return host_loss.new_zeros(())
+        return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
+
+    def add(self, host_loss: Tensor, batch: Any = None) -> Tensor:
+        """The loss of the step with SSync in it: ``host_loss + loss(host_loss)``.
+
+        Args:
+            host_loss: 0-dim loss of the model.
+            batch: As in `loss`.
+
+        Returns:
+            0-dim loss to train on; ``host_loss`` itself during the warm-up.
+
+        Raises:
+            SSyncError: Called outside of the ``with`` block.
+            ConfigError: ``host_loss`` is not a 0-dim tensor.
+            HostError: As in `loss`.
+            ShapeError: As in `loss`.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> _ = torch.manual_seed(0)
+            >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
+            ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
+            >>> with attach(model, warmup_steps=0, relative_weight=0.1) as ssync:
+            ...     loss = model(torch.rand(1, 2, 3, 16, 16)).reconstruction.square().mean()
+            ...     bool(ssync.add(loss) > loss)
+            True
+        """
+        if host_loss is None:
+            raise ConfigError("Expected argument `host_loss` to be the model's loss, but got None. Use ssync.loss().")
+        term, verdict = self._term(host_loss, batch)
+        self._heed(verdict)
+        return host_loss if term is None else host_loss + term
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave forward passes out that run in training mode but are not a step, such as a teacher's.
+
+        Yields:
+            Nothing.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> with attach(SAVi(num_slots=2), warmup_steps=0) as ssync, ssync.paused():
+            ...     pass
+        """
+        before, self._listening = self._listening, False
+        if self._session is not None:
+            self._session.capture.close()
+        try:
+            yield
+        finally:
+            self._listening = before
+            if self._session is not None and before:
+                self._session.capture.open(training_only=True)
+
+    def discard(self) -> None:
+        """Forget a forward pass whose step is given up, as after a loss that is not finite. It counts as no step.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> with attach(SAVi(num_slots=2), warmup_steps=0) as ssync:
+            ...     ssync.discard()
+        """
+        if self._session is not None:
+            self._listen()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs.
+
+        Returns:
+            Plain numbers.
+
+        Example:
+            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 4, 1).state_dict()["calls"]
+            4
+        """
+        return {"calls": self._calls, **self._engine.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ConfigError: It is something else.
+
+        Example:
+            >>> ssync = AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 0, 1)
+            >>> ssync.load_state_dict({**ssync.state_dict(), "calls": 3})
+            >>> ssync.step
+            3
+        """
+        # A run without maturity may be taken up with it.
+        needed = {"calls", *self._engine.state_dict()} - {"maturity"}
+        missing = needed - set(state if isinstance(state, Mapping) else ())
+        if missing:
+            raise ConfigError(
+                f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "
+                "it. Load the state that was saved, or use `start_step`."
+            )
+        self._calls = int(state["calls"])
+        self._engine.load_state_dict(dict(state))
+        if self._session is not None:
+            self._listen()
+
+    def _term(self, host_loss: Tensor | None, batch: Any) -> tuple[Tensor | None, GuardVerdict | None]:
+        session = self._session
+        if session is None:
+            raise SSyncError("Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.")
+        if host_loss is None and self.config.relative_weight is not None:
+            raise ConfigError("Expected the model's loss beside `relative_weight`, but got None. Use ssync.add(loss).")
+        if host_loss is not None and (not isinstance(host_loss, Tensor) or host_loss.numel() != 1):
+            shape = f"shape {tuple(host_loss.shape)}" if isinstance(host_loss, Tensor) else type(host_loss).__name__
+            raise ConfigError(
+                f"Expected argument `host_loss` to be a 0-dim tensor, but got {shape}. Sum up or average the loss of "
+                "the step first."
+            )
+        step, checked = self.step, session.checked
+        try:
+            maps = None
+            if not checked or self._engine.phase(step) is not Phase.OFF:
+                maps = self._collect(session, batch)
+            if maps is None or self._engine.phase(step) is Phase.OFF:
+                term, verdict = None, None
+            else:
+                term, verdict = self._engine.term(host_loss, maps, step, self._log)
+                self.maps = maps.detach()
+        finally:
+            self._calls += 1
+            self._listen()
+        return term, verdict
+
+    def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
+        if self._forwards == 0 and session.capture.is_empty:
+            raise HostError(
+                f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "
+                f"with gradients, but none was heard: {', '.join(map(repr, session.capture.silent))} did not run. Call "
+                "model.train(), leave no_grad off, and call `loss` once after each forward pass. A model that was "
+                "compiled and run before needs torch._dynamo.reset()."
+            )
+        try:
+            return session.collect(self._batch if batch is None else batch, self.config)
+        except (HostError, ShapeError) as error:
+            if self._forwards < 2:
+                raise
+            raise type(error)(
+                f"{error} {type(self.model).__name__} ran {self._forwards} times since the last `loss`, and all of it "
+                "was taken for one step: call `loss` after each forward pass, `discard()` after one whose step is "
+                "given up, and put others into `with ssync.paused():`."
+            ) from error
+
+    def _listen(self) -> None:
+        """Forget the last step, and listen to the next one if it has to be heard."""
+        session = self._session
+        if session is None:
+            return
+        session.close()
+        self._batch = None
+        self._forwards = 0
+        self._listening = not session.checked or self._engine.phase(self.step) is not Phase.OFF
+        if self._listening:
+            session.open(training_only=True)
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._session is None or not self._listening:
+            return
+        if not module.training:
+            self._session.capture.close()
+            return
+        self._session.capture.open(training_only=True)
+        if not torch.is_grad_enabled():
+            return
+        self._forwards += 1
+        values = [*args, *kwargs.values()]
+        self._batch = next((value for value in values if isinstance(value, Mapping)), values)
+
+    def _log(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
+        self.logs[name] = value
+
+    def _heed(self, verdict: GuardVerdict | None) -> None:
+        if verdict is None:
+            return
+        if verdict.message:
+            warnings.warn(verdict.message, stacklevel=3)
+        self.should_stop = self.should_stop or verdict.stop
+
+
+class _RootHook:
+    """Hears that the host runs; a copied or pickled host keeps a hook that does nothing."""
+
+    def __init__(self, attached: AttachedSSync | None = None) -> None:
+        self.attached = attached
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.attached is not None:
+            self.attached._remember(module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+        return _RootHook()
+
+    def __reduce__(self) -> tuple[type[_RootHook], tuple[()]]:
+        return (_RootHook, ())

@@ -1,0 +1,185 @@
+"""A host with hooks on it: from one training step's tensors to checked maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ssync_pl.adapters import HostAdapter, PathAdapter, locate
+from ssync_pl.adapters.paths import MapKind
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.plugin.engine import check_first
+
+__all__ = ["HostSession", "adapter_from"]
+
+
+def adapter_from(
+    adapter: str | HostAdapter,
+    attention: str | None,
+    masks: str | None,
+    attention_kind: MapKind,
+    masks_kind: MapKind,
+    grid: tuple[int, int] | None,
+) -> tuple[str | HostAdapter, tuple[int, int] | None]:
+    """Settle the two ways to name a host's maps: by an adapter, or by the modules that give them.
+
+    Args:
+        adapter: ``"auto"``, a name, or an adapter.
+        attention: Path of the module that gives the attention over slots, or None.
+        masks: The same for the object masks.
+        attention_kind: What ``attention`` gives, ``"probs"`` or ``"logits"``.
+        masks_kind: The same for ``masks``.
+        grid: ``(H, W)`` patches, or None.
+
+    Returns:
+        What to resolve on the host, and the grid to resolve it with.
+
+    Raises:
+        ConfigError: The arguments contradict each other.
+
+    Example:
+        >>> adapter_from("auto", "corrector:masks", "decoder:masks", "probs", "probs", None)[0].name
+        'paths'
+    """
+    if (attention is None) != (masks is None):
+        raise ConfigError(
+            f"Expected arguments `attention` and `masks` to come together, but got attention={attention!r} and "
+            f"masks={masks!r}. Name both modules, or neither and let `adapter` find them."
+        )
+    if attention is not None and masks is not None:
+        if adapter != "auto":
+            raise ConfigError("Expected either `adapter` or `attention` and `masks`, but got both. Leave one out.")
+        return PathAdapter(attention, masks, attention_kind, masks_kind, grid), None
+    if attention_kind != "probs" or masks_kind != "probs":
+        raise ConfigError(
+            "Expected `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them alone. "
+            "Adapters know these of their hosts."
+        )
+    return adapter, grid
+
+
+class HostSession:
+    """Hooks on a host from `__init__` to `remove`, and the maps of each step.
+
+    Args:
+        host: The model that is trained.
+        adapter: ``"auto"``, the name of an adapter, or an adapter.
+        grid: ``(H, W)`` patches, for adapters that cannot always find it.
+
+    Raises:
+        ConfigError: There is no adapter of that name, or it takes no grid.
+        HostError: No adapter knows the host, or the named one does not.
+
+    Example:
+        >>> from ssync_pl.hosts import SAVi
+        >>> session = HostSession(SAVi(num_slots=2))
+        >>> session.adapter.name
+        'savi'
+        >>> session.remove()
+    """
+
+    def __init__(
+        self, host: nn.Module, adapter: str | HostAdapter = "auto", grid: tuple[int, int] | None = None
+    ) -> None:
+        self.host = host
+        self.adapter, self.root, self.path = locate(adapter, host, grid)
+        self.capture = self.adapter.attach(self.root)
+        self.checked = False
+
+    def open(self, training_only: bool = False) -> None:
+        """Forget what was heard before, and start to listen.
+
+        Args:
+            training_only: Leave out everything under `torch.no_grad`.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> session = HostSession(SAVi(num_slots=2))
+            >>> session.open()
+            >>> session.capture.is_open
+            True
+        """
+        self.capture.clear()
+        self.capture.open(training_only)
+
+    def close(self) -> None:
+        """Stop to listen, and let go of the step's tensors.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> HostSession(SAVi(num_slots=2)).close()
+        """
+        self.capture.close()
+        self.capture.clear()
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Listen during one training step, and let go of its tensors at the end.
+
+        Yields:
+            Nothing.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> session = HostSession(SAVi(num_slots=2))
+            >>> with session.window():
+            ...     session.capture.is_open
+            True
+        """
+        self.open()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
+        """The maps of what was heard; the first ones are checked.
+
+        Args:
+            batch: The batch of the step, for hosts whose grid follows from the size of the frames.
+            config: The settings.
+
+        Returns:
+            Maps ``(B, T, S, N)``, attached to the graph.
+
+        Raises:
+            HostError: A watched module did not run, or its maps are not what the host used.
+            ShapeError: The maps do not fit each other.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> session = HostSession(SAVi(num_slots=2))
+            >>> session.collect(None, SSyncConfig())  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+                ...
+            ssync_pl.errors.HostError: Expected the training step of SAVi to run 'corrector', 'encoder', 'decoder'...
+        """
+        self.capture.close()
+        if self.capture.is_empty:
+            raise HostError(
+                f"Expected the training step of {type(self.host).__name__} to run "
+                f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
+                f"'{self.adapter.name}' may be the wrong one, or the host was compiled and run before this training: "
+                "call torch._dynamo.reset() first. Modules inside reentrant activation checkpointing run without "
+                "gradients: use checkpoint(..., use_reentrant=False)."
+            )
+        maps = self.adapter.collect(self.capture, batch)
+        if not self.checked:
+            check_first(maps, type(self.host).__name__, config)
+            self.adapter.verify(self.capture, maps)
+            self.checked = True
+        return maps
+
+    def remove(self) -> None:
+        """Take every hook off the host. May be called again.
+
+        Example:
+            >>> from ssync_pl.hosts import SAVi
+            >>> HostSession(SAVi(num_slots=2)).remove()
+        """
+        self.capture.remove()

@@ -1,0 +1,1 @@
+"""Other regularisers of the same hosts, to compare SSync with."""
