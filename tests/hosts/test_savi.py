@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SAVi
-from ssync_pl.hosts.nn import first_frame_hints
+from ssync_pl.hosts.nn.initializers import first_frame_hints
 
 Build = Callable[..., SAVi]
 

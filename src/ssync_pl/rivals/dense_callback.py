@@ -12,7 +12,7 @@ import torch
 
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.hosts.feature_host import FeatureHost, FeatureHostOutput
+from ssync_pl.hosts.videosaur import FeatureHost, FeatureHostOutput
 from ssync_pl.plugin.schedule import steps_of
 from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
 from ssync_pl.rivals.dense_alignment import DenseAlignment

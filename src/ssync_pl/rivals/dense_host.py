@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import HostError, ShapeError
-from ssync_pl.hosts.feature_host import FeatureHost, FeatureHostOutput
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
+from ssync_pl.hosts.videosaur import FeatureHost, FeatureHostOutput
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput
 
