@@ -9,8 +9,8 @@ import pytest
 from folder_sets import rle_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from ssync_pl.data.convert.rle import compress_counts, decompress_counts, segmentation_mask
+
 from ssync_pl.errors import ConfigError, ShardError
 
 
