@@ -199,6 +199,6 @@ def test_settings_that_do_not_fit_write_nothing(tmp_path, words, message):
     with pytest.raises(ConfigError, match=message):
         convert(tmp_path / "set", tmp_path / "out", *words)
     os.rename(tmp_path / "set" / "train" / "JPEGImages", tmp_path / "set" / "train" / "Images")
-    with pytest.raises(ConfigError, match="JPEGImages|valid"):
+    with pytest.raises(ConfigError, match=r"JPEGImages|valid"):
         convert(tmp_path / "set", tmp_path / "out", "--holdout", 1, *words)
     assert not (tmp_path / "out").exists()

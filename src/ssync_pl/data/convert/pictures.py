@@ -93,7 +93,8 @@ def pair_masks(frames: Sequence[str] | None, masks: Sequence[str], where: str, f
     lonely, strays = min(found, key=lambda pair: len(pair[0]) + len(pair[1]))
     raise ShardError(
         f"Expected a mask for each of the {len(frames)} frames of {where}, but got {len(masks)} in {folder}: first "
-        f"frame without a mask {next(iter(lonely), 'none')}, first mask without a frame {next(iter(strays), 'none')}. Name each mask after its frame."
+        f"frame without a mask {next(iter(lonely), 'none')}, first mask without a frame {next(iter(strays), 'none')}. "
+        "Name each mask after its frame."
     )
 
 
