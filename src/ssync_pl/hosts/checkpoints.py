@@ -187,8 +187,8 @@ def _checked(described: tuple[str, Mapping[str, Any]], read: _ReadHost) -> dict[
     ]
     if differ:
         raise ConfigError(
-            f"Expected the configuration to describe the model of the checkpoint, but {'; '.join(differ)}. Take the one "
-            "that it was trained with."
+            f"Expected the configuration to describe the model of the checkpoint, but {'; '.join(differ)}. Take "
+            "the one that it was trained with."
         )
     return dict(options)
 

@@ -78,7 +78,7 @@ def _training_clips(pipeline: Section, options: dict[str, Any]) -> None:
         options["clip_length"] = pipeline.integer("chunk_size", 6)
         whole = not pipeline.take("sample_one_chunk_per_video", False)
     if whole and frames is None:
-        pipeline.leave("an epoch is one clip per video instead of all of its clips")
+        pipeline.note("an epoch is one clip per video instead of all of its clips")
     elif whole:
         options["clips_per_video"] = frames // options["clip_length"]
 
@@ -87,7 +87,7 @@ def _validation_clips(pipeline: Section) -> None:
     pipeline.skip("shuffle_size", "video_size")  # nothing is shuffled here, and videos are counted
     if _is_image(pipeline):
         if pipeline.take("is_video_dataset", True):
-            pipeline.leave("validation scores whole videos instead of single frames")
+            pipeline.note("validation scores whole videos instead of single frames")
         pipeline.skip("one_frame_per_video")
         return
     length = pipeline.integer("chunk_size", 6)

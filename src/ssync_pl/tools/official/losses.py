@@ -18,6 +18,7 @@ _DIRECTIONS = {
     ("dec_bd_preds", "grp_bd_labels"): "boundary_weight",
     ("grp_nbd_preds", "dec_nbd_labels"): "interior_weight",
 }
+_KINDS = ("reconstruction", "similarity", "contrast")
 _FEATURES = "encoder.backbone_features"
 
 
@@ -38,9 +39,6 @@ class Losses:
     contrast: dict[str, Any] = field(default_factory=dict)
     single_frames: bool = False
     ssync: dict[str, Any] | None = None
-
-
-_KINDS = ("reconstruction", "similarity", "contrast")
 
 
 def translate_losses(model: Section, feature_dim: int, patches: int, max_steps: int) -> Losses:
@@ -83,7 +81,7 @@ def translate_losses(model: Section, feature_dim: int, patches: int, max_steps: 
             found.single_frames = kind == _CONTRAST[1]
             found.contrast = _contrast(loss)
             if model.values.get("projector") is not None:  # only SRL has one
-                loss.leave("the contrast is SlotContrast's; SRL's of the same name is symmetric")
+                loss.note("the contrast is SlotContrast's; SRL's of the same name is symmetric")
         elif kind == "MSECLSLoss":
             pair = loss.take("pred_key"), loss.take("target_key")
             if pair not in _DIRECTIONS:
@@ -91,7 +89,7 @@ def translate_losses(model: Section, feature_dim: int, patches: int, max_steps: 
             distilled[_DIRECTIONS[pair]] = weight, loss.number("temperature", 1.0)
         elif kind in _SRL:
             loss.skip(*loss.values)
-            loss.leave(f"a loss of SRL ({kind}) that this package has not: the host trains without")
+            loss.note(f"a loss of SRL ({kind}) that this package has not: the host trains without")
         else:
             raise ConfigError(
                 f"Expected a loss that this package has at {loss.path}, but got {kind!r}: it has MSELoss, "

@@ -201,9 +201,7 @@ def _same_width(section: Section, name: str, width: int, default: Any = None) ->
         )
 
 
-def _check_sizes(
-    options: dict[str, Any], losses: Losses, image_size: int | None, sizes: tuple[int, int, int]
-) -> None:
+def _check_sizes(options: dict[str, Any], losses: Losses, image_size: int | None, sizes: tuple[int, int, int]) -> None:
     outputs, patches, feature_dim = sizes
     side = math.isqrt(patches)
     if side * side != patches:

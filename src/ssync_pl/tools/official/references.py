@@ -26,6 +26,8 @@ _VALUES_PER_REFERENCE = 50  # OmegaConf takes a millisecond for each
 _LARGEST = 1e18
 _ARITHMETIC = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.Constant)
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.UAdd, ast.USub)
+# What PyYAML lets escape beside its own errors, for example from `!!int abc`
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError)
 _OURS = "ssync_pl."  # prefix of our functions in OmegaConf's registry, which the whole process shares
 _VIT = re.compile(r"vit_(?P<size>tiny|small|base|large)_patch(?P<patch>\d+)(?:_(?P<pixels>\d+))?_\w+")
 _WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
@@ -115,9 +117,10 @@ def resolve(text: str, changes: Iterable[str] = (), source: str = "the text") ->
             f"aliases or references in {source} stand for more, or refer to themselves."
         ) from error
     except (OmegaConfBaseException, ConfigError) as error:
-        key, reason = getattr(error, "full_key", None), str(error).partition("\n")[0]  # OmegaConf adds lines of its own
+        place: Any = getattr(error, "full_key", None)
+        reason = str(error).partition("\n")[0]  # OmegaConf adds lines of its own
         reason = reason.partition("raised while resolving interpolation: ")[2] or reason
-        raise ConfigError(f"In {source}{f', {str(key)[:100]}' if key else ''}: {reason[:500]}") from error
+        raise ConfigError(f"In {source}{f', {str(place)[:100]}' if place else ''}: {reason[:500]}") from error
     finally:
         _budget.reset(token)
 
@@ -160,8 +163,8 @@ def timm_name(name: str) -> str:
     head, _, ending = name.rpartition("_")
     if ending in ("msn", "mocov3", "savi"):
         raise ConfigError(
-            f"Expected a backbone that timm has, but got {name!r}, which only the official code registers. Name another "
-            "one of the same shape, and give its file of weights by `backbone_checkpoint`."
+            f"Expected a backbone that timm has, but got {name!r}, which only the official code registers. Name "
+            "another one of the same shape, and give its file of weights by `backbone_checkpoint`."
         )
     if ending == "dinov2":
         return f"{name}.{_TAGS[ending]}"
@@ -171,7 +174,7 @@ def timm_name(name: str) -> str:
 def _parsed(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"Expected YAML, but it cannot be read ({reason}). Correct it.") from error
 
@@ -200,7 +203,8 @@ def _measure(value: Any, depth: int) -> None:
     budget = _budget.get()
     budget.depth = depth
     children = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    budget.spend(1, len(str(value)) if not children else sum(map(len, map(str, value))) if isinstance(value, dict) else 0)
+    texts = value if isinstance(value, dict) else () if isinstance(value, list) else (value,)
+    budget.spend(1, sum(len(str(text)) for text in texts))
     for child in children:
         _measure(child, depth + 1)
     budget.depth = depth
@@ -238,7 +242,7 @@ def _reference(key: str, *, _parent_: Any, _root_: Any) -> Any:
         raise ConfigError(f"Expected a value at {key}, but there is none. Name one that exists.")
     plain = OmegaConf.to_container(value, resolve=False) if isinstance(value, Container) else value
     if plain is not value and "${" in str(plain):
-        raise ConfigError(f"Expected a single value or plain values at {key}, but got references. Name them one by one.")
+        raise ConfigError(f"Expected a single value or plain values at {key}, but got references.")
     _measure(plain, budget.depth)
     return plain
 
@@ -264,7 +268,8 @@ def _folded(function: Callable[[Any, Any], Any], most: int = 100) -> Callable[..
         if not 0 < len(values) <= most or (most == 2 and len(values) < 2):
             raise ConfigError(f"Expected two numbers, but got {len(values)} values.")
         try:
-            return functools.reduce(lambda a, b: _number(function(_number(a), _number(b))), values[1:], _number(values[0]))
+            first, *others = map(_number, values)
+            return functools.reduce(lambda a, b: _number(function(a, b)), others, first)
         except ArithmeticError as error:
             raise ConfigError(f"Expected numbers of which a result is defined, but got {list(values)}.") from error
 

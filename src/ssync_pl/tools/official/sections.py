@@ -100,13 +100,15 @@ class Section:
         return child
 
     def leave(self, reason: str, *names: str) -> None:
-        """Notes for entries that are set, why they are not translated; without names, for the section itself."""
+        """Notes why entries are not translated, for those that are set."""
         for name in names:
             self._taken.add(name)
             if self.values.get(name) is not None:
                 self.findings.left_out[self.key(name)] = reason
-        if not names:
-            self.findings.left_out[self.path] = reason
+
+    def note(self, reason: str) -> None:
+        """Notes what is translated differently in this section."""
+        self.findings.left_out[self.path] = reason
 
     def skip(self, *names: str) -> None:
         """Takes entries that mean nothing to the hosts."""
