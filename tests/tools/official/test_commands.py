@@ -112,10 +112,8 @@ def test_a_configuration_tells_what_shapes_do_not(tmp_path):
     changes = ["model.decoder.renderer.hidden_dims=[16]", "globals.RENDERED=20", "globals.SLOTS=4"]
     told = host_options(write_config(tmp_path, "videosaur", *changes))
     with pytest.raises(ConfigError, match=r"decoder_hidden is \[16, 20\] instead of \[16, 16, 16\]"):
-        convert_checkpoint(
-            path, None, described=host_options(write_config(tmp_path, "videosaur", *changes)), options=CACHED
-        )
-    with pytest.raises(ConfigError, match="VideoSAUR.*DINOSAUR"):
+        convert_checkpoint(path, None, described=told, options=CACHED)
+    with pytest.raises(ConfigError, match="describes DINOSAUR"):
         convert_checkpoint(path, None, described=host_options(write_config(tmp_path, "dinosaur")), options=CACHED)
 
 
