@@ -9,7 +9,7 @@ from typing import Any
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
 from ssync_pl.errors import HostError
-from ssync_pl.method.distill import LossKind
+from ssync_pl.method.loss import LossKind
 from ssync_pl.plugin.config import CollapseAction, SSyncConfig, StartKind
 from ssync_pl.plugin.engine import SSyncEngine, heed, tell_never_started
 from ssync_pl.plugin.regularizer import SSyncRegularizer

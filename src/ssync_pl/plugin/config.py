@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.method.distill import LossKind
-from ssync_pl.method.ssync import check_options
+from ssync_pl.method.loss import LossKind, check_options
 
 __all__ = ["CollapseAction", "SSyncConfig", "StartKind"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, HostError, SSyncError
+from ssync_pl.method.loss import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict
 from ssync_pl.plugin.maturity import Maturity, watched

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssync_pl.method.ssync import mean_over_ranks
+from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.plugin.config import CollapseAction
 
 __all__ = ["CollapseGuard", "GuardVerdict"]
