@@ -13,7 +13,7 @@ from movi_records import example, frame_record, movi_features, png, write_movi
 from ssync_pl.data import ShardDataModule
 from ssync_pl.data.convert.engine import ConversionReport, Item
 from ssync_pl.data.convert.movi import EXTRA_FIELDS, MoviDecoder, convert_movi
-from ssync_pl.data.decode import decode_member, decode_video
+from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import load_shards, read_index
 from ssync_pl.data.reader import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
@@ -166,7 +166,7 @@ def test_mp4_is_small_lossy_and_keeps_the_masks(tmp_path: Path) -> None:
     with contextlib.closing(ShardReader()) as reader:
         (shard,) = load_shards(report.shards)
         data = reader.member(str(report.shards[0]), shard, shard.samples[0], "video.mp4")
-        assert decode_video(data, "video.mp4").shape == (3, 16, 16, 3)
+        assert decode_member("video.mp4", data).shape == (3, 16, 16, 3)
         del data
     np.testing.assert_array_equal(_samples(report)["000000"]["segmentations.npy.gz"], truths[0]["segmentations"])
 

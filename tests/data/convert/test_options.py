@@ -8,7 +8,7 @@ import pytest
 
 from ssync_pl.data.convert import ConversionReport
 from ssync_pl.data.convert.options import add_common, common, encode_video, print_report
-from ssync_pl.data.decode import decode_video
+from ssync_pl.data.decode import decode_member
 from ssync_pl.errors import ConfigError, ShardError
 
 
@@ -46,7 +46,7 @@ def test_mp4_holds_the_frames_and_refuses_odd_sizes() -> None:
     video = np.full((5, 16, 32, 3), 120, np.uint8)
     members = encode_video(video, "mp4", "clip.avi", fps=25)
     assert list(members) == ["video.mp4"]
-    decoded = decode_video(members["video.mp4"], "video.mp4")
+    decoded = decode_member("video.mp4", members["video.mp4"])
     assert decoded.shape == video.shape
     assert np.abs(decoded.astype(int) - 120).max() <= 3
     with pytest.raises(ShardError, match=r"clip.avi has 15 x 32, and a padded video would not fit its masks"):

@@ -60,9 +60,7 @@ def test_exif_orientation_is_followed_where_masks_do_not_count_stored_pixels(tmp
 @pytest.mark.parametrize(("content", "got"), [(b"", "an empty file"), (b"no picture", "a damaged one")])
 def test_what_is_no_picture_is_named(tmp_path, content, got):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(
-        ShardError, match=rf"frame .*a\.jpg of video 7 to be a whole jpg, png or bmp picture, but got {got}"
-    ):
+    with pytest.raises(ShardError, match=rf"frame .*a\.jpg of video 7 to be a whole picture .*got {got}"):
         read_picture(tmp_path / "a.jpg", "video 7")
 
 
@@ -71,7 +69,7 @@ def test_a_cut_picture_is_refused(tmp_path, name):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ShardError, match="whole jpg, png or bmp picture"):
+    with pytest.raises(ShardError, match="whole picture"):
         read_picture(tmp_path / name, "video 7")
 
 

@@ -48,5 +48,5 @@ def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
     at = data.index(b"\x93NUMPY")
     data[at] = 0
     path.write_bytes(data)
-    with pytest.raises(ShardError, match="key 0 to start with an NPY header"):
+    with pytest.raises(ShardError, match=r"key 0 .* NPY header"):
         verify_shard(path, ["0", "1"])

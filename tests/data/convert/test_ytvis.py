@@ -184,7 +184,7 @@ def _no_frames(content, root):
     ("damage", "message"),
     [
         (_missing_frame, r"00001\.jpg of video 12 \(vid 2 é\) to be there, but it is missing"),
-        (_cut_frame, r"00001\.jpg of video 12 \(vid 2 é\) to be a whole jpg"),
+        (_cut_frame, r"00001\.jpg of video 12 \(vid 2 é\) to be a whole picture"),
         (_other_size, r"video 12 \(vid 2 é\) to be 12 x 20 .* but got 12 x 21"),
         (_short_masks, r"instance 200 of video 12 .* each of the 4 frames, but got 3"),
         (_damaged_runs, r"frame 0 of instance 200 of video 12 .* runs of 6 pixels together instead of 12 x 20"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.pictures import read_picture, to_rgb
+from ssync_pl.data.convert.pictures import read_picture
+from ssync_pl.data.decode import decode_video, open_video, to_rgb
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["VIDEO_EXTENSIONS", "Timeline", "read_frames", "read_timeline", "select_frames"]
@@ -114,7 +114,7 @@ def read_timeline(path: Path, names: Sequence[str] | None, rate: Fraction | None
         return Timeline(_regular(len(names), rate), len(names), rate)
     if path.suffix.lower() == ".gif":
         return _gif_timeline(path, where)
-    with _Container(path, where) as (container, stream):
+    with open_video(path, where) as (container, stream):
         stored = [packet for packet in container.demux(stream) if packet.size]
         packets = [packet for packet in stored if not packet.is_discard]
         missing = _missing(container, stream, stored)
@@ -160,7 +160,8 @@ def read_frames(
     elif path.suffix.lower() == ".gif":
         source = _gif_frames(path, where)
     else:
-        source = _file_frames(path, wanted, stamp, where)
+        yield from decode_video(path, where, wanted, stamp=stamp)
+        return
     size: tuple[int, ...] | None = None
     place = 0
     seen = 0
@@ -189,89 +190,6 @@ def read_frames(
         )
 
 
-class _Container:
-    """An opened video file; every error of PyAV becomes one that names the file."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        self.path, self.where = path, where
-        self.container: Any = None
-
-    def __enter__(self) -> tuple[Any, Any]:
-        try:
-            av = importlib.import_module("av")
-        except ImportError as error:
-            raise ConfigError(
-                f"Expected PyAV to be installed to read {self.where}, but it is missing. Run "
-                '`pip install "ssync-pl[video]"`, or turn the videos into folders of frames.'
-            ) from error
-        try:
-            self.container = av.open(str(self.path))
-        except Exception as error:
-            raise self._bad(error) from error
-        if not self.container.streams.video:
-            self.container.close()
-            raise ShardError(
-                f"Expected {self.where} to hold a video stream, but it has none. Take it out of the folder."
-            )
-        return self.container, self.container.streams.video[0]
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.container.close()
-        if isinstance(error, Exception) and not isinstance(error, (ShardError, ConfigError, MemoryError)):
-            raise self._bad(error) from error
-
-    def _bad(self, error: Exception) -> ShardError:
-        empty = self.path.is_file() and self.path.stat().st_size == 0
-        got = "an empty file" if empty else f"a damaged one ({str(error).splitlines()[0] if str(error) else error!r})"
-        return ShardError(
-            f"Expected {self.where} to be a whole video file, but got {got}. Copy or encode it again, or leave such "
-            "videos out with --on-bad-sample skip."
-        )
-
-
-class _CannotSeek(Exception):
-    """The container did not go where it was told."""
-
-
-def _file_frames(
-    path: Path, wanted: Sequence[int] | None, stamp: int | None, where: str
-) -> Iterator[tuple[int, np.ndarray]]:
-    needed = None if wanted is None else set(wanted)
-    with _Container(path, where) as (container, stream):
-        first = _seek(container, stream, stamp) if wanted and wanted[0] > 0 and stamp is not None else None
-        if wanted and first is not None:
-            yield wanted[0], _upright(first, where, wanted[0])
-            yield from _pictures(container.decode(stream), wanted[0] + 1, needed, where)
-            return
-    with _Container(path, where) as (container, stream):
-        yield from _pictures(container.decode(stream), 0, needed, where)
-
-
-def _pictures(
-    frames: Iterable[Any], first: int, needed: set[int] | None, where: str
-) -> Iterator[tuple[int, np.ndarray]]:
-    for number, frame in enumerate(frames, first):
-        if needed is None or number in needed:  # the others need no conversion to RGB
-            yield number, _upright(frame, where, number)
-
-
-def _seek(container: Any, stream: Any, stamp: int) -> Any:
-    """Return the frame with this time stamp; None when the container cannot find it."""
-    try:
-        container.seek(stamp, stream=stream)
-        complete = False
-        for frame in container.decode(stream):
-            # Containers that seek by decoding time may land behind the frame, or before a key frame that it needs.
-            if frame.pts is None or frame.pts > stamp:
-                return None
-            complete = complete or bool(frame.key_frame)
-            if frame.pts == stamp:
-                return frame if complete else None
-    except Exception:  # whatever a seek does, reading from the start decides
-        return None
-    return None
-
-
 def _missing(container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
     """Say what a file lacks by its own header; None when it is whole, or when nothing tells."""
     if stream.frames:
@@ -287,16 +205,6 @@ def _missing(container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
     if promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
         return None
     return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {len(packets)} frames"
-
-
-def _upright(frame: Any, where: str, number: int) -> np.ndarray:
-    if frame.is_corrupt:
-        raise ShardError(
-            f"Expected all frames of {where} to decode, but frame {number} is damaged. Copy or encode the file again."
-        )
-    array = frame.to_ndarray(format="rgb24")
-    turn = getattr(frame, "rotation", 0)  # older PyAV does not tell
-    return np.ascontiguousarray(np.rot90(array, round(turn / 90) % 4)) if turn else array
 
 
 def _gif_timeline(path: Path, where: str) -> Timeline:

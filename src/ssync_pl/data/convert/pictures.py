@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ssync_pl.errors import ShardError
+from ssync_pl.data.decode import decode_picture
 
 __all__ = [
     "PICTURE_EXTENSIONS",
@@ -20,7 +20,6 @@ __all__ = [
     "resize_frame",
     "resize_ids",
     "short_side_size",
-    "to_rgb",
 ]
 
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
@@ -28,7 +27,6 @@ PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 
 Resample = Literal["bicubic", "bilinear", "nearest"]
 
-_FORMATS = ("JPEG", "PNG", "BMP")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -114,38 +112,6 @@ def resize_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return ids[rows[:, None], columns]
 
 
-def to_rgb(picture: Image.Image, where: str) -> np.ndarray:
-    """Turn a picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte.
-
-    Args:
-        picture: A loaded picture.
-        where: Its name, for the message.
-
-    Returns:
-        (h, w, 3) uint8.
-
-    Raises:
-        ShardError: The picture holds fractions or numbers without a known range.
-
-    Example:
-        >>> to_rgb(Image.new("RGBA", (2, 1), (200, 100, 0, 0)), "a picture").tolist()
-        [[[0, 0, 0], [0, 0, 0]]]
-    """
-    mode = picture.mode
-    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
-        # PNG knows no integers of more than 16 bits; Pillow would clip them at 255.
-        grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if mode in ("I", "F"):
-        raise ShardError(
-            f"Expected {where} to be a picture of 8 or 16 bits a channel, but got mode {mode!r}. Convert it to RGB."
-        )
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        over = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
-    return np.array(picture.convert("RGB"))
-
-
 def read_picture(path: Path, where: str, *, upright: bool = False) -> np.ndarray:
     """Read one frame.
 
@@ -165,9 +131,7 @@ def read_picture(path: Path, where: str, *, upright: bool = False) -> np.ndarray
         Traceback (most recent call last):
         ssync_pl.errors.ShardError: Expected frame none.jpg of video 7 to be there, but it is missing. ...
     """
-    place = f"frame {path} of {where}"
-    with _opened(path, place) as picture:
-        return _load(lambda: to_rgb(ImageOps.exif_transpose(picture) if upright else picture, place), place)
+    return decode_picture(path, f"frame {path} of {where}", upright=upright)
 
 
 def read_ids(path: Path, where: str) -> np.ndarray:
@@ -188,40 +152,4 @@ def read_ids(path: Path, where: str) -> np.ndarray:
         Traceback (most recent call last):
         ssync_pl.errors.ShardError: Expected mask none.png of video 7 to be there, but it is missing. ...
     """
-    place = f"mask {path} of {where}"
-    with _opened(path, place) as picture:
-        if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            raise ShardError(
-                f"Expected {place} to be a grey or palette picture whose numbers are object ids, but got a picture of "
-                f"mode {picture.mode!r}. Save the ids as a grey or palette PNG."
-            )
-        ids = _load(lambda: np.array(picture), place)
-    return ids.astype(np.uint8 if ids.dtype.itemsize == 1 else np.int64)
-
-
-def _opened(path: Path, place: str) -> Image.Image:
-    try:
-        return Image.open(path, formats=_FORMATS)
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"Expected {place} to be there, but it is missing. Download or unpack the set again."
-        ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _damaged(place, path, error) from error
-
-
-def _load(work: Any, place: str) -> Any:
-    try:
-        return work()
-    except ShardError:
-        raise
-    except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
-        raise _damaged(place, None, error) from error
-
-
-def _damaged(place: str, path: Path | None, error: BaseException) -> ShardError:
-    empty = path is not None and path.is_file() and path.stat().st_size == 0
-    got = "an empty file" if empty else f"a damaged one ({error})"
-    return ShardError(
-        f"Expected {place} to be a whole jpg, png or bmp picture, but got {got}. Download, unpack or export it again."
-    )
+    return decode_picture(path, f"mask {path} of {where}", ids=True)

@@ -1,14 +1,34 @@
-"""What the processes of the distributed test run; a module of its own, so that a spawned one can import it."""
+"""Items of a score, and what the processes of the distributed test run (spawned ones import this module)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ssync_pl.metrics import BoundaryF, ImageMIoU, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl.metrics.functional import contingency, read_scene
+
+
+def items(
+    function: Callable[..., Tensor],
+    pred: Tensor,
+    true: Tensor,
+    valid: Tensor | None = None,
+    *,
+    level: str = "video",
+    background: bool = False,
+    overlaps: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Score of each video or frame; `background`: channel 0 is dropped."""
+    counts = contingency(read_scene(pred, true, valid), background, overlaps)
+    counts = counts.foreground() if background else counts
+    return function(counts.videos() if level == "video" else counts, **options)
 
 
 def metrics_by_name() -> dict[str, Any]:
