@@ -89,7 +89,7 @@ def test_loss_options_are_arguments_of_the_loss_with_the_same_defaults():
     options = SSyncConfig().loss_options()
     parameters = inspect.signature(ssync_loss).parameters
     assert {name: parameters[name].default for name in options} == options
-    assert set(parameters) - set(options) == {"maps", "check_finite", "path"}
+    assert set(parameters) - set(options) == {"maps", "check_finite", "backend"}
 
 
 def test_loss_options_carry_the_settings():
