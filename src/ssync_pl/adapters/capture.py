@@ -150,16 +150,16 @@ class Capture:
         """Whether some watched module gave nothing."""
         return bool(self.silent)
 
-    @property
-    def bypassed(self) -> list[str]:
-        """Silent keys of modules whose ``forward`` was called past the hooks, since modules inside of them ran."""
-        heard = [module for key, module in self._modules.items() if self._records[key]]
-        found = []
+    def refuse_bypass(self) -> None:
+        """Refuses a step that went past the hooks of a module by its ``forward``, since modules inside of it ran."""
+        heard = {module for key, module in self._modules.items() if self._records[key]}
         for key in self.silent:
-            inside = set(self._modules[key].modules()) - {self._modules[key]}
-            if any(module in inside for module in heard):
-                found.append(key)
-        return found
+            if heard & {*self._modules[key].modules()} - {self._modules[key]}:
+                name = type(self._modules[key]).__name__
+                raise HostError(
+                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of {name}, such as "
+                    "self.forward(...), which goes past all hooks. Call the module itself: self(...)."
+                )
 
     def _add(self, key: str, module: nn.Module, optional: bool) -> None:
         self._records.setdefault(key, [])
@@ -264,7 +264,7 @@ def has_modules(host: Any, *paths: str) -> bool:
 
 
 def output_entry(output: Any, key: str) -> Tensor | None:
-    """Returns the tensor at a dict's key, an attribute or a position of an output, or the output for ``""``, or None."""
+    """Returns the tensor at a dict's key, an attribute or a position of an output (of no key, the output), or None."""
     value = output
     if isinstance(output, Mapping) and key:
         value = output.get(key)
