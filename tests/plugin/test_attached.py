@@ -223,7 +223,10 @@ def test_refusals_teach():
         _host_loss(model, _video())
         with pytest.raises(ConfigError, match="the model's loss beside `relative_weight`"):
             ssync.loss()
-    with attach(model, warmup_steps=5) as ssync, pytest.raises(HostError, match="none was heard: 'encoder', 'corrector'"):
+    with (
+        attach(model, warmup_steps=5) as ssync,
+        pytest.raises(HostError, match="none was heard: 'encoder'"),
+    ):
         ssync.loss()
     with attach(model, warmup_steps=0) as ssync:
         model.requires_grad_(False)
