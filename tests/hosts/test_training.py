@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.evaluation import SlotEvaluation, count_used_slots, frame_validity, mean_over_frames, resize_masks
+from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames, resize_masks
 from ssync_pl.hosts.training import SlotHost, exponential_for, schedule_for
 
 
@@ -87,18 +87,6 @@ def test_frame_validity_of_batches_without_frames() -> None:
 
 def test_mean_over_no_frames_is_zero() -> None:
     assert mean_over_frames(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
-
-
-def test_used_slots_over_the_clip_skip_padded_frames() -> None:
-    masks = torch.zeros(2, 2, 4, 2, 2)
-    masks[0, 0, 1] = 1.0
-    masks[0, 1, 2] = 1.0
-    masks[1, 0, 3, 0] = 1.0
-    masks[1, 0, 0, 1] = 1.0
-    masks[1, 1, 2] = 1.0
-    valid = torch.tensor([[True, True], [True, False]])
-    # Clip 0: slots 1 and 2 on two frames. Clip 1: slots 3 and 0 on the frame that counts.
-    assert count_used_slots(masks, valid).tolist() == [2.0, 2.0]
 
 
 def test_resize_is_bilinear_frame_by_frame() -> None:

@@ -12,8 +12,9 @@ from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics.functional import used_slots
 
-__all__ = ["SlotEvaluation", "count_used_slots", "frame_validity", "mean_over_frames", "resize_masks"]
+__all__ = ["SlotEvaluation", "frame_validity", "mean_over_frames", "resize_masks"]
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -56,15 +57,6 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     flat = rearrange(masks, "b t s h w -> (b t) s h w")
     flat = nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
     return rearrange(flat, "(b t) s h w -> b t s h w", b=masks.shape[0])
-
-
-def count_used_slots(masks: Tensor, valid: Tensor) -> Tensor:
-    """Number `(B,)` of slots whose mask, of `(B, T, S, h, w)`, is the largest at some patch of a frame that counts."""
-    # max(dim) is many times faster than argmax over a middle axis
-    labels = masks.max(dim=2, keepdim=True).indices
-    wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, labels, True)
-    wins = wins & valid[:, :, None, None, None]
-    return rearrange(wins, "b t s h w -> b s (t h w)").any(dim=-1).sum(dim=-1).float()
 
 
 class SlotEvaluation(nn.Module):
@@ -117,7 +109,7 @@ class SlotEvaluation(nn.Module):
         labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices
         self.metrics.update(labels, truth, valid)
         real = valid.any(dim=1).float()
-        self.used_slots.update(count_used_slots(masks, valid), real)
+        self.used_slots.update(used_slots(masks, valid).nan_to_num().float(), real)
         self.loss.update(loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
@@ -123,11 +124,10 @@ class SAVi(SlotHost):
         has_background: bool = True,
     ) -> None:
         super().__init__(has_background)
-        if num_slots < 1 or iterations_first < 1 or iterations_later < 1:
-            raise ConfigError(
-                "Expected arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1, "
-                f"but got {num_slots}, {iterations_first} and {iterations_later}. Use 8, 2 and 1."
-            )
+        choose("slot_init", slot_init, "gaussian", "learned", "boxes", "centres")
+        expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1"
+        counts = (num_slots, iterations_first, iterations_later)
+        require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
         self.save_hyperparameters()
         self.slot_init = slot_init
         self.carries_slots = True
@@ -138,7 +138,12 @@ class SAVi(SlotHost):
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.halvings = halvings
-        self.initializer = _initializer(slot_init, num_slots, slot_dim)
+        hint_dims = {"boxes": 4, "centres": 2}
+        self.initializer: nn.Module
+        if slot_init in hint_dims:
+            self.initializer = ConditionedSlots(num_slots, slot_dim, hint_dims[slot_init])
+        else:
+            self.initializer = (GaussianSlots if slot_init == "gaussian" else LearnedSlots)(num_slots, slot_dim)
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
@@ -174,9 +179,7 @@ class SAVi(SlotHost):
             ConfigError: `conditioning` is missing, or given to a host that takes none.
         """
         if video.ndim != 5:
-            raise ShapeError(
-                f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}. Use T = 1 for images."
-            )
+            raise ShapeError(f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}.")
         frames = video.shape[1]
         features, grid = self.encoder(rearrange(video, "b t c h w -> (b t) c h w"))
         features = rearrange(features, "(b t) n c -> b t n c", t=frames)
@@ -194,13 +197,10 @@ class SAVi(SlotHost):
         return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
 
     def _first_slots(self, batch_size: int, conditioning: Tensor | None) -> Tensor:
-        wanted = isinstance(self.initializer, ConditionedSlots)
-        if wanted != (conditioning is not None):
-            raise ConfigError(
-                f"Expected argument `conditioning` to be {'a tensor' if wanted else 'None'} with slot_init "
-                f"{self.slot_init!r}, but got {'None' if wanted else 'a tensor'}. "
-                "Only slot_init 'boxes' and 'centres' take it."
-            )
+        wanted, given = isinstance(self.initializer, ConditionedSlots), conditioning is not None
+        words = {True: "a tensor", False: "None"}
+        expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
+        require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
         return torch.as_tensor(self.initializer(batch_size if conditioning is None else conditioning))
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
@@ -248,16 +248,3 @@ class SAVi(SlotHost):
         """Build Adam with warm-up and decay over the Trainer's steps."""
         steps = self.trainer.estimated_stepping_batches
         return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
-
-
-def _initializer(kind: str, num_slots: int, slot_dim: int) -> nn.Module:
-    if kind == "gaussian":
-        return GaussianSlots(num_slots, slot_dim)
-    if kind == "learned":
-        return LearnedSlots(num_slots, slot_dim)
-    if kind in ("boxes", "centres"):
-        return ConditionedSlots(num_slots, slot_dim, hint_dim=4 if kind == "boxes" else 2)
-    raise ConfigError(
-        "Expected argument `slot_init` to be 'gaussian', 'learned', 'boxes' or 'centres', "
-        f"but got {kind!r}. Choose one."
-    )

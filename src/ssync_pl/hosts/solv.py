@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
 from ssync_pl.hosts.nn.backbones import Weights
@@ -71,9 +72,9 @@ class SOLV(SlotHost):
     batch with a warm-up over a twentieth of all steps; give the Trainer `gradient_clip_val: 1.0`. With cached features
     (`features` in the data module) set `backbone: null`, `feature_dim` and `grid`.
 
-    Differences from the public code: tokens are dropped behind the backbone instead of inside it, so that features can
+    Unlike in the public code, tokens are dropped behind the backbone instead of inside it, so that features can
     be cached; the attention that places merged slots is read at the patches of the centre frame; spreads of slots stay
-    above 0. What clusters slots is the same (complete linkage), in tensor code.
+    above 0.
 
     Args:
         num_slots: number S of slots before merging.
@@ -165,19 +166,11 @@ class SOLV(SlotHost):
         memory_efficient: bool = True,
     ) -> None:
         super().__init__(has_background)
-        if not 0.0 <= edge_probability <= 1.0 or merge_rise < 1.0:
-            raise ConfigError(
-                "Expected argument `edge_probability` to be in [0, 1] and `merge_rise` to be at least 1, but got "
-                f"{edge_probability} and {merge_rise}. Use 0.1 and 180."
-            )
-        if linking not in ("memory", "previous", "index"):
-            raise ConfigError(
-                f"Expected argument `linking` to be 'memory', 'previous' or 'index', but got {linking!r}. Choose one."
-            )
-        if not 0.0 <= token_drop < 1.0:
-            raise ConfigError(f"Expected argument `token_drop` to be in [0, 1), but got {token_drop}. Use 0.5.")
-        if link_by not in ("slots", "features"):
-            raise ConfigError(f"Expected argument `link_by` to be 'slots' or 'features', but got {link_by!r}.")
+        require(0.0 <= edge_probability <= 1.0, "argument `edge_probability` to be in [0, 1]", edge_probability)
+        require(merge_rise >= 1.0, "argument `merge_rise` to be at least 1", merge_rise)
+        require(0.0 <= token_drop < 1.0, "argument `token_drop` to be in [0, 1)", token_drop)
+        choose("linking", linking, "memory", "previous", "index")
+        choose("link_by", link_by, "slots", "features")
         self.save_hyperparameters()
         self.grid = (int(grid[0]), int(grid[1]))
         self.clip_length = clip_length
@@ -202,14 +195,7 @@ class SOLV(SlotHost):
         )
         channels = self.encoder.output_dim
         self.spatial_binder = RelativeSlotAttention(
-            grid,
-            num_slots,
-            slot_dim,
-            channels,
-            iterations,
-            dropout,
-            init=corrector_init,
-            sharpness=corrector_sharpness,
+            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_linkage, merge_min_slots)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
@@ -183,17 +184,18 @@ class FeatureHost(SlotHost):
         super().__init__(has_background)
         self.save_hyperparameters(ignore=list(self.fixed))
         weights = (reconstruction_weight, similarity_weight, contrast_weight)
-        if min(weights) < 0 or reconstruction_weight + similarity_weight == 0:
-            raise ConfigError(
-                "Expected arguments `reconstruction_weight`, `similarity_weight` and `contrast_weight` to be at least "
-                f"0 and one of the first two to be above, but got {', '.join(map(str, weights))}."
-            )
-        if similarity_temperature <= 0 or similarity_shift < 1 or contrast_temperature <= 0 or predictor_blocks < 0:
-            raise ConfigError(
-                "Expected arguments `similarity_temperature` and `contrast_temperature` to be above 0, "
-                "`similarity_shift` to be at least 1 and `predictor_blocks` to be at least 0, but got "
-                f"{similarity_temperature}, {contrast_temperature}, {similarity_shift} and {predictor_blocks}."
-            )
+        expected = (
+            "`reconstruction_weight`, `similarity_weight` and `contrast_weight` from 0, one of the first two above"
+        )
+        require(min(weights) >= 0 < reconstruction_weight + similarity_weight, expected, *weights)
+        temperatures = (similarity_temperature, contrast_temperature)
+        require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
+        require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
+        require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
+        choose("slot_init", slot_init, "gaussian", "learned")
+        choose("decoder", decoder, "mlp", "mixer")
+        choose("corrector_init", corrector_init, "default", "kmeans")
+        choose("init", init, "default", "fan_in")
         self.reconstruction_weight = reconstruction_weight
         self.similarity_weight = similarity_weight
         self.similarity_temperature = similarity_temperature
@@ -226,18 +228,29 @@ class FeatureHost(SlotHost):
         predictor = None
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
-        self.initializer = _slots(slot_init, num_slots, slot_dim, slot_init_std)
+        first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
+        self.initializer: nn.Module = first_slots(
+            num_slots, slot_dim, slot_dim**-0.5 if slot_init_std is None else slot_init_std
+        )
         corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
         processor = SlotProcessor(corrector, predictor, iterations_first)
         patch_decoder: nn.Module
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
-        elif decoder == "mixer":
-            patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         else:
-            raise ConfigError(f"Expected argument `decoder` to be 'mlp' or 'mixer', but got {decoder!r}. Choose one.")
-        _init_corrector(corrector, corrector_init, corrector_sharpness)
-        _init_layers(encoder, patch_decoder, init)
+            patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
+        if corrector_init == "kmeans":
+            init_soft_kmeans_(corrector, corrector_sharpness)
+        else:
+            expected = "argument `corrector_sharpness` only with corrector_init='kmeans'"
+            require(corrector_sharpness == _SHARPNESS, expected, corrector_sharpness, advice="Leave it out.")
+        if init == "fan_in":
+            stacks = [encoder.output_transform, getattr(patch_decoder, "mlp", None)]
+            expected = "init='fan_in' only with `encoder_hidden` above 0 or decoder='mlp'"
+            require(any(stack is not None for stack in stacks), expected, "neither", advice="Leave `init` out.")
+            for stack in stacks:
+                if stack is not None:
+                    init_fan_in_(stack)
         self.encoder: nn.Module = MapOverTime(encoder) if self.is_video else encoder
         self.processor: nn.Module = ScanOverTime(processor, compile_scan) if self.is_video else processor
         self.decoder: nn.Module = MapOverTime(patch_decoder) if self.is_video else patch_decoder
@@ -506,45 +519,3 @@ class DINOSAUR(FeatureHost):
             compile_scan=False,
             **options,
         )
-
-
-def _slots(kind: str, num_slots: int, slot_dim: int, initial_std: float | None) -> nn.Module:
-    if num_slots < 1 or slot_dim < 1:
-        raise ConfigError(
-            f"Expected arguments `num_slots` and `slot_dim` to be at least 1, but got {num_slots} and {slot_dim}. "
-            "Use 8 and 64."
-        )
-    kinds = {"gaussian": GaussianSlots, "learned": LearnedSlots}
-    if kind not in kinds:
-        raise ConfigError(f"Expected argument `slot_init` to be 'gaussian' or 'learned', but got {kind!r}. Choose one.")
-    return kinds[kind](num_slots, slot_dim, slot_dim**-0.5 if initial_std is None else initial_std)
-
-
-def _init_corrector(corrector: SlotCorrector, kind: str, sharpness: float) -> None:
-    if kind not in ("default", "kmeans"):
-        raise ConfigError(
-            f"Expected argument `corrector_init` to be 'default' or 'kmeans', but got {kind!r}. Choose one."
-        )
-    if kind == "kmeans":
-        init_soft_kmeans_(corrector, sharpness)
-    elif sharpness != _SHARPNESS:
-        raise ConfigError(
-            "Expected argument `corrector_sharpness` only with corrector_init='kmeans', but got "
-            f"{sharpness} with {kind!r}. Leave it out, or set corrector_init='kmeans'."
-        )
-
-
-def _init_layers(encoder: FeatureEncoder, decoder: nn.Module, kind: str) -> None:
-    if kind not in ("default", "fan_in"):
-        raise ConfigError(f"Expected argument `init` to be 'default' or 'fan_in', but got {kind!r}. Choose one.")
-    if kind == "default":
-        return
-    candidates = (encoder.output_transform, decoder.mlp if isinstance(decoder, MLPDecoder) else None)
-    stacks = [stack for stack in candidates if stack is not None]
-    if not stacks:
-        raise ConfigError(
-            "Expected init='fan_in' with an encoder MLP (`encoder_hidden` above 0) or with decoder='mlp', but there is "
-            "neither. Leave `init` out."
-        )
-    for stack in stacks:
-        init_fan_in_(stack)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
@@ -87,18 +87,11 @@ class RelativeSlotAttention(nn.Module):
         sharpness: float | None = None,
     ) -> None:
         super().__init__()
-        if len(grid) != 2 or min(grid) < 1:
-            raise ConfigError(f"Expected argument `grid` to be two positive integers, but got {grid}. Use [24, 36].")
-        if min(num_slots, slot_dim, feature_dim, iterations) < 1:
-            raise ConfigError(
-                "Expected arguments `num_slots`, `slot_dim`, `feature_dim` and `iterations` to be at least 1, but got "
-                f"{num_slots}, {slot_dim}, {feature_dim} and {iterations}."
-            )
-        if init not in ("default", "kmeans") or (sharpness is not None and sharpness <= 0):
-            raise ConfigError(
-                "Expected arguments `corrector_init` to be 'default' or 'kmeans' and `corrector_sharpness` to be None "
-                f"or above 0, but got {init!r} and {sharpness}. Try 'kmeans' and 2."
-            )
+        require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be two positive integers", grid)
+        sizes = (num_slots, slot_dim, iterations)
+        require(min(sizes) >= 1, "`num_slots`, `slot_dim` and `iterations` to be at least 1", *sizes)
+        choose("corrector_init", init, "default", "kmeans")
+        require(sharpness is None or sharpness > 0, "`corrector_sharpness` to be None or above 0", sharpness)
         self.iterations = iterations
         self.scale = slot_dim**-0.5
         self.points = nn.Parameter(_unit_grid(grid))
@@ -198,13 +191,9 @@ class TemporalBinder(nn.Module):
 
     def __init__(self, slot_dim: int, window: int, blocks: int = 3, heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        if window < 1 or window % 2 == 0:
-            raise ConfigError(f"Expected argument `clip_length` to be odd, but got {window}. Use 5 or 3.")
-        if blocks < 1 or heads < 1 or slot_dim % heads:
-            raise ConfigError(
-                f"Expected arguments `temporal_blocks` to be at least 1 and `temporal_heads` to divide the slot size "
-                f"{slot_dim}, but got {blocks} and {heads}. Use 3 and 8."
-            )
+        require(window % 2 == 1, "argument `clip_length` to be odd", window, advice="Use 5 or 3.")
+        require(blocks >= 1, "argument `temporal_blocks` to be at least 1", blocks)
+        require(heads >= 1 and slot_dim % heads == 0, f"`temporal_heads` to divide the slot size {slot_dim}", heads)
         self.window = window
         self.place = nn.Parameter(0.02 * torch.randn(window, 1, slot_dim))
         block = nn.TransformerEncoderLayer(slot_dim, heads, 4 * slot_dim, dropout, batch_first=True)

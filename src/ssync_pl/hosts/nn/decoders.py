@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.nn.layers import MLP, init_fan_in_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
@@ -219,8 +219,7 @@ class RelativeMixtureDecoder(nn.Module):
         memory_efficient: bool = True,
     ) -> None:
         super().__init__()
-        if init not in ("default", "fan_in"):
-            raise ConfigError(f"Expected argument `init` to be 'default' or 'fan_in', but got {init!r}. Choose one.")
+        choose("init", init, "default", "fan_in")
         _check_sizes(hidden, min(patches, slot_dim, feature_dim))
         self.memory_efficient = memory_efficient
         self.place = nn.Parameter(0.02 * torch.randn(patches, slot_dim))
@@ -254,9 +253,6 @@ class RelativeMixtureDecoder(nn.Module):
 
 
 def _check_sizes(hidden: Sequence[int], patches: int) -> None:
-    if patches < 1 or not hidden or min(hidden) < 1:
-        raise ConfigError(
-            "Expected a decoder with at least 1 patch and 1 hidden layer, all sizes positive, but got "
-            f"{patches} patches and hidden sizes {list(hidden)}. Use grid=[14, 14] and "
-            "decoder_hidden=[1024, 1024, 1024]."
-        )
+    fits = patches >= 1 and len(hidden) > 0 and min(hidden) >= 1
+    expected = "a decoder with at least 1 patch and 1 hidden layer (`decoder_hidden`), all sizes positive"
+    require(fits, expected, f"{patches} patches", list(hidden))

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hints"]
 
@@ -27,7 +28,7 @@ class GaussianSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        _check_std(initial_std)
+        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.num_slots = num_slots
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
         self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
@@ -48,7 +49,7 @@ class LearnedSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        _check_std(initial_std)
+        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
     def forward(self, batch_size: int) -> Tensor:
@@ -121,11 +122,6 @@ def first_frame_hints(
     absent = nn.functional.pad(absent, (0, padding), value=True)
     order = absent.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_slots]
     return hints.gather(1, order.unsqueeze(-1).expand(-1, -1, hints.shape[-1]))
-
-
-def _check_std(initial_std: float) -> None:
-    if initial_std <= 0:
-        raise ConfigError(f"Expected the initial spread of the slots to be above 0, but got {initial_std}. Use 1.")
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "init_fan_in_"]
 
@@ -58,8 +58,7 @@ class SoftPositionEmbedding(nn.Module):
 
     def __init__(self, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        if scale < 0:
-            raise ConfigError(f"Expected argument `position_scale` to be at least 0, but got {scale}. 0 is none.")
+        require(scale >= 0, "argument `position_scale` to be at least 0", scale, advice="Use 0 for none.")
         self.scale = scale
         self.projection = nn.Linear(4, dim)
 

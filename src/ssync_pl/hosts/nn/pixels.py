@@ -10,7 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
 
 __all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]
@@ -89,11 +90,9 @@ class SpatialBroadcastDecoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_stack("decoder", channels, strides, kernel_size, init)
-        if position_std < 0 or len(broadcast_size) != 2 or min(broadcast_size) < 1:
-            raise ConfigError(
-                "Expected arguments `decoder_broadcast` to be two positive integers and `decoder_position_std` to be "
-                f"at least 0, but got {broadcast_size} and {position_std}. Use [8, 8] and 1."
-            )
+        grid = len(broadcast_size) == 2 and min(broadcast_size) >= 1
+        require(grid, "argument `decoder_broadcast` to be two positive integers", broadcast_size, advice="Use [8, 8].")
+        require(position_std >= 0, "argument `decoder_position_std` to be at least 0", position_std)
         self.broadcast_size = (broadcast_size[0], broadcast_size[1])
         growth = math.prod(strides)
         self.size = (broadcast_size[0] * growth, broadcast_size[1] * growth)
@@ -147,12 +146,8 @@ def _taps(length: int, stride: int, kernel_size: int) -> Tensor:
 
 
 def _check_stack(name: str, channels: Sequence[int], strides: Sequence[int], kernel_size: int, init: str) -> None:
-    if len(channels) == 0 or len(channels) != len(strides) or min(*channels, *strides) < 1:
-        raise ConfigError(
-            f"Expected arguments `{name}_channels` and `{name}_strides` to be two equally long lists of positive "
-            f"integers, but got {list(channels)} and {list(strides)}. Give one entry per layer to each."
-        )
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ConfigError(f"Expected argument `{name}_kernel` to be odd, but got {kernel_size}. Use 3 or 5.")
-    if init not in ("default", "fan_in"):
-        raise ConfigError(f"Expected argument `init` to be 'default' or 'fan_in', but got {init!r}. Choose one.")
+    expected = f"arguments `{name}_channels` and `{name}_strides` to be equally long lists of positive integers"
+    fits = 0 < len(channels) == len(strides) and min(*channels, *strides) >= 1
+    require(fits, expected, list(channels), list(strides), advice="Give one entry per layer to each.")
+    require(kernel_size % 2 == 1, f"argument `{name}_kernel` to be odd", kernel_size, advice="Use 3 or 5.")
+    choose("init", init, "default", "fan_in")

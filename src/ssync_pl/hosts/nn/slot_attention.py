@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import require
 from ssync_pl.hosts.nn.layers import MLP
 from ssync_pl.method.labels import compute_dtype
 
@@ -73,10 +74,8 @@ class SlotAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_iterations(iterations)
-        if eps <= 0:
-            raise ConfigError(f"Expected argument `eps` (`corrector_eps`) to be above 0, but got {eps}. Use 1e-8.")
-        if sharpness is not None and sharpness <= 0:
-            raise ConfigError(f"Expected argument `sharpness` to be None or above 0, but got {sharpness}. Try 2.")
+        require(eps > 0, "argument `eps` (`corrector_eps`) to be above 0", eps, advice="Use 1e-8.")
+        require(sharpness is None or sharpness > 0, "argument `sharpness` to be None or above 0", sharpness)
         feature_dim = slot_dim if feature_dim is None else feature_dim
         self.iterations = iterations
         self.eps = eps
@@ -196,15 +195,11 @@ def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
     Raises:
         ConfigError: features and slots have different sizes, or `sharpness` is not above 0.
     """
-    if sharpness <= 0 or not math.isfinite(sharpness):
-        raise ConfigError(f"Expected argument `corrector_sharpness` to be above 0, but got {sharpness}. Use 1.5.")
+    require(0 < sharpness < math.inf, "argument `corrector_sharpness` to be above 0", sharpness, advice="Use 1.5.")
     channels, dim = corrector.to_k.in_features, corrector.to_q.in_features
-    if channels != dim:
-        raise ConfigError(
-            "Expected features of as many channels as a slot for corrector_init='kmeans', where slots are means of "
-            f"features, but got {channels} and {dim}. Set `encoder_hidden` above 0, which projects features to the "
-            "size of a slot, or `slot_dim` to the features' channels."
-        )
+    expected = "features of as many channels as a slot for corrector_init='kmeans'"
+    advice = "Set `encoder_hidden` above 0, which projects features to the size of a slot."
+    require(channels == dim, expected, channels, dim, advice=advice)
     nn.init.orthogonal_(corrector.to_q.weight, gain=sharpness)
     corrector.to_k.weight.copy_(corrector.to_q.weight)
     nn.init.eye_(corrector.to_v.weight)
@@ -219,5 +214,4 @@ def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
 
 
 def _check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ConfigError(f"Expected argument `iterations` to be at least 1, but got {iterations}. Use 1 to 3.")
+    require(iterations >= 1, "argument `iterations` to be at least 1", iterations, advice="Use 1 to 3.")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require
 
 __all__ = ["Linkage", "MergedSlots", "SlotMerger", "agglomerate", "cosine_distances"]
 
@@ -92,13 +92,9 @@ class SlotMerger(nn.Module):
 
     def __init__(self, threshold: float | None = 0.12, linkage: Linkage = "complete", min_slots: int = 3) -> None:
         super().__init__()
-        if (threshold is not None and not 0.0 <= threshold <= 2.0) or min_slots < 1:
-            raise ConfigError(
-                "Expected arguments `merge_threshold` to be None or in [0, 2] and `merge_min_slots` to be at least 1, "
-                f"but got {threshold} and {min_slots}. Use 0.12 and 3."
-            )
-        if linkage not in ("complete", "average"):
-            raise ConfigError(f"Expected argument `merge_linkage` to be 'complete' or 'average', but got {linkage!r}.")
+        require(threshold is None or 0.0 <= threshold <= 2.0, "`merge_threshold` to be None or in [0, 2]", threshold)
+        require(min_slots >= 1, "argument `merge_min_slots` to be at least 1", min_slots)
+        choose("merge_linkage", linkage, "complete", "average")
         self.threshold = threshold
         self.linkage: Linkage = linkage
         self.min_slots = min_slots

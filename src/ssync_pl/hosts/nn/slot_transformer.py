@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["SlotTransformer", "SlotTransformerBlock"]
 
@@ -47,10 +47,7 @@ class SlotTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_hidden: int, published: bool = True) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ConfigError(
-                f"Expected the number of attention heads to divide the slot size {dim}, but got {heads}. Use 1, 2 or 4."
-            )
+        require(heads >= 1 and dim % heads == 0, f"the attention heads to divide the slot size {dim}", heads)
         self.self_attn = _Attention(dim, heads, published)
         self.linear1 = nn.Linear(dim, mlp_hidden)
         self.linear2 = nn.Linear(mlp_hidden, dim)
@@ -82,8 +79,7 @@ class SlotTransformer(nn.Module):
         self, dim: int, blocks: int, heads: int, mlp_hidden: int | None = None, published: bool = True
     ) -> None:
         super().__init__()
-        if blocks < 0:
-            raise ConfigError(f"Expected the number of transformer blocks to be at least 0, but got {blocks}. Use 1.")
+        require(blocks >= 0, "the number of transformer blocks to be at least 0", blocks)
         width = 4 * dim if mlp_hidden is None else mlp_hidden
         self.blocks = nn.ModuleList(SlotTransformerBlock(dim, heads, width, published) for _ in range(blocks))
 
