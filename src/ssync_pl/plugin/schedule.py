@@ -10,7 +10,14 @@ from typing import Any
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
-__all__ = ["Phase", "Schedule", "steps_of", "training_length"]
+__all__ = ["Phase", "Schedule", "accumulated_batches", "steps_of", "training_length"]
+
+
+def accumulated_batches(trainer: Any, epoch: int) -> int:
+    """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""
+    # Lightning's GradientAccumulationScheduler, of either namespace.
+    schedulers = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
+    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
 
 
 def training_length(trainer: Any) -> float:
@@ -25,18 +32,11 @@ def training_length(trainer: Any) -> float:
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:  # Lightning gives -1 for a loader without a length
         return math.inf
-    accumulation = next((c for c in getattr(trainer, "callbacks", ()) if _accumulates(c)), None)
-    if accumulation is None or trainer.max_epochs in (None, -1) or not math.isfinite(trainer.num_training_batches):
-        return steps
-    batches = trainer.num_training_batches
-    epochs = range(trainer.max_epochs)
-    steps = sum(math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch)) for epoch in epochs)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is None or epochs < 0 or not math.isfinite(batches):
+        return steps  # max_steps
+    steps = sum(math.ceil(batches / accumulated_batches(trainer, epoch)) for epoch in range(max(epochs, 1)))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
-
-
-def _accumulates(callback: Any) -> bool:
-    # Lightning's GradientAccumulationScheduler, of either namespace.
-    return hasattr(callback, "get_accumulate_grad_batches")
 
 
 def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "warmup") -> int:
