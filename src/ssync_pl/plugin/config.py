@@ -72,14 +72,8 @@ class SSyncConfig:
             value = getattr(self, name)
             if not fits(value):
                 raise ConfigError(f"Expected argument `{name}` to be {wanted}, but got {value!r}.")
-        check_options(
-            merge_threshold=self.merge_threshold,
-            n_bd=self.n_bd,
-            n_nbd=self.n_nbd,
-            n_noise=self.n_noise,
-            temperature=self.temperature,
-            loss=self.loss,
-        )
+        checked = ("merge_threshold", "n_bd", "n_nbd", "n_noise", "temperature", "loss")
+        check_options(**{name: getattr(self, name) for name in checked})
 
     @classmethod
     def from_options(cls, **options: Any) -> SSyncConfig:
