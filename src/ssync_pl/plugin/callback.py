@@ -140,8 +140,7 @@ class SSyncHooks:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Says from which step SSync ran, or why it never did."""
-        if trainer.is_global_zero:
-            tell_end(self.engine, trainer.global_step)
+        tell_end(self.engine, trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the host back as it was."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, HostError, SSyncError
@@ -43,6 +44,7 @@ class SSyncEngine:
         self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
         self.schedule: Schedule | None = None
         self.first_step: int | None = None
+        self._told = False
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
 
@@ -85,8 +87,10 @@ class SSyncEngine:
             return None, None
         if self.first_step is None:
             self.first_step = step
-            choice = describe_backend(maps, temperature=self.config.temperature, loss=self.config.loss)
-            _LOG.info("SSync starts at optimizer step %d on its backend '%s': %s.", step, *choice)
+        if not self._told:
+            self._told = True
+            options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend")}
+            _tell("SSync is on from optimizer step %d with backend '%s': %s.", step, *describe_backend(maps, **options))
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
@@ -172,10 +176,19 @@ def handle_verdict(verdict: GuardVerdict | None, trainer: Any) -> None:
 
 def tell_end(engine: SSyncEngine, step: int) -> None:
     """Says at the end of a training from which step SSync ran, or warns that it never did."""
-    if engine.first_step is None:
+    if engine.first_step is not None:
+        _tell(engine.summary(step))
+    elif _is_first_rank():
         warnings.warn(engine.summary(step), stacklevel=2)
-    else:
-        _LOG.info(engine.summary(step))
+
+
+def _tell(message: str, *args: object) -> None:
+    if _is_first_rank():
+        _LOG.info(message, *args)
+
+
+def _is_first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _running(average: Tensor | None, value: Tensor) -> Tensor:
