@@ -14,7 +14,6 @@ from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make
 from torch.utils.data import DataLoader
 
 from ssync_pl.plugin.guard import CollapseGuard
-from ssync_pl.plugin.maturity import Maturity
 
 # What each case hands to the callback, and to the strategy.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -68,7 +67,6 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     fit_rank(by_hand, recorder)
     results["by_hand"] = {"gradients": recorder.gradients, "weights": weights(by_hand)}
     results["verdict"] = _verdict(rank)
-    results["maturity"] = _maturity(rank)
     results["stop"] = _stop()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -89,14 +87,6 @@ def _verdict(rank: int) -> dict[str, Any]:
         "factor": guard.factor,
         "latest": guard.latest,
     }
-
-
-def _maturity(rank: int) -> dict[str, Any]:
-    maturity = Maturity(threshold=0.5, window=2)
-    values = torch.tensor([0.9 if rank == 0 else 0.2, 4.0, 4.0])
-    maturity.add(values, step=6)
-    maturity.add(values, step=7)
-    return {"opened": maturity.opened, "agreement": round(maturity.latest[0], 5)}  # type: ignore[index]
 
 
 def _stop() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from tiny_hosts import Recorder, fit, make_callback, make_host
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssync_pl.method.ssync
-from ssync_pl.plugin.schedule import Phase
 
 # The added loss is small, so that slots fall out of use only where a test makes them.
 SETTINGS = {
@@ -121,11 +120,3 @@ def test_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkey
     busy = {0, 2, 4, 7, 10}
     assert [step for step, count in enumerate(reads) if count] == sorted(busy)
     assert all(reads[step] == 1 for step in busy - {0})
-
-
-def test_device_is_read_at_the_end_of_a_window_only_while_it_waits_for_the_host(monkeypatch):
-    callback = make_callback(warmup_steps=0, guard_window=3, start="mature", mature_agreement=1.0)
-    reads = reads_of(monkeypatch, callback, steps=9)
-    assert callback.engine.phase(9) is Phase.WAIT
-    assert [step for step, count in enumerate(reads) if count] == [0, 2, 5, 8]
-    assert reads[2:] == [1, 0, 0, 1, 0, 0, 1]

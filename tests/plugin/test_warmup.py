@@ -49,7 +49,7 @@ def calls(monkeypatch):
 
     spy(Capture, "open", "capture")
     spy(ssync_pl.plugin.engine, "ssync_loss", "loss")
-    spy(ssync_pl.plugin.engine, "watched", "slots")
+    spy(ssync_pl.plugin.engine, "used_slots", "slots")
 
     class Step(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -125,7 +125,7 @@ def test_length_follows_from_the_number_of_steps():
 def test_unknown_length_is_refused_with_a_hint(options, loader):
     host = make_host()
     data = make_loader() if loader is None else DataLoader(loader(), batch_size=2)
-    with pytest.raises(ConfigError, match="Pass `warmup_steps` instead"):
+    with pytest.raises(ConfigError, match="warmup_steps"):
         fit(host, make_callback(warmup_steps=None), loader=data, **{"max_epochs": 2, **options}, steps=-1)
     assert "training_step" not in host.__dict__
 

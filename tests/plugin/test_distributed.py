@@ -45,11 +45,6 @@ def test_synchronised_counts_equal_one_process_on_the_joined_batch(ranks, case):
     assert any(not torch.allclose(local[0][name], steps[0][name], rtol=1e-4, atol=1e-6) for name in steps[0])
 
 
-def test_ranks_wait_for_the_same_maturity(ranks):
-    # The second rank alone is not mature.
-    assert [rank["maturity"] for rank in ranks] == [{"opened": 8, "agreement": 0.55}] * 2
-
-
 def test_guard_reaches_one_verdict(ranks):
     # The second rank's mean alone is 1 of 8; together it is 4.5 of 8.
     expected = {"open": True, "collapsed": True, "factor": 0.5, "latest": (8.0, 4.5)}
