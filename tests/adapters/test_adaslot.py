@@ -14,8 +14,8 @@ from ssync_pl.adapters import find_adapter
 from ssync_pl.adapters.adaslot import AdaSlotAdapter
 from ssync_pl.adapters.oclf import OclfAdapter
 from ssync_pl.errors import HostError
+from ssync_pl.method.loss import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import ssync_loss
 
 KEPT = torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0]])
 NONE_LEFT = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]])

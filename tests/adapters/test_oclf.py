@@ -31,8 +31,8 @@ from ssync_pl.adapters.oclf import OclfAdapter
 from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
+from ssync_pl.method.loss import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import ssync_loss
 
 T = 3
 B = 2

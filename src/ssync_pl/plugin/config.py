@@ -8,8 +8,7 @@ from math import inf
 from typing import Any, Literal, get_args
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.method.distill import LossKind
-from ssync_pl.method.ssync import check_options
+from ssync_pl.method.loss import LossKind, check_options
 
 __all__ = ["CollapseAction", "SSyncConfig"]
 

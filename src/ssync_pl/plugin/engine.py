@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, HostError, SSyncError
+from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import SSyncOutput, mean_over_ranks, ssync_loss
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict, existing_slots, used_slots
 from ssync_pl.plugin.schedule import Phase, Schedule, training_length
@@ -101,6 +101,8 @@ class SSyncEngine:
             return None, None
         if self.first_step is None:
             self.first_step = step
+            choice = describe_backend(maps, temperature=self.config.temperature, loss=self.config.loss)
+            _LOG.info("SSync starts at optimizer step %d on its backend '%s': %s.", step, *choice)
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ssync_pl.method.labels import compute_dtype, hard_labels, mask_slots, slot_areas
+from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import mean_over_ranks
 from ssync_pl.plugin.config import CollapseAction
 
 __all__ = ["CollapseGuard", "GuardVerdict", "existing_slots", "used_slots"]

@@ -59,22 +59,11 @@ class Case:
             frame_index=plain(self.frame_index),
         )
 
-    def is_plain_only(self) -> bool:
-        """Whether no faster path serves this case."""
-        extras = (self.encoder_probs, self.decoder_probs, self.slot_valid, self.patch_valid, self.frame_index)
-        ordinary = self.options.get("loss", "brier") == "brier" and self.options.get("temperature", 1.0) == 1.0
-        return not ordinary or any(extra is not None for extra in extras)
-
     def check(self, dtype: torch.dtype = torch.float64, rtol: float = 1e-9):
-        """Runs each path that serves the case, compares everything with the reference; returns both outputs."""
+        """Compares everything with the reference; returns both outputs."""
         reference = self.reference()
-        for path in ("plain",) if self.is_plain_only() else ("direct", "plain"):
-            output = self._check_path(reference, path, dtype, rtol)
-        return output, reference
-
-    def _check_path(self, reference, path: str, dtype: torch.dtype, rtol: float):
         maps = self.maps(dtype)
-        output = ssync_loss(maps, path=path, **self.options)
+        output = ssync_loss(maps, **self.options)
         patches = np.ones(reference.boundary.shape, bool)
         if self.patch_valid is not None:
             patches = self.patch_valid.reshape(patches.shape)
@@ -114,7 +103,7 @@ class Case:
             close_to_largest(got, expected, rtol * 10, name, floor=8 * torch.finfo(dtype).eps)
             if probs is not None and logits is not None:
                 assert logits.grad is None or not logits.grad.any(), "the loss must use the probabilities"
-        return output
+        return output, reference
 
 
 def through_softmax(probs: np.ndarray, grad: np.ndarray) -> np.ndarray:

@@ -32,8 +32,7 @@ def test_ranks_together_equal_one_process(ranks, case):
         torch.testing.assert_close(together, grads[side])
 
 
-@pytest.mark.parametrize("path", ["plain", "direct"])
-def test_without_processes_it_changes_nothing(path):
+def test_without_processes_it_changes_nothing():
     d, a, grid = batch_of("brier")
     maps = SSyncMaps(d, a, grid=grid)
-    assert torch.equal(ssync_loss(maps, sync_counts=True, path=path).loss, ssync_loss(maps, path=path).loss)
+    assert torch.equal(ssync_loss(maps, sync_counts=True).loss, ssync_loss(maps).loss)

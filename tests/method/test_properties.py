@@ -13,7 +13,6 @@ from ssync_pl.errors import SSyncError
 from ssync_pl.method import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 
-pytestmark = pytest.mark.usefixtures("both_paths")
 QUIET = {"deadline": None, "derandomize": True}
 REFUSED = (SSyncError, ValueError, TypeError)
 

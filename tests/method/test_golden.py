@@ -12,7 +12,6 @@ from ssync_naive import naive_ssync
 from ssync_pl.method import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 
-pytestmark = pytest.mark.usefixtures("both_paths")
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = (
     "chain_transitive",

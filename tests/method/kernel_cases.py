@@ -1,14 +1,13 @@
-"""Cases of the fused path; `test_fused.py` runs them through Triton's interpreter, `-m gpu` on a device."""
+"""Cases of the kernels; `test_kernels.py` runs them through Triton's interpreter, `-m gpu` on a device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.method import ssync_loss
+from ssync_pl.errors import ConfigError
+from ssync_pl.method import describe_backend, loss, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.triton import fused_available, fused_block, kernels_hold, trial
 
 INTEGERS = (
     "encoder_labels",
@@ -54,13 +53,13 @@ def clip(
 def both(d, a, grid, weights=(1.0, 1.0), **options):
     """Outputs and gradients of the plain and the fused path."""
     results = []
-    for path in ("plain", "fused"):
+    for backend in ("torch", "triton"):
         leaves = [x.detach().requires_grad_() for x in (d, a)]
         output = ssync_loss(
             SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=grid),
             boundary_weight=weights[0],
             interior_weight=weights[1],
-            path=path,
+            backend=backend,
             **options,
         )
         output.loss.backward()
@@ -103,11 +102,11 @@ def case_many_slots():
     d, a = clip((1, 1, 64, 9, 9))
     check(d, a, (9, 9))
     d, a = clip((1, 1, 65, 4, 4))
-    assert not fused_available(d, a)
-    with pytest.raises(ConfigError, match="that the path 'fused' serves"):
-        ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)), path="fused")
-    output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
-    assert output.winners.shape == (1, 65)
+    maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4))
+    assert describe_backend(maps).name == "torch"
+    with pytest.raises(ConfigError, match="64 slots"):
+        ssync_loss(maps, backend="triton")
+    assert ssync_loss(maps).winners.shape == (1, 65)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,7 +160,7 @@ def case_nothing_selected():
     d = torch.zeros(1, 2, 3, 16, device=DEVICE)
     d[:, :, 0] = 1.0
     (_, _), (fused, gradients) = both(d, d, (4, 4))
-    assert float(fused.boundary_loss) == 0.0
+    assert fused.boundary_loss.item() == 0.0
     assert float(fused.boundary_count) == 0.0
     assert not gradients[1].any()
 
@@ -170,84 +169,92 @@ def case_one_loss_at_a_time():
     d, a = clip((1, 2, 4, 6, 6))
     for name in ("boundary_loss", "interior_loss"):
         grads = []
-        for path in ("plain", "fused"):
+        for backend in ("torch", "triton"):
             leaves = [x.detach().requires_grad_() for x in (d, a)]
-            output = ssync_loss(SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), path=path)
+            output = ssync_loss(
+                SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), backend=backend
+            )
             getattr(output, name).mul(3.0).backward()
             grads.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
         for ours, theirs in zip(grads[1], grads[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
 
 
-def case_a_nan_reaches_the_loss_or_is_refused():
+@pytest.mark.parametrize("place", [(0, 0, 1, 5), (0, 0, 0, 0)])
+def case_a_nan_reaches_the_loss_or_is_refused(place):
     d, a = clip((1, 1, 3, 4, 4))
-    d[0, 0, 1, 5] = float("nan")
+    d[place] = float("nan")
     maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4))
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="`attention_logits` to be finite, but got NaN"):
-            ssync_loss(maps, path="fused")
-    assert ssync_loss(maps, path="fused", check_finite=False).interior_loss.isnan()
+            ssync_loss(maps, backend="triton")
+    output = ssync_loss(maps, backend="triton", check_finite=False)
+    assert output.interior_loss.isnan()
+    assert output.boundary_loss.isfinite()
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("slots", [1, 4, 11, 20])
-def case_the_trial_finds_that_the_kernels_hold(slots, dtypes):
+def case_kernels_that_agree_are_taken(slots, dtypes):
     d, a = (torch.zeros(1, 1, slots, 4, device=DEVICE, dtype=dtype) for dtype in dtypes)
-    assert kernels_hold(d, a)
+    choice = describe_backend(SSyncMaps(attention_logits=d, mask_logits=a, grid=(2, 2)))
+    assert choice == ("triton", "the kernels agree with torch")
 
 
-def case_wrong_kernels_are_found_out_and_not_used(monkeypatch):
-    def wrong(*args, **kwargs):
-        parts = fused_block(*args, **kwargs)
-        return parts._replace(boundary=~parts.boundary)
+def _wrong(*args, **kwargs):
+    fields = list(real(*args, **kwargs))
+    fields[7] = ~fields[7]
+    return tuple(fields)
 
-    monkeypatch.setattr(trial, "fused_block", wrong)
-    monkeypatch.setattr(trial, "_found", {})
+
+def _broken(*args, **kwargs):
+    raise RuntimeError("Failed to find C compiler")
+
+
+real = loss.fused_block
+
+
+@pytest.mark.parametrize(("kernels", "reason"), [(_wrong, "differ from torch"), (_broken, "Failed to find C compiler")])
+def case_kernels_that_fail_their_trial_are_not_taken(monkeypatch, kernels, reason):
+    monkeypatch.setattr(loss, "fused_block", kernels)
+    monkeypatch.setattr(loss, "_TRIALS", {})
     d, a = clip((1, 1, 3, 4, 4))
-    d.requires_grad_()
-    with pytest.warns(UserWarning, match="for 3 slots, so that they are not used"):
-        output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
-    assert "DirectBlock" in output.interior_loss.grad_fn.name()
+    maps = SSyncMaps(attention_logits=d.requires_grad_(), mask_logits=a, grid=(4, 4))
+    with pytest.warns(UserWarning, match=reason):
+        choice = describe_backend(maps)
+    assert choice.name == "torch"
+    assert reason in choice.reason
+    assert torch.equal(ssync_loss(maps).loss, ssync_loss(maps, backend="torch").loss)
 
 
-def case_kernels_that_cannot_run_are_not_used(monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(trial, "fused_block", broken)
-    monkeypatch.setattr(trial, "_found", {})
-    d, a = clip((1, 1, 3, 4, 4))
-    with pytest.warns(UserWarning, match=r"could not be run \(RuntimeError: Failed to find C compiler\)"):
-        output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
-    assert output.loss.isfinite()
-
-
-def case_second_derivatives_are_refused():
+def case_second_derivatives():
     d, a = clip((1, 2, 4, 6, 6))
-    leaves = [x.detach().requires_grad_() for x in (d, a)]
-    output = ssync_loss(SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), path="fused")
-    first = torch.autograd.grad(output.loss, leaves, create_graph=True)
-    with pytest.raises(SSyncError, match="path='plain'"):
-        sum(x.square().sum() for x in first).backward()
+    found = []
+    for backend in ("torch", "triton"):
+        leaves = [x.detach().requires_grad_() for x in (d, a)]
+        maps = SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6))
+        first = torch.autograd.grad(ssync_loss(maps, backend=backend, n_nbd=5).loss, leaves, create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
 
 
 def case_losses_may_be_added_to_in_place():
     d, a = clip((1, 2, 4, 6, 6))
     grads = []
-    for path in ("plain", "fused"):
+    for backend in ("torch", "triton"):
         leaves = [x.detach().requires_grad_() for x in (d, a)]
-        output = ssync_loss(SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6)), path=path)
-        loss = output.loss
-        loss += leaves[0].square().mean()
-        loss.backward()
+        maps = SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6))
+        total = ssync_loss(maps, backend=backend).loss
+        total += leaves[0].square().mean()
+        total.backward()
         grads.append([leaf.grad for leaf in leaves])
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-def case_auto_takes_the_fused_path():
+def case_auto_takes_the_kernels():
     d, a = clip((1, 1, 3, 4, 4))
-    assert fused_available(d, a)
-    d.requires_grad_()
-    output = ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4)))
+    output = ssync_loss(SSyncMaps(attention_logits=d.requires_grad_(), mask_logits=a, grid=(4, 4)))
     assert "FusedBlock" in output.interior_loss.grad_fn.name()

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssync_pl.method import ssync
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -18,12 +16,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=["auto", "plain"])
-def both_paths(request):
-    """Runs a module's tests twice: as paths are chosen, and with the plain path for everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(ssync, "_fast_path", lambda *_: None)
-        yield request.param

@@ -20,8 +20,7 @@ def joined_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 CASES = {
-    "brier": {"path": "plain"},
-    "direct": {"path": "direct"},
+    "brier": {},
     "ce": {"loss": "ce"},
     # A single patch in all: the mean over ranks of the count is below 1.
     "one patch": {"loss": "ce", "n_bd": 8, "merge": False},

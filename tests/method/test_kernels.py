@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssync_pl.errors import ConfigError
 from ssync_pl.method import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.triton import fused_available
 
 HERE = Path(__file__).parent
 COMMAND = [
@@ -25,7 +23,7 @@ COMMAND = [
 
 def _run(environment: dict[str, str]) -> str:
     # Triton reads its settings when it is imported, hence a process of its own.
-    words = [*COMMAND, str(HERE / "fused_cases.py"), "--rootdir", str(HERE.parents[1])]
+    words = [*COMMAND, str(HERE / "kernel_cases.py"), "--rootdir", str(HERE.parents[1])]
     done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
@@ -56,7 +54,7 @@ def test_nothing_waits_for_the_device_and_a_graph_can_hold_it():
         d.grad, a.grad = torch.autograd.grad(loss, (d, a))
         return loss
 
-    expected = step().detach().clone()
+    expected = step().detach().clone()  # also the kernels' one trial
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -68,11 +66,3 @@ def test_nothing_waits_for_the_device_and_a_graph_can_hold_it():
         captured = step()
     graph.replay()
     torch.testing.assert_close(captured.detach(), expected)
-
-
-def test_without_a_device_the_path_is_not_offered(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    d = torch.randn(1, 1, 2, 4)
-    assert not fused_available(d, d)
-    with pytest.raises(ConfigError, match="a CUDA device with Triton and at most 64 slots"):
-        ssync_loss(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)), path="fused")
