@@ -93,9 +93,8 @@ def test_help_lists_every_source(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("source", "missing", "extra"),
-    [("movi", "tfrecord", "convert"), ("ytvis2021", "pycocotools", "convert"), ("davis", "filelock", "convert"),
-     ("videos", "av", "video")],
-)  # fmt: skip
+    [("movi", "tfrecord", "convert"), ("ytvis2021", "pycocotools", "convert"), ("videos", "av", "video")],
+)
 def test_each_command_says_which_extra_it_misses(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -77,7 +77,6 @@ def check_common(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"Expected --workers to be 0 or more, but got {options.workers}.")
     if options.samples_per_shard < 1:
         raise ConfigError(f"Expected --samples-per-shard to be at least 1, but got {options.samples_per_shard}.")
-    require("convert", "filelock")
     if options.video_format == "mp4":
         require("video", "av")
     return {

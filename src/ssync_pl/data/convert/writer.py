@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssync_pl.data.convert.options import require
 from ssync_pl.data.decode import decode_member
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
 from ssync_pl.data.reader import ShardReader
@@ -160,7 +159,7 @@ def convert(
         if done is not None:
             return done
         out.mkdir(parents=True, exist_ok=True)
-        with _exclusive(out):
+        with exclusive(out / _LOCK):
             done = _completed(out, record, skip)
             if done is not None:
                 return done
@@ -175,6 +174,11 @@ def convert(
             workers = _worker_count(num_workers, len(items), len(jobs))
             made = _run(jobs, workers, f"converting {prefix}", progress)
             return _finish(out, record, made)
+    except BlockingIOError as error:
+        raise ShardError(
+            f"Expected to be the only process that converts into {out}, but another one does. Wait for it, or choose "
+            "another folder."
+        ) from error
     except BrokenProcessPool as error:
         raise ShardError(
             f"Expected the worker processes to live until {out} is complete, but one ended early: memory ran out, or "
@@ -272,22 +276,6 @@ def _worker_count(wanted: int | None, videos: int, shards: int) -> int:
         return min(wanted, shards)
     count = min(cpu_count(), shards, videos // _VIDEOS_PER_WORKER)
     return count if count > 1 else 0
-
-
-@contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; the operating system frees that of a killed process."""
-    require("convert", "filelock")
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(out / _LOCK, blocking=False):
-            yield
-    except Timeout as error:
-        raise ShardError(
-            f"Expected to be the only process that converts into {out}, but another one does. Wait for it, or choose "
-            "another folder."
-        ) from error
 
 
 def _record_path(out: Path, prefix: str) -> Path:
