@@ -115,6 +115,7 @@ class HostSession:
         """
         self.capture.close()
         if self.capture.is_empty:
+            self.capture.refuse_bypass()
             raise HostError(
                 f"Expected the training step of {type(self.host).__name__} to run "
                 f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
