@@ -261,11 +261,13 @@ class AttachedSSync:
 
     def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
         if self._forwards == 0 and session.capture.is_empty:
+            session.capture.refuse_bypass()
             raise HostError(
                 f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "
                 f"with gradients, but none was heard: {', '.join(map(repr, session.capture.silent))} did not run. Call "
-                "model.train(), leave no_grad off, and call `loss` once after each forward pass. A model that was "
-                "compiled and run before needs torch._dynamo.reset()."
+                "model.train(), leave no_grad off, and call `loss` once after each forward pass, made by "
+                "model(...), since model.forward(...) goes past hooks. A model that was compiled and run before needs "
+                "torch._dynamo.reset()."
             )
         try:
             return session.collect(self._batch if batch is None else batch, self.config)

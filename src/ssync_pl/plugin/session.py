@@ -78,6 +78,7 @@ class HostSession:
         """Turns what was heard into maps ``(B, T, S, N)`` and checks the first ones; the batch may tell the grid."""
         self.capture.close()
         if self.capture.is_empty:
+            self.capture.refuse_bypass()
             raise HostError(
                 f"Expected the training step of {type(self.host).__name__} to run "
                 f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
