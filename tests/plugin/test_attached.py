@@ -223,7 +223,10 @@ def test_refusals_teach():
         _host_loss(model, _video())
         with pytest.raises(ConfigError, match="the model's loss beside `relative_weight`"):
             ssync.loss()
-    with attach(model, warmup_steps=5) as ssync, pytest.raises(HostError, match="none was heard: 'corrector'"):
+    with (
+        attach(model, warmup_steps=5) as ssync,
+        pytest.raises(HostError, match="none was heard: 'encoder'"),
+    ):
         ssync.loss()
     with attach(model, warmup_steps=0) as ssync:
         model.requires_grad_(False)
@@ -303,8 +306,8 @@ def test_two_forward_passes_in_a_step_are_named():
         ({"total_steps": -5}, "`total_steps` to be a number of at least 0, but got -5"),
         ({"attention": 3, "masks": "decoder"}, "Expected a place as 'path'"),
         ({"attention": "softmax:a:\u00b2", "masks": "decoder"}, "Expected the axis of the softmax"),
-        ({"attention": "a", "masks": "b", "grid": ("a", "b")}, r"`grid` to be \(H, W\) patches"),
-        ({"attention": "a", "masks": "b", "grid": (-4, -6)}, r"`grid` to be \(H, W\) patches"),
+        ({"attention": "a", "masks": "b", "grid": ("a", "b")}, r"`grid` to be \(H, W\)"),
+        ({"attention": "a", "masks": "b", "grid": (-4, -6)}, r"`grid` to be \(H, W\)"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, message):
