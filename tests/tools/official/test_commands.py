@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import SlotContrast, VideoSAUR
-from ssync_pl.tools.official.checkpoints import convert_checkpoint
+from ssync_pl.hosts.checkpoints import convert_checkpoint
+from ssync_pl.tools.official.convert import host_options
 
-RECORDED = Path(__file__).parents[1] / "hosts" / "recorded"
-CACHED = ["backbone=null", "layer=null", "feature_dim=12", "similarity_dim=12", "similarity_layer=null"]
+RECORDED = Path(__file__).parents[2] / "hosts" / "recorded"
+CACHED = {"backbone": None, "layer": None, "feature_dim": 12, "similarity_dim": 12, "similarity_layer": None}
 
 
 def _official(name: str, folder: Path) -> Path:
@@ -29,8 +31,8 @@ def _official(name: str, folder: Path) -> Path:
     return folder / f"{name}.ckpt"
 
 
-def _flags(changes: list[str]) -> list[str]:
-    return [word for change in changes for word in ("--set", change)]
+def _flags(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -80,7 +82,7 @@ def test_convert_replaces_nothing_unasked(tmp_path, capsys):
 
 def test_checkpoint_show_and_convert(tmp_path, capsys):
     path = _official("srl", tmp_path)
-    changes = _flags([*CACHED[:4]])
+    changes = _flags(dict(list(CACHED.items())[:4]))
     assert main(["checkpoint", "show", str(path), *changes]) == 0
     shown = capsys.readouterr().out
     assert "host:      SlotContrast" in shown
@@ -101,15 +103,18 @@ def test_checkpoint_show_and_convert(tmp_path, capsys):
 
 def test_a_configuration_tells_what_shapes_do_not(tmp_path):
     path, out = _official("videosaur_ytvis", tmp_path), tmp_path / "ours.ckpt"
-    done = convert_checkpoint(path, out, config=write_config(tmp_path, "videosaur", "globals.SLOTS=4"), changes=CACHED)
+    done = convert_checkpoint(
+        path, out, described=host_options(write_config(tmp_path, "videosaur", "globals.SLOTS=4")), options=CACHED
+    )
     assert (done.options["num_slots"], done.options["similarity_temperature"]) == (4, 0.2)
     assert not done.assumed
     assert VideoSAUR.load_from_checkpoint(out).similarity_temperature == 0.2
     changes = ["model.decoder.renderer.hidden_dims=[16]", "globals.RENDERED=20", "globals.SLOTS=4"]
+    told = host_options(write_config(tmp_path, "videosaur", *changes))
     with pytest.raises(ConfigError, match=r"decoder_hidden is \[16, 20\] instead of \[16, 16, 16\]"):
-        convert_checkpoint(path, None, config=write_config(tmp_path, "videosaur", *changes), changes=CACHED)
-    with pytest.raises(ConfigError, match="VideoSAUR, but it describes DINOSAUR"):
-        convert_checkpoint(path, None, config=write_config(tmp_path, "dinosaur"), changes=CACHED)
+        convert_checkpoint(path, None, described=told, options=CACHED)
+    with pytest.raises(ConfigError, match="describes DINOSAUR"):
+        convert_checkpoint(path, None, described=host_options(write_config(tmp_path, "dinosaur")), options=CACHED)
 
 
 @pytest.fixture

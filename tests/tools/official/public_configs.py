@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssync_pl.tools.official.interpolation import apply_changes, parse_yaml
-
 _SLOT_ATTENTION = """
   grouper: {name: SlotAttention, inp_dim: "${globals.DIM}", slot_dim: "${globals.DIM}", n_iters: 2, use_mlp: %s}
   latent_processor: {first_step_corrector_args: {n_iters: 3}}
@@ -217,10 +215,12 @@ TEXTS = {"slotcontrast": SLOTCONTRAST, "ssync": SSYNC, "videosaur": VIDEOSAUR, "
 
 def write_config(folder: Path, name: str, *changes: str) -> Path:
     """Write one of the configurations, with changes in its own keys."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    tree = parse_yaml(TEXTS[name])
-    apply_changes(tree, changes)
+    tree = OmegaConf.create(TEXTS[name])
+    for change in changes:
+        key, _, value = change.partition("=")
+        OmegaConf.update(tree, key, OmegaConf.create(f"value: {value}")._get_node("value"), merge=False)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(tree, resolve=False), encoding="utf-8")
     return path
