@@ -18,7 +18,6 @@ from ssync_pl.tools.probe import (
     object_facts,
     probe_slots,
     sample_slots,
-    video_folds,
 )
 
 
@@ -78,17 +77,6 @@ def test_what_only_names_the_video_does_not_help() -> None:
     names, colors = torch.eye(20)[videos], torch.rand(20, 3, generator=generator)[videos]
     scores = probe_slots(ProbeSamples(names, videos, torch.rand(200, 2, generator=generator), colors))
     assert scores["color_r2"] < 0.05
-
-
-def test_folds_never_share_a_video() -> None:
-    videos = torch.tensor([3, 9, 9, 1, 4, 3, 12, 7, 8, 1])
-    folds = video_folds(videos)
-    assert sorted(set(folds.tolist())) == [0, 1, 2, 3, 4]
-    for video in videos.unique():
-        assert len(set(folds[videos == video].tolist())) == 1
-    assert torch.equal(folds, video_folds(videos))
-    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(video_folds(videos[order]), folds[order])
 
 
 def test_no_sample_of_the_predicted_fold_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
