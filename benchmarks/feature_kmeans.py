@@ -21,12 +21,12 @@ import torch
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
-from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.tools.doctor.configured import from_configuration
 from ssync_pl.tools.kmeans import kmeans
 
 ROOT = Path(__file__).resolve().parents[1]
-SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo")
+SCORES = metric_names("segmentation")
 
 
 class _Collect(L.LightningModule):
@@ -79,7 +79,7 @@ def score(
         size = batch["segmentations"].shape[-2:]
         large = torch.nn.functional.interpolate(labels.float(), size=size, mode="nearest").long()
         metric.update(large, batch["segmentations"], valid)
-    return {name: float(value) for name, value in metric.compute().items() if name in SCORES}
+    return {name: float(value) for name, value in metric.compute().items()}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -98,7 +98,7 @@ def main(args: list[str] | None = None) -> int:
         for weight in options.weights:
             for seed in range(options.seeds):
                 found = score(batches, grid, clusters, weight, seed)
-                sys.stderr.write(f"{clusters} clusters, weight {weight}, seed {seed}: {found['video_fg_ari']:.3f}\n")
+                sys.stderr.write(f"{clusters} clusters, weight {weight}, seed {seed}: {found[SCORES[0]]:.3f}\n")
                 facts = {"clusters": clusters, "position_weight": weight, "seed": seed}
                 rows.append(
                     {

@@ -77,8 +77,6 @@ def color_labels(labels: NDArray[Any], *, background: int | None = None) -> Byte
 
 def color_regions(boundary: NDArray[np.bool_], interior: NDArray[np.bool_]) -> Bytes:
     """Paints the patches `(..., H, W)` where SSync's two terms are active, in `REGION_COLORS`."""
-    if boundary.shape != interior.shape:
-        raise ShapeError(f"Expected `interior` to have the shape {boundary.shape}, but got {interior.shape}.")
     table = np.array([REGION_COLORS[name] for name in ("neither", "boundary", "interior", "both")], dtype=np.uint8)
     return table[boundary.astype(np.int64) + 2 * interior.astype(np.int64)]
 
@@ -234,9 +232,9 @@ def _width(text: str) -> int:
 
 
 def _fit(frame: Bytes, size: tuple[int, int]) -> Image.Image:
-    if frame.shape[0] <= size[0] and frame.shape[1] <= size[1]:
-        return Image.fromarray(np.ascontiguousarray(resize_nearest(frame, size)))
-    return Image.fromarray(np.ascontiguousarray(frame)).resize((size[1], size[0]), Image.Resampling.BOX)
+    enlarge = frame.shape[0] <= size[0] and frame.shape[1] <= size[1]
+    method = Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX
+    return Image.fromarray(np.ascontiguousarray(frame)).resize((size[1], size[0]), method)
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, row: SheetRow, line: int) -> None:
