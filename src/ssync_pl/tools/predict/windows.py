@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssync_pl.data.transforms import Size, central_square, covering_size
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.tools.viz.colors import resize_nearest
+from ssync_pl.tools.viz import resize_nearest
 
 __all__ = [
     "OUTSIDE",

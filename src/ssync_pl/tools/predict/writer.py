@@ -22,7 +22,7 @@ from ssync_pl.data.video import mp4_available
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
 from ssync_pl.tools.predict.files import FileChoice, VideoFiles
 from ssync_pl.tools.predict.windows import OUTSIDE, match_slots, relabel, restore_labels
-from ssync_pl.tools.viz.colors import to_uint8
+from ssync_pl.tools.viz import to_uint8
 
 __all__ = ["WINDOW_KEY", "PredictedVideo", "SlotPredictions"]
 
