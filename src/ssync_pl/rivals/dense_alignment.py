@@ -176,9 +176,6 @@ class DenseAlignment(nn.Module):
         redundancy_steps: The redundancy loss is on before this step.
         start_step: The consistency losses are on from this step.
 
-    Raises:
-        ConfigError: A size or weight is out of range.
-
     Source: SRL; its published run groups 4 frames, weights 0.1, starts after step 20 000 and ends the redundancy loss
     after step 10 000, counted in batches of an epoch. Its redundancy loss reads the mean over iterations of the softmax
     of slot attention's logits over patches, here it is the last attention over slots, normalised over patches.
@@ -198,14 +195,8 @@ class DenseAlignment(nn.Module):
         start_step: int = 20_000,
     ) -> None:
         super().__init__()
-        encoder_dim = feature_dim if encoder_dim is None else encoder_dim
-        sizes = (feature_dim, encoder_dim, projection_dim, group_frames, neighbours, redundant)
-        if min(sizes) < 1:
-            raise ConfigError(f"Expected sizes and counts of at least 1, but got {sizes}.")
-        if min(weight, redundancy_weight) < 0:
-            raise ConfigError(f"Expected weights of at least 0, but got {weight} and {redundancy_weight}.")
         self.decoder_projection = nn.Linear(feature_dim, projection_dim, bias=False)
-        self.encoder_projection = nn.Linear(encoder_dim, projection_dim, bias=False)
+        self.encoder_projection = nn.Linear(encoder_dim or feature_dim, projection_dim, bias=False)
         self.group_frames = group_frames
         self.neighbours = neighbours
         self.redundant = redundant

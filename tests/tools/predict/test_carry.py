@@ -4,8 +4,8 @@ import lightning.pytorch as L
 import torch
 
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
-from ssync_pl.tools.predict.carry import CarrySlots, carries_slots
-from ssync_pl.tools.predict.joined import WINDOW_KEY
+from ssync_pl.tools.predict.datamodule import CarrySlots, carries_slots
+from ssync_pl.tools.predict.writer import WINDOW_KEY
 
 FEATURES = {"backbone": None, "feature_dim": 6, "grid": (2, 2), "num_slots": 3, "slot_dim": 8, "encoder_hidden": 8}
 

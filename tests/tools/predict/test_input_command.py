@@ -14,7 +14,7 @@ import torch
 from input_files import moving, write_frames, write_shard, write_video
 from PIL import Image
 
-from ssync_pl.tools.predict.tracks import slot_tracks, tracks_csv
+from ssync_pl.tools.predict.files import slot_tracks
 
 Run = Callable[..., int]
 
@@ -53,7 +53,7 @@ def test_videos_frames_and_shards_without_a_configuration(
         pictures = sorted((out / f"{name}_labels").iterdir())
         assert [path.name for path in pictures] == [f"{number:05d}.png" for number in range(size[0])]
         assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), labels)
-        assert (out / f"{name}.tracks.csv").read_text() == tracks_csv(slot_tracks(labels, 3))
+        assert (out / f"{name}.tracks.csv").read_text() == slot_tracks(labels, 3)
         with av.open(io.BytesIO((out / f"{name}.mp4").read_bytes())) as container:
             assert sum(1 for _ in container.decode(video=0)) == size[0]
             assert container.streams.video[0].average_rate == (10 if name == "clip" else 6)
@@ -164,7 +164,7 @@ def test_a_video_that_breaks_off_leaves_no_half_files(
 def test_a_prediction_that_ends_in_the_middle_of_a_video_says_so(tmp_path: Path, run: Run) -> None:
     frames = write_frames(tmp_path / "frames", moving(7))
     words = ["--clip-frames=4", "--out", tmp_path / "out", "--trainer.limit_predict_batches=1"]
-    with pytest.warns(UserWarning, match="writes nothing of frames: the prediction ended before the video"):
+    with pytest.warns(UserWarning, match="writes nothing of frames: the prediction ended before"):
         assert run("--input", frames, *words) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]
 

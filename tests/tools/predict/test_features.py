@@ -11,8 +11,8 @@ from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.nn import backbones
 from ssync_pl.hosts.nn.backbones import FrozenBackbone
+from ssync_pl.tools.predict.datamodule import InputDataModule
 from ssync_pl.tools.predict.features import find_features
-from ssync_pl.tools.predict.input_data import InputDataModule
 
 
 class Means(FrozenBackbone):

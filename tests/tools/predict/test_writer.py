@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
-from ssync_pl.tools import predictions
-from ssync_pl.tools.predict import video_files
-from ssync_pl.tools.predictions import SlotPredictions
+from ssync_pl.tools.predict import files as video_files
+from ssync_pl.tools.predict import writer as predictions
+from ssync_pl.tools.predict.writer import SlotPredictions
 from ssync_pl.tools.viz import overlay_labels
 
 SLOTS = 3
@@ -195,13 +195,31 @@ def test_batches_without_keys_are_numbered(tmp_path: Path) -> None:
 def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".claims" / "a").mkdir(parents=True)  # left by a run that was killed
-    (out / "index.rank-00007.json").write_text('[{"key": "old"}]')
+    (out / ".ssync_claims" / "b").mkdir(parents=True)  # left by a run that was killed
+    (out / ".ssync_index.rank-00007.json").write_text('[{"key": "old"}]')
+    (out / "b.labels.npz").write_bytes(b"")
     callback = SlotPredictions(str(out), video=False)
     for _ in range(2):
         predict(tmp_path, callback, batches(clip(["a"])))
         assert [(video["key"], video["name"]) for video in index(out)] == [("a", "a")]
         assert sorted(path.name for path in out.iterdir()) == ["a.labels.npz", "a.tracks.csv", "index.json"]
+    predict(tmp_path, callback, batches(clip(["c"])))  # other videos join those that are there
+    assert [video["name"] for video in index(out)] == ["a", "c"]
+    assert callback.total == 1
+    predict(tmp_path, callback, batches(clip(["a"])))
+    assert [video["name"] for video in index(out)] == ["c", "a"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a_labels/mine.png", "index.json", "notes.txt"])
+def test_a_folder_with_files_of_others_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"version": 2, "shards": []}')
+    callback = SlotPredictions(str(tmp_path / "out"), label_pngs=True)
+    with pytest.raises(ConfigError, match=name.partition("/")[0]):
+        predict(tmp_path, callback, batches(clip(["a"])))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == '{"version": 2, "shards": []}'
 
 
 @pytest.mark.parametrize("masks", ["labels", "soft", "none"])
@@ -335,7 +353,7 @@ import sys
 import lightning.pytorch as L
 import torch
 from ssync_pl.data import ShardDataModule
-from ssync_pl.tools.predictions import SlotPredictions
+from ssync_pl.tools.predict.writer import SlotPredictions
 
 
 class Host(L.LightningModule):

@@ -13,34 +13,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.video import Mp4Encoder
-from ssync_pl.tools.predict.tracks import slot_tracks, tracks_csv
+from ssync_pl.errors import ShapeError
 from ssync_pl.tools.predict.windows import OUTSIDE
 from ssync_pl.tools.viz import SheetRow, compose_frames, draw_sheet, encode_png, overlay_labels, slot_colors
 
-__all__ = ["FileChoice", "VideoFiles", "encode_label_png"]
+__all__ = ["TRACK_COLUMNS", "FileChoice", "VideoFiles", "encode_label_png", "slot_tracks"]
 
 _SHEET_FRAMES = 8
+TRACK_COLUMNS = ("frame", "slot", "area", "center_x", "center_y", "x0", "y0", "x1", "y1")
 
 
 @dataclass(frozen=True)
 class FileChoice:
-    """Which files are written of a video.
-
-    Args:
-        video: The overlay video.
-        mp4: Whether it is an MP4, which needs PyAV, or a PNG sheet of eight frames.
-        masks: `labels`, `soft` or `none`; see `SlotPredictions`.
-        label_pngs: A folder of label pictures.
-        tracks: A CSV of areas, centres and boxes.
-        cell: Longer side of a frame in the MP4 and the sheet, in pixels.
-
-    Example:
-        >>> FileChoice(label_pngs=True).masks
-        'labels'
-    """
+    """Which files are written of a video; see `SlotPredictions`. Without `mp4` the overlay is a PNG sheet."""
 
     video: bool = True
     mp4: bool = True
@@ -51,19 +40,7 @@ class FileChoice:
 
 
 def encode_label_png(labels: NDArray[np.uint8]) -> bytes:
-    """Encode a label map as an 8-bit palette PNG: a pixel's index is its slot, its colour that of the overlays.
-
-    Args:
-        labels: uint8 (H, W). 255 (`OUTSIDE`) is black.
-
-    Returns:
-        The bytes of the file.
-
-    Example:
-        >>> data = encode_label_png(np.array([[0, 3]], np.uint8))
-        >>> np.asarray(Image.open(io.BytesIO(data))).tolist()
-        [[0, 3]]
-    """
+    """Encodes labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
     picture = Image.fromarray(labels, mode="L")
     palette = slot_colors(256)
     palette[OUTSIDE] = 0
@@ -73,6 +50,40 @@ def encode_label_png(labels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
+    """Measures where each slot is in each frame, as CSV with the columns `TRACK_COLUMNS`.
+
+    Pixel (row 0, column 0) reaches from 0 to 1 in both directions: a slot that fills a frame of width W has its centre
+    at W / 2 and a box from 0 to W. The area is a share of all pixels; centre and box of an empty slot stay empty.
+
+    Args:
+        labels: Integers (T, H, W) from 0 on; labels from `num_slots` on belong to no slot.
+        num_slots: S, number of slots.
+
+    Raises:
+        ShapeError: The labels are no integers (T, H, W), or hold negative ones.
+    """
+    if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer) or (labels.size and labels.min() < 0):
+        raise ShapeError(f"Expected argument `labels` to be integers (T, H, W) from 0 on, but got {labels.shape}.")
+    frames, height, width = labels.shape
+    y, x = np.indices((height, width)).reshape(2, -1) + 0.5
+    lines = [",".join(TRACK_COLUMNS)]
+    for number in range(frames):
+        frame = np.minimum(labels[number], num_slots).astype(np.int64)  # one further label for what is no slot
+        flat, size = frame.ravel(), num_slots + 1
+        area = np.bincount(flat, minlength=size)
+        middle = [np.bincount(flat, weights=at, minlength=size) / np.maximum(area, 1) for at in (x, y)]
+        boxes = ndimage.find_objects(frame + 1, max_label=num_slots)
+        for slot, box in enumerate(boxes):
+            where = ",,,,,"
+            if box is not None:
+                rows, columns = box
+                corners = (columns.start, rows.start, columns.stop, rows.stop)
+                where = ",".join([f"{middle[0][slot]:.2f}", f"{middle[1][slot]:.2f}", *map(str, corners)])
+            lines.append(f"{number},{slot},{area[slot] / (height * width):.6f},{where}")
+    return "\n".join(lines) + "\n"
+
+
 class VideoFiles:
     """Takes the pieces of a video in order, then writes its files, each under a temporary name first.
 
@@ -80,19 +91,8 @@ class VideoFiles:
         folder: Where they go.
         name: What they are called before their endings.
         key: Title of the overlay video.
-        fps: Frames a second of the MP4.
+        fps: Frames per second of the MP4.
         choice: Which files.
-
-    Attributes:
-        frames: Number of frames so far.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     files = VideoFiles(Path(folder), "a", "a", 6, FileChoice(video=False))
-        ...     files.add(np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4), np.uint8))
-        ...     used = files.finish(num_slots=3)
-        ...     used, sorted(path.name for path in Path(folder).iterdir())
-        (1, ['a.labels.npz', 'a.tracks.csv'])
     """
 
     def __init__(self, folder: Path, name: str, key: str, fps: int, choice: FileChoice) -> None:
@@ -111,7 +111,7 @@ class VideoFiles:
         soft: NDArray[np.float16] | None = None,
         outside: bool = False,
     ) -> None:
-        """Take the next piece.
+        """Takes the next piece.
 
         Args:
             frames: uint8 (T, H, W, 3).
@@ -123,7 +123,6 @@ class VideoFiles:
             self._show(frames, labels, outside)
         if self.choice.label_pngs:
             if self._pictures is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self._pictures = Path(tempfile.mkdtemp(prefix=f".{self.name}_labels-", dir=self.folder))
             for number, picture in enumerate(labels, self.frames):
                 (self._pictures / f"{number:05d}.png").write_bytes(encode_label_png(picture))
@@ -133,14 +132,7 @@ class VideoFiles:
         self.frames += len(labels)
 
     def finish(self, num_slots: int | None = None) -> int:
-        """Write the files.
-
-        Args:
-            num_slots: S, for the tracks; None takes the largest label.
-
-        Returns:
-            Number of slots that win at least one pixel.
-        """
+        """Writes the files; returns how many of the S slots win at least one pixel."""
         labels = np.concatenate(self._labels)
         found = np.unique(labels)
         slots = found if num_slots is None else found[found < num_slots]
@@ -153,10 +145,14 @@ class VideoFiles:
             write_bytes(self.folder / f"{self.name}.labels.npz", buffer.getvalue())
         if self.choice.tracks:
             count = num_slots if num_slots is not None else int(labels.max(initial=0)) + 1
-            text = tracks_csv(slot_tracks(labels, count))
-            write_bytes(self.folder / f"{self.name}.tracks.csv", text.encode())
+            write_bytes(self.folder / f"{self.name}.tracks.csv", slot_tracks(labels, count).encode())
         if self._pictures is not None:
-            self._replace_pictures(self._pictures)
+            final = self.folder / f"{self.name}_labels"
+            os.chmod(self._pictures, 0o755)  # mkdtemp keeps others from reading
+            if final.exists():  # of an earlier prediction, as the writer has made sure
+                shutil.rmtree(final)
+            os.replace(self._pictures, final)
+            self._pictures = None
         if self._encoder is not None and self.frames:
             write_bytes(self.folder / f"{self.name}.mp4", self._encoder.close())
         elif self._sheet:
@@ -164,7 +160,7 @@ class VideoFiles:
         return len(slots)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Leaves nothing behind of what is not finished."""
         if self._pictures is not None:
             shutil.rmtree(self._pictures, ignore_errors=True)
         if self._encoder is not None:
@@ -177,41 +173,20 @@ class VideoFiles:
         if self._encoder is None:
             picked = np.unique(np.linspace(0, len(frames) - 1, _SHEET_FRAMES).round().astype(int))
             overlay = overlay_labels(frames[picked], slots[picked])
-            self._sheet += [
-                (self.frames + int(at), frame, over)
-                for at, frame, over in zip(picked, frames[picked], overlay, strict=True)
-            ]
+            self._sheet += zip((self.frames + picked).tolist(), frames[picked], overlay, strict=True)
             return
-        used = len(np.unique(slots[slots >= 0]))
-        title = f"{self.key[-60:]}  |  slots used: {used}"
+        title = f"{self.key[-60:]}  |  slots used: {len(np.unique(slots[slots >= 0]))}"
         step = 16  # overlays of large frames take much memory
         for first in range(0, len(frames), step):
             part = frames[first : first + step]
-            overlay = overlay_labels(part, slots[first : first + step])
-            grid = compose_frames(
-                [[part, overlay]], columns=["video", "slots"], rows=[""], title=title, cell=self.choice.cell
-            )
-            self._encoder.add(grid)
+            panels = [[part, overlay_labels(part, slots[first : first + step])]]
+            names = ["video", "slots"]
+            self._encoder.add(compose_frames(panels, columns=names, rows=[""], title=title, cell=self.choice.cell))
 
     def _draw_sheet(self, used: int) -> bytes:
         chosen = np.unique(np.linspace(0, len(self._sheet) - 1, _SHEET_FRAMES).round().astype(int))
-        picked = [self._sheet[at] for at in chosen]
-        rows = [
-            SheetRow("video", np.stack([frame for _, frame, _ in picked])),
-            SheetRow("slots", np.stack([overlay for _, _, overlay in picked])),
-        ]
-        columns = [f"frame {number}" for number, _, _ in picked]
+        numbers, frames, overlays = zip(*(self._sheet[at] for at in chosen), strict=True)
+        rows = [SheetRow("video", np.stack(frames)), SheetRow("slots", np.stack(overlays))]
         title = f"{self.key[-60:]}  |  slots used: {used}"
+        columns = [f"frame {number}" for number in numbers]
         return encode_png(draw_sheet(rows, title=title, columns=columns, cell=self.choice.cell))
-
-    def _replace_pictures(self, pictures: Path) -> None:
-        final = self.folder / f"{self.name}_labels"
-        os.chmod(pictures, 0o755)  # mkdtemp keeps others from reading
-        if final.exists():  # of an earlier run into this folder, whose other files are replaced as well
-            old = Path(tempfile.mkdtemp(prefix=f".{self.name}_labels-", dir=self.folder))
-            os.replace(final, old)
-            os.replace(pictures, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(pictures, final)
-        self._pictures = None

@@ -4,8 +4,7 @@ import torch
 
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
-from ssync_pl.tools.predict.region import restore_labels, seen_region
-from ssync_pl.tools.predict.windows import OUTSIDE
+from ssync_pl.tools.predict.windows import OUTSIDE, restore_labels, seen_region
 
 
 @pytest.mark.parametrize("crop", ["none", "center", "random"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssync_pl.tools.predict.video_files import FileChoice, VideoFiles, encode_label_png
+from ssync_pl.tools.predict.files import FileChoice, VideoFiles, encode_label_png
 from ssync_pl.tools.viz import color_labels
 
 LABELS = np.random.default_rng(0).integers(0, 4, (5, 6, 8)).astype(np.uint8)
