@@ -1,20 +1,24 @@
-"""Slot attention in each slot's own frame of reference (Biza et al. 2023), SOLV's spatial binder."""
+"""SOLV's two binders: slots to the patches of each frame, and slots of neighbouring frames to each other."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.nn.weights import init_fan_in_
+from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
-__all__ = ["BoundSlots", "RelativeSlotAttention", "SlotPose", "attention_pose"]
+__all__ = ["BoundSlots", "RelativeSlotAttention", "SlotPose", "TemporalBinder", "attention_pose", "frame_windows"]
 
 # A grid cell's position is divided by this many spreads of the slot, so that relative positions are of order 1.
 _REACH = 5.0
+# Added to the attention before it is normalised over tokens.
+_EPS = 1e-8
 # In standard deviations of a projected patch: how far its values are lifted above a ReLU's kink to pass it unchanged.
 _LINEAR_ABOVE = 2.0
 # Added to a slot's variance: the root stays differentiable, and a slot on one patch keeps a spread of 0.01.
@@ -22,17 +26,7 @@ _VARIANCE_FLOOR = 1e-4
 
 
 class BoundSlots(NamedTuple):
-    """What `RelativeSlotAttention` returns.
-
-    Args:
-        slots: `(B, T, S, D)`.
-        logits: float32 `(B, T, S, N')`, query · key · scale of the last iteration, before the softmax over slots.
-        attention: float32 `(B, T, S, N')`, the softmax over slots, normalised over tokens.
-
-    Example:
-        >>> BoundSlots._fields
-        ('slots', 'logits', 'attention')
-    """
+    """Slots `(B, T, S, D)`; logits `(B, T, S, N')` of the last iteration; attention, their softmax, over tokens."""
 
     slots: Tensor
     logits: Tensor
@@ -40,60 +34,24 @@ class BoundSlots(NamedTuple):
 
 
 class SlotPose(NamedTuple):
-    """Where slots are, and how far they reach.
-
-    Args:
-        position: `(..., S, 2)`, x and y, in the units of the grid.
-        spread: `(..., S, 2)`, above 0.
-
-    Example:
-        >>> SlotPose(torch.zeros(3, 2), torch.ones(3, 2)).relative(torch.zeros(5, 2)).shape
-        torch.Size([3, 5, 2])
-    """
+    """Where slots are, `(..., S, 2)` as x and y in the units of the grid, and how far they reach, `(..., S, 2)` > 0."""
 
     position: Tensor
     spread: Tensor
 
     def relative(self, points: Tensor) -> Tensor:
-        """Coordinates of points as the slots see them.
-
-        Args:
-            points: `(..., N, 2)`.
-
-        Returns:
-            `(..., S, N, 2)`, in units of five spreads.
-        """
+        """Turn points `(..., N, 2)` into coordinates of each slot, `(..., S, N, 2)` in units of five spreads."""
         offset = points.unsqueeze(-3) - self.position.unsqueeze(-2)
         return offset / (_REACH * self.spread.unsqueeze(-2))
 
     def split(self, size: int, dim: int) -> list[SlotPose]:
-        """Pieces along an axis.
-
-        Args:
-            size: length of a piece; the last may be shorter.
-            dim: the axis.
-
-        Returns:
-            The pieces in their order.
-        """
+        """Cut into pieces of a size along an axis."""
         pieces = zip(self.position.split(size, dim), self.spread.split(size, dim), strict=True)
         return [SlotPose(position, spread) for position, spread in pieces]
 
 
 def attention_pose(attention: Tensor, points: Tensor) -> SlotPose:
-    """Mean and standard deviation of the points that slots attend to.
-
-    Args:
-        attention: `(..., S, N)`, sums to 1 over N.
-        points: `(..., N, 2)` coordinates.
-
-    Returns:
-        Position and spread of each slot.
-
-    Example:
-        >>> attention_pose(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]])).position
-        tensor([[1., 0.]])
-    """
+    """Mean and deviation of the points `(..., N, 2)` that slots attend to by `(..., S, N)`, which sums to 1 over N."""
     # Written out, since autocast would run a matrix product in half precision.
     weights, points = attention.unsqueeze(-1), points.unsqueeze(-3)
     position = (weights * points).sum(-2)
@@ -112,29 +70,7 @@ class RelativeSlotAttention(nn.Module):
     ReLU, so that patches and positions pass it apart; its second layer comes after the sum over patches (values) or is
     moved to the query (keys). That leaves no matrix product on the S x N' pairs, a hundredth of the multiplications.
 
-    Args:
-        grid: `(h, w)` of the patches, N = h * w.
-        num_slots: S.
-        slot_dim: D.
-        feature_dim: C, channels of the tokens.
-        iterations: updates of the slots.
-        dropout: in the slots' MLP, in [0, 1).
-        eps: added to the attention before it is normalised over tokens.
-        init: `"default"` is PyTorch's initialisation; with `"kmeans"` the untrained module is soft k-means on the
-            embedded patches: queries and keys are turned alike, values are the patches, `f` is nearly linear, and slots
-            move to the mean of what they attend to. Small models learn objects sooner from there.
-        sharpness: size of the initial query and key weights: their standard deviation in units of `1 / sqrt(inputs)`.
-            None is PyTorch's 0.58, or 1.5 with `"kmeans"`. Larger lets slots differ from the start.
-
-    Raises:
-        ConfigError: a size or `sharpness` is out of range, or `init` is unknown.
-
-    Example:
-        >>> binder = RelativeSlotAttention((3, 4), num_slots=5, slot_dim=16, feature_dim=8)
-        >>> tokens, indices = torch.randn(2, 3, 6, 8), torch.arange(6).expand(2, 3, 6)
-        >>> bound = binder(tokens, indices)
-        >>> bound.slots.shape, bound.logits.shape
-        (torch.Size([2, 3, 5, 16]), torch.Size([2, 3, 5, 6]))
+    With `init="kmeans"` the untrained module is soft k-means on the embedded patches, `f` being nearly linear.
 
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.2; Biza et al. 2023 (arXiv 2302.04973).
     """
@@ -142,32 +78,23 @@ class RelativeSlotAttention(nn.Module):
     def __init__(
         self,
         grid: tuple[int, int],
-        num_slots: int = 8,
-        slot_dim: int = 128,
-        feature_dim: int = 768,
+        num_slots: int,
+        slot_dim: int,
+        feature_dim: int,
         iterations: int = 3,
         dropout: float = 0.1,
-        eps: float = 1e-8,
-        init: Literal["default", "kmeans"] = "default",
+        init: str = "default",
         sharpness: float | None = None,
     ) -> None:
         super().__init__()
-        if len(grid) != 2 or min(grid) < 1:
-            raise ConfigError(f"Expected argument `grid` to be two positive integers, but got {grid}. Use [24, 36].")
-        if num_slots < 1 or iterations < 1 or slot_dim < 1 or feature_dim < 1:
-            raise ConfigError(
-                "Expected arguments `num_slots`, `slot_dim`, `feature_dim` and `iterations` to be at least 1, but got "
-                f"{num_slots}, {slot_dim}, {feature_dim} and {iterations}."
-            )
-        if init not in ("default", "kmeans"):
-            raise ConfigError(f"Expected argument `init` to be 'default' or 'kmeans', but got {init!r}. Choose one.")
-        if sharpness is not None and sharpness <= 0:
-            raise ConfigError(f"Expected argument `sharpness` to be None or above 0, but got {sharpness}. Try 2.")
-        self.grid = (int(grid[0]), int(grid[1]))
+        require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be two positive integers", grid)
+        sizes = (num_slots, slot_dim, iterations)
+        require(min(sizes) >= 1, "`num_slots`, `slot_dim` and `iterations` to be at least 1", *sizes)
+        choose("corrector_init", init, "default", "kmeans")
+        require(sharpness is None or sharpness > 0, "`corrector_sharpness` to be None or above 0", sharpness)
         self.iterations = iterations
-        self.eps = eps
         self.scale = slot_dim**-0.5
-        self.points = nn.Parameter(_unit_grid(self.grid))
+        self.points = nn.Parameter(_unit_grid(grid))
         self.slots = nn.Parameter(torch.empty(num_slots, slot_dim))
         nn.init.xavier_uniform_(self.slots)
         self.position = nn.Parameter(0.02 * torch.randn(num_slots, 2))
@@ -202,23 +129,7 @@ class RelativeSlotAttention(nn.Module):
             self._start_as_kmeans(1.5 if sharpness is None else sharpness)
 
     def forward(self, tokens: Tensor, indices: Tensor) -> BoundSlots:
-        """Bind slots to each frame by itself.
-
-        Args:
-            tokens: `(B, T, N', C)`.
-            indices: int64 `(B, T, N')`, the tokens' places among the N patches.
-
-        Returns:
-            Slots, logits and attention of the last iteration.
-
-        Raises:
-            ShapeError: the inputs do not fit.
-        """
-        if tokens.ndim != 4 or indices.shape != tokens.shape[:3]:
-            raise ShapeError(
-                "Expected arguments `tokens` and `indices` to be (B, T, N', C) and (B, T, N'), but got "
-                f"{tuple(tokens.shape)} and {tuple(indices.shape)}."
-            )
+        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` among the N patches, each frame by itself."""
         points = F.embedding(indices, self.points)
         embedded = self.embed(tokens)
         pair = self.pair_in.weight
@@ -233,7 +144,7 @@ class RelativeSlotAttention(nn.Module):
             query = self.to_q(self.norm_slots(slots))
             seen = torch.einsum("btsd,btsnd->btsn", query @ self.pair_out.weight, (keys + offsets).relu())
             logits = ((seen + (query @ self.pair_out.bias).unsqueeze(-1)) * self.scale).float()
-            attention = logits.softmax(dim=2) + self.eps
+            attention = logits.softmax(dim=2) + _EPS
             attention = attention / attention.sum(dim=-1, keepdim=True)
             if iteration == self.iterations:
                 break
@@ -247,24 +158,13 @@ class RelativeSlotAttention(nn.Module):
     @torch.no_grad()
     def _start_as_kmeans(self, sharpness: float) -> None:
         init_fan_in_(self.embed)
-        dim = self.to_q.in_features
-        turn = sharpness * nn.init.orthogonal_(torch.empty(dim, dim))
-        self.to_q.weight.copy_(turn)
-        self.to_k.weight.copy_(turn)
-        nn.init.eye_(self.to_v.weight)
+        init_soft_kmeans_(self, sharpness)
         nn.init.zeros_(self.from_position.bias)
         # Far above zero a ReLU is linear; the second layer takes the shift back.
         shift = _LINEAR_ABOVE * sharpness
         for layer, bias in ((self.pair_in, shift), (self.pair_out, -shift)):
             nn.init.eye_(layer.weight)
             nn.init.constant_(layer.bias, bias)
-        # Gates in PyTorch's order: reset, update (below 0.5: take the new value), new.
-        self.gru.weight_ih.mul_(0.1)
-        self.gru.weight_hh.mul_(0.1)
-        self.gru.weight_ih[2 * dim :] += torch.eye(dim)
-        nn.init.zeros_(self.gru.bias_ih)
-        nn.init.zeros_(self.gru.bias_hh)
-        self.gru.bias_ih[dim : 2 * dim] = -1.5
 
 
 def _unit_grid(grid: tuple[int, int]) -> Tensor:
@@ -272,3 +172,39 @@ def _unit_grid(grid: tuple[int, int]) -> Tensor:
     rows, columns = (torch.linspace(-1.0, 1.0, length) for length in grid)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def frame_windows(values: Tensor, radius: int) -> Tensor:
+    """Windows `(B, T, 2 * radius + 1, ...)` around every frame of `(B, T, ...)`; outside of the clip are zeros."""
+    outside = values.new_zeros(values.shape[0], radius, *values.shape[2:])
+    padded = torch.cat([outside, values, outside], dim=1)
+    return padded.unfold(1, 2 * radius + 1, 1).movedim(-1, 2)
+
+
+class TemporalBinder(nn.Module):
+    """A transformer over the frames of a window, for each slot index by itself, read at the centre.
+
+    Blocks are PyTorch's: normalisation after each residual sum, ReLU, hidden size four times the slot's.
+
+    Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.2.
+    """
+
+    def __init__(self, slot_dim: int, window: int, blocks: int = 3, heads: int = 8, dropout: float = 0.1) -> None:
+        super().__init__()
+        require(window % 2 == 1, "argument `clip_length` to be odd", window, advice="Use 5 or 3.")
+        require(blocks >= 1, "argument `temporal_blocks` to be at least 1", blocks)
+        require(heads >= 1 and slot_dim % heads == 0, f"`temporal_heads` to divide the slot size {slot_dim}", heads)
+        self.window = window
+        self.place = nn.Parameter(0.02 * torch.randn(window, 1, slot_dim))
+        block = nn.TransformerEncoderLayer(slot_dim, heads, 4 * slot_dim, dropout, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, blocks, enable_nested_tensor=False)
+
+    def forward(self, slots: Tensor, valid: Tensor) -> Tensor:
+        """Bind windows `(B, P, F, S, D)` of frames that exist `(B, P, F)` to slots `(B, P, S, D)` of their centres."""
+        centre = self.window // 2
+        here = torch.arange(self.window, device=valid.device) == centre
+        hidden = ~(valid | here)  # attention over nothing would be NaN
+        hidden = hidden.unsqueeze(2).expand(-1, -1, slots.shape[3], -1).flatten(0, 2)
+        flat = rearrange(slots + self.place, "b p f s d -> (b p s) f d")
+        bound = self.blocks(flat, src_key_padding_mask=hidden)[:, centre]
+        return rearrange(bound, "(b p s) d -> b p s d", b=slots.shape[0], p=slots.shape[1])
