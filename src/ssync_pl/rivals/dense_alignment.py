@@ -44,8 +44,7 @@ def decoder_consistency(
         0-dim loss.
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: A number is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
 
     Source: SRL, dense synergistic learning for video object-centric models: the decoder's consistency loss.
     """
@@ -84,8 +83,7 @@ def encoder_consistency(
         0-dim loss.
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: A number is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
 
     Source: SRL: the encoder's consistency loss.
     """
@@ -125,8 +123,7 @@ def slot_redundancy(attention: Tensor, slots: Tensor, redundant: int = 5) -> Ten
         0-dim loss, in [0, log N].
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: ``redundant`` is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or ``redundant`` is out of range.
 
     Source: SRL: the warm-up against slot redundancy.
     """
@@ -255,8 +252,12 @@ def _check(
             "Expected features (B, T, N, C) and labels (B, T, N) of the same videos, frames and patches, but got "
             f"{tuple(student.shape)}, {tuple(other.shape)} and {tuple(labels.shape)}."
         )
-    if group_frames < 1 or student.shape[1] % group_frames:
+    check_group(student.shape[1], group_frames)
+
+
+def check_group(frames: int, group_frames: int) -> None:
+    """Refuses groups that do not divide the frames of a clip, by `ShapeError`."""
+    if group_frames < 1 or frames % group_frames:
         raise ShapeError(
-            f"Expected argument `group_frames` to divide the {student.shape[1]} frames of a clip, but got "
-            f"{group_frames}."
+            f"Expected argument `group_frames` to divide the {frames} frames of a clip, but got {group_frames}."
         )
