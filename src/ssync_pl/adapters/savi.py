@@ -6,22 +6,32 @@ In all of them slot attention runs once per frame, and the decoder draws all fra
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, Projection, check_close, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import (
+    MapCall,
+    Part,
+    Projection,
+    check_close,
+    entry,
+    in_shape_of,
+    scaled_product,
+    take_projection,
+    token_weights,
+    watch_alpha,
+    watch_attention,
+    watch_joined,
+)
 from ssync_pl.adapters.capture import Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
-
-__all__ = ["Genera1zSaviAdapter", "JunkeunYiSaviAdapter", "SaviAdapter", "SlotFormerAdapter", "SoldAdapter"]
 
 
 @register_adapter
@@ -70,7 +80,7 @@ class SoldAdapter(SlotModelAdapter):
     @override
     def listen(self, host: Any, capture: Capture) -> None:
         names, weigh = ("to_q", "to_k", "to_v"), partial(_weigh, eps="epsilon")
-        watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
+        watch_attention(capture, "corrector", host.corrector, scaled_product, names, weigh=weigh)
         watch_alpha(capture, "decoder", host.decoder, "encoder", _last_channel, entry("1", squeeze=2))
 
 
@@ -189,32 +199,24 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 f"Expected {type(host).__name__} to decode the corrected slots, but it has decode_corrected=False: "
                 "masks of predicted slots show the next frame, not the one that the attention sees. Set it to True."
             )
-        inner, own = host.corrector.inverted_attention.attn_fn, entry("1")
-        parts = ["corrector.inputs", "corrector.attn_fn"]
-        names = ("dense_q", "dense_k")
-        query, _ = calls.watch_projections(capture, "corrector", host.corrector, names, "dense_k", also=parts)
-        capture.watch_input(parts[0], inner, _query_and_key)
-        capture.watch(parts[1], inner, lambda module, args, output: own(module, output))
-        capture.watch("corrector", host.corrector, calls.PartsTaken(capture, [query, *parts], _per_head))
+        attention, own = "inverted_attention.attn_fn", entry("1")
+        outputs, inputs = {attention: lambda module, args, output: own(module, output)}, {attention: _query_and_key}
+        watch_joined(capture, "corrector", host.corrector, _per_head, outputs, inputs)
         masks = entry("alpha_mask", squeeze=-1)
         watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
 
 
-class _QueryKey(NamedTuple):
-    query: Tensor
-    key: Tensor
-
-
-def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _QueryKey:
+def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Projection, Projection]:
     given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
-    return _QueryKey(given["query"], given["key"])
+    return take_projection(module, args, given["query"]), take_projection(module, args, given["key"])
 
 
-def _per_head(module: nn.Module, output: Any, projected: Projection, given: _QueryKey, own: Tensor) -> MapCall:
-    with projected.precision():
-        scaled = given.query / (given.query.shape[-1] ** 0.5)
-        logits = torch.matmul(scaled.permute(0, 2, 1, 3), given.key.permute(0, 2, 3, 1))
-    return MapCall(*calls.in_shape_of(logits, own, module), axis=2)
+def _per_head(module: nn.Module, output: Any, part: Part) -> MapCall:
+    query, key = part("inverted_attention.attn_fn input")
+    with query.precision():
+        scaled = query.value / (query.value.shape[-1] ** 0.5)
+        logits = torch.matmul(scaled.permute(0, 2, 1, 3), key.value.permute(0, 2, 3, 1))
+    return MapCall(*in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
 
 
 def _last_channel(output: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _weigh(module: Any, logits: Tensor, eps: str) -> Tensor:
-    return calls.token_weights(logits, getattr(module, eps))
+    return token_weights(logits, getattr(module, eps))
 
 
 def _weigh_inside(module: Any, logits: Tensor) -> Tensor:
