@@ -6,30 +6,18 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.compare.merging import callback_name, callbacks_of, class_of, merge, read_yaml
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Variant", "known_variants", "make_variant"]
+__all__ = ["CONTRAST_DEFAULTS", "Variant", "known_variants", "make_variant", "ssync_defaults", "ssync_options"]
 
-# As SSyncConfig; written out because that one imports torch. A test compares them.
-DEFAULTS: dict[str, Any] = {
-    "merge_threshold": 0.7,
-    "merge": None,
-    "loss": "brier",
-    "boundary_weight": 1.0,
-    "interior_weight": 1.0,
-    "relative_weight": None,
-    "warmup_ratio": 0.3,
-    "warmup_steps": None,
-    "guard_window": 50,
-    "on_collapse": "warn",
-}
 # Hosts with a slot-slot contrastive loss, and its weight there unless the configuration names one.
 CONTRAST_DEFAULTS = {"SlotContrast": 0.5, "VideoSAUR": 0.0}
-PUBLISHED_CONTRAST = 0.1
+_PUBLISHED_CONTRAST = 0.1
 _TOP_LEVEL = frozenset(
     ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
@@ -40,17 +28,7 @@ _DENSE_HOSTS = ("VideoSAUR", "SlotContrast", "DINOSAUR")
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of a configuration.
-
-    Args:
-        name: As on the command line; names the folder and the rows of the tables.
-        description: What it is, in plain words.
-        overlay: What is laid over the configuration, as a dict of YAML values.
-
-    Example:
-        >>> Variant("with", "the configuration as it is", {}).overlay
-        {}
-    """
+    """A variant: its name on the command line, what it is in plain words, and the YAML values laid over the rest."""
 
     name: str
     description: str
@@ -58,40 +36,19 @@ class Variant:
 
 
 def known_variants() -> str:
-    """List the variants that have a name, for help and messages.
-
-    Returns:
-        Names with commas between them.
-
-    Example:
-        >>> known_variants().startswith("without, with, published")
-        True
-    """
+    """Returns the names of the variants, for help and messages."""
     return ", ".join([*_FIXED, *(f"{name}-X" for name in _NUMBERED), "or a file.yaml of your own"])
 
 
 def make_variant(name: str, config: Mapping[str, Any]) -> Variant:
-    """Work out what a variant lays over a configuration.
+    """Works out what a variant lays over a configuration.
 
     Args:
-        name: One of `known_variants`, with a number where there is an X, or the path of a YAML file.
-        config: The merged configuration.
-
-    Returns:
-        The variant.
+        name: one of `known_variants`, with a number in the place of X, or the path of a YAML file.
+        config: the merged configuration.
 
     Raises:
-        ConfigError: There is no such variant, it does not fit the configuration, or it changes nothing.
-
-    Example:
-        >>> config = {"trainer": {"callbacks": [{"class_path": "SSyncCallback"}, {"class_path": "SSyncPictures"}]}}
-        >>> make_variant("without", config).overlay
-        {'trainer': {'callbacks': [{'class_path': 'SSyncPictures'}]}}
-        >>> make_variant("threshold-0.7", config)
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected variant 'threshold-0.7' to change something, but the configuration has \
-merge_threshold 0.7 already. Leave it out.
+        ConfigError: there is no such variant, it does not fit the configuration, or it changes nothing.
     """
     if name.endswith((".yaml", ".yml")):
         variant = _from_file(name)
@@ -104,6 +61,22 @@ merge_threshold 0.7 already. Leave it out.
     return variant
 
 
+@cache
+def ssync_defaults() -> dict[str, Any]:
+    """Returns the default of every setting of SSync."""
+    from dataclasses import fields
+
+    from ssync_pl.plugin.config import SSyncConfig  # imports torch, which --help can do without
+
+    return {field.name: field.default for field in fields(SSyncConfig)}
+
+
+def ssync_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the options of each SSyncCallback in a configuration."""
+    found = [callback for callback in callbacks_of(config) if callback_name(callback) == "SSyncCallback"]
+    return [dict(one.get("init_args") or {}) if isinstance(one, Mapping) else {} for one in found]
+
+
 def _from_file(path: str) -> Variant:
     overlay = read_yaml(path, "--variants")
     # A misspelt key would else be found when its run begins, after the runs before it.
@@ -111,7 +84,7 @@ def _from_file(path: str) -> Variant:
     if unknown:
         raise ConfigError(
             f"Expected {path} to hold keys of a configuration ({', '.join(sorted(_TOP_LEVEL))}), but got "
-            f"{', '.join(unknown)}. Mend them."
+            f"{', '.join(unknown)}. Correct them."
         )
     return Variant(Path(path).stem, f"with {Path(path).name} laid over the configuration", overlay)
 
@@ -130,10 +103,11 @@ def _numbered(name: str, config: Mapping[str, Any]) -> Variant:
 
 
 def _settings(name: str, config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Change options of the SSyncCallback; refuse what is so already."""
-    options = _options(config, name)
+    """Changes options of the SSyncCallback; refuses a change that is there already."""
+    options = _own_options(config, name)
+    defaults = ssync_defaults()
     steps = options.get("warmup_steps") if "warmup_ratio" in changes else None
-    if steps is None and all(options.get(key, DEFAULTS[key]) == value for key, value in changes.items()):
+    if steps is None and all(options.get(key, defaults[key]) == value for key, value in changes.items()):
         said = ", ".join(f"{key} {value}" for key, value in changes.items())
         raise ConfigError(
             f"Expected variant {name!r} to change something, but the configuration has {said} already. Leave it out."
@@ -144,27 +118,21 @@ def _settings(name: str, config: Mapping[str, Any], **changes: Any) -> dict[str,
     return _with_callback(config, _like(config, options))
 
 
-def _options(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    for callback in callbacks_of(config):
-        if callback_name(callback) == "SSyncCallback":
-            options = callback.get("init_args") if isinstance(callback, Mapping) else None
-            return dict(options) if isinstance(options, Mapping) else {}
-    raise ConfigError(
-        f"Expected an SSyncCallback in trainer.callbacks of the configuration for variant {name!r}, but there is none. "
-        "Add it: --config with what `ssync-pl config ssync` prints."
-    )
+def _own_options(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = ssync_options(config)
+    if not found:
+        raise ConfigError(
+            f"Expected an SSyncCallback in trainer.callbacks of the configuration for variant {name!r}, but there is "
+            "none. Add it: --config with what `ssync-pl config ssync` prints."
+        )
+    return found[0]
 
 
 def _like(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    paths = [
-        callback["class_path"] if isinstance(callback, Mapping) else callback
-        for callback in callbacks_of(config)
-        if callback_name(callback) == "SSyncCallback"
-    ]
-    callback: dict[str, Any] = {"class_path": paths[0] if paths else "SSyncCallback"}
-    if options:
-        callback["init_args"] = dict(options)
-    return callback
+    """An SSyncCallback with other options, named as in the configuration."""
+    own = next(callback for callback in callbacks_of(config) if callback_name(callback) == "SSyncCallback")
+    path = own["class_path"] if isinstance(own, Mapping) else own
+    return {"class_path": path, **({"init_args": dict(options)} if options else {})}
 
 
 def _with_callback(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -177,13 +145,11 @@ def _with_callback(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> 
         elif not placed:
             callbacks.append(copy.deepcopy(dict(new or {})))
             placed = True
-    if not placed:
-        callbacks.append(copy.deepcopy(dict(new or {})))
     return {"trainer": {"callbacks": callbacks}}
 
 
 def _with(name: str, config: Mapping[str, Any]) -> Variant:
-    _options(config, name)
+    _own_options(config, name)
     return Variant(name, "the configuration as it is", {})
 
 
@@ -193,24 +159,25 @@ def _without(name: str, config: Mapping[str, Any]) -> Variant:
 
 def _published(name: str, config: Mapping[str, Any]) -> Variant:
     # How maps are found belongs to the host, and stays.
-    reads = {key: value for key, value in _options(config, name).items() if key in _READS_MAPS}
+    reads = {key: value for key, value in _own_options(config, name).items() if key in _READS_MAPS}
     options = {"merge_threshold": 0.7, "warmup_ratio": 0.3, "boundary_weight": 1.0, "interior_weight": 1.0}
     overlay = _with_callback(config, _like(config, {**reads, **options, "on_collapse": "warn"}))
     return Variant(name, "SSync as published: weights 1 and 1, warm-up 0.3, no guard that backs off", overlay)
 
 
 def _srl(name: str, config: Mapping[str, Any]) -> Variant:
-    own = _options(config, name)
+    own = _own_options(config, name)
     model, _ = class_of(config, "model")
     if model not in _DENSE_HOSTS:
         raise ConfigError(
-            f"Expected a host that rebuilds features ({', '.join(_DENSE_HOSTS)}) for variant {name!r}, but got {model}."
+            f"Expected a host that reconstructs features ({', '.join(_DENSE_HOSTS)}) for variant {name!r}, but got "
+            f"{model}."
         )
     options = {key: value for key, value in own.items() if key in ("warmup_ratio", "warmup_steps")}
     if "warmup_steps" not in options:
-        options.setdefault("warmup_ratio", DEFAULTS["warmup_ratio"])
-    callback = {"class_path": _DENSE, "init_args": options}
-    return Variant(name, "dense alignment (SRL) in the place of SSync", _with_callback(config, callback))
+        options.setdefault("warmup_ratio", ssync_defaults()["warmup_ratio"])
+    overlay = _with_callback(config, {"class_path": _DENSE, "init_args": options})
+    return Variant(name, "dense alignment (SRL) in the place of SSync", overlay)
 
 
 def _contrast(ssync: bool, weight: float) -> Callable[[str, Mapping[str, Any]], Variant]:
@@ -230,7 +197,7 @@ def _contrast(ssync: bool, weight: float) -> Callable[[str, Mapping[str, Any]], 
         model_part = {"class_path": config["model"]["class_path"], "init_args": {"contrast_weight": weight}}
         overlay: dict[str, Any] = {"model": model_part}
         if ssync:
-            _options(config, name)
+            _own_options(config, name)
         else:
             overlay.update(_with_callback(config, None))
         said = "without the slot-slot contrastive loss" if weight == 0 else f"with slot-slot contrastive loss {weight}"
@@ -247,16 +214,16 @@ _FIXED: dict[str, Callable[[str, Mapping[str, Any]], Variant]] = {
     "without": _without,
     "with": _with,
     "published": _published,
-    "boundary-only": _changed("only boundaries: encoder teaches decoder", interior_weight=0.0),
-    "interior-only": _changed("only interiors: decoder teaches encoder", boundary_weight=0.0),
+    "boundary-only": _changed("only boundaries: slot attention teaches the decoder", interior_weight=0.0),
+    "interior-only": _changed("only interiors: the decoder teaches slot attention", boundary_weight=0.0),
     "no-merging": _changed("labels of redundant slots are not merged", merge=False),
     "cross-entropy": _changed("cross-entropy in the place of the Brier loss", loss="ce"),
     "no-warmup": _changed("SSync from the first step", warmup_ratio=0.0),
     "srl": _srl,
     "no-contrast": _contrast(ssync=False, weight=0.0),
     "ssync-no-contrast": _contrast(ssync=True, weight=0.0),
-    "slot-contrast": _contrast(ssync=False, weight=PUBLISHED_CONTRAST),
-    "ssync-slot-contrast": _contrast(ssync=True, weight=PUBLISHED_CONTRAST),
+    "slot-contrast": _contrast(ssync=False, weight=_PUBLISHED_CONTRAST),
+    "ssync-slot-contrast": _contrast(ssync=True, weight=_PUBLISHED_CONTRAST),
 }
 _NUMBERED = {
     "threshold": ("merge_threshold", "slots are merged above an overlap of"),

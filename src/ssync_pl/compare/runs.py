@@ -1,0 +1,320 @@
+"""Launches the runs of a comparison through submitit: on this machine, or as Slurm jobs.
+
+A job gets nothing but this module's `run_job` and strings. It trains in a process of its own and writes `run.json` last,
+which is how a finished run is recognised; what a killed run left is removed and the run made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ssync_pl.compare.matrix import Matrix, Run
+from ssync_pl.data.files import write_bytes
+from ssync_pl.errors import ConfigError
+
+__all__ = ["Failure", "Launcher", "is_finished", "log_tail", "prepare_sets", "run_all", "run_job"]
+
+_PAUSE = 0.2
+_TAIL = 15
+_CANCEL_SECONDS = 10.0
+_YEAR_MINUTES = 60 * 24 * 365
+_ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not finish, and the end of its log."""
+
+    run: Run
+    tail: str
+
+
+@dataclass
+class Launcher:
+    """Where and how runs are started.
+
+    Args:
+        folder: folder of submitit's files.
+        slurm: start Slurm jobs instead of processes on this machine.
+        at_once: runs at a time; None for no limit.
+        threads: CPU threads per run.
+        gpus: GPUs per run; None leaves all that are visible to each run of this machine.
+        hours: time limit of a run, or None for none on this machine and the cluster's default.
+        options: further Slurm options, such as `partition` and `account`.
+    """
+
+    folder: Path
+    slurm: bool = False
+    at_once: int | None = 1
+    threads: int = 1
+    gpus: int | None = None
+    hours: float | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def submit(self, folder: Path, place: int = 0) -> Any:
+        """Starts the job of a folder; `place` says which of the runs at a time it is, so that each has its own GPUs."""
+        import submitit
+
+        owner = "" if self.slurm else str(os.getpid())
+        gpus = "" if self.slurm or self.gpus is None else ",".join(self._devices(place))
+        executor = submitit.AutoExecutor(self.folder.resolve(), cluster="slurm" if self.slurm else "local")
+        minutes = _YEAR_MINUTES if self.hours is None else max(1, round(60 * self.hours))
+        if not self.slurm:
+            executor.update_parameters(timeout_min=minutes)
+        else:
+            limit = {} if self.hours is None else {"timeout_min": minutes}
+            executor.update_parameters(
+                name=f"ssync_pl {folder.name}",
+                gpus_per_node=self.gpus,
+                tasks_per_node=max(1, self.gpus or 1),  # as Lightning expects: a task per device
+                cpus_per_task=self.threads,
+                slurm_additional_parameters=dict(self.options),
+                **limit,
+            )
+        job = executor.submit(run_job, str(folder.resolve()), str(self.threads), owner, gpus)
+        if self.slurm:
+            write_bytes(folder / "submitted.json", json.dumps({"id": job.job_id}).encode())
+        return job
+
+    def adopt(self, folder: Path) -> Any | None:
+        """Finds the Slurm job that an earlier call left in the queue for a folder."""
+        import submitit
+
+        submitted = _read_json(folder / "submitted.json")
+        if not self.slurm or not submitted:
+            return None
+        job: Any = submitit.SlurmJob(folder=self.folder.resolve(), job_id=str(submitted["id"]))
+        return job if str(job.state).split()[0].rstrip("+") in _ALIVE else None
+
+    def _devices(self, place: int) -> list[str]:
+        import torch
+
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        known = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        first = place * (self.gpus or 0)
+        return known[first : first + (self.gpus or 0)]
+
+
+def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
+    """Trains one run in a process group of its own, and writes its record.
+
+    Args:
+        folder: folder with `job.json`, which holds the command and the facts for the record.
+        threads: CPU threads.
+        owner: process of the comparison on this machine, with which the training ends; empty under Slurm.
+        gpus: GPUs of this run on this machine; empty for those that the comparison sees.
+    """
+    import submitit
+    from filelock import FileLock
+
+    place = Path(folder)
+    rank = submitit.JobEnvironment().global_rank
+    job = json.loads((place / "job.json").read_text(encoding="utf-8"))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if owner:  # submitit hides the GPUs of jobs that ask for none
+        environment["CUDA_VISIBLE_DEVICES"] = gpus or job["visible"] or ""
+        if not gpus and job["visible"] is None:
+            del environment["CUDA_VISIBLE_DEVICES"]
+    started = time.monotonic()
+    with (
+        FileLock(place / ".lock") if owner else contextlib.nullcontext(),
+        open(place / ("log.txt" if rank == 0 else f"log_{rank}.txt"), "wb") as log,
+    ):
+        training = subprocess.Popen(
+            job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            while training.poll() is None and (not owner or _exists(int(owner))):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    training.wait(0.5)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
+                os.killpg(training.pid, signal.SIGKILL)
+            training.wait()
+        if training.returncode == 0 and rank == 0:
+            facts = {**job["facts"], "wall_seconds": round(time.monotonic() - started, 1)}
+            facts |= {"cpu_seconds": _cpu_seconds(), "date": date.today().isoformat(), "command": job["command"]}
+            write_bytes(place / "run.json", json.dumps(facts, indent=1).encode())
+
+
+def is_finished(run: Run) -> bool:
+    """Says whether the record of a run is there; refuses a folder with anything but this run."""
+    for name in ("run.json", "job.json"):
+        kept = _read_json(run.folder / name)
+        recipe = kept.get("recipe", kept.get("facts", {}).get("recipe")) if kept else None
+        if kept and recipe != run.recipe:
+            raise ConfigError(
+                f"Expected {run.folder} to be empty or to hold a run of this configuration, but it holds one of "
+                f"another (recipe {recipe}, now {run.recipe}): files, steps, version or options differ. Pass another "
+                "--out, or remove that folder."
+            )
+        if kept:
+            return name == "run.json"
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        raise ConfigError(
+            f"Expected {run.folder} to be empty or to hold a run of `ssync-pl compare`, but it holds other files. Pass "
+            "another --out, or remove that folder."
+        )
+    return False
+
+
+def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: Callable[[str], None]) -> None:
+    """Renders videos and stores features of the sets of some runs, one set after the other."""
+    names = list(dict.fromkeys(run.set for run in runs))
+    for place, name in enumerate(names, start=1):
+        say(f"preparing data {place}/{len(names)}: {name}")
+        folder = matrix.asked.out / "sets" / name
+        command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
+        _lay_out(folder, command, {"set": name})
+        with _ending([launcher.submit(folder)]) as jobs:
+            while not jobs[0].done():
+                time.sleep(_PAUSE)
+        if not (folder / "run.json").is_file():
+            raise ConfigError(f"The data of set {name!r} could not be made. {folder / 'log.txt'} ends with:\n"
+                              f"{log_tail(folder, jobs[0])}")
+
+
+def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, list[Run]], None]) -> list[Failure]:
+    """Makes all runs that are not finished; one that fails does not stop the others.
+
+    Args:
+        runs: the runs.
+        launcher: where and how they are started.
+        show: called with the numbers of finished and failed runs and the running ones.
+
+    Returns:
+        What failed.
+    """
+    waiting = [run for run in runs if not is_finished(run)]
+    running: dict[int, tuple[Run, Any]] = {}  # by place, which decides on GPUs
+    failures: list[Failure] = []
+    jobs: list[Any] = []
+    with _ending(jobs):
+        while waiting or running:
+            busy = {run.folder for run in waiting} | {run.folder for run, _ in running.values()}
+            for run in list(waiting):
+                if launcher.at_once is not None and len(running) >= launcher.at_once:
+                    break
+                if _waits(run, busy):
+                    continue
+                waiting.remove(run)
+                place = next(number for number in range(len(running) + 1) if number not in running)
+                job = launcher.adopt(run.folder) or _launch(run, launcher, place)
+                jobs.append(job)
+                running[place] = (run, job)
+            show(len(runs) - len(waiting) - len(running) - len(failures), len(failures), [r for r, _ in running.values()])
+            time.sleep(_PAUSE)
+            for place, (run, job) in list(running.items()):
+                if job.done():
+                    del running[place]
+                    if not (run.folder / "run.json").is_file():
+                        failures.append(Failure(run, log_tail(run.folder, job)))
+    show(len(runs) - len(failures), len(failures), [])
+    return failures
+
+
+def log_tail(folder: Path, job: Any = None, lines: int = _TAIL) -> str:
+    """Returns the last lines of a run's log, or of its job's where the training did not start."""
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    text = text if text.strip() or job is None else job.stderr() or ""
+    kept = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in kept[-lines:])
+
+
+def _waits(run: Run, busy: set[Path]) -> bool:
+    """Whether the checkpoint that a run starts from is still to come."""
+    return run.checkpoint is not None and not run.checkpoint.is_file() and run.checkpoint.parent.parent in busy
+
+
+def _launch(run: Run, launcher: Launcher, place: int) -> Any:
+    command, source = list(run.command), None
+    if run.checkpoint is not None and run.checkpoint.is_file():
+        command += ["--ckpt_path", str(run.checkpoint)]
+        source = run.source
+    names = ("set", "slots", "variant", "seed", "recipe")
+    _lay_out(run.folder, command, {**{name: getattr(run, name) for name in names}, "source": source}, run.files)
+    return launcher.submit(run.folder, place)
+
+
+def _lay_out(
+    folder: Path, command: Sequence[str], facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Empties the folder of a run, once nothing is at work in it, and writes what its job reads."""
+    import yaml
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=30):
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for name, content in (files or {}).items():
+                plain = json.loads(json.dumps(content, default=str))
+                write_bytes(folder / name, yaml.safe_dump(plain, sort_keys=False).encode())
+            job = {"command": list(command), "facts": facts, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+            write_bytes(folder / "job.json", json.dumps(job, indent=1).encode())
+    except Timeout as error:
+        raise ConfigError(f"Expected {folder} to be free, but a training is at work in it. Wait for it.") from error
+
+
+@contextlib.contextmanager
+def _ending(jobs: list[Any]) -> Iterator[list[Any]]:
+    """Ends jobs that still run when the block is left, also by SIGTERM."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield jobs
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+        alive = [job for job in jobs if not job.done()]
+        for job in alive:
+            job.cancel(check=False)
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while any(not job.done() for job in alive) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _cpu_seconds() -> float:
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(usage.ru_utime + usage.ru_stime, 1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
