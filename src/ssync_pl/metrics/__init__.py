@@ -6,14 +6,17 @@ from ssync_pl.metrics.boundary import BoundaryF
 from ssync_pl.metrics.collection import SegmentationMetrics
 from ssync_pl.metrics.overlap import ImageMBO, ImageMIoU, VideoMBO, VideoMIoU
 from ssync_pl.metrics.slots import SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
 
 __all__ = [
+    "METRICS",
     "BoundaryF",
     "ImageARI",
     "ImageMBO",
     "ImageMIoU",
     "ItemMean",
     "MaskMetric",
+    "MetricInfo",
     "SegmentationMetrics",
     "SlotIdentity",
     "SlotsPerObject",
@@ -21,4 +24,5 @@ __all__ = [
     "VideoARI",
     "VideoMBO",
     "VideoMIoU",
+    "metric_names",
 ]

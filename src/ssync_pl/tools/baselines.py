@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics.table import METRICS, metric_names
 
 __all__ = ["BASELINES_VERSION", "cached_baselines", "format_table", "grid_partition", "kmeans_rgb", "score_baselines"]
 
@@ -30,14 +31,6 @@ BASELINES_VERSION = 1
 
 _log = logging.getLogger(__name__)
 
-_COLUMNS = {
-    "video_fg_ari": "video FG-ARI",
-    "video_ari": "video ARI",
-    "video_mbo": "video mBO",
-    "video_miou": "video mIoU",
-    "image_fg_ari": "image FG-ARI",
-    "image_mbo": "image mBO",
-}
 # Distances of points to centres are held for a group of videos: 2**25 floats are 128 MiB.
 _GROUP_ELEMENTS = 2**25
 
@@ -338,8 +331,8 @@ def format_table(
 
     Args:
         rows: name of a row to its scores; names of scores may have a prefix such as "val/".
-        columns: name of a score to the title of its column; None shows FG-ARI, ARI, mBO and mIoU of videos, FG-ARI
-            and mBO of frames.
+        columns: name of a score to the title of its column; None shows what `metrics.table` shows in tables, as
+            far as it is there.
         digits: decimal places.
 
     Returns:
@@ -351,7 +344,7 @@ def format_table(
         |------|-----------|
         | grid |     0.108 |
     """
-    titles = _COLUMNS if columns is None else columns
+    titles = _titles(rows) if columns is None else columns
     cells = [["", *titles.values()]]
     for name, scores in rows.items():
         plain = {score.rsplit("/", 1)[-1]: value for score, value in scores.items()}
@@ -361,6 +354,11 @@ def format_table(
     lines = [f"| {' | '.join(row)} |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _titles(rows: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    there = {name.rsplit("/", 1)[-1] for scores in rows.values() for name in scores}
+    return {name: METRICS[name].title for name in metric_names(None, "headline", "table") if name in there}
 
 
 def cached_baselines(

@@ -25,15 +25,6 @@ from ssync_pl.tools.pictures import SSyncPictures
 
 __all__ = ["ValidationSummary"]
 
-_COLUMNS = {
-    "video_fg_ari": "video FG-ARI",
-    "video_ari": "video ARI",
-    "video_mbo": "video mBO",
-    "video_miou": "video mIoU",
-    "image_fg_ari": "image FG-ARI",
-    "used_slots": "used slots",
-}
-
 _SCORED = ("this run", "untrained")
 
 
@@ -153,7 +144,7 @@ class ValidationSummary(L.Callback):
         order = ("this run", "untrained", "grid", "k-means RGB")
         rows = {name: self.rows[name] for name in order if name in self.rows}
         places = _places(trainer)
-        lines = ["", format_table(rows, _COLUMNS), *(f"{name + ':':<12}{place}" for name, place in places.items()), ""]
+        lines = ["", format_table(rows), *(f"{name + ':':<12}{place}" for name, place in places.items()), ""]
         sys.stdout.write("\n".join(lines))
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
