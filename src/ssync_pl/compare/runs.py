@@ -1,7 +1,7 @@
 """Launches the runs of a comparison through submitit: on this machine, or as Slurm jobs.
 
-A job gets nothing but this module's `run_job` and strings. It trains in a process of its own and writes `run.json` last,
-which is how a finished run is recognised; what a killed run left is removed and the run made again.
+A job gets nothing but this module's `run_job` and strings. It trains in a process of its own and writes `run.json`
+last, by which a finished run is recognised; what a killed run left is removed, and the run is made again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Failure", "Launcher", "is_finished", "log_tail", "prepare_sets", "run_all", "run_job"]
+__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all", "run_job"]
 
 _PAUSE = 0.2
 _TAIL = 15
 _CANCEL_SECONDS = 10.0
-_YEAR_MINUTES = 60 * 24 * 365
+_LOCAL_HOURS, _SLURM_HOURS = 24.0 * 365, 24.0
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
 
@@ -53,7 +53,7 @@ class Launcher:
         at_once: runs at a time; None for no limit.
         threads: CPU threads per run.
         gpus: GPUs per run; None leaves all that are visible to each run of this machine.
-        hours: time limit of a run, or None for none on this machine and the cluster's default.
+        hours: time limit of a run; None for none on this machine, and 24 under Slurm.
         options: further Slurm options, such as `partition` and `account`.
     """
 
@@ -72,18 +72,15 @@ class Launcher:
         owner = "" if self.slurm else str(os.getpid())
         gpus = "" if self.slurm or self.gpus is None else ",".join(self._devices(place))
         executor = submitit.AutoExecutor(self.folder.resolve(), cluster="slurm" if self.slurm else "local")
-        minutes = _YEAR_MINUTES if self.hours is None else max(1, round(60 * self.hours))
-        if not self.slurm:
-            executor.update_parameters(timeout_min=minutes)
-        else:
-            limit = {} if self.hours is None else {"timeout_min": minutes}
+        hours = self.hours or (_SLURM_HOURS if self.slurm else _LOCAL_HOURS)
+        executor.update_parameters(timeout_min=max(1, round(60 * hours)))
+        if self.slurm:
             executor.update_parameters(
-                name=f"ssync_pl {folder.name}",
-                gpus_per_node=self.gpus,
-                tasks_per_node=max(1, self.gpus or 1),  # as Lightning expects: a task per device
+                name="ssync_pl",
+                tasks_per_node=self.gpus or 1,  # as Lightning expects: a task per device
                 cpus_per_task=self.threads,
                 slurm_additional_parameters=dict(self.options),
-                **limit,
+                **({"gpus_per_node": self.gpus} if self.gpus else {}),
             )
         job = executor.submit(run_job, str(folder.resolve()), str(self.threads), owner, gpus)
         if self.slurm:
@@ -97,8 +94,9 @@ class Launcher:
         submitted = _read_json(folder / "submitted.json")
         if not self.slurm or not submitted:
             return None
-        job: Any = submitit.SlurmJob(folder=self.folder.resolve(), job_id=str(submitted["id"]))
-        return job if str(job.state).split()[0].rstrip("+") in _ALIVE else None
+        tasks = list(range(self.gpus or 1))
+        job: Any = submitit.SlurmJob(folder=self.folder.resolve(), job_id=str(submitted["id"]), tasks=tasks)
+        return job if str(job.get_info().get("State")).split()[0] in _ALIVE else None
 
     def _devices(self, place: int) -> list[str]:
         import torch
@@ -151,6 +149,26 @@ def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
             write_bytes(place / "run.json", json.dumps(facts, indent=1).encode())
 
 
+def check_folder(matrix: Matrix) -> None:
+    """Refuses a folder with anything but this comparison; more seeds, variants, slots or sets are welcome."""
+    out = matrix.asked.out
+    path = out / "matrix.json"
+    kept = _read_json(path)
+    if path.is_file() and not kept:
+        raise ConfigError(f"Expected {path} to hold a comparison, but it is damaged. Remove it, or pass another --out.")
+    if not kept and out.exists() and (not out.is_dir() or any(one.name != ".lock" for one in out.iterdir())):
+        raise ConfigError(
+            f"Expected {out} to be empty or to hold a comparison, but it holds other files. Pass another --out."
+        )
+    now = matrix.to_json()
+    other = [name for name in ("config", "steps", "extra", "version") if kept and kept.get(name) != now[name]]
+    if other:
+        raise ConfigError(
+            f"Expected {out} to be empty or to hold this comparison, but it holds one with another "
+            f"{' and '.join(other)}. Pass another --out, or remove that folder."
+        )
+
+
 def is_finished(run: Run) -> bool:
     """Says whether the record of a run is there; refuses a folder with anything but this run."""
     for name in ("run.json", "job.json"):
@@ -172,11 +190,11 @@ def is_finished(run: Run) -> bool:
     return False
 
 
-def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: Callable[[str], None]) -> None:
+def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: Callable[[str], Any]) -> None:
     """Renders videos and stores features of the sets of some runs, one set after the other."""
     names = list(dict.fromkeys(run.set for run in runs))
     for place, name in enumerate(names, start=1):
-        say(f"preparing data {place}/{len(names)}: {name}")
+        say(f"preparing data {place}/{len(names)}: {name}\n")
         folder = matrix.asked.out / "sets" / name
         command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
         _lay_out(folder, command, {"set": name})
@@ -184,8 +202,10 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
             while not jobs[0].done():
                 time.sleep(_PAUSE)
         if not (folder / "run.json").is_file():
-            raise ConfigError(f"The data of set {name!r} could not be made. {folder / 'log.txt'} ends with:\n"
-                              f"{log_tail(folder, jobs[0])}")
+            raise ConfigError(
+                f"The data of set {name!r} could not be made. {folder / 'log.txt'} ends with:\n"
+                f"{log_tail(folder, jobs[0])}"
+            )
 
 
 def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, list[Run]], None]) -> list[Failure]:
@@ -216,7 +236,9 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
                 job = launcher.adopt(run.folder) or _launch(run, launcher, place)
                 jobs.append(job)
                 running[place] = (run, job)
-            show(len(runs) - len(waiting) - len(running) - len(failures), len(failures), [r for r, _ in running.values()])
+            show(
+                len(runs) - len(waiting) - len(running) - len(failures), len(failures), [r for r, _ in running.values()]
+            )
             time.sleep(_PAUSE)
             for place, (run, job) in list(running.items()):
                 if job.done():

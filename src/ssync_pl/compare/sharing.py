@@ -55,9 +55,9 @@ class Share:
 def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: Sequence[str] = ()) -> dict[str, Share]:
     """Finds the variants that are the same training until SSync switches on.
 
-    Nothing is shared where `extra`, the words for `ssync-pl fit`, may change callbacks, nor where the data cannot resume
-    exactly in the middle of an epoch. Variants without SSync also keep the checkpoint that the configuration itself
-    would start from, so that a comparison that grows finds it.
+    Nothing is shared where `extra` may change callbacks, nor where the data cannot resume exactly in the middle of an
+    epoch. Variants without SSync also keep the checkpoint that the configuration itself would start from, so that a
+    comparison that grows finds it.
 
     Args:
         variants: the variants.
