@@ -136,8 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sets",
         default="",
         metavar="A,B",
-        help="presets of the synthetic data, with their own scenes, or YAML files laid over the configuration; `default` "
-        "is the configuration's data",
+        help="presets of the synthetic data, with their own scenes, or YAML files laid over the configuration; "
+        "`default` is the configuration's data",
     )
     add("--steps", type=int, metavar="N", help="optimizer steps of each run (default: the configuration's)")
     add("--processes", type=int, metavar="N", help="runs at a time (default: CPUs / threads; 1 on a GPU; all on Slurm)")

@@ -6,13 +6,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
 from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
-from ssync_pl.compare.sharing import KeepCheckpoints, Share, plan_sharing
+from ssync_pl.compare.sharing import Share, plan_sharing
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 
@@ -282,8 +282,9 @@ def _settings(folder: Path, config: Mapping[str, Any], share: Share) -> dict[str
     if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
         callbacks.append({"class_path": "ssync_pl.tools.summary.ValidationSummary", "init_args": {"untrained": True}})
     callbacks.append({"class_path": "ssync_pl.compare.recorder.RunRecorder"})
-    keeps = KeepCheckpoints.settings(folder / "checkpoints", share.keeps)
-    callbacks.append({"class_path": "ssync_pl.compare.sharing.KeepCheckpoints", "init_args": keeps})
+    switches = [{**asdict(switch), "name": switch.name} for switch in share.keeps]
+    keeps = {"folder": str(folder / "checkpoints"), "switches": switches}
+    callbacks.append({"class_path": "ssync_pl.compare.checkpoints.KeepCheckpoints", "init_args": keeps})
     # A version of "" puts metrics.csv into the folder itself.
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
     return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": callbacks}}

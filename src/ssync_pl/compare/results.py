@@ -181,7 +181,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_curves(path: Path) -> pd.DataFrame:
     """What was logged, by training step."""
-    return pd.read_csv(path).dropna(subset="step").set_index("step").sort_index()
+    curves = pd.read_csv(path).apply(pd.to_numeric, errors="coerce").dropna(subset="step").dropna(axis=1, how="all")
+    return curves.set_index("step").sort_index()
 
 
 def _reason(place: Path) -> str:

@@ -1,7 +1,6 @@
 """Launches the runs of a comparison through submitit: on this machine, or as Slurm jobs.
 
-A job gets nothing but this module's `run_job` and strings. It trains in a process of its own and writes `run.json`
-last, by which a finished run is recognised; what a killed run left is removed, and the run is made again.
+A finished run is recognised by its record, `run.json`; what a killed run left is removed, and the run is made again.
 """
 
 from __future__ import annotations
@@ -12,21 +11,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ssync_pl.compare.job import run_job
 from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all", "run_job"]
+__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all"]
 
 _PAUSE = 0.2
 _TAIL = 15
@@ -105,48 +103,6 @@ class Launcher:
         known = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
         first = place * (self.gpus or 0)
         return known[first : first + (self.gpus or 0)]
-
-
-def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
-    """Trains one run in a process group of its own, and writes its record.
-
-    Args:
-        folder: folder with `job.json`, which holds the command and the facts for the record.
-        threads: CPU threads.
-        owner: process of the comparison on this machine, with which the training ends; empty under Slurm.
-        gpus: GPUs of this run on this machine; empty for those that the comparison sees.
-    """
-    import submitit
-    from filelock import FileLock
-
-    place = Path(folder)
-    rank = submitit.JobEnvironment().global_rank
-    job = json.loads((place / "job.json").read_text(encoding="utf-8"))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if owner:  # submitit hides the GPUs of jobs that ask for none
-        environment["CUDA_VISIBLE_DEVICES"] = gpus or job["visible"] or ""
-        if not gpus and job["visible"] is None:
-            del environment["CUDA_VISIBLE_DEVICES"]
-    started = time.monotonic()
-    with (
-        FileLock(place / ".lock") if owner else contextlib.nullcontext(),
-        open(place / ("log.txt" if rank == 0 else f"log_{rank}.txt"), "wb") as log,
-    ):
-        training = subprocess.Popen(
-            job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            while training.poll() is None and (not owner or _exists(int(owner))):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    training.wait(0.5)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
-                os.killpg(training.pid, signal.SIGKILL)
-            training.wait()
-        if training.returncode == 0 and rank == 0:
-            facts = {**job["facts"], "wall_seconds": round(time.monotonic() - started, 1)}
-            facts |= {"cpu_seconds": _cpu_seconds(), "date": date.today().isoformat(), "command": job["command"]}
-            write_bytes(place / "run.json", json.dumps(facts, indent=1).encode())
 
 
 def check_folder(matrix: Matrix) -> None:
@@ -315,23 +271,6 @@ def _ending(jobs: list[Any]) -> Iterator[list[Any]]:
         deadline = time.monotonic() + _CANCEL_SECONDS
         while any(not job.done() for job in alive) and time.monotonic() < deadline:
             time.sleep(_PAUSE)
-
-
-def _exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _cpu_seconds() -> float:
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(usage.ru_utime + usage.ru_stime, 1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
