@@ -49,7 +49,9 @@ def test_fifty_steps_give_the_recorded_losses(name, data, tmp_path):
     recorded = json.loads(RECORD.read_text("utf-8"))[name]
     found = losses_of(name, data, tmp_path)
     for column, values in recorded.items():
-        assert found[column] == [None if v is None else pytest.approx(v, rel=TOLERANCE, abs=1e-4) for v in values], column
+        assert found[column] == [None if v is None else pytest.approx(v, rel=TOLERANCE, abs=1e-4) for v in values], (
+            column
+        )
 
 
 if __name__ == "__main__":

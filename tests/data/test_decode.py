@@ -1,16 +1,21 @@
+"""Members of shards: what decodes to what, and what is refused."""
+
 from __future__ import annotations
 
 import builtins
 import gzip
-import importlib
 import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ssync_pl.data import decode
-from ssync_pl.errors import ShardError
+from ssync_pl.errors import ConfigError, ShardError
+
+HERE = "a.tar, key 7"
+COLOURS = np.random.default_rng(0).integers(0, 255, (3, 4, 3)).astype(np.uint8)
 
 
 class _Boom:
@@ -20,142 +25,123 @@ class _Boom:
         return (exec, ("import builtins; builtins.ssync_boom = True",))
 
 
-def test_npy_and_gz_give_the_array_back(npy_bytes):
+def picture_bytes(array, kind="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def video_bytes(frames, codec="mpeg4", container="mp4", rotation=None, pixels="yuv420p", **options):
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=12, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixels
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        kind = "rgba" if frames[0].shape[-1] == 4 else "rgb24"
+        for frame in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=kind)))
+        output.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def grey(level, height=16, width=32):
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def test_arrays_come_back_whatever_their_order_and_packing(npy_bytes):
     array = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 3)).astype(np.uint8)
-    assert np.array_equal(decode.decode_member("video.npy", npy_bytes(array)), array)
-    assert np.array_equal(decode.decode_member("video.npy.gz", gzip.compress(npy_bytes(array))), array)
-    fortran = np.asfortranarray(array)
-    assert np.array_equal(decode.decode_member("video.npy", npy_bytes(fortran)), array)
-
-
-def test_view_npy_does_not_copy(npy_bytes):
-    data = npy_bytes(np.arange(100, dtype=np.uint8))
-    view = decode.view_npy(memoryview(data), "video.npy")
-    assert np.shares_memory(view, np.frombuffer(data, np.uint8))
-    assert not view.flags.writeable
-
-
-def test_pictures_keep_ids_and_colours():
-    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colours = np.random.default_rng(0).integers(0, 255, (3, 4, 3)).astype(np.uint8)
-    for array in (ids, colours):
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "PNG")
-        assert np.array_equal(decode.decode_member("segmentations.png", buffer.getvalue()), array)
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), 77, np.uint8)).save(buffer, "JPEG")
-    decoded = decode.decode_member("image.jpg", buffer.getvalue())
-    assert decoded.shape == (8, 8, 3)
-    assert np.abs(decoded.astype(int) - 77).max() <= 2
-
-
-def test_a_picture_of_another_kind_is_refused():
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(buffer, "TIFF")
-    with pytest.raises(ShardError, match=r"`image\.png` of a\.tar, key 7 to be a readable png"):
-        decode.decode_member("image.png", buffer.getvalue(), "a.tar, key 7")
-
-
-@pytest.mark.parametrize("name", ["video.pyd", "video.pkl", "video.pth", "video.pickle", "video.pt"])
-def test_executable_members_are_refused_unread(name, tmp_path):
-    with pytest.raises(ShardError, match=r"a\.tar, key 7 .* can execute code"):
-        decode.decode_member(name, b"anything", "a.tar, key 7")
-
-
-@pytest.mark.parametrize("name", ["video.tiff", "video", "video.npz", "video.gz", "video.txt.gz"])
-def test_unknown_extensions_are_refused(name):
-    with pytest.raises(ShardError, match="not on the allow-list"):
-        decode.decode_member(name, b"")
-
-
-def test_object_arrays_are_refused_without_running_them(npy_bytes):
-    array = np.array([_Boom()], dtype=object)
+    for stored in (array, np.asfortranarray(array)):
+        assert np.array_equal(decode.decode_member("video.npy", npy_bytes(stored)), array)
+        assert np.array_equal(decode.decode_member("video.npy.gz", gzip.compress(npy_bytes(stored))), array)
     data = npy_bytes(array)
+    assert np.shares_memory(decode.view_npy(memoryview(data), "video.npy"), np.frombuffer(data, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "expected"),
+    [
+        ("segmentations.png", picture_bytes(COLOURS[..., 0]), COLOURS[..., 0]),
+        ("segmentations.png", picture_bytes(COLOURS[..., 0].astype(np.uint16) + 300), COLOURS[..., 0] + np.int64(300)),
+        ("image.png", picture_bytes(COLOURS), COLOURS),
+        ("image.png", picture_bytes(COLOURS[..., 0]), np.repeat(COLOURS[..., :1], 3, -1)),
+        ("image.png", picture_bytes(np.dstack([COLOURS, np.zeros((3, 4), np.uint8)])), COLOURS * 0),
+    ],
+    ids=["ids", "many ids", "colours", "grey frame", "transparent frame"],
+)
+def test_pictures_keep_ids_and_become_colours(member, data, expected):
+    np.testing.assert_array_equal(decode.decode_member(member, data), expected.astype(np.int64))
+
+
+def test_exif_orientation_turns_frames_but_never_ids():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    np.testing.assert_array_equal(
+        decode.decode_member("image.png", picture_bytes(COLOURS, exif=exif)), np.rot90(COLOURS, -1)
+    )
+    ids = picture_bytes(COLOURS[..., 0], exif=exif)
+    np.testing.assert_array_equal(decode.decode_member("segmentations.png", ids), COLOURS[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "word"),
+    [
+        *((f"video.{name}", b"anything", "can execute code") for name in ("pyd", "pkl", "pth", "pickle", "pt")),
+        *((name, b"", "allow-list") for name in ("video.tiff", "video", "video.npz", "video.gz", "video.txt.gz")),
+        ("image.png", picture_bytes(COLOURS, "TIFF"), "picture"),
+        ("segmentations.png", picture_bytes(COLOURS), "grey or palette"),
+        ("image.jpg", b"\xff\xd8", "picture"),
+        ("info.json", b"{", "JSON"),
+        ("info.json", b"[" * 100_000, "JSON"),
+        ("info.json", b"\xff\xfe\xff", "JSON"),
+    ],
+)
+def test_other_members_are_refused_by_name(member, data, word):
+    with pytest.raises(ShardError, match=rf"`{member}` of {HERE}.*{word}"):
+        decode.decode_member(member, data, HERE)
+
+
+def test_json_may_begin_with_a_byte_order_mark_and_is_asked_for_its_kind():
+    assert decode.decode_member("info.json", b'\xef\xbb\xbf{"fps": 12}') == {"fps": 12}
+    with pytest.raises(ShardError, match="holds a list"):
+        decode.parse_json("[]", "info.json", dict)
+
+
+def test_arrays_of_objects_are_refused_without_running_them(npy_bytes):
+    data = npy_bytes(np.array([_Boom()], dtype=object))
     for name, payload in (("video.npy", data), ("video.npy.gz", gzip.compress(data))):
-        with pytest.raises(ShardError, match=r"`video\.npy.*a\.tar, key 7 .*Python objects"):
-            decode.decode_member(name, payload, "a.tar, key 7")
+        with pytest.raises(ShardError, match="Python objects"):
+            decode.decode_member(name, payload, HERE)
+    for descr in ("O", "|O", "|O8"):
+        text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (1,), }}".encode().ljust(117) + b"\n"
+        with pytest.raises(ShardError):
+            decode.read_npy_header(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text, "a.npy")
     assert not hasattr(builtins, "ssync_boom")
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, 200])
-def test_half_written_npy_is_refused(npy_bytes, keep):
-    data = npy_bytes(np.zeros((10, 10), np.uint8))
-    with pytest.raises(ShardError, match=r"`video\.npy` of a\.tar, key 7 .*half written"):
-        decode.decode_member("video.npy", data[:keep], "a.tar, key 7")
-
-
-def test_surplus_bytes_are_refused(npy_bytes):
-    data = npy_bytes(np.zeros((10, 10), np.uint8)) + b"more"
-    for name, payload in (("video.npy", data), ("video.npy.gz", gzip.compress(data))):
-        with pytest.raises(ShardError, match="100 bytes of elements"):
+def test_half_written_and_surplus_bytes_are_refused(npy_bytes):
+    data = npy_bytes(np.random.default_rng(0).integers(0, 255, (10, 10), dtype=np.uint8))
+    packed = gzip.compress(data)
+    for keep in (0, 5, 100, 200):
+        with pytest.raises(ShardError, match=HERE):
+            decode.decode_member("video.npy", data[:keep], HERE)
+    for keep in (0, 8, 60, len(packed) - 4):
+        with pytest.raises(ShardError, match=HERE):
+            decode.decode_member("video.npy.gz", packed[:keep], HERE)
+    for name, payload in (("video.npy", data + b"more"), ("video.npy.gz", gzip.compress(data + b"more"))):
+        with pytest.raises(ShardError, match="100 bytes"):
             decode.decode_member(name, payload)
 
 
-@pytest.mark.parametrize("keep", [0, 8, 60])
-def test_half_written_gzip_is_refused(npy_bytes, keep):
-    noise = np.random.default_rng(0).integers(0, 255, 200).astype(np.uint8)
-    data = gzip.compress(npy_bytes(noise))
-    with pytest.raises(ShardError, match="key 7"):
-        decode.decode_member("video.npy.gz", data[:keep], "a.tar, key 7")
-
-
-def test_a_header_that_claims_too_much_is_refused():
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40,)})
-    with pytest.raises(ShardError, match="at most"):
-        decode.decode_member("video.npy.gz", gzip.compress(buffer.getvalue()))
-
-
-def test_json_and_bad_json():
-    assert decode.decode_member("info.json", b'{"fps": 12}') == {"fps": 12}
-    with pytest.raises(ShardError, match=r"`info\.json`"):
-        decode.decode_member("info.json", b"{")
-
-
-def test_mp4_round_trip_and_slices():
-    av = pytest.importorskip("av")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        for level in range(0, 200, 20):
-            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    data = buffer.getvalue()
-    assert decode.count_video_frames(data, "video.mp4") == 10
-    whole = decode.decode_member("video.mp4", data)
-    assert whole.shape == (10, 16, 32, 3)
-    assert np.abs(whole.mean((1, 2, 3)) - np.arange(0, 200, 20)).max() < 6
-    part = decode.decode_video(data, "video.mp4", start=2, stride=3, count=2)
-    assert np.array_equal(part, whole[[2, 5]])
-    with pytest.raises(ShardError, match="key 7 to be a readable mp4"):
-        decode.decode_video(data[:200], "video.mp4", "a.tar, key 7")
-
-
-def test_missing_pyav_says_what_to_install(monkeypatch):
-    real = importlib.import_module
-
-    def without_av(name, *args):
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", without_av)
-    with pytest.raises(ShardError, match=r"pip install \"ssync-pl\[video\]\""):
-        decode.decode_video(b"", "video.mp4", "a.tar, key 7")
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (4, 2, 1, 3)])
-@pytest.mark.parametrize(
-    "dtype", ["u1", "<u2", ">f4", "?", "<f8", "<i8", "S3", "<U2", "<M8[s]", [("a", "<i4"), ("b", "u1")]]
-)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (4, 2, 1, 3)])
+@pytest.mark.parametrize("dtype", ["u1", ">f4", "?", "<U2", "<M8[s]", [("a", "<i4"), ("b", "u1")]])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 def test_headers_read_as_numpy_reads_them(shape, dtype, order, version):
-    array = np.zeros(shape, dtype, order=order)
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=version)
+    np.lib.format.write_array(buffer, np.zeros(shape, dtype, order=order), version=version)
     header = decode.read_npy_header(buffer.getvalue(), "a.npy")
     buffer.seek(0)
     np.lib.format.read_magic(buffer)
@@ -164,9 +150,96 @@ def test_headers_read_as_numpy_reads_them(shape, dtype, order, version):
     assert header.data_offset == buffer.tell()
 
 
-@pytest.mark.parametrize("descr", ["O", "|O", "|O8"])
-def test_headers_of_objects_are_refused_however_they_are_written(descr):
-    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (1,), }}".encode().ljust(117) + b"\n"
-    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-    with pytest.raises(ShardError, match=r"Python objects|unreadable"):
-        decode.read_npy_header(data, "a.npy")
+def test_members_over_the_limit_are_refused_and_an_option_raises_it(npy_bytes):
+    array = npy_bytes(np.zeros((10, 32, 32, 3), np.uint8))
+    members = {
+        "video.npy": array,
+        "video.npy.gz": gzip.compress(array),
+        "image.png": picture_bytes(np.zeros((100, 100, 3), np.uint8)),
+        "video.mp4": video_bytes([grey(0)] * 10),
+    }
+    for name, data in members.items():
+        decode.decode_member(name, data, HERE, max_bytes=40_000)
+        with pytest.raises(ShardError, match="max_member_bytes"):
+            decode.decode_member(name, data, HERE, max_bytes=10_000)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 0)})
+    with pytest.raises(ShardError, match="at most"):
+        decode.decode_member("video.npy.gz", gzip.compress(header.getvalue()))
+
+
+def test_frames_of_a_video_come_back_in_part_and_whole():
+    data = video_bytes([grey(level) for level in range(0, 200, 20)])
+    assert decode.count_frames(data, HERE) == 10
+    whole = decode.decode_member("video.mp4", data)
+    assert whole.shape == (10, 16, 32, 3)
+    assert np.abs(whole.mean((1, 2, 3)) - np.arange(0, 200, 20)).max() < 6
+    np.testing.assert_array_equal(np.stack(list(decode.decode_video(data, HERE, [2, 5, 5]))), whole[[2, 5, 5]])
+    with pytest.raises(ShardError, match="only 10"):
+        list(decode.decode_video(data, HERE, [8, 12]))
+    for broken in (data[:200], b"", b"#EXTM3U\nhttp://127.0.0.1/a.ts"):
+        with pytest.raises(ShardError, match=HERE):
+            decode.decode_member("video.mp4", broken, HERE)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_frames_are_turned_and_mirrored_as_the_display_matrix_says(turns, mirrored):
+    frame = np.zeros((16, 32, 3), np.uint8)
+    frame[:8, :16] = 255
+    data = bytearray(video_bytes([frame] * 2))
+    (plain,) = decode.decode_video(data, HERE, [0])
+    # The matrix maps (x, y) to (a x + c y, b x + d y); a mirror turns x around first.
+    a, b, c, d = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
+    a, b = (-a, -b) if mirrored else (a, b)
+    start = data.index(b"tkhd") + 4 + 40  # version, times, track, duration, layer, group, volume
+    matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
+    data[start : start + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in matrix)
+    (shown,) = decode.decode_video(data, HERE, [0])
+    np.testing.assert_array_equal(shown, np.rot90(plain[:, ::-1] if mirrored else plain, turns))
+
+
+def test_transparent_pixels_are_black_in_videos_as_in_pictures():
+    clear = np.dstack([grey(200), np.full((16, 32), 100, np.uint8)])
+    (frame,) = decode.decode_video(_on_disk(video_bytes([clear], "qtrle", "mov", pixels="argb"), "a.mov"), HERE)
+    np.testing.assert_array_equal(frame, decode.decode_picture(picture_bytes(clear), HERE))
+
+
+def test_a_video_whose_size_changes_is_refused_by_name():
+    av = pytest.importorskip("av")
+    parts = [video_bytes([grey(9, *size)] * 3, "libx264", "h264", bf="0") for size in ((32, 32), (48, 64))]
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(b"".join(parts)), format="h264") as source, av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            packet.pts = packet.dts = number * 1000
+            packet.stream = stream
+            output.mux(packet)
+    with pytest.raises(ShardError, match=f"{HERE} to have one size"):
+        decode.decode_member("video.mp4", buffer.getvalue(), HERE)
+
+
+def test_files_are_never_taken_for_addresses_and_playlists_never_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "12:30.mp4").write_bytes(video_bytes([grey(0)] * 2))
+    assert len(list(decode.decode_video("12:30.mp4", HERE))) == 2
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\n12:30.mp4\n#EXT-X-ENDLIST\n")
+    with pytest.raises(ShardError, match=HERE):
+        list(decode.decode_video(tmp_path / "list.mp4", HERE))
+
+
+def test_missing_pyav_says_what_to_install_and_is_no_bad_sample(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match=r"ssync-pl\[video\]"):
+        decode.decode_member("video.mp4", b"", HERE)
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _on_disk(data, name):
+    with open(name, "wb") as stream:
+        stream.write(data)
+    return name

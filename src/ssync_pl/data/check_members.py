@@ -15,10 +15,10 @@ import numpy as np
 
 from ssync_pl.data.check_report import Problem
 from ssync_pl.data.decode import (
-    count_video_frames,
+    count_frames,
     decode_member,
     decode_video,
-    read_gz_npy_header,
+    read_npy_header,
     require_allowed,
     view_npy,
 )
@@ -338,16 +338,16 @@ def _look(name: str, data: bytes | memoryview, where: str, deep: bool) -> _Look 
         decode_member(name, data, where)
         return None
     if extension == "npy.gz" and not deep:
-        header = read_gz_npy_header(data, name, where)
+        header = read_npy_header(memoryview(data), name, where)
         return _Look(header.shape, header.dtype, None)
     if extension == "mp4":
         _require_whole_mp4(name, data, where)
-        said = count_video_frames(data, name, where)
-        frames = decode_video(data, name, where, count=None if deep else 1)
-        if (len(frames) if deep else min(len(frames), said)) != (said if deep else 1):
+        said = count_frames(data, f"member `{name}` of {where}")
+        frames = np.stack(list(decode_video(data, f"member `{name}` of {where}", None if deep else [0])))
+        if deep and len(frames) != said:
             raise ShardError(
-                f"Expected member `{name}` of {where} to hold {said} frames as its header says, but {len(frames)} can "
-                "be decoded. The member is damaged: copy or build the shard again."
+                f"Expected member `{name}` of {where} to hold {said} frames, but {len(frames)} can be decoded. The "
+                "member is damaged: copy or build the shard again."
             )
         return _Look((said, *frames.shape[1:]), frames.dtype, frames if deep else None)
     array = view_npy(data, name, where) if extension == "npy" else decode_member(name, data, where)

@@ -1,61 +1,62 @@
-"""Decoding of shard members by an allow-list; nothing that can execute code is ever decoded.
+"""Decoding of shard members by an allow-list: arrays, pictures, mp4 and JSON; nothing that can execute code.
 
 `webdataset`'s default `.decode()` unpickles `.pyd`, `.pkl` and `.pth` members, so this package never calls it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import importlib
 import io
 import json
 import math
-import re
+import os
+import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssync_pl.errors import ShardError
+from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = [
     "ALLOWED_EXTENSIONS",
+    "MAX_MEMBER_BYTES",
     "NpyHeader",
-    "count_video_frames",
+    "count_frames",
     "decode_member",
+    "decode_picture",
     "decode_video",
     "member_extension",
-    "read_gz_npy_header",
+    "open_video",
+    "parse_json",
     "read_npy_header",
     "require_allowed",
+    "require_size",
+    "to_rgb",
     "view_npy",
 ]
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
 """Extensions that can be decoded; all others are refused."""
 
+MAX_MEMBER_BYTES = 1 << 30
+"""Most bytes of one member, as it is stored and as it is decoded; `ShardDataModule(max_member_bytes=...)` raises it."""
+
+HEADER_BYTES = 1 << 14
+"""Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
+
 _EXECUTABLE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so"})
-_MAX_ARRAY_BYTES = 1 << 36  # a larger array in one member is a broken header or a decompression bomb
-_HEADER_BYTES = 1 << 16
-_PLAIN_HEADER = re.compile(
-    rb"\{'descr': '(?P<descr>[<>|=]?[a-zA-Z][0-9]{0,4})', 'fortran_order': (?P<order>True|False), "
-    rb"'shape': \((?P<shape>|[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18})+)\), \}\s*"
-)
+# What a file may be, whatever its name says: no playlists, which name other files or addresses.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 
 
 class NpyHeader(NamedTuple):
-    """What the first bytes of a `.npy` member say.
-
-    Attributes:
-        shape: Shape of the array.
-        fortran_order: Whether the array is stored column first.
-        dtype: Element type, never `object`.
-        data_offset: Bytes from the start of the member to the first element.
-
-    Example:
-        >>> NpyHeader((2, 3), False, np.dtype("uint8"), 128).nbytes
-        6
-    """
+    """What the first bytes of a `.npy` member say: `data_offset` is where the elements start, in bytes."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -69,18 +70,7 @@ class NpyHeader(NamedTuple):
 
 
 def member_extension(member: str) -> str:
-    """Return the extension that decides how a member is decoded, in lower case.
-
-    Args:
-        member: Member name without the sample's key, for example `segmentations.npy.gz`.
-
-    Returns:
-        The part after the last dot, or the last two parts when the last is `gz`; empty when there is no dot.
-
-    Example:
-        >>> member_extension("segmentations.npy.gz"), member_extension("video.NPY"), member_extension("npy")
-        ('npy.gz', 'npy', '')
-    """
+    """Return the extension that decides how a member is decoded, in lower case: `npy`, `npy.gz`, or empty."""
     parts = member.lower().split(".")
     if len(parts) > 2 and parts[-1] == "gz":
         return ".".join(parts[-2:])
@@ -88,22 +78,7 @@ def member_extension(member: str) -> str:
 
 
 def require_allowed(member: str, where: str = "") -> str:
-    """Return the extension of a member, or refuse the member.
-
-    Args:
-        member: Member name without the sample's key.
-        where: Shard and key, for the message.
-
-    Returns:
-        One of `ALLOWED_EXTENSIONS`.
-
-    Raises:
-        ShardError: The extension is not on the allow-list.
-
-    Example:
-        >>> require_allowed("video.npy")
-        'npy'
-    """
+    """Return the extension of a member, or raise `ShardError` when it is not one of `ALLOWED_EXTENSIONS`."""
     extension = member_extension(member)
     if extension in ALLOWED_EXTENSIONS:
         return extension
@@ -114,79 +89,58 @@ def require_allowed(member: str, where: str = "") -> str:
     )
 
 
-def read_npy_header(data: bytes | memoryview, member: str, where: str = "") -> NpyHeader:
-    """Parse the header of a `.npy` member without touching its elements.
+def require_size(size: int, what: str, max_bytes: int = MAX_MEMBER_BYTES) -> None:
+    """Raise `ShardError` when something takes more than `max_bytes` bytes; called before the memory is taken."""
+    if size > max_bytes:
+        raise ShardError(
+            f"Expected {what} to take at most {max_bytes} bytes, but it takes {size}. If it is no damaged or malicious "
+            "member, raise `max_member_bytes`."
+        )
+
+
+def read_npy_header(
+    data: bytes | memoryview, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
+) -> NpyHeader:
+    """Parse the header of a `.npy` or `.npy.gz` member without touching its elements.
 
     Args:
-        data: The member, or at least its first bytes.
-        member: Member name, for the message.
-        where: Shard and key, for the message.
-
-    Returns:
-        Shape, order, type and where the elements start.
+        data: The member, or at least its first `HEADER_BYTES` bytes.
+        member: Member name, which says whether it is compressed.
+        where: Shard and key, for messages.
+        max_bytes: Most bytes that the elements may take.
 
     Raises:
-        ShardError: The bytes are no NPY header, or the elements are Python objects.
-
-    Example:
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.zeros((2, 3), np.uint8))
-        >>> read_npy_header(buffer.getvalue(), "video.npy").shape
-        (2, 3)
+        ShardError: The header is unreadable, the elements are Python objects, or they take too many bytes.
     """
-    stream = io.BytesIO(bytes(data[:_HEADER_BYTES]))
+    place = _place(member, where)
+    head = bytes(data[:HEADER_BYTES])
+    if member_extension(member) == "npy.gz":
+        try:
+            head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES)
+        except zlib.error as error:
+            raise _damaged(place, "a whole gzip stream", error) from error
     try:
-        version = np.lib.format.read_magic(stream)
-        plain = _plain_header(stream, version)
-        if plain is not None:
-            shape, fortran_order, dtype = plain
-        elif version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise ValueError(f"NPY version {version}")
+        start = 10 if head[6:7] == b"\x01" else 12
+        header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
     except Exception as error:
+        raise _damaged(place, "an array with an NPY header (version 1.0 or 2.0)", error) from error
+    if header.dtype.hasobject:
         raise ShardError(
-            f"Expected {_place(member, where)} to start with an NPY header (version 1.0 or 2.0), but got an unreadable "
-            f"one ({error}). The member is damaged or only half written: copy or build the shard again."
-        ) from error
-    if dtype.hasobject:
-        raise ShardError(
-            f"Expected {_place(member, where)} to hold numbers, but got an array of Python objects, which can execute "
-            "code when it is loaded. Save the array with a numeric dtype."
+            f"Expected {place} to hold numbers, but got an array of Python objects, which can execute code when it is "
+            "loaded. Save the array with a numeric dtype."
         )
-    header = NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
-    most = math.prod(max(n, 1) for n in header.shape) * dtype.itemsize  # an empty dimension does not excuse the others
-    if dtype.itemsize < 1 or len(header.shape) > 32 or min(header.shape, default=0) < 0 or most > _MAX_ARRAY_BYTES:
-        raise ShardError(
-            f"Expected {_place(member, where)} to be an array of at most {_MAX_ARRAY_BYTES} bytes, but its header says "
-            f"shape {header.shape}, dtype {dtype}. The member is damaged: copy or build the shard again."
-        )
+    if header.dtype.itemsize < 1 or len(header.shape) > 32 or min(header.shape, default=0) < 0:
+        raise _damaged(place, "an array", f"its header says shape {header.shape}, dtype {header.dtype}")
+    # An empty dimension does not excuse the others.
+    require_size(math.prod(max(n, 1) for n in header.shape) * header.dtype.itemsize, f"the array of {place}", max_bytes)
     return header
 
 
-def view_npy(data: bytes | memoryview, member: str, where: str = "") -> np.ndarray:
-    """View a `.npy` member as an array, without a copy.
-
-    Args:
-        data: The whole member, for example a slice of a memory map.
-        member: Member name, for the message.
-        where: Shard and key, for the message.
-
-    Returns:
-        A read-only view on `data`; copy what is to be kept.
-
-    Raises:
-        ShardError: The header is unreadable, the elements are objects, or bytes are missing.
-
-    Example:
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.arange(6).reshape(2, 3))
-        >>> view_npy(buffer.getvalue(), "video.npy")[1].tolist()
-        [3, 4, 5]
-    """
-    header = read_npy_header(data, member, where)
+def view_npy(
+    data: bytes | bytearray | memoryview, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
+) -> np.ndarray:
+    """View a whole `.npy` member as a read-only array, without a copy; raises `ShardError` like `read_npy_header`."""
+    header = read_npy_header(memoryview(data), member, where, max_bytes)
     found = len(data) - header.data_offset
     if found != header.nbytes:
         raise ShardError(
@@ -199,194 +153,324 @@ def view_npy(data: bytes | memoryview, member: str, where: str = "") -> np.ndarr
     return view
 
 
-def decode_member(member: str, data: bytes | memoryview, where: str = "") -> Any:
+def decode_member(
+    member: str, data: bytes | bytearray | memoryview, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
+) -> Any:
     """Decode one member by its extension.
 
     Args:
         member: Member name without the sample's key, for example `video.npy`.
         data: The member's bytes.
-        where: Shard and key, for the message.
+        where: Shard and key, for messages.
+        max_bytes: Most bytes of the result.
 
     Returns:
-        An array: for `npy` and `npy.gz` as stored, for `jpg` (h, w, 3) uint8, for `png` (h, w, 3) uint8 or, for grey,
-        palette and 16-bit pictures, (h, w) of ids, for `mp4` (F, h, w, 3) uint8. For `json`, the parsed value.
+        An array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that are
+        called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
 
     Raises:
-        ShardError: The extension is refused, or the bytes do not decode.
-
-    Example:
-        >>> decode_member("info.json", b'{"fps": 12}')
-        {'fps': 12}
+        ShardError: The extension is refused, the bytes do not decode, or the result takes too many bytes.
     """
     extension = require_allowed(member, where)
+    place = _place(member, where)
+    require_size(len(data), place, max_bytes)
     if extension == "npy":
-        return view_npy(data, member, where).copy()
+        return view_npy(data, member, where, max_bytes)
     if extension == "npy.gz":
-        return _decode_npy_gz(data, member, where)
+        header = read_npy_header(memoryview(data), member, where, max_bytes)
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+                # One byte more than expected shows surplus bytes without unpacking all of them.
+                plain = stream.read(header.data_offset + header.nbytes + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _damaged(place, "a whole gzip stream", error) from error
+        return view_npy(plain, member.removesuffix(".gz"), where, max_bytes)
     if extension == "mp4":
-        return decode_video(data, member, where)
+        frames: list[np.ndarray] = []
+        for frame in decode_video(data, place, max_bytes=max_bytes):
+            require_size((len(frames) + 1) * frame.nbytes, f"the frames of {place}", max_bytes)
+            frames.append(frame)
+        return np.stack(frames)
+    if extension == "json":
+        return parse_json(data, place)
+    kind = ("PNG",) if extension == "png" else ("JPEG",)
+    return decode_picture(data, place, ids=member.startswith("segmentations"), formats=kind, max_bytes=max_bytes)
+
+
+def parse_json(data: bytes | bytearray | memoryview | str, where: str, kind: type = object) -> Any:
+    """Parse JSON from a file or member; raises `ShardError` for damaged, deeply nested or other values than `kind`."""
     try:
-        if extension == "json":
-            return json.loads(bytes(data))
-        return _decode_picture(data, "PNG" if extension == "png" else "JPEG")
-    except Exception as error:
+        value = json.loads(data if isinstance(data, str) else bytes(data))
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, "JSON", error) from error
+    return value
+
+
+def decode_picture(
+    source: bytes | bytearray | memoryview | str | os.PathLike[str],
+    where: str,
+    *,
+    ids: bool = False,
+    upright: bool = True,
+    formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
+    max_bytes: int = MAX_MEMBER_BYTES,
+) -> np.ndarray:
+    """Decode one picture, the same way for shards, converters, predictions and previews.
+
+    Args:
+        source: Its bytes, or its path.
+        where: What it is, for messages.
+        ids: Return the stored numbers of a grey or palette picture, which are object ids.
+        upright: Turn frames as their EXIF orientation says; leave it off where masks count stored pixels.
+        formats: Pillow's names of the formats that are accepted.
+        max_bytes: Most bytes of the result.
+
+    Returns:
+        uint8 (h, w, 3); with `ids` (h, w) uint8, or int64 for pictures of more than 8 bits.
+
+    Raises:
+        ShardError: The picture is missing, damaged, too large or of another kind.
+    """
+    from PIL import Image, ImageOps
+
+    in_memory = isinstance(source, (bytes, bytearray, memoryview))
+    try:
+        with Image.open(io.BytesIO(source) if in_memory else source, formats=list(formats)) as picture:  # type: ignore[arg-type]
+            require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
+            if not ids:
+                return to_rgb(ImageOps.exif_transpose(picture) if upright else picture, where)
+            if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                raise ShardError(
+                    f"Expected {where} to be a grey or palette picture whose numbers are object ids, but got a picture "
+                    f"of mode {picture.mode!r}. Save the ids as a grey or palette PNG."
+                )
+            numbers = np.array(picture)
+            return numbers.astype(np.uint8 if numbers.dtype.itemsize == 1 else np.int64)
+    except (ShardError, MemoryError):
+        raise
+    except FileNotFoundError as error:
         raise ShardError(
-            f"Expected {_place(member, where)} to be a readable {extension} file, but decoding failed ({error}). The "
-            "member is damaged: copy or build the shard again."
+            f"Expected {where} to be there, but it is missing. Download or unpack the set again."
         ) from error
+    except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
+        raise _damaged(where, f"a whole picture ({', '.join(formats)})", _or_empty(source, error)) from error
+
+
+def to_rgb(picture: Any, where: str) -> np.ndarray:
+    """Turn a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte.
+
+    Args:
+        picture: The picture.
+        where: What it is, for messages.
+
+    Returns:
+        uint8 (h, w, 3).
+
+    Raises:
+        ShardError: The picture holds fractions, or numbers without a known range.
+    """
+    from PIL import Image
+
+    mode = picture.mode
+    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
+        # PNG knows no integers of more than 16 bits; Pillow would clip them at 255.
+        grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if mode in ("I", "F"):
+        raise ShardError(
+            f"Expected {where} to be a picture of 8 or 16 bits a channel, but got mode {mode!r}. Convert it to RGB."
+        )
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        over = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
+    return np.array(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def open_video(
+    source: bytes | bytearray | memoryview | str | os.PathLike[str], where: str, max_bytes: int = MAX_MEMBER_BYTES
+) -> Iterator[tuple[Any, Any]]:
+    """Open a video with PyAV as (container, video stream); every error of PyAV inside becomes a `ShardError`.
+
+    Args:
+        source: Bytes of an mp4 file, or the path of a video file, which is never taken for an address.
+        where: What it is, for messages.
+        max_bytes: Most bytes of one decoded frame.
+
+    Raises:
+        ConfigError: PyAV is not installed.
+        ShardError: The file is damaged or holds no video.
+    """
+    try:
+        av = importlib.import_module("av")
+    except ImportError as error:
+        raise ConfigError(
+            f"Expected PyAV to be installed to read {where}, but it is missing. Run "
+            '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
+        ) from error
+    try:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            container = av.open(io.BytesIO(source), format="mp4")
+        else:
+            options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+            container = av.open(f"file:{os.fspath(source)}", options=options)
+        with container:
+            if not container.streams.video:
+                raise ShardError(f"Expected {where} to hold a video stream, but it has none. Take it out of the set.")
+            stream = container.streams.video[0]
+            require_size(3 * (stream.width or 0) * (stream.height or 0), f"a frame of {where}", max_bytes)
+            yield container, stream
+    except (ShardError, ConfigError, MemoryError):
+        raise
+    except Exception as error:
+        raise _damaged(where, "a whole video file", _or_empty(source, error)) from error
+
+
+def count_frames(source: bytes | bytearray | memoryview | str | os.PathLike[str], where: str) -> int:
+    """Count the frames that a video really holds and shows, whatever its header says; nothing is decoded as a rule."""
+    with open_video(source, where) as (container, stream):
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        if packets and packets[0].is_keyframe:
+            return sum(not packet.is_discard for packet in packets)
+    return sum(1 for _ in decode_video(source, where))  # frames before the first key frame cannot be decoded
 
 
 def decode_video(
-    data: bytes | memoryview, member: str, where: str = "", *, start: int = 0, stride: int = 1, count: int | None = None
-) -> np.ndarray:
-    """Decode frames of an mp4 member; decoding stops after the last frame that is asked for.
+    source: bytes | bytearray | memoryview | str | os.PathLike[str],
+    where: str,
+    frames: Sequence[int] | None = None,
+    *,
+    stamp: int | None = None,
+    max_bytes: int = MAX_MEMBER_BYTES,
+) -> Iterator[np.ndarray]:
+    """Decode frames one after the other, the same way for shards, converters, predictions and previews.
+
+    Frames are shown as a player shows them: turned and mirrored by the display matrix, without what an edit list cuts
+    off, transparency over black.
 
     Args:
-        data: The member's bytes.
-        member: Member name, for the message.
-        where: Shard and key, for the message.
-        start: First frame.
-        stride: Distance between frames, in frames.
-        count: Number of frames; `None` means all from `start`.
+        source: Bytes of an mp4 file, or the path of a video file.
+        where: What it is, for messages.
+        frames: Frame numbers, not falling; `None` for all.
+        stamp: The container's time stamp of the first wanted frame, to seek to; `None` decodes from the start.
+        max_bytes: Most bytes of one frame.
 
-    Returns:
-        Frames (F, h, w, 3) uint8; fewer than `count` when the video ends early.
-
-    Raises:
-        ShardError: PyAV is not installed, or the bytes do not decode.
-
-    Example:
-        >>> decode_video(b"no video", "video.mp4", "train-000000.tar, key 7")
-        Traceback (most recent call last):
-        ssync_pl.errors.ShardError: Expected member `video.mp4` of train-000000.tar, key 7 ...
-    """
-    av = _require_av(member, where)
-    frames: list[np.ndarray] = []
-    try:
-        with av.open(io.BytesIO(bytes(data)), format="mp4") as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number >= start and (number - start) % stride == 0:
-                    frames.append(frame.to_ndarray(format="rgb24"))
-                if count is not None and len(frames) == count:
-                    break
-    except Exception as error:
-        raise _bad_video(member, where, error) from error
-    return np.stack(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8)
-
-
-def count_video_frames(data: bytes | memoryview, member: str, where: str = "") -> int:
-    """Count the frames of an mp4 member: from its header where it says, else by decoding.
-
-    Args:
-        data: The member's bytes.
-        member: Member name, for the message.
-        where: Shard and key, for the message.
-
-    Returns:
-        Number of frames.
+    Yields:
+        uint8 (h, w, 3) each, all of one size.
 
     Raises:
-        ShardError: PyAV is not installed, or the bytes do not decode.
-
-    Example:
-        >>> count_video_frames(b"no video", "video.mp4", "train-000000.tar, key 7")
-        Traceback (most recent call last):
-        ssync_pl.errors.ShardError: Expected member `video.mp4` of train-000000.tar, key 7 ...
+        ConfigError: PyAV is not installed.
+        ShardError: The file is damaged, ends early, holds too large frames, or their size changes.
     """
-    av = _require_av(member, where)
-    try:
-        with av.open(io.BytesIO(bytes(data)), format="mp4") as container:
-            stream = container.streams.video[0]
-            return int(stream.frames) or sum(1 for _ in container.decode(stream))
-    except Exception as error:
-        raise _bad_video(member, where, error) from error
-
-
-def read_gz_npy_header(data: bytes | memoryview, member: str, where: str = "") -> NpyHeader:
-    """Parse the header of a `.npy.gz` member, decompressing only its start.
-
-    Args:
-        data: The compressed member.
-        member: Member name, for the message.
-        where: Shard and key, for the message.
-
-    Returns:
-        Shape, order, type and where the elements start in the decompressed bytes.
-
-    Raises:
-        ShardError: The bytes are no gzip stream or no NPY header.
-
-    Example:
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.zeros((2, 3), np.uint8))
-        >>> read_gz_npy_header(gzip.compress(buffer.getvalue()), "video.npy.gz").shape
-        (2, 3)
-    """
-    try:
-        head = zlib.decompressobj(wbits=31).decompress(bytes(data[:_HEADER_BYTES]), _HEADER_BYTES)
-    except zlib.error as error:
-        raise _bad_gzip(member, where, error) from error
-    return read_npy_header(head, member, where)
-
-
-def _plain_header(stream: io.BytesIO, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
-    # NumPy evaluates the header as Python source, which takes longer than to read a clip, and fails at random where
-    # the garbage collector strikes in the middle of it (CPython 3.11). Headers that NumPy itself writes need no such
-    # thing; all others are left to NumPy.
-    start = stream.tell()
-    size = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
-    text = stream.read(size)
-    found = _PLAIN_HEADER.fullmatch(text) if version in ((1, 0), (2, 0)) and len(text) == size else None
-    if found is None:
-        stream.seek(start)
-        return None
-    shape = tuple(int(number) for number in found["shape"].split(b",") if number.strip())
-    return shape, found["order"] == b"True", np.dtype(found["descr"].decode("ascii"))
-
-
-def _decode_npy_gz(data: bytes | memoryview, member: str, where: str) -> np.ndarray:
-    header = read_gz_npy_header(data, member, where)
-    expected = header.data_offset + header.nbytes
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(bytes(data))) as stream:
-            plain = stream.read(expected + 1)  # one more byte than expected shows surplus bytes without reading a bomb
-    except (OSError, EOFError, zlib.error) as error:
-        raise _bad_gzip(member, where, error) from error
-    return view_npy(plain, member, where)
-
-
-def _require_av(member: str, where: str) -> Any:
-    try:
-        return importlib.import_module("av")
-    except ImportError as error:
+    size: tuple[int, ...] | None = None
+    place = seen = 0
+    for number, picture in _numbered_frames(source, where, frames, stamp, max_bytes):
+        require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
+        seen = number + 1
+        if frames is not None and (place == len(frames) or number < frames[place]):
+            continue
+        frame = _shown(picture, where, number)
+        size = size or frame.shape
+        if frame.shape != size:
+            raise ShardError(
+                f"Expected all frames of {where} to have one size, but the first has {size[0]} x {size[1]} and frame "
+                f"{number} has {frame.shape[0]} x {frame.shape[1]} (height x width). Split the video there."
+            )
+        if frames is None:
+            yield frame
+            continue
+        while place < len(frames) and frames[place] == number:
+            yield frame
+            place += 1
+        if place == len(frames):
+            return
+    if frames is not None or not seen:
+        need = f"at least {frames[-1] + 1} frames" if frames else "frames"
         raise ShardError(
-            f"Expected PyAV to be installed for {_place(member, where)}, but it is missing. Run "
-            '`pip install "ssync-pl[video]"`, or store the videos as `.npy`.'
-        ) from error
+            f"Expected {where} to have {need}, but only {seen} can be decoded. The file is damaged or cut off: copy or "
+            "encode it again, or take fewer frames."
+        )
 
 
-def _bad_video(member: str, where: str, error: Exception) -> ShardError:
-    return ShardError(
-        f"Expected {_place(member, where)} to be a readable mp4 file, but decoding failed ({error}). The member is "
-        "damaged: copy or build the shard again."
-    )
+def _numbered_frames(
+    source: Any, where: str, frames: Sequence[int] | None, stamp: int | None, max_bytes: int
+) -> Iterator[tuple[int, Any]]:
+    if frames and frames[0] > 0 and stamp is not None:
+        with open_video(source, where, max_bytes) as (container, stream):
+            first = _seek(container, stream, stamp)
+            if first is not None:
+                yield frames[0], first
+                yield from enumerate(container.decode(stream), frames[0] + 1)
+                return
+    with open_video(source, where, max_bytes) as (container, stream):
+        yield from enumerate(container.decode(stream))
 
 
-def _bad_gzip(member: str, where: str, error: Exception) -> ShardError:
-    return ShardError(
-        f"Expected {_place(member, where)} to be a whole gzip stream, but got a damaged one ({error}). The member is "
-        "damaged or only half written: copy or build the shard again."
-    )
+def _seek(container: Any, stream: Any, stamp: int) -> Any:
+    """Return the frame with this time stamp; `None` when the container cannot find it."""
+    try:
+        container.seek(stamp, stream=stream)
+        complete = False
+        for frame in container.decode(stream):
+            # Containers that seek by decoding time may land behind the frame, or before a key frame that it needs.
+            if frame.pts is None or frame.pts > stamp:
+                return None
+            complete = complete or bool(frame.key_frame)
+            if frame.pts == stamp:
+                return frame if complete else None
+    except Exception:  # whatever a seek does, reading from the start decides
+        return None
+    return None
 
 
-def _decode_picture(data: bytes | memoryview, kind: str) -> np.ndarray:
-    from PIL import Image
+def _shown(frame: Any, where: str, number: int) -> np.ndarray:
+    if frame.is_corrupt:
+        raise ShardError(
+            f"Expected all frames of {where} to decode, but frame {number} is damaged. Copy or encode the file again."
+        )
+    if any(part.is_alpha for part in frame.format.components):
+        from PIL import Image
 
-    with Image.open(io.BytesIO(bytes(data)), formats=[kind]) as picture:
-        # Grey and palette pictures are id maps: a conversion to colour would change the ids.
-        if kind == "PNG" and picture.mode in ("1", "L", "P", "I", "I;16"):
-            return np.array(picture)
-        return np.array(picture.convert("RGB"))
+        array = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), where)
+    else:
+        array = frame.to_ndarray(format="rgb24")
+    matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return array
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y); ffmpeg's libavutil/display.h.
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    array = array.transpose(1, 0, 2) if turned else array
+    across, down = (c, b) if turned else (a, d)
+    return np.ascontiguousarray(array[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_header(head: bytes) -> NpyHeader:
+    # Cached, as NumPy evaluates the header as Python source, which takes longer than to read a clip.
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"NPY version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran_order, dtype = read(stream)
+    except SystemError:  # CPython 3.11 fails at random where the garbage collector strikes while source is parsed
+        stream.seek(8)
+        shape, fortran_order, dtype = read(stream)
+    return NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
+
+
+def _or_empty(source: Any, error: Exception) -> Exception | str:
+    empty = isinstance(source, (str, Path)) and os.path.isfile(source) and os.path.getsize(source) == 0
+    return "an empty file" if empty else error
+
+
+def _damaged(place: str, expected: str, got: Exception | str) -> ShardError:
+    reason = got if isinstance(got, str) else f"a damaged one ({str(got).splitlines()[0] if str(got) else repr(got)})"
+    return ShardError(f"Expected {place} to be {expected}, but got {reason}. Copy, export or build it again.")
 
 
 def _place(member: str, where: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ssync_pl.data.decode import member_extension, read_gz_npy_header, read_npy_header
+from ssync_pl.data.decode import read_npy_header
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError
 
@@ -384,9 +384,8 @@ def _frames(stream: BinaryIO, path: Path, key: str, members: Mapping[str, tuple[
 
 
 def _head_frames(head: bytes, member: str, where: str) -> int | None:
-    parse = read_gz_npy_header if member_extension(member) == "npy.gz" else read_npy_header
     try:
-        shape = parse(head, member, where).shape
+        shape = read_npy_header(head, member, where).shape
     except ShardError:
         return None  # the reader refuses the member by name when, and only when, the sample is used
     return shape[0] if shape else None

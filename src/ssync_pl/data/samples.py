@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.decode import (
-    count_video_frames,
+    count_frames,
     decode_member,
     decode_video,
-    read_gz_npy_header,
     read_npy_header,
     require_allowed,
     view_npy,
@@ -178,8 +177,7 @@ def mask_channels(member: str, data: bytes | memoryview, where: str = "") -> int
     extension = require_allowed(member, where)
     if extension not in ("npy", "npy.gz"):
         return 1
-    header = (read_npy_header if extension == "npy" else read_gz_npy_header)(data, member, where)
-    shape = header.shape
+    shape = read_npy_header(memoryview(data), member, where).shape
     if len(shape) == 3 and shape[0] < shape[-1]:
         # Fewer rows than columns of numbers: frames of ids (F, h, w), not the channels (h, w, N) of an image.
         return 1
@@ -316,10 +314,8 @@ def eval_sample(members: Collection[str], fetch: Fetch, where: str, rules: Sampl
 def _read_frames(member: str, data: bytes | memoryview, where: str, cut: slice | None) -> np.ndarray:
     extension = require_allowed(member, where)
     if extension == "mp4":
-        if cut is None or cut.stop is None:
-            return decode_video(data, member, where)
-        count = len(range(cut.start, cut.stop, cut.step))
-        return decode_video(data, member, where, start=cut.start, stride=cut.step, count=count)
+        place = f"member `{member}` of {where}"
+        return np.stack(list(decode_video(data, place, None if cut is None else range(cut.start, cut.stop, cut.step))))
     array = _view(member, data, where)
     array = array[None] if array.ndim == 3 else array
     # A copy, so that a batch never keeps a whole video or a memory map alive.
@@ -337,10 +333,10 @@ def _view(member: str, data: bytes | memoryview, where: str) -> np.ndarray:
 def _count_frames(member: str, data: bytes | memoryview, where: str) -> int:
     extension = require_allowed(member, where)
     if extension == "mp4":
-        return count_video_frames(data, member, where)
+        return count_frames(data, f"member `{member}` of {where}")
     if extension not in ("npy", "npy.gz"):
         return 1
-    shape = (read_npy_header if extension == "npy" else read_gz_npy_header)(data, member, where).shape
+    shape = read_npy_header(memoryview(data), member, where).shape
     return shape[0] if len(shape) == 4 else 1
 
 
