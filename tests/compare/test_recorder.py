@@ -39,8 +39,6 @@ def test_savi_on_the_packaged_set(tmp_path: Path, root: Path) -> None:
     assert set(content["scores"]) == BOTH_MAPS
     assert content["steps"] == 4
     assert content["num_videos"] == 5  # each once, although they come in batches of two
-    assert content["step_ms"] > 0.0
-    assert content["peak_mib"] > 1.0
     assert content["scores"]["used_slots"] + content["scores"]["unused_slots"] == 4.0
     assert set(content["probe"]) == {"position_r2", "color_r2", "shape_accuracy"}
     assert all(value <= 1.0 for value in content["probe"].values())
@@ -181,18 +179,16 @@ def test_a_run_that_had_nothing_left_to_do_is_recorded(tmp_path: Path, root: Pat
     again.fit(tiny_savi(), datamodule=synthetic(root), ckpt_path=str(tmp_path / "last.ckpt"))
     content = read(tmp_path / "b")
     assert content["num_videos"] == 5
-    assert content["step_ms"] is None
     assert content["steps"] == 4
 
 
-def test_no_validation_set_leaves_the_costs(tmp_path: Path) -> None:
+def test_no_validation_set_leaves_no_scores(tmp_path: Path) -> None:
     train, _ = feature_loaders()
     with pytest.warns(UserWarning, match="no validation set"):
         _, folder = fit(tmp_path, feature_host(SlotContrast), [RunRecorder()], train, None)
     content = read(folder)
     assert content["scores"] == {}
     assert content["num_videos"] == 0
-    assert content["step_ms"] > 0.0
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -325,8 +321,6 @@ def test_on_cuda(tmp_path: Path, kind: Any) -> None:
     _, folder = fit(tmp_path, host, callbacks, *feature_loaders(), accelerator="cuda", devices=1, max_steps=30)
     content = read(folder)
     assert set(content["scores"]) >= (BOTH_MAPS if kind is SlotContrast else SCORES)
-    assert 0.0 < content["step_ms"] < 1000.0
-    assert 0.0 < content["peak_mib"] < 1000.0
     assert "position_r2" in content["probe"]
     assert (folder / "pictures.json").exists()
     assert next(host.parameters()).device.type == "cpu"  # where Lightning leaves it

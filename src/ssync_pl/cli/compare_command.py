@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -45,30 +44,29 @@ def run_compare(args: list[str]) -> int:
 
     place = args.index("--") if "--" in args else len(args)
     options = _parser().parse_args(args[:place])
-    for option in ("steps", "processes", "threads", "gpus"):
-        value = getattr(options, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"Expected --{option} to be at least 1, but got {value}.")
     matrix = build_matrix(_asked(options, tuple(args[place + 1 :])))
-    at_once = options.processes or _at_once(options)
     if options.dry_run:
         for run in matrix.runs:
             sys.stdout.write(f"# {run.label}\n{shlex.join(run.command)}\n")
-        sys.stdout.write(
-            f"# {len(matrix.runs)} runs, {at_once or 'all'} at a time with {options.threads} threads each\n"
-        )
+        sys.stdout.write(f"# {len(matrix.runs)} runs\n")
         return 0
-    _require_bench()
-    return _compare(matrix, options, at_once, ["ssync-pl", "compare", *args])
+    lacking = [
+        name for name in ("submitit", "pandas", "jinja2", "matplotlib") if importlib.util.find_spec(name) is None
+    ]
+    if lacking:
+        raise ConfigError(
+            f'Expected the extra `bench`, but {", ".join(lacking)} is not installed. Run: pip install "ssync-pl[bench]"'
+        )
+    return _compare(matrix, options, ["ssync-pl", "compare", *args])
 
 
-def _compare(matrix: Any, options: argparse.Namespace, at_once: int | None, words: list[str]) -> int:
+def _compare(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
     from filelock import FileLock, Timeout
     from tqdm import tqdm
 
     from ssync_pl.compare.report import write_report
     from ssync_pl.compare.results import load_comparison, write_results
-    from ssync_pl.compare.runs import Launcher, check_folder, is_finished, prepare_sets, run_all
+    from ssync_pl.compare.runs import Launcher, check_folder, is_finished, prepare_sets, run_all, runs_at_once
     from ssync_pl.compare.tables import printed_tables
     from ssync_pl.data.files import write_bytes
 
@@ -77,9 +75,10 @@ def _compare(matrix: Any, options: argparse.Namespace, at_once: int | None, word
     missing = [run for run in matrix.runs if not is_finished(run)]  # refuses before anything is trained
     slurm = dict(pair.split("=", 1) for pair in options.slurm)
     slurm |= {"partition": options.partition} if options.partition else {}
-    launcher = Launcher(
-        out / "jobs", options.launcher == "slurm", at_once, options.threads, options.gpus, options.hours, slurm
-    )
+    threads, gpus, hours = options.threads, options.gpus, options.hours
+    launcher = Launcher(out / "jobs", options.launcher == "slurm", options.processes, threads, gpus, hours, slurm)
+    if not launcher.slurm and launcher.at_once is None:
+        launcher.at_once = runs_at_once(options.device, threads, gpus)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
@@ -132,20 +131,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--baseline", default="without", metavar="A", help="variant to compare with (default: %(default)s)")
     add("--seeds", default="3", metavar="N", help="seeds 0 to N-1, or a list like 3,4 (default: %(default)s)")
     add("--slots", default="", metavar="A,B", help="numbers of slots (default: the configuration's)")
-    add(
-        "--sets",
-        default="",
-        metavar="A,B",
-        help="presets of the synthetic data, with their own scenes, or YAML files laid over the configuration; "
-        "`default` is the configuration's data",
+    sets = (
+        "presets of the synthetic data or YAML files laid over the configuration; `default`: the configuration's data"
     )
-    add("--steps", type=int, metavar="N", help="optimizer steps of each run (default: the configuration's)")
-    add("--processes", type=int, metavar="N", help="runs at a time (default: CPUs / threads; 1 on a GPU; all on Slurm)")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
+    add("--sets", default="", metavar="A,B", help=sets)
+    add("--steps", type=_count, metavar="N", help="optimizer steps of each run (default: the configuration's)")
+    add(
+        "--processes", type=_count, metavar="N", help="runs at a time (default: CPUs / threads, 1 on a GPU; Slurm: all)"
+    )
+    add("--threads", type=_count, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the configuration's accelerator")
     add("--data", type=Path, metavar="FOLDER", help="root of the generated data (default: the configuration's)")
     add("--launcher", choices=("local", "slurm"), default="local", help="where runs are started (default: %(default)s)")
-    add("--gpus", type=int, metavar="N", help="GPUs per run (default: on this machine all, for each run)")
+    add("--gpus", type=_count, metavar="N", help="GPUs per run (default: on this machine all, for each run)")
     add("--hours", type=float, metavar="H", help="time limit of a run (default: none; 24 on Slurm)")
     add("--partition", metavar="NAME", help="Slurm partition")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch; may be repeated")
@@ -165,40 +163,24 @@ def _asked(options: argparse.Namespace, extra: tuple[str, ...]) -> Any:
         raise ConfigError("Expected --variants to name variants, as in with,without, but got none.")
     if wrong := [pair for pair in options.slurm if "=" not in pair]:
         raise ConfigError(f"Expected --slurm to be KEY=VALUE, as in account=lab, but got {wrong[0]!r}.")
+    if options.hours is not None and not options.hours > 0:
+        raise ConfigError(f"Expected --hours to be above 0, but got {options.hours}.")
+    seeds = parse_seeds(options.seeds)
+    slots = parse_numbers(options.slots, "--slots") if options.slots else ()
+    same = {name: getattr(options, name) for name in ("out", "baseline", "steps", "device", "data")}
     return Asked(
-        configs=tuple(options.config),
-        out=options.out,
+        tuple(options.config),
         variants=variants,
-        seeds=parse_seeds(options.seeds),
-        slots=parse_numbers(options.slots, "--slots") if options.slots else (),
+        seeds=seeds,
+        slots=slots,
         sets=sets,
-        baseline=options.baseline,
-        steps=options.steps,
-        device=options.device,
-        data=options.data,
         extra=extra,
         share=not options.no_sharing,
+        **same,
     )
 
 
-def _at_once(options: argparse.Namespace) -> int | None:
-    """Runs at a time: all on Slurm; as many as have a GPU or CPU of their own here."""
-    import torch
-
-    if options.launcher == "slurm":
-        return None
-    if options.device != "cpu" and torch.cuda.is_available():
-        return max(1, torch.cuda.device_count() // options.gpus) if options.gpus else 1
-    # Containers give a process fewer CPUs than the machine has.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // options.threads)
-
-
-def _require_bench() -> None:
-    lacking = [
-        name for name in ("submitit", "pandas", "jinja2", "matplotlib") if importlib.util.find_spec(name) is None
-    ]
-    if lacking:
-        raise ConfigError(
-            f'Expected the extra `bench`, but {", ".join(lacking)} is not installed. Run: pip install "ssync-pl[bench]"'
-        )
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, but got {text!r}")
+    return int(text)

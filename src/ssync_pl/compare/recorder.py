@@ -1,13 +1,10 @@
-"""`RunRecorder`: what one training cost and what came out of it, in files that runs are compared by."""
+"""`RunRecorder`: what came out of one training, in files that runs are compared by."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
-import resource
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +27,13 @@ __all__ = ["RunRecorder"]
 
 
 class RunRecorder(L.Callback):
-    """Measures a training, scores the trained host once more and more closely, and keeps a few pictures.
+    """Scores the trained host once more and more closely than its validation does, and keeps a few pictures.
 
     Writes into the run's `log_dir`, at the end of `fit`:
 
     * `evaluation.json`: `scores` of the decoder's map and, with `encoder_` before them, of slot attention's; `probe`
-      (what a linear map reads off a slot); `step_ms` (mean over the later half of the training, loading included);
-      `peak_mib` (CUDA: what training allocated; else the largest memory of the process); `first_step` and `steps`,
-      `num_videos`, `device` and `torch`. What is not known is null or left out.
+      (what a linear map reads off a slot); `first_step` and `steps`, `num_videos`, `device` and `torch`. What is not
+      known is null or left out.
     * `pictures.json`: frames, truth, slots and SSync's regions of the first validation videos, as PNG in base64.
 
     The whole validation set of the Trainer is read once (as far as `limit_val_batches` lets it), with a seed of its
@@ -61,11 +57,7 @@ class RunRecorder(L.Callback):
         self.videos = videos
         self.frames = frames
         self.probe = probe
-        self.peak_mib = 0.0
         self._first_step = 0
-        self._timed_from = 0.0
-        self._steps, self._seconds = 0, 0.0
-        self._since: float | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,42 +66,11 @@ class RunRecorder(L.Callback):
                 f"Expected a host with `evaluate` (a subclass of SlotHost), but got {type(pl_module).__name__}. Leave "
                 "RunRecorder out, or derive the host from ssync_pl.hosts.training.SlotHost."
             )
-        self.peak_mib, self._steps, self._seconds, self._since = 0.0, 0, 0.0, None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         refuse_shared_videos(trainer.train_dataloader, trainer.val_dataloaders)
-        self._forget_peak(trainer)
         self._first_step = trainer.global_step
-        # A run that shared its warm-up has only the later steps, and one with SSync is to be timed with it.
-        total = trainer.estimated_stepping_batches
-        self._timed_from = total / 2 if math.isfinite(total) else 0
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._since is None and trainer.global_step >= self._timed_from:
-            self._since = _now(trainer)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._steps += self._since is not None
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._measure(trainer)  # before validation adds its own time and memory
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._forget_peak(trainer)
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._measure(trainer)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,8 +97,6 @@ class RunRecorder(L.Callback):
         content = {
             "scores": _finite(found.scores),
             "probe": _finite(probe_slots(join_samples(found.samples)) if found.samples else {}),
-            "step_ms": 1e3 * self._seconds / self._steps if self._steps else None,
-            "peak_mib": self.peak_mib or None,
             "first_step": self._first_step,
             "steps": trainer.global_step,
             "num_videos": len(keys),
@@ -149,21 +108,6 @@ class RunRecorder(L.Callback):
         # Last: whoever finds it finds the pictures as well.
         text = json.dumps(content, indent=2, allow_nan=False)
         write_bytes(Path(log_dir) / "evaluation.json", f"{text}\n".encode())
-
-    def _measure(self, trainer: L.Trainer) -> None:
-        if self._since is not None:
-            self._seconds += _now(trainer) - self._since
-            self._since = None
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        self.peak_mib = max(self.peak_mib, peak)
-
-    def _forget_peak(self, trainer: L.Trainer) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
 
 def _validation_loader(trainer: L.Trainer) -> tuple[Any, int | None]:
@@ -193,10 +137,3 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-
-
-def _now(trainer: L.Trainer) -> float:
-    """Seconds once the device has done its work; asked at the ends of a stretch of steps only."""
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
-    return time.perf_counter()

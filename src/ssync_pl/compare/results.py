@@ -37,7 +37,7 @@ COLUMNS = (
     *(name for name in METRICS if name not in _PROBES),
     *(f"encoder_{name}" for name, info in METRICS.items() if info.both_maps),
     *_PROBES,
-    *("step_ms", "peak_mib", "wall_seconds", "cpu_seconds", "shared_steps", "merged_slots"),
+    *("wall_seconds", "cpu_seconds", "shared_steps", "merged_slots"),
     *("recipe", "device", "torch", "date"),
 )
 """Columns of `results.csv`; behind them come the scores of the baselines."""
@@ -153,7 +153,7 @@ def _read_record(place: Path, key: RunKey) -> Record:
     row |= tables.get("this run", {})
     row |= {name: value for name, value in evaluation["scores"].items() if value is not None}
     row |= {f"probe_{name}": value for name, value in evaluation.get("probe", {}).items()}
-    row |= {name: evaluation.get(name) for name in ("step_ms", "peak_mib", "device", "torch")}
+    row |= {name: evaluation.get(name) for name in ("device", "torch")}
     row |= {**key._asdict(), "step": evaluation.get("steps"), "shared_steps": shared}
     if "ssync/merged_slots" in curves:
         row["merged_slots"] = curves["ssync/merged_slots"].dropna().iloc[-1]

@@ -24,7 +24,7 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all"]
+__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all", "runs_at_once"]
 
 _PAUSE = 0.2
 _TAIL = 15
@@ -103,6 +103,17 @@ class Launcher:
         known = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
         first = place * (self.gpus or 0)
         return known[first : first + (self.gpus or 0)]
+
+
+def runs_at_once(device: str, threads: int, gpus: int | None) -> int:
+    """Returns how many runs have a GPU or CPUs of their own on this machine."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return max(1, torch.cuda.device_count() // gpus) if gpus else 1
+    # Containers give a process fewer CPUs than the machine has.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // threads)
 
 
 def check_folder(matrix: Matrix) -> None:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ssync_pl.compare.results import REFERENCES
 from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
 from ssync_pl.metrics.table import METRICS, metric_names
 
@@ -47,8 +46,6 @@ SHEETS: dict[str, dict[str, Column]] = {
         f"encoder_{name}": _column(name) for name, info in METRICS.items() if info.both_maps
     },
     "Cost of a run": {
-        "step_ms": Column("step, ms", -1, 1),
-        "peak_mib": Column("peak memory, MiB", -1, 0),
         "wall_seconds": Column("wall time, s", -1, 0),
         "cpu_seconds": Column("CPU time, s", -1, 0),
     },
@@ -116,11 +113,12 @@ class Group:
 
 
 class Cell(NamedTuple):
-    """A mean, its difference to the baseline, and what `judge` says of that; the latter two may be empty."""
+    """A mean, its difference to the baseline, and what `judge` and `verdict` say of that difference."""
 
     value: str
     difference: str = ""
     judged: str = ""
+    verdict: str = ""
 
 
 class Row(NamedTuple):
@@ -149,69 +147,50 @@ def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
 
 def group_tables(group: Group) -> list[Table]:
     """Makes the tables of `SHEETS`, without columns and tables that have no number."""
-    tables = []
-    for title, sheet in SHEETS.items():
-        columns = {name: column for name, column in sheet.items() if group.has(name)}
-        rows = [_variant_row(group, variant, columns) for variant in group.variants]
-        for prefix, name in REFERENCE_TITLES.items():
-            cells = [Cell(_text(group.reference(prefix, key), column)) for key, column in columns.items()]
-            if any(cell.value != "–" for cell in cells):
-                rows.append(Row(name, "no training" if prefix == "untrained" else "no learning", cells, True))
-        if columns:
-            tables.append(Table(title, [column.title for column in columns.values()], rows))
-    return tables
+    tables = [_table(group, title, sheet) for title, sheet in SHEETS.items()]
+    return [table for table in tables if table.columns]
 
 
 def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
-    """Writes means, paired differences with their verdicts and what needs no learning as text for a terminal."""
+    """Writes a table per data set and slot count for a terminal: means, paired differences, what needs no learning."""
     if frame.empty:
         return "No run is finished, so there is no table."
-    groups = groups_of(frame, baseline)
-    shown = {name: _column(name) for name in metric_names(None, "headline", "table")}
-    shown = {name: column for name, column in shown.items() if any(group.has(name) for group in groups)}
-    means, differences, verdicts, references = [], [], [], []
-    for group in groups:
-        place = {"set": group.set, "slots": group.slots}
-        for variant in group.variants:
-            of = {**place, "variant": variant, "seeds": int((group.frame["variant"] == variant).sum())}
-            means.append({**of, **{c.title: _text(group.mean(variant, n), c) for n, c in shown.items()}})
-            found = {name: group.difference(variant, name) for name in shown}
-            if any(found.values()):
-                differences.append({**of, **{c.title: _text(found[n], c, True) for n, c in shown.items()}})
-            where = f" [{group.set}, {group.slots} slots]" if len(groups) > 1 else ""
-            verdicts += [
-                f"{variant}{where}: {shown[name].title} {_text(one, shown[name], True)} against {baseline}: "
-                f"{verdict(one)} ({one.count} seed{'' if one.count == 1 else 's'})"
-                for name, one in found.items()
-                if one is not None and METRICS[name].shown == "headline"
-            ]
-        for prefix in REFERENCES:
-            scores = {c.title: _text(group.reference(prefix, n), c) for n, c in shown.items()}
-            if set(scores.values()) != {"–"}:
-                references.append({**place, "baseline": REFERENCE_TITLES[prefix], **scores})
-    parts = ["Mean over seeds ± half width of the 95 % interval", _lined_up(means)]
-    if differences:
-        parts += [f"Paired differences to {baseline}, over the seeds that both have", _lined_up(differences)]
-        parts.append("\n".join(verdicts))
-    if references:
-        parts += ["What needs no learning", _lined_up(references)]
+    parts = [
+        "Mean over seeds ± half width of the 95 % interval. "
+        f"Below it: the paired difference to {baseline}, over the seeds that both have, with its verdict."
+    ]
+    for group in groups_of(frame, baseline):
+        table = _table(group, group.title, {name: _column(name) for name in metric_names(None, "headline", "table")})
+        lines = []
+        for row in table.rows:
+            lines.append([row.name, row.note, *(cell.value for cell in row.cells)])
+            if any(cell.difference for cell in row.cells):
+                lines.append(["", "difference", *(cell.difference for cell in row.cells)])
+                lines.append(["", "", *(cell.verdict for cell in row.cells)])
+        heads = [group.title, "", *table.columns]
+        parts.append(pd.DataFrame(lines, columns=heads).to_string(index=False))
     return "\n\n".join(parts)
 
 
-def _variant_row(group: Group, variant: str, columns: dict[str, Column]) -> Row:
-    cells = []
-    for name, column in columns.items():
-        difference = group.difference(variant, name)
-        said = "" if difference is None else _text(difference, column, True)
-        cells.append(Cell(_text(group.mean(variant, name), column), said, judge(difference, column.better)))
-    seeds = int((group.frame["variant"] == variant).sum())
-    note = f"{seeds} seed{'' if seeds == 1 else 's'}" + (", baseline" if variant == group.baseline else "")
-    return Row(variant, note, cells)
+def _table(group: Group, title: str, sheet: dict[str, Column]) -> Table:
+    columns = {name: column for name, column in sheet.items() if group.has(name)}
+    rows = []
+    for variant in group.variants:
+        cells = []
+        for name, column in columns.items():
+            found = group.difference(variant, name)
+            said = "" if found is None else found.text(column.digits, signed=True)
+            mean = _text(group.mean(variant, name), column)
+            cells.append(Cell(mean, said, judge(found, column.better), "" if found is None else verdict(found)))
+        seeds = int((group.frame["variant"] == variant).sum())
+        note = f"{seeds} seed{'' if seeds == 1 else 's'}" + (", baseline" if variant == group.baseline else "")
+        rows.append(Row(variant, note, cells))
+    for prefix, name in REFERENCE_TITLES.items():
+        cells = [Cell(_text(group.reference(prefix, key), column)) for key, column in columns.items()]
+        if any(cell.value != "–" for cell in cells):
+            rows.append(Row(name, "no training" if prefix == "untrained" else "no learning", cells, True))
+    return Table(title, [column.title for column in columns.values()], rows)
 
 
-def _text(found: Estimate | None, column: Column, signed: bool = False) -> str:
-    return "–" if found is None else found.text(column.digits, signed=signed)
-
-
-def _lined_up(rows: list[dict[str, object]]) -> str:
-    return pd.DataFrame(rows).to_string(index=False)
+def _text(found: Estimate | None, column: Column) -> str:
+    return "–" if found is None else found.text(column.digits)
