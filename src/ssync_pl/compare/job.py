@@ -35,6 +35,8 @@ def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
     place = Path(folder)
     rank = submitit.JobEnvironment().global_rank
     job = json.loads((place / "job.json").read_text(encoding="utf-8"))
+    if rank and job["once"]:
+        return
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if owner:  # submitit hides the GPUs of jobs that ask for none
         environment["CUDA_VISIBLE_DEVICES"] = gpus or job["visible"] or ""

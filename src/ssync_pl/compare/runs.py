@@ -164,7 +164,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
         say(f"preparing data {place}/{len(names)}: {name}\n")
         folder = matrix.asked.out / "sets" / name
         command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
-        _lay_out(folder, command, {"set": name})
+        _lay_out(folder, command, {})
         with _ending([launcher.submit(folder)]) as jobs:
             while not jobs[0].done():
                 time.sleep(_PAUSE)
@@ -257,6 +257,7 @@ def _lay_out(
                 plain = json.loads(json.dumps(content, default=str))
                 write_bytes(folder / name, yaml.safe_dump(plain, sort_keys=False).encode())
             job = {"command": list(command), "facts": facts, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+            job["once"] = not facts  # also where a training has a task per GPU
             write_bytes(folder / "job.json", json.dumps(job, indent=1).encode())
     except Timeout as error:
         raise ConfigError(f"Expected {folder} to be free, but a training is at work in it. Wait for it.") from error
