@@ -267,13 +267,11 @@ def test_bad_neighbours(neighbours):
 
 
 def test_bad_shapes():
+    good, label = features(0), labels(0)
     for loss in (decoder_consistency, encoder_consistency):
-        with pytest.raises(ShapeError, match=r"to be \(B, T, N, C\), but got \(4, 6, 5\)"):
-            loss(features(0)[0], features(1), labels(0))
-        with pytest.raises(ShapeError, match=r"labels` to be \(B, T, N\) = \(2, 4, 6\), but got \(2, 4, 5\)"):
-            loss(features(0), features(1), labels(0)[..., 1:])
-        with pytest.raises(ShapeError, match="of the same videos, frames and patches"):
-            loss(features(0), features(1)[:1], labels(0))
+        for one, two, three in ((good[0], good, label), (good, good, label[..., 1:]), (good, good[:1], label)):
+            with pytest.raises(ShapeError, match="of the same videos, frames and patches"):
+                loss(one, two, three)
     with pytest.raises(ShapeError, match="of one clip"):
         slot_redundancy(torch.rand(2, 3, 4, 5), torch.rand(2, 3, 5, 5))
     with pytest.raises(ConfigError, match="`redundant` to be at least 1"):

@@ -51,17 +51,6 @@ class Projection(NamedTuple):
         return torch.autocast(self.value.device.type, dtype=dtype, enabled=enabled)
 
 
-class Update(NamedTuple):
-    """What slot attention makes of its map where it returns slots only: values, the mean of them that it used, weights.
-
-    ``weigh`` turns logits into the host's weights over patches.
-    """
-
-    values: Projection
-    used: Tensor
-    weigh: Callable[[Tensor], Tensor]
-
-
 class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
@@ -71,14 +60,18 @@ class MapCall(NamedTuple):
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
-        update: What the host made of its map, for the self-check.
+        values: What slot attention weighs, where it returns slots only.
+        update: The mean of the values that it made, which goes to its recurrent cell.
+        weigh: Turns logits into its weights over patches.
     """
 
     logits: Tensor | None
     own: Tensor | None = None
     axis: int = 1
     valid: Tensor | None = None
-    update: Update | None = None
+    values: Projection | None = None
+    update: Tensor | None = None
+    weigh: Callable[[Tensor], Tensor] | None = None
 
 
 class PartsTaken:
@@ -188,8 +181,8 @@ def watch_attention(
         if kept is not None:
             valid = kept(module, output) if valid is None else kept(module, output) & valid
         used = None if own is None else in_shape_of(value, own(module, output), module)[1]
-        update = None if weigh is None else Update(rest[0], rest[1], partial(weigh, module))
-        return MapCall(value, used, axis, valid, update)
+        call = MapCall(value, used, axis, valid)
+        return call if weigh is None else call._replace(values=rest[0], update=rest[1], weigh=partial(weigh, module))
 
     join = PartsTaken(capture, (*parts, *extra), make)
 
@@ -297,19 +290,14 @@ def check_close(
 
 def check_update(call: MapCall, name: str) -> None:
     """Refuses a call of slot attention from whose logits the update that the host made does not follow."""
-    if call.update is None or call.logits is None:
+    if call.logits is None or call.values is None or call.update is None or call.weigh is None:
         return
-    values = call.update.values.value.detach()
-    with torch.no_grad(), call.update.values.precision():
-        weights = call.update.weigh(call.logits).to(values.dtype)
+    values = call.values.value.detach()
+    with torch.no_grad(), call.values.precision():
+        weights = call.weigh(call.logits).to(values.dtype)
         if weights.ndim == 4:  # heads, which lie side by side in values and update
             values = values.unflatten(-1, (weights.shape[1], -1)).movedim(2, 1)
         mine = weights @ values
-    mine = mine.movedim(1, 2) if mine.ndim == 4 else mine
-    check_close(
-        mine.reshape(call.update.used.shape),
-        call.update.used,
-        f"update of the slots in {name}",
-        "the mean of its values weighted by the softmax over slots",
-        scale=float(values.abs().max()),
-    )
+    mine = (mine.movedim(1, 2) if mine.ndim == 4 else mine).reshape(call.update.shape)
+    expected = "the mean of its values weighted by the softmax over slots"
+    check_close(mine, call.update, f"update of the slots in {name}", expected, scale=float(values.abs().max()))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssync_pl.errors import ShapeError
 from ssync_pl.hosts.evaluation import resize_masks
 from ssync_pl.method.loss import SSyncOutput
-from ssync_pl.tools.viz.colors import color_labels, color_regions, label_masks, resize_nearest, slot_colors, to_uint8
+from ssync_pl.tools.viz import color_labels, color_regions, label_masks, resize_nearest, slot_colors, to_uint8
 
 __all__ = ["PictureBox", "match_slots", "slot_palette"]
 

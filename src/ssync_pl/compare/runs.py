@@ -256,8 +256,9 @@ def _lay_out(
             for name, content in (files or {}).items():
                 plain = json.loads(json.dumps(content, default=str))
                 write_bytes(folder / name, yaml.safe_dump(plain, sort_keys=False).encode())
-            job = {"command": list(command), "facts": facts, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+            job: dict[str, Any] = {"command": list(command), "facts": facts}
             job["once"] = not facts  # also where a training has a task per GPU
+            job["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES")
             write_bytes(folder / "job.json", json.dumps(job, indent=1).encode())
     except Timeout as error:
         raise ConfigError(f"Expected {folder} to be free, but a training is at work in it. Wait for it.") from error

@@ -53,11 +53,7 @@ class SSyncHooks:
         HostError: In `setup`, `on_fit_start` or the first training step: the host cannot be used; the message says why.
 
     Example:
-        >>> import lightning.pytorch as L
-        >>> from ssync_pl import SSyncCallback
-        >>> trainer = L.Trainer(callbacks=[SSyncCallback(merge_threshold=0.65)], logger=False, accelerator="cpu",
-        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.callbacks[0].config.merge_threshold
+        >>> SSyncCallback(merge_threshold=0.65).config.merge_threshold
         0.65
 
     Source: SSync (arXiv 2606.15527).
@@ -144,8 +140,7 @@ class SSyncHooks:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Says from which step SSync ran, or why it never did."""
-        if trainer.is_global_zero:
-            tell_end(self.engine, trainer.global_step)
+        tell_end(self.engine, trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the host back as it was."""

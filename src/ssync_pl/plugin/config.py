@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, Literal, get_args
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.method.loss import LossKind, check_options
+from ssync_pl.method.loss import Backend, LossKind, check_options
 
 __all__ = ["CollapseAction", "SSyncConfig"]
 
@@ -41,6 +41,8 @@ class SSyncConfig:
         collapse_threshold: Share of the slots in use before switching on, in (0, 1), below which it is a collapse.
         guard_window: Training steps over which slots in use are averaged before they are compared, at least 1.
         sync_counts: Under DDP, divide by the selected patches of all ranks instead of each rank's own.
+        backend: ``"auto"`` takes the GPU kernels where they serve, ``"torch"`` leaves them out, ``"triton"`` insists on
+            them. The first step logs which one runs and why.
 
     Raises:
         ConfigError: A setting is out of range; the message names it.
@@ -65,20 +67,15 @@ class SSyncConfig:
     collapse_threshold: float = 0.8
     guard_window: int = 50
     sync_counts: bool = False
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         for name, (fits, wanted) in _RULES.items():
             value = getattr(self, name)
             if not fits(value):
                 raise ConfigError(f"Expected argument `{name}` to be {wanted}, but got {value!r}.")
-        check_options(
-            merge_threshold=self.merge_threshold,
-            n_bd=self.n_bd,
-            n_nbd=self.n_nbd,
-            n_noise=self.n_noise,
-            temperature=self.temperature,
-            loss=self.loss,
-        )
+        checked = ("merge_threshold", "n_bd", "n_nbd", "n_noise", "temperature", "loss")
+        check_options(**{name: getattr(self, name) for name in checked})
 
     @classmethod
     def from_options(cls, **options: Any) -> SSyncConfig:
@@ -106,7 +103,7 @@ class SSyncConfig:
 
 _LOSS_OPTIONS = (
     *("merge_threshold", "merge", "n_bd", "n_nbd", "n_noise", "temperature", "loss"),
-    *("boundary_weight", "interior_weight", "sync_counts"),
+    *("boundary_weight", "interior_weight", "sync_counts", "backend"),
 )
 
 
@@ -144,4 +141,5 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "guard_window": (lambda x: _is_count(x, 1), "an integer of at least 1, in training steps"),
     "sync_counts": (lambda x: isinstance(x, bool), "true or false"),
+    "backend": (lambda x: x in get_args(Backend), "'auto', 'torch' or 'triton'"),
 }

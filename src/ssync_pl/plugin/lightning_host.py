@@ -32,13 +32,6 @@ class LightningHost(L.LightningModule):
         optimizer: Makes the optimizer of the parameters that are trained. None takes Adam at 2e-4.
         scheduler: Makes a scheduler of the optimizer, stepped after each optimizer step. None keeps the rate.
         validation_loss: As ``training_loss``, for validation batches. None leaves validation out.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi
-        >>> model = SAVi(num_slots=2)
-        >>> host = LightningHost(model, lambda model, video: model(video).reconstruction.square().mean())
-        >>> set(host.state_dict()) == {f"model.{key}" for key in model.state_dict()}
-        True
     """
 
     def __init__(

@@ -108,9 +108,7 @@ class SSyncRegularizer:
     def on_train_end(self) -> None:
         """Says from which step SSync ran, or why it never did."""
         super().on_train_end()  # type: ignore[misc]
-        trainer = self.trainer  # type: ignore[attr-defined]
-        if trainer.is_global_zero:
-            tell_end(self._ssync_engine, trainer.global_step)
+        tell_end(self._ssync_engine, self.trainer.global_step)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps running averages and the guard's state."""

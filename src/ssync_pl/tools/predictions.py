@@ -21,7 +21,7 @@ from ssync_pl.data.video import mp4_available
 from ssync_pl.errors import ConfigError, ShapeError, ShardError
 from ssync_pl.tools.predict.joined import WINDOW_KEY, JoinedVideo
 from ssync_pl.tools.predict.video_files import FileChoice, VideoFiles
-from ssync_pl.tools.viz.colors import to_uint8
+from ssync_pl.tools.viz import to_uint8
 
 __all__ = ["PredictedVideo", "SlotPredictions"]
 

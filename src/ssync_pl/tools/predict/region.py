@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssync_pl.data.transforms import Size, central_square, covering_size
 from ssync_pl.tools.predict.windows import OUTSIDE
-from ssync_pl.tools.viz.colors import resize_nearest
+from ssync_pl.tools.viz import resize_nearest
 
 __all__ = ["restore_labels", "seen_region"]
 

@@ -18,8 +18,7 @@ from ssync_pl.data.files import write_bytes
 from ssync_pl.data.video import Mp4Encoder
 from ssync_pl.tools.predict.tracks import slot_tracks, tracks_csv
 from ssync_pl.tools.predict.windows import OUTSIDE
-from ssync_pl.tools.viz.colors import overlay_labels, slot_colors
-from ssync_pl.tools.viz.sheet import SheetRow, compose_frames, draw_sheet, encode_png
+from ssync_pl.tools.viz import SheetRow, compose_frames, draw_sheet, encode_png, overlay_labels, slot_colors
 
 __all__ = ["FileChoice", "VideoFiles", "encode_label_png"]
 

@@ -16,6 +16,7 @@ from ssync_pl import SSyncCallback, SSyncPictures
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError
 from ssync_pl.tools import pictures
+from ssync_pl.tools.viz import color_labels
 
 SLOTS, FRAMES, SIZE = 3, 4, 16
 
@@ -126,7 +127,7 @@ def test_a_sheet_and_a_video_a_validation(tmp_path: Path) -> None:
     assert callback.last_path == folder / "step-000004.png"
     sheet = np.asarray(Image.open(folder / "step-000004.png"))
     assert sheet.ndim == 3
-    assert sheet.shape[0] > 7 * 112
+    assert sheet.shape[0] > 2 * 7 * 112
     with av.open(io.BytesIO((folder / "step-000004.mp4").read_bytes())) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
 
@@ -152,51 +153,84 @@ def test_every_n_validations_and_no_sanity_check(tmp_path: Path) -> None:
     assert names == ["step-000002.png", "step-000006.png"]
 
 
-def test_padding_is_not_drawn(tmp_path: Path) -> None:
-    seen: list[Any] = []
+class Spy(SSyncPictures):
+    """Keeps what would be drawn."""
 
-    class Spy(SSyncPictures):
-        def _write(self, trainer: L.Trainer, clips: Any) -> None:
-            seen.append(clips)
-            super()._write(trainer, clips)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.drawings: list[Any] = []
 
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=CSVLogger(str(tmp_path)),
-        callbacks=[Spy(picture_adapter(), video=False)],
-        enable_progress_bar=False,
-    )
-    trainer.validate(ClipHost(), DataLoader([picture_batch(1, padded=True)], batch_size=None), verbose=False)
-    (clips,) = seen
-    assert clips.chosen == [0]
-    assert clips.frames[0].shape == (2, SIZE, SIZE, 3)
-    truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1)
-    assert np.array_equal(clips.truth[0], truth.numpy())
+    def _write(self, trainer: L.Trainer, drawings: Any) -> None:
+        self.drawings += drawings
+        super()._write(trainer, drawings)
 
 
-def test_labels_are_those_of_the_host(tmp_path: Path) -> None:
-    outputs: list[Any] = []
-
-    class Spy(SSyncPictures):
-        def _write(self, trainer: L.Trainer, clips: Any) -> None:
-            outputs.append(clips.output)
-
+def validate(tmp_path: Path, callbacks: list[L.Callback], batches: list[Any]) -> ClipHost:
     host = ClipHost()
-    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[Spy(picture_adapter())], enable_progress_bar=False)
-    trainer.validate(host, DataLoader([picture_batch(5), picture_batch(6)], batch_size=None), verbose=False)
-    video = picture_batch(5)["video"]
+    trainer = L.Trainer(
+        accelerator="cpu", logger=CSVLogger(str(tmp_path)), callbacks=callbacks, enable_progress_bar=False
+    )
+    trainer.validate(host, DataLoader(batches, batch_size=None), verbose=False)
+    return host
+
+
+def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path) -> None:
+    spy = Spy(picture_adapter(), video=False)
+    validate(tmp_path, [spy], [picture_batch(1, padded=True)])
+    (drawing,) = spy.drawings
+    assert (drawing.name, drawing.times) == ("clip-1", [0, 1])
+    assert drawing.pictures["video"].shape == (2, SIZE, SIZE, 3)
+    truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1).numpy()
+    assert np.array_equal(drawing.pictures["ground truth"], color_labels(truth, background=0))
+
+
+def test_labels_are_those_of_the_host_in_the_first_batch(tmp_path: Path) -> None:
+    spy = Spy(picture_adapter(), video=False)
+    host = validate(tmp_path, [spy], [picture_batch(5), picture_batch(6)])
     with torch.no_grad():
-        expected = host.corrector(video.flatten(0, 1)).argmax(1).view(2, FRAMES, 4, 4)
-    assert len(outputs) == 1
-    assert torch.equal(outputs[0].raw_encoder_labels, expected)
+        expected = host.corrector(picture_batch(5)["video"].flatten(0, 1)).argmax(1).view(2, FRAMES, 4, 4)
+    assert [drawing.name for drawing in spy.drawings] == ["clip-5", "clip-5b"]
+    for drawing, labels in zip(spy.drawings, expected, strict=True):
+        (encoder,) = (
+            picture for caption, picture in drawing.pictures.items() if "encoder" in caption and "used" in caption
+        )
+        assert np.array_equal(encoder, color_labels(labels.numpy()))
 
 
 def test_the_adapter_of_the_callback_is_used(tmp_path: Path) -> None:
     paths = {"attention": "corrector", "masks": "decoder", "attention_kind": "logits", "masks_kind": "logits"}
     method = SSyncCallback(**paths, grid=(4, 4), warmup_ratio=0.0)
-    callback = SSyncPictures(video=False)
-    run(tmp_path, [callback, method])
-    assert callback.last_path is not None
+    spy = Spy(video=False)
+    run(tmp_path, [spy, method])
+    assert spy.last_path is not None
+    assert any("merged" in caption for caption in spy.drawings[0].pictures)
+
+
+def test_merging_is_drawn_with_the_settings_of_the_callback(tmp_path: Path) -> None:
+    paths = {"attention": "corrector", "masks": "decoder", "attention_kind": "logits", "masks_kind": "logits"}
+    method = SSyncCallback(**paths, grid=(4, 4), warmup_ratio=0.0, merge=False)
+    spy = Spy(video=False)
+    run(tmp_path, [spy, method])
+    assert not any("merged" in caption for caption in spy.drawings[0].pictures)
+
+
+@pytest.mark.parametrize("name", ["step-000002.png", "step-000002.mp4"])
+def test_a_file_that_is_not_ours_is_left_alone_and_named(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "lightning_logs" / "version_0" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"mine")
+    logger = CSVLogger(str(tmp_path), version=0)
+    with pytest.warns(UserWarning, match=f"{name}.*Move it away"):
+        run(tmp_path, [SSyncPictures(picture_adapter())], logger=logger)
+    assert (folder / name).read_bytes() == b"mine"
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_own_pictures_are_replaced(tmp_path: Path) -> None:
+    for _ in range(2):
+        callback = SSyncPictures(picture_adapter())
+        run(tmp_path, [callback], logger=CSVLogger(str(tmp_path), version=0))
+        assert callback.last_path is not None
 
 
 def test_an_unknown_host_gives_one_warning_and_trains(tmp_path: Path) -> None:
@@ -282,21 +316,8 @@ def test_the_sheet_goes_to_loggers_with_log_image(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked_at_once() -> None:
-    with pytest.raises(ConfigError, match="`max_videos` to be at least 1"):
+    with pytest.raises(ConfigError, match="max_videos"):
         SSyncPictures(max_videos=0)
-    with pytest.raises(ConfigError, match="merge_threshold"):
-        SSyncPictures(merge_threshold=1.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SSyncPictures()
-
-
-def test_settings_and_grid_of_the_runs_callback_are_used():
-    from types import SimpleNamespace
-
-    from ssync_pl import SSyncCallback
-
-    trainer = SimpleNamespace(callbacks=[SSyncCallback(merge_threshold=0.6, n_bd=3, grid=(2, 8), adapter="videosaur")])
-    own = SSyncPictures(n_bd=2)
-    assert own._options(trainer) == {"merge_threshold": 0.6, "n_bd": 2, "n_nbd": 1, "n_noise": 1, "merge": None}
-    assert SSyncPictures()._options(SimpleNamespace(callbacks=[]))["merge_threshold"] == 0.7

@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
-from ssync_pl.tools import probe
 from ssync_pl.tools.probe import (
     ProbeSamples,
     join_samples,
@@ -18,7 +16,6 @@ from ssync_pl.tools.probe import (
     object_facts,
     probe_slots,
     sample_slots,
-    video_folds,
 )
 
 
@@ -78,39 +75,6 @@ def test_what_only_names_the_video_does_not_help() -> None:
     names, colors = torch.eye(20)[videos], torch.rand(20, 3, generator=generator)[videos]
     scores = probe_slots(ProbeSamples(names, videos, torch.rand(200, 2, generator=generator), colors))
     assert scores["color_r2"] < 0.05
-
-
-def test_folds_never_share_a_video() -> None:
-    videos = torch.tensor([3, 9, 9, 1, 4, 3, 12, 7, 8, 1])
-    folds = video_folds(videos)
-    assert sorted(set(folds.tolist())) == [0, 1, 2, 3, 4]
-    for video in videos.unique():
-        assert len(set(folds[videos == video].tolist())) == 1
-    assert torch.equal(folds, video_folds(videos))
-    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(video_folds(videos[order]), folds[order])
-
-
-def test_no_sample_of_the_predicted_fold_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = planted()
-    tagged = ProbeSamples(torch.cat([samples.videos.unsqueeze(1), samples.slots], 1), samples.videos, samples.positions)
-    whole = probe._ridge
-    calls: list[tuple[set[float], set[float]]] = []
-
-    def spy(slots: Tensor, facts: Tensor, unseen: Tensor, penalties: tuple[float, ...]) -> list[Tensor]:
-        calls.append((set(slots[:, 0].tolist()), set(unseen[:, 0].tolist())))
-        return whole(slots, facts, unseen, penalties)
-
-    monkeypatch.setattr(probe, "_ridge", spy)
-    probe_slots(tagged)
-    assert len(calls) == 10
-    for fitted, predicted in calls:
-        assert fitted
-        assert predicted
-        assert not fitted & predicted
-    # the ridge is chosen without the videos that are predicted in the end
-    for (fitted, chosen), (_, predicted) in zip(calls[::2], calls[1::2], strict=True):
-        assert not predicted & (fitted | chosen)
 
 
 def test_scores_are_the_same_again_and_do_not_depend_on_units() -> None:

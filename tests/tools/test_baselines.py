@@ -1,9 +1,8 @@
-"""Baselines: layouts by hand, k-means against scikit-learn, scores, table and cache."""
+"""Baselines: layouts by hand, k-means against scikit-learn, scores and cache."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
-from ssync_pl.tools.baselines import cached_baselines, format_table, grid_partition, kmeans_rgb, score_baselines
+from ssync_pl.tools import baselines
+from ssync_pl.tools.baselines import cached_baselines, grid_partition, score_baselines
+from ssync_pl.tools.kmeans import kmeans
 
 
 @pytest.mark.parametrize(
@@ -66,65 +67,55 @@ def coloured_video(seed: int, colours: int = 4) -> tuple[torch.Tensor, torch.Ten
     return corners[labels] + 0.03 * torch.randn(2, 10, 12, 3, generator=generator), labels
 
 
+def as_points(video: torch.Tensor) -> torch.Tensor:
+    """Points (1, T, H * W, 3) of a video (T, H, W, 3)."""
+    return video.flatten(1, 2)[None]
+
+
 def test_kmeans_finds_colours():
     video, labels = coloured_video(0)
-    found = kmeans_rgb(video, 4)
-    assert found.shape == (2, 10, 12)
+    found = kmeans(as_points(video), 4)
+    assert found.shape == (1, 2, 120)
     assert adjusted_rand_score(labels.flatten(), found.flatten()) == 1.0
-    again = kmeans_rgb(((video + 0.2).clamp(0, 1.3) / 1.3 * 255).to(torch.uint8), 4)
-    assert adjusted_rand_score(labels.flatten(), again.flatten()) > 0.9
 
 
 def test_kmeans_reaches_the_inertia_of_sklearn():
-    generator = torch.Generator().manual_seed(3)
-    video = torch.rand(2, 16, 16, 3, generator=generator)
-    labels = kmeans_rgb(video, 5, iterations=100).flatten()
-    points = video.reshape(-1, 3)
-    inertia = sum((points[labels == k] - points[labels == k].mean(0)).square().sum().item() for k in range(5))
-    reference = KMeans(5, n_init=5, random_state=0).fit(points.numpy()).inertia_
-    assert inertia < 1.1 * reference
+    points = torch.rand(1, 2, 256, 3, generator=torch.Generator().manual_seed(3))
+    labels, flat = kmeans(points, 5, iterations=100).flatten(), points.reshape(-1, 3)
+    inertia = sum((flat[labels == k] - flat[labels == k].mean(0)).square().sum().item() for k in range(5))
+    assert inertia < 1.1 * KMeans(5, n_init=5, random_state=0).fit(flat.numpy()).inertia_
     # A fixed point: every pixel is with the nearest mean.
-    means = torch.stack([points[labels == k].mean(0) for k in range(5)])
-    assert torch.equal(torch.cdist(points, means).argmin(1), labels)
+    means = torch.stack([flat[labels == k].mean(0) for k in range(5)])
+    assert torch.equal(torch.cdist(flat, means).argmin(1), labels)
 
 
-def test_kmeans_of_a_batch_equals_each_video_apart():
-    videos = torch.stack([coloured_video(seed, 5)[0] for seed in range(3)])
-    batch = kmeans_rgb(videos.movedim(-1, 2), 6, seed=1)
-    assert batch.shape == (3, 2, 10, 12)
-    for video, labels in zip(videos, batch, strict=True):
-        assert torch.equal(kmeans_rgb(video, 6, seed=1), labels)
-
-
-def test_kmeans_position_weight_splits_by_place():
-    video = torch.zeros(1, 4, 40, 3)
-    found = kmeans_rgb(video, 2, position_weight=1.0)[0]
-    assert found.unique().numel() == 2
-    assert (found == found[:1]).all()
-    assert (found[0, 1:] != found[0, :-1]).sum() == 1
-    assert kmeans_rgb(video, 2).unique().numel() == 1
+def test_kmeans_of_a_batch_equals_each_video_apart(monkeypatch):
+    videos = torch.cat([as_points(coloured_video(seed, 5)[0]) for seed in range(3)])
+    apart = torch.cat([kmeans(video[None], 6, seed=1) for video in videos])
+    assert torch.equal(kmeans(videos, 6, seed=1), apart)
+    monkeypatch.setattr("ssync_pl.tools.kmeans._GROUP_ELEMENTS", 1)
+    assert torch.equal(kmeans(videos, 6, seed=1), apart)
 
 
 def test_kmeans_padded_frames_do_not_shape_the_clusters():
-    video, _ = coloured_video(2)
-    padding = torch.full_like(video, 50.0)
-    found = kmeans_rgb(torch.cat([video, padding]), 4, frame_mask=torch.tensor([True, True, False, False]))
-    assert torch.equal(found[:2], kmeans_rgb(video, 4))
+    points = as_points(coloured_video(2)[0])
+    padded = torch.cat([points, torch.full_like(points, 50.0)], dim=1)
+    found = kmeans(padded, 4, frame_mask=torch.tensor([[True, True, False, False]]))
+    assert torch.equal(found[:, :2], kmeans(points, 4))
 
 
 @pytest.mark.parametrize(
-    ("video", "settings", "error", "message"),
+    ("points", "settings", "error", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), {}, ShapeError, r"\(T, H, W, 3\) or \(B, T, 3, H, W\), but got \(2, 3, 4, 4\)"),
-        (torch.zeros(2, 4, 4, 3, dtype=torch.long), {}, ShapeError, "uint8 or float, but got torch.int64"),
-        (torch.zeros(1, 1, 1, 3), {}, ShapeError, "at least 2 points a video, but got 1"),
-        (torch.zeros(2, 4, 4, 3), {"iterations": -1}, ConfigError, "iterations >= 0"),
-        (torch.zeros(2, 4, 4, 3), {"frame_mask": torch.ones(2)}, ShapeError, "bool with a value for each of 1 x 2"),
+        (torch.zeros(1, 1, 1, 3), {}, ShapeError, "at least 2 points"),
+        (torch.zeros(1, 2, 16, 3), {"iterations": -1}, ConfigError, "iterations"),
+        (torch.zeros(1, 2, 16, 3), {"frame_mask": torch.ones(1, 2)}, ShapeError, "frame_mask"),
+        (torch.zeros(1, 2, 16, 3), {"frame_mask": torch.ones(1, 3, dtype=torch.bool)}, ShapeError, "frame_mask"),
     ],
 )
-def test_kmeans_refuses_bad_inputs(video, settings, error, message):
+def test_kmeans_refuses_bad_inputs(points, settings, error, message):
     with pytest.raises(error, match=message):
-        kmeans_rgb(video, 2, **settings)
+        kmeans(points, 2, **settings)
 
 
 def baseline_batch(seed: int) -> dict[str, torch.Tensor]:
@@ -141,7 +132,7 @@ def test_scores_of_separable_colours():
     json.dumps(scores)
 
 
-def test_scores_skip_padding_and_shrink_large_frames():
+def test_scores_skip_padding_and_shrink_large_frames(monkeypatch):
     batch = baseline_batch(0)
     expected = score_baselines([batch], num_slots=3, has_background=True)
     junk = {"video": torch.rand(1, 2, 3, 10, 12), "segmentations": batch["segmentations"].roll(1, 2)}
@@ -153,24 +144,14 @@ def test_scores_skip_padding_and_shrink_large_frames():
     for row in expected:
         assert found[row] == pytest.approx(expected[row])
     large = {name: value.repeat_interleave(4, -1).repeat_interleave(4, -2) for name, value in batch.items()}
-    shrunk = score_baselines([large], num_slots=3, has_background=True, max_size=12)
+    monkeypatch.setattr(baselines, "_KMEANS_SIZE", 12)
+    shrunk = score_baselines([large], num_slots=3, has_background=True)
     assert shrunk["k-means RGB"]["video_ari"] == pytest.approx(1.0)
 
 
 def test_scores_need_true_masks():
     with pytest.raises(ShapeError, match=r"got \['video'\]. Use the validation split"):
         score_baselines([{"video": torch.zeros(1, 1, 3, 4, 4)}], 2, True)
-
-
-def test_table_shows_the_columns_that_are_there_and_told():
-    table = format_table({"grid": {"video_fg_ari": 0.29, "image_mbo": 0.1084}, "SAVi": {"val/video_ari": float("nan")}})
-    lines = table.splitlines()
-    titles = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert titles == ["", "video FG-ARI", "video ARI"]
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["grid", "0.290", "-"]
-    assert lines[3].split("|")[3].strip() == "nan"
-    assert len({len(line) for line in lines}) == 1
-    assert "0.29 |" in format_table({"grid": {"video_fg_ari": 0.29}}, digits=2)
 
 
 class Counter:
@@ -195,48 +176,27 @@ def test_cache_computes_once_a_key(tmp_path: Path):
     assert os.listdir(tmp_path) == ["baselines.json"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"baselines": 3}', b'{"baselines": {"x": [1]}}', b""])
-def test_cache_survives_a_damaged_file(tmp_path: Path, content: bytes):
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[]", b'{"baselines": {}}', b'{"written_by": "someone", "grid": 3}']
+)
+def test_a_file_that_is_not_ours_is_left_alone_and_named(tmp_path: Path, content: bytes):
     path, compute = tmp_path / "baselines.json", Counter()
     path.write_bytes(content)
-    for _ in range(2):
-        assert cached_baselines(path, {"slots": 8}, compute)["grid"]["video_mbo"] == 1.0
-    assert compute.calls == 1
+    for expected in (1.0, 2.0):
+        with pytest.warns(UserWarning, match=r"baselines\.json.*Move it away"):
+            assert cached_baselines(path, {"slots": 8}, compute)["grid"]["video_mbo"] == expected
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["baselines.json"]
 
 
-def test_cache_replaces_damaged_scores(tmp_path: Path):
-    path, compute = tmp_path / "baselines.json", Counter()
-    cached_baselines(path, {"slots": 8}, compute)
-    content = json.loads(path.read_text())
-    content["baselines"] = {key: {"grid": {"video_mbo": "high"}} for key in content["baselines"]}
-    path.write_text(json.dumps(content))
-    assert cached_baselines(path, {"slots": 8}, compute)["grid"]["video_mbo"] == 2.0
-
-
-def test_cache_without_a_writable_folder_computes_each_time(tmp_path: Path, monkeypatch, caplog):
+def test_cache_without_a_writable_folder_computes_each_time(tmp_path: Path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 
     # Permissions do not bind the superuser, so the refusal is played.
-    monkeypatch.setattr("ssync_pl.tools.baselines.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("ssync_pl.tools.owned.write_bytes", refuse)
     compute = Counter()
-    with caplog.at_level(logging.INFO, logger="ssync_pl.tools.baselines"):
-        for expected in (1.0, 2.0):
+    for expected in (1.0, 2.0):
+        with pytest.warns(UserWarning, match="read-only file system"):
             assert cached_baselines(tmp_path / "b.json", {"slots": 8}, compute)["grid"]["video_mbo"] == expected
-    assert "read-only file system" in caplog.text
-    assert cached_baselines(tmp_path / "absent" / "b.json", {}, compute)["grid"]["video_mbo"] == 3.0
     assert os.listdir(tmp_path) == []
-
-
-def test_cache_leaves_no_temporary_file_when_replacing_fails(tmp_path: Path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr("ssync_pl.tools.baselines.os.replace", refuse)
-    cached_baselines(tmp_path / "b.json", {}, Counter())
-    assert os.listdir(tmp_path) == []
-
-
-def test_cache_refuses_keys_that_json_cannot_hold(tmp_path: Path):
-    with pytest.raises(ConfigError, match="JSON values only"):
-        cached_baselines(tmp_path / "b.json", {"when": object()}, Counter())

@@ -15,6 +15,7 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
 from ssync_pl.tools.baselines import score_baselines
+from ssync_pl.tools.summary import format_table
 
 
 def summary_batch(seed: int) -> dict[str, Any]:
@@ -186,6 +187,37 @@ def test_baselines_are_kept_beside_the_shards(tmp_path: Path, monkeypatch: pytes
     assert (data_folder / "baselines.json").is_file()
     assert rows[0]["grid"] == rows[1]["grid"]
     assert 0.0 < rows[0]["k-means RGB"]["video_mbo"] <= 1.0
+
+
+def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:
+    trainer = summary_trainer(
+        tmp_path, [ValidationSummary(baselines=False)], logger=CSVLogger(str(tmp_path), version=0)
+    )
+    path = Path(trainer.log_dir) / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"rows": {}}')
+    with pytest.warns(UserWarning, match=r"summary\.json.*Move it away"):
+        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+    assert path.read_text() == '{"rows": {}}'
+    path.unlink()
+    for _ in range(2):  # one of ours is replaced
+        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+    assert "this run" in json.loads(path.read_text())["rows"]
+
+
+def test_rows_are_kept_in_checkpoints() -> None:
+    callback, resumed = ValidationSummary(), ValidationSummary()
+    callback.rows = {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}, "grid": {"video_mbo": 0.3}}
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.rows == {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}}
+
+
+def test_table_shows_the_metrics_that_are_there() -> None:
+    table = format_table({"grid": {"video_fg_ari": 0.29, "image_mbo": 0.1084}, "SAVi": {"video_ari": float("nan")}})
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0] == ["", "video FG-ARI", "video ARI"]
+    assert cells[2:] == [["grid", "0.290", "-"], ["SAVi", "-", "nan"]]
+    assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_number_of_slots_is_checked() -> None:
