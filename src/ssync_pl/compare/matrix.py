@@ -23,22 +23,7 @@ _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a comparison is asked for.
-
-    Args:
-        configs: configuration files, the later ones over the earlier ones.
-        out: folder of the comparison.
-        variants: names of variants.
-        seeds: seeds.
-        slots: slot counts; empty takes the configuration's.
-        sets: names of presets or paths of YAML files; empty takes the configuration's data.
-        baseline: variant that the differences are against.
-        steps: optimizer steps, or None for the configuration's.
-        device: `auto` (the configuration's), `cpu` or `cuda`.
-        data: root of generated data, or None for the configuration's.
-        extra: words for `ssync-pl fit`.
-        share: train once what runs have in common until SSync switches on.
-    """
+    """What a comparison is asked for: the options of the command; empty ones take the configuration's."""
 
     configs: tuple[Path, ...]
     out: Path
@@ -68,17 +53,8 @@ class DataSet:
 class Run:
     """One training.
 
-    Args:
-        set: name of its data set.
-        slots: number of slots.
-        variant: name of its variant.
-        seed: its seed.
-        folder: where its files go.
-        files: configuration files that it gets, by name: its variant, and what every run gets.
-        command: words of its process.
-        recipe: hash of everything in the configuration that decides the result, but the seed.
-        source: variant whose checkpoint it starts from, where there is one.
-        checkpoint: that checkpoint.
+    `files` are configuration files that are written into its folder, `recipe` hashes everything in the configuration
+    that decides the result but the seed, and `checkpoint` of the variant `source` is where it starts, if that is there.
     """
 
     set: str
