@@ -341,20 +341,6 @@ def test_slots_that_grow_inside_a_step_are_refused() -> None:
         adapter.collect(capture)
 
 
-def test_verify_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = make_unknown()
-    adapter = PathAdapter(*TAPS)
-    capture = adapter.attach(host)
-    capture.open()
-    host(tap_clip())
-    capture.close()
-    maps, pair = adapter.collect(capture), adapter.pair(capture)
-    wrong = pair.attention._replace(axis=2)
-    monkeypatch.setattr(adapter, "pair", lambda capture: pair._replace(attention=wrong))
-    with pytest.raises(HostError, match="'softmax:binder' to be the softmax over slots that the host computed"):
-        adapter.verify(capture, maps)
-
-
 @pytest.mark.parametrize("name", ["savi", "videosaur"])
 def test_the_tap_hears_what_an_adapter_reads(name: str) -> None:
     torch.manual_seed(0)

@@ -5,7 +5,8 @@ The parts of a call are recorded first; when the module itself returns, one func
 
 from __future__ import annotations
 
-import math
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -176,7 +177,7 @@ def watch_attention(
             value = logits(module, query.value, keys.value)
         valid = None if mask is None else capture[f"{key} mask"][-1]
         if valid is not None:
-            valid = valid.to(value.device).expand(value.shape[:2])
+            valid = valid.to(value.device, torch.bool).expand(value.shape[:2])
             value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
         if kept is not None:
             valid = kept(module, output) if valid is None else kept(module, output) & valid
@@ -202,7 +203,7 @@ def watch_alpha(
     inner: str,
     channel: Callable[[Tensor], Tensor],
     own: Own,
-    axis: int = 1,
+    axis: int | None = 1,
 ) -> None:
     """Records a `MapCall` under ``key`` whenever a decoder returns whose inner network gives alpha beside colours.
 
@@ -213,14 +214,14 @@ def watch_alpha(
         inner: Path of the inner network in it.
         channel: Picks alpha from the inner network's output.
         own: Picks the host's masks from ``(module, output)``.
-        axis: Axis of the slots in the masks; counted from the end where negative.
+        axis: Axis of the slots in the masks; None where alpha has them folded into its first axis, with all in front.
     """
     part = f"{key}.{inner}"
     capture.watch(part, submodule(module, inner), lambda module, args, output: channel(output))
 
     def make(module: Any, output: Any, alpha: Tensor) -> MapCall:
         masks = own(module, output)
-        return MapCall(*in_shape_of(alpha, masks, module), axis % masks.ndim)
+        return MapCall(*in_shape_of(alpha, masks, module), (masks.ndim - alpha.ndim) if axis is None else axis)
 
     capture.watch(key, module, PartsTaken(capture, [part], make))
 
@@ -246,11 +247,11 @@ def entry(key: str, squeeze: int | None = None) -> Own:
 
 
 def in_shape_of(logits: Tensor, own: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gives logits the shape of the host's softmax, whose first axes may be folded in the logits; returns both."""
+    """Gives logits the shape of the host's softmax, of which axes side by side may be folded in them; returns both."""
     if logits.shape == own.shape:
         return logits, own
-    extra = own.ndim - logits.ndim + 1
-    if extra < 1 or own.shape[extra:] != logits.shape[1:] or math.prod(own.shape[:extra]) != logits.shape[0]:
+    ends, folds = ([*itertools.accumulate(value.shape, operator.mul)] for value in (logits, own))
+    if ends[-1] != folds[-1] or not {*ends} <= {*folds}:
         raise HostError(
             f"Expected the logits inside {type(module).__name__} to have the shape of its masks, {tuple(own.shape)}, "
             f"but got {tuple(logits.shape)}. {NAME_THEM}"

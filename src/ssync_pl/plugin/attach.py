@@ -74,8 +74,6 @@ def attach(
         ...     loss = model(torch.rand(1, 2, 3, 16, 16)).reconstruction.square().mean()
         ...     bool(ssync.add(loss) > loss)
         True
-
-    Source: SSync (arXiv 2606.15527).
     """
     if config is not None and options:
         raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
@@ -248,7 +246,9 @@ class AttachedSSync:
             if not off or not session.checked:
                 maps = self._collect(session, batch)
                 if not off:
-                    term, verdict = self._engine.term(host_loss, maps, step, self._log)
+                    term, verdict = self._engine.term(
+                        host_loss, maps, step, lambda name, value, **_: self.logs.update({name: value})
+                    )
                     self.maps = maps.detach()
         finally:
             self._calls += 1
@@ -305,9 +305,6 @@ class AttachedSSync:
         self._forwards += 1
         values = [*args, *kwargs.values()]
         self._batch = next((value for value in values if isinstance(value, Mapping)), values)
-
-    def _log(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        self.logs[name] = value
 
 
 class _RootHook:

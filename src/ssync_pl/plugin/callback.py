@@ -52,10 +52,6 @@ class SSyncHooks:
         ConfigError: A setting is out of range, or there is none of that name.
         HostError: In `setup`, `on_fit_start` or the first training step: the host cannot be used; the message says why.
 
-    Example:
-        >>> SSyncCallback(merge_threshold=0.65).config.merge_threshold
-        0.65
-
     Source: SSync (arXiv 2606.15527).
     """
 
@@ -95,10 +91,7 @@ class SSyncHooks:
         self.engine = SSyncEngine(self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Recognises the host, puts the hooks on and wraps its training step.
-
-        Only here, since a host may build its modules in its own ``setup`` or in ``configure_model``.
-        """
+        """Recognises the host and wraps its step; only here, since a host may build modules in its own ``setup``."""
         other = pl_module.__dict__.get("training_step")
         if isinstance(other, WrappedMethod):
             raise HostError(

@@ -79,17 +79,7 @@ class SSyncConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> SSyncConfig:
-        """Makes the settings from keywords, and names those that do not exist.
-
-        Args:
-            **options: Settings by name.
-
-        Returns:
-            The settings.
-
-        Raises:
-            ConfigError: There is no such setting, or one is out of range.
-        """
+        """Makes the settings from keywords; raises `ConfigError` for names that do not exist."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -126,19 +116,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "interior_weight": _WEIGHT,
     "relative_weight": (
         lambda x: x is None or (_is_number(x) and 0 < x < inf),
-        "above 0, the share of the host's loss that SSync adds, or None for absolute weights",
+        "above 0, or None for absolute ones",
     ),
-    "warmup_ratio": (
-        lambda x: _is_number(x) and 0 <= x <= 1,
-        "in [0, 1], the share of the training during which SSync is off",
-    ),
+    "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "in [0, 1], the share of the training that it is off"),
     "warmup_steps": (lambda x: x is None or _is_count(x, 0), "None or an integer of at least 0, in optimizer steps"),
     "ramp_steps": (lambda x: _is_count(x, 0), "an integer of at least 0, in optimizer steps"),
     "on_collapse": (lambda x: x in get_args(CollapseAction), "'warn', 'backoff' or 'stop'"),
-    "collapse_threshold": (
-        lambda x: _is_number(x) and 0 < x < 1,
-        "in (0, 1), a share of the slots in use before SSync was switched on",
-    ),
+    "collapse_threshold": (lambda x: _is_number(x) and 0 < x < 1, "in (0, 1), a share of the slots in use before"),
     "guard_window": (lambda x: _is_count(x, 1), "an integer of at least 1, in training steps"),
     "sync_counts": (lambda x: isinstance(x, bool), "true or false"),
     "backend": (lambda x: x in get_args(Backend), "'auto', 'torch' or 'triton'"),

@@ -32,18 +32,13 @@ _RELATIVE_FLOOR = 1e-2
 
 
 class SSyncEngine:
-    """Schedule, losses, weights and guard of one training.
-
-    Attributes:
-        schedule: Warm-up and ramp of this training; None before `start`.
-        first_step: Optimizer step at which SSync was first added to the loss; None so far.
-    """
+    """Schedule, losses, weights and guard of one training."""
 
     def __init__(self, config: SSyncConfig) -> None:
         self.config = config
         self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
         self.schedule: Schedule | None = None
-        self.first_step: int | None = None
+        self.first_step: int | None = None  # at which SSync was first added to the loss
         self._told = False
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
@@ -53,10 +48,7 @@ class SSyncEngine:
         self.schedule = Schedule.resolve(self.config, total_steps)
 
     def start_in(self, trainer: Any) -> None:
-        """Fixes the warm-up for a Trainer's training, whose length is asked for only where the warm-up depends on it.
-
-        Called again in each epoch, since a training may become longer or shorter until SSync is on.
-        """
+        """Fixes the warm-up for a Trainer's training; called again in each epoch, since the length may change."""
         if self.schedule is not None and self.first_step is not None:
             return
         known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
@@ -64,21 +56,17 @@ class SSyncEngine:
 
     def phase(self, step: int) -> Phase:
         """Returns what the training step after ``step`` optimizer steps has to do."""
-        return self._started().phase(step)
+        if self.schedule is None:
+            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
+        return self.schedule.phase(step)
 
     def term(
         self, host_loss: Tensor | None, maps: SSyncMaps, step: int, log: LogFunction | None = None
     ) -> tuple[Tensor | None, GuardVerdict | None]:
-        """Computes what is added to the host's loss.
+        """Computes what is added to the host's loss: a weighted 0-dim tensor, None while SSync is off.
 
-        Args:
-            host_loss: 0-dim loss of the host; only ``relative_weight`` needs it.
-            maps: The host's maps, ``(B, T, S, N)``.
-            step: Optimizer steps taken so far.
-            log: Receives the numbers of the step.
-
-        Returns:
-            A weighted 0-dim loss, None while SSync is off, and the guard's verdict where a window ended.
+        ``host_loss`` is needed with ``relative_weight`` only; ``log`` receives the numbers of the step. The guard's
+        verdict comes along where a window ended.
         """
         phase = self.phase(step)
         if phase is Phase.WATCH:
@@ -128,13 +116,8 @@ class SSyncEngine:
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
 
-    def _started(self) -> Schedule:
-        if self.schedule is None:
-            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
-        return self.schedule
-
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
-        factor = self._started().weight(step) * self.guard.factor
+        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         share = self.config.relative_weight
         if share is None:
             return factor

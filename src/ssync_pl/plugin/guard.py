@@ -59,20 +59,15 @@ class CollapseGuard:
 
     Some hosts change how many slots exist. Where they drop slots, only those that exist can be missed; where they add
     slots, later windows are compared with the count in use then, if it is larger.
-
-    Attributes:
-        factor: What ``"backoff"`` makes of the weight, in [0, 1].
-        before: Mean slots in use of encoder and decoder before switching on; None until known.
-        latest: The same for the last window; None before its end.
     """
 
     def __init__(self, action: CollapseAction, threshold: float, window: int) -> None:
         self.action = action
         self.threshold = threshold
         self.window = window
-        self.factor = 1.0
+        self.factor = 1.0  # what "backoff" makes of the weight
         self.before: tuple[float, float] | None = None
-        self.latest: tuple[float, float] | None = None
+        self.latest: tuple[float, float] | None = None  # mean slots in use of encoder and decoder in the last window
         self._existing = math.inf
         self._existing_before: float | None = None
         self._sum: Tensor | None = None
@@ -91,9 +86,8 @@ class CollapseGuard:
     def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
         """Counts slots in use with SSync on; gives a verdict at the end of a window, None in between.
 
-        Args:
-            used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
-            existing: Mean number of slots that exist in a video; infinity when unknown.
+        ``used`` is ``(2,)``, the mean slots in use of the encoder's and the decoder's map; ``existing`` the mean number
+        of slots that exist in a video, infinity when unknown.
         """
         if self._sum is not None:
             # A loaded state is on the CPU, and ranks may only be able to sum on their devices.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ class LightningHost(L.LightningModule):
         self.model = model
         self._training_loss = training_loss
         self._validation_loss = validation_loss
-        self._make_optimizer = optimizer
+        self._make_optimizer = optimizer or functools.partial(torch.optim.Adam, lr=2e-4)
         self._make_scheduler = scheduler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,8 +66,7 @@ class LightningHost(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes the optimizer and, where there is one, the scheduler."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        make = self._make_optimizer
-        optimizer = torch.optim.Adam(parameters, lr=2e-4) if make is None else make(parameters)
+        optimizer = self._make_optimizer(parameters)
         if self._make_scheduler is None:
             return optimizer
         return {

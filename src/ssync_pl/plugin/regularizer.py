@@ -41,8 +41,6 @@ class SSyncRegularizer:
         ...         return self.ssync(loss, SSyncMaps(attention_logits=dots, mask_logits=alpha, grid=(24, 24)))
         >>> MyModel(ssync={"merge_threshold": 0.6}).hparams.ssync["merge_threshold"]
         0.6
-
-    Source: SSync (arXiv 2606.15527).
     """
 
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:

@@ -33,10 +33,10 @@ def training_length(trainer: Any) -> float:
 
 
 def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "warmup") -> int:
-    """Settles a span that is given as a share of the training or as a number of steps, which takes its place.
+    """Settles a span given as a share of the training or as a number of steps; ``name`` is for messages.
 
-    ``name`` is that of the two arguments without ``_ratio`` and ``_steps``, for the `ConfigError` of a training whose
-    length is unknown (``total_steps`` is infinite).
+    Raises:
+        ConfigError: The training has no known length and the span is a share of it.
     """
     if steps is not None:
         return steps

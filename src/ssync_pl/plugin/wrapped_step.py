@@ -96,8 +96,4 @@ class LogSteps:
 
 def step_logger(host: Any, batch_size: int) -> Callable[..., None]:
     """Returns a `LogFunction` that writes to a LightningModule's log."""
-
-    def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        host.log(name, value, prog_bar=prog_bar, batch_size=batch_size)
-
-    return log
+    return functools.partial(host.log, batch_size=batch_size)
