@@ -104,9 +104,9 @@ def _numbered(name: str) -> _Recipe:
     from ssync_pl.plugin.config import SSyncConfig
 
     setting, words = _NUMBERED[found.group(1)]
-    value = float(found.group(2))
-    SSyncConfig(**{setting: value})  # refuses what is out of range
-    return _changed(f"{words} {found.group(2)}", **{setting: value})
+    changes: Options = {setting: float(found.group(2))}
+    SSyncConfig(**changes)  # refuses what is out of range
+    return _changed(f"{words} {found.group(2)}", **changes)
 
 
 def _overlay(name: str, recipe: _Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
