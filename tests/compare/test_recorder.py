@@ -26,10 +26,9 @@ from ssync_pl.data import ShardDataModule
 from ssync_pl.data.decode import decode_member
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
-from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics import SegmentationMetrics, metric_names
 
-SCORES = {f"{level}_{score}" for level in ("video", "image") for score in ("fg_ari", "ari", "mbo", "miou")}
-SCORES |= {"boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"}
+SCORES = {*metric_names("segmentation"), *metric_names("slots")}
 BOTH_MAPS = SCORES | {f"encoder_{name}" for name in SCORES}
 
 
