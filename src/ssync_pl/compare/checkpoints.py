@@ -22,12 +22,8 @@ _EARLIER_STEPS = 8
 class KeepCheckpoints(Checkpoint):
     """Saves `last.ckpt` at the end of the training, and one checkpoint for each switch that other runs start from.
 
-    Such a checkpoint is taken after the last step before the switch that no validation follows, since a run that starts
-    from it would skip that validation. The training ends when the process that started it is gone.
-
-    Args:
-        folder: folder of the checkpoints.
-        switches: for each switch its `ratio`, `steps`, `watch` and `name`.
+    Such a checkpoint is taken after a step before the switch that no validation follows, since a run that starts from
+    it would skip that validation. The training ends when the process that started it is gone.
     """
 
     def __init__(self, folder: str, switches: Sequence[Mapping[str, Any]] = ()) -> None:

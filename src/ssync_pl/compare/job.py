@@ -1,6 +1,7 @@
 """What a launcher runs for each run: the training in a process group of its own, then its record.
 
-Nothing here imports PyTorch, since this process only waits for the training.
+PyTorch is not imported here, since this process only waits for the training. As a program, this file makes the data of
+a configuration before the runs on it start, so that parallel runs do not render or cache twice.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from datetime import date
 from pathlib import Path
 
 from ssync_pl.data.files import write_bytes
+from ssync_pl.errors import SSyncError
 
-__all__ = ["run_job"]
+__all__ = ["prepare", "run_job"]
 
 
 def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
     """Trains one run in a process group of its own, and writes its record.
 
-    Args:
-        folder: folder with `job.json`, which holds the command and the facts for the record.
-        threads: CPU threads.
-        owner: process of the comparison on this machine, with which the training ends; empty under Slurm.
-        gpus: GPUs of this run on this machine; empty for those that the comparison sees.
+    The folder has `job.json`, with the command and the facts for the record. `owner` is the process of the comparison
+    on this machine, with which the training ends; empty under Slurm. Empty `gpus` are those that the comparison sees.
     """
     import submitit
     from filelock import FileLock
@@ -77,3 +77,22 @@ def _exists(process: int) -> bool:
 def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return round(usage.ru_utime + usage.ru_stime, 1)
+
+
+def prepare(words: list[str]) -> int:
+    """Lets the data module of a configuration make its files; takes the words of `ssync-pl fit`."""
+    from ssync_pl.tools.doctor.configured import from_configuration
+
+    try:
+        data = from_configuration(words).data
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
+    except (SSyncError, OSError) as error:
+        sys.stderr.write(f"ssync-pl compare: error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(prepare(sys.argv[1:]))

@@ -24,19 +24,10 @@ _HEADLINE = metric_names("segmentation", "headline", "table")
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `<folder>/report/`: `index.html`, its figures as PNG, and `results.csv`.
+    """Writes `<folder>/report/`: `index.html`, its figures as PNG, and `results.csv`; returns the page's path.
 
     The page holds all it shows, so that it can be sent as one file. Runs that have not finished or whose files are
     damaged are listed, so that a report can be made while a comparison goes on.
-
-    Args:
-        folder: what `ssync-pl compare --out` wrote.
-
-    Returns:
-        Path of `index.html`.
-
-    Raises:
-        ConfigError: the folder is none of a comparison.
     """
     import jinja2
 

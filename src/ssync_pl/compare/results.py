@@ -85,11 +85,7 @@ class Comparison:
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Reads what `ssync-pl compare` left in a folder, also what earlier calls left.
-
-    Raises:
-        ConfigError: the folder is none of a comparison.
-    """
+    """Reads what `ssync-pl compare` left in a folder, earlier calls included; refuses any other folder."""
     try:
         matrix = _read_json(folder / "matrix.json")
         names = [str(one["name"]) for one in matrix["variants"]]

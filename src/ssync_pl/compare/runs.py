@@ -45,14 +45,8 @@ class Failure:
 class Launcher:
     """Where and how runs are started.
 
-    Args:
-        folder: folder of submitit's files.
-        slurm: start Slurm jobs instead of processes on this machine.
-        at_once: runs at a time; None for no limit.
-        threads: CPU threads per run.
-        gpus: GPUs per run; None leaves all that are visible to each run of this machine.
-        hours: time limit of a run; None for none on this machine, and 24 under Slurm.
-        options: further Slurm options, such as `partition` and `account`.
+    `at_once` runs at a time (None: no limit) get `threads` CPU threads, `gpus` GPUs (None: all that are visible here)
+    and `hours` (None: no limit here, 24 under Slurm); `options` go to Slurm.
     """
 
     folder: Path
@@ -163,7 +157,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
     for place, name in enumerate(names, start=1):
         say(f"preparing data {place}/{len(names)}: {name}\n")
         folder = matrix.asked.out / "sets" / name
-        command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
+        command = [sys.executable, "-m", "ssync_pl.compare.job", *matrix.prepare[name]]
         _lay_out(folder, command, {})
         with _ending([launcher.submit(folder)]) as jobs:
             while not jobs[0].done():
@@ -178,13 +172,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
 def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, list[Run]], None]) -> list[Failure]:
     """Makes all runs that are not finished; one that fails does not stop the others.
 
-    Args:
-        runs: the runs.
-        launcher: where and how they are started.
-        show: called with the numbers of finished and failed runs and the running ones.
-
-    Returns:
-        What failed.
+    Calls `show` with the numbers of finished and failed runs and the running ones, and returns what failed.
     """
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[int, tuple[Run, Any]] = {}  # by place, which decides on GPUs
