@@ -180,11 +180,11 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
     jobs: list[Any] = []
     with _ending(jobs):
         while waiting or running:
-            busy = {run.folder for run in waiting} | {run.folder for run, _ in running.values()}
+            later, now = {run.folder for run in waiting}, {run.folder for run, _ in running.values()}
             for run in list(waiting):
                 if launcher.at_once is not None and len(running) >= launcher.at_once:
                     break
-                if _waits(run, busy):
+                if _waits(run, later, now):
                     continue
                 waiting.remove(run)
                 place = next(number for number in range(len(running) + 1) if number not in running)
@@ -213,9 +213,12 @@ def log_tail(folder: Path, job: Any = None, lines: int = _TAIL) -> str:
     return "\n".join(f"  {line}" for line in kept[-lines:])
 
 
-def _waits(run: Run, busy: set[Path]) -> bool:
-    """Whether the checkpoint that a run starts from is still to come."""
-    return run.checkpoint is not None and not run.checkpoint.is_file() and run.checkpoint.parent.parent in busy
+def _waits(run: Run, later: set[Path], now: set[Path]) -> bool:
+    """Whether the checkpoint that a run starts from is still to come; one in a folder that is made again will go."""
+    if run.checkpoint is None:
+        return False
+    source = run.checkpoint.parent.parent
+    return source in later or (source in now and not run.checkpoint.is_file())
 
 
 def _launch(run: Run, launcher: Launcher, place: int) -> Any:
