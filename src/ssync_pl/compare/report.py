@@ -64,8 +64,9 @@ def write_report(folder: Path) -> Path:
     out = Path(folder) / "report"
     figures: list[Figure] = [*(figure for part in sections for figure in part["figures"]), *overall]
     # A figure of an earlier report that this one lacks would be taken for its part.
-    for old in out.glob("*_[0-9]*.png"):
-        if old.stem not in {figure.name for figure in figures}:
+    for old in out.glob("*.png"):
+        made = re.match(r"(paired|learning|losses|merging|slots)_\d", old.name)
+        if made and old.stem not in {figure.name for figure in figures}:
             old.unlink()
     for figure in figures:
         write_bytes(out / f"{figure.name}.png", figure.light)

@@ -24,7 +24,7 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all", "runs_at_once"]
+__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_lines", "prepare_sets", "run_all", "runs_at_once"]
 
 _PAUSE = 0.2
 _TAIL = 15
@@ -165,7 +165,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
         if not (folder / "run.json").is_file():
             raise ConfigError(
                 f"The data of set {name!r} could not be made. {folder / 'log.txt'} ends with:\n"
-                f"{log_tail(folder, jobs[0])}"
+                f"{_log_tail(folder, jobs[0])}"
             )
 
 
@@ -199,18 +199,22 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
                 if job.done():
                     del running[place]
                     if not (run.folder / "run.json").is_file():
-                        failures.append(Failure(run, log_tail(run.folder, job)))
+                        failures.append(Failure(run, _log_tail(run.folder, job)))
     show(len(runs) - len(failures), len(failures), [])
     return failures
 
 
-def log_tail(folder: Path, job: Any = None, lines: int = _TAIL) -> str:
-    """Returns the last lines of a run's log, or of its job's where the training did not start."""
+def log_lines(folder: Path) -> list[str]:
+    """Returns the lines of a run's log, without colours and empty ones."""
     log = folder / "log.txt"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    text = text if text.strip() or job is None else job.stderr() or ""
-    kept = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in kept[-lines:])
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in lines if line.strip()]
+
+
+def _log_tail(folder: Path, job: Any) -> str:
+    """The last lines of a run's log, or of its job's where the training did not start."""
+    lines = log_lines(folder) or (job.stderr() or "").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-_TAIL:])
 
 
 def _waits(run: Run, later: set[Path], now: set[Path]) -> bool:
