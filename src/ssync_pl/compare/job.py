@@ -1,7 +1,6 @@
 """What a launcher runs for each run: the training in a process group of its own, then its record.
 
-PyTorch is not imported here, since this process only waits for the training. As a program, this file makes the data of
-a configuration before the runs on it start, so that parallel runs do not render or cache twice.
+Nothing here imports PyTorch, since this process only waits for the training.
 """
 
 from __future__ import annotations
@@ -12,15 +11,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from datetime import date
 from pathlib import Path
 
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import SSyncError
 
-__all__ = ["prepare", "run_job"]
+__all__ = ["run_job"]
 
 
 def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
@@ -77,22 +74,3 @@ def _exists(process: int) -> bool:
 def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return round(usage.ru_utime + usage.ru_stime, 1)
-
-
-def prepare(words: list[str]) -> int:
-    """Lets the data module of a configuration make its files; takes the words of `ssync-pl fit`."""
-    from ssync_pl.tools.doctor.configured import from_configuration
-
-    try:
-        data = from_configuration(words).data
-        if data is not None:
-            data.prepare_data()
-            data.setup("fit")
-    except (SSyncError, OSError) as error:
-        sys.stderr.write(f"ssync-pl compare: error: {error}\n")
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(prepare(sys.argv[1:]))
