@@ -105,7 +105,7 @@ def test_an_unreadable_index_is_rebuilt(make_shards, text, caplog):
     expected = load_shards(paths)
     (paths[0].parent / "index.json").write_text(text)
     assert load_shards(paths) == expected
-    assert "Ignoring" in caplog.text
+    assert "Leaving" in caplog.text
     assert len(read_index(paths[0].parent).shards) == len(paths)
 
 
@@ -145,7 +145,7 @@ def test_truncated_tars_are_refused_wherever_they_end(make_shards):
         end = tar.offset
     for keep in (0, 100, 600, 2000, boundary, boundary + 512, end - 1, end):
         path.write_bytes(data[:keep])
-        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole uncompressed tar"):
+        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole"):
             scan_shard(path)
     path.write_bytes(data[: end + 512])
     assert len(scan_shard(path).samples) == 3
@@ -154,7 +154,7 @@ def test_truncated_tars_are_refused_wherever_they_end(make_shards):
 def test_compressed_tars_and_doubled_members_are_refused(tmp_path, write_tar):
     path = write_tar({"0.info.json": b"{}"})
     (tmp_path / "train.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ShardError, match="gunzip"):
+    with pytest.raises(ShardError, match="unpack it"):
         scan_shard(tmp_path / "train.tar.gz")
     with tarfile.open(tmp_path / "double.tar", "w") as tar:
         for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 
 from ssync_pl.data.decode import view_npy
 from ssync_pl.data.index import load_shards
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ShardError
 
 
@@ -31,21 +31,21 @@ def test_reads_by_offset_and_closes(opened, numbered_video):
         for sample in shard.samples:
             frame = view_npy(reader.member(path, shard, sample, "video.npy"), "video.npy")[3].copy()
             assert (frame == numbered_video(int(sample.key))["video.npy"][3]).all()
-    assert len(reader._maps) == 2
+    assert len(reader._files) == 2
     reader.close()
-    assert not reader._maps
+    assert not reader._files
     assert _open_files() == before
     assert len(reader.member(paths[0], shards[0], shards[0].samples[0], "video.npy")) > 0
     reader.close()
 
 
-def test_pickles_without_maps(opened):
+def test_pickles_without_files(opened):
     paths, shards = opened
     reader = ShardReader(max_open=3)
     reader.member(paths[0], shards[0], shards[0].samples[0], "video.npy")
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.max_open == 3
-    assert not copy._maps
+    assert not copy._files
     reader.close()
 
 
@@ -53,7 +53,7 @@ def _first_byte(reader, path, shard, queue):
     queue.put(bytes(reader.member(path, shard, shard.samples[1], "video.npy")[-3:]))
 
 
-def test_a_fork_reads_with_inherited_maps(opened):
+def test_a_fork_reads_with_inherited_files(opened):
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork")
     paths, shards = opened
@@ -73,9 +73,9 @@ def test_replaced_shards_are_refused(opened):
     reader = ShardReader()
     data = Path(paths[0]).read_bytes()
     Path(paths[0]).write_bytes(data + bytes(512))
-    with pytest.raises(ShardError, match=rf"to have {len(data)} bytes as `index.json` says"):
+    with pytest.raises(ShardError, match=rf"to have {len(data)} bytes as its index says"):
         reader.member(paths[0], shards[0], shards[0].samples[0], "video.npy")
     Path(paths[0]).write_bytes(Path(paths[1]).read_bytes())
-    with pytest.raises(ShardError, match=r"key 0 at byte \d+ as `index.json` says"):
+    with pytest.raises(ShardError, match=r"key 0 at byte \d+ as its index says"):
         reader.member(paths[0], shards[0], shards[0].samples[0], "video.npy")
     reader.close()

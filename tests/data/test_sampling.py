@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssync_pl.data import sampling
-from ssync_pl.data.sampling import EvalSampler, TrainSampler
+from ssync_pl.data.loader import EvalSampler, TrainSampler
 from ssync_pl.errors import ConfigError
 
 COUNTS = st.integers(1, 60)

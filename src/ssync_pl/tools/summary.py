@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.files import write_bytes
-from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.sources import find_shards
+from ssync_pl.data.patterns import find_shards, is_remote
 from ssync_pl.errors import ConfigError
 from ssync_pl.tools.baselines import BASELINES_VERSION, cached_baselines, format_table, score_baselines
 from ssync_pl.tools.pictures import SSyncPictures

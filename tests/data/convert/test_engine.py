@@ -18,7 +18,7 @@ from ssync_pl.data.convert import ConversionReport, Item, convert
 from ssync_pl.data.convert.locking import exclusive
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import load_shards, read_index
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 

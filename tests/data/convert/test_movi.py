@@ -15,7 +15,7 @@ from ssync_pl.data.convert.engine import ConversionReport, Item
 from ssync_pl.data.convert.movi import EXTRA_FIELDS, MoviDecoder, convert_movi
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import load_shards, read_index
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 

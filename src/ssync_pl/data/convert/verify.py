@@ -12,7 +12,7 @@ import numpy as np
 
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import ShardEntry, scan_shard
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ShardError
 
 __all__ = ["count_frames", "verify_shard"]

@@ -32,9 +32,8 @@ from ssync_pl.data.features.settle import ProjectionWish, settle_projection
 from ssync_pl.data.features.store import member_names
 from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, write_index
 from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import SampleRules
-from ssync_pl.data.shards import encode_member
+from ssync_pl.data.shards import ShardReader, encode_member
 from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ConfigError, ShardError
 

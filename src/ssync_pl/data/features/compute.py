@@ -14,9 +14,9 @@ from torch import Tensor
 from ssync_pl.data.features.codec import FeatureType, encode_features
 from ssync_pl.data.features.projection import Projection
 from ssync_pl.data.features.recipe import FeatureRecipe
-from ssync_pl.data.index import SampleEntry, ShardEntry
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.index import ShardEntry
 from ssync_pl.data.samples import SampleRules, eval_sample
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ShardError
 
@@ -131,16 +131,12 @@ def _read_samples(
     for sample in entry.samples:
         where = f"{path}, key {sample.key}"
         try:
-            yield sample.key, eval_sample(sample.members, _fetch(path, entry, sample, reader), where, run.rules)
+            yield sample.key, eval_sample(reader.sample(path, entry, sample), run.rules)
         except ShardError as error:
             if not run.skip:
                 raise
             skipped[where] = str(error)
             _logger.warning("Skipping a bad sample: %s", error)
-
-
-def _fetch(path: str, entry: ShardEntry, sample: SampleEntry, reader: ShardReader) -> Any:
-    return lambda member: reader.member(path, entry, sample, member)
 
 
 def _ahead(items: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:

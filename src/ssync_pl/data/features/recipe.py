@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ssync_pl.data.features.codec import stored_dtype
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import find_member
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ssync_pl.data.decode import view_npy
 from ssync_pl.data.features.codec import array_to_tensor, decode_features, stored_dtype
 from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe, require_crop, source_facts
-from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
+from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["FeatureStore", "decode_features", "member_names"]
@@ -27,7 +26,7 @@ class FeatureStore:
     """Stored features of some shards; refuses to open where they do not fit the shards or the settings.
 
     The videos are compared by content with those that the features were made from. That reads each shard once; later
-    starts trust files of the same size and time of change. A store pickles without its memory maps: each worker
+    starts trust files of the same size and time of change. A store pickles without its open files: each worker
     process opens its own.
 
     Args:
@@ -151,31 +150,30 @@ class FeatureStore:
                 f"Expected {self.folder} to hold features of {shard_name}, key {key}, but it has none: the video could "
                 "not be read when the features were made."
             )
-        features, *scales = [self._view(shard_name, sample, member) for member in member_names(self._dtype, flip)]
-        count = len(features)
+        shard = self._shards[shard_name]
+        members = self._reader.sample(self._paths[shard_name], shard, sample, max_bytes=shard.size)
+        name, *scales = member_names(self._dtype, flip)
+        header = members.header(name)
+        count = header.shape[0] if header.shape else 0
         expected = (count, self.grid[0] * self.grid[1], self.dim)
-        if features.shape != expected or features.dtype != stored_dtype(self._dtype):
-            raise self._damaged(shard_name, key, f"features are {features.shape} {features.dtype}, not {expected}")
+        if header.shape != expected or header.dtype != stored_dtype(self._dtype):
+            raise self._damaged(shard_name, key, f"features are {header.shape} {header.dtype}, not {expected}")
         if (frames.stop is not None and frames.stop > count) or (frames.start or 0) >= count:
             raise ShardError(
                 f"Expected frames {frames.start or 0} to {frames.stop or count} of {shard_name}, key {key}, but there "
                 f"are features of {count} only."
             )
-        out = {"features": array_to_tensor(np.array(features[frames], order="C"))}
+        out = {"features": array_to_tensor(members.rows(name, frames))}
         for scale in scales:
-            if scale.shape != (count, self.dim) or scale.dtype != np.float32:
-                raise self._damaged(shard_name, key, f"scales are {scale.shape} {scale.dtype}")
-            out["features_scale"] = array_to_tensor(np.array(scale[frames], order="C"))
+            found = members.header(scale)
+            if found.shape != (count, self.dim) or found.dtype != np.float32:
+                raise self._damaged(shard_name, key, f"scales are {found.shape} {found.dtype}")
+            out["features_scale"] = array_to_tensor(members.rows(scale, frames))
         return out
 
     def close(self) -> None:
-        """Close the memory maps of this process; reading opens them again."""
+        """Close the files of this process; reading opens them again."""
         self._reader.close()
-
-    def _view(self, shard_name: str, sample: SampleEntry, member: str) -> np.ndarray:
-        path = self._paths[shard_name]
-        data = self._reader.member(path, self._shards[shard_name], sample, member)
-        return view_npy(data, member, f"{path}, key {sample.key}")
 
     def _damaged(self, shard_name: str, key: str, what: str) -> ShardError:
         return ShardError(

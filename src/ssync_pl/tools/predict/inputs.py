@@ -16,8 +16,8 @@ from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, read_frames, read_time
 from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, natural_key
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.patterns import expand_braces, is_remote
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import SampleRules, eval_sample
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["FileVideo", "InputVideo", "ShardVideo", "find_videos"]
@@ -107,12 +107,7 @@ class ShardVideo:
         """
         reader = ShardReader()
         try:
-            sample = eval_sample(
-                self.sample.members,
-                lambda member: reader.member(self.path, self.shard, self.sample, member),
-                self.source,
-                SampleRules(),
-            )
+            sample = eval_sample(reader.sample(self.path, self.shard, self.sample), SampleRules())
             yield from sample["video"].numpy()
         finally:
             reader.close()
