@@ -11,10 +11,8 @@ __all__ = ["draw", "fitted", "size_of", "sweep", "tables"]
 
 AXES = {"videos": "videos B", "frames": "frames T", "side": "patches N", "slots": "slots S"}
 COLOURS = {
-    "plain": "tab:blue",
-    "direct": "tab:green",
-    "compiled": "tab:olive",
-    "fused": "tab:purple",
+    "torch": "tab:blue",
+    "triton": "tab:purple",
     "vectorised": "tab:gray",
     "loop": "tab:orange",
     "dense": "tab:red",

@@ -2,8 +2,7 @@
 
 ``python benchmarks/cost.py`` times, in turns and on the same maps,
 
-* ``plain``, ``direct``, ``compiled``, ``fused``: the paths of `ssync_loss` (``fused`` on CUDA, ``compiled`` at the
-  main shapes only, since each shape takes seconds to compile);
+* ``torch``, ``triton``: the backends of `ssync_loss` (``triton`` on CUDA);
 * ``loop``: the method frame by frame in Python; ``vectorised``: the method in batched PyTorch without statistics,
   options and checks. Both are written for this benchmark (``_baselines.py``);
 * ``copy`` (CUDA only): no method but the device's own pace, a copy that moves 28 bytes for each slot of a patch, what
@@ -39,8 +38,8 @@ from ssync_pl.rivals.dense_alignment import decoder_consistency, encoder_consist
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROJECTED, FROZEN = 64, 384
-PATHS = ("plain", "direct", "compiled", "fused")
-GRAPHS = ("plain", "direct", "fused", "vectorised", "copy")
+BACKENDS = ("torch", "triton")
+GRAPHS = (*BACKENDS, "vectorised", "copy")
 
 
 class Shape(NamedTuple):
@@ -80,13 +79,12 @@ def jobs(quick: bool, cuda: bool) -> list[Job]:
 
     Args:
         quick: Tiny shapes, to see that everything runs.
-        cuda: Add the fused path.
+        cuda: Add the Triton kernels.
 
     Returns:
         Main shapes, rival shape, sweeps.
     """
-    fused = ("fused",) if cuda else ()
-    ours = ("plain", "direct", *fused)
+    ours = BACKENDS if cuda else BACKENDS[:1]
     if quick:
         small = Shape(1, 2, 3, 4)
         sweep = [Job("frames", small._replace(frames=t), (*ours, "vectorised", "dense"), t) for t in (2, 4, 8)]
@@ -100,7 +98,7 @@ def jobs(quick: bool, cuda: bool) -> list[Job]:
         # Of a large batch the dense losses would take minutes and gigabytes a call on a CPU.
         others = ("vectorised", "loop", "dense") if shape.videos < 64 else ("vectorised", "loop")
         others = (*others, "copy") if cuda else others
-        listed.append(Job("main", shape, (*ours, "compiled", *others), 4))
+        listed.append(Job("main", shape, (*ours, *others), 4))
     listed.append(Job("rival", RIVAL, (*ours, "vectorised", "dense"), RIVAL.frames))
     for name, sizes in SWEEPS.items():
         for size in sizes:
@@ -143,10 +141,10 @@ def call_of(method: str, job: Job, device: str) -> Callable[[], Any]:
     shape = job.shape
     maps = clip(shape, device)
     grid = (shape.side, shape.side)
-    if method in PATHS:
+    if method in BACKENDS:
 
         def loss() -> torch.Tensor:
-            return ssync_loss(SSyncMaps(*maps, grid=grid), path=method).loss  # type: ignore[arg-type]
+            return ssync_loss(SSyncMaps(*maps, grid=grid), backend=method).loss  # type: ignore[arg-type]
     elif method == "dense":
         return _dense(maps, job, device)
     elif method == "copy":

@@ -33,7 +33,7 @@ def test_baselines_equal_the_package(load, shape, threshold):
     baselines, cost = load("_baselines"), load("cost")
     maps = cost.clip(cost.Shape(*shape), "cpu")
     grid = (shape[3], shape[3])
-    output = ssync_loss(SSyncMaps(*maps, grid=grid), merge_threshold=threshold, path="plain")
+    output = ssync_loss(SSyncMaps(*maps, grid=grid), merge_threshold=threshold, backend="torch")
     expected = torch.autograd.grad(output.loss, maps)
     for block in (baselines.loop_block, baselines.vectorised_block):
         loss = block(*maps, grid, threshold)
@@ -58,7 +58,7 @@ def test_it_runs_and_writes_rows_tables_and_a_figure(load, tmp_path, capsys):
     with open(tmp_path / "cost_cpu.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     methods = {row["method"] for row in rows}
-    assert methods == {"plain", "direct", "vectorised", "loop", "dense"}
+    assert methods == {"torch", "vectorised", "loop", "dense"}
     assert {row["table"] for row in rows} == {"main", "rival", "frames"}
     for row in rows:
         assert 0 < float(row["min_ms"]) <= float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
@@ -68,7 +68,7 @@ def test_it_runs_and_writes_rows_tables_and_a_figure(load, tmp_path, capsys):
         assert float(row["ops"]) > 30
     assert (tmp_path / "cost_cpu.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "| frames T | direct | 2 – 8 |" in printed
+    assert "| frames T | torch | 2 – 8 |" in printed
     assert printed.count("| dense |") == 3
 
 
@@ -103,8 +103,8 @@ def test_turns_spread_and_exponent(load):
 def test_full_jobs_cover_what_the_tables_need(load):
     cost = load("cost")
     jobs = cost.jobs(quick=False, cuda=True)
-    assert all("fused" in job.methods for job in jobs)
-    assert "fused" not in cost.jobs(quick=False, cuda=False)[0].methods
+    assert all("triton" in job.methods for job in jobs)
+    assert "triton" not in cost.jobs(quick=False, cuda=False)[0].methods
     assert {job.table for job in jobs} == {"main", "rival", *cost.SWEEPS}
     (rival,) = [job for job in jobs if job.table == "rival"]
     assert (rival.shape.frames, rival.shape.side, rival.group_frames) == (8, 24, 8)

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
+from ssync_pl.plugin.maturity import Maturity, watched
 
 import ssync_pl.plugin.engine
 from ssync_pl import SSyncConfig, SSyncMaps, attach, ssync_loss
 from ssync_pl.hosts import SlotContrast
 from ssync_pl.plugin.engine import SSyncEngine
-from ssync_pl.plugin.maturity import Maturity, watched
 from ssync_pl.plugin.schedule import Phase
 
 

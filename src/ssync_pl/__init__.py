@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssync_pl.method.loss import SSyncOutput, ssync_loss
     from ssync_pl.method.maps import SSyncMaps
-    from ssync_pl.method.ssync import SSyncOutput, ssync_loss
     from ssync_pl.plugin.attach import AttachedSSync, attach
     from ssync_pl.plugin.callback import SSyncCallback
     from ssync_pl.plugin.config import SSyncConfig
@@ -32,14 +32,14 @@ _HOMES = {
     "SSyncCallback": "ssync_pl.plugin.callback",
     "SSyncConfig": "ssync_pl.plugin.config",
     "SSyncMaps": "ssync_pl.method.maps",
-    "SSyncOutput": "ssync_pl.method.ssync",
+    "SSyncOutput": "ssync_pl.method.loss",
     "SSyncPictures": "ssync_pl.tools.pictures",
     "SSyncRegularizer": "ssync_pl.plugin.regularizer",
     "SlotPredictions": "ssync_pl.tools.predictions",
     "StepSeed": "ssync_pl.plugin.step_seed",
     "ValidationSummary": "ssync_pl.tools.summary",
     "attach": "ssync_pl.plugin.attach",
-    "ssync_loss": "ssync_pl.method.ssync",
+    "ssync_loss": "ssync_pl.method.loss",
 }
 
 __all__ = [

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ssync_pl.adapters import Capture, HostAdapter
-from ssync_pl.adapters.genera1z_savi import Genera1zSaviAdapter
-from ssync_pl.adapters.junkeun_yi_savi import JunkeunYiSaviAdapter
-from ssync_pl.adapters.locate import locate
-from ssync_pl.adapters.slotformer import SlotFormerAdapter
-from ssync_pl.adapters.sold import SoldAdapter
+from ssync_pl.adapters.base import locate
+from ssync_pl.adapters.savi import Genera1zSaviAdapter, JunkeunYiSaviAdapter, SlotFormerAdapter, SoldAdapter
 from ssync_pl.method.maps import SSyncMaps
 
 

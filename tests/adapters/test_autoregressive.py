@@ -9,8 +9,8 @@ from slots_only_cases import CASES
 from torch import nn
 
 from ssync_pl import attach
-from ssync_pl.adapters.autoregressive import AutoregressiveAdapter, refuse_autoregressive
-from ssync_pl.adapters.locate import locate
+from ssync_pl.adapters.autoregressive import AutoregressiveAdapter
+from ssync_pl.adapters.base import locate
 from ssync_pl.errors import HostError
 
 PLACES = {
@@ -80,8 +80,3 @@ def test_hosts_with_masks_or_without_slots_are_not_matched() -> None:
         assert not any(AutoregressiveAdapter().match(module) for module in case.host().modules())
     rollout = TokenHost("elsewhere", "decoder")  # tokens, but slots come from a file
     assert not AutoregressiveAdapter().match(rollout)
-
-
-def test_the_refusal_is_open_to_other_adapters() -> None:
-    with pytest.raises(HostError, match=r"attention='softmax:path\.of\.slot_attention', masks='softmax:a\.b'"):
-        refuse_autoregressive(nn.Identity(), cross_attention="a.b")

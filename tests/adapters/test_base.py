@@ -13,9 +13,9 @@ from ssync_pl.adapters import (
     base,
     find_adapter,
     frame_size,
+    locate,
     maps_on_common_grid,
     register_adapter,
-    resolve_adapter,
     resolve_grid,
     stack_frames,
 )
@@ -56,10 +56,10 @@ def test_a_registered_adapter_is_found_and_named() -> None:
     assert "marked" in adapter_names()
     assert adapter_names() == sorted(adapter_names())
     assert isinstance(find_adapter(_marked()), _Marked)
-    assert isinstance(resolve_adapter("auto", _marked()), _Marked)
-    assert isinstance(resolve_adapter("marked", _marked()), _Marked)
+    assert isinstance(locate("auto", _marked()).adapter, _Marked)
+    assert isinstance(locate("marked", _marked()).adapter, _Marked)
     own = _MarkedToo()
-    assert resolve_adapter(own, nn.Identity()) is own
+    assert locate(own, nn.Identity()).adapter is own
 
 
 def test_two_adapters_for_one_host_are_refused() -> None:
@@ -80,9 +80,9 @@ def test_unknown_host_lists_candidates() -> None:
 
 def test_named_adapter_must_exist_and_fit() -> None:
     with pytest.raises(ConfigError, match=r"`adapter` to be 'auto' or one of .*savi.*, but got 'savy'"):
-        resolve_adapter("savy", nn.Identity())
+        locate("savy", nn.Identity())
     with pytest.raises(HostError, match="adapter 'savi' knows, but Identity lacks"):
-        resolve_adapter("savi", nn.Identity())
+        locate("savi", nn.Identity())
 
 
 def test_stack_frames() -> None:
@@ -224,6 +224,6 @@ def test_a_grid_reaches_adapters_that_take_one_and_is_refused_elsewhere():
 
     small = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
     with pytest.raises(ConfigError, match="reads it off the host"):
-        resolve_adapter("auto", SAVi(num_slots=2, **small), grid=(4, 4))
+        locate("auto", SAVi(num_slots=2, **small), grid=(4, 4))
     with pytest.raises(ConfigError, match="Give it to the adapter"):
-        resolve_adapter(PathAdapter("a", "b"), nn.Identity(), grid=(4, 4))
+        locate(PathAdapter("a", "b"), nn.Identity(), grid=(4, 4))

@@ -160,13 +160,3 @@ def test_copies_of_a_data_parallel_host_are_refused() -> None:
     capture.open()
     with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each"):
         layer(torch.zeros(1, 2))
-
-
-def test_an_adapters_own_hooks_go_with_the_others() -> None:
-    layer, capture = _watched()
-    seen = []
-    capture.keep(layer.register_forward_pre_hook(lambda module, args: seen.append(args)))
-    layer(torch.zeros(1, 2))
-    capture.remove()
-    layer(torch.zeros(1, 2))
-    assert len(seen) == 1

@@ -92,9 +92,9 @@ def test_absent_slots_stay_absent_without_a_nan(added: bool) -> None:
 
 
 def test_wrong_axes_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"axis of logits of shape \(2, 4, 5\), but got axis 3"):
+    with pytest.raises(ShapeError, match="logits with an axis 3"):
         joint_heads(torch.zeros(2, 4, 5), 3)
-    with pytest.raises(ShapeError, match="at least one entry on axis 1"):
+    with pytest.raises(ShapeError, match="axis 1 of at least one entry"):
         joint_heads(torch.zeros(2, 0, 5), 1)
-    with pytest.raises(ShapeError, match="two axes, but both are axis 1"):
+    with pytest.raises(ShapeError, match="two axes for heads and slots"):
         separate_heads(torch.zeros(2, 4, 3, 5), 1, -3)

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 
 from ssync_pl import SSyncCallback
 from ssync_pl.adapters import Capture, find_adapter, locate
-from ssync_pl.adapters.adaslot import AdaSlotAdapter
-from ssync_pl.adapters.oclf import OclfAdapter
+from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
 from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
+from ssync_pl.method.loss import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import ssync_loss
 
 T = 3
 B = 2
@@ -241,7 +240,7 @@ def test_verify_refuses_a_host_that_changes_its_masks(kind: str, side: int) -> N
     host.inner[side].sharpen = 2.0
     adapter, capture, batch = _run(host)
     maps = adapter.collect(capture, batch)
-    with pytest.raises(HostError, match=f"masks that the {('slot attention', 'decoder')[side]} returns .* by up to"):
+    with pytest.raises(HostError, match=f"masks that '{('slot_attention', 'decoder')[side]}' returns .* by up to"):
         adapter.verify(capture, maps)
 
 
@@ -332,16 +331,16 @@ def test_outputs_of_another_kind_are_refused() -> None:
             return SimpleMasks(slots.new_zeros(*slots.shape[:2], N))
 
     for decoder, message in (
-        (Bare(), "Bare to return `masks`, but got SimpleNamespace"),
+        (Bare(), "Bare to return its map as 'masks'"),
         (Reordered(), r"Reordered to have the shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
-        (Deaf(), "Deaf to call its 'decoder', but it did not"),
-        (Vectors(), r"inner Linear to give \(B \* S, N, C\) or .* got \(8, 9\)"),
+        (Deaf(), "Deaf to call 'decoder.decoder'"),
+        (Vectors(), r"inner network to give \(B \* S, N, C\) or .* got Tensor \(8, 9\)"),
     ):
         with pytest.raises(HostError, match=message):
             _run(OclfHost(decoder))
     for attention, message in (
-        (OneValue(), r"OneValue to return slots and attention \(B, S, N\), but got tuple"),
-        (Idle(), "Idle to call its 'to_q' and 'to_k'"),
+        (OneValue(), "OneValue to return its map as '1', but got tuple"),
+        (Idle(), "Idle to call 'slot_attention.to_q'"),
     ):
         with pytest.raises(HostError, match=message):
             _run(OclfHost(attention=attention))
@@ -355,7 +354,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     batch = oclf_batch(video=True)
     host.models["perceptual_grouping"](torch.randn(B, 2, N, 8), host.slots.expand(B, -1, -1))
     training_loss(host)
-    with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it drew 2 x 3 x 4 in 1 call"):
+    with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it ran on 2 x 3 x 4"):
         adapter.collect(capture, batch)
     capture.clear()
     with pytest.raises(HostError, match="'slot_attention' to run inside the training step, but it did not"):
@@ -365,7 +364,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 def test_only_the_calls_of_the_step_count() -> None:
     host = OclfHost(OncePerFrame(PixelDecoder(GRID)), video=True)
     _, capture, _ = _run(host)
-    assert len(capture["to_k"]) == 1
-    assert len(capture["to_q"]) == 2
+    assert len(capture["slot_attention.to_k"]) == 1
+    assert len(capture["slot_attention.to_q"]) == 2
     assert len(capture["slot_attention"]) == T
     assert len(capture["decoder"]) == T

@@ -76,5 +76,5 @@ def test_two_forward_passes_in_a_step_are_refused() -> None:
     capture.open()
     for _ in range(2):
         host(torch.randn(1, 1, 3, 16, 16))
-    with pytest.raises(HostError, match=r"'encoder' to run once .* ran 2 times"):
+    with pytest.raises(HostError, match=r"'decoder' to run once .* ran 2 times"):
         adapter.collect(capture)

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from videosaur_hosts import Host, MLPDecoder
 
 from ssync_pl import attach, ssync_loss
-from ssync_pl.adapters import Capture
-from ssync_pl.adapters.projections import Projection
-from ssync_pl.adapters.slots_only import SlotCall, check_updates, fold_frames, watch_slot_attention
 from ssync_pl.errors import HostError
 from ssync_pl.hosts import SAVi
 from ssync_pl.method.maps import SSyncMaps
@@ -224,40 +221,3 @@ def test_copies_of_data_parallel_are_refused() -> None:
         host.get_submodule(key)._is_replica = True
         with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each of several devices"):
             hear(case, host)
-
-
-class _Idle(nn.Module):
-    """Projects keys and then does nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.gru = (nn.Identity() for _ in range(4))
-
-    def forward(self, value: Tensor) -> Tensor:
-        return self.v(self.k(value))
-
-
-def test_a_slot_attention_without_queries_is_refused() -> None:
-    module, capture = _Idle(), Capture()
-    watch_slot_attention(
-        capture, "inner", module, ("q", "k", "v"), lambda *_: torch.zeros(1), lambda *_: torch.zeros(1)
-    )
-    capture.open()
-    with pytest.raises(HostError, match=r"Expected _Idle to run 'inner\.q' in each of its calls"):
-        module(torch.zeros(1, 2, 3))
-
-
-def test_folding_needs_the_frames_of_the_attention() -> None:
-    alpha = torch.arange(12.0).view(12, 1, 1)
-    folded = fold_frames(alpha, torch.zeros(2, 3, 2, 1), "decoder")
-    assert folded[1, 2, 1, 0, 0] == 11
-    assert torch.equal(fold_frames(alpha.view(6, 2, 1, 1), torch.zeros(2, 3, 2, 1), "decoder"), folded)
-    with pytest.raises(HostError, match=r"'decoder' to run on the 2 x 2 frames and 2 slots .* ran on 12 slots, not 8"):
-        fold_frames(alpha, torch.zeros(2, 2, 2, 1), "decoder")
-
-
-def test_updates_that_are_not_finite_are_refused() -> None:
-    values, update = Projection(torch.ones(1, 3, 4), None), torch.full((2, 4), torch.nan)
-    call = SlotCall(torch.zeros(1, 2, 3), values, update, lambda logits: logits)
-    with pytest.raises(HostError, match="differ by up to nan"):
-        check_updates([call], "correct")

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from ssync_pl import ssync_loss
 from ssync_pl.adapters import find_adapter
 from ssync_pl.adapters.paths import PathAdapter
-from ssync_pl.adapters.softmax_tap import SoftmaxTapAdapter
-from ssync_pl.adapters.tap import SoftmaxRecorder
-from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.hosts import SAVi, VideoSAUR
 from ssync_pl.method.maps import SSyncMaps
 
@@ -302,17 +300,6 @@ def test_a_softmax_without_gradient_takes_no_place() -> None:
     assert not maps.attention_logits.requires_grad
 
 
-def test_naming_the_slots_keeps_other_softmaxes_out() -> None:
-    host = make_unknown(SlotsOnly(softmax="method"))
-    adapter = SoftmaxTapAdapter("binder", "painter", slots=SLOTS)
-    maps = tapped(host, adapter)
-    assert torch.equal(maps.attention_logits, host.own()[0])
-    with SoftmaxRecorder(slots=2) as recorder:
-        torch.zeros(2, 3, 4).softmax(1)
-        torch.zeros(3, 2, 4).softmax(1)
-    assert list(recorder.seen) == [((3, 2, 4), 1)]
-
-
 def test_the_axis_may_be_named_where_the_shape_is_ambiguous() -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -321,7 +308,7 @@ def test_the_axis_may_be_named_where_the_shape_is_ambiguous() -> None:
     host = nn.ModuleDict({"a": Square(), "b": Square()})
     a, b = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
     for axis in (1, 2):
-        adapter = SoftmaxTapAdapter("a", "b", attention_axis=axis, masks_axis=axis)
+        adapter = PathAdapter(f"softmax:a:{axis}", f"softmax:b:{axis}")
         capture = adapter.attach(host)
         capture.open()
         host["a"](a)
@@ -330,15 +317,6 @@ def test_the_axis_may_be_named_where_the_shape_is_ambiguous() -> None:
         maps = adapter.collect(capture)
         adapter.verify(capture, maps)
         assert torch.equal(maps.attention_logits[:, 0], a if axis == 1 else a.transpose(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"slots": 0}, "`slots` to be None or a positive integer, but got 0"), ({"grid": 4}, r"`grid` to be \(H, W\)")],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SoftmaxTapAdapter("a", "b", **arguments)
 
 
 def test_a_module_without_a_softmax_is_refused() -> None:

@@ -7,8 +7,8 @@ from sold_hosts import SoldHost, sold_batch
 from torch import Tensor
 
 from ssync_pl import SSyncCallback, ssync_loss
-from ssync_pl.adapters.locate import locate
-from ssync_pl.adapters.sold import SoldAdapter
+from ssync_pl.adapters.base import locate
+from ssync_pl.adapters.savi import SoldAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -99,5 +99,5 @@ def test_a_decoder_that_returns_something_else_is_refused() -> None:
     host.autoencoder.decoder.__class__ = Bare
     capture = SoldAdapter().attach(host.autoencoder)
     capture.open()
-    with pytest.raises(HostError, match=r"Expected Bare to return colours and masks .* but got Tensor"):
+    with pytest.raises(HostError, match="Expected Bare to return its map as '1'"):
         host.autoencoder.decoder(torch.randn(6, 3, 6))

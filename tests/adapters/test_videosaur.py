@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from videosaur_hosts import SLOTS, BroadcastDecoder, Corrector, Host, MixerDecoder, MLPDecoder
 
-from ssync_pl.adapters import Capture, VideosaurAdapter, find_adapter, resolve_adapter
+from ssync_pl.adapters import Capture, VideosaurAdapter, find_adapter, locate
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
 
@@ -101,8 +101,8 @@ def test_only_the_last_iteration_and_the_last_step_count() -> None:
 
 def test_projections_do_not_pile_up_over_frames() -> None:
     _, capture, _ = _run(Host(MLPDecoder(N)))
-    assert len(capture["to_k"]) == 1
-    assert len(capture["to_q"]) == 2
+    assert len(capture["corrector.to_k"]) == 1
+    assert len(capture["corrector.to_q"]) == 2
     assert len(capture["corrector"]) == T
 
 
@@ -147,7 +147,7 @@ def test_verify_refuses_a_host_that_changes_its_masks(kind: str, side: int) -> N
     host.inner[side].sharpen = 2.0
     adapter, capture, batch = _run(host)
     maps = adapter.collect(capture, batch)
-    with pytest.raises(HostError, match=f"masks that the {('corrector', 'decoder')[side]} returns .* differ by up to"):
+    with pytest.raises(HostError, match=f"masks that '{('corrector', 'decoder')[side]}' returns .* differ by up to"):
         adapter.verify(capture, maps)
 
 
@@ -156,7 +156,7 @@ def test_verify_refuses_a_host_that_changes_its_masks(kind: str, side: int) -> N
 def test_found_by_structure(kind: str, video: bool) -> None:
     host = Host(DECODERS[kind](), video=video)
     assert isinstance(find_adapter(host), VideosaurAdapter)
-    assert isinstance(resolve_adapter("videosaur", host), VideosaurAdapter)
+    assert isinstance(locate("videosaur", host).adapter, VideosaurAdapter)
 
 
 def test_other_hosts_are_not_matched() -> None:
@@ -212,7 +212,7 @@ def test_a_second_pass_of_the_corrector_is_refused() -> None:
     frames = torch.randn(B, T, 3, *FRAME)
     host.processor(host.slots.expand(B, -1, -1), host.encoder(frames))
     host(frames)
-    with pytest.raises(HostError, match=r"decoder to run once on the 2 x 6 frames .* but it ran on 6"):
+    with pytest.raises(HostError, match=r"draw the 2 x 6 x 3 slots .* but it ran on 6 x 3"):
         adapter.collect(capture, {"video": frames})
 
 
@@ -226,11 +226,11 @@ def test_outputs_of_another_kind_are_refused() -> None:
             self.to_k(features)
             return {"slots": slots, "masks": torch.zeros(len(slots), SLOTS, N)}
 
-    with pytest.raises(HostError, match="Bare to return a dict with a tensor 'masks', but got keys alpha"):
+    with pytest.raises(HostError, match="Bare to return its map as 'masks', but got dict with keys alpha"):
         _run(Host(Bare(N)))
     host = Host(MLPDecoder(N))
     host.processor.module.corrector = Idle()  # type: ignore[union-attr]
-    with pytest.raises(HostError, match="Idle to call its 'to_q'"):
+    with pytest.raises(HostError, match="Idle to call 'corrector"):
         _run(host)
 
 

@@ -140,5 +140,5 @@ def test_a_frame_that_is_seen_twice_in_training_is_refused() -> None:
     capture.open()
     host.eval()
     host(torch.rand(2, T, 3, *FRAME))
-    with pytest.raises(Exception, match=rf"run once on the 2 x {2 * T - 1} frames .* but it ran on {2 * T}"):
+    with pytest.raises(Exception, match=rf"draw the 2 x {2 * T - 1} x 4 slots .* but it ran on {2 * T} x 4"):
         adapter.collect(capture)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 _RECORDS = Path(__file__).parents[1] / "data" / "convert"
@@ -92,17 +91,23 @@ def test_help_lists_every_source(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--on-bad-sample" in capsys.readouterr().out
 
 
-def test_the_installed_command_converts_in_processes(tmp_path: Path) -> None:
-    truths = write_movi(tmp_path / "tfds", counts=(2, 2))
-    words = ["data", "convert", "movi", "--root", str(tmp_path / "tfds"), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "ssync_pl", *words, "--workers", "2", "--samples-per-shard", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "movi_c-train: 4 videos" in done.stdout
-    index = read_index(tmp_path / "out")
-    assert index is not None
-    sample = index.shards["movi_c-train-000001.tar"].samples[1]
-    offset, size = sample.members["video.npy"]
-    data = (tmp_path / "out" / "movi_c-train-000001.tar").read_bytes()[offset : offset + size]
-    pixels = np.frombuffer(data[-truths[3]["video"].size :], np.uint8).reshape(truths[3]["video"].shape)
-    np.testing.assert_array_equal(pixels, truths[3]["video"])
+@pytest.mark.parametrize(
+    ("source", "missing", "extra"),
+    [("movi", "tfrecord", "convert"), ("ytvis2021", "pycocotools", "convert"), ("videos", "av", "video")],
+)
+def test_each_command_says_which_extra_it_misses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    missing: str,
+    extra: str,
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else real(name, *rest))
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    assert main(["data", "convert", source, "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f'pip install "ssync-pl[{extra}]"' in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

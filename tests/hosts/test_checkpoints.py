@@ -8,15 +8,22 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
-from ssync_pl.tools.official.checkpoints import convert_checkpoint, public_globals, read_checkpoint
+from ssync_pl.hosts.checkpoints import convert_checkpoint as convert
+from ssync_pl.hosts.checkpoints import public_globals, read_checkpoint
 
 RECORDED = Path(__file__).parent / "recorded"
 CACHED = ["backbone=null", "layer=null", "feature_dim=12", "similarity_dim=12", "decoder_hidden=[16, 16]"]
+
+
+def convert_checkpoint(path: Any, out: Any, changes: Any = ()) -> Any:
+    pairs = (change.partition("=") for change in changes)
+    return convert(path, out, options={name: yaml.safe_load(value) for name, _, value in pairs})
 
 
 def _state(name: str) -> dict[str, Tensor]:
@@ -146,10 +153,10 @@ def test_what_no_shape_tells_has_to_be_given(old_file):
 def test_unexpected_tensors_are_named(old_file, tmp_path):
     state = _state("slotcontrast")
     path = old_file({**state, "decoder.module.gate.weight": torch.ones(1)})
-    with pytest.raises(ConfigError, match=r"hosts of this package have, but got decoder\.module\.gate\.weight"):
+    with pytest.raises(ConfigError, match=r"decoder\.module\.gate\.weight"):
         convert_checkpoint(path, tmp_path / "ours.ckpt", changes=CACHED)
     del state["processor.module.corrector.gru.bias_hh"]
-    with pytest.raises(ConfigError, match=r"Expected a tensor processor\.module\.corrector\.gru\.bias_hh"):
+    with pytest.raises(ConfigError, match=r"processor\.module\.corrector\.gru\.bias_hh"):
         convert_checkpoint(old_file(state), tmp_path / "ours.ckpt", changes=CACHED)
     assert not (tmp_path / "ours.ckpt").exists()
 

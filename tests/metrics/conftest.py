@@ -44,6 +44,11 @@ def golden_case(request: pytest.FixtureRequest) -> GoldenCase:
 
 
 @pytest.fixture
+def golden_paths() -> list[Path]:
+    return GOLDEN
+
+
+@pytest.fixture
 def scene() -> tuple[Tensor, Tensor]:
     """Labels (3, 4, 16, 16) of 5 slots that loosely follow true masks (3, 4, 4, 16, 16), channel 0 = background."""
     generator = torch.Generator().manual_seed(0)

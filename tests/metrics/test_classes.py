@@ -1,28 +1,44 @@
-"""The torchmetrics shells: equal to the functions, over batches, devices' casts, ranks and inside Lightning."""
+"""The torchmetrics classes: equal to the functions, over batches, casts and ranks, inside Lightning; and the table."""
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from metric_workers import given, metrics_by_name, rank_main, second_rank
+from metric_helpers import given, items, metrics_by_name, rank_main, second_rank
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics import (
+    METRICS,
+    BoundaryF,
     ImageARI,
     ImageMBO,
     ImageMIoU,
     MaskMetric,
     SegmentationMetrics,
+    SlotIdentity,
+    SlotsPerObject,
+    UnusedSlots,
     VideoARI,
     VideoMBO,
     VideoMIoU,
+    metric_names,
 )
-from ssync_pl.metrics.functional import adjusted_rand_index, labels_to_masks, mean_best_overlap, mean_iou
+from ssync_pl.metrics.functional import (
+    adjusted_rand_index,
+    boundary_f,
+    labels_to_masks,
+    mean_best_overlap,
+    mean_iou,
+    read_scene,
+    slot_identity,
+    slots_per_object,
+)
 
 CLASSES = {
     VideoARI: (adjusted_rand_index, "video"),
@@ -31,105 +47,103 @@ CLASSES = {
     ImageMBO: (mean_best_overlap, "image"),
     VideoMIoU: (mean_iou, "video"),
     ImageMIoU: (mean_iou, "image"),
+    SlotsPerObject: (slots_per_object, "video"),
+    SlotIdentity: (slot_identity, "image"),
 }
-NAMES = ["fg_ari", "ari", "mbo", "miou"]
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("metric_class", CLASSES)
-def test_class_equals_function(scene, metric_class, background):
+@pytest.mark.parametrize("metric_class", [*CLASSES, BoundaryF])
+def test_class_is_the_mean_of_the_function(scene, metric_class, background):
     pred, true = scene
-    function, level = CLASSES[metric_class]
-    valid = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
-    metric = metric_class(ignore_background=background)
+    valid = torch.tensor([[True] * 4, [True, True, False, True], [False] * 4])
+    if metric_class is BoundaryF:
+        metric, values = BoundaryF(), boundary_f(read_scene(pred, true, valid)).nanmean(dim=1)
+    else:
+        function, level = CLASSES[metric_class]
+        metric = pickle.loads(pickle.dumps(metric_class(ignore_background=background)))
+        values = items(function, pred, true, valid, level=level, background=background)
     for video in range(3):
         metric.update(pred[video : video + 1], true[video : video + 1], valid[video : video + 1])
-    expected = function(pred, true, valid, level=level, ignore_background=background)
-    assert metric.compute().item() == pytest.approx(expected.item(), abs=1e-12)
-    assert metric.compute().dtype == torch.float64
+    got = metric.compute()
+    assert got.shape == ()
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx(values.nanmean().item(), abs=1e-12)
     metric.reset()
-    assert metric.count.item() == 0
+    assert not metric.count.any()
 
 
-@pytest.mark.parametrize("metric_class", CLASSES)
-def test_flags_of_torchmetrics(metric_class):
-    metric = metric_class()
-    assert metric.higher_is_better is True
-    assert metric.full_state_update is False
-    assert metric.is_differentiable is False
-    assert pickle.loads(pickle.dumps(metric)).level == metric.level
+def test_unused_slots(scene):
+    masks = torch.zeros(3, 2, 5, 2, 2)
+    masks[0, :, 1, 0] = masks[1, :, 1] = 1.0
+    metric = UnusedSlots()
+    metric.update(masks[:2])
+    metric.update(masks[2:], torch.tensor([False]))
+    assert metric.compute().item() == (3 + 4) / 2
 
 
-def test_forward_gives_the_batch_and_keeps_the_sum(scene):
-    pred, true = scene
-    metric = VideoMBO()
-    first = metric(pred[:1], true[:1])
-    second = metric(pred[1:], true[1:])
-    assert metric.compute().item() == pytest.approx((first.item() + 2 * second.item()) / 3)
-
-
-def test_base_needs_item_values():
+def test_settings_are_refused():
     with pytest.raises(TypeError, match="item_values"):
         MaskMetric()
-
-
-@pytest.mark.parametrize("resolution", [(4,), (0, 3), (2.5, 3)])
-def test_bad_resolution_is_refused(resolution):
-    with pytest.raises(ConfigError, match="two positive sizes"):
-        VideoARI(resolution=resolution)
-    with pytest.raises(ConfigError, match="two positive sizes"):
-        SegmentationMetrics(resolution=resolution)
+    for resolution in ((4,), (0, 3), (2.5, 3)):
+        for metric_class in (VideoARI, BoundaryF, SegmentationMetrics):
+            with pytest.raises(ConfigError, match="two positive sizes"):
+                metric_class(resolution=resolution)
+    for name in ("video_dice", "probe_color_r2"):
+        with pytest.raises(ConfigError, match=name):
+            SegmentationMetrics(scores=[name])
 
 
 @pytest.mark.parametrize("has_background", [True, False])
 def test_collection_equals_single_metrics(scene, has_background):
     pred, true = scene
     truth = true if has_background else true[:, :, 1:]
-    metrics = SegmentationMetrics("val/", has_background, skip_empty=True, resolution=(8, 8))
-    singles = {}
-    for level, kinds in (("video", (VideoARI, VideoMBO, VideoMIoU)), ("image", (ImageARI, ImageMBO, ImageMIoU))):
-        ari, mbo, miou = kinds
-        singles[f"val/{level}_fg_ari"] = ari(has_background, skip_empty=True, resolution=(8, 8))
-        if has_background:
-            singles[f"val/{level}_ari"] = ari(resolution=(8, 8))
-        singles[f"val/{level}_mbo"] = mbo(has_background, resolution=(8, 8))
-        singles[f"val/{level}_miou"] = miou(has_background, resolution=(8, 8))
-    for metric in (metrics, *singles.values()):
-        metric.update(pred[:2], truth[:2])
-        metric.update(pred[2:], truth[2:])
+    masks = labels_to_masks(pred, 6).float()
+    everything = (*metric_names("segmentation"), *metric_names("slots"))
+    metrics = SegmentationMetrics("val/", has_background, skip_empty=True, resolution=(8, 8), scores=everything)
+    options = {"ignore_background": has_background, "resolution": (8, 8)}
+    singles = {
+        "video_fg_ari": VideoARI(skip_empty=True, **options),
+        "video_mbo": VideoMBO(**options),
+        "video_miou": VideoMIoU(**options),
+        "image_fg_ari": ImageARI(skip_empty=True, **options),
+        "image_mbo": ImageMBO(**options),
+        "image_miou": ImageMIoU(**options),
+        "boundary_f": BoundaryF(resolution=(8, 8)),
+        "identity": SlotIdentity(**options),
+        "slots_per_object": SlotsPerObject(**options),
+        "unused_slots": UnusedSlots(),
+    }
+    if has_background:
+        singles |= {"video_ari": VideoARI(resolution=(8, 8)), "image_ari": ImageARI(resolution=(8, 8))}
+    for part in (slice(0, 2), slice(2, 3)):
+        metrics.update(masks[part], truth[part])
+        for name, single in singles.items():
+            single.update(masks[part], *([] if name == "unused_slots" else [truth[part]]))
     scores = metrics.compute()
-    assert list(scores) == metrics.keys() == list(singles)
+    assert list(scores) == metrics.keys()
+    assert set(scores) == {f"val/{name}" for name in (*singles, "used_slots")}
     for name, single in singles.items():
-        assert scores[name].item() == pytest.approx(single.compute().item(), abs=1e-12), name
+        assert scores[f"val/{name}"].item() == pytest.approx(single.compute().item(), abs=1e-12), name
+    assert scores["val/used_slots"] + scores["val/unused_slots"] == 6
 
 
-def test_collection_names_and_clone(scene):
-    metrics = SegmentationMetrics(prefix="val/")
-    assert metrics.keys() == [f"val/{level}_{name}" for level in ("video", "image") for name in NAMES]
-    metrics.update(*scene)
-    copy = metrics.clone(prefix="test/")
-    copy.reset()
-    assert metrics.counts.tolist() == [3.0] * 4 + [12.0] * 4
-    assert copy.counts.sum() == 0
-    assert copy.keys()[0] == "test/video_fg_ari"
-    assert metrics.clone().keys() == metrics.keys()
-
-
-def test_collection_refuses_overlaps_and_missing_background(scene):
-    pred, true = scene
+def test_collection_scores_segmentation_unless_told(scene):
+    names = [f"{level}_{name}" for level in ("video", "image") for name in ("fg_ari", "ari", "mbo", "miou")]
+    assert SegmentationMetrics().keys() == names
     with pytest.raises(ShapeError, match="has_background=False"):
-        SegmentationMetrics().update(pred, true[:, :, 1:])
-    doubled = true.clone()
-    doubled[:, :, 1] = True
-    with pytest.raises(ShapeError, match="ignore_overlaps=True"):
-        SegmentationMetrics().update(pred, doubled)
-    SegmentationMetrics(ignore_overlaps=True).update(pred, doubled)
+        SegmentationMetrics().update(scene[0], scene[1][:, :, 1:])
+    nothing = SegmentationMetrics()
+    nothing.update(torch.zeros(1, 1, 2, 2, dtype=torch.long), torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool))
+    assert all(value.isnan() for value in nothing.compute().values())
 
 
-def test_empty_collection_is_nan_not_zero():
-    metrics = SegmentationMetrics()
-    metrics.update(torch.zeros(1, 1, 2, 2, dtype=torch.long), torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool))
-    assert all(value.isnan() for value in metrics.compute().values())
+def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():
+    assert len({info.title for info in METRICS.values()}) == len(METRICS)
+    assert metric_names(None, "headline") == ("video_fg_ari", "video_ari", "video_mbo")
+    assert {name for group in ("segmentation", "slots", "probe") for name in metric_names(group)} == set(METRICS)
+    assert METRICS["video_mbo"].better == 1
+    assert METRICS["slots_per_object"].better == 0
 
 
 class _Host(nn.Module):
@@ -140,40 +154,33 @@ class _Host(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_hosts_keep_float64_sums(scene, dtype):
-    host = _Host().to(dtype)
-    reference = _Host()
+def test_half_precision_hosts_keep_float64_sums_and_no_state(scene, dtype):
+    host, reference = _Host().to(dtype), _Host()
     for model in (host, reference):
         for _ in range(2):
             model.metrics.update(*scene)
             model.single.update(*scene)
-    assert host.metrics.totals.dtype == host.single.total.dtype == torch.float64
+    assert torch.equal(host.metrics.total, reference.metrics.total)
     assert host.single.compute().item() == reference.single.compute().item()
-    assert torch.equal(host.metrics.totals, reference.metrics.totals)
-
-
-def test_no_state_enters_checkpoints():
-    assert _Host().state_dict() == {}
+    assert host.state_dict() == {}
 
 
 def test_logs_inside_lightning(scene, tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
     pred, true = scene
 
-    class Model(lightning.LightningModule):
+    class Model(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.metrics = SegmentationMetrics(prefix="val/")
 
         def validation_step(self, batch: int, batch_idx: int) -> None:
-            index = int(batch)
-            self.metrics.update(pred[index : index + 1], true[index : index + 1])
+            self.metrics.update(pred[int(batch)][None], true[int(batch)][None])
 
         def on_validation_epoch_end(self) -> None:
             self.log_dict(self.metrics.compute())
             self.metrics.reset()
 
-    trainer = lightning.Trainer(
+    trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -184,32 +191,30 @@ def test_logs_inside_lightning(scene, tmp_path):
     )
     loader = torch.utils.data.DataLoader([0, 1, 2], batch_size=1)
     results = trainer.validate(Model(), loader, verbose=False)[0]
-    expected = adjusted_rand_index(pred, true, ignore_background=True).item()
+    expected = items(adjusted_rand_index, pred, true, background=True).mean().item()
     assert results["val/video_fg_ari"] == pytest.approx(expected, abs=1e-6)
     assert len(results) == 8
 
 
 def test_two_ranks_equal_one_process(scene, tmp_path: Path):
     pred, true = scene
-    truth = labels_to_masks(true.int().argmax(dim=2), 4)
     # This process is rank 0: starting one more takes half as long as starting two.
-    child = mp.spawn(second_rank, args=(str(tmp_path), pred, truth), nprocs=1, join=False)
+    child = mp.spawn(second_rank, args=(str(tmp_path), pred, true), nprocs=1, join=False)
     threads = torch.get_num_threads()
     try:
-        rank_main(0, str(tmp_path), pred, truth)
+        rank_main(0, str(tmp_path), pred, true)
     finally:
         torch.set_num_threads(threads)
         while not child.join():
             pass
     expected = {}
     for name, metric in metrics_by_name().items():
-        metric.update(*given(name, pred, truth))
+        metric.update(*given(name, pred, true))
         value = metric.compute()
         expected[name] = value if isinstance(value, dict) else {"value": value}
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert results.keys() == expected.keys()
+        assert {name: list(values) for name, values in results.items()} == {n: list(v) for n, v in expected.items()}
         for name, values in expected.items():
-            assert results[name].keys() == values.keys()
             for score, value in values.items():
                 assert results[name][score].item() == pytest.approx(value.item(), abs=1e-12), (name, score)

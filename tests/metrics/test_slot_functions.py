@@ -6,12 +6,20 @@ import math
 
 import pytest
 import torch
+from metric_helpers import items
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics import BoundaryF, ItemMean, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
-from ssync_pl.metrics.functional import boundary_f, labels_to_masks, slot_identity, slots_per_object, unused_slots
-from ssync_pl.metrics.functional.boundary import boundary_pixels, tolerance_pixels
+from ssync_pl.metrics import BoundaryF, SlotsPerObject
+from ssync_pl.metrics.functional import (
+    adjusted_rand_index,
+    boundary_f,
+    labels_to_masks,
+    read_scene,
+    slot_identity,
+    slots_per_object,
+    used_slots,
+)
 
 Scene = tuple[Tensor, Tensor]
 
@@ -80,11 +88,6 @@ def random_scenes(seed: int, videos: int = 2) -> Scene:
     return torch.where(keep < 0.5, noise, truth), truth
 
 
-def mean(values: list[float | None]) -> float:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tolerance", [0.0, 0.0075, 0.1])
 def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
@@ -94,9 +97,8 @@ def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
         [naive_boundary_f(p, t, tolerance) for p, t in zip(*video, strict=True)]
         for video in zip(pred, truth, strict=True)
     ]
-    assert boundary_f(pred, true, tolerance=tolerance).item() == pytest.approx(mean([mean(v) for v in expected]))
-    every = boundary_f(pred, true, tolerance=tolerance, level="image", reduction="none")
-    assert every.flatten().tolist() == pytest.approx([value for video in expected for value in video])
+    got = boundary_f(read_scene(pred, true), tolerance)
+    assert got.flatten().tolist() == pytest.approx([value for video in expected for value in video])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -104,28 +106,29 @@ def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
 def test_slots_per_object_against_loops(seed: int, min_share: float) -> None:
     pred, truth = random_scenes(seed)
     expected = [naive_slots_per_object(p, t, min_share) for p, t in zip(pred, truth, strict=True)]
-    got = slots_per_object(pred, labels_to_masks(truth, 4), ignore_background=True, min_share=min_share)
-    assert got.item() == pytest.approx(mean(expected))
+    got = items(slots_per_object, pred, labels_to_masks(truth, 4), background=True, min_share=min_share)
+    assert got.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_identity_against_loops(seed: int) -> None:
     pred, truth = random_scenes(seed)
     expected = [naive_identity(p, t) for p, t in zip(pred, truth, strict=True)]
-    got = slot_identity(pred, labels_to_masks(truth, 4), ignore_background=True)
-    assert got.item() == pytest.approx(mean(expected))
+    got = items(slot_identity, pred, labels_to_masks(truth, 4), level="image", background=True)
+    assert got.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_unused_slots_against_loops(seed: int) -> None:
+def test_used_slots_against_loops(seed: int) -> None:
     masks = torch.randn(3, 2, 9, 2, 2, generator=torch.Generator().manual_seed(seed))
     valid = torch.tensor([[True, True], [True, False], [False, False]])
     expected = []
     for video, frames in zip(masks, valid, strict=True):
         used = {int(s) for frame, real in zip(video, frames, strict=True) if real for s in frame.argmax(0).flatten()}
-        expected.append(9.0 - len(used))
-    assert unused_slots(masks, valid, reduction="none")[:2].tolist() == expected[:2]
-    assert unused_slots(masks, valid).item() == pytest.approx(sum(expected[:2]) / 2)
+        expected.append(float(len(used)))
+    got = used_slots(masks, valid)
+    assert got[:2].tolist() == expected[:2]
+    assert got[2].isnan()
 
 
 def square(top: int, left: int, side: int = 6, size: int = 16) -> Tensor:
@@ -138,7 +141,7 @@ def test_boundary_f_by_hand() -> None:
     truth = labels_to_masks(square(4, 4).view(1, 1, 16, 16), 2)
 
     def score(pred: Tensor) -> float:
-        return boundary_f(pred.view(1, 1, 16, 16), truth).item()
+        return boundary_f(read_scene(pred.view(1, 1, 16, 16), truth)).item()
 
     assert score(square(4, 4)) == 1.0
     assert score(5 - square(4, 4)) == 1.0  # names of slots do not matter
@@ -147,17 +150,16 @@ def test_boundary_f_by_hand() -> None:
     assert score(torch.zeros(16, 16, dtype=torch.long)) == 0.0  # one slot has no border
     cut = square(4, 4) + 2 * (torch.arange(16) >= 13)
     assert 0.5 < score(cut) < 1.0  # a border through the background costs precision
-    far = boundary_f(square(7, 7).view(1, 1, 16, 16), truth, tolerance=0.15).item()
+    far = boundary_f(read_scene(square(7, 7).view(1, 1, 16, 16), truth), tolerance=0.15).item()
     assert far == 1.0
-    assert tolerance_pixels((224, 224)) == 3
 
 
 def test_frames_without_a_true_border_are_skipped() -> None:
     truth = torch.stack([square(4, 4), torch.zeros(16, 16, dtype=torch.long)]).unsqueeze(0)
     pred = torch.stack([square(4, 4), square(2, 2)]).unsqueeze(0)
-    assert boundary_f(pred, labels_to_masks(truth, 2)).item() == 1.0
-    nothing = boundary_f(pred, labels_to_masks(torch.zeros_like(truth), 2))
-    assert nothing.isnan()
+    got = boundary_f(read_scene(pred, labels_to_masks(truth, 2)))[0]
+    assert got[0] == 1.0
+    assert got[1].isnan()
 
 
 def test_pixels_without_a_mask_and_overlaps_have_borders() -> None:
@@ -165,8 +167,7 @@ def test_pixels_without_a_mask_and_overlaps_have_borders() -> None:
     masks[0, 0, 0, :, :4] = True  # no background channel
     masks[0, 0, 1, :, 2:4] = True  # hidden by the first
     pred = (torch.arange(8) < 4).long().expand(1, 1, 4, 8)
-    assert boundary_f(pred, masks, tolerance=0.0).item() == 1.0
-    assert boundary_pixels(pred[0, 0])[:, 3].all()
+    assert boundary_f(read_scene(pred, masks), tolerance=0.0).item() == 1.0
 
 
 def test_slots_per_object_by_hand() -> None:
@@ -174,7 +175,7 @@ def test_slots_per_object_by_hand() -> None:
     masks = labels_to_masks(true, 3)
 
     def score(*pred: int) -> float:
-        return slots_per_object(torch.tensor(pred).view(1, 1, 1, 10), masks, ignore_background=True).item()
+        return items(slots_per_object, torch.tensor(pred).view(1, 1, 1, 10), masks, background=True).item()
 
     assert score(0, 0, 0, 0, 1, 1, 1, 1, 2, 2) == 1.0
     assert score(0, 5, 6, 7, 1, 1, 1, 1, 2, 2) == 1.0  # cutting the background costs nothing
@@ -190,8 +191,12 @@ def test_min_share_leaves_dust_out() -> None:
     pred = torch.zeros_like(true)
     pred[..., 0] = 1  # half a percent of the object
     masks = labels_to_masks(true, 2)
-    assert slots_per_object(pred, masks, ignore_background=True).item() == 1.0
-    assert slots_per_object(pred, masks, ignore_background=True, min_share=0.0).item() == 2.0
+    assert items(slots_per_object, pred, masks, background=True).item() == 1.0
+    assert items(slots_per_object, pred, masks, background=True, min_share=0.0).item() == 2.0
+
+
+def identity(pred: Tensor, true: Tensor, valid: Tensor | None = None) -> Tensor:
+    return items(slot_identity, pred, true, valid, level="image", background=True)
 
 
 def test_identity_by_hand() -> None:
@@ -200,95 +205,38 @@ def test_identity_by_hand() -> None:
     rows = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 0, 0, 0]])
     pred = rows.view(1, 4, 1, 6)
     # kept, swapped, kept (a tie between 2 and 0 still holds 2)
-    assert slot_identity(pred, masks, ignore_background=True).item() == pytest.approx(2 / 3)
+    assert identity(pred, masks).item() == pytest.approx(2 / 3)
     gone = true.clone()
     gone[:, 2] = 0  # no pair of frames reaches over a gap
-    assert slot_identity(pred, labels_to_masks(gone, 2), ignore_background=True).item() == 1.0
-    lone = slot_identity(pred[:, :1], masks[:, :1], ignore_background=True)
+    assert identity(pred, labels_to_masks(gone, 2)).item() == 1.0
+    lone = identity(pred[:, :1], masks[:, :1])
     assert lone.isnan()
     hidden = torch.tensor([[True, True, False, True]])
-    assert slot_identity(pred, masks, hidden, ignore_background=True).item() == 1.0
-
-
-@pytest.mark.parametrize("kind", [BoundaryF, SlotsPerObject, SlotIdentity])
-def test_classes_equal_functions(kind: type[ItemMean], scene: Scene) -> None:
-    pred, true = scene
-    valid = torch.tensor([[True] * 4, [True, True, False, True], [False] * 4])
-    options = {} if kind is BoundaryF else {"ignore_background": True}
-    function = {BoundaryF: boundary_f, SlotsPerObject: slots_per_object, SlotIdentity: slot_identity}[kind]
-    metric = kind(**options)
-    for video in range(3):
-        part = slice(video, video + 1)
-        metric.update(pred[part], true[part], valid[part])
-    assert metric.compute().item() == pytest.approx(function(pred, true, valid, **options).item(), abs=1e-12)
-    assert metric.count.item() == 2
-    metric.half().update(pred[:1], true[:1])
-    assert metric.total.dtype == torch.float64
-    metric.reset()
-    assert metric.count.item() == 0
-
-
-def test_unused_slots_class() -> None:
-    masks = torch.randn(3, 2, 5, 2, 2, generator=torch.Generator().manual_seed(1))
-    metric = UnusedSlots()
-    metric.update(masks[:2])
-    metric.update(masks[2:], torch.tensor([False]))
-    assert metric.compute().item() == pytest.approx(unused_slots(masks[:2]).item())
-
-
-def test_padding_is_not_looked_at(scene: Scene) -> None:
-    pred, true = scene
-    valid = torch.tensor([[True, True, False, False]] * 3)
-    other = pred.clone()
-    other[:, 2:] = 0
-    for function in (boundary_f, slots_per_object, slot_identity):
-        assert torch.equal(function(pred, true, valid), function(other, true, valid)), function
-        assert torch.equal(function(pred, true, valid), function(pred[:, :2], true[:, :2])), function
-
-
-def test_soft_masks_are_resized_like_labels(scene: Scene) -> None:
-    pred, true = scene
-    soft = torch.nn.functional.one_hot(pred, 5).movedim(-1, 2).float()
-    for function in (boundary_f, slots_per_object, slot_identity):
-        assert torch.equal(function(soft, true), function(pred, true)), function
-
-
-def test_large_clips_go_in_groups(monkeypatch: pytest.MonkeyPatch, scene: Scene) -> None:
-    from ssync_pl.metrics.functional import boundary
-
-    whole = boundary_f(*scene)
-    monkeypatch.setattr(boundary, "_GROUP_ELEMENTS", 1)
-    assert torch.equal(boundary_f(*scene), whole)
+    assert identity(pred, masks, hidden).item() == 1.0
 
 
 def test_refusals(scene: Scene) -> None:
-    pred, true = scene
-    with pytest.raises(ConfigError, match="tolerance"):
-        boundary_f(pred, true, tolerance=-0.1)
-    with pytest.raises(ConfigError, match="tolerance"):
-        BoundaryF(tolerance=7.0)
-    with pytest.raises(ConfigError, match="min_share"):
-        slots_per_object(pred, true, min_share=1.0)
-    with pytest.raises(ConfigError, match="level"):
-        boundary_f(pred, true, level="clip")  # type: ignore[arg-type]
+    for bad in (-0.1, 7.0):
+        with pytest.raises(ConfigError, match="tolerance"):
+            boundary_f(read_scene(*scene), tolerance=bad)
+        with pytest.raises(ConfigError, match="tolerance"):
+            BoundaryF(tolerance=bad)
+        with pytest.raises(ConfigError, match="min_share"):
+            SlotsPerObject(min_share=bad)
     with pytest.raises(ShapeError, match="how many slots"):
-        unused_slots(pred)
+        used_slots(scene[0])
     with pytest.raises(ShapeError, match="valid"):
-        unused_slots(torch.rand(2, 2, 3, 4, 4), torch.ones(3, dtype=torch.bool))
+        used_slots(torch.rand(2, 2, 3, 4, 4), torch.ones(3, dtype=torch.bool))
 
 
 def test_shuffled_labels_score_as_chance() -> None:
     """FG-ARI corrects for chance: labels that know nothing of the picture come out at 0, whatever their shares."""
-    generator = torch.Generator().manual_seed(0)
     _, truth = random_scenes(0, videos=6)
     truth = truth.repeat_interleave(3, -1).repeat_interleave(3, -2)
-    order = torch.randperm(truth[0].numel(), generator=generator)
+    order = torch.randperm(truth[0].numel(), generator=torch.Generator().manual_seed(0))
     shuffled = truth.flatten(1)[:, order].view(truth.shape)
-    scores = {}
-    for name, pred in {"true": truth, "shuffled": shuffled}.items():
-        metrics = SegmentationMetrics()
-        metrics.update(pred, labels_to_masks(truth, 4))
-        scores[name] = metrics.compute()
-    assert scores["true"]["video_fg_ari"].item() == 1.0
-    for score in ("video_fg_ari", "video_ari", "image_fg_ari", "image_ari"):
-        assert abs(scores["shuffled"][score].item()) < 0.01, score
+    for level in ("video", "image"):
+        for background in (False, True):
+            options = {"level": level, "background": background}
+            assert items(adjusted_rand_index, truth, labels_to_masks(truth, 4), **options).min() == 1.0
+            assert abs(items(adjusted_rand_index, shuffled, labels_to_masks(truth, 4), **options).mean()) < 0.01

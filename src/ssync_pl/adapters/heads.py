@@ -24,46 +24,29 @@ from torch import Tensor
 from ssync_pl.errors import ShapeError
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["HeadMaps", "joint_heads", "separate_heads"]
+__all__ = ["SlotMap", "joint_heads", "separate_heads"]
 
 
-class HeadMaps(NamedTuple):
-    """What several heads say together: the two attention fields of `SSyncMaps`.
+class SlotMap(NamedTuple):
+    """One side's map: logits, probabilities, or both; beside probabilities, logits serve merging only."""
 
-    Args:
-        logits: Without the axis of heads. Beside ``probs`` they serve merging only.
-        probs: The same shape, probabilities over slots; None where the softmax of ``logits`` is exact.
-
-    Example:
-        >>> HeadMaps(torch.zeros(1, 2, 4), None).probs is None
-        True
-    """
-
-    logits: Tensor
-    probs: Tensor | None
+    logits: Tensor | None
+    probs: Tensor | None = None
 
 
 def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
-    """Merge heads that share one softmax over slots and heads.
+    """Merges heads that share one softmax over slots and heads.
 
     Args:
-        logits: Attention logits with axes of slots, heads and patches, such as ``(B, S, heads, N)``. Minus infinity
-            marks slots that do not exist.
+        logits: Before the softmax, such as ``(B, S, heads, N)``; minus infinity marks slots that do not exist.
         heads_dim: Axis of the heads.
 
     Returns:
-        The logits without that axis, ``(B, S, N)``: their softmax over slots is the host's attention summed over
-        heads. One head: as they are. Several: float32 at least, and minus infinity, with no gradient, where all heads
-        have it.
+        Logits without that axis, whose softmax over slots is the host's attention summed over heads. One head: as they
+        are. Several: float32 at least, and minus infinity, with no gradient, where all heads have it.
 
     Raises:
         ShapeError: There is no such axis, or it is empty.
-
-    Example:
-        >>> logits = torch.tensor([[[1.0], [2.0]], [[0.0], [-1.0]]])  # (S, heads, N)
-        >>> together = logits.flatten(0, 1).softmax(0).view(2, 2, 1).sum(1)
-        >>> torch.allclose(joint_heads(logits, 1).softmax(0), together)
-        True
     """
     heads_dim = _axis(logits, heads_dim)
     if logits.shape[heads_dim] == 1:
@@ -75,47 +58,34 @@ def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
     return merged.masked_fill(absent.all(heads_dim), float("-inf"))
 
 
-def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> HeadMaps:
-    """Merge heads that have a softmax over slots each.
+def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
+    """Merges heads that have a softmax over slots each.
 
     Args:
-        logits: Attention logits with axes of slots, heads and patches, such as ``(B, heads, S, N)``.
+        logits: Before the softmax, such as ``(B, heads, S, N)``.
         heads_dim: Axis of the heads.
         slots_dim: Axis of the slots, counted with the heads in place.
 
     Returns:
-        Mean over heads of the probabilities, for the loss, and of the logits, for merging; float32 at least. One head:
+        Means over heads, float32 at least, of the logits for merging and of the probabilities for the loss. One head:
         the logits as they are, and no probabilities.
 
     Raises:
         ShapeError: There are no such axes, they are the same, or the heads are empty.
-
-    Example:
-        >>> logits = torch.tensor([[[0.0], [0.0]], [[9.0], [9.0]]])  # (heads, S, N): each head is undecided
-        >>> separate_heads(logits, 0, 1).probs.flatten()
-        tensor([0.5000, 0.5000])
-        >>> separate_heads(logits[:1], 0, 1)
-        HeadMaps(logits=tensor([[0.],
-                [0.]]), probs=None)
     """
     heads_dim, slots_dim = _axis(logits, heads_dim), _axis(logits, slots_dim)
     if heads_dim == slots_dim:
-        raise ShapeError(
-            f"Expected arguments `heads_dim` and `slots_dim` to be two axes, but both are axis {heads_dim}. "
-            "Name the axis of the heads and that of the slots."
-        )
+        raise ShapeError(f"Expected two axes for heads and slots, but both are axis {heads_dim}.")
     if logits.shape[heads_dim] == 1:
-        return HeadMaps(logits.squeeze(heads_dim), None)
+        return SlotMap(logits.squeeze(heads_dim))
     logits = logits.to(compute_dtype(logits.dtype))
-    return HeadMaps(logits.mean(heads_dim), logits.softmax(slots_dim).mean(heads_dim))
+    return SlotMap(logits.mean(heads_dim), logits.softmax(slots_dim).mean(heads_dim))
 
 
 def _axis(logits: Tensor, dim: int) -> int:
-    if not -logits.ndim <= dim < logits.ndim:
+    if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] == 0:
         raise ShapeError(
-            f"Expected an axis of logits of shape {tuple(logits.shape)}, but got axis {dim}. "
-            "Pass logits with an axis of heads, before the softmax."
+            f"Expected logits with an axis {dim} of at least one entry, but got shape {tuple(logits.shape)}. Pass "
+            "logits with an axis of heads, before the softmax."
         )
-    if logits.shape[dim] == 0:
-        raise ShapeError(f"Expected at least one entry on axis {dim}, but got logits of shape {tuple(logits.shape)}.")
     return dim % logits.ndim

@@ -1,54 +1,38 @@
-"""Adapter of the object-centric learning framework (OCLF): DINOSAUR, slot attention and SAVi built with it."""
+"""Specs of the object-centric learning framework (OCLF), with which DINOSAUR and others are built, and of AdaSlot."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ssync_pl.adapters.base import (
-    HostAdapter,
-    frame_size,
-    maps_on_common_grid,
-    register_adapter,
-    resolve_grid,
-    stack_frames,
-)
-from ssync_pl.adapters.capture import Capture
-from ssync_pl.adapters.oclf_calls import (
-    NAME_THEM,
-    AttentionCall,
-    AttentionListener,
-    MaskCall,
-    MaskListener,
-    last_channel,
-)
-from ssync_pl.adapters.projections import StartOfCall, softmax_gap, take_projection
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.adapters.base import register_adapter
+from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.capture import NAME_THEM, Capture, describe
+from ssync_pl.adapters.grids import patch_stride
+from ssync_pl.adapters.heads import joint_heads
+from ssync_pl.adapters.slot_model import GridAdapter
+from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["OclfAdapter"]
+__all__ = ["AdaSlotAdapter", "OclfAdapter"]
 
 _DECODERS = ("object_decoder", "decoder")
 _SLOT_ATTENTION = ("to_q", "to_k", "to_v", "n_heads", "dims_per_head", "scale")
 
 
 @register_adapter
-class OclfAdapter(HostAdapter):
+class OclfAdapter(GridAdapter):
     """Hosts with ``models.perceptual_grouping[.module].slot_attention`` and ``models.object_decoder`` (or ``decoder``).
 
-    Slot attention projects with ``to_k`` once and ``to_q`` in each iteration, takes one softmax over slots and heads,
-    and returns the mean over heads, which sums to 1 / heads. The logits are the last query · key · ``scale``, computed
-    again from the host's own projections; heads are merged by `joint_heads`, which is exact. It runs once for images
-    (T = 1) and once a frame where the host wraps it to go through time. Slots that the host masks do not exist: both
-    maps are normalised over the others. A slot masked in one frame counts as masked in the clip.
-
-    Decoders: patches and pixels whose inner ``decoder`` ends in an alpha channel (patch, spatial broadcast, optical
-    flow, amodal), run once on the clip or once a frame. Refused are decoders without object masks of their own:
-    autoregressive ones, and those that render densities.
+    Slot attention takes one softmax over slots and heads, and returns the mean over heads, which sums to 1 / heads; its
+    heads are merged by `joint_heads`, which is exact. It runs once for images (T = 1) and once per frame where the host
+    wraps it to go through time. Slots that the host masks do not exist: both maps are normalised over the others. A
+    slot masked in one frame counts as masked in the clip. Decoders are those whose inner ``decoder`` ends in an alpha
+    channel (patch, spatial broadcast, optical flow, amodal), run once on the clip or once per frame. Decoders without
+    object masks of their own are refused: autoregressive ones, and those that render densities.
 
     Args:
         grid: ``(H, W)`` patches of the slot attention. None takes it from the size of the batch's frames and the patch
@@ -57,125 +41,36 @@ class OclfAdapter(HostAdapter):
     Raises:
         ConfigError: ``grid`` is not two positive integers.
 
-    Example:
-        >>> OclfAdapter(grid=(14, 14)).match(nn.Identity())
-        False
-
     Source: DINOSAUR (arXiv 2209.14860), SAVi (arXiv 2111.12594).
     """
 
     name: ClassVar[str] = "oclf"
+    attention, decoder = "slot_attention", "decoder"
+    decoder_calls = "frames"
     drops_slots: ClassVar[bool] = False
     """Whether slot attention decides which slots to keep, with a score network."""
-    mask_tolerance: ClassVar[float] = 0.0
-    """How far the decoder's own masks may be from the softmax of its logits, beyond rounding."""
 
-    def __init__(self, grid: tuple[int, int] | None = None) -> None:
-        if grid is not None and (len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid)):
-            raise ConfigError(f"Expected argument `grid` to be (H, W), two positive integers, but got {grid!r}.")
-        self.grid = grid
-
+    @override
     def match(self, host: nn.Module) -> bool:
-        """Whether the host has the framework's slot attention and a decoder.
-
-        Args:
-            host: The model that is trained, or its ``models``.
-
-        Returns:
-            True by structure; names of classes do not matter. Decoders that `attach` refuses match too, so that it can
-            say why.
-
-        Example:
-            >>> OclfAdapter().match(nn.Linear(1, 1))
-            False
-        """
         return self._slot_attention(host) is not None and _decoder(host) is not None
 
-    def attach(self, host: nn.Module) -> Capture:
-        """Listen to slot attention, its two projections, the decoder and its inner network.
+    @override
+    def needs(self) -> str:
+        score = ", `single_gumbel_score_network`" if self.drops_slots else ""
+        return (
+            "slot attention at 'models.perceptual_grouping.slot_attention' (with `to_q`, `to_k`, `n_heads`, "
+            f"`scale`{score}) and a decoder with a `decoder` of its own at 'models.object_decoder' or 'models.decoder'"
+        )
 
-        Args:
-            host: The model that is trained, or its ``models``.
-
-        Returns:
-            A closed capture.
-
-        Raises:
-            HostError: The host has no such modules, or its decoder has no object masks of its own.
-
-        Example:
-            >>> OclfAdapter().attach(nn.Identity())  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected Identity to have slot attention at 'models.perceptual_grouping...
-        """
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
         attention, decoder = self._slot_attention(host), _decoder(host)
-        if attention is None or decoder is None:
-            score = ", `single_gumbel_score_network`" if self.drops_slots else ""
-            raise HostError(
-                f"Expected {type(host).__name__} to have slot attention at 'models.perceptual_grouping.slot_attention' "
-                f"(with `to_q`, `to_k`, `n_heads`, `scale`{score}) and a decoder with a `decoder` of its own at "
-                f"'models.object_decoder' or 'models.decoder', but it does not. {NAME_THEM}"
-            )
         _refuse_without_masks(host, attention, decoder)
-        capture = Capture()
-        capture.watch("to_k", attention.to_k, StartOfCall(capture, ("to_k", "to_q")))
-        capture.watch("to_q", attention.to_q, take_projection)
-        capture.watch("slot_attention", attention, self._listener(capture, decoder, _patch_size(_root(host))))
-        capture.watch("decoder.decoder", decoder.decoder, last_channel)
-        capture.watch("decoder", decoder, MaskListener(capture))
-        return capture
-
-    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        """Stack the frames and bring both maps to one grid.
-
-        Args:
-            capture: Filled by one training step.
-            batch: The batch of that step, a dict with ``image`` ``(B, 3, H, W)`` or ``(B, T, 3, H, W)``.
-
-        Returns:
-            Maps ``(B, T, S, N)``, attached to the graph.
-
-        Raises:
-            HostError: The decoder did not run on the slots of the slot attention, or the grid is not known.
-
-        Example:
-            >>> capture = Capture()
-            >>> capture.watch("slot_attention", nn.Identity())
-            >>> OclfAdapter().collect(capture)
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected 'slot_attention' to run inside the training step, but it did not.
-        """
-        calls: list[AttentionCall] = capture["slot_attention"]
-        attention = stack_frames([call.logits for call in calls], "slot_attention")
-        masks, pixels = _clip(capture["decoder"], attention)
-        patches = attention.shape[-1]
-        size = (int(masks.shape[-2]), int(masks.shape[-1])) if pixels else None
-        grid = resolve_grid(patches, self.grid, calls[0].patch_size, frame_size(batch) or size)
-        if not pixels:
-            masks = masks.unflatten(3, _finer_grid(grid, masks.shape[-1]))
-        return _join(attention, grid, masks, _present(calls))
-
-    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        """Compare with what the host's slot attention and decoder returned.
-
-        Args:
-            capture: Filled by one training step.
-            maps: What `collect` made of it.
-
-        Raises:
-            HostError: A softmax over slots of the logits is not what the host returned.
-
-        Example:
-            >>> verify = OclfAdapter().verify  # called by `SSyncCallback` in the first step
-        """
-        calls: list[AttentionCall] = capture["slot_attention"]
-        _refuse_gap("slot attention", *softmax_gap([(call.logits, call.attention) for call in calls], 1))
-        decoded: list[MaskCall] = capture["decoder"]
-        for call in decoded:
-            gap, tolerance = softmax_gap([self._comparable(call, maps)], call.slot_axis)
-            _refuse_gap("decoder", gap, max(tolerance, self.mask_tolerance))
+        capture.facts["patch_size"] = patch_stride(_child(_root(host), "feature_extractor"))
+        kept = _kept if self.drops_slots and getattr(decoder, "mask_type", None) != "none" else None
+        watch_attention(capture, "slot_attention", attention, _joint_product, own=_summed, mask=_present, kept=kept)
+        pixels = hasattr(decoder, "initial_conv_size")
+        watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=-3 if pixels else -2)
 
     def _slot_attention(self, host: nn.Module) -> Any:
         grouping = _inside(_child(_root(host), "perceptual_grouping"), "slot_attention")
@@ -184,70 +79,84 @@ class OclfAdapter(HostAdapter):
             return None
         return module if (_child(module, "single_gumbel_score_network") is not None) == self.drops_slots else None
 
-    def _listener(self, capture: Capture, decoder: nn.Module, patch_size: tuple[int, int] | None) -> AttentionListener:
-        return AttentionListener(capture, patch_size)
 
-    def _comparable(self, call: MaskCall, maps: SSyncMaps) -> tuple[Tensor, Tensor]:
-        """Logits and the host's masks where their softmax must be the same."""
-        return call.logits, call.masks
+@register_adapter
+class AdaSlotAdapter(OclfAdapter):
+    """Hosts of `OclfAdapter` whose slot attention has a ``single_gumbel_score_network``, which drops slots per image.
+
+    It returns a fourth value, the decision ``(B, S)`` which slots to keep. Dropped slots do not exist, and both maps
+    are normalised over those that were kept; an image that keeps none is left out. SSync gives no gradient to the
+    decision itself: it moves the maps, the host's own losses move the number of slots. Where the decoder ignores the
+    decision (``mask_type="none"``), so does this adapter.
+
+    Args:
+        grid: ``(H, W)`` patches of the slot attention, as in `OclfAdapter`.
+
+    Raises:
+        ConfigError: ``grid`` is not two positive integers.
+
+    Source: AdaSlot (arXiv 2406.09196).
+    """
+
+    name: ClassVar[str] = "adaslot"
+    drops_slots: ClassVar[bool] = True
+
+    @override
+    def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
+        logits, own, valid = call.logits, call.own, maps.slot_valid
+        if call.valid is not None or valid is None or logits is None or own is None:
+            return logits, own, 0.0
+        batch, slots = valid.shape
+        kept = valid.view(batch, *[1] * (call.axis - 1), slots, *[1] * (logits.ndim - call.axis - 1))
+        with torch.no_grad():
+            some = kept.any(call.axis, keepdim=True)
+            total = own.sum(call.axis, keepdim=True)
+            # An image without slots has nothing to compare: both sides become uniform.
+            logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
+            own = torch.where(some, own / total, 1 / slots)
+        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 make
+        # visible.
+        return logits, own, 1e-2
 
 
-def _clip(decoded: list[MaskCall], attention: Tensor) -> tuple[Tensor, bool]:
-    """Alpha as ``(B, T, S, N)`` or ``(B, T, S, h, w)``."""
-    batch, frames, slots, _ = attention.shape
-    if not decoded:
-        raise HostError("Expected 'decoder' to run inside the training step, but it did not.")
-    pixels = decoded[0].pixels
-    logits = decoded[0].logits if len(decoded) == 1 else stack_frames([call.logits for call in decoded], "decoder")
-    if logits.ndim == (4 if pixels else 3):
-        logits = logits.unsqueeze(1)
-    if tuple(logits.shape[:3]) != (batch, frames, slots):
+def _joint_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
+    heads = (module.n_heads, module.dims_per_head)
+    logits = torch.einsum("bihd,bjhd->bihj", query.unflatten(-1, heads), key.unflatten(-1, heads)) * module.scale
+    return joint_heads(logits, 2)
+
+
+def _summed(module: Any, output: Any) -> Tensor:
+    attention = entry("1")(module, output)
+    return attention * module.n_heads
+
+
+def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    masked = args[2] if len(args) > 2 else None
+    return ~masked.bool() if isinstance(masked, Tensor) else None
+
+
+def _kept(module: Any, output: Any) -> Tensor:
+    kept = entry("3")(module, output)
+    if kept.ndim != 2:
         raise HostError(
-            f"Expected the decoder to draw the {batch} x {frames} x {slots} slots (B, T, S) that the slot attention "
-            f"gave, but it drew {' x '.join(map(str, logits.shape[:3]))} in {len(decoded)} call(s). Either may run "
-            "more than once on a frame: write a HostAdapter that picks the calls."
+            f"Expected {type(module).__name__} to return slots, attention, probabilities and decisions (B, S), but "
+            f"got decisions {tuple(kept.shape)}. {NAME_THEM}"
         )
-    return logits, pixels
+    return kept.detach() > 0.5
 
 
-def _present(calls: list[AttentionCall]) -> Tensor | None:
-    found = [call.present for call in calls if call.present is not None]
-    return torch.stack(found).all(0) if found else None
+def _masks(module: nn.Module, output: Any) -> Tensor:
+    # An amodal decoder returns sigmoids as its masks, and beside them the softmax that it paints with.
+    return entry("masks_vis" if hasattr(output, "masks_vis") else "masks")(module, output)
 
 
-def _join(attention: Tensor, grid: tuple[int, int], masks: Tensor, present: Tensor | None) -> SSyncMaps:
-    if present is None:
-        return maps_on_common_grid(attention, grid, masks)
-    # Where no slot is left there is nothing to learn from, and a softmax over nothing is NaN.
-    some = present.any(1, keepdim=True)
-    if tuple(masks.shape[-2:]) != grid:
-        # Blocks are averaged as probabilities: absent slots must have none.
-        absent = (some & ~present)[:, None, :, None]
-        attention = attention.masked_fill(absent, float("-inf"))
-        masks = masks.masked_fill(absent[..., None], float("-inf"))
-    maps = maps_on_common_grid(attention, grid, masks)
-    batch, frames, _, patches = maps.shape
-    return replace(maps, slot_valid=present, patch_valid=some[:, None].expand(batch, frames, patches))
-
-
-def _finer_grid(grid: tuple[int, int], patches: int) -> tuple[int, int]:
-    """Grid of a decoder with another number of patches than the attention, of the same proportions."""
-    ratio = math.sqrt(patches / (grid[0] * grid[1]))
-    finer = (round(grid[0] * ratio), round(grid[1] * ratio))
-    if finer[0] * finer[1] != patches:
+def _alpha(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         raise HostError(
-            f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}, but "
-            "they do not. Pass grid=(H, W) if that grid is wrong, else write a HostAdapter that resamples."
+            f"Expected the decoder's inner network to give (B * S, N, C) or (B * S, C, h, w), but got "
+            f"{describe(output)}. {NAME_THEM}"
         )
-    return finer
-
-
-def _refuse_gap(name: str, gap: float, tolerance: float) -> None:
-    if not gap <= tolerance:
-        raise HostError(
-            f"Expected the masks that the {name} returns to be the softmax over slots of its logits, but they differ "
-            f"by up to {gap:.3g} (tolerance {tolerance:.1g}). This host changes its maps on the way. {NAME_THEM}"
-        )
+    return output.select(-1 if output.ndim == 3 else 1, -1)
 
 
 def _refuse_without_masks(host: nn.Module, attention: nn.Module, decoder: nn.Module) -> None:
@@ -271,15 +180,6 @@ def _refuse_without_masks(host: nn.Module, attention: nn.Module, decoder: nn.Mod
 def _root(host: nn.Module) -> nn.Module:
     models = _child(host, "models")
     return host if models is None else models
-
-
-def _patch_size(root: nn.Module) -> tuple[int, int] | None:
-    """Stride of the first convolution whose kernels do not overlap: the patch embedding of a ViT."""
-    extractor = _child(root, "feature_extractor")
-    for module in extractor.modules() if extractor is not None else ():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and max(module.stride) > 1:
-            return int(module.stride[0]), int(module.stride[1])
-    return None
 
 
 def _decoder(host: nn.Module) -> Any:

@@ -11,32 +11,22 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ssync_pl.adapters.base import resolve_grid
-from ssync_pl.adapters.heads import separate_heads
-from ssync_pl.errors import HostError, ShapeError
-from ssync_pl.method.labels import compute_dtype
+from ssync_pl.adapters.grids import Grid, join_sides, resolve_grid
+from ssync_pl.adapters.heads import SlotMap, separate_heads
+from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["Layout", "MapKind", "Pair", "Seen", "find_pair", "join_maps", "layouts", "softmax_gap"]
+__all__ = ["Layout", "MapKind", "Pair", "Seen", "arrange", "find_pair", "join_maps", "layouts"]
 
 MapKind = Literal["logits", "probs"]
 
 
 class Seen(NamedTuple):
-    """One map as a host computes it.
+    """One map as a host computes it: what each call gave, in their order, and the axis of the slots in one of them.
 
-    Args:
-        values: What each call gave, of one shape, in the order of the calls.
-        axis: Axis of the slots in one of them.
-        kind: Whether these are logits or probabilities.
-        name: Where it was seen, for messages.
-        heads: Whether there may be an axis of heads.
-
-    Example:
-        >>> Seen([torch.zeros(2, 3, 16)], 1, "logits", "corrector").axis
-        1
+    ``heads`` is whether there may be an axis of heads, ``inside`` how many softmaxes of this shape ran inside of a
+    call, of which the last counts.
     """
 
     values: list[Tensor]
@@ -44,36 +34,21 @@ class Seen(NamedTuple):
     kind: MapKind
     name: str
     heads: bool = True
+    inside: int = 1
 
     def describe(self) -> str:
-        """What was seen, in words.
-
-        Returns:
-            Shape, axis of the slots and number of calls.
-
-        Example:
-            >>> Seen([torch.zeros(2, 3, 16)] * 4, 1, "logits", "corrector").describe()
-            '(2, 3, 16) with slots on axis 1 in 4 calls'
-        """
+        """Says in words what was seen."""
         calls = f"{len(self.values)} call{'s' if len(self.values) != 1 else ''}"
-        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {calls}"
+        inside = f", the last of {self.inside} in each" if self.inside > 1 else ""
+        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {calls}{inside}"
 
 
 @dataclass(frozen=True)
 class Layout:
     """One way to read the axes of a map.
 
-    Args:
-        order: Axes in the order batch, frames, heads, slots, patches; axes of one entry behind the slots come last.
-        batch: Size of the first axis.
-        frames: T, or None where the first axis may be videos and frames together.
-        heads: Number of heads; 1 without such an axis.
-        slots: S.
-        patches: ``(N,)`` or ``(H, W)``.
-
-    Example:
-        >>> layouts((2, 16, 3), 2, stacked=False)[0].patches
-        (16,)
+    ``order`` has the axes as batch, frames, heads, slots, patches; ``frames`` is None where the first axis may be
+    videos and frames together; ``patches`` is ``(N,)`` or ``(H, W)``.
     """
 
     order: tuple[int, ...]
@@ -85,33 +60,17 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Number of patches.
+        """N."""
+        return math.prod(self.patches)
 
-        Returns:
-            N.
-
-        Example:
-            >>> layouts((2, 3, 4, 4), 1, stacked=False)[0].count
-            16
-        """
-        return self.patches[0] * (self.patches[1] if len(self.patches) > 1 else 1)
+    @property
+    def grid(self) -> Grid | None:
+        """``(H, W)`` where the map has rows and columns."""
+        return (self.patches[0], self.patches[1]) if len(self.patches) == 2 else None
 
 
 class Pair(NamedTuple):
-    """Attention and masks of one clip, read alike.
-
-    Args:
-        attention: What was seen of the slot attention.
-        masks: What was seen of the decoder.
-        attention_layout: How to read the first.
-        masks_layout: How to read the second.
-        batch: B videos.
-        frames: T frames.
-
-    Example:
-        >>> Pair._fields[-2:]
-        ('batch', 'frames')
-    """
+    """Attention and masks of one clip, read alike: what was seen of each and how to read it, B videos of T frames."""
 
     attention: Seen
     masks: Seen
@@ -122,33 +81,17 @@ class Pair(NamedTuple):
 
     @property
     def sides(self) -> tuple[tuple[Seen, Layout], tuple[Seen, Layout]]:
-        """What was seen and how to read it.
-
-        Returns:
-            Attention, masks.
-
-        Example:
-            >>> seen = Seen([torch.zeros(2, 3, 16)], 1, "logits", "model")
-            >>> find_pair([seen], [seen._replace(name="decoder")]).sides[0][0] is seen
-            True
-        """
+        """What was seen and how to read it: attention, masks."""
         return (self.attention, self.attention_layout), (self.masks, self.masks_layout)
 
 
 @lru_cache(maxsize=256)
 def layouts(shape: tuple[int, ...], axis: int, stacked: bool) -> tuple[Layout, ...]:
-    """All ways to read a map whose slot axis is known.
+    """All ways to read a map whose slot axis is known, the plainest first.
 
     Patches are the axes behind the slots, or the last ones before them where none are behind: ``(B, S, N)``,
-    ``(B, S, H, W)``, ``(B, S, 1, H, W)``, ``(B, N, S)``, ``(B, heads, S, N)``, ``(B, T, S, H, W)`` and the like.
-
-    Args:
-        shape: Of the tensor.
-        axis: Of the slots.
-        stacked: The tensor is what several calls gave, stacked on axis 1, which is time then.
-
-    Returns:
-        Layouts, the plainest first.
+    ``(B, S, H, W)``, ``(B, S, 1, H, W)``, ``(B, N, S)``, ``(B, heads, S, N)``, ``(B, T, S, H, W)`` and the like. A
+    ``stacked`` map has the calls, which are frames, on axis 1.
 
     Example:
         >>> [(one.frames, one.heads) for one in layouts((2, 4, 3, 16), 2, stacked=False)]
@@ -187,17 +130,11 @@ def _roles(count: int, stacked: bool) -> list[tuple[str, ...]]:
 
 
 def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
-    """The two maps that belong together: the same slots, the same videos and frames, patches that fit.
+    """Finds the two maps that belong together: the same slots, the same videos and frames, patches that fit.
 
-    Of several, one with more patches than slots, then one whose grids divide each other as far as that can be told,
-    then equal numbers of patches, then one without heads, then what was computed last.
-
-    Args:
-        attention: Candidates of the slot attention, in the order in which the host computed them.
-        masks: The same of the decoder.
-
-    Returns:
-        The pair, or None.
+    Of several candidates, given in the order in which the host computed them, one with more patches than slots, then
+    one whose grids divide each other as far as that can be told, then equal numbers of patches, then one without heads,
+    then the last.
 
     Example:
         >>> frames = Seen([torch.zeros(2, 3, 16)] * 4, 1, "logits", "corrector")
@@ -211,7 +148,7 @@ def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
             continue  # one softmax is not both maps
         for a, m in itertools.product(_layouts(one), _layouts(two)):
             sizes = _clip(a, m)
-            if sizes is None or a.slots != m.slots or not _divide(a.count, m.count):
+            if sizes is None or a.slots != m.slots or max(a.count, m.count) % min(a.count, m.count):
                 continue
             more = min(a.count, m.count) > a.slots
             rank = (int(more), int(_nest(a, m)), int(a.count == m.count), -(a.heads > 1) - (m.heads > 1), j, i)
@@ -248,122 +185,39 @@ def _nest(a: Layout, m: Layout) -> bool:
     return all(side % small == 0 for side, small in zip(fine, coarse, strict=True))
 
 
-def _likely_grid(layout: Layout) -> tuple[int, int] | None:
-    if len(layout.patches) == 2:
-        return layout.patches[0], layout.patches[1]
+def _likely_grid(layout: Layout) -> Grid | None:
     side = math.isqrt(layout.count)
-    return (side, side) if side * side == layout.count else None
+    return layout.grid or ((side, side) if side * side == layout.count else None)
 
 
-def _divide(one: int, two: int) -> bool:
-    return max(one, two) % min(one, two) == 0
-
-
-class _Side(NamedTuple):
-    """A map as ``(B, T, S, N)``: logits, probabilities, or both where heads were merged."""
-
-    logits: Tensor | None
-    probs: Tensor | None
-
-
-def _arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> _Side:
+def arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> SlotMap:
+    """Brings what was seen to ``(B, T, S, N)``, the host's own tensor where nothing has to be rearranged."""
     value = seen.values[0] if len(seen.values) == 1 else torch.stack(seen.values, dim=1)
     if layout.order != tuple(range(value.ndim)):
         value = value.permute(layout.order)
     if layout.heads > 1:
         value = value.reshape(batch, frames, layout.heads, layout.slots, layout.count)
-        if seen.kind == "probs":
-            return _Side(None, value.mean(2))
-        return _Side(*separate_heads(value, heads_dim=2, slots_dim=3))
+        return SlotMap(None, value.mean(2)) if seen.kind == "probs" else separate_heads(value, 2, 3)
     shape = (batch, frames, layout.slots, layout.count)
     value = value if tuple(value.shape) == shape else value.reshape(shape)
-    return _Side(value, None) if seen.kind == "logits" else _Side(None, value)
+    return SlotMap(value) if seen.kind == "logits" else SlotMap(None, value)
 
 
 def join_maps(
-    pair: Pair, grid: tuple[int, int] | None = None, frame: tuple[int, int] | None = None, mark_absent: bool = False
+    pair: Pair, grid: Grid | None = None, frame: tuple[int, int] | None = None, mark_absent: bool = False
 ) -> SSyncMaps:
-    """Bring a pair to ``(B, T, S, N)`` on one grid.
+    """Brings a pair to ``(B, T, S, N)`` on one grid, the coarser of both.
 
-    Where the grids differ, the finer map is averaged to the coarser grid as probabilities, which keeps the sum over
-    slots at 1; attention logits are averaged too, for merging only. Several heads with a softmax each become their
-    mean, see `ssync_pl.adapters.heads`.
-
-    Args:
-        pair: What belongs together.
-        grid: ``(H, W)`` patches from the user.
-        frame: Height and width of the frames, in pixels, for a flat axis of patches.
-        mark_absent: Look for slots whose logits are minus infinity (or the smallest number) in the whole clip, and
-            mark them in ``slot_valid``.
-
-    Returns:
-        The maps, with the host's own tensors where nothing has to be rearranged.
-
-    Raises:
-        HostError: There is no one grid, or the grids do not divide each other.
-
-    Example:
-        >>> frames = Seen([torch.zeros(2, 3, 16)] * 4, 1, "logits", "corrector")
-        >>> folded = Seen([torch.zeros(8, 3, 1, 8, 8)], 1, "logits", "decoder")
-        >>> join_maps(find_pair([frames], [folded]))
-        SSyncMaps(B=2, T=4, S=3, grid=(4, 4), attention=logits, masks=probs, dtype=torch.float32, device=cpu)
+    ``mark_absent`` puts slots whose logits are minus infinity, or nearly so, in the whole clip to ``slot_valid``.
     """
-    attention = _arrange(pair.attention, pair.attention_layout, pair.batch, pair.frames)
-    masks = _arrange(pair.masks, pair.masks_layout, pair.batch, pair.frames)
-    valid = _present(attention, masks) if mark_absent else None
-    fine = _grids(pair, grid, frame)
-    coarse = min(fine)
-    if any(side % small for size in fine for side, small in zip(size, coarse, strict=True)):
-        raise HostError(
-            f"Expected the grid of '{pair.attention.name}', {fine[0]}, and that of '{pair.masks.name}', {fine[1]}, to "
-            "divide each other, but they do not. Pass grid=(H, W) of the attention, or write a HostAdapter that "
-            "resamples."
-        )
-    attention, masks = (_pool(side, size, coarse) for side, size in zip((attention, masks), fine, strict=True))
-    return SSyncMaps(
-        attention_logits=attention.logits,
-        attention_probs=attention.probs,
-        # The decoder's logits serve the loss only, which reads the probabilities where there are any.
-        mask_logits=masks.logits if masks.probs is None else None,
-        mask_probs=masks.probs,
-        grid=coarse,
-        slot_valid=valid,
-    )
+    attention, masks = (arrange(seen, layout, pair.batch, pair.frames) for seen, layout in pair.sides)
+    first, second = _grids(pair, grid, frame)
+    return join_sides(attention, first, masks, second, _present(attention, masks) if mark_absent else None)
 
 
-def softmax_gap(seen: Seen, layout: Layout, batch: int, frames: int) -> tuple[float, float]:
-    """How far the softmax over slots of a map is from the softmax that the host computed; this waits for the device.
-
-    Args:
-        seen: Inputs of the host's softmax.
-        layout: How they are read.
-        batch: B videos.
-        frames: T frames.
-
-    Returns:
-        The largest difference, and how large it may be for numbers of this precision.
-
-    Example:
-        >>> seen = Seen([torch.randn(2, 16, 3)], 2, "logits", "decoder")
-        >>> softmax_gap(seen, layouts((2, 16, 3), 2, stacked=False)[0], 2, 1)[0] < 1e-6
-        True
-    """
-    with torch.no_grad():
-        side = _arrange(seen, layout, batch, frames)
-        used = seen._replace(values=[value.softmax(seen.axis) for value in seen.values], kind="probs")
-        own = _arrange(used, layout, batch, frames).probs
-        probs = side.logits.double().softmax(2) if side.probs is None and side.logits is not None else side.probs
-        if own is None or probs is None:  # unreachable: probabilities were asked for
-            raise ShapeError("Expected probabilities, but got none.")
-        gap = float((probs.double() - own.double()).abs().nan_to_num().max())
-    return gap, max(1e-5, 4 * torch.finfo(own.dtype).eps)
-
-
-def _grids(
-    pair: Pair, explicit: tuple[int, int] | None, frame: tuple[int, int] | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def _grids(pair: Pair, explicit: Grid | None, frame: tuple[int, int] | None) -> tuple[Grid, Grid]:
     sides = (pair.attention_layout, pair.masks_layout)
-    own = [(one.patches[0], one.patches[1]) if len(one.patches) == 2 else None for one in sides]
+    own = [side.grid for side in sides]
     if sides[0].count == sides[1].count:
         known = {size for size in (explicit, *own) if size is not None}
         if len(known) > 1:
@@ -373,47 +227,22 @@ def _grids(
             )
         size = resolve_grid(sides[0].count, next(iter(known), None), frame=frame)
         return size, size
-    if explicit is not None and explicit[0] * explicit[1] not in (sides[0].count, sides[1].count):
+    if explicit is not None and math.prod(explicit) not in (sides[0].count, sides[1].count):
         raise HostError(
             f"Expected argument `grid` to have {sides[0].count} patches, as '{pair.attention.name}' gives, or "
             f"{sides[1].count}, as '{pair.masks.name}' does, but got {explicit}."
         )
+    given = [explicit if explicit is not None and math.prod(explicit) == side.count else None for side in sides]
     first, second = (
-        size
-        or resolve_grid(
-            side.count,
-            explicit if explicit is not None and explicit[0] * explicit[1] == side.count else None,
-            frame=frame or other,
-        )
-        for side, size, other in zip(sides, own, reversed(own), strict=True)
+        size or resolve_grid(side.count, stated, frame=frame or other)
+        for side, size, stated, other in zip(sides, own, given, reversed(own), strict=True)
     )
     return first, second
 
 
-def _pool(side: _Side, fine: tuple[int, int], coarse: tuple[int, int]) -> _Side:
-    if fine == coarse:
-        return side
-    probs = side.probs
-    if probs is None:
-        logits = side.logits
-        if logits is None:  # unreachable: each side has one of them
-            raise ShapeError("Expected a map, but got none.")
-        probs = logits.to(compute_dtype(logits.dtype)).softmax(2)
-    return _Side(*(None if value is None else _average(value, fine, coarse) for value in (side.logits, probs)))
-
-
-def _average(value: Tensor, fine: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
-    value = value.to(compute_dtype(value.dtype)).unflatten(3, fine)
-    kernel = (fine[0] // coarse[0], fine[1] // coarse[1])
-    return F.avg_pool2d(value.flatten(0, 1), kernel).unflatten(0, value.shape[:2]).flatten(3)
-
-
-def _present(*sides: _Side) -> Tensor | None:
+def _present(*sides: SlotMap) -> Tensor | None:
     present = None
-    for side in sides:
-        if side.logits is None:
-            continue
-        logits = side.logits.detach()
+    for logits in (side.logits.detach() for side in sides if side.logits is not None):
         # "Not below" and not "above", so that NaN counts as present and is found by the checks.
         here = ~(logits.amax((1, 3)) <= torch.finfo(logits.dtype).min / 2)
         present = here if present is None else present & here

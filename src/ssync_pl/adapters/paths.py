@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ssync_pl.adapters.base import HostAdapter, frame_size
-from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps, softmax_gap
-from ssync_pl.adapters.tap import Softmaxes, TapCapture
+from ssync_pl.adapters.base import HostAdapter
+from ssync_pl.adapters.calls import check_close
+from ssync_pl.adapters.capture import Capture, describe, has_modules, output_entry, submodule
+from ssync_pl.adapters.grids import Grid, check_grid, frame_size
+from ssync_pl.adapters.pairing import MapKind, Pair, Seen, arrange, find_pair, join_maps
+from ssync_pl.adapters.softmaxes import Softmaxes
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["MapKind", "PathAdapter", "Pick", "Place", "parse_place"]
-
-SOFTMAX = "softmax"
+__all__ = [
+    "MapKind",
+    "PathAdapter",
+    "Pick",
+    "Place",
+    "check_kind",
+    "common_softmaxes",
+    "parse_place",
+]
 
 
 class Place(NamedTuple):
-    """Where a map is in a host.
-
-    Args:
-        text: As the user wrote it.
-        softmax: The map is the input of a softmax inside the module, not its output.
-        path: Dotted path of the module; ``"."`` is the host itself.
-        key: Entry of the module's output.
-        axis: Axis of the softmax, where the user names it.
-
-    Example:
-        >>> Place("decoder:masks", False, "decoder", "masks", None).path
-        'decoder'
-    """
+    """Where a map is in a host: ``text`` as the user wrote it, and its parts."""
 
     text: str
     softmax: bool
@@ -41,46 +38,15 @@ class Place(NamedTuple):
     key: str
     axis: int | None
 
-    def module(self, host: nn.Module) -> nn.Module:
-        """The module in a host.
-
-        Args:
-            host: The host.
-
-        Returns:
-            The module.
-
-        Raises:
-            HostError: There is none.
-
-        Example:
-            >>> parse_place(".").module(nn.Identity())
-            Identity()
-        """
-        return host if self.path == "." else submodule(host, self.path)
-
 
 def parse_place(text: str) -> Place:
-    """Read where a map is.
-
-    Args:
-        text: ``"path"`` or ``"path:key"`` for a module's output, ``"softmax:path"`` or ``"softmax:path:axis"`` for the
-            input of a softmax inside a module.
-
-    Returns:
-        The place.
+    """Reads ``"path"``, ``"path:key"``, ``"softmax:path"`` or ``"softmax:path:axis"``.
 
     Raises:
         ConfigError: The text has no path, or its axis is no number.
-
-    Example:
-        >>> parse_place("softmax:slot_attention").path
-        'slot_attention'
-        >>> parse_place("softmax:decoder:-1").axis
-        -1
     """
     first, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
-    softmax = first == SOFTMAX and bool(colon)
+    softmax = first == "softmax" and bool(colon)
     path, _, key = rest.partition(":") if softmax else (first, colon, rest)
     if not path:
         raise ConfigError(
@@ -97,6 +63,13 @@ def parse_place(text: str) -> Place:
     return Place(text, True, path, "", int(key) if key else None)
 
 
+def check_kind(name: str, kind: MapKind) -> MapKind:
+    """Returns a kind of map, or refuses it with a ConfigError that names the argument."""
+    if kind not in ("logits", "probs"):
+        raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
+    return kind
+
+
 class PathAdapter(HostAdapter):
     """Reads both maps from named modules.
 
@@ -108,8 +81,8 @@ class PathAdapter(HostAdapter):
       tells T.
     * ``"softmax:path"``: the map is what the module feeds to a softmax over the slots; its input are the host's own
       logits, so that merging works, and the module may return whatever it likes. The last such softmax of each call
-      counts, so name a module that runs once a frame, or once a step, around the iterations. ``"softmax:."`` listens
-      to the whole training step. The axis of the slots is the one that both sides can share;
+      counts, so name a module that runs once per frame, or once per step, around the iterations. ``"softmax:."``
+      listens to the whole training step. The axis of the slots is the one that both sides can share;
       ``"softmax:path:axis"`` names it.
 
     ``"."`` is the host itself. Where the two grids differ, the finer map is averaged to the coarser one. Heads with a
@@ -124,11 +97,6 @@ class PathAdapter(HostAdapter):
 
     Raises:
         ConfigError: A place or a kind is not understood, or ``grid`` is not two numbers.
-
-    Example:
-        >>> adapter = PathAdapter("corrector:logits", "softmax:decoder", attention_kind="logits", grid=(6, 8))
-        >>> adapter.name
-        'paths'
     """
 
     name: ClassVar[str] = "paths"
@@ -139,129 +107,54 @@ class PathAdapter(HostAdapter):
         masks: str,
         attention_kind: MapKind = "probs",
         masks_kind: MapKind = "probs",
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
-        for name, kind in (("attention_kind", attention_kind), ("masks_kind", masks_kind)):
-            if kind not in ("logits", "probs"):
-                raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
-        sizes = grid if isinstance(grid, (list, tuple)) else ()
-        if grid is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
-            raise ConfigError(f"Expected argument `grid` to be (H, W) patches, but got {grid!r}.")
         self.attention = attention
         self.masks = masks
-        self.attention_kind = attention_kind
-        self.masks_kind = masks_kind
-        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
-        self.slots: int | None = None
-        self._looked = False
+        self.attention_kind = check_kind("attention_kind", attention_kind)
+        self.masks_kind = check_kind("masks_kind", masks_kind)
+        self.grid = check_grid(grid)
         self.places = (parse_place(attention), parse_place(masks))
-
-    def match(self, host: nn.Module) -> bool:
-        """Whether both paths exist in the host.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            True when they do.
-
-        Example:
-            >>> PathAdapter("0", "softmax:1").match(nn.Sequential(nn.Identity(), nn.Identity()))
-            True
-        """
-        try:
-            for place in self.places:
-                place.module(host)
-        except HostError:
-            return False
-        return True
-
-    def attach(self, host: nn.Module) -> Capture:
-        """Listen to both modules.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            A closed capture.
-
-        Raises:
-            HostError: A path does not exist.
-
-        Example:
-            >>> PathAdapter("0", "softmax:1").attach(nn.Sequential(nn.Identity(), nn.Identity())).silent
-            ['0', 'softmax:1']
-        """
-        capture = TapCapture()
         self._looked = False
-        modules = {place.text: (place, place.module(host)) for place in self.places}
+
+    @override
+    def match(self, host: nn.Module) -> bool:
+        return has_modules(host, *(place.path for place in self.places))
+
+    @override
+    def attach(self, host: nn.Module) -> Capture:
+        capture = Capture()
+        self._looked = False
+        modules = {place.text: (place, submodule(host, place.path)) for place in self.places}
         for text, (place, module) in modules.items():
-            if not place.softmax:
-                capture.watch(text, module, Pick(place))
-            elif module is host:
-                capture.tap_window(text, module, self.slots, place.axis)
+            if place.softmax:
+                tap = capture.tap_step if module is host else capture.tap
+                tap(text, module, place.axis)
             else:
-                capture.tap(text, module, self.slots, place.axis)
+                capture.watch(text, module, Pick(place))
         return capture
 
+    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        """Bring both maps to ``(B, T, S, N)``.
-
-        Args:
-            capture: Filled by one training step.
-            batch: The batch of that step.
-
-        Returns:
-            The maps.
-
-        Raises:
-            HostError: A map has a shape that is not understood, or there is no one grid for both.
-            ShapeError: The two maps do not belong together.
-
-        Example:
-            >>> import torch
-            >>> host = nn.Sequential(nn.Identity(), nn.Softmax(1))
-            >>> adapter = PathAdapter("0", "softmax:1")
-            >>> capture = adapter.attach(host)
-            >>> capture.open()
-            >>> _ = host(torch.full((1, 2, 9), 0.5))
-            >>> adapter.collect(capture)
-            SSyncMaps(B=1, T=1, S=2, grid=(3, 3), attention=probs, masks=logits, dtype=torch.float32, device=cpu)
-        """
         pair, frame = self.pair(capture), frame_size(batch)
-        if not isinstance(capture, TapCapture) or not any(place.softmax for place in self.places):
+        if not any(place.softmax for place in self.places):
             return join_maps(pair, self.grid, frame)
         # Where no slot is ever absent, saying so would cost the fast paths of the loss.
-        maps = join_maps(pair, self.grid, frame, mark_absent=capture.masks or not self._looked)
+        marked = capture.facts.get("masks", False)
+        maps = join_maps(pair, self.grid, frame, mark_absent=marked or not self._looked)
         if not self._looked:
             self._looked = True  # once, since this waits for the device
-            if maps.slot_valid is not None and bool(maps.slot_valid.all()) and not capture.masks:
+            if maps.slot_valid is not None and bool(maps.slot_valid.all()) and not marked:
                 return replace(maps, slot_valid=None)
-            capture.masks = True
+            capture.facts["masks"] = True
         return maps
 
     def pair(self, capture: Capture) -> Pair:
-        """The two tensors that were seen, and how they are read.
-
-        Args:
-            capture: Filled by one training step.
-
-        Returns:
-            The pair that `collect` makes maps of.
+        """Finds the two tensors that were seen, and how they are read.
 
         Raises:
-            HostError: A map has a shape that is not understood.
+            HostError: A map has a shape that is not understood, or is one of several that one call gave.
             ShapeError: The two maps do not belong together.
-
-        Example:
-            >>> import torch
-            >>> host = nn.Sequential(nn.Identity(), nn.Softmax(1))
-            >>> adapter = PathAdapter("0", "softmax:1")
-            >>> capture = adapter.attach(host)
-            >>> capture.open()
-            >>> _ = host(torch.full((1, 2, 9), 0.5))
-            >>> adapter.pair(capture).masks.axis
-            1
         """
         kinds = (self.attention_kind, self.masks_kind)
         sides = [
@@ -269,99 +162,69 @@ class PathAdapter(HostAdapter):
             for place, kind in zip(self.places, kinds, strict=True)
         ]
         pair = find_pair(*sides)
-        if pair is not None:
-            return pair
-        seen = [
-            f"'{place.text}' gave {'; '.join(one.describe() for one in side)}"
-            for place, side in zip(self.places, sides, strict=True)
-        ]
-        raise ShapeError(
-            "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
-            f"{' and '.join(seen)}. Name modules that run once a frame or once a step, around the iterations of slot "
-            "attention; where it runs on other frames than the decoder, write a small HostAdapter."
-        )
+        if pair is None:
+            seen = [
+                f"'{place.text}' gave {'; '.join(one.describe() for one in side)}"
+                for place, side in zip(self.places, sides, strict=True)
+            ]
+            raise ShapeError(
+                "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
+                f"{' and '.join(seen)}. Name modules that run once per frame or once per step, around the iterations "
+                "of slot attention; where it runs on other frames than the decoder, write a small HostAdapter."
+            )
+        drawn = self._drawn(pair)
+        if pair.frames == 1 and drawn > 1:
+            raise HostError(
+                f"Expected one softmax over slots in each call of '{self.places[1].path}', but {drawn} of the shape "
+                f"{tuple(pair.masks.values[0].shape)} ran, which may be frames, of which the last alone would count. "
+                "Let a module of its own draw the masks of a frame, such as an nn.Softmax that runs once per frame, "
+                "and name it: masks='softmax:path.of.that_module'."
+            )
+        return pair
 
+    def _drawn(self, pair: Pair) -> int:
+        """How many softmaxes ran in a call of the masks' module, without those of the attention inside of it."""
+        inner, outer = (place.path for place in self.places)
+        one, two = pair.attention, pair.masks
+        inside = self.places[0].softmax and inner != outer and (outer == "." or inner.startswith(f"{outer}."))
+        same = (one.axis, one.values[0].shape) == (two.axis, two.values[0].shape)
+        return two.inside - (one.inside if inside and same else 0)
+
+    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        """Compare with the softmaxes that the host computed itself.
-
-        Args:
-            capture: Filled by one training step.
-            maps: What `collect` made of it.
-
-        Raises:
-            HostError: The softmax over slots of a map is not what the host's own softmax gave.
-
-        Example:
-            >>> verify = PathAdapter("softmax:0", "1").verify  # called by `SSyncCallback` in the first step
-        """
         pair = self.pair(capture)
         for place, (seen, layout) in zip(self.places, pair.sides, strict=True):
             if not place.softmax:
                 continue
-            gap, tolerance = softmax_gap(seen, layout, pair.batch, pair.frames)
-            if gap > tolerance:
-                raise HostError(
-                    f"Expected the map of '{place.text}' to be the softmax over slots that the host computed, but "
-                    f"they differ by up to {gap:.3g} (tolerance {tolerance:.1g}). Name the slot axis: "
-                    f"'softmax:{place.path}:axis'."
-                )
+            with torch.no_grad():
+                logits, probs = arrange(seen, layout, pair.batch, pair.frames)
+                used = seen._replace(values=[value.softmax(seen.axis) for value in seen.values], kind="probs")
+                own = arrange(used, layout, pair.batch, pair.frames).probs
+            if probs is None and logits is not None:
+                probs = logits.double().softmax(2)
+            if probs is not None and own is not None:
+                check_close(
+                    probs.nan_to_num(), own.nan_to_num(), f"map of '{place.text}'",
+                    f"the softmax over slots that the host computed; name the slot axis, 'softmax:{place.path}:axis'",
+                )  # fmt: skip
 
 
 class Pick:
-    """Finds the map in a module's output; for `Capture.watch`.
-
-    Args:
-        place: The module, and the entry of its output that is the map.
-
-    Raises:
-        HostError: When called: there is no tensor at that place.
-
-    Example:
-        >>> import torch
-        >>> Pick(parse_place("decoder:masks"))(nn.Identity(), (), {"masks": torch.zeros(1, 2, 9)}).shape
-        torch.Size([1, 2, 9])
-    """
+    """Finds the map in a module's output; a `take` for `Capture.watch`."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        """Take the map out of an output.
-
-        Args:
-            module: That ran.
-            args: Of the call.
-            output: Of the call.
-
-        Returns:
-            The tensor at the place.
-        """
-        value, key = output, self.place.key
-        if key:
-            if isinstance(output, Mapping):
-                value = output.get(key)
-            elif isinstance(output, (tuple, list)) and key.removeprefix("-").isdecimal():
-                index = int(key)
-                value = output[index] if -len(output) <= index < len(output) else None
-            else:
-                value = getattr(output, key, None)
-        if not isinstance(value, Tensor):
+        """Takes the tensor at the place out of an output, or refuses an output without one."""
+        value = output_entry(output, self.place.key)
+        if value is None:
             raise HostError(
-                f"Expected a tensor at '{self.place.text}', but got {type(value).__name__} from an output of type "
-                f"{_describe(output)}. Pick an entry with '{self.place.path}:key', or take the input of a softmax "
-                f"inside the module with 'softmax:{self.place.path}'."
+                f"Expected a tensor at '{self.place.text}', but got an output of type {describe(output)}. Pick an "
+                f"entry with '{self.place.path}:key', or take the input of a softmax inside the module with "
+                f"'softmax:{self.place.path}'."
             )
         return value
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, Mapping):
-        return f"dict with keys {', '.join(map(str, output))}"
-    if hasattr(output, "_fields"):
-        return f"{type(output).__name__} with fields {', '.join(output._fields)}"
-    if isinstance(output, (tuple, list)):
-        return f"{type(output).__name__} of {len(output)}"
-    return type(output).__name__
 
 
 def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
@@ -376,23 +239,38 @@ def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
     if ndim in (4, 5) and len(values) == 1:
         return [Seen(values, 2, kind, place.text, heads=False)]
     raise HostError(
-        f"Expected '{place.text}' to give (B, S, N) once a frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
+        f"Expected '{place.text}' to give (B, S, N) once per frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
         f"{shapes[0]} in {len(values)} call(s). Where a softmax over the slots is inside of it, use "
         f"'softmax:{place.path}'; else write a small HostAdapter that reshapes it."
     )
 
 
 def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
-    calls = [call for call in calls if call]
-    if not calls:
+    if not any(calls):
         raise HostError(
             f"Expected a softmax to run inside '{place.path}' in the training step, but none did. The map may be "
             "normalised without a softmax, or in another module: `ssync-pl doctor` lists what it finds."
         )
-    common = [key for key in calls[-1] if all(key in call for call in calls)]
-    if not common:
+    found = common_softmaxes(calls, place)
+    if not found:
         shapes = sorted({shape for call in calls for shape, _ in call})
         raise HostError(
             f"Expected the softmax inside '{place.path}' to have one shape in all of its calls, but got {shapes}."
         )
-    return [Seen([call[key] for call in calls], key[1], "logits", place.text) for key in common]
+    return found
+
+
+def common_softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
+    """The softmaxes of one shape and axis that ran in every call of a module that heard any, in their last order."""
+    calls = [call for call in calls if call]
+    common = [key for key in calls[-1] if all(key in call for call in calls)] if calls else []
+    return [
+        Seen(
+            [call[key].logits for call in calls],
+            key[1],
+            "logits",
+            place.text,
+            inside=max(call[key].times for call in calls),
+        )
+        for key in common
+    ]

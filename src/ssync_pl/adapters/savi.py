@@ -1,102 +1,247 @@
-"""Adapter of this package's SAVi (and of hosts that keep its contract)."""
+"""Specs of the SAVi family: this package's host, and SOLD, SlotFormer, Genera1Z's and junkeun-yi's code.
+
+In all of them slot attention runs once per frame, and the decoder draws all frames at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ssync_pl.adapters.base import HostAdapter, maps_on_common_grid, register_adapter, stack_frames
-from ssync_pl.adapters.capture import Capture, submodule
+from ssync_pl.adapters import calls
+from ssync_pl.adapters.base import register_adapter
+from ssync_pl.adapters.calls import MapCall, Projection, check_close, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.capture import Capture, output_entry
+from ssync_pl.adapters.grids import Grid
+from ssync_pl.adapters.slot_model import SlotModelAdapter
+from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["SaviAdapter"]
+__all__ = ["Genera1zSaviAdapter", "JunkeunYiSaviAdapter", "SaviAdapter", "SlotFormerAdapter", "SoldAdapter"]
 
 
 @register_adapter
-class SaviAdapter(HostAdapter):
-    """`ssync_pl.hosts.SAVi`: ``corrector`` once a frame, ``decoder`` once a clip.
-
-    The corrector returns ``logits`` ``(B, S, N)``, the decoder ``mask_logits`` ``(B, T, S, h, w)``. Where the decoder's
-    grid is finer or coarser, the finer map is averaged to the coarser grid: probabilities stay probabilities.
-
-    Example:
-        >>> SaviAdapter().match(nn.Identity())
-        False
-    """
+class SaviAdapter(SlotModelAdapter):
+    """`ssync_pl.hosts.SAVi` and its subclasses: the corrector returns ``logits``, the decoder ``mask_logits``."""
 
     name: ClassVar[str] = "savi"
+    modules = "encoder corrector decoder"
+    attention, decoder, features = "corrector", "decoder", "encoder"
 
+    @override
     def match(self, host: nn.Module) -> bool:
-        """Whether the host keeps SAVi's contract.
+        kinds = [cls for cls in type(host).__mro__ if cls.__module__.startswith("ssync_pl.hosts")]
+        return any(cls.__name__ == "SAVi" for cls in kinds) and super().match(host)
 
-        Args:
-            host: The model that is trained.
+    @override
+    @staticmethod
+    def feature_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> Grid:
+        return output[1]
 
-        Returns:
-            True for `ssync_pl.hosts.SAVi` and its subclasses.
-
-        Example:
-            >>> SaviAdapter().match(nn.Identity())
-            False
-        """
-        return any(cls.__name__ == "SAVi" and cls.__module__.startswith("ssync_pl.hosts") for cls in type(host).__mro__)
-
-    def attach(self, host: nn.Module) -> Capture:
-        """Listen to corrector and decoder.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            A closed capture.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> SaviAdapter().attach(SAVi()).silent
-            ['corrector', 'encoder', 'decoder']
-        """
-        capture = Capture()
-        capture.watch("corrector", submodule(host, "corrector"), _logits)
-        capture.watch("encoder", submodule(host, "encoder"), _grid)
-        capture.watch("decoder", submodule(host, "decoder"), _mask_logits)
-        return capture
-
-    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        """Bring both maps to one grid.
-
-        Args:
-            capture: Filled by one training step.
-            batch: Not needed.
-
-        Returns:
-            The maps.
-
-        Raises:
-            HostError: The two grids do not divide each other.
-
-        Example:
-            >>> import torch
-            >>> from ssync_pl.hosts import SAVi
-            >>> host = SAVi(num_slots=3, encoder_strides=(2, 2, 2, 1))
-            >>> adapter = SaviAdapter()
-            >>> capture = adapter.attach(host)
-            >>> capture.open()
-            >>> _ = host(torch.zeros(1, 2, 3, 64, 64))
-            >>> adapter.collect(capture).shape
-            (1, 2, 3, 64)
-        """
-        attention = stack_frames(capture["corrector"], "corrector")
-        return maps_on_common_grid(attention, capture.only("encoder"), capture.only("decoder"))
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        capture.watch("corrector", host.corrector, lambda module, args, output: MapCall(output.logits))
+        capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output.mask_logits, axis=2))
 
 
-def _logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-    return output.logits
+@register_adapter
+class SoldAdapter(SlotModelAdapter):
+    """The autoencoder ``SAVi`` of SOLD, in the LightningModule that trains it.
+
+    The corrector has more iterations in the first frame and keeps attention that was normalised over patches; the
+    logits before are taken. SOLD's second stage optimizes by hand, which `SSyncCallback` refuses: train the autoencoder
+    with SSync in the first stage.
+
+    Source: SOLD (arXiv 2410.08822), SAVi (arXiv 2111.12594).
+    """
+
+    name: ClassVar[str] = "sold"
+    modules = (
+        "encoder.encoder initializer predictor corrector.to_q corrector.to_k corrector.to_v corrector.gru "
+        "decoder.encoder decoder.positional_embedding"
+    )
+    attributes = "corrector.scale corrector.epsilon"
+    attention, decoder, features = "corrector", "decoder", "encoder.encoder"
+
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        names, weigh = ("to_q", "to_k", "to_v"), partial(_weigh, eps="epsilon")
+        watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
+        watch_alpha(capture, "decoder", host.decoder, "encoder", _last_channel, entry("1", squeeze=2))
 
 
-def _mask_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-    return output.mask_logits
+@register_adapter
+class SlotFormerAdapter(SlotModelAdapter):
+    """``StoSAVi`` of SlotFormer, with sampled or fixed kernels, from which SlotFormer's slots come.
+
+    Its softmax of ``attn_scale`` · key · query ``(B, N, S)`` is over the last axis. This adapter draws no random
+    numbers, so that a training without SSync's weight is the same to the bit. SlotFormer's trainer calls the model or,
+    with ``nerv`` before 0.4, its ``loss_function``; both work. The rollout models of the second stage have no slot
+    attention, and its STEVE no object masks.
+
+    Source: SlotFormer (arXiv 2210.05861), SAVi (arXiv 2111.12594).
+    """
+
+    name: ClassVar[str] = "slotformer"
+    modules = (
+        "encoder encoder_pos_embedding slot_attention.project_q slot_attention.project_k slot_attention.project_v "
+        "slot_attention.gru decoder decoder_pos_embedding"
+    )
+    attributes = "slot_attention.attn_scale slot_attention.eps"
+    attention, decoder, features = "slot_attention", "decoder", "encoder"
+
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        names, weigh = ("project_q", "project_k", "project_v"), partial(_weigh, eps="eps")
+        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=weigh)
+        capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(_last_channel(output), axis=0))
+        capture.watch("output", host, lambda module, args, output: output_entry(output, "post_masks"), optional=True)
+
+    @override
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        super().verify(capture, maps)
+        masks = capture.last("output")
+        if masks is not None and masks.ndim == 6:
+            probs = capture.only("decoder").logits.detach().double().reshape(masks.shape).softmax(2)
+            check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
 
 
-def _grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[int, int]:
-    return output[1]
+@register_adapter
+class Genera1zSaviAdapter(SlotModelAdapter):
+    """``Savi`` of Genera1Z's SAVi-PyTorch, alone or inside its ``ModelHelper``.
+
+    Note:
+        Slots start from the boxes of the first frame, and boxes of zeros fill up the list: their slots are equal to the
+        background's up to rounding, and which of them wins a patch means nothing. Keep merging on, which joins slots
+        that cover the same patches, and give a lower `merge_threshold` where they stay apart.
+
+    Source: https://github.com/Genera1Z/SAVi-PyTorch, SAVi (arXiv 2111.12594).
+    """
+
+    name: ClassVar[str] = "genera1z-savi"
+    modules = (
+        "encoder.backbone processor.initialize processor.correct.proj_q processor.correct.proj_k "
+        "processor.correct.proj_v processor.correct.gru processor.predict decoder.backbone decoder.readout"
+    )
+    attention, decoder, features = "processor.correct", "decoder.readout", "encoder.backbone"
+
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        names = ("proj_q", "proj_k", "proj_v")
+        watch_attention(capture, self.attention, host.processor.correct, _root, names, weigh=_weigh_inside)
+        capture.watch(self.decoder, host.decoder.readout, _four_channels)
+        capture.watch("colours", host.decoder.readout, lambda module, args, output: output[:, :3])
+        capture.watch("output", host, lambda module, args, output: output_entry(output, "0"), optional=True)
+
+    @override
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        super().verify(capture, maps)
+        picture = capture.last("output")
+        if picture is None or picture.ndim != 5:
+            return
+        slots = capture[self.attention][0].logits.shape[1]
+        parts = (capture.only(self.decoder).logits, capture.only("colours"))
+        alpha, colours = (part.detach().float().unflatten(0, (-1, slots)) for part in parts)
+        mine = (alpha.softmax(1)[:, :, None] * colours).sum(1).reshape(picture.shape)
+        expected = "the sum of what the slots draw, weighted by the softmax over slots of the fourth channel"
+        check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
+
+
+@register_adapter
+class JunkeunYiSaviAdapter(SlotModelAdapter):
+    """``SAVi`` of junkeun-yi's SAVi-pytorch, after the JAX original, with one or several heads.
+
+    The corrector is registered twice, as ``corrector`` and as ``processor.corrector``; its hooks fire once per frame.
+    With ``decode_predicted``, only the masks of the corrected slots count.
+
+    Note:
+        The host's loss is a sum over pixels, in the thousands, beside which SSync's is nothing: give
+        ``relative_weight``. ``torch.nn.DataParallel``, which the host's trainer uses, works with one device only.
+
+    Source: https://github.com/junkeun-yi/SAVi-pytorch, SAVi (arXiv 2111.12594).
+    """
+
+    name: ClassVar[str] = "junkeun-yi-savi"
+    modules = (
+        "encoder corrector.dense_q corrector.dense_k corrector.inverted_attention.attn_fn processor.corrector "
+        "decoder.mask_pred"
+    )
+    attention, decoder, features = "corrector", "decoder", "encoder"
+    decoder_calls = "first"
+
+    @override
+    def match(self, host: nn.Module) -> bool:
+        return super().match(host) and host.processor.corrector is host.corrector  # type: ignore[union-attr]
+
+    @override
+    @staticmethod
+    def feature_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> Grid:
+        return int(output.shape[-3]), int(output.shape[-2])  # channels last
+
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        if not getattr(host, "decode_corrected", True):
+            raise HostError(
+                f"Expected {type(host).__name__} to decode the corrected slots, but it has decode_corrected=False: "
+                "masks of predicted slots show the next frame, not the one that the attention sees. Set it to True."
+            )
+        inner, own = host.corrector.inverted_attention.attn_fn, entry("1")
+        parts = ["corrector.inputs", "corrector.attn_fn"]
+        names = ("dense_q", "dense_k")
+        query, _ = calls.watch_projections(capture, "corrector", host.corrector, names, "dense_k", also=parts)
+        capture.watch_input(parts[0], inner, _query_and_key)
+        capture.watch(parts[1], inner, lambda module, args, output: own(module, output))
+        capture.watch("corrector", host.corrector, calls.PartsTaken(capture, [query, *parts], _per_head))
+        masks = entry("alpha_mask", squeeze=-1)
+        watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
+
+
+class _QueryKey(NamedTuple):
+    query: Tensor
+    key: Tensor
+
+
+def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _QueryKey:
+    given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
+    return _QueryKey(given["query"], given["key"])
+
+
+def _per_head(module: nn.Module, output: Any, projected: Projection, given: _QueryKey, own: Tensor) -> MapCall:
+    with projected.precision():
+        scaled = given.query / (given.query.shape[-1] ** 0.5)
+        logits = torch.matmul(scaled.permute(0, 2, 1, 3), given.key.permute(0, 2, 3, 1))
+    return MapCall(*calls.in_shape_of(logits, own, module), axis=2)
+
+
+def _last_channel(output: Tensor) -> Tensor:
+    return output[:, -1]
+
+
+def _four_channels(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> MapCall:
+    if output.shape[1] != 4:
+        raise HostError(
+            f"Expected decoder.readout to give 4 channels, three colours and alpha, but got {output.shape[1]}. Name "
+            "the modules yourself: attach(model, attention=..., masks=...)."
+        )
+    return MapCall(output[:, 3], axis=0)
+
+
+def _key_query(module: Any, query: Tensor, key: Tensor) -> Tensor:
+    return (module.attn_scale * torch.einsum("bnd,bsd->bns", key, query)).transpose(1, 2)
+
+
+def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
+    return torch.einsum("bsd,bnd->bsn", query / query.shape[-1] ** 0.5, key)
+
+
+def _weigh(module: Any, logits: Tensor, eps: str) -> Tensor:
+    return calls.token_weights(logits, getattr(module, eps))
+
+
+def _weigh_inside(module: Any, logits: Tensor) -> Tensor:
+    weights = logits.softmax(1)
+    return weights / (weights.sum(2, keepdim=True) + 1e-8)  # a default argument of the host's, which no hook can read

@@ -1,25 +1,23 @@
-"""Adapter of models that are built around the `slot-attention` package from PyPI."""
+"""Spec of models that are built around the `slot-attention` package from PyPI."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ssync_pl.adapters.agreement import check_close
-from ssync_pl.adapters.base import HostAdapter, frame_size, register_adapter
-from ssync_pl.adapters.capture import submodule
+from ssync_pl.adapters.base import HostAdapter, register_adapter
+from ssync_pl.adapters.calls import MapCall, check_update, token_weights, watch_attention
+from ssync_pl.adapters.capture import Capture, has_modules, submodule
+from ssync_pl.adapters.grids import Grid, check_grid, frame_size
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.adapters.paths import Pick, Place, parse_place
-from ssync_pl.adapters.projections import Projection, StartOfCall, require_projections, take_projection
-from ssync_pl.adapters.tap import Softmaxes, TapCapture
+from ssync_pl.adapters.paths import Pick, check_kind, common_softmaxes, parse_place
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.maps import SSyncMaps
 
 __all__ = ["SlotAttentionPackageAdapter"]
-
-_WHOLE_STEP = "softmax:."
 
 
 @register_adapter
@@ -28,8 +26,8 @@ class SlotAttentionPackageAdapter(HostAdapter):
 
     The package returns slots and no map. Logits are computed again from its last query and its keys; several heads,
     which have a softmax over slots each, count as their mean. The decoder is the user's own: by default, the last
-    softmax over these slots in the training step gives its masks; a decoder that runs once a frame has to be named. In
-    an ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
+    softmax over these slots in the training step gives its masks; a decoder that runs once per frame has to be named.
+    In an ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
 
     Note:
         The package samples new slots in every call: slot 3 of one frame is not slot 3 of the next. Every frame is
@@ -50,11 +48,6 @@ class SlotAttentionPackageAdapter(HostAdapter):
     Raises:
         ConfigError: An argument is not understood, or they contradict each other.
 
-    Example:
-        >>> adapter = SlotAttentionPackageAdapter(masks="decoder", alpha_axis=1, grid=(16, 16))
-        >>> adapter.match(nn.Identity())
-        False
-
     Source: Object-Centric Learning with Slot Attention (arXiv 2006.15055); adaptive slots: AdaSlot (arXiv 2406.09196).
     """
 
@@ -63,15 +56,11 @@ class SlotAttentionPackageAdapter(HostAdapter):
     def __init__(
         self,
         attention: str | None = None,
-        masks: str = _WHOLE_STEP,
+        masks: str = "softmax:.",
         masks_kind: MapKind = "probs",
         alpha_axis: int | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
-        if masks_kind not in ("logits", "probs"):
-            raise ConfigError(f"Expected argument `masks_kind` to be 'logits' or 'probs', but got {masks_kind!r}.")
-        if grid is not None and (len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid)):
-            raise ConfigError(f"Expected argument `grid` to be (H, W), two positive integers, but got {grid!r}.")
         self.masks = parse_place(masks)
         if alpha_axis is not None and self.masks.softmax:
             raise ConfigError(
@@ -79,96 +68,57 @@ class SlotAttentionPackageAdapter(HostAdapter):
                 "over the map itself. Name the decoder: masks='path'."
             )
         self.attention = attention
-        self.masks_kind: MapKind = masks_kind if alpha_axis is None else "logits"
+        self.masks_kind: MapKind = check_kind("masks_kind", masks_kind) if alpha_axis is None else "logits"
         self.alpha_axis = alpha_axis
-        self.grid = grid
+        self.grid = check_grid(grid)
 
+    @override
     def match(self, host: nn.Module) -> bool:
-        """Whether there is the one module of the package inside the host, and the decoder that was named.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            True by structure; names of classes do not matter.
-
-        Example:
-            >>> SlotAttentionPackageAdapter().match(nn.Linear(1, 1))
-            False
-        """
         try:
             self._attention(host)
-            self.masks.module(host)
         except HostError:
             return False
-        return True
+        return has_modules(host, self.masks.path)
 
-    def attach(self, host: nn.Module) -> TapCapture:
-        """Listen to the slot attention, its projections and update, and to the decoder.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            A closed capture.
-
-        Raises:
-            HostError: The module of the package is not there, or there are several; the decoder is not there; or a
-                ``MetaSlotAttention`` puts the slots in another order.
-
-        Example:
-            >>> SlotAttentionPackageAdapter().attach(nn.Identity())  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected one module of the `slot-attention` package inside Identity, but got ...
-        """
+    @override
+    def attach(self, host: nn.Module) -> Capture:
         module = self._attention(host)
         _refuse_reordered(host, module)
-        capture = TapCapture()
-        keys = ("to_k", "to_v", "to_q", "update")
-        capture.watch("to_k", submodule(module, "to_k"), StartOfCall(capture, keys))
-        capture.watch("to_v", submodule(module, "to_v"), take_projection)
-        capture.watch("to_q", submodule(module, "to_q"), take_projection)
-        # With several heads, the update passes through a projection before it reaches the cell.
-        end = "combine_heads" if _heads(module) else "gru"
-        capture.watch_input("update", submodule(module, end), _first_input)
-        capture.watch("attention", module, _Attention(capture))
-        wrapper = _wrapper(host, module)
+        capture = Capture()
+        heads = _heads(module)
+        watch_attention(
+            capture,
+            "attention",
+            module,
+            _per_head_product,
+            ("to_q", "to_k", "to_v"),
+            weigh=lambda module, logits: token_weights(logits, module.eps),
+            # With several heads, the update passes through a projection before it reaches the cell.
+            cell="combine_heads" if heads else "gru",
+            axis=2 if heads else 1,
+        )
+        wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
-            capture.watch("kept", wrapper, _kept)
+            capture.watch("kept", wrapper, lambda module, args, output: output[1].detach())
+        decoder = submodule(host, self.masks.path)
         if self.masks.softmax:
-            tap = capture.tap_window if self.masks.path == "." else capture.tap
-            tap("masks", self.masks.module(host), axis=self.masks.axis)
+            tap = capture.tap_step if self.masks.path == "." else capture.tap
+            tap("masks", decoder, axis=self.masks.axis)
             capture.tap("own softmax", module)
         else:
-            capture.watch("masks", self.masks.module(host), Pick(self.masks))
+            capture.watch("masks", decoder, Pick(self.masks))
         return capture
 
-    def collect(self, capture: Any, batch: Any = None) -> SSyncMaps:
-        """Bring both maps to one grid, with each frame as a clip.
-
-        Args:
-            capture: Filled by one training step.
-            batch: The batch of that step.
-
-        Returns:
-            Maps ``(B, 1, S, N)``, attached to the graph; B counts frames.
-
-        Raises:
-            HostError: The number of slots changes inside the step, no masks over these slots were seen, their order is
-                not known, or there is no one grid.
-
-        Example:
-            >>> capture = SlotAttentionPackageAdapter().collect  # called once a training step
-        """
-        calls: list[_Call] = capture["attention"]
-        shapes = sorted({tuple(call.logits.shape) for call in calls})
+    @override
+    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
+        calls: list[MapCall] = capture["attention"]
+        logits = [call.logits for call in calls if call.logits is not None]
+        shapes = sorted({tuple(value.shape) for value in logits})
         if len(shapes) != 1:
             raise HostError(
                 f"Expected one number of frames and slots in all calls of a step, but got maps of {shapes}."
             )
-        heads = calls[0].logits.ndim == 4
-        attention = Seen([call.logits for call in calls], 2 if heads else 1, "logits", "attention", heads=heads)
+        attention = Seen(logits, calls[0].axis, "logits", "attention", heads=logits[0].ndim == 4)
         pair = find_pair([attention], self._masks(capture, attention))
         if pair is None:
             raise HostError(
@@ -178,44 +128,25 @@ class SlotAttentionPackageAdapter(HostAdapter):
             )
         _refuse_unknown_order(pair)
         maps = join_maps(pair, self.grid, frame_size(batch))
-        slot_valid, patch_valid = _existing(capture, maps)
+        batch_size, frames, slots, patches = maps.shape
+        valid = patch_valid = None
+        if "kept" in capture:
+            valid = torch.stack(capture["kept"], dim=1).reshape(batch_size * frames, slots) > 0.5
+            patch_valid = valid.any(1)[:, None, None].expand(-1, 1, patches)
         return SSyncMaps(
             attention_logits=_frames(maps.attention_logits),
-            attention_probs=_among(_frames(maps.attention_probs), slot_valid),
+            attention_probs=_among(_frames(maps.attention_probs), valid),
             mask_logits=_frames(maps.mask_logits),
-            mask_probs=_among(_frames(maps.mask_probs), slot_valid),
+            mask_probs=_among(_frames(maps.mask_probs), valid),
             grid=maps.grid,
-            slot_valid=slot_valid,
+            slot_valid=valid,
             patch_valid=patch_valid,
         )
 
-    def verify(self, capture: Any, maps: SSyncMaps) -> None:
-        """Compare with the update of the slots, which is all that the package makes of its attention.
-
-        Args:
-            capture: Filled by one training step.
-            maps: What `collect` made of it; not needed.
-
-        Raises:
-            HostError: The mean of the values, weighted by the softmax of the logits, is not what went on to the slots.
-
-        Example:
-            >>> verify = SlotAttentionPackageAdapter().verify  # called in the first step
-        """
-        calls: list[_Call] = capture["attention"]
-        for call in calls:
-            with torch.no_grad(), call.values.precision():
-                weights = call.logits.softmax(-2) + call.eps
-                weights = weights / weights.sum(-1, keepdim=True)
-                mine = weights.to(call.values.value.dtype) @ call.values.value
-                mine = mine.movedim(1, 2).flatten(2) if mine.ndim == 4 else mine
-            check_close(
-                mine.reshape(call.update.shape),
-                call.update,
-                "update of the slots in the slot attention",
-                "the mean of its values weighted by the softmax over slots",
-                scale=float(call.values.value.detach().abs().max()),
-            )
+    @override
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        for call in capture["attention"]:
+            check_update(call, "the slot attention")
 
     def _attention(self, host: nn.Module) -> nn.Module:
         if self.attention is not None:
@@ -236,23 +167,20 @@ class SlotAttentionPackageAdapter(HostAdapter):
             "Name it: SlotAttentionPackageAdapter(attention='path')."
         )
 
-    def _masks(self, capture: Any, attention: Seen) -> list[Seen]:
+    def _masks(self, capture: Capture, attention: Seen) -> list[Seen]:
         first, count = attention.values[0], len(attention.values)
         frames, slots = first.shape[0], first.shape[attention.axis]
         if self.masks.softmax:
-            calls: list[Softmaxes] = capture["masks"]
-            own = {id(value) for call in capture["own softmax"] for value in call.values()}
             # The package's own softmax is heard as well; the same tensor cannot be both maps.
-            found = [
-                {key: value for key, value in call.items() if key[0][key[1]] == slots and id(value) not in own}
-                for call in calls
+            own = {id(call.logits) for calls in capture["own softmax"] for call in calls.values()}
+            heard = [
+                {key: call for key, call in calls.items() if key[0][key[1]] == slots and id(call.logits) not in own}
+                for calls in capture["masks"]
             ]
-            found = [call for call in found if call]
-            common = [key for key in found[-1] if all(key in call for call in found)] if found else []
-            return [Seen([c[key] for c in found], key[1], "logits", self.masks.text, heads=False) for key in common]
+            return [seen._replace(heads=False) for seen in common_softmaxes(heard, self.masks)]
         values: list[Tensor] = capture["masks"]
         if self.alpha_axis is not None:
-            values = [_last_entry(value, self.alpha_axis, self.masks) for value in values]
+            values = [_last_entry(value, self.alpha_axis, self.masks.text) for value in values]
         for folded in (frames * slots, frames * slots * count):
             if all(value.shape[0] == folded for value in values):
                 values = [value.unflatten(0, (-1, slots)) for value in values]
@@ -262,47 +190,16 @@ class SlotAttentionPackageAdapter(HostAdapter):
         axes = [axis for axis in (1, 2) if axis < values[0].ndim - 1 and values[0].shape[axis] == slots]
         return [Seen(values, axis, self.masks_kind, self.masks.text, heads=False) for axis in axes]
 
-    def _seen(self, capture: Any) -> str:
+    def _seen(self, capture: Capture) -> str:
         if self.masks.softmax:
-            shapes = [f"{shape} over axis {axis}" for call in capture["masks"] for shape, axis in call]
+            shapes = [f"{shape} over axis {axis}" for calls in capture["masks"] for shape, axis in calls]
             return f"softmaxes of {', '.join(sorted(set(shapes)))}" if shapes else "no softmax"
         return f"{sorted({tuple(value.shape) for value in capture['masks']})}"
 
 
-class _Call(NamedTuple):
-    """One call of the slot attention: logits (B, S, N) or (B, heads, S, N), values, and the update it made of them."""
-
-    logits: Tensor
-    values: Projection
-    update: Tensor
-    eps: float
-
-
-class _Attention:
-    """Logits of one call: the last query with the keys, times the scale, in the order and precision of the package."""
-
-    def __init__(self, capture: TapCapture) -> None:
-        self.capture = capture
-
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> _Call:
-        require_projections(self.capture, module, "to_q", "to_v", "update")
-        query, key, values = (self.capture[name][-1] for name in ("to_q", "to_k", "to_v"))
-        split = module.split_heads if _heads(module) else nn.Identity()
-        with query.precision():
-            logits = torch.einsum("...sd,...nd->...sn", split(query.value), split(key.value)) * module.scale
-        values = values._replace(value=split(values.value))
-        return _Call(logits, values, self.capture["update"][-1], float(module.eps))
-
-
-def _existing(capture: Any, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None]:
-    """Slots that a wrapper keeps, and patches of images that keep any."""
-    try:
-        kept: list[Tensor] = capture["kept"]
-    except KeyError:
-        return None, None
-    batch, frames, slots, patches = maps.shape
-    valid = torch.stack(kept, dim=1).reshape(batch * frames, slots) > 0.5
-    return valid, valid.any(1)[:, None, None].expand(-1, 1, patches)
+def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
+    split = module.split_heads if _heads(module) else nn.Identity()
+    return torch.einsum("...sd,...nd->...sn", split(query), split(key)) * module.scale
 
 
 def _frames(value: Tensor | None) -> Tensor | None:
@@ -322,18 +219,14 @@ def _refuse_unknown_order(pair: Pair) -> None:
         raise HostError(
             f"Expected to know which frame is which, but the slot attention ran {calls} times and the decoder once, on "
             "frames folded into its batch, videos first or frames first. Call the slot attention once on the folded "
-            "frames, or the decoder once a frame."
+            "frames, or the decoder once per frame."
         )
 
 
-def _last_entry(value: Tensor, axis: int, place: Place) -> Tensor:
+def _last_entry(value: Tensor, axis: int, text: str) -> Tensor:
     if not -value.ndim <= axis < value.ndim:
-        raise HostError(f"Expected '{place.text}' to have an axis {axis}, but got {tuple(value.shape)}.")
+        raise HostError(f"Expected '{text}' to have an axis {axis}, but got {tuple(value.shape)}.")
     return value.select(axis, -1)
-
-
-def _wrapper(host: nn.Module, module: nn.Module) -> nn.Module | None:
-    return _parent(host, module, "slot_attn", "pred_keep_slot")
 
 
 def _refuse_reordered(host: nn.Module, module: nn.Module) -> None:
@@ -347,25 +240,17 @@ def _refuse_reordered(host: nn.Module, module: nn.Module) -> None:
 
 def _parent(host: nn.Module, module: nn.Module, place: str, other: str) -> nn.Module | None:
     for parent in host.modules():
-        if getattr(parent, place, None) is module and isinstance(getattr(parent, other, None), nn.Module):
+        if getattr(parent, place, None) is module and has_modules(parent, other):
             return parent
     return None
 
 
-def _kept(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-    return output[1].detach()
-
-
-def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0]
-
-
 def _heads(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "split_heads", None), nn.Module)
+    return has_modules(module, "split_heads")
 
 
 def _is_package(module: nn.Module) -> bool:
     children = ("to_q", "to_k", "to_v", "gru", "norm_input", "norm_slots", *(("combine_heads",) * _heads(module)))
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in children) and all(
+    return has_modules(module, *children) and all(
         hasattr(module, name) for name in ("slots_mu", "slots_logsigma", "scale", "eps")
     )

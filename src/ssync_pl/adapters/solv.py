@@ -1,4 +1,4 @@
-"""Adapter of SOLV: the public code's model and this package's host."""
+"""Spec of SOLV: the public code's model and this package's host."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
-from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.adapters.projections import Projection, take_projection
+from ssync_pl.adapters.calls import Projection, check_close, take_projection, token_weights
+from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules
 from ssync_pl.errors import HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
@@ -33,146 +34,96 @@ class SolvAdapter(HostAdapter):
     * A part of the tokens is dropped. Their patches have masks but no attention, so they count as invalid
       (``patch_valid``); the attention of the others is put in its place on the grid.
 
-    Known by structure: the public model has ``s_bind``, ``merge`` and ``dec``. Its merger keeps the assignment to
-    itself, which is read off the gradient of its result; where there is none (validation), the merger is run once more
-    on the same slots with the same random numbers. This package's host says everything; when it is evaluated, all
-    frames come, as probabilities.
-
-    Example:
-        >>> SolvAdapter().match(nn.Identity())
-        False
+    The public model's merger keeps the assignment to itself, which is read off the gradient of its result; where there
+    is none (validation), the merger is run once more on the same slots with the same random numbers. This package's
+    host says everything; when it is evaluated, all frames come, as probabilities.
 
     Source: Self-supervised Object-Centric Learning for Videos (arXiv 2310.06907).
     """
 
     name: ClassVar[str] = "solv"
 
+    @override
     def match(self, host: nn.Module) -> bool:
-        """Whether the host has the parts of the public model, or is this package's SOLV.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            True for either.
-
-        Example:
-            >>> SolvAdapter().match(nn.Linear(1, 1))
-            False
-        """
         return _is_packaged(host) or _is_public(host)
 
-    def attach(self, host: nn.Module) -> Capture:
-        """Listen to binder, merger and decoder.
-
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            A closed capture.
-
-        Raises:
-            HostError: The host has no such modules.
-
-        Example:
-            >>> SolvAdapter().attach(nn.Identity())
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected Identity to have a binder `s_bind` with `Q`, `f` and `scale`, and a \
-decoder `dec`, but it does not. Name the modules yourself: SSyncCallback(attention=..., masks=...).
-        """
+    @override
+    def attach(self, host: Any) -> Capture:
+        capture = Capture()
         if _is_packaged(host):
-            return _attach_packaged(host)
+            capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
+            capture.watch("binder", host.spatial_binder, _packaged_bound)
+            capture.watch("merger", host.merger, lambda module, args, out: _Merged(args[0], out.slots, out.members))
+            capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
+            return capture
         if not _is_public(host):
             raise HostError(
                 f"Expected {type(host).__name__} to have a binder `s_bind` with `Q`, `f` and `scale`, and a decoder "
-                "`dec`, but it does not. Name the modules yourself: SSyncCallback(attention=..., masks=...)."
+                f"`dec`, but it does not. {NAME_THEM}"
             )
-        return _attach_public(host)
+        binder = host.s_bind
+        capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
+        capture.watch("Q", binder.Q, _Latest(capture, "Q", 1))
+        capture.watch("f", binder.f, _Latest(capture, "f", 2))
+        capture.watch("binder", binder, _BoundCentre(capture))
+        if getattr(host, "merge_slots", False):
+            capture.watch_input("random state", host.merge, lambda module, args, kwargs: random.getstate())
+            capture.watch("merger", host.merge, _Merger(capture))
+        slots = int(binder.num_slots)
+        alpha = lambda module, args, output: output[..., -1].unflatten(0, (-1, slots)).unsqueeze(1)  # noqa: E731
+        capture.watch("decoder", host.dec, alpha)
+        masks = lambda module, args, output: output.get("mask") if isinstance(output, dict) else None  # noqa: E731
+        capture.watch("host masks", host, masks, optional=True)
+        return capture
 
+    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        """Merge the attention as the slots were merged, and put it on the grid of the masks.
-
-        Args:
-            capture: Filled by one training step.
-            batch: Not needed.
-
-        Returns:
-            Maps ``(B, 1, S, N)``, attached to the graph; ``(B, T, S, N)`` when this package's host is evaluated.
-
-        Raises:
-            HostError: The modules did not run once, or not on the same videos.
-
-        Example:
-            >>> SolvAdapter().collect(_SolvCapture((2, 3)))
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected 'binder' to run once inside the training step, but it ran 0 times.
-        """
-        if not isinstance(capture, _SolvCapture):
-            raise HostError("Expected a capture that `SolvAdapter.attach` made, but got another one. Attach again.")
         bound: _Bound = capture.only("binder")
         masks = torch.cat(capture["decoder"], dim=1) if capture["decoder"] else torch.empty(0)
         if masks.ndim == 4 and masks.shape[1] == 1:
             bound = bound.centre()
+        grid = capture.facts["grid"]
         videos, frames, slots, _ = bound.logits.shape
-        patches = capture.grid[0] * capture.grid[1]
+        patches = grid[0] * grid[1]
         if masks.shape != (videos, frames, slots, patches):
             raise HostError(
                 f"Expected the decoder to give masks {(videos, frames, slots, patches)} of the frames in the centre of "
                 f"their windows, but got {tuple(masks.shape)} in {len(capture['decoder'])} call(s)."
             )
-        members = capture.only("merger").members if capture.merges else None
+        members = capture.only("merger").members if "merger" in capture else None
         logits = bound.logits if members is None else merge_member_logits(bound.logits, members)
         valid = None if members is None else members.any(3)
         logits, patch_valid = scatter_tokens(logits, bound.indices, patches)
-        if frames == 1:
-            return SSyncMaps(
-                attention_logits=logits,
-                mask_logits=masks,
-                grid=capture.grid,
-                slot_valid=None if valid is None else valid[:, 0],
-                patch_valid=patch_valid,
-            )
+        if frames > 1:
+            attention, drawn = _probabilities(logits, valid), _probabilities(masks, valid)
+            return SSyncMaps(attention_probs=attention, mask_probs=drawn, grid=grid, patch_valid=patch_valid)
         return SSyncMaps(
-            attention_probs=_probabilities(logits, valid),
-            mask_probs=_probabilities(masks, valid),
-            grid=capture.grid,
+            attention_logits=logits,
+            mask_logits=masks,
+            grid=grid,
+            slot_valid=None if valid is None else valid[:, 0],
             patch_valid=patch_valid,
         )
 
+    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        """Compare with the attention, the merged slots and the masks that the host itself used.
-
-        Args:
-            capture: Filled by one training step.
-            maps: What `collect` made of it.
-
-        Raises:
-            HostError: They differ.
-
-        Example:
-            >>> verify = SolvAdapter().verify  # called by `SSyncCallback` in the first step
-        """
-        if not isinstance(capture, _SolvCapture):
-            return
         bound: _Bound = capture.only("binder")
-        own = bound.logits.double().softmax(2) + _EPSILON
-        _require_close("attention of the binder", own / own.sum(3, keepdim=True), bound.attention, bound.logits)
-        if capture.merges:
+        mine = token_weights(bound.logits.double(), _EPSILON)
+        _check("attention of the binder", mine, bound.attention, bound.logits)
+        if "merger" in capture:
             merged: _Merged = capture.only("merger")
             share = merged.members.double()
             share = share / share.sum(3, keepdim=True).clamp_min(1)
-            _require_close("slots of the merger", share @ merged.given.double(), merged.slots, merged.given)
-        if capture.masks is not None and maps.mask_logits is not None:
-            own = _probabilities(
-                maps.mask_logits.double(), None if maps.slot_valid is None else maps.slot_valid[:, None]
-            )
-            _require_close("masks of the host", own, capture.masks, maps.mask_logits)
+            _check("slots of the merger", share @ merged.given.double(), merged.slots, merged.given)
+        own = capture.last("host masks")
+        if isinstance(own, Tensor) and maps.mask_logits is not None:
+            valid = None if maps.slot_valid is None else maps.slot_valid[:, None]
+            mine = _probabilities(maps.mask_logits.double(), valid)
+            _check("masks of the host", mine, own.unsqueeze(1), maps.mask_logits)
 
 
 def merge_member_logits(logits: Tensor, members: Tensor) -> Tensor:
-    """Attention logits of slots that stand for several.
+    """Gives the attention logits of slots that stand for several.
 
     Args:
         logits: ``(B, T, S, N)``.
@@ -181,13 +132,6 @@ def merge_member_logits(logits: Tensor, members: Tensor) -> Tensor:
     Returns:
         ``(B, T, S, N)``: the softmax over merged slots sums the members' probabilities. A slot with one member keeps
         its logits to the bit; one without is 0, with no gradient.
-
-    Example:
-        >>> logits = torch.tensor([[[[1.0], [2.0], [0.0]]]])
-        >>> members = torch.tensor([[[[True, True, False], [False, False, True], [False, False, False]]]])
-        >>> merged = merge_member_logits(logits, members)
-        >>> torch.allclose(merged[:, :, :2].softmax(2)[0, 0, 0], logits.softmax(2)[0, 0, :2].sum())
-        True
     """
     logits = logits.to(compute_dtype(logits.dtype))
     empty = ~members.any(3, keepdim=True)
@@ -198,21 +142,9 @@ def merge_member_logits(logits: Tensor, members: Tensor) -> Tensor:
 
 
 def scatter_tokens(logits: Tensor, indices: Tensor | None, patches: int) -> tuple[Tensor, Tensor | None]:
-    """Put the tokens that were kept in their places on the grid.
+    """Puts kept tokens ``(B, T, S, N')`` in their places ``(B, T, N')`` on the grid, with 0 elsewhere.
 
-    Args:
-        logits: ``(B, T, S, N')``.
-        indices: ``(B, T, N')`` place of each token, each once; None for all in their order.
-        patches: N.
-
-    Returns:
-        ``(B, T, S, N)`` with 0 where there is no token, and ``(B, T, N)`` bool, True where there is one (None when all
-        patches have).
-
-    Example:
-        >>> grid, valid = scatter_tokens(torch.ones(1, 1, 1, 2), torch.tensor([[[3, 0]]]), 4)
-        >>> grid.flatten(), valid.flatten()
-        (tensor([1., 0., 0., 1.]), tensor([ True, False, False,  True]))
+    Also returns which patches have a token, ``(B, T, N)`` bool; None when all have.
     """
     if indices is None:
         return logits, None
@@ -242,37 +174,6 @@ class _Merged(NamedTuple):
     given: Tensor
     slots: Tensor
     members: Tensor
-
-
-class _SolvCapture(Capture):
-    """Knows the grid, and the masks that the host returned where its own call was heard."""
-
-    def __init__(self, grid: tuple[int, int], merges: bool = True) -> None:
-        super().__init__()
-        self.grid = grid
-        self.merges = merges
-        self.masks: Tensor | None = None
-        for key in ("binder", "decoder"):
-            self._records[key] = []
-
-    def clear(self) -> None:
-        super().clear()
-        self.masks = None
-
-
-def _attach_public(host: Any) -> Capture:
-    binder = host.s_bind
-    capture = _SolvCapture((int(binder.res_h), int(binder.res_w)), bool(getattr(host, "merge_slots", False)))
-    capture.watch("Q", binder.Q, _Latest(capture, "Q", 1))
-    capture.watch("f", binder.f, _Latest(capture, "f", 2))
-    capture.watch("binder", binder, _BoundCentre(capture))
-    if capture.merges:
-        merger = submodule(host, "merge")
-        capture.watch_input("random state", merger, _random_state)
-        capture.watch("merger", merger, _Merger(capture))
-    capture.watch("decoder", submodule(host, "dec"), _Alpha(int(binder.num_slots)))
-    capture.keep(host.register_forward_hook(_HostMasks(capture)))
-    return capture
 
 
 class _Latest:
@@ -328,10 +229,6 @@ class _Merger:
         return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
 
 
-def _random_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return random.getstate()
-
-
 def _members_by_gradient(given: Tensor, slots: Tensor) -> Tensor | None:
     """Merged slots are means, so that their derivative by the given slots is positive exactly for members.
 
@@ -361,47 +258,8 @@ def _members_by_repetition(module: Any, given: Tensor, state: Any) -> Tensor:
     return (share > 0.5 / count) & valid.unsqueeze(2)
 
 
-class _Alpha:
-    """Alpha beside the reconstruction: the last channel of ``(B * S, N, C + 1)``."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        return output[..., -1].unflatten(0, (-1, self.slots)).unsqueeze(1)
-
-
-class _HostMasks:
-    """Remembers the masks that the model returned, for the check of the first step."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        capture = self.capture
-        if capture.is_open and isinstance(capture, _SolvCapture) and isinstance(output, dict):
-            masks = output.get("mask")
-            capture.masks = masks.detach().unsqueeze(1) if isinstance(masks, Tensor) else None
-
-
-def _attach_packaged(host: Any) -> Capture:
-    capture = _SolvCapture((int(host.grid[0]), int(host.grid[1])))
-    capture.watch("binder", submodule(host, "spatial_binder"), _packaged_bound)
-    capture.watch("merger", submodule(host, "merger"), _packaged_merged)
-    capture.watch("decoder", submodule(host, "decoder"), _packaged_masks)
-    return capture
-
-
 def _packaged_bound(module: nn.Module, args: tuple[Any, ...], output: Any) -> _Bound:
     return _Bound(output.logits, output.attention, args[1] if len(args) > 1 else None)
-
-
-def _packaged_merged(module: nn.Module, args: tuple[Any, ...], output: Any) -> _Merged:
-    return _Merged(args[0], output.slots, output.members)
-
-
-def _packaged_masks(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-    return output.mask_logits
 
 
 def _is_packaged(host: nn.Module) -> bool:
@@ -409,13 +267,11 @@ def _is_packaged(host: nn.Module) -> bool:
 
 
 def _is_public(host: nn.Module) -> bool:
-    binder = getattr(host, "s_bind", None)
-    modules = [binder, getattr(host, "dec", None), getattr(binder, "Q", None), getattr(binder, "f", None)]
-    if not all(isinstance(module, nn.Module) for module in modules):
+    if not has_modules(host, "s_bind.Q", "s_bind.f", "dec"):
         return False
-    if getattr(host, "merge_slots", False) and not isinstance(getattr(host, "merge", None), nn.Module):
+    if getattr(host, "merge_slots", False) and not has_modules(host, "merge"):
         return False
-    return all(hasattr(binder, name) for name in ("scale", "num_slots", "res_h", "res_w", "N_frame"))
+    return all(hasattr(host.s_bind, name) for name in ("scale", "num_slots", "res_h", "res_w", "N_frame"))
 
 
 def _probabilities(logits: Tensor, valid: Tensor | None) -> Tensor:
@@ -425,12 +281,6 @@ def _probabilities(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits.softmax(2)
 
 
-def _require_close(what: str, own: Tensor, used: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
-        gap = float((own - used.double()).abs().max() / used.double().abs().max().clamp_min(1e-12))
-    tolerance = max(1e-5, 4 * torch.finfo(used.dtype).eps, 4 * torch.finfo(source.dtype).eps)
-    if not gap <= tolerance:
-        raise HostError(
-            f"Expected the {what} to follow from what its parts gave, but it differs by {gap:.3g} of its largest value "
-            f"(tolerance {tolerance:.1g}). This host changes its maps on the way: write a HostAdapter for it."
-        )
+def _check(what: str, mine: Tensor, own: Tensor, source: Tensor) -> None:
+    scale = float(own.detach().abs().max())
+    check_close(mine, own, what, "what its parts give", scale, tolerance=4 * torch.finfo(source.dtype).eps * scale)

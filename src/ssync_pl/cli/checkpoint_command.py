@@ -10,27 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ssync_pl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ssync_pl.tools.official.checkpoints import ConvertedCheckpoint
+    from ssync_pl.hosts.checkpoints import ConvertedCheckpoint
 
 __all__ = ["run_checkpoint"]
 
 
 def run_checkpoint(args: list[str]) -> int:
-    """Convert a public checkpoint, or show what it holds.
-
-    Args:
-        args: Words after `ssync-pl checkpoint`.
-
-    Returns:
-        The exit status.
-
-    Example:
-        >>> run_checkpoint(["show", "nowhere.ckpt"])
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected a checkpoint at 'nowhere.ckpt', but there is no such file. Correct the \
-path.
-    """
+    """Converts a public checkpoint, or shows what it holds; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="ssync-pl checkpoint",
         description="Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package.",
@@ -72,12 +58,25 @@ path.
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ssync_pl.tools.official.checkpoints import convert_checkpoint
+    import yaml
+
+    from ssync_pl.hosts.checkpoints import convert_checkpoint
+    from ssync_pl.tools.official.convert import host_options
 
     out: Path | None = getattr(options, "out", None)
     if out is not None and out.exists() and not (options.force and out.is_file()):
         raise ConfigError(f"Expected OUT.ckpt to be a new file, but {out} exists. Add --force to replace it.")
-    done = convert_checkpoint(options.file, out, config=options.config, changes=options.changes)
+    own = {}
+    for change in options.changes:
+        name, sign, value = change.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"Expected --set OPTION=VALUE such as num_slots=7, but got {change!r}.")
+        try:
+            own[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise ConfigError(f"Expected a value that YAML can read in --set {change!r}, but got another.") from error
+    described = host_options(options.config) if options.config is not None else None
+    done = convert_checkpoint(options.file, out, described=described, options=own)
     sys.stdout.write("\n".join(_report(done)) + "\n")
     if out is not None:
         sys.stdout.write(f"converted: {out}\n")

@@ -21,7 +21,7 @@ from ssync_pl.compare.videos import ShapeTable
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.evaluation import frame_validity, resize_masks
 from ssync_pl.hosts.training import SlotHost
-from ssync_pl.method.ssync import ssync_loss
+from ssync_pl.method.loss import ssync_loss
 from ssync_pl.metrics import BoundaryF, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.tools.probe import ProbeSamples, sample_slots

@@ -327,6 +327,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         if not isinstance(batch, dict) or "crop" not in batch:
             return batch  # a model's `example_input_array` passes here too
+        TrainerClock(self).note_epoch()
         batch = self.transform(batch)
         precision = getattr(self.trainer, "precision_plugin", None)
         # Lightning converts batches before this hook, when frames are bytes still.

@@ -109,7 +109,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             built = eval_sample(members, self.rules)
         if self.features is not None:
             flip = self.rules.training and bool(built["flip"])
-            built |= self.features.read(self.shards[number].name, sample.key, built["cut"], flip)
+            built |= self.features.read(self.paths[number], sample.key, built["cut"], flip)
         return {**built, "__key__": sample.key}
 
 

@@ -1,12 +1,15 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and the lock of those who write them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["write_bytes"]
+__all__ = ["exclusive", "write_bytes"]
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -36,3 +39,24 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
+    """Hold a lock file while the block runs; the operating system frees that of a killed process.
+
+    Waits `timeout` seconds for another holder, for ever with -1, then raises `BlockingIOError`.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()

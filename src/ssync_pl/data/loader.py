@@ -48,6 +48,13 @@ class TrainSampler(DistributedSampler[int]):
         self.clips = clips
         self.mix = list(mix)
         self.start = 0
+        self.on_named: Callable[[], None] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the pass; Lightning does so before each epoch."""
+        super().set_epoch(epoch)
+        if self.on_named is not None:
+            self.on_named()
 
     def __iter__(self) -> Iterator[int]:
         if self.mix:
@@ -111,6 +118,34 @@ class TrainerClock:
         length = float("inf") if trainer is None else trainer.num_training_batches
         return None if length == float("inf") else int(length)
 
+    def whole_steps(self, batches: int) -> int:
+        """Return the batches up to the last optimizer step: gradients of an accumulation are in no checkpoint."""
+        trainer = self.module.trainer
+        return batches if trainer is None else batches - batches % trainer.accumulate_grad_batches
+
+    def go_back(self, batch: int) -> None:
+        """Let a resumed trainer count the batches of an unfinished accumulation again."""
+        trainer = self.module.trainer
+        loop: Any = None if trainer is None else trainer.fit_loop.epoch_loop
+        if trainer is None or not loop.restarting:
+            return
+        surplus = loop.batch_progress.current.ready - batch
+        if 0 < surplus < trainer.accumulate_grad_batches:
+            for counts in (loop.batch_progress.current, loop.batch_progress.total):
+                for name in ("ready", "started", "processed", "completed"):
+                    setattr(counts, name, getattr(counts, name) - surplus)
+            # Lightning adds the step before, which the checkpoint has.
+            loop._batches_that_stepped -= int(loop.restarted_on_train_batch_end)
+
+    def note_epoch(self) -> None:
+        """Count the running epoch where Lightning left it out: when it resumed at the last batch of the one before."""
+        trainer = self.module.trainer
+        if trainer is not None and trainer.training and not trainer.sanity_checking:
+            progress: Any = trainer.fit_loop.epoch_progress
+            if progress.current.ready == progress.current.processed:
+                progress.increment_ready()
+                progress.increment_started()
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -161,8 +196,10 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if isinstance(source, ShardStream):
             source.set_pass(place.epoch, place.batch)
         elif source is not None:
+            source.on_named = None
             source.set_epoch(place.epoch)
             source.start = place.batch * (self.batch_size or 1)
+            source.on_named = lambda: None if self.clock is None else self.clock.go_back(place.batch)
         if place.epoch != self._place.epoch or place.batch > self._place.batch:
             # A second iterator over the same pass does not turn the count back.
             self._place, self._ended = place, False
@@ -184,6 +221,9 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if trained is not None:
             done = min(done, trained)
         ended = self._ended and done == self._place.batch
+        length = None if self.clock is None else self.clock.pass_length()
+        if self.clock is not None and not ended and done != length:
+            done = self.clock.whole_steps(done)
         place = {"pass": self._place.epoch, "batches": done, "ended": ended}
         return {"version": _VERSION, **place, **self._partition()}
 

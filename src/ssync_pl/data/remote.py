@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from ssync_pl.data.decode import MAX_MEMBER_BYTES
+from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.data.index import INDEX_NAMES, ShardEntry, escaped, is_utf8, parse_index, split_member_name
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
@@ -92,7 +92,7 @@ class RemoteFile(io.RawIOBase):
             except Exception as error:  # each file system of fsspec has errors of its own
                 self._drop()
                 reason = _describe(error, self.url)
-                if _is_final(error) or time.monotonic() - began + pause > RETRY_SECONDS:
+                if _is_final(error, self.url) or time.monotonic() - began + pause > RETRY_SECONDS:
                     self.absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
                     self.failure = (
                         f"Expected to read {masked_url(self.url)} to its end, but at byte {self._position} it failed "
@@ -278,7 +278,12 @@ def _as_members(where: str, group: list[tuple[str, str, int, bytes | None]], max
     if len({name for _, name, _, _ in group}) < len(group):
         raise ShardError(f"Expected each member of {where} once, but one comes twice. Build the shard again.")
     sizes = {name: size for _, name, size, _ in group}
-    return Members(where, sizes, lambda name, start, length: contents[name][start : start + length], max_bytes)
+
+    def fetch(name: str, start: int, length: int) -> bytes:
+        require_size(sizes[name], f"member `{name}` of {where}", max_bytes)
+        return contents[name][start : start + length]
+
+    return Members(where, sizes, fetch, max_bytes)
 
 
 class _Watched:
@@ -309,14 +314,14 @@ def _unpacked(stream: io.BufferedReader) -> IO[bytes]:
     return stream
 
 
-def _is_final(error: BaseException) -> bool:
-    """Say whether the same failure would come at every try."""
+def _is_final(error: BaseException, url: str) -> bool:
+    """Say whether the same failure would come at every try; a command may do anything, and is not run again."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in _PASSING
     named = ("SSL", "Certificate", "InvalidURL")
     final = isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError))
-    return final or any(word in type(error).__name__ for word in named)
+    return final or url.startswith("pipe:") or any(word in type(error).__name__ for word in named)
 
 
 def _describe(error: BaseException, url: str) -> str:

@@ -40,11 +40,6 @@ class SyntheticDataModule(ShardDataModule):
     Raises:
         ConfigError: A setting is out of range, `scene` names no field of the configuration, or both `features` and
             `cache_backbone` are given.
-
-    Example:
-        >>> data = SyntheticDataModule(preset="a", num_train=16, num_validation=4, batch_size=4)
-        >>> data.batch_size
-        4
     """
 
     def __init__(
@@ -90,11 +85,7 @@ class SyntheticDataModule(ShardDataModule):
         self._store_features(self._generate())
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sets of a stage.
-
-        Args:
-            stage: `fit`, `validate`, `test`, `predict`, or `None` for all.
-        """
+        """Open the sets of a stage."""
         folder = self._generate()
         for split in self.patterns:
             self.patterns[split] = self._pattern(folder, "train" if split == "train" else "validation")

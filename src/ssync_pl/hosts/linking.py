@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics.functional.assignment import linear_assignment
 
 __all__ = ["Linking", "link_slots", "relabel_slots"]
 
@@ -73,7 +73,7 @@ def _link_video(unit: np.ndarray, present: np.ndarray, identities: np.ndarray, f
         if known:
             names = np.array(sorted(known))
             alike = unit[frame, now] @ np.stack([known[name] for name in names]).T
-            rows, columns = linear_assignment(-alike)
+            rows, columns = linear_sum_assignment(-alike)
             linked = names[alike.argmax(axis=1)]
             linked[rows] = names[columns]
             if not forget:

@@ -5,146 +5,74 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "hard_labels", "mask_slots", "slot_areas", "slot_log_probabilities", "slot_probabilities"]
-
-_HALF = (torch.float16, torch.bfloat16)
+__all__ = ["compute_dtype", "hard_labels", "mask_slots", "slot_areas", "slot_logits", "slot_probabilities"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision in which labels, merging and losses are computed.
-
-    Half-precision logits tie in about one patch of two hundred, so halves become float32; float64 stays.
-
-    Args:
-        dtype: Floating-point dtype of a host's map.
-
-    Returns:
-        ``torch.float32`` for halves, else ``dtype`` itself.
-
-    Example:
-        >>> compute_dtype(torch.bfloat16)
-        torch.float32
-    """
-    return torch.float32 if dtype in _HALF else dtype
+    """Returns the precision of labels, merging and losses: float32 for halves, whose logits often tie."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def mask_slots(logits: Tensor, slot_valid: Tensor | None) -> Tensor:
-    """Give slots that do not exist a logit of minus infinity.
+    """Gives slots that do not exist, by (B, S) bool, a logit of minus infinity in (B, T, S, N)."""
+    return logits if slot_valid is None else logits.masked_fill(~slot_valid[:, None, :, None], float("-inf"))
 
-    Args:
-        logits: ``(B, T, S, N)`` logits over slots.
-        slot_valid: ``(B, S)`` bool, or None when all slots exist.
 
-    Returns:
-        ``(B, T, S, N)`` logits.
-
-    Example:
-        >>> mask_slots(torch.zeros(1, 1, 2, 1), torch.tensor([[True, False]])).flatten()
-        tensor([0., -inf])
-    """
-    if slot_valid is None:
-        return logits
-    return logits.masked_fill(~slot_valid[:, None, :, None], float("-inf"))
+def slot_logits(
+    logits: Tensor | None,
+    probs: Tensor | None,
+    temperature: float = 1.0,
+    slot_valid: Tensor | None = None,
+    patch_valid: Tensor | None = None,
+) -> Tensor:
+    """Returns what a softmax turns into `slot_probabilities`, also for the logarithm of these."""
+    if probs is not None:
+        # A floor keeps the gradient of the logarithm finite where a slot has probability 0.
+        logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+    if logits is None:
+        raise ValueError("Expected argument `logits` or `probs` to be given, but got neither. Pass one of them.")
+    logits = mask_slots(logits, slot_valid)
+    if patch_valid is not None:
+        # After the slots: a padded video may have neither, and a softmax over minus infinity alone is NaN.
+        logits = logits.masked_fill(~patch_valid[:, :, None, :], 0.0)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def slot_probabilities(
-    logits: Tensor | None = None,
+    logits: Tensor | None,
     probs: Tensor | None = None,
     temperature: float = 1.0,
     slot_valid: Tensor | None = None,
     patch_valid: Tensor | None = None,
 ) -> Tensor:
-    """Softmax over slots at a temperature, from logits or from probabilities.
+    """Computes the softmax over slots at a temperature, from logits or from probabilities.
 
     Args:
         logits: ``(B, T, S, N)`` logits; read only when ``probs`` is None.
-        probs: ``(B, T, S, N)`` probabilities over slots. At temperature 1 they are used as they are; at another one
-            they become ``p ** (1 / temperature)``, normalised, which is the softmax of their tempered logarithm.
-        temperature: Above 0; 1 in every published configuration.
+        probs: ``(B, T, S, N)`` probabilities over slots. At temperature 1 with all slots valid they are used as they
+            are; at another one they become ``p ** (1 / temperature)``, normalised.
+        temperature: Divides the logits, above 0; 1 in every published configuration.
         slot_valid: ``(B, S)`` bool; slots that do not exist get probability 0 and the rest sums to 1.
         patch_valid: ``(B, T, N)`` bool; patches without a map become uniform, so that no NaN enters a sum.
 
     Returns:
         ``(B, T, S, N)`` probabilities.
 
-    Raises:
-        ValueError: Neither logits nor probabilities are given.
-
-    Example:
-        >>> slot_probabilities(torch.tensor([[[[0.0], [0.0]]]])).flatten()
-        tensor([0.5000, 0.5000])
-
     Source: SSync (arXiv 2606.15527), the maps P and Q.
     """
     if probs is not None and temperature == 1.0 and slot_valid is None:
-        if patch_valid is None:
-            return probs
-        return probs.masked_fill(~patch_valid[:, :, None, :], 1.0 / probs.shape[2])
-    return torch.softmax(_student_logits(logits, probs, temperature, slot_valid, patch_valid), dim=2)
-
-
-def slot_log_probabilities(
-    logits: Tensor | None = None,
-    probs: Tensor | None = None,
-    temperature: float = 1.0,
-    slot_valid: Tensor | None = None,
-    patch_valid: Tensor | None = None,
-) -> Tensor:
-    """Logarithm of `slot_probabilities`, exact for confident maps.
-
-    Args:
-        logits: As in `slot_probabilities`.
-        probs: As in `slot_probabilities`.
-        temperature: As in `slot_probabilities`.
-        slot_valid: As in `slot_probabilities`; slots that do not exist get minus infinity.
-        patch_valid: As in `slot_probabilities`.
-
-    Returns:
-        ``(B, T, S, N)`` log-probabilities.
-
-    Raises:
-        ValueError: Neither logits nor probabilities are given.
-
-    Example:
-        >>> slot_log_probabilities(torch.tensor([[[[0.0], [0.0]]]])).flatten()
-        tensor([-0.6931, -0.6931])
-    """
-    return torch.log_softmax(_student_logits(logits, probs, temperature, slot_valid, patch_valid), dim=2)
-
-
-def _student_logits(
-    logits: Tensor | None,
-    probs: Tensor | None,
-    temperature: float,
-    slot_valid: Tensor | None,
-    patch_valid: Tensor | None,
-) -> Tensor:
-    if probs is not None:
-        # A floor keeps the gradient of the logarithm finite where a slot has probability 0.
-        raw = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-    elif logits is not None:
-        raw = logits
-    else:
-        raise ValueError("Expected argument `logits` or `probs` to be given, but got neither. Pass one of them.")
-    raw = mask_slots(raw, slot_valid)
-    if patch_valid is not None:
-        # After the slots: a padded video may have neither, and a softmax over minus infinity alone is NaN.
-        raw = raw.masked_fill(~patch_valid[:, :, None, :], 0.0)
-    return raw if temperature == 1.0 else raw / temperature
+        return probs if patch_valid is None else probs.masked_fill(~patch_valid[:, :, None, :], 1.0 / probs.shape[2])
+    return slot_logits(logits, probs, temperature, slot_valid, patch_valid).softmax(2)
 
 
 def hard_labels(probs: Tensor) -> Tensor:
-    """The slot that wins each patch; ties go to the lowest slot index.
+    """Returns the slot that wins each patch; ties go to the lowest slot index.
 
     Args:
-        probs: ``(B, T, S, N)`` probabilities (or logits) over slots.
+        probs: ``(B, T, S, N)`` probabilities or logits over slots.
 
     Returns:
         ``(B, T, N)`` int64 labels in [0, S).
-
-    Example:
-        >>> hard_labels(torch.tensor([[[[0.2, 0.5], [0.8, 0.5]]]]))
-        tensor([[[1, 0]]])
 
     Source: SSync (arXiv 2606.15527), the labels E and D.
     """
@@ -153,23 +81,7 @@ def hard_labels(probs: Tensor) -> Tensor:
 
 
 def slot_areas(labels: Tensor, num_slots: int, patch_valid: Tensor | None = None) -> Tensor:
-    """Number of patches that each slot wins in a clip.
-
-    Args:
-        labels: ``(B, T, N)`` int64 labels in [0, num_slots).
-        num_slots: S.
-        patch_valid: ``(B, T, N)`` bool; other patches are not counted.
-
-    Returns:
-        ``(B, S)`` int64 areas in patches.
-
-    Example:
-        >>> slot_areas(torch.tensor([[[1, 0, 1]]]), 3)
-        tensor([[1, 2, 0]])
-    """
+    """Counts the patches that each slot wins in a clip: (B, S) from labels (B, T, N) where (B, T, N) is valid."""
     flat = labels.flatten(1)
-    if patch_valid is None:
-        ones = torch.ones_like(flat)
-    else:
-        ones = patch_valid.flatten(1).to(flat.dtype)
-    return torch.zeros(flat.shape[0], num_slots, dtype=flat.dtype, device=flat.device).scatter_add_(1, flat, ones)
+    counted = torch.ones_like(flat) if patch_valid is None else patch_valid.flatten(1).to(flat.dtype)
+    return torch.zeros(flat.shape[0], num_slots, dtype=flat.dtype, device=flat.device).scatter_add_(1, flat, counted)

@@ -56,113 +56,41 @@ class SSyncMaps:
     frame_index: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for side in ("attention", "mask"):
+        for side, what in (("attention", "slot attention"), ("mask", "decoder masks")):
             if getattr(self, f"{side}_logits") is None and getattr(self, f"{side}_probs") is None:
                 raise ShapeError(
                     f"Expected argument `{side}_logits` or `{side}_probs` to be given, but got neither. "
-                    f"Pass the {'slot attention' if side == 'attention' else 'decoder masks'} as (B, T, S, N)."
+                    f"Pass the {what} as (B, T, S, N)."
                 )
-        shape, device = self._check_maps()
-        batch, frames, slots, patches = shape
+        given = [(name, getattr(self, name)) for name in _MAP_FIELDS if getattr(self, name) is not None]
+        for name, value in given:
+            _check_map(name, value, *given[0])
+        batch, frames, slots, patches = self.shape
         object.__setattr__(self, "grid", _check_grid(self.grid, patches))
-        _check_companion("slot_valid", self.slot_valid, (batch, slots), torch.bool, device)
-        _check_companion("patch_valid", self.patch_valid, (batch, frames, patches), torch.bool, device)
-        _check_companion("frame_index", self.frame_index, (batch, frames), torch.int64, device)
-
-    def _check_maps(self) -> tuple[tuple[int, int, int, int], torch.device]:
-        first: tuple[str, Tensor] | None = None
-        for name in _MAP_FIELDS:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise ShapeError(
-                    f"Expected argument `{name}` to be a floating-point tensor (B, T, S, N), but got {kind}. "
-                    "Pass the host's soft map, not its labels."
-                )
-            if value.ndim != 4 or 0 in value.shape:
-                hint = "Add the frame axis of an image model with .unsqueeze(1)." if value.ndim == 3 else ""
-                raise ShapeError(
-                    f"Expected argument `{name}` to have shape (B, T, S, N) with no empty axis, "
-                    f"but got {tuple(value.shape)}. {hint}".rstrip()
-                )
-            if first is None:
-                first = (name, value)
-                continue
-            if value.shape != first[1].shape:
-                raise ShapeError(
-                    f"Expected argument `{name}` to have the shape of `{first[0]}`, {tuple(first[1].shape)}, but got "
-                    f"{tuple(value.shape)}. Both maps need the same slots and patches: resample one of them."
-                )
-            if value.device != first[1].device:
-                raise ShapeError(
-                    f"Expected argument `{name}` to be on {first[1].device}, but got {value.device}. "
-                    "Move both maps to one device."
-                )
-        if first is None:  # unreachable: the caller checked that each side is there
-            raise ShapeError("Expected at least one map, but got none. Pass attention and masks.")
-        b, t, s, n = first[1].shape
-        return (b, t, s, n), first[1].device
+        device = self.attention.device
+        _check_companion("slot_valid", self.slot_valid, (batch, slots), "bool", device)
+        _check_companion("patch_valid", self.patch_valid, (batch, frames, patches), "bool", device)
+        _check_companion("frame_index", self.frame_index, (batch, frames), "integer", device)
 
     @property
     def attention(self) -> Tensor:
-        """The encoder's map as given: probabilities when there are any, else logits.
-
-        Returns:
-            ``(B, T, S, N)`` tensor.
-
-        Example:
-            >>> p = torch.full((1, 1, 2, 4), 0.5)
-            >>> SSyncMaps(attention_probs=p, mask_logits=p, grid=(2, 2)).attention is p
-            True
-        """
-        value = self.attention_probs if self.attention_probs is not None else self.attention_logits
-        return value  # type: ignore[return-value]
+        """The encoder's map as given, ``(B, T, S, N)``: probabilities when there are any, else logits."""
+        return self.attention_probs if self.attention_probs is not None else self.attention_logits  # type: ignore[return-value]
 
     @property
     def masks(self) -> Tensor:
-        """The decoder's map as given: probabilities when there are any, else logits.
-
-        Returns:
-            ``(B, T, S, N)`` tensor.
-
-        Example:
-            >>> a = torch.zeros(1, 1, 2, 4)
-            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).masks is a
-            True
-        """
-        value = self.mask_probs if self.mask_probs is not None else self.mask_logits
-        return value  # type: ignore[return-value]
+        """The decoder's map as given, ``(B, T, S, N)``: probabilities when there are any, else logits."""
+        return self.mask_probs if self.mask_probs is not None else self.mask_logits  # type: ignore[return-value]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Sizes of the maps.
-
-        Returns:
-            ``(B, T, S, N)``.
-
-        Example:
-            >>> a = torch.zeros(1, 3, 2, 4)
-            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).shape
-            (1, 3, 2, 4)
-        """
-        b, t, s, n = self.attention.shape
-        return b, t, s, n
+        """Sizes of the maps, ``(B, T, S, N)``."""
+        return tuple(self.attention.shape)  # type: ignore[return-value]
 
     def detach(self) -> SSyncMaps:
-        """Cut the maps from the graph, for pictures and logs.
-
-        Returns:
-            The same maps without gradient.
-
-        Example:
-            >>> a = torch.zeros(1, 1, 2, 4, requires_grad=True)
-            >>> SSyncMaps(attention_logits=a, mask_logits=a, grid=(2, 2)).detach().masks.requires_grad
-            False
-        """
+        """Returns the same maps without gradient, for pictures and logs."""
         values = {name: getattr(self, name) for name in _MAP_FIELDS}
-        return replace(self, **{k: None if v is None else v.detach() for k, v in values.items()})
+        return replace(self, **{name: None if v is None else v.detach() for name, v in values.items()})
 
     def check_values(self, tolerance: float = 1e-2) -> None:
         """Look at the values once; on an accelerator this waits for the device, so never call it in every step.
@@ -172,14 +100,6 @@ class SSyncMaps:
 
         Raises:
             ShapeError: A map holds NaN or +inf, or probabilities are negative or do not sum to 1 over slots.
-
-        Example:
-            >>> p = torch.full((1, 1, 2, 4), 0.4)
-            >>> SSyncMaps(attention_probs=p, mask_logits=p, grid=(2, 2)).check_values()
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.ShapeError: Expected argument `attention_probs` to sum to 1 over slots in every valid \
-patch, but got sums from 0.8 to 0.8. Pass the softmax over the slot axis, not over patches, or pass logits.
         """
         for name in _MAP_FIELDS:
             value = getattr(self, name)
@@ -196,23 +116,7 @@ patch, but got sums from 0.8 to 0.8. Pass the softmax over the slot axis, not ov
                     "The host has diverged, or the map was read before it was written."
                 )
             if name.endswith("_probs"):
-                self._check_simplex(name, value, tolerance)
-
-    def _check_simplex(self, name: str, value: Tensor, tolerance: float) -> None:
-        if bool((value < -tolerance).any()):
-            raise ShapeError(
-                f"Expected argument `{name}` to be probabilities in [0, 1], but got values down to "
-                f"{float(value.min()):.3g}. Pass such values as `{name.replace('_probs', '_logits')}`."
-            )
-        sums = value.sum(2)
-        if self.patch_valid is not None:
-            sums = sums.masked_fill(~self.patch_valid, 1.0)
-        low, high = float(sums.min()), float(sums.max())
-        if low < 1 - tolerance or high > 1 + tolerance:
-            raise ShapeError(
-                f"Expected argument `{name}` to sum to 1 over slots in every valid patch, but got sums from "
-                f"{low:.3g} to {high:.3g}. Pass the softmax over the slot axis, not over patches, or pass logits."
-            )
+                _check_simplex(name, value, self.patch_valid, tolerance)
 
     def __repr__(self) -> str:
         b, t, s, _ = self.shape
@@ -223,6 +127,30 @@ patch, but got sums from 0.8 to 0.8. Pass the softmax over the slot axis, not ov
         return (
             f"SSyncMaps(B={b}, T={t}, S={s}, grid={self.grid}, attention={sides['attention']}, "
             f"masks={sides['mask']}, dtype={self.attention.dtype}, device={self.attention.device})"
+        )
+
+
+def _check_map(name: str, value: Tensor, first_name: str, first: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(
+            f"Expected argument `{name}` to be a floating-point tensor (B, T, S, N), but got {kind}. "
+            "Pass the host's soft map, not its labels."
+        )
+    if value.ndim != 4 or 0 in value.shape:
+        hint = " Add the frame axis of an image model with .unsqueeze(1)." if value.ndim == 3 else ""
+        raise ShapeError(
+            f"Expected argument `{name}` to have shape (B, T, S, N) with no empty axis, "
+            f"but got {tuple(value.shape)}.{hint}"
+        )
+    if value.shape != first.shape:
+        raise ShapeError(
+            f"Expected argument `{name}` to have the shape of `{first_name}`, {tuple(first.shape)}, but got "
+            f"{tuple(value.shape)}. Both maps need the same slots and patches: resample one of them."
+        )
+    if value.device != first.device:
+        raise ShapeError(
+            f"Expected argument `{name}` to be on {first.device}, but got {value.device}. Move both maps to one device."
         )
 
 
@@ -241,24 +169,36 @@ def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _check_companion(
-    name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_companion(name: str, value: Tensor | None, shape: tuple[int, ...], kind: str, device: torch.device) -> None:
     if value is None:
         return
     if not isinstance(value, Tensor):
         raise ShapeError(f"Expected argument `{name}` to be a tensor {shape}, but got {type(value).__name__}.")
-    if dtype == torch.bool:
-        fits = value.dtype == torch.bool
-    else:
-        fits = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if tuple(value.shape) != shape or not fits:
-        wanted = "bool" if dtype == torch.bool else "integer"
+    is_bool = value.dtype == torch.bool
+    is_integer = not (is_bool or value.is_floating_point() or value.is_complex())
+    if tuple(value.shape) != shape or not (is_bool if kind == "bool" else is_integer):
         raise ShapeError(
-            f"Expected argument `{name}` to be a {wanted} tensor of shape {shape}, but got {value.dtype} "
+            f"Expected argument `{name}` to be a {kind} tensor of shape {shape}, but got {value.dtype} "
             f"{tuple(value.shape)}. Pass one entry for each of the maps' axes that it names."
         )
     if value.device != device:
         raise ShapeError(
             f"Expected argument `{name}` to be on {device}, but got {value.device}. Move it to the maps' device."
+        )
+
+
+def _check_simplex(name: str, value: Tensor, patch_valid: Tensor | None, tolerance: float) -> None:
+    if bool((value < -tolerance).any()):
+        raise ShapeError(
+            f"Expected argument `{name}` to be probabilities in [0, 1], but got values down to "
+            f"{float(value.min()):.3g}. Pass such values as `{name.replace('_probs', '_logits')}`."
+        )
+    sums = value.sum(2)
+    if patch_valid is not None:
+        sums = sums.masked_fill(~patch_valid, 1.0)
+    low, high = float(sums.min()), float(sums.max())
+    if low < 1 - tolerance or high > 1 + tolerance:
+        raise ShapeError(
+            f"Expected argument `{name}` to sum to 1 over slots in every valid patch, but got sums from "
+            f"{low:.3g} to {high:.3g}. Pass the softmax over the slot axis, not over patches, or pass logits."
         )

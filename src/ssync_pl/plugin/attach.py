@@ -17,8 +17,7 @@ from ssync_pl.adapters.paths import MapKind
 from ssync_pl.errors import ConfigError, HostError, ShapeError, SSyncError
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
-from ssync_pl.plugin.engine import SSyncEngine
-from ssync_pl.plugin.guard import GuardVerdict
+from ssync_pl.plugin.engine import SSyncEngine, tell_end
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
 
@@ -40,7 +39,7 @@ def attach(
     config: SSyncConfig | None = None,
     **options: Any,
 ) -> AttachedSSync:
-    """Listen to a model that is trained by a loop of your own.
+    """Listens to a model that is trained by a loop of your own.
 
     Inside the ``with`` block every forward pass in training mode and with gradients is heard. After it, and before the
     next one, `AttachedSSync.loss` gives what is to be added to the loss of that step. Validation (``model.eval()`` or
@@ -55,7 +54,7 @@ def attach(
             Needs ``masks`` too.
         masks: The same for the decoder's object masks.
         attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
-        masks_kind: The same for ``masks``.
+        masks_kind: What ``masks`` gives.
         grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
         total_steps: Optimizer steps of the whole training; needed where the warm-up is a share of it.
         start_step: Optimizer steps taken before, in a run that is resumed; at least 0.
@@ -79,7 +78,7 @@ def attach(
         >>> with attach(model, warmup_steps=1) as ssync:
         ...     for video in torch.rand(2, 1, 2, 3, 16, 16):
         ...         loss = model(video).reconstruction.square().mean()
-        ...         total = loss + ssync.loss()
+        ...         total = ssync.add(loss)
         ...         optimizer.zero_grad()
         ...         total.backward()
         ...         optimizer.step()
@@ -91,52 +90,36 @@ def attach(
     """
     if config is not None and options:
         raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
-    if config is not None and not isinstance(config, SSyncConfig):
-        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
     if config is None:
-        known = SSyncConfig.__dataclass_fields__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
-        config = SSyncConfig(**options)
+        config = SSyncConfig.from_options(**options)
+    if not isinstance(config, SSyncConfig):
+        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
     if not isinstance(model, nn.Module):
         got = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ConfigError(f"Expected argument `model` to be a torch.nn.Module, but got {got}. Pass the model itself.")
     if total_steps is not None and (not isinstance(total_steps, (int, float)) or not total_steps >= 0):
         raise ConfigError(f"Expected argument `total_steps` to be a number of at least 0, but got {total_steps!r}.")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ConfigError(f"Expected argument `accumulate` to be an integer of at least 1, but got {accumulate!r}.")
-    if not isinstance(start_step, int) or start_step < 0:
-        raise ConfigError(f"Expected argument `start_step` to be an integer of at least 0, but got {start_step!r}.")
+    for name, value, least in (("accumulate", accumulate, 1), ("start_step", start_step, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}.")
+    if total_steps is None and config.warmup_steps is None and config.warmup_ratio > 0:
+        raise ConfigError(
+            f"Expected argument `total_steps` for warmup_ratio={config.warmup_ratio}, but got None. Give the number of "
+            "optimizer steps of the whole training, or use `warmup_steps`."
+        )
     spec, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
-    return AttachedSSync(model, spec, grid, config, total_steps, start_step, accumulate)
+    engine = SSyncEngine(config)
+    engine.start(float("inf") if total_steps is None else total_steps)
+    return AttachedSSync(model, spec, grid, engine, start_step * accumulate, accumulate)
 
 
 class AttachedSSync:
     """What `attach` returns: enter it, train, leave it.
 
-    Args:
-        model: The model.
-        adapter: ``"auto"``, a name, or an adapter.
-        grid: ``(H, W)`` patches, or None.
-        config: The settings.
-        total_steps: Optimizer steps of the whole training, or None.
-        start_step: Optimizer steps taken before.
-        accumulate: Calls of `loss` that make one optimizer step.
-
     Attributes:
         maps: ``(B, T, S, N)`` maps of the last step with SSync on or watching, without their graph; None before.
         logs: Numbers of the last step with SSync on, as 0-dim tensors or numbers, by the names that the callback logs.
         should_stop: With ``on_collapse="stop"``, True once slots have fallen out of use; the loop has to look at it.
-
-    Raises:
-        ConfigError: The warm-up is a share of a training of unknown length.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi
-        >>> ssync = AttachedSSync(SAVi(num_slots=2), "auto", None, SSyncConfig(), 100, 0, 1)
-        >>> ssync.step
-        0
     """
 
     def __init__(
@@ -144,27 +127,20 @@ class AttachedSSync:
         model: nn.Module,
         adapter: str | HostAdapter,
         grid: tuple[int, int] | None,
-        config: SSyncConfig,
-        total_steps: int | None,
-        start_step: int,
+        engine: SSyncEngine,
+        calls: int,
         accumulate: int,
     ) -> None:
         self.model = model
-        self.config = config
+        self.config = engine.config
         self.maps: SSyncMaps | None = None
         self.logs: dict[str, Tensor | float] = {}
         self.should_stop = False
         self._adapter = adapter
         self._grid = grid
-        self._calls = start_step * accumulate
+        self._engine = engine
+        self._calls = self._first_call = calls
         self._accumulate = accumulate
-        self._engine = SSyncEngine(config)
-        if total_steps is None and config.warmup_steps is None and config.warmup_ratio > 0:
-            raise ConfigError(
-                f"Expected argument `total_steps` for warmup_ratio={config.warmup_ratio}, but got None. Give the "
-                "number of optimizer steps of the whole training, or use `warmup_steps`."
-            )
-        self._engine.start(total_steps if total_steps is not None else float("inf"))
         self._session: HostSession | None = None
         self._root_hook: RemovableHandle | None = None
         self._batch: Any = None
@@ -173,15 +149,7 @@ class AttachedSSync:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far.
-
-        Returns:
-            Calls of `loss`, divided by ``accumulate``.
-
-        Example:
-            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 4, 2).step
-            4
-        """
+        """Optimizer steps taken so far: calls of `loss`, divided by ``accumulate``."""
         return self._calls // self._accumulate
 
     def __enter__(self) -> AttachedSSync:
@@ -202,12 +170,11 @@ class AttachedSSync:
         if self._root_hook is not None:
             self._root_hook.remove()
         self._batch = None
-        message = self._engine.never_started(self.step) if kind is None else ""
-        if message:
-            warnings.warn(message, stacklevel=2)
+        if kind is None and self._calls > self._first_call:
+            tell_end(self._engine, self.step)
 
     def loss(self, host_loss: Tensor | None = None, batch: Any = None) -> Tensor:
-        """What to add to the loss of the step whose forward pass has just run. Call it once a forward pass.
+        """Computes what to add to the loss of the step whose forward pass has just run; call it once per forward pass.
 
         Args:
             host_loss: 0-dim loss of the model; needed with ``relative_weight``, and not changed.
@@ -222,15 +189,8 @@ class AttachedSSync:
             ConfigError: ``relative_weight`` is set and ``host_loss`` is not given, or it is not a 0-dim tensor.
             HostError: The forward pass did not run the modules with the maps, or the maps carry no gradient.
             ShapeError: The maps do not fit each other.
-
-        Example:
-            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 0, 1).loss()
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.SSyncError: Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.
         """
-        term, verdict = self._term(host_loss, batch)
-        self._heed(verdict)
+        term = self._term(host_loss, batch)
         if term is not None:
             return term
         if host_loss is not None:
@@ -238,7 +198,7 @@ class AttachedSSync:
         return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
 
     def add(self, host_loss: Tensor, batch: Any = None) -> Tensor:
-        """The loss of the step with SSync in it: ``host_loss + loss(host_loss)``.
+        """Computes the loss of the step with SSync in it: ``host_loss + loss(host_loss)``.
 
         Args:
             host_loss: 0-dim loss of the model.
@@ -252,35 +212,15 @@ class AttachedSSync:
             ConfigError: ``host_loss`` is not a 0-dim tensor.
             HostError: As in `loss`.
             ShapeError: As in `loss`.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> _ = torch.manual_seed(0)
-            >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
-            ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
-            >>> with attach(model, warmup_steps=0, relative_weight=0.1) as ssync:
-            ...     loss = model(torch.rand(1, 2, 3, 16, 16)).reconstruction.square().mean()
-            ...     bool(ssync.add(loss) > loss)
-            True
         """
         if host_loss is None:
             raise ConfigError("Expected argument `host_loss` to be the model's loss, but got None. Use ssync.loss().")
-        term, verdict = self._term(host_loss, batch)
-        self._heed(verdict)
+        term = self._term(host_loss, batch)
         return host_loss if term is None else host_loss + term
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave forward passes out that run in training mode but are not a step, such as a teacher's.
-
-        Yields:
-            Nothing.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> with attach(SAVi(num_slots=2), warmup_steps=0) as ssync, ssync.paused():
-            ...     pass
-        """
+        """Leaves out forward passes that run in training mode but are not a step, such as a teacher's."""
         before, self._listening = self._listening, False
         if self._session is not None:
             self._session.capture.close()
@@ -292,57 +232,31 @@ class AttachedSSync:
                 self._session.capture.open(training_only=True)
 
     def discard(self) -> None:
-        """Forget a forward pass whose step is given up, as after a loss that is not finite. It counts as no step.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> with attach(SAVi(num_slots=2), warmup_steps=0) as ssync:
-            ...     ssync.discard()
-        """
-        if self._session is not None:
-            self._listen()
+        """Forgets a forward pass whose step is given up, as after a loss that is not finite; it counts as no step."""
+        self._listen()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs.
-
-        Returns:
-            Plain numbers.
-
-        Example:
-            >>> AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 4, 1).state_dict()["calls"]
-            4
-        """
+        """Returns what a resumed run needs, as plain numbers."""
         return {"calls": self._calls, **self._engine.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Args:
-            state: What `state_dict` returned.
+        """Continues from what `state_dict` returned.
 
         Raises:
             ConfigError: It is something else.
-
-        Example:
-            >>> ssync = AttachedSSync(nn.Identity(), "auto", None, SSyncConfig(), 10, 0, 1)
-            >>> ssync.load_state_dict({**ssync.state_dict(), "calls": 3})
-            >>> ssync.step
-            3
         """
-        # A run without maturity may be taken up with it.
-        needed = {"calls", *self._engine.state_dict()} - {"maturity"}
-        missing = needed - set(state if isinstance(state, Mapping) else ())
+        known = set(state) if isinstance(state, Mapping) else set()
+        missing = {"calls", "guard", "host_average", "term_average"} - known
         if missing:
             raise ConfigError(
                 f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "
                 "it. Load the state that was saved, or use `start_step`."
             )
-        self._calls = int(state["calls"])
+        self._calls = self._first_call = int(state["calls"])
         self._engine.load_state_dict(dict(state))
-        if self._session is not None:
-            self._listen()
+        self._listen()
 
-    def _term(self, host_loss: Tensor | None, batch: Any) -> tuple[Tensor | None, GuardVerdict | None]:
+    def _term(self, host_loss: Tensor | None, batch: Any) -> Tensor | None:
         session = self._session
         if session is None:
             raise SSyncError("Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.")
@@ -354,28 +268,33 @@ class AttachedSSync:
                 f"Expected argument `host_loss` to be a 0-dim tensor, but got {shape}. Sum up or average the loss of "
                 "the step first."
             )
-        step, checked = self.step, session.checked
+        step = self.step
+        off = self._engine.phase(step) is Phase.OFF
+        term, verdict = None, None
         try:
-            maps = None
-            if not checked or self._engine.phase(step) is not Phase.OFF:
+            if not off or not session.checked:
                 maps = self._collect(session, batch)
-            if maps is None or self._engine.phase(step) is Phase.OFF:
-                term, verdict = None, None
-            else:
-                term, verdict = self._engine.term(host_loss, maps, step, self._log)
-                self.maps = maps.detach()
+                if not off:
+                    term, verdict = self._engine.term(host_loss, maps, step, self._log)
+                    self.maps = maps.detach()
         finally:
             self._calls += 1
             self._listen()
-        return term, verdict
+        if verdict is not None:
+            if verdict.message:
+                warnings.warn(verdict.message, stacklevel=3)
+            self.should_stop = self.should_stop or verdict.stop
+        return term
 
     def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
         if self._forwards == 0 and session.capture.is_empty:
+            session.capture.refuse_bypass()
             raise HostError(
                 f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "
                 f"with gradients, but none was heard: {', '.join(map(repr, session.capture.silent))} did not run. Call "
-                "model.train(), leave no_grad off, and call `loss` once after each forward pass. A model that was "
-                "compiled and run before needs torch._dynamo.reset()."
+                "model.train(), leave no_grad off, and call `loss` once after each forward pass, made by "
+                "model(...), since model.forward(...) goes past hooks. A model that was compiled and run before needs "
+                "torch._dynamo.reset()."
             )
         try:
             return session.collect(self._batch if batch is None else batch, self.config)
@@ -389,7 +308,7 @@ class AttachedSSync:
             ) from error
 
     def _listen(self) -> None:
-        """Forget the last step, and listen to the next one if it has to be heard."""
+        """Forgets the last step, and listens to the next one if it has to be heard."""
         session = self._session
         if session is None:
             return
@@ -401,6 +320,7 @@ class AttachedSSync:
             session.open(training_only=True)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what the model is called with; validation closes the capture."""
         if self._session is None or not self._listening:
             return
         if not module.training:
@@ -415,13 +335,6 @@ class AttachedSSync:
 
     def _log(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
         self.logs[name] = value
-
-    def _heed(self, verdict: GuardVerdict | None) -> None:
-        if verdict is None:
-            return
-        if verdict.message:
-            warnings.warn(verdict.message, stacklevel=3)
-        self.should_stop = self.should_stop or verdict.stop
 
 
 class _RootHook:

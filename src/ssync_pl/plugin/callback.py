@@ -2,15 +2,187 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as L
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.plugin.callback_hooks import SSyncHooks
+from ssync_pl.adapters import HostAdapter
+from ssync_pl.adapters.paths import MapKind
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
+from ssync_pl.plugin.regularizer import SSyncRegularizer
+from ssync_pl.plugin.schedule import Phase
+from ssync_pl.plugin.session import HostSession, adapter_from
+from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
 
 __all__ = ["SSyncCallback", "callback_class"]
+
+
+class SSyncHooks:
+    """Adds SSync to the training step of an existing host.
+
+    The callback wraps the host's ``training_step``: inside it the adapter listens to slot attention and decoder, and
+    the two losses are added to what the host returns. No parameter, buffer or state-dict key is added, and everything
+    is put back when the training ends or fails. During the warm-up nothing is captured, except in the first step, so
+    that a host that cannot be used is refused at once, and in the last ``guard_window`` steps, which count the slots
+    in use. At the end one line says from which step SSync ran, or why it never did.
+
+    Note:
+        It works in Trainers of ``lightning`` and of ``pytorch_lightning`` 2.x, with mixed precision, accumulation,
+        clipping, weight averaging, compiled hosts and DDP; not with manual optimization. A Trainer of
+        ``pytorch_lightning`` 1.x wants a class of its own namespace: see `callback_class`.
+
+    Args:
+        adapter: How to read the host's maps: ``"auto"`` recognises it, a name picks an adapter, or pass an adapter.
+        attention: For a host that no adapter knows: dotted path of the module that gives the attention over slots, as
+            ``"path"`` or ``"path:key"``, or as ``"softmax:path"`` for what a softmax over slots inside of it is given.
+            Needs ``masks`` too.
+        masks: The same for the decoder's object masks.
+        attention_kind: What ``attention`` gives: ``"probs"`` (softmax over slots) or ``"logits"``.
+        masks_kind: What ``masks`` gives.
+        grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
+        **settings: Settings of `SSyncConfig`, which explains each; the defaults are the published ones.
+
+    Raises:
+        ConfigError: A setting is out of range, or there is none of that name.
+        HostError: In `setup`, `on_fit_start` or the first training step: the host cannot be used; the message says why.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from ssync_pl import SSyncCallback
+        >>> trainer = L.Trainer(callbacks=[SSyncCallback(merge_threshold=0.65)], logger=False, accelerator="cpu",
+        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.callbacks[0].config.merge_threshold
+        0.65
+
+    Source: SSync (arXiv 2606.15527).
+    """
+
+    def __init__(
+        self,
+        adapter: str | HostAdapter = "auto",
+        attention: str | None = None,
+        masks: str | None = None,
+        attention_kind: MapKind = "probs",
+        masks_kind: MapKind = "probs",
+        grid: tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.config = SSyncConfig.from_options(**settings)  # from here the command line knows the settings
+        self.adapter, self.grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
+        self.engine = SSyncEngine(self.config)
+        self._session: HostSession | None = None
+        self._wrapped: WrappedMethod | None = None
+        self._log_steps = LogSteps()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses hosts that a callback cannot serve, and forgets an earlier training."""
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise HostError(
+                f"Expected {type(pl_module).__name__} to use automatic optimization, but it sets "
+                "automatic_optimization=False: it calls backward itself, so a loss added by a callback would have no "
+                "effect. Use the SSyncRegularizer mixin, or ssync_loss, inside its training_step."
+            )
+        if isinstance(pl_module, SSyncRegularizer):
+            raise HostError(
+                f"Expected a host without SSync, but {type(pl_module).__name__} is an SSyncRegularizer and adds it "
+                "itself. Remove the callback."
+            )
+        self.engine = SSyncEngine(self.config)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Recognises the host, puts the hooks on and wraps its training step.
+
+        Only here, since a host may build its modules in its own ``setup`` or in ``configure_model``.
+        """
+        other = pl_module.__dict__.get("training_step")
+        if isinstance(other, WrappedMethod):
+            raise HostError(
+                f"Expected one SSyncCallback and nothing else of its kind, but {type(pl_module).__name__} already has "
+                f"{other.owner} in its training step. Remove the second callback."
+            )
+        self._session = HostSession(pl_module, self.adapter, self.grid)
+        step = functools.partial(self._step, trainer, pl_module)
+        self._wrapped = WrappedMethod(pl_module, "training_step", step, "SSync")
+        self._log_steps = LogSteps()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fixes the warm-up for the length of this training."""
+        self.engine.start_in(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Asks for the length again, which callbacks and data modules may change between epochs."""
+        self.engine.start_in(trainer)
+
+    def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs in the place of the host's training step."""
+        session = self._session
+        if session is None:
+            return step(*args, **kwargs)
+        phase = self.engine.phase(trainer.global_step)
+        if phase is Phase.OFF and session.checked:
+            return step(*args, **kwargs)
+        with session.window():
+            output = step(*args, **kwargs)
+            loss = loss_of(output)
+            if loss is None:
+                return output
+            maps = session.collect(args[0] if args else kwargs.get("batch"), self.config)
+            due = phase is Phase.ON and self._log_steps.due(trainer)
+            log = step_logger(host, maps.shape[0]) if due else None
+            term, verdict = self.engine.term(loss, maps, trainer.global_step, log)
+        handle_verdict(verdict, trainer)
+        return output if term is None else with_loss(output, loss + term)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says from which step SSync ran, or why it never did."""
+        if trainer.is_global_zero:
+            tell_end(self.engine, trainer.global_step)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Puts the host back as it was."""
+        self._restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        self._restore()
+
+    def _restore(self) -> None:
+        session, self._session = self._session, None
+        wrapped, self._wrapped = self._wrapped, None
+        if session is not None:
+            session.remove()
+        if wrapped is not None:
+            wrapped.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs: running averages and the guard's state, as plain numbers."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned."""
+        self.engine.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not hold on to the host, its hooks or tensors of a graph.
+        return {**self.__dict__, "_session": None, "_wrapped": None}
+
+
+# What editors and `help` show in the place of `**settings`; jsonargparse finds the settings by itself.
+SSyncHooks.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *(one for one in inspect.signature(SSyncHooks).parameters.values() if one.name != "settings"),
+        *inspect.signature(SSyncConfig).parameters.values(),
+    ]
+)
 
 
 class SSyncCallback(SSyncHooks, L.Callback):  # noqa: D101
@@ -18,7 +190,7 @@ class SSyncCallback(SSyncHooks, L.Callback):  # noqa: D101
 
 
 def callback_class(namespace: ModuleType) -> Any:
-    """`SSyncCallback` for the Trainer of another Lightning package.
+    """Makes `SSyncCallback` for the Trainer of another Lightning package.
 
     Trainers of ``pytorch_lightning`` 1.x take only callbacks that derive from their own ``Callback``; those of 2.x
     take `SSyncCallback` as it is.
@@ -31,11 +203,6 @@ def callback_class(namespace: ModuleType) -> Any:
 
     Raises:
         ConfigError: The namespace has no ``Callback``.
-
-    Example:
-        >>> kind = callback_class(L)
-        >>> issubclass(kind, L.Callback), kind(merge_threshold=0.6).config.merge_threshold
-        (True, 0.6)
     """
     base = getattr(namespace, "Callback", None)
     if not isinstance(base, type):

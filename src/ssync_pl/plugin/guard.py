@@ -1,4 +1,4 @@
-"""Notices when slots fall out of use after SSync was switched on, and acts."""
+"""Notices when slots fall out of use after SSync was switched on, and says what to do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssync_pl.method.ssync import mean_over_ranks
+from ssync_pl.method.labels import compute_dtype, hard_labels, mask_slots, slot_areas
+from ssync_pl.method.loss import mean_over_ranks
+from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import CollapseAction
 
-__all__ = ["CollapseGuard", "GuardVerdict"]
+__all__ = ["CollapseGuard", "GuardVerdict", "existing_slots", "used_slots"]
 
 _SMALLEST_FACTOR = 1 / 64
 # Slots on average by which a host has to grow, so that hosts that drop another number in each batch do not count.
 _GROWTH = 0.5
+
+
+def used_slots(maps: SSyncMaps) -> Tensor:
+    """Returns ``(2,)``: mean number of slots that win a patch of the clip in the encoder's and the decoder's map."""
+    with torch.no_grad():
+        counts = []
+        for value in (maps.attention, maps.masks):
+            scores = mask_slots(value.to(compute_dtype(value.dtype)), maps.slot_valid)
+            areas = slot_areas(hard_labels(scores), scores.shape[2], maps.patch_valid)
+            counts.append((areas > 0).sum(1).float().mean())
+        return torch.stack(counts)
+
+
+def existing_slots(maps: SSyncMaps) -> Tensor | float:
+    """Returns the mean number of slots that exist in a video; a plain number where all of them do."""
+    return float(maps.shape[2]) if maps.slot_valid is None else maps.slot_valid.sum(1).float().mean()
 
 
 @dataclass(frozen=True)
@@ -24,13 +42,9 @@ class GuardVerdict:
     """What the guard found at the end of a window.
 
     Args:
-        collapsed: Slots in use are below the threshold.
+        collapsed: Whether slots in use are below the threshold.
         message: What to tell the user; empty when there is nothing new.
-        stop: The training should stop.
-
-    Example:
-        >>> GuardVerdict(collapsed=False).stop
-        False
+        stop: Whether the training should stop.
     """
 
     collapsed: bool
@@ -41,25 +55,22 @@ class GuardVerdict:
 class CollapseGuard:
     """Compares the slots in use with those before SSync was switched on.
 
-    "Everything in one slot" has zero SSync loss: no boundary, one interior. A host whose own loss is small or whose
-    slots are not mature can fall into it, so the number of slots that win a patch is watched, for both maps. Counts
-    stay on the device; the host reads them once a window.
+    "Everything in one slot" has zero SSync loss: no boundary, one interior. A host whose own loss is small or that has
+    not found its objects can fall into it, so the number of slots that win a patch is watched, for both maps. Counts
+    stay on the device; they are read once per window.
 
     Some hosts change how many slots exist. Where they drop slots, only those that exist can be missed; where they add
-    slots, the count in use then becomes what later windows are compared with, if it is larger.
+    slots, later windows are compared with the count in use then, if it is larger.
 
     Args:
         action: ``"warn"``, ``"backoff"`` or ``"stop"``.
         threshold: Share of the slots in use before, in (0, 1), below which it is a collapse.
         window: Steps that are averaged before comparing, at least 1.
 
-    Example:
-        >>> guard = CollapseGuard("backoff", threshold=0.8, window=1)
-        >>> guard.watch(torch.tensor([8.0, 8.0]))
-        >>> guard.step(torch.tensor([8.0, 3.0])).collapsed
-        True
-        >>> guard.factor
-        0.5
+    Attributes:
+        factor: What ``"backoff"`` makes of the weight, in [0, 1].
+        before: Mean slots in use of encoder and decoder before switching on; None until known.
+        latest: The same for the last window; None before its end.
     """
 
     def __init__(self, action: CollapseAction, threshold: float, window: int) -> None:
@@ -77,31 +88,18 @@ class CollapseGuard:
         self._on = False
 
     def watch(self, used: Tensor, existing: Tensor | float = math.inf) -> None:
-        """Count slots in use before switching on.
-
-        Args:
-            used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
-            existing: Mean number of slots that exist in a video; infinity when unknown.
-
-        Example:
-            >>> CollapseGuard("warn", 0.8, 10).watch(torch.tensor([4.0, 4.0]))
-        """
-        self._add(used, existing)
-
-    def forget(self) -> None:
-        """Start to count afresh what is watched: a host that SSync waits for is compared with its last window.
-
-        Example:
-            >>> guard = CollapseGuard("warn", 0.8, 10)
-            >>> guard.watch(torch.tensor([4.0, 4.0]))
-            >>> guard.forget()
-            >>> guard.state_dict()["count"]
-            0
-        """
-        self._sum, self._count = None, 0
+        """Counts slots in use before switching on; arguments as in `step`."""
+        used = used.detach().float()
+        if isinstance(existing, Tensor):
+            existing = existing.detach().to(used)
+        else:
+            existing = used.new_full((), existing)
+        counts = torch.cat([used, existing.reshape(1)])
+        self._sum = counts if self._sum is None else self._sum.to(used.device) + counts
+        self._count += 1
 
     def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
-        """Count slots in use with SSync on; judge at the end of a window.
+        """Counts slots in use with SSync on, and judges at the end of a window.
 
         Args:
             used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
@@ -109,10 +107,6 @@ class CollapseGuard:
 
         Returns:
             A verdict at the end of a window, None in between.
-
-        Example:
-            >>> CollapseGuard("warn", 0.8, 10).step(torch.tensor([4.0, 4.0])) is None
-            True
         """
         if self._sum is not None:
             # A loaded state is on the CPU, and ranks may only be able to sum on their devices.
@@ -121,7 +115,7 @@ class CollapseGuard:
             self._on = True
             self.before = self._take() if self._count else None
             self._existing_before = None if self.before is None else self._existing
-        self._add(used, existing)
+        self.watch(used, existing)
         if self._count < self.window:
             return None
         self.latest = self._take()
@@ -133,6 +127,29 @@ class CollapseGuard:
             self.before = (max(self.before[0], self.latest[0]), max(self.before[1], self.latest[1]))
             self._existing_before = self._existing
         return verdict
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, as plain numbers."""
+        return {
+            "factor": self.factor,
+            "before": self.before,
+            "existing_before": self._existing_before,
+            "sum": None if self._sum is None else self._sum.tolist(),
+            "count": self._count,
+            "told": self._told,
+            "on": self._on,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned."""
+        before, existing, total = state["before"], state["existing_before"], state["sum"]
+        self.factor = float(state["factor"])
+        self.before = None if before is None else (float(before[0]), float(before[1]))
+        self._existing_before = None if existing is None else float(existing)
+        self._sum = None if total is None else torch.tensor(total)
+        self._count = int(state["count"])
+        self._told = bool(state["told"])
+        self._on = bool(state["on"])
 
     def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
         before = (min(before[0], self._existing), min(before[1], self._existing))
@@ -159,61 +176,9 @@ class CollapseGuard:
             f"loss. {done} A longer warm-up, a ramp or `relative_weight` (0.1, say) help immature hosts."
         )
 
-    def _add(self, used: Tensor, existing: Tensor | float) -> None:
-        used = used.detach().float()
-        if isinstance(existing, Tensor):
-            existing = existing.detach().to(used)
-        else:
-            existing = used.new_full((), existing)
-        counts = torch.cat([used, existing.reshape(1)])
-        self._sum = counts if self._sum is None else self._sum.to(used.device) + counts
-        self._count += 1
-
     def _take(self) -> tuple[float, float]:
         total = torch.zeros(3) if self._sum is None else self._sum / max(self._count, 1)
         self._sum, self._count = None, 0
         # All ranks have to come to the same verdict.
         encoder, decoder, self._existing = mean_over_ranks(total).tolist()
         return encoder, decoder
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs.
-
-        Returns:
-            Plain numbers.
-
-        Example:
-            >>> CollapseGuard("warn", 0.8, 10).state_dict()["factor"]
-            1.0
-        """
-        partial = None if self._sum is None else self._sum.tolist()
-        return {
-            "factor": self.factor,
-            "before": self.before,
-            "existing_before": self._existing_before,
-            "sum": partial,
-            "count": self._count,
-            "told": self._told,
-            "on": self._on,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Args:
-            state: What `state_dict` returned.
-
-        Example:
-            >>> guard = CollapseGuard("warn", 0.8, 10)
-            >>> guard.load_state_dict({**guard.state_dict(), "factor": 0.5})
-            >>> guard.factor
-            0.5
-        """
-        self.factor = float(state["factor"])
-        self.before = None if state["before"] is None else (float(state["before"][0]), float(state["before"][1]))
-        existing = state["existing_before"]
-        self._existing_before = None if existing is None else float(existing)
-        self._sum = None if state["sum"] is None else torch.tensor(state["sum"])
-        self._count = int(state["count"])
-        self._told = bool(state["told"])
-        self._on = bool(state["on"])

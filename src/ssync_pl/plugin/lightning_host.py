@@ -34,15 +34,10 @@ class LightningHost(L.LightningModule):
         validation_loss: As ``training_loss``, for validation batches. None leaves validation out.
 
     Example:
-        >>> from ssync_pl import SSyncCallback
         >>> from ssync_pl.hosts import SAVi
-        >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
-        ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
+        >>> model = SAVi(num_slots=2)
         >>> host = LightningHost(model, lambda model, video: model(video).reconstruction.square().mean())
-        >>> trainer = L.Trainer(max_steps=2, callbacks=[SSyncCallback(warmup_steps=1)], accelerator="cpu", logger=False,
-        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.fit(host, torch.utils.data.DataLoader(torch.rand(2, 2, 3, 16, 16), batch_size=1))
-        >>> "ssync/boundary_loss" in trainer.callback_metrics
+        >>> set(host.state_dict()) == {f"model.{key}" for key in model.state_dict()}
         True
     """
 
@@ -62,48 +57,20 @@ class LightningHost(L.LightningModule):
         self._make_scheduler = scheduler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
-
-        Args:
-            *args: Of the model.
-            **kwargs: Of the model.
-
-        Returns:
-            What the model returns.
-        """
+        """Runs the model."""
         return self.model(*args, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            batch: Handed to ``training_loss``.
-            batch_idx: Number of the batch in the epoch.
-
-        Returns:
-            0-dim loss.
-
-        Raises:
-            HostError: ``training_loss`` gave something else.
-        """
+        """Returns the 0-dim loss of a batch; raises `HostError` where ``training_loss`` gives something else."""
         return self._logged("train", self._training_loss(self.model, batch), batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the validation loss, where there is one.
-
-        Args:
-            batch: Handed to ``validation_loss``.
-            batch_idx: Number of the batch.
-        """
+        """Logs the validation loss, where there is one."""
         if self._validation_loss is not None:
             self._logged("val", self._validation_loss(self.model, batch), batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer and, where there is one, the scheduler.
-
-        Returns:
-            Lightning's optimizer dictionary, or the optimizer.
-        """
+        """Makes the optimizer and, where there is one, the scheduler."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         make = self._make_optimizer
         optimizer = torch.optim.Adam(parameters, lr=2e-4) if make is None else make(parameters)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.errors import SSyncError
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
-from ssync_pl.plugin.engine import SSyncEngine, check_first, heed, tell_never_started
+from ssync_pl.plugin.engine import SSyncEngine, check_first, handle_verdict, tell_end
 from ssync_pl.plugin.schedule import Phase
-from ssync_pl.plugin.wrapped_step import LogSteps
+from ssync_pl.plugin.wrapped_step import LogSteps, step_logger
 
 __all__ = ["SSyncRegularizer"]
 
@@ -47,21 +47,16 @@ class SSyncRegularizer:
 
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(ssync, SSyncConfig):
-            known = [field.name for field in fields(SSyncConfig)]
-            unknown = sorted(set(ssync or {}) - set(known))
-            if unknown:
-                raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
-            ssync = SSyncConfig(**(ssync or {}))
-        self.ssync_config = ssync
-        self._ssync_engine = SSyncEngine(ssync)
+        self.ssync_config = ssync if isinstance(ssync, SSyncConfig) else SSyncConfig.from_options(**(ssync or {}))
+        self._ssync_engine = SSyncEngine(self.ssync_config)
         self._ssync_log_steps = LogSteps()
         self._ssync_checked = False
+        self._ssync_epoch: int | None = None
         save: Callable[..., None] = self.save_hyperparameters  # type: ignore[attr-defined]
-        save({"ssync": asdict(ssync)})
+        save({"ssync": asdict(self.ssync_config)})
 
     def ssync(self, loss: Tensor, maps: SSyncMaps | Callable[[], SSyncMaps]) -> Tensor:
-        """Add what this step calls for to the loss, and log it; call it in ``training_step``.
+        """Adds what this step calls for to the loss, and logs it; call it in ``training_step``.
 
         Args:
             loss: 0-dim loss of the host.
@@ -75,15 +70,6 @@ class SSyncRegularizer:
             SSyncError: The module is in no Trainer.
             HostError: In the first step: a map carries no gradient.
             ShapeError: In the first step: a map holds NaN, or probabilities do not sum to 1.
-
-        Example:
-            >>> import lightning.pytorch as L
-            >>> class MyModel(SSyncRegularizer, L.LightningModule): ...
-            >>> MyModel().ssync(None, None)
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.SSyncError: Expected MyModel to run in a Trainer, but it is in none. In a loop of your own \
-use ssync_loss(maps).
         """
         trainer = getattr(self, "_trainer", None)
         if trainer is None:
@@ -93,60 +79,46 @@ use ssync_loss(maps).
             )
         if not trainer.training:
             return loss
-        if self._ssync_engine.schedule is None:
-            self._ssync_engine.start_in(trainer)
+        engine = self._ssync_engine
+        if trainer.current_epoch != self._ssync_epoch:  # the length may change between epochs
+            engine.start_in(trainer)
+            self._ssync_epoch = trainer.current_epoch
+        phase = engine.phase(trainer.global_step)
+        if phase is Phase.OFF and self._ssync_checked:
+            return loss
+        maps = maps if isinstance(maps, SSyncMaps) else maps()
         if not self._ssync_checked:
             # Also during the warm-up: maps that cannot be used are refused in the first step.
-            maps = maps if isinstance(maps, SSyncMaps) else maps()
             check_first(maps, type(self).__name__, self.ssync_config)
             self._ssync_checked = True
-        counts = self._ssync_engine.phase(trainer.global_step) in (Phase.ON, Phase.WAIT)
-        log = self._log_ssync if counts and self._ssync_log_steps.due(trainer) else None
-        total, verdict = self._ssync_engine.apply(loss, maps, trainer.global_step, log)
-        heed(verdict, trainer)
-        return total
+        due = phase is Phase.ON and self._ssync_log_steps.due(trainer)
+        log = step_logger(self, maps.shape[0]) if due else None
+        term, verdict = engine.term(loss, maps, trainer.global_step, log)
+        handle_verdict(verdict, trainer)
+        return loss if term is None else loss + term
 
     def setup(self, stage: str) -> None:
-        """Forget what the guard saw in an earlier training; a checkpoint is loaded after this.
-
-        Args:
-            stage: Only ``"fit"`` does anything.
-        """
+        """Forgets an earlier training; a checkpoint is loaded after this."""
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit":
             self._ssync_engine = SSyncEngine(self.ssync_config)
             self._ssync_log_steps = LogSteps()
-            self._ssync_checked = False
-
-    def on_fit_start(self) -> None:
-        """Forget the length of an earlier training, so that the warm-up follows this one."""
-        super().on_fit_start()  # type: ignore[misc]
-        self._ssync_engine.schedule = None
+            self._ssync_checked, self._ssync_epoch = False, None
 
     def on_train_end(self) -> None:
-        """Say so where the host never became mature."""
+        """Says from which step SSync ran, or why it never did."""
         super().on_train_end()  # type: ignore[misc]
-        tell_never_started(self._ssync_engine, self.trainer)  # type: ignore[attr-defined]
+        trainer = self.trainer  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            tell_end(self._ssync_engine, trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep running averages and the guard's state.
-
-        Args:
-            checkpoint: Written to.
-        """
+        """Keeps running averages and the guard's state."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint[_CHECKPOINT_KEY] = self._ssync_engine.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a saved state, where there is one.
-
-        Args:
-            checkpoint: Read from.
-        """
+        """Continues from a saved state, where there is one."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if _CHECKPOINT_KEY in checkpoint:
             self._ssync_engine.load_state_dict(checkpoint[_CHECKPOINT_KEY])
-
-    def _log_ssync(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        log: Callable[..., None] = self.log  # type: ignore[attr-defined]
-        log(name, value, prog_bar=prog_bar)

@@ -26,14 +26,14 @@ def adapter_from(
     masks_kind: MapKind,
     grid: tuple[int, int] | None,
 ) -> tuple[str | HostAdapter, tuple[int, int] | None]:
-    """Settle the two ways to name a host's maps: by an adapter, or by the modules that give them.
+    """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them.
 
     Args:
         adapter: ``"auto"``, a name, or an adapter.
         attention: Path of the module that gives the attention over slots, or None.
-        masks: The same for the object masks.
+        masks: Path of the module that gives the object masks, or None.
         attention_kind: What ``attention`` gives, ``"probs"`` or ``"logits"``.
-        masks_kind: The same for ``masks``.
+        masks_kind: What ``masks`` gives.
         grid: ``(H, W)`` patches, or None.
 
     Returns:
@@ -41,10 +41,6 @@ def adapter_from(
 
     Raises:
         ConfigError: The arguments contradict each other.
-
-    Example:
-        >>> adapter_from("auto", "corrector:masks", "decoder:masks", "probs", "probs", None)[0].name
-        'paths'
     """
     if (attention is None) != (masks is None):
         raise ConfigError(
@@ -74,13 +70,6 @@ class HostSession:
     Raises:
         ConfigError: There is no adapter of that name, or it takes no grid.
         HostError: No adapter knows the host, or the named one does not.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi
-        >>> session = HostSession(SAVi(num_slots=2))
-        >>> session.adapter.name
-        'savi'
-        >>> session.remove()
     """
 
     def __init__(
@@ -92,45 +81,18 @@ class HostSession:
         self.checked = False
 
     def open(self, training_only: bool = False) -> None:
-        """Forget what was heard before, and start to listen.
-
-        Args:
-            training_only: Leave out everything under `torch.no_grad`.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> session = HostSession(SAVi(num_slots=2))
-            >>> session.open()
-            >>> session.capture.is_open
-            True
-        """
+        """Starts to listen, on request only with gradients on, and forgets what was heard before."""
         self.capture.clear()
         self.capture.open(training_only)
 
     def close(self) -> None:
-        """Stop to listen, and let go of the step's tensors.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> HostSession(SAVi(num_slots=2)).close()
-        """
+        """Stops to listen, and lets go of the step's tensors."""
         self.capture.close()
         self.capture.clear()
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        """Listen during one training step, and let go of its tensors at the end.
-
-        Yields:
-            Nothing.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> session = HostSession(SAVi(num_slots=2))
-            >>> with session.window():
-            ...     session.capture.is_open
-            True
-        """
+        """Listens during one training step, and lets go of its tensors at the end."""
         self.open()
         try:
             yield
@@ -138,7 +100,7 @@ class HostSession:
             self.close()
 
     def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
-        """The maps of what was heard; the first ones are checked.
+        """Turns what was heard into maps, and checks the first ones.
 
         Args:
             batch: The batch of the step, for hosts whose grid follows from the size of the frames.
@@ -150,17 +112,10 @@ class HostSession:
         Raises:
             HostError: A watched module did not run, or its maps are not what the host used.
             ShapeError: The maps do not fit each other.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> session = HostSession(SAVi(num_slots=2))
-            >>> session.collect(None, SSyncConfig())  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-                ...
-            ssync_pl.errors.HostError: Expected the training step of SAVi to run 'corrector', 'encoder', 'decoder'...
         """
         self.capture.close()
         if self.capture.is_empty:
+            self.capture.refuse_bypass()
             raise HostError(
                 f"Expected the training step of {type(self.host).__name__} to run "
                 f"{', '.join(repr(key) for key in self.capture.silent)}, but it did not. The adapter "
@@ -176,10 +131,5 @@ class HostSession:
         return maps
 
     def remove(self) -> None:
-        """Take every hook off the host. May be called again.
-
-        Example:
-            >>> from ssync_pl.hosts import SAVi
-            >>> HostSession(SAVi(num_slots=2)).remove()
-        """
+        """Takes every hook off the host; may be called again."""
         self.capture.remove()

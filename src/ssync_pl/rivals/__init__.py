@@ -1,1 +1,1 @@
-"""Other regularisers of the same hosts, to compare SSync with."""
+"""Other regularisers, to compare SSync with."""

@@ -5,38 +5,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.hosts.feature_host import FeatureHost, FeatureHostOutput
-from ssync_pl.plugin.schedule import steps_of
+from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
+from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.loss import mean_over_ranks
+from ssync_pl.plugin.schedule import steps_of, training_length
 from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
-from ssync_pl.rivals.dense_alignment import DenseAlignment
-from ssync_pl.rivals.dense_host import checked_host, dense_losses, encoder_of, frames_of_group
-from ssync_pl.rivals.extra_parameters import average_gradients, join_state, split_state, with_parameters
+from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput
 
 __all__ = ["DenseAlignmentCallback"]
+
+_PUBLISHED_FRAMES = 4
 
 
 class DenseAlignmentCallback(L.Callback):
     """Adds SRL's dense alignment to the training step of a host that rebuilds features.
 
     It is there to be compared with SSync: it takes all pairs of patches of a group of frames, where SSync takes a few
-    regions. VideoSAUR, SlotContrast and DINOSAUR of `ssync_pl.hosts` can be trained with it, on videos or on cached
-    features. Nothing of the host changes: no parameter, buffer or state-dict key is added, and everything is put back
-    when the training ends or fails. Until its losses are on, the training is that of the host alone, bit for bit.
-
-    The two projections are trained by the host's optimizer, in the group of the host's own parameters, so that they
-    follow its learning rate and are clipped with it. Checkpoints hold them, and their part of the optimizer's state,
-    beside the host's: those of a training without the callback can be taken up with it, and the other way round.
-
-    Note:
-        Padded frames of a clip count as frames. Not for strategies that split parameters (FSDP, DeepSpeed), and not
-        beside `SSyncCallback`.
+    regions. VideoSAUR, SlotContrast and DINOSAUR of `ssync_pl.hosts` can be trained with it, on one device or with DDP.
+    No parameter, buffer or state-dict key is added to the host, and until the losses are on, the training is that of
+    the host alone, bit for bit. The host's optimizer trains the two projections in the group of the host's own
+    parameters, and the callback's state holds them. A checkpoint of a training without the callback can be resumed with
+    it, not the other way round. Padded frames count as frames.
 
     Args:
         weight: Of both consistency losses, at least 0.
@@ -45,7 +45,7 @@ class DenseAlignmentCallback(L.Callback):
         projection_dim: Size of the projections that are compared, at least 1.
         group_frames: Frames that are compared with each other; must divide those of a clip. None takes 4, as
             published, or the largest number below that divides them.
-        neighbours: Nearest patches of each frame that count as alike, in [1, patches].
+        neighbours: Nearest patches per frame that count as alike, in [1, patches].
         redundant: Slots that are spread by the redundancy loss, at least 1.
         redundancy_weight: Of the redundancy loss, at least 0.
         redundancy_ratio: Share of the training, from its start, during which the redundancy loss is on, in [0, 1].
@@ -54,13 +54,6 @@ class DenseAlignmentCallback(L.Callback):
     Raises:
         ConfigError: A setting is out of range.
         HostError: In `setup` or `on_fit_start`: the host cannot be used; the message says why.
-
-    Example:
-        >>> callback = DenseAlignmentCallback(warmup_ratio=0.5)
-        >>> trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_checkpointing=False,
-        ...                     enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.callbacks[0].weight
-        0.1
 
     Source: SRL, dense synergistic learning for video object-centric models; see `DenseAlignment`.
     """
@@ -79,243 +72,121 @@ class DenseAlignmentCallback(L.Callback):
         redundancy_steps: int | None = None,
     ) -> None:
         super().__init__()
-        for name, ratio in (("warmup_ratio", warmup_ratio), ("redundancy_ratio", redundancy_ratio)):
-            if not 0.0 <= ratio <= 1.0:
-                raise ConfigError(f"Expected argument `{name}` to be in [0, 1], but got {ratio}. It is a share.")
-        for name, weight_of in (("weight", weight), ("redundancy_weight", redundancy_weight)):
-            if not 0.0 <= weight_of < math.inf:
-                raise ConfigError(f"Expected argument `{name}` to be finite and at least 0, but got {weight_of}.")
-        counts = {"warmup_steps": (warmup_steps, 0), "redundancy_steps": (redundancy_steps, 0)}
-        counts.update({"projection_dim": (projection_dim, 1), "group_frames": (group_frames, 1)})
-        counts.update({"neighbours": (neighbours, 1), "redundant": (redundant, 1)})
-        for name, (count, least) in counts.items():
-            if count is not None and count < least:
-                raise ConfigError(f"Expected argument `{name}` to be at least {least}, but got {count}.")
-        self.weight = weight
-        self.warmup_ratio = warmup_ratio
-        self.warmup_steps = warmup_steps
-        self.projection_dim = projection_dim
-        self.group_frames = group_frames
-        self.neighbours = neighbours
-        self.redundant = redundant
-        self.redundancy_weight = redundancy_weight
-        self.redundancy_ratio = redundancy_ratio
-        self.redundancy_steps = redundancy_steps
-        self.losses: DenseAlignment | None = None
-        self._capture: Capture | None = None
+        _check_range({"weight": weight, "redundancy_weight": redundancy_weight}, 0, math.inf)
+        _check_range({"warmup_ratio": warmup_ratio, "redundancy_ratio": redundancy_ratio}, 0, 1)
+        _check_range({"warmup_steps": warmup_steps, "redundancy_steps": redundancy_steps}, 0, math.inf)
+        _check_range({"projection_dim": projection_dim, "group_frames": group_frames}, 1, math.inf)
+        _check_range({"neighbours": neighbours, "redundant": redundant}, 1, math.inf)
+        self._options: dict[str, Any] = {"projection_dim": projection_dim, "neighbours": neighbours}
+        self._options |= {"redundant": redundant, "weight": weight, "redundancy_weight": redundancy_weight}
+        self._group_frames = group_frames
+        self._warmup = (warmup_ratio, warmup_steps)
+        self._redundancy = (redundancy_ratio, redundancy_steps) if redundancy_weight > 0 else (0.0, 0)
+        self.losses: Any = None  # a DenseAlignment from `setup` on
+        self._capture = Capture()
         self._wrapped: list[WrappedMethod] = []
         self._checked = False
         self._log_steps = LogSteps()
-        self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse hosts that cannot be served, make the projections, and let the host's optimizer have them.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-            stage: Only ``"fit"`` does anything.
-
-        Raises:
-            HostError: The host is of another family, uses manual optimization, or is trained by a strategy that splits
-                parameters.
-            ConfigError: There are fewer patches than ``neighbours``.
-        """
+        """Refuses hosts that cannot be served, makes the projections, and lets the host's optimizer have them."""
         if stage != "fit":
             return
-        host = checked_host(trainer, pl_module)
-        if self.neighbours > math.prod(host.grid):
-            raise ConfigError(
-                f"Expected argument `neighbours` to be in [1, {math.prod(host.grid)}], the patches of a frame, but got "
-                f"{self.neighbours}."
-            )
+        encoder = _encoder_of(trainer, pl_module)
+        patches = math.prod(pl_module.grid)  # type: ignore[arg-type]
+        _check_range({"neighbours": self._options["neighbours"]}, 1, patches)
         # Whether the callback is there must not change what the host and the data draw.
         with torch.random.fork_rng(devices=[]):
-            encoder = encoder_of(host)
-            self.losses = DenseAlignment(
-                encoder.feature_dim,
-                encoder.output_dim,
-                projection_dim=self.projection_dim,
-                neighbours=self.neighbours,
-                redundant=self.redundant,
-                weight=self.weight,
-                redundancy_weight=self.redundancy_weight,
-            )
+            self.losses = DenseAlignment(encoder.feature_dim, encoder.output_dim, **self._options)
         self._checked = False
-        self._loaded = None
-        configure = functools.partial(self._configure, host)
-        self._wrapped = [WrappedMethod(host, "configure_optimizers", configure, "dense alignment")]
+        configure = functools.partial(self._configure, pl_module)
+        self._wrapped = [WrappedMethod(pl_module, "configure_optimizers", configure, "dense alignment")]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the hooks on and wrap the training step.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-
-        Raises:
-            HostError: Another callback is in the training step, or the optimizer does not train the projections.
-        """
+        """Puts the hooks on and wraps the training step."""
         other = pl_module.__dict__.get("training_step")
         if isinstance(other, WrappedMethod):
             raise HostError(
                 f"Expected one regulariser, but {type(pl_module).__name__} already has {other.owner} in its training "
                 "step. Remove one of the two callbacks."
             )
-        losses = self._losses
-        trained = {
-            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        if not all(id(parameter) in trained for parameter in losses.parameters()):
+        groups = chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers)
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        if not all(id(parameter) in trained for parameter in self.losses.parameters()):
             raise HostError(
                 f"Expected configure_optimizers of {type(pl_module).__name__} to give an optimizer of "
                 "self.parameters(), but the projections of dense alignment, which are among them, are not in it. Build "
                 "it from self.parameters() or self.named_parameters()."
             )
-        self._take_up(trainer)
-        self._capture = Capture()
+        for optimizer in trainer.optimizers:  # before Lightning loads their states from a checkpoint
+            optimizer.register_load_state_dict_pre_hook(functools.partial(_extended, self.losses))
         self._capture.watch("encoder", pl_module.encoder)  # type: ignore[arg-type]
         self._capture.watch("host", pl_module)
         step = functools.partial(self._step, trainer, pl_module)
         self._wrapped.append(WrappedMethod(pl_module, "training_step", step, "dense alignment"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fix the schedule for the length of this training.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-
-        Raises:
-            ConfigError: A span is a share of an unknown length.
-        """
-        total = trainer.estimated_stepping_batches
-        total = total if total >= 0 else math.inf  # Lightning gives -1 for a length that nobody knows
-        losses = self._losses
-        losses.start_step = steps_of(self.warmup_ratio, self.warmup_steps, total)
-        losses.redundancy_steps = 0
-        if self.redundancy_weight > 0:
-            losses.redundancy_steps = steps_of(self.redundancy_ratio, self.redundancy_steps, total, "redundancy")
+        """Fixes the schedule for the length of this training."""
+        total = training_length(trainer)
+        self.losses.start_step = steps_of(*self._warmup, total)
+        self.losses.redundancy_steps = steps_of(*self._redundancy, total, "redundancy")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Average the projections' gradients over ranks: DDP knows the host only.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-        """
-        average_gradients(list(self._losses.parameters()))
+        """Averages the projections' gradients over ranks, since DDP knows the host only."""
+        # After each backward pass of an accumulation: what was averaged before stays what it is.
+        for parameter in self.losses.parameters():
+            if parameter.grad is not None:
+                parameter.grad = mean_over_ranks(parameter.grad)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Put the host back as it was.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-            stage: Of the trainer.
-        """
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-            exception: What went wrong.
-        """
-        self._restore()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The projections.
-
-        Returns:
-            Tensors by name.
-
-        Example:
-            >>> DenseAlignmentCallback().state_dict()
-            {'projections': {}}
-        """
-        return {"projections": {} if self.losses is None else dict(self.losses.state_dict())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Example:
-            >>> DenseAlignmentCallback().load_state_dict({"projections": {}})
-        """
-        if self.losses is not None and state_dict["projections"]:
-            self.losses.load_state_dict(state_dict["projections"])
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the projections' part of the optimizers' state beside the projections, out of the host's.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-            checkpoint: Written to.
-        """
-        states = checkpoint.get("optimizer_states")
-        if self.losses is None or not states:
-            return
-        parts = [split_state(state, opt, self.losses) for state, opt in zip(states, trainer.optimizers, strict=True)]
-        checkpoint["optimizer_states"] = [plain for plain, _ in parts]
-        checkpoint["callbacks"][self.state_key]["optimizers"] = [taken for _, taken in parts]
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the checkpoint until there are optimizers, just before Lightning loads their state from it.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The host.
-            checkpoint: Read from, and in `on_fit_start` written to.
-        """
-        self._loaded = checkpoint
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy must not hold on to the host, its hooks or tensors of a graph.
-        return {**self.__dict__, "_capture": None, "_wrapped": [], "_loaded": None}
-
-    @property
-    def _losses(self) -> DenseAlignment:
-        if self.losses is None:
-            raise HostError("Expected the Trainer to call `setup` with stage 'fit' first, but it did not.")
-        return self.losses
-
-    def _configure(self, host: FeatureHost, configure: Callable[[], Any]) -> Any:
-        losses = self._losses.to(host.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in losses.parameters():  # ranks need not have drawn the same
-                torch.distributed.broadcast(parameter.data, src=0)
-        return with_parameters(host, losses, "dense_alignment", configure)
-
-    def _take_up(self, trainer: L.Trainer) -> None:
-        checkpoint, self._loaded = self._loaded, None
-        states = (checkpoint or {}).get("optimizer_states")
-        if checkpoint is None or not states or len(states) != len(trainer.optimizers):
-            return
-        taken = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("optimizers") or [{}] * len(states)
-        checkpoint["optimizer_states"] = [
-            join_state(state, optimizer, self._losses, extra)
-            for state, optimizer, extra in zip(states, trainer.optimizers, taken, strict=True)
-        ]
-
-    def _restore(self) -> None:
+        """Puts the host back as it was."""
         for wrapped in reversed(self._wrapped):
             wrapped.restore()
         self._wrapped = []
-        if self._capture is not None:
-            self._capture.remove()
-        self._capture = None
+        self._capture.remove()
+        self._capture = Capture()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the projections."""
+        return {"projections": {} if self.losses is None else dict(self.losses.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned."""
+        if self.losses is not None and state_dict["projections"]:
+            self.losses.load_state_dict(state_dict["projections"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not hold on to the host, its hooks or tensors of a graph.
+        return {**self.__dict__, "_capture": Capture(), "_wrapped": []}
+
+    def _configure(self, host: Any, configure: Callable[[], Any]) -> Any:
+        """Makes the host's optimizers and schedulers while the host seems to have the projections' parameters.
+
+        A group that is added to a finished optimizer has no learning-rate factor in its schedulers.
+        """
+        own, losses = host.named_parameters, self.losses.to(host.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in losses.parameters():  # ranks need not have drawn the same
+                torch.distributed.broadcast(parameter.data, src=0)
+
+        def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+            below = f"{prefix}.dense_alignment" if prefix else "dense_alignment"
+            return chain(own(prefix, recurse, remove_duplicate), losses.named_parameters(below) if recurse else ())
+
+        host.__dict__["named_parameters"] = named_parameters  # `parameters` goes through it
+        try:
+            return configure()
+        finally:
+            del host.__dict__["named_parameters"]
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        capture, losses = self._capture, self._losses
-        now = trainer.global_step
-        off = not (now >= losses.start_step and losses.weight > 0) and now >= losses.redundancy_steps
-        if capture is None or (off and self._checked):
+        capture, losses, now = self._capture, self.losses, trainer.global_step
+        off = (now < losses.start_step or losses.weight == 0) and now >= losses.redundancy_steps
+        if off and self._checked:
             return step(*args, **kwargs)
         capture.clear()
         capture.open()
@@ -325,20 +196,88 @@ class DenseAlignmentCallback(L.Callback):
             loss = loss_of(output)
             if loss is None:
                 return output
-            seen: FeatureHostOutput = capture.only("host")
+            seen = capture.only("host")
             # Also during the warm-up: clips that cannot be used are refused in the first step.
-            losses.group_frames = frames_of_group(seen.targets.shape[1], self.group_frames)
+            losses.group_frames = _frames_of_group(seen.targets.shape[1], self._group_frames)
             self._checked = True
             if off:
                 return output
-            dense = dense_losses(losses, seen, capture.only("encoder")["features"], now)
+            dense = _dense_losses(losses, seen, capture.only("encoder")["features"], now)
         finally:
             capture.close()
             capture.clear()
         if self._log_steps.due(trainer):
             log = step_logger(host, len(seen.targets))
-            log("dense/encoder_loss", dense.encoder_loss.detach())
-            log("dense/decoder_loss", dense.decoder_loss.detach())
-            log("dense/redundancy_loss", dense.redundancy_loss.detach())
+            for name in ("encoder_loss", "decoder_loss", "redundancy_loss"):
+                log(f"dense/{name}", getattr(dense, name).detach())
             log("dense/weight", losses.weight if now >= losses.start_step else 0.0)
         return with_loss(output, loss + dense.loss)
+
+
+def _encoder_of(trainer: L.Trainer, host: L.LightningModule) -> FeatureEncoder:
+    """The encoder of a host that can be served; it may be wrapped, over time or by `torch.compile`."""
+    name = type(host).__name__
+    if not isinstance(host, (VideoSAUR, SlotContrast, DINOSAUR)):
+        raise HostError(
+            "Expected a host of ssync_pl.hosts that rebuilds features (VideoSAUR, SlotContrast, DINOSAUR), but got "
+            f"{name}. Use ssync_pl.rivals.dense_alignment inside your own training step."
+        )
+    if not host.automatic_optimization:
+        raise HostError(
+            f"Expected {name} to use automatic optimization, but it sets automatic_optimization=False: it calls "
+            "backward itself, so a loss added by a callback would have no effect."
+        )
+    if getattr(host, "reconstruction_weight", 1.0) == 0:
+        raise HostError(f"Expected {name} to rebuild features, but it has reconstruction_weight=0. Set it above 0.")
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise HostError(
+            f"Expected a training on one device or with DDP, but got {type(trainer.strategy).__name__}, which splits "
+            "parameters. Use strategy='ddp'."
+        )
+    return next(module for module in host.encoder.modules() if isinstance(module, FeatureEncoder))
+
+
+def _check_range(values: dict[str, Any], low: float, high: float) -> None:
+    for name, value in values.items():
+        # Infinity and NaN are outside of every range.
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise ConfigError(f"Expected argument `{name}` to be in [{low}, {high}], but got {value}.")
+
+
+def _frames_of_group(frames: int, wanted: int | None) -> int:
+    if wanted is None:
+        return max(size for size in range(1, _PUBLISHED_FRAMES + 1) if frames % size == 0)
+    if frames % wanted:
+        raise ShapeError(
+            f"Expected argument `group_frames` to divide the {frames} frames of a clip, but got {wanted}. Leave it out "
+            "to take what fits."
+        )
+    return wanted
+
+
+def _dense_losses(losses: DenseAlignment, seen: Any, features: Tensor, step: int) -> DenseAlignmentOutput:
+    """Losses of one forward pass of a host, with its output and what slot attention read, in float32 at least."""
+
+    def wide(x: Tensor) -> Tensor:
+        return x.to(compute_dtype(x.dtype))
+
+    features = features if features.ndim == 4 else features.unflatten(0, seen.targets.shape[:2])  # of images
+    rebuilt = seen.reconstruction[..., : seen.targets.shape[-1]]
+    with torch.autocast(seen.targets.device.type, enabled=False):
+        maps = [wide(x).softmax(2) for x in (seen.attention_logits, seen.mask_logits.flatten(3))]
+        return losses(wide(seen.targets), wide(rebuilt), wide(features), *maps, wide(seen.slots), step)
+
+
+def _extended(extra: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state, saved by a training without the extra parameters, as one that has not stepped them yet."""
+    added = {id(parameter) for parameter in extra.parameters()}
+    sizes = [sum(id(parameter) not in added for parameter in group["params"]) for group in optimizer.param_groups]
+    if sizes != [len(saved["params"]) for saved in state["param_groups"]]:
+        return state  # it has them, or it is of another host, as the optimizer will say
+    old = iter([number for saved in state["param_groups"] for number in saved["params"]])
+    groups, moved, count = [], {}, 0
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append({**saved, "params": list(range(count, count + len(group["params"])))})
+        moved.update({next(old): count + i for i, p in enumerate(group["params"]) if id(p) not in added})
+        count += len(group["params"])
+    return {**state, "state": {moved[k]: v for k, v in state["state"].items()}, "param_groups": groups}

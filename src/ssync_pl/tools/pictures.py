@@ -16,8 +16,8 @@ from ssync_pl.adapters.capture import Capture
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.video import encode_mp4, mp4_available
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.method.loss import SSyncOutput, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import SSyncOutput, ssync_loss
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.tools.viz.colors import color_labels, color_regions, label_masks, overlay_labels, resize_nearest, to_uint8

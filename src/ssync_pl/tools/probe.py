@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics.functional.assignment import linear_assignment
-from ssync_pl.metrics.functional.contingency import contingency
-from ssync_pl.metrics.functional.overlap import iou_from_counts
+from ssync_pl.metrics.functional import contingency, read_scene
 
 __all__ = ["ProbeSamples", "join_samples", "match_slots", "object_facts", "probe_slots", "sample_slots", "video_folds"]
 
@@ -104,14 +103,14 @@ def match_slots(
         >>> match_slots(torch.tensor([[[[0, 4, 4, 0]]]]), true).tolist()
         [[0, 0, 1, 4]]
     """
-    counts = contingency(masks, true, valid, has_background=has_background, ignore_overlaps=ignore_overlaps)
+    counts = contingency(read_scene(masks, true, valid), has_background, ignore_overlaps)
     first = int(has_background)
-    iou = iou_from_counts(counts.foreground() if has_background else counts).cpu().numpy()
+    iou = (counts.foreground() if has_background else counts).iou().cpu().numpy()
     found = [
         (video, frame, int(row) + first, int(column))
         for video in range(iou.shape[0])
         for frame in range(iou.shape[1])
-        for row, column in zip(*linear_assignment(-iou[video, frame]), strict=True)
+        for row, column in zip(*linear_sum_assignment(-iou[video, frame]), strict=True)
         if iou[video, frame, row, column] > 0
     ]
     return torch.tensor(found, dtype=torch.int64).view(-1, 4)

@@ -23,9 +23,9 @@ import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
 from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.checkpoint_errors import bad_checkpoint, other_checkpoint
-from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.parser_errors import explain_parser_error
 from ssync_pl.tools.predict.carry import CarrySlots, carries_slots
 from ssync_pl.tools.predict.input_data import InputDataModule

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert import ConversionReport, Item, convert
+from ssync_pl.data.convert.writer import ConversionReport, Item, convert
 from ssync_pl.errors import ShardError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco
 
 from ssync_pl.cli.data_commands.convert import add_parser
-from ssync_pl.data.convert.rle import compress_counts
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
 from ssync_pl.data.shards import ShardReader
@@ -132,7 +132,11 @@ def ytvis_set(
                 mask[2 + n : 8 + n, 3 + t : 9 + t + n] = 1
                 masks[t, ..., n] = mask * category
                 counts: Any = rle_counts(mask)
-                counts = compress_counts(counts) if (n + t) % 2 else counts
+                counts = (
+                    coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
+                    if (n + t) % 2
+                    else counts
+                )
                 segmentations.append({"size": [height, width], "counts": counts})
             content["annotations"].append(
                 {"id": 100 * v + n, "video_id": 10 + v, "category_id": category, "segmentations": segmentations}

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import tarfile
 import threading
 
@@ -26,61 +25,37 @@ def run(shards, backbone, out, **options):
 
 
 def open_store(sources, out, **options):
-    return FeatureStore(
-        out, sources, **{"image_size": SIZE, "resize_mode": "bicubic", "crop": "none", "flips": False, **options}
-    )
+    settings = {"image_size": SIZE, "resize_mode": "bicubic", "crop": "none", "flips": False}
+    return FeatureStore(out, sources, **{**settings, **options})
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
 
 def batches(shards, backbone, stage, **options):
     """Frames as hosts get them from the data module."""
-    options = {
-        "image_size": SIZE,
-        "mean": backbone.mean,
-        "std": backbone.std,
-        "num_workers": 0,
-        "batch_size": 1,
-        **options,
-    }
-    data = ShardDataModule(**{("train" if stage == "fit" else stage): shards}, **options)
+    settings = {"image_size": SIZE, "mean": backbone.mean, "std": backbone.std, "num_workers": 0, "batch_size": 1}
+    data = ShardDataModule(**{("train" if stage == "fit" else stage): shards}, **{**settings, **options})
     data.setup(stage)
     loader = data.train_dataloader() if stage == "fit" else data.predict_dataloader()
     for batch in loader:
         yield data.on_after_batch_transfer(batch, 0)
 
 
-@pytest.mark.parametrize("crop", ["none", "center"])
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize(("crop", "batch_size"), [("none", 1), ("none", 4), ("center", 4), ("none", 100)])
 def test_features_are_those_of_the_loader(make_videos, sources, backbone, tmp_path, crop, batch_size):
     shards = make_videos()
     report = run(shards, backbone, tmp_path / "out", crop=crop, batch_size=batch_size)
     assert (report.written, report.kept, report.videos, report.frames) == (3, 0, 5, 3 + 4 + 5 + 6 + 7)
     store = open_store(sources(shards), tmp_path / "out", crop=crop)
     assert (store.grid, store.dim) == ((2, 3), 5)
-    homes = {sample.key: entry.name for _, entry in sources(shards) for sample in entry.samples}
-    seen = 0
+    homes = {sample.key: path for path, entry in sources(shards) for sample in entry.samples}
     for batch in batches(shards, backbone, "predict", crop=crop):
         key = batch["__key__"][0]
-        stored = store.read(homes[key], key, slice(None), False)
-        wanted = backbone(batch["video"]).features
-        assert torch.equal(decode_features(stored), wanted.bfloat16().float())
-        part = store.read(homes[key], key, slice(0, 3, 2), False)["features"]
-        assert torch.equal(part, stored["features"][0:3:2])
-        seen += 1
-    assert seen == 5
-
-
-def test_int8_stays_within_half_a_step(make_videos, sources, backbone, tmp_path):
-    shards = make_videos(2)
-    run(shards, backbone, tmp_path / "out", dtype="int8")
-    store = open_store(sources(shards), tmp_path / "out")
-    for batch in batches(shards, backbone, "predict"):
-        stored = store.read("train-000000.tar", batch["__key__"][0], slice(None), False)
-        wanted = backbone(batch["video"]).features
-        assert stored["features"].dtype == torch.int8
-        step = wanted.abs().amax(1, keepdim=True) / 127
-        error = (decode_features(stored) - wanted).abs()
-        assert bool((error <= step * 0.501).all())
-        assert error.max() > 0
+        stored = store.read(homes.pop(key), key, slice(None), False)
+        assert torch.equal(decode_features(stored), backbone(batch["video"]).features.bfloat16().float())
+    assert not homes
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
@@ -92,13 +67,11 @@ def test_flips_are_features_of_mirrored_frames(make_videos, sources, backbone, t
     for batch in batches(shards, backbone, "fit", flip_probability=1.0, clip_length=3):
         key = batch["__key__"][0]
         wanted = backbone(batch["video"]).features
-        options = [
-            decode_features(store.read("train-000000.tar", key, slice(first, first + 3), True))
-            for first in range(2 if key == "001" else 1)
-        ]
+        starts = range(2 if key == "001" else 1)
+        options = [decode_features(store.read(shards[0], key, slice(n, n + 3), True)) for n in starts]
         tolerance = {"rtol": 2**-8, "atol": 0} if dtype == "bf16" else {"rtol": 0, "atol": wanted.abs().max() / 250}
         assert any(torch.allclose(option, wanted, **tolerance) for option in options)
-        plain = decode_features(store.read("train-000000.tar", key, slice(0, 3), False))
+        plain = decode_features(store.read(shards[0], key, slice(0, 3), False))
         mirrored = plain.unflatten(1, (2, 3)).flip(2).flatten(1, 2)
         assert not torch.allclose(options[0], mirrored, atol=0.5)
 
@@ -110,36 +83,48 @@ def test_videos_of_other_sizes_and_pictures_share_a_cache(sources, backbone, tmp
     shards = [str(tmp_path / "videos" / "coco-000000.tar")]
     run(shards, backbone, tmp_path / "out")
     store = open_store(sources(shards), tmp_path / "out")
-    assert store.read("coco-000000.tar", "0", slice(None), False)["features"].shape == (1, 6, 5)
-    assert store.read("coco-000000.tar", "1", slice(None), False)["features"].shape == (2, 6, 5)
+    assert [len(store.read(shards[0], key, slice(None), False)["features"]) for key in "01"] == [1, 2]
 
 
-def test_the_same_call_again_computes_nothing(make_videos, backbone, tmp_path):
-    shards = make_videos()
-    run(shards, backbone, tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
+def test_the_same_call_again_computes_nothing_and_a_second_set_joins(make_videos, sources, backbone, tmp_path):
+    train, validation, out = make_videos(), make_videos(1, prefix="validation"), tmp_path / "out"
+    first = run(train, backbone, out)
+    before = tars(out)
+    run(validation, backbone, out)
     backbone.extract = None
-    report = run(shards, backbone, tmp_path / "out")
-    assert (report.written, report.kept, report.frames) == (0, 3, 0)
-    assert report.bytes == sum(map(len, before.values()))
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
+    report = run(train, backbone, out)
+    assert (report.written, report.kept, report.frames, report.bytes) == (0, 3, 0, first.bytes)
+    assert before.items() <= tars(out).items()
+    index = json.loads((out / "index.json").read_text())
+    assert (len(index["shards"]), len(index["recipe"]["features"]["sources"])) == (4, 4)
+    recipe, source = read_recipe(out / "train-000000.tar")
+    assert (recipe.backbone, recipe.layer, recipe.grid, source.name) == ("corners", "conv", (2, 3), "train-000000.tar")
 
 
-def test_a_second_set_joins_the_folder(make_videos, sources, backbone, tmp_path):
-    train, validation = make_videos(), make_videos(1, prefix="validation")
-    run(train, backbone, tmp_path / "out")
-    run(validation, backbone, tmp_path / "out")
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert len(index["shards"]) == 4
-    assert len(index["recipe"]["features"]["sources"]) == 4
-    assert index["recipe"]["features"]["weights"] == backbone.fingerprint
-    open_store(sources(validation), tmp_path / "out")
+def test_sets_whose_shards_have_the_same_names_share_a_folder(make_videos, sources, backbone, tmp_path):
+    one, other = make_videos(2, prefix="videos"), make_videos(2, prefix="videos", folder="other", size=(16, 12))
+    out = tmp_path / "out"
+    run(one, backbone, out)
+    before = tars(out)
+    assert run(other, backbone, out).written == 1
+    assert len(tars(out)) == 2
+    assert before.items() <= tars(out).items()
+    assert run([*other, *one], backbone, out).kept == 2
+    store, alone = open_store(sources([*one, *other]), out), tmp_path / "alone"
+    run(other, backbone, alone)
+    wanted = open_store(sources(other), alone).read(other[0], "001", slice(None), False)["features"]
+    assert torch.equal(store.read(other[0], "001", slice(None), False)["features"], wanted)
+    assert not torch.equal(store.read(one[0], "001", slice(None), False)["features"], wanted)
+    settings = {"image_size": SIZE, "features": str(out), "num_workers": 0, "flip_probability": 0.0, "clip_length": 2}
+    settings["batch_size"] = 2
+    data = ShardDataModule([*one, *other], **settings)
+    data.setup("fit")
+    assert sum(len(batch["features"]) for batch in data.train_dataloader()) > 0
 
 
 def test_goes_on_after_a_kill(make_videos, make_backbone, sources, tmp_path):
     """The backbone dies in the second shard; the next call keeps the first and gives the same bytes as one run."""
-    shards = make_videos()
-    dying = make_backbone()
+    shards, dying = make_videos(), make_backbone()
     extract, calls = dying.extract, []
 
     def die(frames):
@@ -152,19 +137,17 @@ def test_goes_on_after_a_kill(make_videos, make_backbone, sources, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(shards, dying, tmp_path / "out", batch_size=3)
     assert sorted(os.listdir(tmp_path / "out")) == [".verified.json", "train-000000.tar"]
-    with pytest.raises(ShardError, match=r"2 are missing \(train-000001.tar, …\).*goes on where it"):
+    with pytest.raises(ShardError, match="goes on where it stopped"):
         open_store(sources(shards), tmp_path / "out")
     report = run(shards, make_backbone(), tmp_path / "out", batch_size=3)
     assert (report.written, report.kept) == (2, 1)
     run(shards, make_backbone(), tmp_path / "whole", batch_size=3)
-    for path in (tmp_path / "whole").glob("*.tar"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert tars(tmp_path / "whole") == tars(tmp_path / "out")
 
 
 def test_two_at_once_share_the_work(make_videos, make_backbone, sources, tmp_path):
     """While one computes the first shard, another takes the rest and leaves the first alone."""
-    shards = make_videos()
-    slow = make_backbone()
+    shards, slow = make_videos(), make_backbone()
     extract, started, release = slow.extract, threading.Event(), threading.Event()
 
     def wait(frames):
@@ -182,41 +165,25 @@ def test_two_at_once_share_the_work(make_videos, make_backbone, sources, tmp_pat
     thread.join(60)
     assert (other.written, other.busy) == (2, ("train-000000.tar",))
     assert (reports[0].written, reports[0].kept, reports[0].busy) == (1, 2, ())
-    assert len(json.loads((tmp_path / "out" / "index.json").read_text())["shards"]) == 3
     open_store(sources(shards), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "seed", "message"),
     [
-        ({"image_size": 8}, r"image_size: \(8, 8\) here, \(8, 12\) there"),
-        ({"resize_mode": "bilinear"}, "resize_mode: bilinear here, bicubic there"),
-        ({"crop": "center"}, "crop: center here, none there"),
-        ({"dtype": "int8"}, "dtype: int8 here, bf16 there"),
-        ({"flips": True}, "flips: True here, False there"),
+        ({"image_size": 8}, 0, "image_size"),
+        ({"resize_mode": "bilinear"}, 0, "resize_mode"),
+        ({"crop": "center"}, 0, "crop"),
+        ({"dtype": "int8"}, 0, "dtype"),
+        ({"flips": True}, 0, "flips"),
+        ({}, 1, "weights"),
     ],
 )
-def test_another_recipe_needs_another_folder(make_videos, backbone, tmp_path, options, message):
-    shards = make_videos(1)
-    run(shards, backbone, tmp_path / "out")
-    with pytest.raises(ConfigError, match=message):
-        run(shards, backbone, tmp_path / "out", **options)
-
-
-def test_other_weights_need_another_folder(make_videos, make_backbone, tmp_path):
+def test_another_recipe_needs_another_folder(make_videos, make_backbone, tmp_path, options, seed, message):
     shards = make_videos(1)
     run(shards, make_backbone(), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"weights: \w{12}… here, \w{12}… there"):
-        run(shards, make_backbone(seed=1), tmp_path / "out")
-
-
-def test_changed_videos_are_noticed_by_the_next_call(make_videos, backbone, tmp_path):
-    shards = make_videos(1)
-    run(shards, backbone, tmp_path / "out")
-    shutil.rmtree(tmp_path / "videos")
-    shards = make_videos(1, size=(16, 12))
-    with pytest.raises(ShardError, match=r"have changed since.*Delete .*train-000000.tar and run again"):
-        run(shards, backbone, tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):
+        run(shards, make_backbone(seed=seed), tmp_path / "out", **options)
 
 
 def test_videos_that_change_meanwhile_are_noticed(make_videos, backbone, tmp_path):
@@ -224,41 +191,35 @@ def test_videos_that_change_meanwhile_are_noticed(make_videos, backbone, tmp_pat
     extract = backbone.extract
 
     def meddle(frames):
-        entry = scan_shard(shards[0])
         with open(shards[0], "r+b") as stream:
-            stream.seek(entry.samples[0].members["video.npy"][0] + 200)
+            stream.seek(scan_shard(shards[0]).samples[0].members["video.npy"][0] + 200)
             stream.write(b"\xff\x00\xff")
         return extract(frames)
 
     backbone.extract = meddle
-    with pytest.raises(ShardError, match="but it changed"):
+    with pytest.raises(ShardError, match="changed"):
         run(shards, backbone, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar*"))
 
 
-def test_the_folder_of_the_videos_is_not_overwritten(make_videos, backbone, tmp_path):
+def test_foreign_files_are_never_replaced(make_videos, backbone, tmp_path):
     shards = make_videos(1)
-    before = (tmp_path / "videos" / "train-000000.tar").read_bytes()
-    with pytest.raises(ShardError, match="to be a shard of features"):
+    before = tars(tmp_path / "videos")
+    with pytest.raises(ShardError, match="shard of features"):
         run(shards, backbone, tmp_path / "videos")
-    assert (tmp_path / "videos" / "train-000000.tar").read_bytes() == before
-
-
-def test_a_truncated_shard_of_features_is_not_kept(make_videos, backbone, tmp_path):
-    shards = make_videos(1)
+    assert tars(tmp_path / "videos") == before
     run(shards, backbone, tmp_path / "out")
     path = tmp_path / "out" / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:2100])
-    with pytest.raises(ShardError, match="It holds features: delete it and run again"):
+    with pytest.raises(ShardError, match="delete it and run again"):
         run(shards, backbone, tmp_path / "out")
 
 
 def test_features_that_are_not_finite_name_their_video(make_videos, backbone, tmp_path):
-    shards = make_videos()
     extract = backbone.extract
     backbone.extract = lambda frames: extract(frames) / (torch.arange(len(frames)) != 4)[:, None, None]
-    with pytest.raises(ShardError, match=r"train-000000.tar, key 001 hold NaN or infinity"):
-        run(shards, backbone, tmp_path / "out", batch_size=100)
+    with pytest.raises(ShardError, match=r"key 001 hold NaN"):
+        run(make_videos(), backbone, tmp_path / "out", batch_size=100)
     assert not list((tmp_path / "out").glob("*.tar*"))
 
 
@@ -269,15 +230,15 @@ def test_unreadable_videos_are_refused_or_left_out(sources, backbone, tmp_path):
         writer.write("2", {"info.json": {}})
         writer.write("3", {"video.npy": np.ones((2, 8, 8, 3), np.uint8)})
     shards = [str(tmp_path / "videos" / "train-000000.tar")]
-    with pytest.raises(ShardError, match="key 1 to be uint8 frames"):
+    with pytest.raises(ShardError, match="key 1"):
         run(shards, backbone, tmp_path / "out")
     report = run(shards, backbone, tmp_path / "out", on_bad_sample="skip")
     assert report.videos == 2
     assert [place.split("key ")[1] for place in report.skipped] == ["1", "2"]
     store = open_store(sources(shards), tmp_path / "out")
-    assert store.read("train-000000.tar", "3", slice(None), False)["features"].shape == (2, 6, 5)
+    assert store.read(shards[0], "3", slice(None), False)["features"].shape == (2, 6, 5)
     with pytest.raises(ShardError, match="key 1, but it has none"):
-        store.read("train-000000.tar", "1", slice(None), False)
+        store.read(shards[0], "1", slice(None), False)
 
 
 def test_a_full_disk_leaves_nothing_half_written(make_videos, backbone, tmp_path, monkeypatch):
@@ -290,41 +251,39 @@ def test_a_full_disk_leaves_nothing_half_written(make_videos, backbone, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         return add(self, info, fileobj)
 
-    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    with pytest.raises(ShardError, match=r"No space left.*Finished shards are kept: make room"):
-        run(shards, backbone, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", full)
+        with pytest.raises(ShardError, match="make room"):
+            run(shards, backbone, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == [".verified.json", "train-000000.tar"]
-    monkeypatch.undo()
     assert run(shards, backbone, tmp_path / "out").kept == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop": "random"}, "random crop moves the picture against the patches"),
-        ({"crop": "left"}, "none or center, but got 'left'"),
-        ({"batch_size": 0}, "`batch_size` to be at least 1"),
-        ({"dtype": "fp16"}, "bf16, int8, but got 'fp16'"),
-        ({"on_bad_sample": "ignore"}, "raise or skip, but got 'ignore'"),
-        ({"resize_mode": "area"}, "bilinear, bicubic"),
+        ({"crop": "random"}, "random"),
+        ({"crop": "left"}, "left"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"dtype": "fp16"}, "fp16"),
+        ({"on_bad_sample": "ignore"}, "ignore"),
+        ({"resize_mode": "area"}, "bilinear"),
+        ({"components": 0}, "components"),
+        ({"components": 6}, "5 channels"),
+        ({"components": 2, "standardize": True}, "at most one"),
+        ({"components": 2, "projection": "a.npz"}, "at most one"),
+        ({"fit": ["a.tar"]}, "fit"),
+        ({"components": 2, "fit": []}, "fit"),
+        ({"components": 2, "fit": ["https://host/a.tar"]}, "Download"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(make_videos, backbone, tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
-        run(make_videos(1), backbone, tmp_path / "out", **options)
+    shards = make_videos(1)
+    for words, match in (
+        ({"shards": shards, **options}, message),
+        ({"shards": ["https://host/a.tar"]}, "Download"),
+        ({"shards": shards * 2}, "once"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run(words.pop("shards"), backbone, tmp_path / "out", **words)
     assert not (tmp_path / "out").exists()
-
-
-def test_shards_must_be_local_and_have_names_of_their_own(make_videos, backbone, tmp_path):
-    with pytest.raises(ConfigError, match="Download them first"):
-        run(["https://host/a.tar"], backbone, tmp_path / "out")
-    with pytest.raises(ConfigError, match="names of their own"):
-        run(make_videos(1) + make_videos(1, folder="again"), backbone, tmp_path / "out")
-
-
-def test_the_recipe_lies_in_every_shard(make_videos, backbone, tmp_path):
-    run(make_videos(1), backbone, tmp_path / "out")
-    recipe, source = read_recipe(tmp_path / "out" / "train-000000.tar")
-    assert (recipe.backbone, recipe.layer, recipe.grid) == ("corners", "conv", (2, 3))
-    assert source.name == "train-000000.tar"
-    assert [sample.key for sample in scan_shard(tmp_path / "out" / "train-000000.tar").samples] == ["000"]

@@ -63,9 +63,8 @@ def add_parser(commands: Any) -> None:
 
 def _cache_features(options: argparse.Namespace) -> int:
     from ssync_pl.data.features.cache import cache_features
-    from ssync_pl.data.features.projection import PROJECTION_FILE, read_projection
+    from ssync_pl.data.features.projection import PROJECTION_FILE, describe_projection, read_projection
     from ssync_pl.data.features.recipe import require_crop
-    from ssync_pl.data.features.settle import describe_projection
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.hosts.nn.backbones import load_backbone
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from ssync_pl.compare.report.records import Group, Run
-from ssync_pl.metrics.functional.assignment import linear_assignment
 from ssync_pl.tools.viz import (
     SheetRow,
     color_labels,
@@ -152,7 +152,7 @@ def match_slots(clip: Clip) -> dict[int, int]:
     both = np.zeros((len(slots), len(objects)))
     np.add.at(both, (slot_of.ravel(), object_of.ravel()), 1.0)
     overlap = both / (both.sum(axis=1, keepdims=True) + both.sum(axis=0) - both)
-    pairs = zip(*linear_assignment(-overlap), strict=True)
+    pairs = zip(*linear_sum_assignment(-overlap), strict=True)
     return {int(slots[a]): int(objects[b]) for a, b in pairs if overlap[a, b] >= _LEAST_OVERLAP}
 
 

@@ -8,25 +8,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.pictures import (
-    PICTURE_EXTENSIONS,
-    Resample,
-    natural_key,
-    read_ids,
-    read_picture,
-    resize_frame,
-    resize_ids,
-    short_side_size,
-)
-from ssync_pl.data.convert.sizes import add_resize, check_short_side
+from ssync_pl.data.convert.media import read_frames
+from ssync_pl.data.convert.options import add_common, add_resize, check_common, encode_video, print_report
+from ssync_pl.data.convert.pictures import list_pictures, pair_masks, read_ids, resize_ids, stack_frames
+from ssync_pl.data.convert.writer import Item, convert
 from ssync_pl.errors import ConfigError, ShardError
-
-if TYPE_CHECKING:
-    from ssync_pl.data.convert.engine import Item
 
 __all__ = ["DavisDecode", "add_parser"]
 
@@ -41,111 +31,39 @@ class DavisDecode:
 
     `video.npy` (F, h, w, 3) uint8; where every frame is annotated `segmentations.npy.gz` (F, h, w, 1) uint8 ids, 0 =
     background; where only the first is (test-dev), `first_segmentation.npy.gz` (1, h, w, 1), so that no score takes
-    the other frames for empty; `info.json`. Void pixels (255) become background, which scores of objects leave out;
-    `info.json` counts them.
-
-    Args:
-        pictures: Folder of the videos' folders.
-        annotations: The same for masks.
-        short_side: Pixels of the shorter side; None keeps the size.
-        resample: How frames are resized; masks always go to the nearest pixel.
-        video_format: `npy` or `mp4`.
-
-    Example:
-        >>> DavisDecode(Path("JPEGImages/480p"), Path("Annotations/480p")).video_format
-        'npy'
+    the other frames for empty; `info.json`. Void pixels (255) become background, and `info.json` counts them.
     """
 
     pictures: Path
     annotations: Path
     short_side: int | None = None
-    resample: Resample = "bicubic"
+    resample: str = "bicubic"
     video_format: str = "npy"
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        """Read and resize.
-
-        Args:
-            item: `source` has the `video`, its `frames` and its `masks` (file names).
-
-        Returns:
-            Members of the sample.
-
-        Raises:
-            ShardError: Frames are missing, damaged or of different sizes, or only some are annotated.
-        """
-        from ssync_pl.data.convert.options import encode_video
-
+        """Read, choose and resize; `ShardError` names what is damaged or does not fit."""
         name, frames, masks = item.source["video"], item.source["frames"], item.source["masks"]
-        where = f"video {name}"
-        if not frames:
-            raise ShardError(
-                f"Expected frames of {where} in {self.pictures / name}, but got none. Unpack the set again, or take "
-                "the name out of ImageSets."
-            )
-        stems, drawn = [Path(frame).stem for frame in frames], [Path(mask).stem for mask in masks]
-        if drawn not in (stems, stems[:1], []):
-            raise ShardError(
-                f"Expected a mask for each of the {len(stems)} frames of {where}, or for the first alone, or none, but "
-                f"got {len(drawn)} in {self.annotations / name}"
-                f"{_difference(stems, drawn)}. Unpack the annotations again."
-            )
-        stored = read_picture(self.pictures / name / frames[0], where).shape[:2]
-        size = short_side_size((stored[0], stored[1]), self.short_side)
-        video = np.empty((len(frames), *size, 3), np.uint8)
-        for index, file in enumerate(frames):
-            frame = read_picture(self.pictures / name / file, where)
-            _check_size(frame, stored, self.pictures / name / file, where)
-            video[index] = resize_frame(frame, size, self.resample)
+        where = f"video {name} ({self.pictures / name})"
+        shown = read_frames(self.pictures / name, frames, None, None, where)
+        video, stored = stack_frames(shown, self.short_side, self.resample, where)
         members = encode_video(video, self.video_format, where, fps=_FPS)
         info: dict[str, Any] = {"video": name, "file_names": list(frames), "original_size": list(stored)}
         if masks:
-            member = "segmentations.npy.gz" if len(masks) == len(frames) else "first_segmentation.npy.gz"
-            members[member], facts = self._read_masks(name, masks, stored, size, where)
-            info.update(facts)
-        return {**members, "info.json": info}
-
-    def _read_masks(
-        self, name: str, masks: list[str], stored: tuple[int, ...], size: tuple[int, int], where: str
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        stack = np.empty((len(masks), *size, 1), np.uint8)
-        void, found = 0, set()
-        for index, file in enumerate(masks):
-            ids = read_ids(self.annotations / name / file, where)
-            _check_size(ids, stored, self.annotations / name / file, where)
+            if [Path(mask).stem for mask in masks] != [Path(frame).stem for frame in frames[:1]]:
+                masks = pair_masks(frames, masks, where, self.annotations / name)
+            ids = np.stack([read_ids(self.annotations / name / file, where, stored) for file in masks])
             if ids.max() > _VOID:
-                raise ShardError(
-                    f"Expected ids from 0 to 255 in mask {self.annotations / name / file} of {where}, but got "
-                    f"{ids.max()}. Unpack the annotations again."
-                )
-            void += int((ids == _VOID).sum())
-            found |= set(np.unique(ids).tolist())
-            stack[index, :, :, 0] = resize_ids(np.where(ids == _VOID, 0, ids), size)
-        return stack, {"void_pixels": void, "object_ids": sorted(found - {0, _VOID})}
-
-
-def _check_size(picture: np.ndarray, stored: tuple[int, ...], path: Path, where: str) -> None:
-    if picture.shape[:2] != stored:
-        raise ShardError(
-            f"Expected all frames and masks of {where} to be {stored[0]} x {stored[1]} (height x width) like the first "
-            f"frame, but {path} is {picture.shape[0]} x {picture.shape[1]}. Take pictures and masks of one resolution."
-        )
+                raise ShardError(f"Expected ids from 0 to 255 in the masks of {where}, but got {ids.max()}.")
+            stack = np.stack([resize_ids(one, video.shape[1:3]) for one in np.where(ids == _VOID, 0, ids)])
+            member = "segmentations" if len(masks) == len(frames) else "first_segmentation"
+            members[f"{member}.npy.gz"] = stack[..., None].astype(np.uint8)
+            info["void_pixels"] = int((ids == _VOID).sum())
+            info["object_ids"] = sorted(set(np.unique(ids).tolist()) - {0, _VOID})
+        return {**members, "info.json": info}
 
 
 def add_parser(commands: Any) -> None:
-    """Add `davis` to the commands of `ssync-pl data convert`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_parser(parser.add_subparsers())
-        >>> parser.parse_args(["davis", "--root", "DAVIS", "--out", "shards"]).resolution
-        '480p'
-    """
-    from ssync_pl.data.convert.options import add_common
-
+    """Add `davis` to the commands of `ssync-pl data convert`."""
     text = (
         "Convert DAVIS 2017: <root>/JPEGImages/480p/<video>/00000.jpg, <root>/Annotations/480p/<video>/00000.png and "
         "<root>/ImageSets/2017/<split>.txt. Masks are ids; void pixels (255) become background. Videos whose first "
@@ -172,11 +90,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ssync_pl.data.convert.engine import Item, convert
-    from ssync_pl.data.convert.options import common, print_report
-
-    settings = common(options)
-    check_short_side(options.short_side)
+    settings = check_common(options)
     pictures = options.root / "JPEGImages" / options.resolution
     annotations = options.root / options.annotations / options.resolution
     for folder, option in ((pictures, "--resolution"), (annotations, "--annotations")):
@@ -185,19 +99,18 @@ def _convert(options: argparse.Namespace) -> int:
                 f"Expected a folder {folder}, but there is none. Check --root and {option}, or unpack the set there."
             )
     decode = DavisDecode(pictures, annotations, options.short_side, options.resample, options.video_format)
-    plans = []
+    items = {}
     for split in dict.fromkeys(options.splits):
-        names = _names(options.root / "ImageSets" / "2017" / f"{split}.txt")
         sources = [
             {
                 "video": name,
-                "frames": _files(pictures / name, PICTURE_EXTENSIONS),
-                "masks": _files(annotations / name, (".png",)),
+                "frames": list_pictures(pictures / name),
+                "masks": list_pictures(annotations / name, (".png",)),
             }
-            for name in names
+            for name in _names(options.root / "ImageSets" / "2017" / f"{split}.txt")
         ]
-        plans.append((split, [Item(f"{number:06d}", source) for number, source in enumerate(sources)]))
-    for split, items in plans:
+        items[split] = [Item(f"{number:06d}", source) for number, source in enumerate(sources)]
+    for split, found in items.items():
         recipe = {
             "format": "davis2017",
             "split": split,
@@ -208,7 +121,7 @@ def _convert(options: argparse.Namespace) -> int:
             "video_format": options.video_format,
             "void": "background",
         }
-        print_report(convert(items, decode, options.out, f"davis-{_PREFIXES[split]}", recipe=recipe, **settings))
+        print_report(convert(found, decode, options.out, f"davis-{_PREFIXES[split]}", recipe=recipe, **settings))
     return 0
 
 
@@ -219,24 +132,8 @@ def _names(path: Path) -> list[str]:
             "has the splits train and val, and test-dev and test-challenge in files of their own."
         )
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise ConfigError(f"Expected a video's name a line in {path}, but it is empty. Download it again.")
-    for name in names:
-        if name in (".", "..") or any(mark in name for mark in "/\\"):
-            raise ConfigError(f"Expected a video's name a line in {path}, but got {name!r}. Take the 2017 lists.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"Expected each video once in {path}, but got {twice!r} twice. Remove one.")
+    odd = [name for name in names if name in (".", "..") or any(mark in name for mark in "/\\")]
+    if odd or not names or len(set(names)) < len(names):
+        got = repr(odd[0]) if odd else f"{len(names)} names, {len(set(names))} of them different"
+        raise ConfigError(f"Expected one name of a video per line in {path}, each once, but got {got}.")
     return names
-
-
-def _files(folder: Path, extensions: tuple[str, ...]) -> list[str]:
-    if not folder.is_dir():
-        return []
-    names = (path.name for path in folder.iterdir() if path.suffix.lower() in extensions)
-    return sorted((name for name in names if not name.startswith(".")), key=natural_key)
-
-
-def _difference(stems: list[str], drawn: list[str]) -> str:
-    odd = [stem for stem in stems if stem not in drawn] + [stem for stem in drawn if stem not in stems]
-    return f" (first difference: {odd[0]})" if odd else ""

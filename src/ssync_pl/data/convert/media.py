@@ -1,19 +1,20 @@
-"""Frames of video files, GIFs and folders of pictures, read one after the other."""
+"""When the frames of a video file, a GIF or a folder of pictures are shown, and the frames themselves."""
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.pictures import read_picture
-from ssync_pl.data.decode import decode_video, open_video, to_rgb
+from ssync_pl.data.decode import decode_picture, decode_video, open_video, to_rgb
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["VIDEO_EXTENSIONS", "Timeline", "read_frames", "read_timeline", "select_frames"]
@@ -31,16 +32,12 @@ _SLACK, _SLACK_SECONDS = 0.1, 0.25
 class Timeline:
     """When each frame of a video is shown.
 
-    Args:
+    Attributes:
         times: Seconds from the first frame on, in order; None where nothing says (a folder of pictures).
         frames: Number of frames.
-        rate: Frames a second on average; None where nothing says.
+        rate: Frames per second on average; None where nothing says.
         stamps: The container's own time stamps, for seeking; None where they are missing or not unique.
         missing: What the file lacks by its own header; None when it is whole.
-
-    Example:
-        >>> Timeline((Fraction(0), Fraction(1, 10)), 2, Fraction(10)).frames
-        2
     """
 
     times: tuple[Fraction, ...] | None
@@ -51,24 +48,7 @@ class Timeline:
 
 
 def select_frames(timeline: Timeline, fps: Fraction, where: str) -> list[int]:
-    """Choose frames at a constant rate: at k / fps seconds, the frame that is nearest in time.
-
-    Args:
-        timeline: The video's.
-        fps: Wanted frames a second. More than the video has repeats frames.
-        where: The video, for the message.
-
-    Returns:
-        Frame numbers, in order.
-
-    Raises:
-        ConfigError: Nothing says when frames are shown.
-
-    Example:
-        >>> times = tuple(Fraction(i, 30) for i in range(9))
-        >>> select_frames(Timeline(times, 9, Fraction(30)), Fraction(10), "a video")
-        [0, 3, 6]
-    """
+    """Choose the frame nearest in time to k / fps seconds, for each k; more than the video has repeats frames."""
     times = timeline.times
     if times is None:
         raise ConfigError(
@@ -79,10 +59,8 @@ def select_frames(timeline: Timeline, fps: Fraction, where: str) -> list[int]:
         return list(range(len(times)))
     end = times[-1] + (times[-1] - times[0]) / (len(times) - 1) / 2
     chosen = []
-    for number in range(int(end * fps) + 1):
+    for number in range(math.ceil(end * fps)):
         time = number / fps
-        if time >= end:
-            break
         after = bisect.bisect_left(times, time)
         before = max(after - 1, 0)
         nearer = after < len(times) and times[after] - time < time - times[before]
@@ -93,27 +71,14 @@ def select_frames(timeline: Timeline, fps: Fraction, where: str) -> list[int]:
 def read_timeline(path: Path, names: Sequence[str] | None, rate: Fraction | None, where: str) -> Timeline:
     """Find when each frame is shown, without decoding pictures.
 
-    Args:
-        path: The video file, or the folder of pictures.
-        names: Files in the folder, in order; None for a video file.
-        rate: Frames a second of the folder; None when nothing says.
-        where: The video, for messages.
-
-    Returns:
-        The timeline.
-
-    Raises:
-        ShardError: The file is damaged, or no video.
-        ConfigError: PyAV is missing.
-
-    Example:
-        >>> read_timeline(Path("frames"), ["0.png", "1.png"], Fraction(5), "frames").times
-        (Fraction(0, 1), Fraction(1, 5))
+    `names` are the files of a folder of pictures, in order, which are shown at `rate`; None for a video file.
     """
     if names is not None:
         return Timeline(_regular(len(names), rate), len(names), rate)
     if path.suffix.lower() == ".gif":
-        return _gif_timeline(path, where)
+        shown = [Fraction(int(picture.info.get("duration") or 100), 1000) for picture in _gif_pictures(path, where)]
+        ends = tuple(accumulate(shown))
+        return Timeline((Fraction(0), *ends[:-1]), len(ends), len(ends) / ends[-1])
     with open_video(path, where) as (container, stream):
         stored = [packet for packet in container.demux(stream) if packet.size]
         packets = [packet for packet in stored if not packet.is_discard]
@@ -132,7 +97,7 @@ def read_timeline(path: Path, names: Sequence[str] | None, rate: Fraction | None
 def read_frames(
     path: Path, names: Sequence[str] | None, wanted: Sequence[int] | None, stamp: int | None, where: str
 ) -> Iterator[np.ndarray]:
-    """Read frames one after the other, upright (rotation notes and EXIF orientation are followed).
+    """Read frames (h, w, 3) uint8 of one size, one after the other, as they are shown.
 
     Args:
         path: The video file, or the folder of pictures.
@@ -141,53 +106,35 @@ def read_frames(
         stamp: The container's time stamp of the first wanted frame, to seek to; None reads from the start.
         where: The video, for messages.
 
-    Yields:
-        (h, w, 3) uint8 each, all of one size.
-
     Raises:
         ShardError: The file is damaged or ends early, or frames differ in size.
         ConfigError: PyAV is missing.
-
-    Example:
-        >>> next(read_frames(Path("gone"), ["0.png"], None, None, "video gone"))
-        Traceback (most recent call last):
-        ssync_pl.errors.ShardError: Expected frame gone/0.png of video gone to be there, but it is missing. ...
     """
-    source: Iterator[tuple[int, np.ndarray]]
-    if names is not None:
-        numbers = range(len(names)) if wanted is None else sorted(set(wanted))
-        source = ((number, read_picture(path / names[number], where, upright=True)) for number in numbers)
-    elif path.suffix.lower() == ".gif":
-        source = _gif_frames(path, where)
-    else:
+    if names is None and path.suffix.lower() != ".gif":
         yield from decode_video(path, where, wanted, stamp=stamp)
         return
     size: tuple[int, ...] | None = None
-    place = 0
-    seen = 0
-    for number, frame in source:
-        size = size or frame.shape
+    last, number = None, -1
+    pictures: Any = enumerate(_gif_pictures(path, where) if names is None else names)
+    counts = Counter(wanted or ())
+    for number, picture in pictures:
+        times = 1 if wanted is None else counts[number]
+        if not times:
+            continue
+        place = f"frame {path / picture} of {where}" if names is not None else where
+        frame = decode_picture(path / picture, place) if names is not None else to_rgb(picture, place)
+        size, last = size or frame.shape, number
         if frame.shape != size:
             raise ShardError(
                 f"Expected all frames of {where} to have one size, but the first has {size[0]} x {size[1]} and frame "
-                f"{number}{f' ({names[number]})' if names else ''} has {frame.shape[0]} x {frame.shape[1]} (height x "
-                "width). Resize the frames, or split the video where its size changes."
+                f"{number}{f' ({picture})' if names else ''} has {frame.shape[0]} x {frame.shape[1]} (height x width). "
+                "Resize the frames, or split the video where its size changes."
             )
-        seen = number + 1
-        if wanted is None:
+        for _ in range(times):
             yield frame
-            continue
-        while place < len(wanted) and wanted[place] == number:
-            yield frame
-            place += 1
-        if place == len(wanted):
-            return
-    if wanted is not None or not seen:
+    if last is None or (wanted is not None and last != wanted[-1]):
         need = f"at least {wanted[-1] + 1} frames" if wanted else "frames"
-        raise ShardError(
-            f"Expected {where} to have {need}, but only {seen} can be decoded. The file is damaged or cut off: copy or "
-            "encode it again, or take fewer frames with --max-frames."
-        )
+        raise ShardError(f"Expected {where} to have {need}, but got {number + 1}. Copy or export it again.")
 
 
 def _missing(container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
@@ -207,19 +154,6 @@ def _missing(container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
     return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {len(packets)} frames"
 
 
-def _gif_timeline(path: Path, where: str) -> Timeline:
-    times, now = [], Fraction(0)
-    for picture in _gif_pictures(path, where):
-        times.append(now)
-        now += Fraction(int(picture.info.get("duration") or 100), 1000)
-    return Timeline(tuple(times), len(times), len(times) / now)
-
-
-def _gif_frames(path: Path, where: str) -> Iterator[tuple[int, np.ndarray]]:
-    for number, picture in enumerate(_gif_pictures(path, where)):
-        yield number, to_rgb(picture, where)
-
-
 def _gif_pictures(path: Path, where: str) -> Iterator[Any]:
     from PIL import Image
 
@@ -231,12 +165,9 @@ def _gif_pictures(path: Path, where: str) -> Iterator[Any]:
                 yield picture
     except ShardError:
         raise
-    except Exception as error:
+    except Exception as error:  # Pillow raises almost anything on damaged bytes
         got = "an empty file" if path.is_file() and not path.stat().st_size else f"a damaged one ({error})"
-        raise ShardError(
-            f"Expected {where} to be a whole GIF, but got {got}. Export it again, or leave such videos out with "
-            "--on-bad-sample skip."
-        ) from error
+        raise ShardError(f"Expected {where} to be a whole GIF, but got {got}. Export it again.") from error
 
 
 def _regular(frames: int, rate: Fraction | None) -> tuple[Fraction, ...] | None:

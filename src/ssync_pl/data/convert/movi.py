@@ -1,199 +1,94 @@
-"""MOVi-a to MOVi-f: records of TensorFlow Datasets to shards, without TensorFlow."""
+"""`ssync-pl data convert movi`: MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets, without TensorFlow."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
-from collections.abc import Mapping, Sequence
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ssync_pl.data.convert.engine import ConversionReport, Item, convert
-from ssync_pl.data.convert.example_proto import Feature, parse_example
-from ssync_pl.data.convert.movi_facts import describe
-from ssync_pl.data.convert.movi_files import find_movi
-from ssync_pl.data.convert.options import VIDEO_FORMATS, add_common, common, encode_video, print_report
-from ssync_pl.data.convert.tfrecord import Record, read_record
+from ssync_pl.data.convert.options import add_common, check_common, encode_video, print_report, require
+from ssync_pl.data.convert.writer import Item, convert
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["EXTRA_FIELDS", "MoviDecoder", "add_parser", "convert_movi"]
+__all__ = ["MoviDecoder", "add_parser"]
 
-EXTRA_FIELDS = ("depth", "forward_flow", "backward_flow")
-"""Fields that are converted only when asked for: each is larger than the video."""
+_FIELDS = ("depth", "forward_flow", "backward_flow")  # converted only when asked for: each is larger than the video
+_LARGE = frozenset({*_FIELDS, "normal", "object_coordinates", "uv"})
+_MODES = {"video": ("RGB",), "segmentations": ("L", "P"), "depth": ("I;16", "I;16B", "I")}
+_FPS, _VERSION = 12, 1
+_NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
+_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 
-_FPS = 12
-_VERSION = 1  # of the members; another one is another plan
-_LARGE = frozenset({*EXTRA_FIELDS, "normal", "object_coordinates", "uv"})
-_PICTURE_MODES = {"video": ("RGB",), "segmentations": ("L", "P"), "depth": ("I;16", "I;16B", "I")}
+# Shapes per object or camera; -1 stands for the number of frames.
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "camera/positions": (-1, 3),
+    "camera/quaternions": (-1, 4),
+    "instances/positions": (-1, 3),
+    "instances/quaternions": (-1, 4),
+    "instances/velocities": (-1, 3),
+    "instances/angular_velocities": (-1, 3),
+    "instances/bboxes_3d": (-1, 8, 3),
+    "instances/image_positions": (-1, 2),
+    "instances/visibility": (-1,),
+    "instances/bboxes": (4,),
+}
+_FLAT, _LENGTHS = "/ragged_flat_values", "/ragged_row_lengths_0"
+
+_Features = dict[str, Any]  # feature name → list of bytes, or float32 or int64 array (L,)
 
 
 @dataclass(frozen=True)
 class MoviDecoder:
-    """Make the members of one MOVi video.
+    """Make the members of one MOVi video from the record at `[file name, offset, length]`.
 
-    Members: `video.npy` (F, H, W, 3) uint8 (or `video.mp4`), `segmentations.npy.gz` (F, H, W, 1) uint8 with 0 =
-    background and ids in the order of `instances`, `info.json`, and, where asked for, `depth.npy` (F, H, W, 1),
-    `forward_flow.npy` and `backward_flow.npy` (F, H, W, 2), float32 as stored, 0 to 65535. The value of a pixel is
-    `x / 65535 * (high - low) + low` with `low, high` from `metadata.<field>_range` in `info.json`; flow is (row,
-    column).
-
-    Args:
-        folder: Folder of the record files.
-        fields: Some of `EXTRA_FIELDS`.
-        video_format: `npy` or `mp4`.
-
-    Raises:
-        ConfigError: A field or the format is unknown.
-
-    Example:
-        >>> MoviDecoder(Path("tfds"), fields=("normals",))
-        Traceback (most recent call last):
-        ssync_pl.errors.ConfigError: Expected --fields among depth, forward_flow, backward_flow, but got 'normals'.
+    Members: `video.npy` (or `.mp4`), `segmentations.npy.gz` (F, H, W, 1) uint8, 0 = background and ids in the order of
+    `instances`, `info.json`, and where asked for `depth.npy` (F, H, W, 1), `forward_flow.npy` and `backward_flow.npy`
+    (F, H, W, 2; row, column), float32 as stored, 0 to 65535: `x / 65535 * (high - low) + low` with
+    `metadata.<field>_range` of `info.json`.
     """
 
     folder: Path
     fields: tuple[str, ...] = ()
     video_format: str = "npy"
 
-    def __post_init__(self) -> None:
-        for name in self.fields:
-            if name not in EXTRA_FIELDS:
-                raise ConfigError(f"Expected --fields among {', '.join(EXTRA_FIELDS)}, but got {name!r}.")
-        if self.video_format not in VIDEO_FORMATS:
-            raise ConfigError(
-                f"Expected the video format to be one of {', '.join(VIDEO_FORMATS)}, but got {self.video_format!r}."
-            )
-
     def __call__(self, item: Item) -> dict[str, Any]:
-        """Read, check and decode one record.
-
-        Args:
-            item: Its source is `[file name, offset, length]`.
-
-        Returns:
-            The members.
-
-        Raises:
-            ShardError: The record is damaged, or its parts do not fit each other.
-
-        Example:
-            >>> MoviDecoder(Path("/nowhere"))(Item("000000", ["movi_c-train.tfrecord-00000-of-00001", 0, 9]))
-            Traceback (most recent call last):
-            FileNotFoundError: ...
-        """
+        """Read, choose and resize; `ShardError` names what is damaged or does not fit."""
         name, offset, length = item.source
         path = self.folder / name
         where = f"the record of {path} at byte {offset}"
-        unused = _LARGE.difference(self.fields)
-        features = parse_example(read_record(path, Record(offset, length)), where, skip=unused)
+        features = _parse(_read_record(path, offset, length), where, skip=_LARGE.difference(self.fields))
         video = _pictures(features, "video", where)
         frames, height, width = video.shape[:3]
-        _check_stated(features, frames, height, width, where)
-        masks = _pictures(features, "segmentations", where)[..., None]
-        _check_size("segmentations", masks, video, where)
+        for stated, found in (("num_frames", frames), ("height", height), ("width", width)):
+            values = features.get(f"metadata/{stated}", [found])
+            if list(values) != [found]:
+                raise _misfit(f"`metadata/{stated}` of {where}", str(found), list(values))
+        masks = _same_size("segmentations", _pictures(features, "segmentations", where)[..., None], video, where)
         members = {**encode_video(video, self.video_format, where, _FPS), "segmentations.npy.gz": masks}
         for field in self.fields:
-            _check_range(features, f"metadata/{field}_range", where)
+            if len(_require(features, f"metadata/{field}_range", where)) != 2:
+                raise _misfit(f"`metadata/{field}_range` of {where}", "two numbers", "others")
             if field == "depth":
-                values = _pictures(features, field, where)[..., None]
-                _check_size(field, values, video, where)
+                values = _same_size(field, _pictures(features, field, where)[..., None], video, where)
             else:
                 values = _flow(features, field, (frames, height, width, 2), where)
             members[f"{field}.npy"] = values.astype(np.float32)
-        members["info.json"] = {**describe(features, frames, where), "fps": _FPS, "record": [name, offset]}
+        members["info.json"] = {**_describe(features, frames, where), "fps": _FPS, "record": [name, offset]}
         return members
 
 
-def convert_movi(
-    root: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    splits: Sequence[str] | None = None,
-    fields: Sequence[str] = (),
-    limit: int | None = None,
-    video_format: str = "npy",
-    samples_per_shard: int = 32,
-    num_workers: int | None = None,
-    on_bad_sample: Literal["raise", "skip"] = "raise",
-    progress: bool = True,
-) -> list[ConversionReport]:
-    """Convert the MOVi data set in a folder to shards `<name>-<split>-000000.tar`, ….
-
-    Args:
-        root: Folder of the files `movi_c-train.tfrecord-00000-of-…`, or the data folder of TensorFlow Datasets above
-            `movi_c/128x128/1.0.0`.
-        out: Folder of the shards.
-        splits: Splits to convert; None for all that are there.
-        fields: Some of `EXTRA_FIELDS`, stored besides video and masks.
-        limit: Most videos a split; None for all.
-        video_format: `npy` or `mp4`.
-        samples_per_shard: Videos a shard.
-        num_workers: See `convert`.
-        on_bad_sample: See `convert`.
-        progress: Show bars on standard error.
-
-    Returns:
-        One report a split.
-
-    Raises:
-        ConfigError: An argument is out of range, or the folder does not hold exactly one data set.
-        ShardError: Files are missing or damaged; see also `convert`.
-
-    Example:
-        >>> convert_movi("/nowhere", "shards")
-        Traceback (most recent call last):
-        ssync_pl.errors.ConfigError: Expected --root to be a folder, but there is no /nowhere...
-    """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"Expected --limit to be at least 1, but got {limit}.")
-    found = find_movi(root)
-    decode = MoviDecoder(found.folder.resolve(), _ordered(fields), video_format)
-    wanted = list(dict.fromkeys(splits)) if splits else found.splits
-    records = {split: found.records(split, limit) for split in wanted}
-    reports = []
-    for split in wanted:
-        items = [Item(f"{i:06d}", [name, *record]) for i, (name, record) in enumerate(records[split])]
-        recipe = {
-            "source": "movi",
-            "converter_version": _VERSION,
-            "name": found.name,
-            "split": split,
-            "dataset_version": found.info().get("version"),
-            "fields": list(decode.fields),
-            "video_format": video_format,
-        }
-        report = convert(
-            items,
-            decode,
-            out,
-            f"{found.name}-{split}",
-            recipe=recipe,
-            samples_per_shard=samples_per_shard,
-            num_workers=num_workers,
-            on_bad_sample=on_bad_sample,
-            progress=progress,
-        )
-        reports.append(report)
-    return reports
-
-
 def add_parser(commands: Any) -> None:
-    """Add `movi` to the commands of `ssync-pl data convert`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_parser(parser.add_subparsers())
-        >>> parser.parse_args(["movi", "--root", "tfds", "--out", "shards", "--limit", "3"]).limit
-        3
-    """
+    """Add `movi` to the commands of `ssync-pl data convert`."""
     text = "Convert MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets; all checksums are checked."
     parser = commands.add_parser("movi", help="MOVi-a to MOVi-f, TFRecord files", description=text)
     parser.add_argument(
@@ -207,111 +102,324 @@ def add_parser(commands: Any) -> None:
         "--fields",
         nargs="+",
         default=[],
-        choices=EXTRA_FIELDS,
+        choices=_FIELDS,
         help="store these too, as float32 from 0 to 65535; their ranges are in info.json",
     )
     parser.add_argument("--limit", type=int, help="convert only the first videos of each split")
     add_common(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_convert)
 
 
-def _run(options: argparse.Namespace) -> int:
-    reports = convert_movi(
-        options.root,
-        options.out,
-        splits=options.splits,
-        fields=options.fields,
-        limit=options.limit,
-        video_format=options.video_format,
-        **common(options),
-    )
-    for report in reports:
-        print_report(report)
+def _convert(options: argparse.Namespace) -> int:
+    settings = check_common(options)
+    require("convert", "tfrecord", "google_crc32c")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"Expected --limit to be at least 1, but got {options.limit}.")
+    folder, name, files = _find(options.root)
+    info = _dataset_info(folder)
+    decode = MoviDecoder(folder.resolve(), tuple(f for f in _FIELDS if f in options.fields), options.video_format)
+    # Everything is looked at before the first shard is written.
+    records = {
+        split: _records(folder, name, split, files, info, options.limit)
+        for split in dict.fromkeys(options.splits or files)
+    }
+    for split, found in records.items():
+        recipe = {
+            "source": "movi",
+            "converter_version": _VERSION,
+            "name": name,
+            "split": split,
+            "dataset_version": info.get("version"),
+            "fields": list(decode.fields),
+            "video_format": options.video_format,
+        }
+        items = [Item(f"{i:06d}", record) for i, record in enumerate(found)]
+        print_report(convert(items, decode, options.out, f"{name}-{split}", recipe=recipe, **settings))
     return 0
 
 
-def _ordered(fields: Sequence[str]) -> tuple[str, ...]:
-    """Drop doubles and sort as in `EXTRA_FIELDS`, so that the order of the words does not change the plan."""
-    known = [name for name in EXTRA_FIELDS if name in fields]
-    return (*known, *(name for name in fields if name not in EXTRA_FIELDS))
-
-
-def _values(features: Mapping[str, Feature], name: str, where: str) -> Feature:
-    if name not in features:
-        raise ShardError(
-            f"Expected {where} to have the feature `{name}`, but it has {', '.join(sorted(features)[:20]) or 'none'}. "
-            "It is no MOVi record of a known version."
+def _find(root: Path) -> tuple[Path, str, dict[str, list[Path]]]:
+    """Find the one MOVi set in a folder or up to three levels below it: its folder, name, and files by split."""
+    if not root.is_dir():
+        raise ConfigError(f"Expected --root to be a folder, but there is no {root}. Name the folder of the records.")
+    sets: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+    for path in sorted(path for depth in range(4) for path in root.glob("*/" * depth + "*.tfrecord-*")):
+        match = _NAME.fullmatch(path.name)
+        # TFDS downloads into folders of this name, and renames them when they are complete.
+        if match is not None and "incomplete" not in path.parent.name:
+            sets.setdefault((path.parent, match[1]), {}).setdefault(match[2], []).append(path)
+    if len(sets) != 1:
+        listed = ", ".join(f"{name} in {folder}" for folder, name in sorted(sets)) or "none"
+        raise ConfigError(
+            f"Expected the files of one data set such as movi_c-train.tfrecord-00000-of-00256 in {root}, or in "
+            f"{root}/movi_c/128x128/1.0.0, but got {listed}. Name the folder of one set with --root."
         )
+    ((folder, name), files), *_ = sets.items()
+    usual = [split for split in ("train", "validation", "test") if split in files]
+    return folder, name, {split: files[split] for split in dict.fromkeys([*usual, *files])}
+
+
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset_info.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ShardError(f"Expected {path} to be JSON, but got {error}. Download it again, or delete it.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _records(
+    folder: Path, name: str, split: str, all_files: dict[str, list[Path]], info: Mapping[str, Any], limit: int | None
+) -> list[list[Any]]:
+    """List the records of a split as `[file name, offset, length]`."""
+    if split not in all_files:
+        raise ConfigError(
+            f"Expected --splits among those of {name} in {folder}, {', '.join(all_files)}, but got {split!r}."
+        )
+    name, files = f"{name}-{split}", all_files[split]
+    totals = {int(path.name[-5:]) for path in files}
+    numbers = [int(path.name[-14:-9]) for path in files]
+    if len(totals) > 1 or numbers != list(range(*totals)):
+        missing = sorted(set(range(max(totals))) ^ set(numbers))[:10]
+        raise ShardError(
+            f"Expected the files {name}.tfrecord-… in {folder} to be all of one set, but their names end in "
+            f"{', '.join(f'-of-{total:05d}' for total in sorted(totals))}, and of these are missing or too much: "
+            f"{', '.join(f'{number:05d}' for number in missing) or 'none'}. Download the split again."
+        )
+    stated = [entry for entry in info.get("splits") or [] if entry.get("name") == split and "shardLengths" in entry]
+    lengths = [int(length) for length in stated[0]["shardLengths"]] if stated else None
+    if lengths is not None and len(lengths) != len(files):
+        raise ShardError(
+            f"Expected {len(lengths)} files of {name} as `dataset_info.json` in {folder} says, but got {len(files)}. "
+            "Download the split again."
+        )
+    found: list[list[Any]] = []
+    for number, path in enumerate(files):
+        if limit is not None and len(found) >= limit:
+            break
+        records = _index(path)
+        if lengths is not None and len(records) != lengths[number]:
+            raise ShardError(
+                f"Expected {path} to hold {lengths[number]} records as `dataset_info.json` says, but got "
+                f"{len(records)}. The file is cut short or of another version: download it again."
+            )
+        found.extend([path.name, *record] for record in records)
+    return found[:limit]
+
+
+# A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the length's masked CRC-32C, the data, 4
+# of the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
+
+
+def _index(path: Path) -> list[tuple[int, int]]:
+    """Find offset and length of each record by the headers."""
+    size, offset = path.stat().st_size, 0
+    found = []
+    with path.open("rb") as stream:
+        while offset < size:
+            stream.seek(offset)
+            length = _length(stream.read(_HEADER.size), path, offset)
+            found.append((offset, length))
+            offset += _HEADER.size + length + _FOOTER.size
+    if offset > size:
+        raise _truncated(path, found[-1][0])
+    return found
+
+
+def _read_record(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        if _length(stream.read(_HEADER.size), path, offset) != length:
+            raise ShardError(
+                f"Expected the record of {path} at byte {offset} to have {length} bytes, but the file was replaced. "
+                "Run the conversion again into an empty folder."
+            )
+        data, footer = stream.read(length), stream.read(_FOOTER.size)
+    if len(footer) != _FOOTER.size:
+        raise _truncated(path, offset)
+    _check_crc(data, _FOOTER.unpack(footer)[0], f"the data of the record of {path} at byte {offset}")
+    return data
+
+
+def _length(header: bytes, path: Path, offset: int) -> int:
+    if len(header) < _HEADER.size:
+        raise _truncated(path, offset)
+    length, expected = _HEADER.unpack(header)
+    _check_crc(header[:8], expected, f"the length of the record of {path} at byte {offset}")
+    return int(length)
+
+
+def _check_crc(data: bytes, expected: int, what: str) -> None:
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    found = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF  # the mask of TFRecord files
+    if found != expected:
+        raise ShardError(
+            f"Expected {what} to have the checksum {expected:#010x}, but got {found:#010x}. The file is damaged, "
+            "compressed or no TFRecord file: download it again."
+        )
+
+
+def _truncated(path: Path, offset: int) -> ShardError:
+    return ShardError(
+        f"Expected {path} to hold a whole record at byte {offset}, but the file ends before. It is truncated: download "
+        "it again."
+    )
+
+
+def _parse(data: bytes, where: str, skip: frozenset[str]) -> _Features:
+    from google.protobuf.message import DecodeError
+    from tfrecord import example_pb2
+
+    try:
+        features = example_pb2.Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise ShardError(
+            f"Expected {where} to be a tf.train.Example, but got a malformed message ({error}). The file is damaged or "
+            "holds something else."
+        ) from error
+    found: _Features = {}
+    for name in features:
+        if name not in skip:
+            kind = features[name].WhichOneof("kind")
+            values = getattr(features[name], kind).value if kind else []
+            dtype = {"float_list": np.float32, "int64_list": np.int64}.get(kind or "")
+            found[name] = list(values) if dtype is None else np.array(values, dtype)
+    return found
+
+
+def _require(features: _Features, name: str, where: str) -> Any:
+    if name not in features:
+        raise _misfit(where, f"the feature `{name}`", ", ".join(sorted(features)[:20]) or "none")
     return features[name]
 
 
-def _pictures(features: Mapping[str, Feature], name: str, where: str) -> npt.NDArray[Any]:
+def _pictures(features: _Features, name: str, where: str) -> np.ndarray:
     """Decode a list of PNG files to (F, H, W, 3) or (F, H, W)."""
     from PIL import Image
 
-    files = _values(features, name, where)
-    if not isinstance(files, list) or not files:
-        raise ShardError(f"Expected `{name}` of {where} to be a list of PNG files, but got {_kind(files)}.")
-    frames: list[npt.NDArray[Any]] = []
-    for number, data in enumerate(files):
+    frames: list[np.ndarray] = []
+    for number, data in enumerate(_require(features, name, where)):
         try:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-                if picture.mode not in _PICTURE_MODES[name]:
+                if picture.mode not in _MODES[name]:
                     raise ValueError(f"a picture of mode {picture.mode}")
-                frame = np.asarray(picture)
-        except Exception as error:
-            raise ShardError(
-                f"Expected frame {number} of `{name}` of {where} to be a PNG file of mode {_PICTURE_MODES[name][0]}, "
-                f"but got {error}. The record is damaged or of an unknown version."
+                frames.append(np.asarray(picture))
+        except Exception as error:  # Pillow raises almost anything on damaged bytes
+            raise _misfit(
+                f"frame {number} of `{name}` of {where}", f"a PNG file of mode {_MODES[name][0]}", error
             ) from error
-        if frames and frame.shape != frames[0].shape:
-            raise ShardError(
-                f"Expected all frames of `{name}` of {where} to have the size {frames[0].shape[:2]}, but frame "
-                f"{number} has {frame.shape[:2]}. The record is damaged."
-            )
-        frames.append(frame)
+    if len({frame.shape for frame in frames}) != 1:
+        raise _misfit(f"`{name}` of {where}", "PNG files of one size", f"sizes {[f.shape[:2] for f in frames][:3]}")
     return np.stack(frames)
 
 
-def _flow(features: Mapping[str, Feature], name: str, shape: tuple[int, int, int, int], where: str) -> npt.NDArray[Any]:
-    values = _values(features, name, where)
-    if isinstance(values, list) or values.dtype != np.int64 or len(values) != np.prod(shape):
-        raise ShardError(
-            f"Expected `{name}` of {where} to be {np.prod(shape)} integers for shape {shape}, but got "
-            f"{_kind(values)}. The record is damaged or of an unknown version."
-        )
+def _flow(features: _Features, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
+    values = _require(features, name, where)
+    if isinstance(values, list) or values.dtype != np.int64 or len(values) != math.prod(shape):
+        raise _misfit(f"`{name}` of {where}", f"{math.prod(shape)} integers for shape {shape}", f"{len(values)} values")
     if values.min() < 0 or values.max() > 65535:
-        raise ShardError(
-            f"Expected `{name}` of {where} to be from 0 to 65535, but got {values.min()} to {values.max()}."
-        )
+        raise _misfit(f"`{name}` of {where}", "values from 0 to 65535", f"{values.min()} to {values.max()}")
     return values.reshape(shape)
 
 
-def _check_stated(features: Mapping[str, Feature], frames: int, height: int, width: int, where: str) -> None:
-    for name, found in (("num_frames", frames), ("height", height), ("width", width)):
-        stated = features.get(f"metadata/{name}")
-        if stated is not None and (len(stated) != 1 or stated[0] != found):
-            raise ShardError(
-                f"Expected the video of {where} to have {name} {list(stated)} as its metadata says, but got {found}. "
-                "The record is damaged."
-            )
-
-
-def _check_range(features: Mapping[str, Feature], name: str, where: str) -> None:
-    values = _values(features, name, where)
-    if isinstance(values, list) or len(values) != 2:
-        raise ShardError(
-            f"Expected `{name}` of {where} to be two numbers, but got {_kind(values)}. The record is damaged."
-        )
-
-
-def _check_size(name: str, values: npt.NDArray[Any], video: npt.NDArray[Any], where: str) -> None:
+def _same_size(name: str, values: np.ndarray, video: np.ndarray, where: str) -> np.ndarray:
     if values.shape[:3] != video.shape[:3]:
-        raise ShardError(
-            f"Expected `{name}` of {where} to have the frames, height and width {video.shape[:3]} of the video, but "
-            f"got {values.shape[:3]}. The record is damaged."
-        )
+        raise _misfit(f"`{name}` of {where}", f"the video's frames, height, width {video.shape[:3]}", values.shape[:3])
+    return values
 
 
-def _kind(values: Feature) -> str:
-    return f"{len(values)} {'byte strings' if isinstance(values, list) else f'values of {values.dtype}'}"
+def _describe(features: _Features, frames: int, where: str) -> dict[str, Any]:
+    """Collect all that a record says beside its pictures: `metadata`, `camera`, `instances`, `collisions`, texts.
+
+    TensorFlow Datasets flattens nested features: `instances/mass` holds one number per object, `instances/positions`
+    frames x 3 numbers per object, and ragged lists are split into values and row lengths.
+    """
+    found: dict[str, Any] = {}
+    groups: dict[str, _Features] = {"metadata": {}, "camera": {}, "instances": {}, "collisions": {}}
+    for name, values in features.items():
+        group, _, inner = name.removeprefix("events/").partition("/")
+        if group in groups and inner:
+            groups[group][inner] = values
+        elif not inner and isinstance(values, list) and len(values) == 1 and name not in _MODES:
+            found[name] = _plain(values)
+    for group in ("metadata", "camera"):
+        if groups[group]:
+            found[group] = {
+                inner: _shaped(values, _SHAPES.get(f"{group}/{inner}"), frames, f"`{group}/{inner}` of {where}")
+                for inner, values in sorted(groups[group].items())
+            }
+    counts = {"instances": groups["instances"].get("mass"), "collisions": groups["collisions"].get("frame")}
+    for group, values in counts.items():
+        stated = groups["metadata"].get("num_instances") if group == "instances" else None
+        if values is not None or stated is not None:
+            count = int(stated[0]) if stated is not None else len(values)  # type: ignore[arg-type]
+            found[group] = _rows(groups[group], count, frames, group, where)
+    return found
+
+
+def _rows(features: _Features, count: int, frames: int, group: str, where: str) -> list[dict[str, Any]]:
+    """Turn lists over all objects into one dictionary per object."""
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, values in sorted(features.items()):
+        if name.endswith(_LENGTHS):
+            continue
+        plain = name.removesuffix(_FLAT)
+        place, shape = f"`{group}/{name}` of {where}", _SHAPES.get(f"{group}/{plain}")
+        if plain != name:
+            sizes = [int(size) * math.prod(shape or ()) for size in features.get(plain + _LENGTHS, [])]
+            if len(sizes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(values):
+                raise _misfit(place, f"{sum(sizes)} values in {count} rows", f"{len(values)} in {len(sizes)}")
+        elif len(values) % max(count, 1) or (not count and len(values)):
+            raise _misfit(place, f"a multiple of {count} values, one set per object", len(values))
+        else:
+            sizes = [len(values) // count for _ in rows]
+        for row, (start, end) in zip(rows, pairwise(np.cumsum([0, *sizes]).tolist()), strict=True):
+            part = values[start:end]
+            if plain == name:
+                row[plain] = _shaped(part, shape, frames, place)
+            else:
+                row[plain] = (
+                    [_text(v) for v in part] if isinstance(part, list) else _numbers(part.reshape(-1, *shape or ()))
+                )
+    return rows
+
+
+def _shaped(values: Any, shape: tuple[int, ...] | None, frames: int, place: str) -> Any:
+    if shape is None or isinstance(values, list):
+        return _plain(values)
+    full = tuple(frames if size == -1 else size for size in shape)
+    if math.prod(full) != len(values):
+        raise _misfit(place, f"{math.prod(full)} values for shape {full}", len(values))
+    return _numbers(values.reshape(full))
+
+
+def _plain(values: Any) -> Any:
+    """A single value becomes a scalar."""
+    plain = [_text(value) for value in values] if isinstance(values, list) else _numbers(values)
+    return plain[0] if len(plain) == 1 else plain
+
+
+def _numbers(values: np.ndarray) -> Any:
+    """Return nested lists of numbers, exact and as short as float32 allows; None for what is not finite."""
+    if values.dtype != np.float32:
+        return values.tolist()
+    exact = values.astype("U32").astype(np.float64)  # through the shortest text that stands for the float32
+    if np.isfinite(exact).all():
+        return exact.tolist()
+    anything = exact.astype(object)
+    anything[~np.isfinite(exact)] = None
+    return anything.tolist()
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", errors="replace")
+
+
+def _misfit(place: str, expected: str, found: Any) -> ShardError:
+    return ShardError(
+        f"Expected {place} to hold {expected}, but got {found}. The record is damaged or of an unknown version."
+    )

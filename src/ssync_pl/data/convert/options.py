@@ -1,40 +1,42 @@
-"""What the commands of `ssync-pl data convert` have in common: options, video formats and the printed report."""
+"""What the commands of `ssync-pl data convert` have in common: options, encoding, extras and the printed report."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssync_pl.data.convert.engine import ConversionReport
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["VIDEO_FORMATS", "add_common", "common", "encode_video", "print_report"]
+if TYPE_CHECKING:
+    from ssync_pl.data.convert.writer import ConversionReport
+
+__all__ = ["VIDEO_FORMATS", "add_common", "add_resize", "check_common", "encode_video", "print_report", "require"]
 
 VIDEO_FORMATS = ("npy", "mp4")
 """How videos can be stored: exact arrays, or lossy H.264."""
 
 
+def require(extra: str, *modules: str) -> None:
+    """Refuse to start without the packages of an extra, in one line."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f'Expected {", ".join(missing)} to be installed, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
+        )
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every conversion has.
-
-    Args:
-        parser: Parser of one command.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_common(parser)
-        >>> parser.parse_args(["--out", "shards"]).samples_per_shard
-        32
-    """
+    """Add the options that every conversion has."""
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards; made when absent")
     parser.add_argument(
-        "--workers", type=int, default=None, help="processes; 0 uses this one only (default: one a CPU)"
+        "--workers", type=int, default=None, help="processes; 0 uses this one only (default: one per CPU)"
     )
-    parser.add_argument("--samples-per-shard", type=int, default=32, help="videos a shard (default: 32)")
+    parser.add_argument("--samples-per-shard", type=int, default=32, help="videos per shard (default: 32)")
     parser.add_argument(
         "--on-bad-sample",
         choices=("raise", "skip"),
@@ -50,30 +52,33 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
-def common(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `convert` that the common options stand for.
+def add_resize(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """Add `--short-side` and `--resample`."""
+    parser.add_argument(
+        "--short-side",
+        type=_pixels_or_none,
+        default=default,
+        metavar="PIXELS",
+        help="resize frames and masks to this shorter side, keeping proportions; `none` keeps the size "
+        f"(default: {'none' if default is None else default})",
+    )
+    parser.add_argument(
+        "--resample",
+        choices=("bicubic", "bilinear", "nearest"),
+        default="bicubic",
+        help="filter for frames: bicubic and bilinear are anti-aliased when frames shrink; nearest takes the pixel "
+        "under each centre; masks always go to the nearest pixel (default: bicubic)",
+    )
 
-    The folder (`options.out`) and `options.video_format`, which belongs into the recipe, are left to the command.
 
-    Args:
-        options: What a parser with the common options returned.
-
-    Returns:
-        Keyword arguments of `convert`.
-
-    Raises:
-        ConfigError: An option is out of range.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_common(parser)
-        >>> common(parser.parse_args(["--out", "shards", "--workers", "0"]))["num_workers"]
-        0
-    """
+def check_common(options: argparse.Namespace) -> dict[str, Any]:
+    """Check the common options, and return the arguments of `convert` that they stand for."""
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"Expected --workers to be 0 or more, but got {options.workers}.")
     if options.samples_per_shard < 1:
         raise ConfigError(f"Expected --samples-per-shard to be at least 1, but got {options.samples_per_shard}.")
+    if options.video_format == "mp4":
+        require("video", "av")
     return {
         "samples_per_shard": options.samples_per_shard,
         "num_workers": options.workers,
@@ -83,35 +88,11 @@ def common(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def encode_video(video: np.ndarray, video_format: str, where: str, fps: int = 12) -> dict[str, Any]:
-    """Return the member that holds a video.
-
-    Args:
-        video: (F, h, w, 3) uint8, RGB.
-        video_format: `npy` keeps every pixel; `mp4` is lossy.
-        where: Source of the video, for the message.
-        fps: Frames a second of an mp4.
-
-    Returns:
-        Member name → array or bytes.
-
-    Raises:
-        ConfigError: The format is unknown, or PyAV is not installed.
-        ShardError: H.264 cannot store the size.
-
-    Example:
-        >>> list(encode_video(np.zeros((2, 8, 8, 3), np.uint8), "npy", "clip.avi"))
-        ['video.npy']
-    """
-    if video_format not in VIDEO_FORMATS:
-        raise ConfigError(f"Expected the video format to be one of {', '.join(VIDEO_FORMATS)}, but got {video_format}.")
+    """Return the member that holds a video (F, h, w, 3) uint8."""
     if video_format == "npy":
         return {"video.npy": video}
-    from ssync_pl.data.video import encode_mp4, mp4_available
+    from ssync_pl.data.video import encode_mp4
 
-    if not mp4_available():
-        raise ConfigError(
-            'Expected PyAV for --video-format mp4, but it is missing. Run `pip install "ssync-pl[video]"`, or take npy.'
-        )
     height, width = video.shape[1:3]
     if height % 2 or width % 2:
         raise ShardError(
@@ -122,18 +103,7 @@ def encode_video(video: np.ndarray, video_format: str, where: str, fps: int = 12
 
 
 def print_report(report: ConversionReport) -> None:
-    """Print what a conversion wrote: counts, how to load it, and what was left out.
-
-    Args:
-        report: What `convert` returned.
-
-    Example:
-        >>> print_report(ConversionReport((Path("out/train-000000.tar"),), 3, 0, {"000001": "No frames."}, 72, 123_000))
-        train: 3 videos, 72 frames, 0.1 MB in 1 shard
-          shards: out/train-000000.tar
-          skipped 1 video:
-            000001: No frames.
-    """
+    """Print what a conversion wrote: counts, how to load it, and what was left out."""
     head, first = report.shards[0].stem.rsplit("-", 1)
     last = report.shards[-1].stem.rsplit("-", 1)[1]
     kept = f", of which {report.kept} were there already" if report.kept else ""
@@ -152,3 +122,11 @@ def print_report(report: ConversionReport) -> None:
 
 def _many(count: int, word: str) -> str:
     return f"{count} {word}" + ("" if count == 1 else "s")
+
+
+def _pixels_or_none(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 8192:
+        raise argparse.ArgumentTypeError(f"expected a number of pixels from 1 to 8192 or `none`, but got {text!r}")
+    return int(text)

@@ -5,26 +5,33 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.media import Timeline, read_frames, read_timeline, select_frames
-from ssync_pl.data.convert.pictures import Resample, resize_frame, resize_ids, short_side_size
-from ssync_pl.data.convert.sizes import add_resize, check_short_side
-from ssync_pl.data.convert.video_sources import Folder, Masks, scan_folder
+from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, Timeline, read_frames, read_timeline, select_frames
+from ssync_pl.data.convert.options import add_common, add_resize, check_common, encode_video, print_report, require
+from ssync_pl.data.convert.pictures import (
+    PICTURE_EXTENSIONS,
+    check_bytes,
+    is_mask_folder,
+    list_frames,
+    list_pictures,
+    natural_key,
+    pair_masks,
+    read_ids,
+    resize_ids,
+    stack_frames,
+)
+from ssync_pl.data.convert.writer import Item, convert
 from ssync_pl.errors import ConfigError, ShardError
 
-if TYPE_CHECKING:
-    from ssync_pl.data.convert.engine import Item
+__all__ = ["Folder", "VideosDecode", "add_parser", "scan_folder"]
 
-__all__ = ["VideosDecode", "add_parser", "plan_samples"]
-
-_MAX_BYTES = 1 << 32  # arrays of one sample; a tar member ends at 8 GiB, and a worker has to hold it
+_ARRAYS = (".masks.npy", ".masks.npz")
 _MP4_FPS = 12
 
 
@@ -34,195 +41,215 @@ class VideosDecode:
 
     `video.npy` (F, h, w, 3) uint8; where there are masks `segmentations.npy.gz` (F, h, w, 1) uint8 ids, numbered from
     1 on in the order of the source's ids, or (F, h, w, N) channels of 0 and 1; `info.json`.
-
-    Args:
-        root: Folder of the videos.
-        fps: Frames a second to choose; None keeps all.
-        frames_fps: Frames a second of folders of pictures.
-        max_frames: Frames taken from the start of a video; None for all.
-        short_side: Pixels of the shorter side; None keeps the size.
-        size: Height and width, whatever the proportions; None keeps them.
-        resample: How frames are resized; masks always go to the nearest pixel.
-        video_format: `npy` or `mp4`.
-
-    Example:
-        >>> VideosDecode(Path("videos"), fps=Fraction(12)).output_size((480, 640))
-        (480, 640)
     """
 
     root: Path
-    fps: Fraction | None = None
-    frames_fps: Fraction | None = None
+    fps: Fraction | None = None  # frames per second to choose; None keeps all
+    frames_fps: Fraction | None = None  # of folders of pictures
     max_frames: int | None = None
-    short_side: int | None = None
-    size: tuple[int, int] | None = None
-    resample: Resample = "bicubic"
+    size: int | tuple[int, int] | None = None  # short side, or height and width
+    resample: str = "bicubic"
     video_format: str = "npy"
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        """Read, choose and resize, frame by frame.
-
-        Args:
-            item: `source` is an entry of `plan_samples`.
-
-        Returns:
-            Members of the sample.
-
-        Raises:
-            ShardError: The video or its masks are damaged, do not fit each other, or take too much memory.
-        """
-        from ssync_pl.data.convert.options import encode_video
-
+        """Read, choose and resize; `ShardError` names what is damaged or does not fit."""
         source = item.source
-        where = f"video {self.root / source['video']}"
+        path = self.root / source["video"]
+        where = f"video {path}"
         if "error" in source:
             raise ShardError(source["error"])
-        total, rate, wanted, stamp = source.get("total"), source.get("rate"), source.get("frames"), source.get("stamp")
+        total, rate, wanted, stamp = (source.get(name) for name in ("total", "rate", "frames", "stamp"))
         if wanted is None:
             timeline = self.timeline(source)
             total, rate = timeline.frames, None if timeline.rate is None else float(timeline.rate)
             chosen = self.choose(timeline, where)
             wanted = None if self.fps is None and self.max_frames is None else chosen
-        video = self._read(source, wanted, stamp, where)
+        frames = read_frames(path, source["names"], wanted, stamp, where)
+        video, original = stack_frames(frames, self.size, self.resample, where)
         if wanted is None and len(video) < (total or 0):
             raise _not_whole(where, f"only {len(video)} of its {total} frames can be decoded", len(video))
         # Only a reading of the whole counts what is really there.
         total = len(video) if wanted is None else total
         numbers = list(range(len(video))) if wanted is None else list(wanted)
         fps = rate if self.fps is None else float(self.fps)
-        members = encode_video(video.array, self.video_format, where, fps=max(1, round(fps or _MP4_FPS)))
+        members = encode_video(video, self.video_format, where, fps=max(1, round(fps or _MP4_FPS)))
         info = {
             "video": source["video"],
             "frames": numbers,
             "source_frames": total,
             "fps": fps,
-            "original_size": list(video.original),
+            "original_size": list(original),
         }
         if source["masks"] is not None:
-            masks, ids = self._masks(Masks(self.root, source["masks"], where), numbers, total, video.original, where)
-            members["segmentations.npy.gz"] = masks
-            info["object_ids"] = ids
+            members["segmentations.npy.gz"], info["object_ids"] = self._masks(
+                source, numbers, total, original, video.shape[1:3], where
+            )
         return {**members, "info.json": info}
 
     def timeline(self, source: dict[str, Any]) -> Timeline:
-        """Find when the frames of a video are shown.
-
-        Args:
-            source: An entry of `Folder.videos`.
-
-        Returns:
-            The timeline.
-        """
+        """Find when the frames of a video are shown."""
         path = self.root / source["video"]
         return read_timeline(path, source["names"], self.frames_fps, f"video {path}")
 
     def choose(self, timeline: Timeline, where: str) -> list[int]:
-        """Number the frames that are taken of a video, by `fps` and `max_frames`.
-
-        Args:
-            timeline: The video's.
-            where: The video, for messages.
-
-        Returns:
-            Frame numbers, in order.
-
-        Raises:
-            ShardError: The file is cut off before its end, and `max_frames` does not stop before that.
-        """
+        """Number the frames that are taken of a video, by `fps` and `max_frames`."""
         chosen = list(range(timeline.frames)) if self.fps is None else select_frames(timeline, self.fps, where)
         if timeline.missing is not None and (self.max_frames is None or len(chosen) < self.max_frames):
             raise _not_whole(where, timeline.missing, len(chosen))
         return chosen[: self.max_frames]
 
-    def output_size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the sample.
-
-        Args:
-            stored: Height and width of the source.
-
-        Returns:
-            Those after resizing.
-        """
-        return self.size or short_side_size(stored, self.short_side)
-
-    def _read(self, source: dict[str, Any], wanted: list[int] | None, stamp: int | None, where: str) -> _Video:
-        frames, original, size = [], (0, 0), (0, 0)
-        for frame in read_frames(self.root / source["video"], source["names"], wanted, stamp, where):
-            original = (frame.shape[0], frame.shape[1])
-            size = self.output_size(original)
-            frames.append(resize_frame(frame, size, self.resample))
-            _check_bytes((len(frames), *size, 3), where)
-        return _Video(np.stack(frames), original)
-
     def _masks(
-        self, masks: Masks, numbers: list[int], total: int | None, original: tuple[int, int], where: str
+        self,
+        source: dict[str, Any],
+        numbers: list[int],
+        total: int,
+        original: tuple[int, int],
+        size: tuple[int, ...],
+        where: str,
     ) -> tuple[np.ndarray, list[int]]:
-        loaded = masks.load()
-        count = len(masks.names or ()) if loaded is None else len(loaded)
+        path, names = self.root / source["masks"]["path"], source["masks"]["names"]
+        if names is not None:
+            names = pair_masks(source["names"], names, where, path)
+        array = None if names is not None else _load_masks(path, where)
+        count = len(names if names is not None else array)  # type: ignore[arg-type]
         if count != total:
             raise ShardError(
-                f"Expected as many masks as frames for {where}, but got {count} masks in "
-                f"{self.root / masks.source['path']} and {total} frames. Export both from the same frames."
+                f"Expected as many masks as frames for {where}, but got {count} masks in {path} and {total} frames. "
+                "Export both from the same frames."
             )
-        size = self.output_size(original)
-        stack = []
+        stack: list[np.ndarray] = []
         for number in numbers:
-            mask = masks.read(number, loaded)
-            if mask.shape[:2] != original:
+            mask = array[number] if array is not None else read_ids(path / names[number], where, original)[..., None]
+            if mask.shape[:2] != original or (mask.dtype != np.bool_ and mask.min() < 0):
                 raise ShardError(
-                    f"Expected the masks of {where} to be {original[0]} x {original[1]} (height x width) like its "
-                    f"frames, but mask {number} is {mask.shape[0]} x {mask.shape[1]}. Export them at the video's size."
+                    f"Expected the masks of {where} to hold ids from 0 on and to be {original[0]} x {original[1]} "
+                    f"(height x width) like its frames, but mask {number} of {path} is {mask.shape[0]} x "
+                    f"{mask.shape[1]} and its least id is {mask.min()}. Export them at the video's size."
                 )
-            if mask.dtype != np.bool_ and mask.min() < 0:
-                raise ShardError(
-                    f"Expected ids from 0 on in the masks of {where}, but mask {number} holds {mask.min()}. Give "
-                    "unlabelled pixels the background's 0."
-                )
-            stack.append(resize_ids(mask, size))
-            _check_bytes((len(stack), *size, mask.shape[-1] * mask.itemsize), where)
-        array = np.stack(stack)
-        if array.shape[-1] > 1:
-            return (array != 0).astype(np.uint8), list(range(array.shape[-1]))
-        return _renumber(array, where)
+            stack.append(resize_ids(np.asarray(mask), (size[0], size[1])))
+            check_bytes(len(stack) * stack[-1].nbytes, len(stack), where)
+        ids = np.stack(stack)
+        if ids.shape[-1] > 1:
+            return (ids != 0).astype(np.uint8), list(range(ids.shape[-1]))
+        # Numbered from 1 on: masks of 0 and 255, say, show one object, not 255.
+        found = [int(number) for number in np.unique(ids) if number]
+        if len(found) > 255:
+            raise ShardError(
+                f"Expected at most 255 objects in the masks of {where}, but got {len(found)}. The masks may be "
+                "pictures with smooth shades instead of ids: export them without anti-aliasing and as PNG."
+            )
+        return np.searchsorted(np.array([0, *found]), ids.astype(np.int64)).astype(np.uint8), found
+
+
+def _load_masks(path: Path, where: str) -> np.ndarray:
+    """Open an array file as (F, h, w, N); elements of `.npy` stay on the disk."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            keys = [key for key in ("segmentations", "masks") if key in array] or list(array)
+            if len(keys) != 1:
+                raise ValueError(f"it holds the arrays {', '.join(keys) or 'none'}, not one called `masks`")
+            array = array[keys[0]]
+        array = array[..., None] if array.ndim == 3 else array
+        if array.ndim != 4 or array.dtype.kind not in "uib" or array.shape[-1] < 1:
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+    except Exception as error:  # NumPy raises almost anything on damaged files
+        raise ShardError(
+            f"Expected masks {path} of {where} to be integers (frames, height, width) of ids, or (frames, height, "
+            f"width, objects), but reading it failed ({error}). Save them with numpy.save."
+        ) from error
+    return array
 
 
 @dataclass(frozen=True)
-class _Video:
-    array: np.ndarray
-    original: tuple[int, int]
+class Folder:
+    """What a folder of videos holds.
 
-    def __len__(self) -> int:
-        return len(self.array)
+    Attributes:
+        videos: JSON values of each video, in natural order: `video` (name below the root), `names` (of its frames; null
+            for a file), `bytes` (of a file), `masks` (null, or `path`, `names` and `bytes`).
+        ignored: Reason → names of what is no video.
+    """
+
+    videos: list[dict[str, Any]]
+    ignored: dict[str, list[str]] = field(default_factory=dict)
 
 
-def plan_samples(
-    folder: Folder, decode: VideosDecode, *, clip_frames: int | None, clip_seconds: float | None, keep_rest: bool
-) -> tuple[list[dict[str, Any]], int]:
-    """Cut videos into samples.
-
-    Args:
-        folder: The videos.
-        decode: How frames are chosen.
-        clip_frames: Frames a sample, after choosing; None takes whole videos, or goes by `clip_seconds`.
-        clip_seconds: Seconds a sample.
-        keep_rest: Keep what is left at the end of a video as a shorter sample. A video shorter than one sample is
-            always kept.
-
-    Returns:
-        Sources of the samples, and how many frames were left out at the ends.
+def scan_folder(root: Path) -> Folder:
+    """Sort the entries of a folder into videos, their masks, and the rest.
 
     Raises:
-        ConfigError: A duration is asked for, and nothing says the frame rate.
-
-    Example:
-        >>> folder = Folder([{"video": "a", "names": [f"{i}.png" for i in range(5)], "bytes": None, "masks": None}])
-        >>> samples, rest = plan_samples(
-        ...     folder, VideosDecode(Path(".")), clip_frames=2, clip_seconds=None, keep_rest=False
-        ... )
-        >>> [sample["frames"] for sample in samples], rest
-        ([[0, 1], [2, 3]], 1)
+        ConfigError: There is no video, or masks cannot be told from frames or to belong to one video.
     """
-    if clip_frames is None and clip_seconds is None:
+    if not root.is_dir():
+        raise ConfigError(
+            f"Expected --root to be a folder of videos, but {root} is none. Name the folder that holds the video "
+            "files, or one sub-folder of frames per video."
+        )
+    ignored: dict[str, list[str]] = {}
+    videos: dict[str, dict[str, Any]] = {}
+    masks: dict[str, list[dict[str, Any]]] = {}
+    entries = sorted(root.iterdir(), key=lambda path: natural_key(path.name))
+    for path in [*entries, *(inner for name in ("masks", "mask") for inner in _inside(root / name))]:
+        name = str(path.relative_to(root))
+        inner = path.parent != root
+        if path.name.startswith("."):
+            ignored.setdefault("hidden", []).append(name)
+        elif not path.exists():
+            ignored.setdefault("dangling links", []).append(name)
+        elif path.is_dir() and (inner or is_mask_folder(name)):
+            if inner or name not in ("masks", "mask"):
+                found = {"path": name, "names": list_pictures(path, (".png", ".bmp")), "bytes": None}
+                masks.setdefault(path.name if inner else name.rpartition("_")[0], []).append(found)
+        elif inner:
+            ignored.setdefault("no masks", []).append(name)
+        elif path.is_dir():
+            frames = list_frames(path)
+            if frames:
+                videos[name] = {"video": name, "names": frames, "bytes": None}
+            else:
+                ignored.setdefault("folders without frames", []).append(name)
+        elif name.lower().endswith(_ARRAYS):
+            one = {"path": name, "names": None, "bytes": path.stat().st_size}
+            masks.setdefault(name[: -len(_ARRAYS[0])], []).append(one)
+        elif path.suffix.lower() in VIDEO_EXTENSIONS:
+            videos[name] = {"video": name, "names": None, "bytes": path.stat().st_size}
+        else:
+            ignored.setdefault("no media", []).append(name)
+    if not videos:
+        got = ", ".join(f"{len(names)} {reason} ({names[0]}, …)" for reason, names in ignored.items()) or "nothing"
+        raise ConfigError(
+            f"Expected videos ({', '.join(VIDEO_EXTENSIONS)}) or sub-folders of frames "
+            f"({', '.join(PICTURE_EXTENSIONS)}) in {root}, but got {got}. Name the folder that holds the videos "
+            "themselves, with the frames of each in a sub-folder of its own."
+        )
+    _match(root, videos, masks)
+    return Folder([videos[name] for name in sorted(videos, key=natural_key)], ignored)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: natural_key(path.name)) if folder.is_dir() else []
+
+
+def _match(root: Path, videos: dict[str, dict[str, Any]], masks: dict[str, list[dict[str, Any]]]) -> None:
+    by_stem: dict[str, list[str]] = {}
+    for name, video in videos.items():
+        by_stem.setdefault(name if video["names"] is not None else Path(name).stem, []).append(name)
+        video["masks"] = None
+    for stem, found in masks.items():
+        owners = by_stem.get(stem, [])
+        if len(owners) != 1 or len(found) != 1:
+            got = f"the videos {', '.join(owners)}" if owners else "no such video"
+            raise ConfigError(
+                f"Expected one video called {stem!r} for the masks in one place, but got {got} and the masks "
+                f"{', '.join(one['path'] for one in found)} in {root}. Rename or move the masks or the videos."
+            )
+        videos[owners[0]]["masks"] = found[0]
+
+
+def _plan(folder: Folder, decode: VideosDecode, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Cut videos into sources of samples; also return how many frames were left out at the ends."""
+    if options.clip_frames is None and options.clip_seconds is None:
         return list(folder.videos), 0
     samples, dropped = [], 0
     for source in folder.videos:
@@ -234,14 +261,15 @@ def plan_samples(
             samples.append({**source, "error": str(error)})  # the worker raises it or skips the video, as the user asks
             continue
         rate = decode.fps or timeline.rate
-        if clip_frames is None and rate is None:
+        if options.clip_frames is None and rate is None:
             raise ConfigError(
                 f"Expected a frame rate for {where}, to cut clips by --clip-seconds, but nothing says it. Give it with "
                 "--frames-fps, or cut by --clip-frames."
             )
-        length = clip_frames or max(1, round(float(rate or 0) * float(clip_seconds or 0)))
+        length = options.clip_frames or max(1, round(float(rate or 0) * options.clip_seconds))
         parts = [chosen[start : start + length] for start in range(0, len(chosen), length)] or [[]]
-        if len(parts) > 1 and len(parts[-1]) < length and not keep_rest:
+        # A video shorter than one sample is always kept.
+        if len(parts) > 1 and len(parts[-1]) < length and options.rest == "drop":
             dropped += len(parts.pop())
         for part in parts:
             stamp = timeline.stamps[part[0]] if timeline.stamps and part else None
@@ -251,49 +279,28 @@ def plan_samples(
 
 
 def add_parser(commands: Any) -> None:
-    """Add `videos` to the commands of `ssync-pl data convert`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_parser(parser.add_subparsers())
-        >>> parser.parse_args(["videos", "--root", "mine", "--out", "shards"]).prefix
-        'videos'
-    """
-    from ssync_pl.data.convert.options import add_common
-
+    """Add `videos` to the commands of `ssync-pl data convert`."""
     text = (
         "Convert own videos: each mp4, avi, mov, mkv, webm or gif file of --root is a video, and so is each sub-folder "
         "of frames (jpg, png, bmp). Masks of a video called NAME are found in NAME_masks/*.png, masks/NAME/*.png (grey "
-        "or palette pictures of ids), NAME.masks.npy or NAME.masks.npz, one a frame."
+        "or palette pictures of ids, named after their frames), NAME.masks.npy or NAME.masks.npz, one per frame."
     )
     parser = commands.add_parser("videos", help="own videos, files or folders of frames", description=text)
     parser.add_argument("--root", required=True, type=Path, help="folder of the videos")
     parser.add_argument("--prefix", default="videos", help="start of the shards' names (default: videos)")
+    parser.add_argument("--split-name", help="added to the prefix, e.g. train for videos-train-000000.tar")
     parser.add_argument(
-        "--split-name", default=None, help="added to the prefix, e.g. train for videos-train-000000.tar"
+        "--fps", type=_rate, metavar="RATE", help="take this many frames per second, e.g. 12 or 30000/1001"
     )
-    parser.add_argument(
-        "--fps", type=_rate, default=None, metavar="RATE", help="take this many frames a second, e.g. 12 or 30000/1001"
-    )
-    parser.add_argument(
-        "--frames-fps", type=_rate, default=None, metavar="RATE", help="frames a second of sub-folders of frames"
-    )
+    parser.add_argument("--frames-fps", type=_rate, metavar="RATE", help="frames per second of sub-folders of frames")
     add_resize(parser, default=None)
-    parser.add_argument(
-        "--size", type=_size, default=None, metavar="HxW", help="resize to this size, whatever the proportions"
-    )
-    parser.add_argument("--max-frames", type=int, default=None, help="take the first frames of each video only")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="resize to this size, whatever the proportions")
+    parser.add_argument("--max-frames", type=int, help="take the first frames of each video only")
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
-        "--clip-frames",
-        type=int,
-        default=None,
-        help="cut each video into samples of this many frames; shorter videos are kept whole",
+        "--clip-frames", type=int, help="cut each video into samples of this many frames; shorter ones are kept whole"
     )
-    cut.add_argument("--clip-seconds", type=float, default=None, help="cut each video into samples of this duration")
+    cut.add_argument("--clip-seconds", type=float, help="cut each video into samples of this duration")
     parser.add_argument(
         "--rest",
         choices=("drop", "keep"),
@@ -305,60 +312,32 @@ def add_parser(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ssync_pl.data.convert.engine import Item, convert
-    from ssync_pl.data.convert.options import common, print_report
-
-    settings = common(options)
-    _check(options)
-    folder = scan_folder(options.root)
-    decode = VideosDecode(
-        options.root,
-        options.fps,
-        options.frames_fps,
-        options.max_frames,
-        options.short_side,
-        options.size,
-        options.resample,
-        options.video_format,
-    )
-    samples, dropped = plan_samples(
-        folder,
-        decode,
-        clip_frames=options.clip_frames,
-        clip_seconds=options.clip_seconds,
-        keep_rest=options.rest == "keep",
-    )
-    recipe = {
-        "format": "videos",
-        "fps": None if options.fps is None else str(options.fps),
-        "frames_fps": None if options.frames_fps is None else str(options.frames_fps),
-        "max_frames": options.max_frames,
-        "short_side": options.short_side,
-        "size": options.size,
-        "resample": options.resample,
-        "clip_frames": options.clip_frames,
-        "clip_seconds": options.clip_seconds,
-        "rest": options.rest,
-        "video_format": options.video_format,
-    }
-    prefix = options.prefix if options.split_name is None else f"{options.prefix}-{options.split_name}"
-    items = [Item(f"{number:06d}", sample) for number, sample in enumerate(samples)]
-    print_report(convert(items, decode, options.out, prefix, recipe=recipe, **settings))
-    _print_notes(folder, dropped)
-    return 0
-
-
-def _check(options: argparse.Namespace) -> None:
-    check_short_side(options.short_side)
+    settings = check_common(options)
     if options.size is not None and options.short_side is not None:
         raise ConfigError("Expected one of --size and --short-side, but got both. Leave one out.")
     for name in ("max_frames", "clip_frames", "clip_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"Expected --{name.replace('_', '-')} to be above 0, but got {value}.")
-
-
-def _print_notes(folder: Folder, dropped: int) -> None:
+    folder = scan_folder(options.root)
+    if any(video["names"] is None and not video["video"].lower().endswith(".gif") for video in folder.videos):
+        require("video", "av")
+    decode = VideosDecode(
+        options.root,
+        options.fps,
+        options.frames_fps,
+        options.max_frames,
+        options.size or options.short_side,
+        options.resample,
+        options.video_format,
+    )
+    samples, dropped = _plan(folder, decode, options)
+    names = ("fps", "frames_fps", "max_frames", "short_side", "size", "resample", "clip_frames", "clip_seconds", "rest")
+    recipe = {name: getattr(options, name) for name in (*names, "video_format")}
+    recipe.update(format="videos", **{name: str(recipe[name]) for name in names[:2] if recipe[name] is not None})
+    prefix = options.prefix if options.split_name is None else f"{options.prefix}-{options.split_name}"
+    items = [Item(f"{number:06d}", sample) for number, sample in enumerate(samples)]
+    print_report(convert(items, decode, options.out, prefix, recipe=recipe, **settings))
     masked = sum(video["masks"] is not None for video in folder.videos)
     lines = [f"  masks: {masked} of {len(folder.videos)} videos have some"]
     if dropped:
@@ -368,15 +347,18 @@ def _print_notes(folder: Folder, dropped: int) -> None:
         for reason, names in folder.ignored.items()
     )
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 def _rate(text: str) -> Fraction:
     try:
         rate = Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"expected frames a second, such as 12 or 30000/1001, got {text!r}") from error
+        raise argparse.ArgumentTypeError(
+            f"expected frames per second, such as 12 or 30000/1001, got {text!r}"
+        ) from error
     if not 0 < rate <= 1000:
-        raise argparse.ArgumentTypeError(f"expected frames a second above 0 and up to 1000, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected frames per second above 0 and up to 1000, got {text!r}")
     return rate
 
 
@@ -387,28 +369,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def _renumber(ids: np.ndarray, where: str) -> tuple[np.ndarray, list[int]]:
-    """Number the objects from 1 on: masks of 0 and 255, say, show one object, not 255."""
-    found = [number for number in np.unique(ids).tolist() if number]
-    if len(found) > 255:
-        raise ShardError(
-            f"Expected at most 255 objects in the masks of {where}, but got {len(found)}. The masks may be pictures "
-            "with smooth shades instead of ids: export them without anti-aliasing and as PNG."
-        )
-    ranks = np.searchsorted(np.array([0, *found]), ids.astype(np.int64))
-    return ranks.astype(np.uint8), [int(number) for number in found]
-
-
 def _not_whole(where: str, got: str, frames: int) -> ShardError:
     start = f", or take its start with --max-frames {frames}" if frames else ""
     return ShardError(f"Expected {where} to be whole, but {got}. Copy or encode it again{start}.")
-
-
-def _check_bytes(shape: Iterable[int], where: str) -> None:
-    sizes = list(shape)
-    if int(np.prod(sizes, dtype=np.int64)) > _MAX_BYTES:
-        raise ShardError(
-            f"Expected a sample of {where} to take at most {_MAX_BYTES >> 30} GiB, but its first {sizes[0]} frames of "
-            f"{sizes[1]} x {sizes[2]} take more. Cut the video with --clip-frames, or take fewer or smaller frames "
-            "with --max-frames, --fps or --short-side."
-        )

@@ -6,28 +6,28 @@ Source: https://youtube-vos.org/dataset/vis/ (folders and JSON), and the shards 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.pictures import Resample, read_picture, resize_frame, resize_ids, short_side_size
-from ssync_pl.data.convert.rle import segmentation_mask
-from ssync_pl.data.convert.sizes import add_resize, check_short_side
+from ssync_pl.data.convert.media import read_frames
+from ssync_pl.data.convert.options import add_common, add_resize, check_common, encode_video, print_report, require
+from ssync_pl.data.convert.pictures import resize_ids, stack_frames
+from ssync_pl.data.convert.writer import Item, convert
 from ssync_pl.errors import ConfigError, ShardError
-
-if TYPE_CHECKING:
-    from ssync_pl.data.convert.engine import Item
-    from ssync_pl.data.convert.ytvis_index import Annotations
 
 __all__ = ["YtvisDecode", "add_parser"]
 
 _SPLITS = ("train", "validation", "valid", "test")
 _HOLDOUT = 300  # the published shards evaluate on these: the official validation masks are not public
-_FPS = 6  # every fifth frame of 30 a second
+_FPS = 6  # every fifth frame of 30 per second
+_FARTHEST = 1e5  # pixels; a polygon with a point beyond would take all memory
 
 _logger = logging.getLogger(__name__)
 
@@ -37,74 +37,41 @@ class YtvisDecode:
     """Make the members of one YouTube-VIS video.
 
     `video.npy` (F, h, w, 3) uint8; where the split has annotations `segmentations.npy.gz` (F, h, w, N) uint8, one
-    channel an instance, the value is its category id, channels may overlap, and there is no background channel (a
+    channel per instance, the value is its category id, channels may overlap, and there is no background channel (a
     video without instances has one empty channel); `info.json`.
-
-    Args:
-        folder: The split's `JPEGImages`.
-        categories: Category id → name.
-        short_side: Pixels of the shorter side; None keeps the size.
-        resample: How frames are resized; masks always go to the nearest pixel.
-        masks: Write masks.
-        video_format: `npy` or `mp4`.
-
-    Example:
-        >>> YtvisDecode(Path("train/JPEGImages"), short_side=320).masks
-        True
     """
 
     folder: Path
     categories: dict[int, str] = field(default_factory=dict)
     short_side: int | None = None
-    resample: Resample = "bicubic"
+    resample: str = "bicubic"
     masks: bool = True
     video_format: str = "npy"
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        """Read, draw and resize.
-
-        Args:
-            item: `source` is an entry of `Annotations.videos`.
-
-        Returns:
-            Members of the sample.
-
-        Raises:
-            ShardError: A frame or a mask is missing, damaged or of another size than the annotation file says.
-        """
-        from ssync_pl.data.convert.options import encode_video
-
+        """Read, choose and resize; `ShardError` names what is damaged or does not fit."""
         source = item.source
-        where = f"video {source['id']} ({_folder_of(source)})"
-        if not source["frames"]:
-            raise ShardError(f"Expected {where} to have frames, but its `file_names` are empty. Repair the file.")
-        stored = (source["size"][0], source["size"][1])
-        size = short_side_size(stored, self.short_side)
-        video = np.empty((len(source["frames"]), *size, 3), np.uint8)
-        for index, name in enumerate(source["frames"]):
-            frame = read_picture(self.folder / name, where)
-            if frame.shape[:2] != stored:
-                raise ShardError(
-                    f"Expected frame {self.folder / name} of {where} to be {stored[0]} x {stored[1]} (height x width) "
-                    f"as the annotation file says, but got {frame.shape[0]} x {frame.shape[1]}. The pictures and the "
-                    "annotation file are of different releases: download both again."
-                )
-            video[index] = resize_frame(frame, size, self.resample)
-        info: dict[str, Any] = {
-            "video_id": source["id"],
-            "file_names": list(source["frames"]),
-            "original_size": list(stored),
-        }
+        names, stored = source["frames"], (source["size"][0], source["size"][1])
+        where = f"video {source['id']} ({names[0].rpartition('/')[0] if names else 'no frames'})"
+        frames = read_frames(self.folder, names, None, None, where)
+        video, original = stack_frames(frames, self.short_side, self.resample, where)
+        if original != stored:
+            raise ShardError(
+                f"Expected the frames of {where} to be {stored[0]} x {stored[1]} (height x width) as the annotation "
+                f"file says, but got {original[0]} x {original[1]}. The pictures and the annotation file are of "
+                "different releases: download both again."
+            )
         members = encode_video(video, self.video_format, where, fps=_FPS)
+        info: dict[str, Any] = {"video_id": source["id"], "file_names": names, "original_size": list(stored)}
         if self.masks and "objects" in source:
-            members["segmentations.npy.gz"] = self._draw(source, stored, size, where)
+            members["segmentations.npy.gz"] = self._draw(source, stored, video.shape[1:3], where)
             ids = [thing["category"] for thing in source["objects"]]
             info["instance_ids"] = [thing["id"] for thing in source["objects"]]
             info["category_ids"] = ids
             info["categories"] = [self.categories.get(number, str(number)) for number in ids]
         return {**members, "info.json": info}
 
-    def _draw(self, source: dict[str, Any], stored: tuple[int, int], size: tuple[int, int], where: str) -> np.ndarray:
+    def _draw(self, source: dict[str, Any], stored: tuple[int, int], size: tuple[int, ...], where: str) -> np.ndarray:
         frames, objects = len(source["frames"]), source["objects"]
         masks = np.zeros((frames, *size, max(1, len(objects))), np.uint8)
         for channel, thing in enumerate(objects):
@@ -120,30 +87,149 @@ class YtvisDecode:
                     f"{len(thing['masks'])}. Repair the annotation file."
                 )
             for index, segmentation in enumerate(thing["masks"]):
-                if segmentation is not None:
-                    drawn = segmentation_mask(segmentation, stored, f"frame {index} of {name}")
-                    masks[index, :, :, channel] = resize_ids(drawn, size) * np.uint8(category)
+                if segmentation:
+                    drawn = draw_mask(segmentation, stored, f"frame {index} of {name}")
+                    masks[index, :, :, channel] = resize_ids(drawn, (size[0], size[1])) * np.uint8(category)
         return masks
 
 
-def add_parser(commands: Any) -> None:
-    """Add `ytvis2019` and `ytvis2021` to the commands of `ssync-pl data convert`.
+def draw_mask(segmentation: Any, size: tuple[int, int], where: str) -> np.ndarray:
+    """Draw one COCO segmentation, run lengths (plain or compressed) or polygons, as (h, w) uint8 of 0 and 1."""
+    from pycocotools import mask as coco
 
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            numbers = isinstance(polygon, list) and all(
+                isinstance(number, (int, float)) and abs(number) < _FARTHEST for number in polygon
+            )
+            # pycocotools takes four numbers for a box, and ignores an odd one at the end.
+            if not numbers or len(polygon) < 6 or len(polygon) % 2:
+                raise _bad(where, "at least three points [x0, y0, x1, y1, …] per polygon", polygon)
+        return np.ascontiguousarray(coco.decode(coco.merge(coco.frPyObjects(segmentation, *size))), np.uint8)
+    if not isinstance(segmentation, dict) or list(segmentation.get("size") or []) != list(size):
+        raise _bad(where, f"run lengths for a mask of {list(size)} (height, width)", segmentation)
+    counts = segmentation.get("counts")
+    try:
+        lengths = _run_lengths(counts) if isinstance(counts, (str, bytes)) else [int(count) for count in counts or []]
+    except (TypeError, ValueError) as error:
+        raise _bad(where, "run lengths", counts) from error
+    # pycocotools would return memory that was never written for runs that end early.
+    if sum(lengths) != size[0] * size[1] or min(lengths) < 0:
+        raise _bad(where, f"runs of {size[0]} x {size[1]} = {size[0] * size[1]} pixels", f"{sum(lengths)} in {counts}")
+    values = np.arange(len(lengths), dtype=np.uint8) & 1
+    return np.ascontiguousarray(np.repeat(values, lengths).reshape(size[::-1]).T)  # columns first
 
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_parser(parser.add_subparsers())
-        >>> parser.parse_args(["ytvis2021", "--root", "ytvis", "--out", "shards"]).short_side
-        320
+
+def _run_lengths(text: str | bytes) -> list[int]:
+    """Read COCO's compressed run lengths (https://cocodataset.org/#format-results).
+
+    Each number is cut into groups of five bits, lowest first, in two's complement, one character per group from `0` on;
+    bit 5 says that more follow. From the fourth number on, the difference to the one two before is stored.
     """
-    from ssync_pl.data.convert.options import add_common
+    lengths: list[int] = []
+    value = shift = 0
+    for byte in text.encode() if isinstance(text, str) else text:
+        group = byte - 48
+        if not 0 <= group < 64 or shift > 55:
+            raise ValueError("other characters, or a number of more than 60 bits")
+        value |= (group & 31) << shift
+        shift += 5
+        if not group & 32:
+            value -= (1 << shift) if group & 16 else 0
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("the last number is cut off")
+    return lengths
 
+
+def _bad(where: str, expected: str, got: Any) -> ShardError:
+    return ShardError(f"Expected {where} to have {expected}, but got {got!r:.80}. Repair the annotation file.")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """An annotation file, cut into what each video needs, as JSON values."""
+
+    path: Path
+    videos: list[dict[str, Any]]
+    categories: dict[int, str]
+    annotated: bool = False
+    strangers: list[str] = field(default_factory=list)  # annotations of videos that the file does not list
+    crowds: int = 0  # left out
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Read an annotation file; `ShardError` when it is not in YouTube-VIS's format."""
+    try:
+        content = json.loads(path.read_bytes(), object_hook=_pack)
+        listed, annotations = content["videos"], content.get("annotations") or []
+        categories = {int(entry["id"]): str(entry["name"]) for entry in content.get("categories") or []}
+        videos: dict[Any, dict[str, Any]] = {}
+        for video in listed:
+            entry = _video(video, path)
+            if entry["id"] in videos:
+                raise ShardError(f"Expected each video of {path} once, but got id {entry['id']} twice.")
+            videos[entry["id"]] = {**entry, "objects": []} if annotations else entry
+        strangers, crowds = [], 0
+        for annotation in annotations:
+            masks = [
+                {"size": mask.get("size"), "counts": mask.get("counts")} if isinstance(mask, dict) else mask
+                for mask in annotation["segmentations"]
+            ]
+            thing = {"id": annotation.get("id"), "category": annotation.get("category_id"), "masks": masks}
+            video_id = annotation.get("video_id")
+            if annotation.get("iscrowd"):
+                crowds += 1
+            elif video_id in videos:
+                videos[video_id]["objects"].append(thing)
+            else:
+                strangers.append(f"annotation {thing['id']} of the unknown video {video_id}")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"Expected {path} to be a JSON file with `videos`, `categories` and `annotations` with `segmentations` as "
+            f"of YouTube-VIS 2019 or 2021, but got {error!r}. Download it again."
+        ) from error
+    return Annotations(path, list(videos.values()), categories, bool(annotations), strangers, crowds)
+
+
+def _pack(value: dict[str, Any]) -> dict[str, Any]:
+    """Pack run lengths while the file is parsed: as lists of Python numbers, those of a set take gigabytes."""
+    counts, size = value.get("counts"), value.get("size")
+    if isinstance(counts, list) and isinstance(size, list) and len(size) == 2:
+        from pycocotools import mask as coco
+
+        # Damaged counts stay as they are: the video's worker refuses them, and names the video.
+        if all(isinstance(count, int) and 0 <= count < 1 << 32 for count in counts):
+            value["counts"] = coco.frPyObjects(value, *size)["counts"].decode()
+    return value
+
+
+def _video(video: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    names, where = video["file_names"], f"video {video['id']} of {path}"
+    unsafe = [n for n in names if not isinstance(n, str) or n.startswith("/") or ".." in PurePosixPath(n).parts]
+    if unsafe:
+        raise ShardError(
+            f"Expected the file names of {where} to be relative paths below the split's folder, but got {unsafe[0]!r}. "
+            "Do not convert annotation files of unknown origin."
+        )
+    if video.get("length", len(names)) != len(names):
+        raise ShardError(
+            f"Expected {where} to list {video['length']} files as its `length` says, but got {len(names)}. Repair the "
+            "file."
+        )
+    size = [video["height"], video["width"]]
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
+        raise ShardError(f"Expected {where} to have a height and width in pixels, but got {size}. Repair the file.")
+    return {"id": video["id"], "size": size, "frames": names}
+
+
+def add_parser(commands: Any) -> None:
+    """Add `ytvis2019` and `ytvis2021` to the commands of `ssync-pl data convert`."""
     for year in (2019, 2021):
         text = (
             f"Convert YouTube-VIS {year}: <root>/<split>/JPEGImages/<video>/*.jpg with <root>/<split>/instances.json "
-            "or <root>/<split>.json. Masks have one channel an instance, whose value is the category id."
+            "or <root>/<split>.json. Masks have one channel per instance, whose value is the category id."
         )
         parser = commands.add_parser(f"ytvis{year}", help=f"YouTube-VIS {year}", description=text)
         parser.add_argument("--root", required=True, type=Path, help="folder of the unpacked set")
@@ -169,23 +255,22 @@ def add_parser(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ssync_pl.data.convert.engine import Item, convert
-    from ssync_pl.data.convert.options import common, print_report
-    from ssync_pl.data.convert.ytvis_index import find_annotations, read_annotations
-
-    settings = common(options)
-    check_short_side(options.short_side)
+    settings = check_common(options)
+    require("convert", "pycocotools")
     read: dict[str, Annotations] = {}
     plans = []
     # Everything is looked at before the first shard is written.
     for split in dict.fromkeys(options.splits):
         folder = "train" if split == "validation" else split
         if folder not in read:
-            read[folder] = read_annotations(find_annotations(options.root, folder))
-            _check_pictures(options.root / folder / "JPEGImages")
+            read[folder] = read_annotations(_find_annotations(options.root, folder))
+            if not (options.root / folder / "JPEGImages").is_dir():
+                raise ConfigError(
+                    f"Expected the frames of the split in {options.root / folder / 'JPEGImages'}, but there is no such "
+                    "folder. Unpack the pictures there."
+                )
             _report_strangers(read[folder], options.on_bad_sample)
-        videos = _part(read[folder], split, options.holdout)
-        plans.append((split, folder, videos))
+        plans.append((split, folder, _part(read[folder], split, options.holdout)))
     for split, folder, videos in plans:
         annotations = read[folder]
         decode = YtvisDecode(
@@ -213,41 +298,37 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _find_annotations(root: Path, split: str) -> Path:
+    places = [root / split / "instances.json", root / split / f"{split}.json", root / f"{split}.json"]
+    for path in places:
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"Expected the annotations of split `{split}` at {' or '.join(map(str, places))}, but there is no such file. "
+        "Unpack the set there, or name the splits that you have with --splits."
+    )
+
+
 def _part(annotations: Annotations, split: str, holdout: int) -> list[dict[str, Any]]:
     videos = annotations.videos
-    if not videos:
-        raise ConfigError(f"Expected videos in {annotations.path}, but got none. Download the file again.")
     if split not in ("train", "validation"):
         return videos
-    if not 0 <= holdout < len(videos):
+    if not 0 <= holdout < len(videos) or (split == "validation" and not holdout):
         raise ConfigError(
             f"Expected --holdout to be from 0 to {len(videos) - 1}, because {annotations.path} has {len(videos)} "
-            f"videos, but got {holdout}. Take a smaller number, or 0 with --splits train for no held-out videos."
+            f"videos, and above 0 for split `validation`, but got {holdout}. Take another number, or --splits train."
         )
-    if split == "validation" and not holdout:
-        raise ConfigError("Expected --holdout to be above 0 for split `validation`, but got 0. Take --splits train.")
     cut = len(videos) - holdout
     return videos[:cut] if split == "train" else videos[cut:]
 
 
-def _check_pictures(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"Expected the frames of the split in {folder}, but there is no such folder. Unpack the pictures there."
-        )
-
-
 def _report_strangers(annotations: Annotations, on_bad_sample: str) -> None:
-    if not annotations.strangers:
-        return
-    count, first = len(annotations.strangers), annotations.strangers[0]
-    if on_bad_sample == "raise":
+    if annotations.strangers and on_bad_sample == "raise":
         raise ShardError(
-            f"Expected every annotation of {annotations.path} to belong to one of its videos, but got {count} that do "
-            f"not, first {first}. Repair the file, or leave them out with --on-bad-sample skip."
+            f"Expected every annotation of {annotations.path} to belong to one of its videos, but got "
+            f"{len(annotations.strangers)} that do not, first {annotations.strangers[0]}. Repair the file, or leave "
+            "them out with --on-bad-sample skip."
         )
-    _logger.warning("Left out %d annotations of %s, first %s", count, annotations.path, first)
-
-
-def _folder_of(source: dict[str, Any]) -> str:
-    return source["frames"][0].rpartition("/")[0] if source["frames"] else "no frames"
+    for stranger in annotations.strangers[:1]:
+        count = len(annotations.strangers)
+        _logger.warning("Left out %d annotations of %s, first %s", count, annotations.path, stranger)

@@ -12,37 +12,21 @@ if TYPE_CHECKING:
     from ssync_pl.data.features.recipe import FeatureRecipe, verify_backbone
     from ssync_pl.data.features.store import FeatureStore
 
-__all__ = [
-    "CacheReport",
-    "FeatureRecipe",
-    "FeatureStore",
-    "Projection",
-    "cache_features",
-    "decode_features",
-    "encode_features",
-    "read_projection",
-    "verify_backbone",
-]
-
 _HOMES = {
-    "CacheReport": "cache",
-    "FeatureRecipe": "recipe",
-    "FeatureStore": "store",
-    "Projection": "projection",
-    "cache_features": "cache",
-    "decode_features": "codec",
-    "encode_features": "codec",
-    "read_projection": "projection",
-    "verify_backbone": "recipe",
+    "cache": ("CacheReport", "cache_features"),
+    "codec": ("decode_features", "encode_features"),
+    "projection": ("Projection", "read_projection"),
+    "recipe": ("FeatureRecipe", "verify_backbone"),
+    "store": ("FeatureStore",),
 }
+__all__ = [
+    "CacheReport", "FeatureRecipe", "FeatureStore", "Projection", "cache_features", "decode_features",
+    "encode_features", "read_projection", "verify_backbone",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,8 +1,7 @@
-"""How features are stored: bfloat16, or int8 with one scale a frame and channel.
+"""How features are stored: bfloat16, or int8 with one scale per frame and channel.
 
 Measured on EfficientNet-lite0 (stages 4 and 6, 128x128 textured scenes), as root mean square error over the norm of the
-features: bf16 0.17 %, int8 0.52 % with a scale a frame and channel, 1.0 % with a scale a patch, 0.73 % with a scale a
-video and channel. Channels differ more in range than patches do, so the scale goes with the channel.
+features: bf16 0.17 %, int8 0.52 %. Channels differ more in range than patches do, so the scale goes with the channel.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
 
-__all__ = ["FeatureType", "array_to_tensor", "decode_features", "encode_features", "stored_dtype", "tensor_to_array"]
+__all__ = ["FeatureType", "array_to_tensor", "decode_features", "encode_features", "member_names", "stored_dtype"]
 
 FeatureType = Literal["bf16", "int8"]
 """How features are stored."""
@@ -30,19 +29,14 @@ def encode_features(features: Tensor, dtype: FeatureType) -> dict[str, Tensor]:
 
     Args:
         features: (..., N, D) float on any device.
-        dtype: `bf16`: rounded to the nearest, exact for features that are bf16 already. `int8`: s * q with q in
-            -127…127 and s = max |feature| / 127 over the N patches, so that no feature is off by more than s / 2.
+        dtype: `bf16`: rounded to the nearest. `int8`: s * q with q in -127…127 and s = max |feature| / 127 over the N
+            patches, so that no feature is off by more than s / 2.
 
     Returns:
         `features` (..., N, D) bfloat16 or int8; for int8 also `features_scale` (..., D) float32.
 
     Raises:
         ConfigError: `dtype` is unknown.
-
-    Example:
-        >>> stored = encode_features(torch.tensor([[0.5, -2.0], [1.0, 0.3]]), "int8")
-        >>> stored["features"].tolist(), (stored["features_scale"] * 127).tolist()
-        ([[64, -127], [127, 19]], [1.0, 2.0])
     """
     stored_dtype(dtype)
     if dtype == "bf16":
@@ -65,10 +59,6 @@ def decode_features(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32
 
     Raises:
         ShapeError: The batch holds no features, int8 features without their scale, or another type.
-
-    Example:
-        >>> decode_features(encode_features(torch.tensor([[0.5, -2.0], [1.0, 0.25]]), "bf16")).tolist()
-        [[0.5, -2.0], [1.0, 0.25]]
     """
     features, scale = batch.get("features"), batch.get("features_scale")
     if not isinstance(features, Tensor):
@@ -87,56 +77,26 @@ def decode_features(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32
 
 
 def tensor_to_array(tensor: Tensor) -> np.ndarray:
-    """Turn an encoded tensor into an array for a `.npy` member; bfloat16 becomes its bits as uint16.
-
-    Args:
-        tensor: bfloat16, int8 or float32, on any device.
-
-    Returns:
-        uint16, int8 or float32.
-
-    Example:
-        >>> tensor_to_array(torch.tensor([1.0], dtype=torch.bfloat16))
-        array([16256], dtype=uint16)
-    """
+    """Turn an encoded tensor into an array for a `.npy` member; bfloat16 becomes its bits as uint16."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def array_to_tensor(array: np.ndarray) -> Tensor:
-    """Undo `tensor_to_array`.
-
-    Args:
-        array: uint16, int8 or float32; writable and contiguous.
-
-    Returns:
-        bfloat16, int8 or float32, sharing memory with the array.
-
-    Example:
-        >>> array_to_tensor(np.array([16256], np.uint16))
-        tensor([1.], dtype=torch.bfloat16)
-    """
+    """Undo `tensor_to_array`, sharing memory with the writable array."""
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def stored_dtype(dtype: str) -> np.dtype[Any]:
-    """Type of the elements in `features.npy`.
-
-    Args:
-        dtype: `bf16` or `int8`.
-
-    Returns:
-        NumPy's type.
-
-    Raises:
-        ConfigError: `dtype` is unknown.
-
-    Example:
-        >>> stored_dtype("bf16")
-        dtype('uint16')
-    """
+    """Type of the elements in `features.npy`; `ConfigError` for an unknown `dtype`."""
     if dtype not in _STORED:
         raise ConfigError(f"Expected argument `dtype` to be one of {', '.join(_STORED)}, but got {dtype!r}.")
     return _STORED[dtype]
+
+
+def member_names(dtype: str, flip: bool) -> tuple[str, ...]:
+    """Names of a sample's members: that of the features and, for int8, that of the scales."""
+    stem = "features_flipped" if flip else "features"
+    return (f"{stem}.npy", f"{stem}_scale.npy") if dtype == "int8" else (f"{stem}.npy",)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["PROJECTION_FILE", "Moments", "Projection", "fit_projection", "pack_projection", "read_projection"]
+__all__ = ["PROJECTION_FILE", "Moments", "Projection", "describe_projection", "fit_projection", "read_projection"]
 
 PROJECTION_FILE = "projection.npz"
 """Name of the projection in a folder of features."""
@@ -44,11 +44,6 @@ class Projection:
         mean: (D,) float32, mean of each channel.
         matrix: (D, K) float32.
         info: What it was fitted to, as JSON values; not part of the map.
-
-    Example:
-        >>> projection = Projection(torch.tensor([1.0, 2.0]), torch.tensor([[2.0], [0.5]]))
-        >>> projection(torch.tensor([[[2.0, 4.0]]])).tolist()
-        [[[3.0]]]
     """
 
     mean: Tensor
@@ -56,14 +51,7 @@ class Projection:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Project features.
-
-        Args:
-            features: (..., D).
-
-        Returns:
-            (..., K) float32.
-        """
+        """Project features."""
         return (features.float() - self.mean) @ self.matrix
 
     @property
@@ -80,34 +68,12 @@ class Projection:
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Projection:
-        """Move it.
-
-        Args:
-            device: Where features will be.
-
-        Returns:
-            The same projection there.
-        """
+        """Move it."""
         return Projection(self.mean.to(device), self.matrix.to(device), self.info)
 
 
 class Moments:
-    """Mean and covariance of features that come in batches, in float64.
-
-    Args:
-        dim: D, size of a feature.
-
-    Attributes:
-        count: Number of features so far.
-        mean: (D,) float64.
-
-    Example:
-        >>> moments = Moments(2)
-        >>> moments.update(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-        >>> moments.update(torch.tensor([[4.0, 1.0]]))
-        >>> moments.mean.tolist(), moments.covariance()[0, 0].item()
-        ([2.0, 1.0], 2.6666666666666665)
-    """
+    """Mean and covariance of features that come in batches, in float64."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
@@ -115,11 +81,7 @@ class Moments:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take features in.
-
-        Args:
-            features: (..., D) on any device.
-        """
+        """Take features in."""
         values = features.detach().cpu().double().flatten(0, -2)
         count, mean = len(values), values.mean(0)
         centred = values - mean
@@ -130,11 +92,7 @@ class Moments:
         self.count = total
 
     def covariance(self) -> Tensor:
-        """Covariance over all features so far.
-
-        Returns:
-            (D, D) float64, divided by their number.
-        """
+        """Covariance over all features so far."""
         return self._scatter / max(self.count, 1)
 
 
@@ -156,13 +114,6 @@ def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int 
 
     Raises:
         ConfigError: There are fewer components, or the features do not vary.
-
-    Example:
-        >>> moments = Moments(3)
-        >>> moments.update(torch.randn(1000, 3) * torch.tensor([1.0, 20.0, 300.0]) + 5)
-        >>> projection = fit_projection(moments, [3], components=2)
-        >>> projection.matrix.shape, projection.info["components"]
-        (torch.Size([3, 2]), 2)
     """
     covariance = moments.covariance()
     dim = len(covariance)
@@ -198,18 +149,7 @@ def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int 
 
 
 def pack_projection(projection: Projection) -> bytes:
-    """Write the content of a projection's file.
-
-    Args:
-        projection: The projection.
-
-    Returns:
-        A `.npz` of `mean`, `matrix` and `info` (JSON as bytes).
-
-    Example:
-        >>> pack_projection(Projection(torch.zeros(2), torch.ones(2, 1)))[:2]
-        b'PK'
-    """
+    """Write the content of a projection's file."""
     content = {"format": _FORMAT, "version": _VERSION, "info": dict(projection.info)}
     buffer = io.BytesIO()
     np.savez(
@@ -222,25 +162,7 @@ def pack_projection(projection: Projection) -> bytes:
 
 
 def read_projection(path: str | os.PathLike[str]) -> Projection:
-    """Read a projection's file.
-
-    Args:
-        path: `projection.npz` of a folder of features.
-
-    Returns:
-        The projection on CPU.
-
-    Raises:
-        ConfigError: There is no such file.
-        ShardError: It holds no projection, or one of another version.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(prefix="ssync-doctest-")) / "projection.npz"
-        >>> _ = path.write_bytes(pack_projection(Projection(torch.zeros(2), torch.ones(2, 1), {"components": 1})))
-        >>> read_projection(path).components
-        1
-    """
+    """Read a projection's file."""
     try:
         with np.load(Path(path), allow_pickle=False) as content:
             head = json.loads(content["info"].tobytes())
@@ -262,3 +184,20 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
             "Delete its folder and make the features again."
         ) from error
     return Projection(torch.from_numpy(mean), torch.from_numpy(matrix), info)
+
+
+def describe_projection(projection: Projection) -> str:
+    """Say in a line how large a projection is and what it was fitted to."""
+    (channels, kept), info = projection.matrix.shape, projection.info
+    text = f"{kept} components of {channels} channels" if projection.components else f"{kept} standardised channels"
+    if projection.components and "explained" in info:
+        text += f", {info['explained']:.1%} of the variance"
+    if info.get("sources"):
+        text += f", fitted to {info.get('frames')} frames of {name_shards(info['sources'])}"
+    return text
+
+
+def name_shards(sources: Sequence[Mapping[str, str]]) -> str:
+    """Name the shards that a projection was fitted to."""
+    names = [source["name"] for source in sources]
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]} ({len(names)} shards)"

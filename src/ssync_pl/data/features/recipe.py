@@ -1,7 +1,7 @@
 """What stored features were made from, and whether they still fit.
 
 Every shard of features begins with the member `__features__/recipe.json`: the recipe, and the digest of the videos it
-was made from. So each shard can be judged alone, whatever became of the others and of `index.json`.
+was made from. So each shard can be judged alone, whatever became of the others and of the index.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ssync_pl.data.features.codec import stored_dtype
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
+from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
@@ -27,24 +28,13 @@ from ssync_pl.errors import ConfigError, ShardError
 if TYPE_CHECKING:
     from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
-__all__ = [
-    "RECIPE_MEMBER",
-    "FeatureRecipe",
-    "SourceFacts",
-    "pack_recipe",
-    "read_recipe",
-    "require_crop",
-    "source_facts",
-    "verify_backbone",
-]
+__all__ = ["FeatureRecipe", "SourceFacts", "find_shard", "read_recipe", "require_crop", "source_facts"]
 
 RECIPE_MEMBER = "__features__/recipe.json"
 """Name of the first member of a shard of features; names of this form belong to no sample."""
 
-_FORMAT = "ssync_pl.features"
-_VERSION = 1
+_FORMAT, _VERSION = "ssync_pl.features", 1
 _MEMO = ".verified.json"
-_BLOCK = tarfile.BLOCKSIZE
 _MOST_BYTES = 1 << 20
 
 
@@ -52,7 +42,7 @@ _MOST_BYTES = 1 << 20
 class FeatureRecipe:
     """All that the features of a frame depend on besides the frame.
 
-    Args:
+    Attributes:
         backbone: Name of the backbone.
         layer: Its layer or layers.
         weights: Fingerprint of its weights.
@@ -67,11 +57,6 @@ class FeatureRecipe:
         flips: Whether there are features of the mirrored frames too.
         components: Principal components that the backbone's channels were projected to; 0 without a PCA.
         projection: Fingerprint of the projection; empty where features are as the backbone gave them.
-
-    Example:
-        >>> recipe = FeatureRecipe("a", "b", "0", 8, (2, 2), (8, 8), "bicubic", "none", (0.5,) * 3, (0.5,) * 3, "bf16")
-        >>> recipe == FeatureRecipe.from_json(recipe.to_json())
-        True
     """
 
     backbone: str
@@ -82,38 +67,22 @@ class FeatureRecipe:
     image_size: tuple[int, int]
     resize_mode: str
     crop: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     dtype: str
     flips: bool = False
     components: int = 0
     projection: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values.
-
-        Returns:
-            Name of the field → value; tuples become lists.
-        """
+        """Return the fields as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
-        """Undo `to_json`.
-
-        Args:
-            values: Name of the field → value.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            ConfigError: A field is missing, unknown or out of range.
-        """
+        """Undo `to_json`; `ConfigError` when a field is missing, unknown or out of range."""
         try:
-            plain: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-            }
+            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             recipe = cls(**plain)
             stored_dtype(recipe.dtype)
             numbers = (recipe.dim, *recipe.grid, *recipe.image_size)
@@ -126,14 +95,7 @@ class FeatureRecipe:
         return recipe
 
     def differences(self, other: FeatureRecipe) -> list[str]:
-        """Say in which fields two recipes differ.
-
-        Args:
-            other: The recipe to compare with.
-
-        Returns:
-            One text a field: its name, the value here, the value there.
-        """
+        """Say in which fields two recipes differ: name, the value here, the value there."""
         pairs = ((item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
         return [
             f"{name}: {_short(ours)} here, {_short(theirs)} there" for name, ours, theirs in pairs if ours != theirs
@@ -142,41 +104,32 @@ class FeatureRecipe:
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """Which videos a shard of features was made from.
-
-    Args:
-        name: File name of their shard.
-        sha256: Digest of keys and videos; masks and other members do not count.
-
-    Example:
-        >>> SourceFacts("train-000000.tar", "00").name
-        'train-000000.tar'
-    """
+    """Which videos a shard of features was made from: name of their shard, digest of keys and videos (not of masks)."""
 
     name: str
     sha256: str
 
 
 def require_crop(crop: str) -> None:
-    """Refuse crops whose features cannot be stored.
-
-    Args:
-        crop: `none`, `center` or `random`.
-
-    Raises:
-        ConfigError: The crop is random, or unknown.
-
-    Example:
-        >>> require_crop("center")
-    """
+    """Refuse crops whose features cannot be stored."""
     if crop == "random":
         raise ConfigError(
-            "Expected argument `crop` to be none or center with stored features, but got 'random'. A random crop moves "
-            "the picture against the patches, so each crop has features of its own: train with crop='center', or "
-            "without `features`."
+            "Expected argument `crop` to be none or center with stored features, but got 'random': a random crop moves "
+            "the picture against the patches. Train with crop='center', or without `features`."
         )
     if crop not in ("none", "center"):
         raise ConfigError(f"Expected argument `crop` to be none or center, but got {crop!r}.")
+
+
+def require_local(paths: Sequence[str]) -> None:
+    """Refuse remote shards and the same shard twice."""
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        raise ConfigError(f"Expected local shards with stored features, but got {remote[0]}. Download them first.")
+    places = [os.path.abspath(path) for path in paths]
+    if len(set(places)) < len(places):
+        twice = next(path for path in places if places.count(path) > 1)
+        raise ConfigError(f"Expected each shard once, but got {twice} twice. Name it once.")
 
 
 def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None:
@@ -188,13 +141,7 @@ def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None
 
     Raises:
         ConfigError: Name, layer, weights, normalisation, size or grid differ; the message says which. Or the features
-            were projected, which no backbone does: a host that is trained on them needs stored features in evaluation
-            too.
-
-    Example:
-        >>> verify_backbone({}, None)
-        Traceback (most recent call last):
-        ssync_pl.errors.ConfigError: Expected a recipe of features, but got an unusable one ...
+            were projected, which no backbone does.
     """
     stored = FeatureRecipe.from_json(recipe)
     if stored.projection:
@@ -224,95 +171,61 @@ def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None
 
 
 def pack_recipe(recipe: FeatureRecipe, source: SourceFacts) -> bytes:
-    """Write the content of the recipe member.
-
-    Args:
-        recipe: How the features are made.
-        source: What they are made from.
-
-    Returns:
-        JSON.
-
-    Example:
-        >>> recipe = FeatureRecipe("a", "b", "0", 8, (2, 2), (8, 8), "bicubic", "none", (0.5,) * 3, (0.5,) * 3, "bf16")
-        >>> json.loads(pack_recipe(recipe, SourceFacts("a.tar", "00")))["format"]
-        'ssync_pl.features'
-    """
+    """Write the content of the recipe member."""
     content = {"format": _FORMAT, "version": _VERSION, "recipe": recipe.to_json(), "source": asdict(source)}
-    return json.dumps(content, sort_keys=True, indent=1).encode()
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, SourceFacts]:
-    """Read the recipe of a shard of features from its first member.
-
-    Args:
-        path: The shard.
-
-    Returns:
-        How it was made, and from what.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ShardError: It is no shard of features, or one of another version.
-
-    Example:
-        >>> read_recipe("/nowhere/train-000000.tar")
-        Traceback (most recent call last):
-        FileNotFoundError: ...
-    """
-    with open(path, "rb") as stream:
-        try:
-            info = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "utf-8", "surrogateescape")
+    """Read how a shard of features was made, from its first member; `ShardError` when it is none."""
+    try:
+        with open(path, "rb") as stream:
+            info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             if info.name != RECIPE_MEMBER or info.size > _MOST_BYTES:
-                raise ValueError(f"the first member is `{info.name}`")
+                raise ValueError(f"it begins with {info.name!r}")
             content = json.loads(stream.read(info.size))
-            if content["format"] != _FORMAT or content["version"] != _VERSION:
-                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-            return FeatureRecipe.from_json(content["recipe"]), SourceFacts(**content["source"])
-        except (tarfile.HeaderError, ValueError, KeyError, TypeError) as error:
-            raise ShardError(
-                f"Expected {path} to be a shard of features ({_FORMAT}, version {_VERSION}), but it is not ({error}). "
-                "Give the folder that `ssync-pl data cache-features` wrote; shards of another version are made again."
-            ) from error
+        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        return FeatureRecipe.from_json(content["recipe"]), SourceFacts(**content["source"])
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise ShardError(
+            f"Expected {path} to be a shard of features (format {_FORMAT!r}, version {_VERSION}), but it is none "
+            f"({error}). Take another folder; features of another version are made again."
+        ) from error
+
+
+def find_shard(folder: Path, facts: SourceFacts) -> tuple[Path, bool]:
+    """Where the features of a shard lie or would lie in a folder, and whether they are there.
+
+    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
+    """
+    plain = folder / facts.name
+    if not plain.exists():
+        return plain, False
+    if read_recipe(plain)[1] == facts:
+        return plain, True
+    keyed = folder / f"{facts.name.removesuffix('.tar')}-{facts.sha256[:12]}.tar"
+    return keyed, keyed.exists() and read_recipe(keyed)[1] == facts
 
 
 def source_facts(sources: Sequence[tuple[str, ShardEntry]], folder: Path) -> list[SourceFacts]:
-    """Digest the videos of some shards.
+    """Digest the videos of some shards, given by path and index entry with all samples.
 
     Digests of files that have not changed since (by size and time of change) are taken from a note in the folder of
-    the features; other files are read whole.
-
-    Args:
-        sources: Path and index entry of each shard, with all samples of the file.
-        folder: Folder of the features, where the note lies; it may be read-only.
-
-    Returns:
-        The facts, in the same order.
-
-    Raises:
-        ShardError: A shard does not fit its entry.
-
-    Example:
-        >>> source_facts([], Path("/nowhere"))
-        []
+    the features, which may be read-only; other files are read whole.
     """
     memo = _read_memo(folder)
-    stamps = [_stamp(path) for path, _ in sources]
     places = [os.path.abspath(path) for path, _ in sources]
-    known = [
-        memo[place][2] if memo.get(place, [])[:2] == stamp else None
-        for place, stamp in zip(places, stamps, strict=True)
-    ]
-    unknown = [number for number, digest in enumerate(known) if digest is None]
+    stamps = {place: [(status := os.stat(place)).st_size, status.st_mtime_ns] for place in places}
+    unknown = [n for n, place in enumerate(places) if memo.get(place, [])[:2] != stamps[place]]
     if unknown:
         with ThreadPoolExecutor(min(4, len(unknown))) as pool:  # hashing large buffers runs without the lock
             found = list(pool.map(lambda number: _digest(*sources[number]), unknown))
-        for number, digest in zip(unknown, found, strict=True):
-            known[number] = digest
-            memo[places[number]] = [*stamps[number], digest]
+        fresh = {places[n]: [*stamps[places[n]], digest] for n, digest in zip(unknown, found, strict=True)}
+        memo.update(fresh)
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
-            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), **memo}).encode())
-    return [SourceFacts(entry.name, str(digest)) for (_, entry), digest in zip(sources, known, strict=True)]
+            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), **fresh}).encode())
+    return [SourceFacts(entry.name, str(memo[place][2])) for (_, entry), place in zip(sources, places, strict=True)]
 
 
 def _digest(path: str, entry: ShardEntry) -> str:
@@ -331,23 +244,12 @@ def _digest(path: str, entry: ShardEntry) -> str:
     return digest.hexdigest()
 
 
-def _stamp(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
 def _read_memo(folder: Path) -> dict[str, list[Any]]:
     try:
         memo = json.loads((folder / _MEMO).read_bytes())
-    except (OSError, ValueError):
+        return {place: note for place, note in memo.items() if len(note) == 3 and isinstance(note[2], str)}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    if not isinstance(memo, dict):
-        return {}
-    return {
-        place: note
-        for place, note in memo.items()
-        if isinstance(note, list) and len(note) == 3 and isinstance(note[2], str)
-    }
 
 
 def _short(value: Any) -> str:

@@ -1,60 +1,40 @@
-"""One projection a folder of features: made by the first call, taken by all later ones."""
+"""One projection per folder of features: made by the first call, taken by all later ones."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ssync_pl.data.features.claim import cannot_write, claim
-from ssync_pl.data.features.compute import FeatureRun, frames_of
+from ssync_pl.data.features.compute import FeatureRun, frames_of, in_batches
 from ssync_pl.data.features.projection import (
     PROJECTION_FILE,
     Moments,
     Projection,
+    describe_projection,
     fit_projection,
+    name_shards,
     pack_projection,
     read_projection,
 )
-from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe, source_facts
+from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe, require_local, source_facts
+from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
-from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["ProjectionWish", "describe_projection", "evenly", "settle_projection"]
+__all__ = ["ProjectionWish", "settle_projection"]
 
-_logger = logging.getLogger(__name__)
-
-_VIDEOS = 256
-_FRAMES = 512
-_PATIENCE = 0.2
+_VIDEOS, _FRAMES = 256, 512
 
 
 @dataclass(frozen=True)
 class ProjectionWish:
-    """What a call of `cache_features` asks for.
-
-    Args:
-        components: Number of principal components; `None` for none.
-        standardize: Standardise channels without a PCA.
-        fit: Shards to fit to; `None` for those of the call.
-        file: A projection made before.
-
-    Raises:
-        ConfigError: The arguments contradict each other, or `components` is below 1.
-
-    Example:
-        >>> ProjectionWish(components=48).wanted
-        True
-    """
+    """What a call of `cache_features` asks for; see there."""
 
     components: int | None = None
     standardize: bool = False
@@ -70,16 +50,12 @@ class ProjectionWish:
             )
         if self.components is not None and self.components < 1:
             raise ConfigError(f"Expected argument `components` to be at least 1, but got {self.components}.")
-        if self.fit is None:
-            return
-        if not (kinds[0] or kinds[1]) or not self.fit:
+        if self.fit is not None and (not (kinds[0] or kinds[1]) or not self.fit):
             raise ConfigError(
                 "Expected argument `fit` to name shards, with `components` or `standardize`, but got "
                 f"{list(self.fit)} without them."
             )
-        remote = [path for path in self.fit if is_remote(path)]
-        if remote:
-            raise ConfigError(f"Expected local shards as argument `fit`, but got {remote[0]}. Download them first.")
+        require_local(self.fit or ())
 
     @property
     def wanted(self) -> bool:
@@ -87,31 +63,10 @@ class ProjectionWish:
         return self.components is not None or self.standardize or self.file is not None
 
 
-def settle_projection(
-    out: Path, run: FeatureRun, layer_dims: Sequence[int], wish: ProjectionWish, shards: Sequence[str]
-) -> Projection | None:
-    """Take the projection of a folder, or make it.
+def settle_projection(out: Path, run: FeatureRun, wish: ProjectionWish, shards: Sequence[str]) -> Projection | None:
+    """Take the projection of a folder, or make it; None where none is wanted.
 
-    The file is written under a temporary name and renamed. While one process fits, others that want the same folder
-    wait, and take what it made; what a killed process left is taken over.
-
-    Args:
-        out: Folder of the features, which exists.
-        run: How features are made; its recipe is that of the features as the backbone gives them.
-        layer_dims: Channels of each layer of the backbone.
-        wish: What was asked for.
-        shards: Shards of the call.
-
-    Returns:
-        The projection on CPU, the same for every call with this folder; `None` where none is wanted.
-
-    Raises:
-        ConfigError: The folder has another projection or none, or none can be fitted.
-        ShardError: A video cannot be read, or the projection cannot be written.
-
-    Example:
-        >>> settle_projection(Path("/nowhere"), None, [], ProjectionWish(), []) is None
-        True
+    While one process fits, others that want the same folder wait, and take what it made.
     """
     path = out / PROJECTION_FILE
     if not wish.wanted:
@@ -123,55 +78,13 @@ def settle_projection(
         return None
     given = None if wish.file is None else read_projection(wish.file)
     if not path.exists():
-        _require_room(out, given)
-        _make(path, run, layer_dims, wish, shards, given)
+        with exclusive(out / f".{PROJECTION_FILE}.lock", timeout=-1):
+            if not path.exists():  # asked again: another process may have finished it meanwhile
+                _require_room(out, given)
+                write_bytes(path, pack_projection(given or _fit(out, run, wish, shards)))
     found = read_projection(path)
     _require_wish(path, found, run, wish, given)
     return found
-
-
-def evenly(total: int, count: int) -> list[int]:
-    """Choose numbers that are spread evenly.
-
-    Args:
-        total: They are from 0 to `total - 1`.
-        count: How many at most.
-
-    Returns:
-        Ascending numbers.
-
-    Example:
-        >>> evenly(10, 3), evenly(2, 5)
-        ([1, 5, 8], [0, 1])
-    """
-    count = min(total, count)
-    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
-
-
-def describe_projection(projection: Projection) -> str:
-    """Say in a line what a projection is.
-
-    Args:
-        projection: The projection.
-
-    Returns:
-        Its size and what it was fitted to.
-
-    Example:
-        >>> info = {"components": 1, "explained": 0.9, "frames": 8, "sources": [{"name": "a.tar"}]}
-        >>> describe_projection(Projection(torch.zeros(2), torch.ones(2, 1), info))
-        '1 components of 2 channels, 90.0% of the variance, fitted to 8 frames of a.tar'
-    """
-    channels, kept = projection.matrix.shape
-    if not projection.components:
-        text = f"{kept} standardised channels"
-    else:
-        text = f"{kept} components of {channels} channels"
-        if "explained" in projection.info:
-            text += f", {projection.info['explained']:.1%} of the variance"
-    if projection.info.get("sources"):
-        text += f", fitted to {projection.info.get('frames')} frames of {_fitted_to(projection)}"
-    return text
 
 
 def _require_room(out: Path, given: Projection | None) -> None:
@@ -180,52 +93,20 @@ def _require_room(out: Path, given: Projection | None) -> None:
         if not stored.projection:
             raise ConfigError(
                 f"Expected {out} to be empty or to hold projected features, but {path.name} holds features as the "
-                "backbone gave them. Take another --out, or delete the folder."
+                "backbone gave them. Take another --out."
             )
         if given is None or given.fingerprint != stored.projection:
             raise ConfigError(
                 f"Expected {out} to hold {PROJECTION_FILE} beside its features, but it is missing. Put it back "
-                f"(sha256 of its map {stored.projection[:12]}…) with --projection, or delete the folder."
+                f"(sha256 of its map {stored.projection[:12]}…) with --projection, or take another --out."
             )
 
 
-def _make(
-    path: Path,
-    run: FeatureRun,
-    layer_dims: Sequence[int],
-    wish: ProjectionWish,
-    shards: Sequence[str],
-    given: Projection | None,
-) -> None:
-    waited = False
-    while not path.exists():
-        with contextlib.ExitStack() as stack:
-            try:
-                mine = stack.enter_context(claim(path))
-            except OSError as error:
-                raise cannot_write(path.parent, error) from error
-            if mine is not None and not path.exists():  # asked again: it may have been finished before the claim
-                made = _fit(path.parent, run, layer_dims, wish, shards) if given is None else given
-                try:
-                    mine.stream.write(pack_projection(made))
-                    mine.finish()
-                except OSError as error:
-                    raise cannot_write(path.parent, error) from error
-                return
-        if not waited and not path.exists():
-            _logger.info("Waiting for another process, which fits the projection of %s.", path.parent)
-            waited = True
-        time.sleep(_PATIENCE)
-
-
-def _fit(
-    out: Path, run: FeatureRun, layer_dims: Sequence[int], wish: ProjectionWish, shards: Sequence[str]
-) -> Projection:
+def _fit(out: Path, run: FeatureRun, wish: ProjectionWish, shards: Sequence[str]) -> Projection:
     paths = list(shards if wish.fit is None else wish.fit)
     entries = load_shards(paths)
     moments = Moments(run.recipe.dim)
-    frames = 0
-    for batch in _in_batches(_sample(paths, entries, run), run.batch_size):
+    for batch in in_batches(_sample(paths, entries, run), run.batch_size):
         features = run.backbone(batch.to(run.device)).features
         if not bool(features.isfinite().all()):
             raise ShardError(
@@ -233,17 +114,18 @@ def _fit(
                 "or infinity. Check its weights and the videos."
             )
         moments.update(features)
-        frames += len(features)
-    projection = fit_projection(moments, layer_dims, wish.components)
+    projection = fit_projection(moments, run.backbone.layer_dims, wish.components)
     sources = [asdict(facts) for facts in source_facts(list(zip(paths, entries, strict=True)), out)]
-    info = {**projection.info, "frames": frames, "sources": sources, "features": run.recipe.to_json()}
-    return replace(projection, info=info)
+    frames = moments.count // (run.recipe.grid[0] * run.recipe.grid[1])
+    return replace(
+        projection, info={**projection.info, "frames": frames, "sources": sources, "features": run.recipe.to_json()}
+    )
 
 
 def _sample(paths: Sequence[str], entries: Sequence[ShardEntry], run: FeatureRun) -> Iterator[Tensor]:
-    """Frames from all over the shards, the same for every call: transformed, (n, 3, H, W) a video."""
+    """Frames from all over the shards, the same for every call."""
     places = [(number, sample) for number, entry in enumerate(entries) for sample in entry.samples]
-    chosen = evenly(len(places), _VIDEOS)
+    chosen = _evenly(len(places), _VIDEOS)
     each = max(1, _FRAMES // max(1, len(chosen)))
     by_shard: dict[int, list[SampleEntry]] = {}
     for place in chosen:
@@ -251,19 +133,13 @@ def _sample(paths: Sequence[str], entries: Sequence[ShardEntry], run: FeatureRun
     with contextlib.closing(ShardReader()) as reader:
         for number, samples in by_shard.items():
             entry = replace(entries[number], samples=tuple(samples))
-            yield from frames_of(paths[number], entry, run, reader, lambda count: evenly(count, each))
+            yield from frames_of(paths[number], entry, run, reader, lambda count: _evenly(count, each))
 
 
-def _in_batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    held: list[Tensor] = []
-    for part in parts:
-        for frame in part:
-            held.append(frame)
-            if len(held) == size:
-                yield torch.stack(held)
-                held = []
-    if held:
-        yield torch.stack(held)
+def _evenly(total: int, count: int) -> list[int]:
+    """Ascending numbers below `total`, at most `count`, spread evenly."""
+    count = min(total, count)
+    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
 def _require_wish(
@@ -276,13 +152,14 @@ def _require_wish(
         wrong.append(f"{wish.components or 'no'} components wanted, {found.components or 'none'} there")
     if wish.fit is not None:
         now = source_facts(list(zip(wish.fit, load_shards(wish.fit), strict=True)), path.parent)
-        if [asdict(facts) for facts in now] != found.info.get("sources"):
-            wrong.append(f"a fit to {_names([facts.name for facts in now])} wanted, one to {_fitted_to(found)} there")
+        theirs = found.info.get("sources", [])
+        if [asdict(facts) for facts in now] != theirs:
+            wanted, there = name_shards([asdict(facts) for facts in now]), name_shards(theirs)
+            wrong.append(f"a fit to {wanted} wanted, one to {there} there")
     if "features" in found.info:
-        theirs = FeatureRecipe.from_json(found.info["features"])
+        stored = FeatureRecipe.from_json(found.info["features"])
         # How features are stored has no part in the projection.
-        ours = replace(run.recipe, dtype=theirs.dtype, flips=theirs.flips)
-        wrong += ours.differences(theirs)
+        wrong += replace(run.recipe, dtype=stored.dtype, flips=stored.flips).differences(stored)
     elif len(found.mean) != run.recipe.dim:
         wrong.append(f"{run.recipe.dim} channels wanted, {len(found.mean)} there")
     if wrong:
@@ -290,11 +167,3 @@ def _require_wish(
             f"Expected the projection that {path} holds, but another was asked for ({'; '.join(wrong)}). Features of "
             "different projections cannot be mixed: use the same options, or take another --out."
         )
-
-
-def _fitted_to(projection: Projection) -> str:
-    return _names([source["name"] for source in projection.info.get("sources", [])])
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]} ({len(names)} shards)"

@@ -74,10 +74,6 @@ class SceneConfig:
 
     Raises:
         ConfigError: A value is out of range, or values contradict each other.
-
-    Example:
-        >>> SceneConfig(resolution=64, frames=12).resolution
-        64
     """
 
     name: str = "a"
@@ -216,16 +212,7 @@ class SceneConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values that JSON can carry.
-
-        Returns:
-            One entry a field; tuples become lists. Fields that later versions added are left out at their defaults,
-            so that the hash of older settings stays.
-
-        Example:
-            >>> SceneConfig().to_dict()["object_sizes"]
-            [0.7, 1.4]
-        """
+        """Return the settings as plain values that JSON can carry."""
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -234,15 +221,7 @@ class SceneConfig:
         return values
 
     def content_hash(self) -> str:
-        """Return a hash of the settings and the generator's version.
-
-        Returns:
-            64 hexadecimal digits, equal for equal settings on every machine.
-
-        Example:
-            >>> SceneConfig().content_hash() == SceneConfig(fps=12).content_hash()
-            True
-        """
+        """Return a hash of the settings and the generator's version."""
         text = json.dumps({"version": GENERATOR_VERSION, "config": self.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -259,10 +238,6 @@ def preset(name: str, /, **changes: Any) -> SceneConfig:
 
     Raises:
         ConfigError: There is no such preset, or no such field.
-
-    Example:
-        >>> preset("a", resolution=64, frames=12).frames
-        12
     """
     if name not in PRESETS:
         raise ConfigError(f"Expected argument `name` to be one of {sorted(PRESETS)}, but got {name!r}.")

@@ -53,10 +53,6 @@ def split_seed(seed: int, split: str) -> int:
 
     Raises:
         ConfigError: The seed is negative or no whole number.
-
-    Example:
-        >>> split_seed(0, "train") == split_seed(0, "validation")
-        False
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ConfigError(f"Expected argument `seed` to be a whole number, 0 or more, but got {seed!r}.")
@@ -84,10 +80,6 @@ def dataset_folder(
 
     Raises:
         ConfigError: An argument is out of range.
-
-    Example:
-        >>> dataset_folder("data", SceneConfig()).name.startswith("a-")
-        True
     """
     recipe = _recipe(config, splits, seed, samples_per_shard)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
@@ -125,14 +117,6 @@ def generate(
     Raises:
         ConfigError: An argument is out of range, or the objects do not fit where they start.
         ShardError: The disk is full or refuses, or the folder is there but damaged.
-
-    Example:
-        >>> import tempfile
-        >>> tiny = SceneConfig(name="tiny", resolution=16, frames=2)
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     folder = generate(root, tiny, splits={"train": 2}, progress=False)
-        ...     sorted(path.name for path in folder.iterdir())
-        ['index.json', 'tiny-train-000000.tar']
     """
     if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 0):
         raise ConfigError(f"Expected argument `num_workers` to be 0 or more, or None, but got {num_workers!r}.")

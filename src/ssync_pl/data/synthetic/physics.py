@@ -32,20 +32,7 @@ _Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Bodies:
-    """The bodies of a scene.
-
-    Args:
-        shape: Shape codes, integers ``(n,)``.
-        half: Half-sizes in world units, ``(n,)``.
-        density: Mass a cubic world unit, ``(n,)``.
-        restitution: Speed after a bounce divided by the speed before, in (0, 1), ``(n,)``.
-        friction: Coulomb coefficients, ``(n,)``.
-
-    Example:
-        >>> one = np.ones(1)
-        >>> Bodies(np.array([1]), 0.5 * one, one, 0.3 * one, 0.5 * one).mass.tolist()
-        [1.0]
-    """
+    """The bodies of a scene."""
 
     shape: _Array
     half: _Array
@@ -72,19 +59,7 @@ class Bodies:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States of all bodies at every frame.
-
-    Args:
-        position: Centres ``(F, n, 3)``, world units.
-        rotation: Matrices from body to world ``(F, n, 3, 3)``.
-        velocity: Of the centres ``(F, n, 3)``, world units a second.
-        spin: Angular velocities in the world frame ``(F, n, 3)``, radians a second.
-
-    Example:
-        >>> state = np.zeros((1, 2, 3))
-        >>> Trajectory(state, np.zeros((1, 2, 3, 3)), state, state).position.shape
-        (1, 2, 3)
-    """
+    """States of all bodies at every frame."""
 
     position: _Array
     rotation: _Array
@@ -92,21 +67,7 @@ class Trajectory:
     spin: _Array
 
     def energy(self, bodies: Bodies) -> _Array:
-        """Return the kinetic energy plus the energy of height.
-
-        Args:
-            bodies: The bodies that were simulated.
-
-        Returns:
-            Energy a frame ``(F,)``.
-
-        Example:
-            >>> one = np.ones(1)
-            >>> ball = Bodies(np.array([0]), one, one, 0.5 * one, 0.5 * one)
-            >>> still = np.zeros((1, 1, 3))
-            >>> Trajectory(still, np.eye(3)[None, None], still, still).energy(ball).tolist()
-            [0.0]
-        """
+        """Return the kinetic energy plus the energy of height."""
         local = np.einsum("fnij,fni->fnj", self.rotation, self.spin)
         kinetic = 0.5 * bodies.mass * (self.velocity**2).sum(-1) + 0.5 * (bodies.moments * local**2).sum(-1)
         return (kinetic + bodies.mass * GRAVITY * self.position[..., 2]).sum(-1)
@@ -121,28 +82,7 @@ def simulate(
     fps: float,
     asleep: _Array | None = None,
 ) -> Trajectory:
-    """Let the bodies move over an infinite floor at z = 0.
-
-    Args:
-        bodies: What moves.
-        position: Centres at the first frame ``(n, 3)``, world units; bounding spheres should not overlap.
-        rotation: Matrices from body to world at the first frame ``(n, 3, 3)``.
-        velocity: At the first frame ``(n, 3)``, world units a second.
-        frames: Frames to record, the start included.
-        fps: Frames a second.
-        asleep: Bodies that hold exactly still, whatever gravity does, until a moving body touches them, bool ``(n,)``;
-            they should rest on the floor with velocity 0. None: all move from the start.
-
-    Returns:
-        The states at every frame.
-
-    Example:
-        >>> one = np.ones(1)
-        >>> ball = Bodies(np.array([0]), 0.5 * one, one, 0.3 * one, 0.5 * one)
-        >>> path = simulate(ball, np.array([[0.0, 0.0, 2.0]]), np.eye(3)[None], np.zeros((1, 3)), 36, 12.0)
-        >>> bool(abs(path.position[-1, 0, 2] - 0.5) < 0.02)
-        True
-    """
+    """Let the bodies move over an infinite floor at z = 0."""
     world = _World(bodies, position, rotation, velocity, fps, asleep)
     states = []
     for frame in range(frames):

@@ -28,20 +28,7 @@ _Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Start:
-    """Bodies and their first state.
-
-    Args:
-        bodies: Shapes and physical properties of n objects.
-        metal: 1 for metal, 0 for rubber ``(n,)``.
-        position: Centres ``(n, 3)``, world units.
-        rotation: Matrices from body to world ``(n, 3, 3)``.
-        velocity: Of the centres ``(n, 3)``, world units a second.
-        asleep: Which bodies rest on the floor until something hits them, bool ``(n,)``.
-
-    Example:
-        >>> bool(place_bodies(SceneConfig(), np.random.default_rng(0)).asleep.any())
-        False
-    """
+    """Bodies and their first state."""
 
     bodies: Bodies
     metal: _Array
@@ -52,24 +39,7 @@ class Start:
 
 
 def place_bodies(config: SceneConfig, rng: np.random.Generator) -> Start:
-    """Draw bodies that do not touch each other, some thrown, some at rest.
-
-    Args:
-        config: Settings.
-        rng: Source of randomness.
-
-    Returns:
-        The bodies, those at rest first.
-
-    Raises:
-        ConfigError: The objects do not fit where they start.
-
-    Example:
-        >>> from ssync_pl.data.synthetic import PRESETS
-        >>> start = place_bodies(PRESETS["e"], np.random.default_rng(0))
-        >>> 10 <= int(start.asleep.sum()) <= 20
-        True
-    """
+    """Draw bodies that do not touch each other, some thrown, some at rest."""
     resting = 0
     if config.thrown is None:
         wanted = int(rng.integers(config.min_objects, config.max_objects + 1))

@@ -35,11 +35,6 @@ def render_video(config: SceneConfig, seed: int, index: int) -> dict[str, _Array
 
     Raises:
         ConfigError: A seed or index is negative, or the objects do not fit where they start.
-
-    Example:
-        >>> clip = render_video(SceneConfig(resolution=16, frames=2), seed=0, index=0)
-        >>> clip["video"].shape, clip["segmentations"].shape
-        ((2, 16, 16, 3), (2, 16, 16, 1))
     """
     arrays, _ = render_scene(config, seed, index)
     return arrays
@@ -61,11 +56,6 @@ def render_scene(config: SceneConfig, seed: int, index: int) -> tuple[dict[str, 
 
     Raises:
         ConfigError: A seed or index is negative, or the objects do not fit where they start.
-
-    Example:
-        >>> _, facts = render_scene(SceneConfig(resolution=16, frames=2), seed=0, index=0)
-        >>> facts["instances"][0]["id"]
-        1
     """
     scene = sample_scene(config, seed, index)
     lights = Lights(scene, config.antialias)

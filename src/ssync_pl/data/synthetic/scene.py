@@ -45,18 +45,7 @@ _Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Material:
-    """How one object reflects light.
-
-    Args:
-        name: ``"rubber"`` or ``"metal"``.
-        colour_name: A key of ``COLOURS``, or ``"textured"``.
-        colour: Linear RGB in [0, 1]; the mean colour for textured objects.
-        texture: Colour by point, or None for one plain colour.
-
-    Example:
-        >>> Material("metal", "red", (0.4, 0.02, 0.02), None).name
-        'metal'
-    """
+    """How one object reflects light."""
 
     name: str
     colour_name: str
@@ -66,20 +55,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Patch:
-    """A flat distractor: whatever of floor and wall lies within a ball or a cube is painted with another texture.
-
-    Args:
-        centre: World point on the floor or wall ``(3,)``.
-        rotation: Matrix from the patch's frame to the world ``(3, 3)``.
-        half: Radius of the ball or half an edge of the cube, world units.
-        square: Whether it is a cube.
-        texture: Colour by point in the patch's frame.
-
-    Example:
-        >>> from ssync_pl.data.synthetic import PRESETS
-        >>> len(sample_scene(PRESETS["cluttered"], 0, 0).patches)
-        16
-    """
+    """A flat distractor: whatever of floor and wall lies within a ball or a cube is painted with another texture."""
 
     centre: _Array
     rotation: _Array
@@ -90,23 +66,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a renderer needs.
-
-    Args:
-        bodies: Shapes and physical properties of n objects.
-        path: Their states at every frame.
-        materials: One an object.
-        camera: Camera positions ``(F, 3)``, or ``(1, 3)`` for a static one; it looks at the origin.
-        light: Unit direction towards the main light ``(3,)``.
-        fills: Unit directions towards lights without shadow ``(2, 3)``.
-        floor: Texture of the floor, or None for grey.
-        wall: Texture of the wall, or None for no wall.
-        patches: Distractors; where they overlap, the later one is seen.
-
-    Example:
-        >>> sample_scene(SceneConfig(frames=2), seed=0, index=0).path.position.shape[0]
-        2
-    """
+    """All that a renderer needs."""
 
     bodies: Bodies
     path: Trajectory
@@ -120,28 +80,7 @@ class Scene:
 
 
 def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
-    """Draw one scene and simulate it.
-
-    Motion, looks and camera come from separate streams of random numbers, so that two settings that differ in looks
-    alone show the same motion.
-
-    Args:
-        config: Settings.
-        seed: Seed of the data set, at least 0.
-        index: Number of the video, at least 0.
-
-    Returns:
-        The scene, equal for equal arguments.
-
-    Raises:
-        ConfigError: A seed or index is negative, or the objects do not fit where they start.
-
-    Example:
-        >>> plain, textured = SceneConfig(frames=2), SceneConfig(frames=2, textured=True)
-        >>> one, other = sample_scene(plain, 0, 5), sample_scene(textured, 0, 5)
-        >>> bool((one.path.position == other.path.position).all())
-        True
-    """
+    """Draw one scene and simulate it."""
     for name, value in (("seed", seed), ("index", index)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
             raise ConfigError(f"Expected argument `{name}` to be a whole number, 0 or more, but got {value!r}.")

@@ -25,17 +25,7 @@ _Array = npt.NDArray[Any]
 
 
 class Lights:
-    """The main light as one direction a ray of a pixel, so that averaging the pixel gives soft shadows.
-
-    Args:
-        scene: Gives the directions.
-        rays: Rays along each side of a pixel.
-
-    Example:
-        >>> from ssync_pl.data.synthetic import SceneConfig, sample_scene
-        >>> Lights(sample_scene(SceneConfig(frames=1), 0, 0), 2).spread.shape
-        (3, 2, 2)
-    """
+    """The main light as one direction a ray of a pixel, so that averaging the pixel gives soft shadows."""
 
     def __init__(self, scene: Scene, rays: int) -> None:
         self.key: _Array = scene.light
@@ -51,20 +41,7 @@ class Lights:
 
 @dataclass(frozen=True)
 class Background:
-    """The picture without objects, split by what a shadow takes away.
-
-    Args:
-        ambient: Light that stays in shadow, linear ``(3, H, s, W, s)``.
-        direct: Light that a shadow takes away, likewise.
-        x: World x of the floor points ``(H, s, W, s)``.
-        y: World y of the floor points.
-        floor: Where the floor is seen, bool ``(H, s, W, s)``.
-
-    Example:
-        >>> one = np.ones((1, 1, 1, 1))
-        >>> Background(one[None], one[None], one, one, one > 0).floor.shape
-        (1, 1, 1, 1)
-    """
+    """The picture without objects, split by what a shadow takes away."""
 
     ambient: _Array
     direct: _Array
@@ -76,26 +53,7 @@ class Background:
 def paint_background(
     scene: Scene, camera: Camera, lights: Lights, covered: npt.NDArray[np.bool_] | None = None
 ) -> Background:
-    """Paint the floor, and the wall or sky behind it.
-
-    Args:
-        scene: Gives the textures.
-        camera: Where it is seen from.
-        lights: Give the brightness.
-        covered: Rays that an object hides from the background ``(H, s, W, s)``; textures are left out there, because
-            they cost most of the time. None: paint all, for use with several frames.
-
-    Returns:
-        Layers that stay the same as long as the camera does.
-
-    Example:
-        >>> from ssync_pl.data.synthetic import SceneConfig, sample_scene
-        >>> from ssync_pl.data.synthetic.camera import look_at_origin
-        >>> scene = sample_scene(SceneConfig(frames=1), 0, 0)
-        >>> camera = look_at_origin(scene.camera[0], 1.0, 8, 2)
-        >>> paint_background(scene, camera, Lights(scene, 2)).direct.shape
-        (3, 8, 2, 8, 2)
-    """
+    """Paint the floor, and the wall or sky behind it."""
     across, up = camera.axes()
     right, upward, forward = camera.basis.tolist()
     ox, oy, oz = camera.origin.tolist()
@@ -171,31 +129,7 @@ def shade(
     hits: _Array,
     boxes: list[Box | None],
 ) -> _Array:
-    """Return the light of every ray of a frame.
-
-    Args:
-        scene: What is seen.
-        camera: Where from.
-        lights: Under which light.
-        background: From ``paint_background`` with the same camera.
-        frame: Number of the frame.
-        depth: Distance of the nearest object along each ray ``(H, s, W, s)``.
-        hits: The object that each ray meets, 1-based, 0 for none ``(H, s, W, s)``.
-        boxes: Each object's pixels.
-
-    Returns:
-        Linear light ``(3, H, s, W, s)`` float32, about 0 to 1.
-
-    Example:
-        >>> from ssync_pl.data.synthetic import SceneConfig, sample_scene
-        >>> from ssync_pl.data.synthetic.camera import look_at_origin
-        >>> scene = sample_scene(SceneConfig(frames=1), 0, 0)
-        >>> camera, lights = look_at_origin(scene.camera[0], 1.0, 8, 1), Lights(scene, 1)
-        >>> nothing = np.zeros((8, 1, 8, 1), np.uint8)
-        >>> stage = paint_background(scene, camera, lights)
-        >>> shade(scene, camera, lights, stage, 0, nothing + np.inf, nothing, [None] * len(scene.materials)).shape
-        (3, 8, 1, 8, 1)
-    """
+    """Return the light of every ray of a frame."""
     lit = np.ones(hits.shape, np.float32)
     open_sky = np.ones(hits.shape, np.float32)
     for k in range(len(boxes)):

@@ -39,56 +39,18 @@ _Array = npt.NDArray[Any]
 
 
 def volume(shape: int, half: float) -> float:
-    """Return a shape's volume.
-
-    Args:
-        shape: Shape code.
-        half: Half-size in world units.
-
-    Returns:
-        Cubic world units.
-
-    Example:
-        >>> volume(CUBE, 0.5)
-        1.0
-    """
+    """Return a shape's volume."""
     return (4.0 / 3.0 * math.pi, 8.0, 2.0 * math.pi)[shape] * half**3
 
 
 def inertia(shape: int, half: float) -> tuple[float, float, float]:
-    """Return a shape's principal moments of inertia at unit mass.
-
-    Args:
-        shape: Shape code.
-        half: Half-size in world units.
-
-    Returns:
-        The moments about x, y and z, in squared world units.
-
-    Example:
-        >>> inertia(CYLINDER, 1.0)[2]
-        0.5
-    """
+    """Return a shape's principal moments of inertia at unit mass."""
     x, z = ((0.4, 0.4), (2.0 / 3.0, 2.0 / 3.0), (7.0 / 12.0, 0.5))[shape]
     return x * half**2, x * half**2, z * half**2
 
 
 def intersect(shape: int, origin: tuple[Any, Any, Any], direction: tuple[Any, Any, Any], half: float) -> _Array:
-    """Return where rays enter a shape.
-
-    Args:
-        shape: Shape code.
-        origin: x, y, z of the ray starts in the shape's frame, numbers or arrays that broadcast with ``direction``.
-        direction: x, y, z of the ray directions, of any length.
-        half: Half-size in world units.
-
-    Returns:
-        Distance along the ray in units of ``direction``; infinity where the ray misses or starts inside or beyond.
-
-    Example:
-        >>> float(intersect(SPHERE, (0.0, 0.0, 3.0), (0.0, 0.0, np.float32([-1.0])), 1.0)[0])
-        2.0
-    """
+    """Return where rays enter a shape."""
     ox, oy, oz = origin
     dx, dy, dz = direction
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -121,23 +83,7 @@ def _slab(origin: Any, direction: Any, half: float) -> tuple[Any, Any]:
 
 
 def normal(shape: int, x: _Array, y: _Array, z: _Array, half: float) -> tuple[_Array, _Array, _Array]:
-    """Return the outward normal at points on a shape's surface.
-
-    Args:
-        shape: Shape code.
-        x: x of the points in the shape's frame, shape ``(P,)``.
-        y: y of the points, ``(P,)``.
-        z: z of the points, ``(P,)``.
-        half: Half-size in world units.
-
-    Returns:
-        x, y, z of the unit normals, each ``(P,)``.
-
-    Example:
-        >>> one = np.ones(1, np.float32)
-        >>> [float(part[0]) for part in normal(CUBE, 0 * one, 0 * one, -one, 1.0)]
-        [0.0, 0.0, -1.0]
-    """
+    """Return the outward normal at points on a shape's surface."""
     if shape == SPHERE:
         scale = 1.0 / half
         return x * scale, y * scale, z * scale
@@ -153,21 +99,7 @@ def normal(shape: int, x: _Array, y: _Array, z: _Array, half: float) -> tuple[_A
 
 
 def signed_distance(shape: int, points: _Array, half: _Array) -> tuple[_Array, _Array]:
-    """Return the distance of points to a shape's surface, and the way out.
-
-    Args:
-        shape: Shape code.
-        points: Points in the shape's frame, ``(..., 3)``.
-        half: Half-sizes in world units, broadcast against the leading dimensions of ``points``.
-
-    Returns:
-        The distance ``(...)``, negative inside, and its gradient, the unit outward direction, ``(..., 3)``.
-
-    Example:
-        >>> distance, outward = signed_distance(SPHERE, np.array([[0.0, 0.0, 3.0]]), np.array([1.0]))
-        >>> float(distance[0]), outward[0].tolist()
-        (2.0, [0.0, 0.0, 1.0])
-    """
+    """Return the distance of points to a shape's surface, and the way out."""
     if shape == SPHERE:
         length = np.sqrt((points * points).sum(-1))
         return length - half, points / np.maximum(length, 1e-9)[..., None]
@@ -193,22 +125,7 @@ def signed_distance(shape: int, points: _Array, half: _Array) -> tuple[_Array, _
 
 
 def contact_points(shape: int, half: float) -> tuple[_Array, _Array, _Array]:
-    """Return the balls that stand for a shape when it touches the floor or another shape.
-
-    Corners and rims are balls of radius 0, so they meet the floor exactly; the inscribed ball keeps faces from meeting
-    unnoticed in the middle.
-
-    Args:
-        shape: Shape code.
-        half: Half-size in world units.
-
-    Returns:
-        Centres ``(K, 3)``, radii ``(K,)``, and weights ``(K,)``: each ball's share of the contact stiffness.
-
-    Example:
-        >>> contact_points(CUBE, 0.5)[0].shape
-        (9, 3)
-    """
+    """Return the balls that stand for a shape when it touches the floor or another shape."""
     middle = np.zeros((1, 3))
     if shape == SPHERE:
         return middle, np.array([half]), np.array([1.0])

@@ -22,20 +22,7 @@ _Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class SolidTexture:
-    """A pattern in space, coloured by a palette.
-
-    Args:
-        pattern: One of ``PATTERNS``.
-        palette: Linear RGB colours in [0, 1] for pattern values 0 to 1, evenly spaced, ``(C, 3)``.
-        axes: Rows are the pattern's axes times its frequency in cycles a unit, ``(3, 3)``.
-        offset: Added to the pattern's coordinates ``(3,)``.
-        lattice: Noise values in [0, 1], ``(16, 16, 16)`` float32.
-
-    Example:
-        >>> texture = random_texture(np.random.default_rng(0), frequency=1.0)
-        >>> [part.shape for part in texture(np.zeros(5), np.zeros(5), np.zeros(5))]
-        [(5,), (5,), (5,)]
-    """
+    """A pattern in space, coloured by a palette."""
 
     pattern: str
     palette: _Array
@@ -55,19 +42,7 @@ class SolidTexture:
 
 
 def random_texture(rng: np.random.Generator, frequency: float) -> SolidTexture:
-    """Draw a texture.
-
-    Args:
-        rng: Source of randomness.
-        frequency: Rough number of pattern cycles a world unit.
-
-    Returns:
-        The texture.
-
-    Example:
-        >>> random_texture(np.random.default_rng(3), 2.0).pattern in PATTERNS
-        True
-    """
+    """Draw a texture."""
     pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
     turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     hue = rng.uniform()

@@ -18,23 +18,7 @@ _Array = npt.NDArray[Any]
 
 
 def camera_path(config: SceneConfig, rng: np.random.Generator) -> _Array:
-    """Draw the camera's path.
-
-    Without a shell the camera stands near (8, -6, 6), as in MOVi-A, and moves across its view. With one it starts
-    anywhere in the shell, between the elevations, and both ends of a straight path lie there, as in MOVi-C to E (Greff
-    et al., "Kubric: A scalable dataset generator", CVPR 2022).
-
-    Args:
-        config: Settings.
-        rng: Source of randomness.
-
-    Returns:
-        Positions ``(F, 3)`` in world units, or ``(1, 3)`` for a static camera.
-
-    Example:
-        >>> camera_path(SceneConfig(camera_shell=(7.0, 9.0)), np.random.default_rng(0)).shape
-        (1, 3)
-    """
+    """Draw the camera's path."""
     if config.camera_shell is not None:
         return _shell_path(config, config.camera_shell, rng)
     start = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(0.0, 1.0, 3)

@@ -1,24 +1,25 @@
-"""Segmentation metrics as pure functions: labels or masks in, float64 scores out."""
+"""Segmentation metrics as pure functions: float64 values per video or frame, NaN where an item does not count.
 
-from ssync_pl.metrics.functional.ari import adjusted_rand_index
-from ssync_pl.metrics.functional.assignment import linear_assignment
+`contingency(read_scene(pred, true))` counts pixels; the other functions make scores of the counts or the scene.
+"""
+
 from ssync_pl.metrics.functional.boundary import boundary_f
-from ssync_pl.metrics.functional.consistency import slot_identity
 from ssync_pl.metrics.functional.contingency import Contingency, contingency
-from ssync_pl.metrics.functional.fragmentation import slots_per_object, unused_slots
-from ssync_pl.metrics.functional.overlap import mean_best_overlap, mean_iou
-from ssync_pl.metrics.functional.prepare import labels_to_masks
+from ssync_pl.metrics.functional.scene import Scene, labels_to_masks, read_scene
+from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
+from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, used_slots
 
 __all__ = [
     "Contingency",
+    "Scene",
     "adjusted_rand_index",
     "boundary_f",
     "contingency",
     "labels_to_masks",
-    "linear_assignment",
     "mean_best_overlap",
     "mean_iou",
+    "read_scene",
     "slot_identity",
     "slots_per_object",
-    "unused_slots",
+    "used_slots",
 ]

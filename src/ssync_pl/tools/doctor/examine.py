@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssync_pl.adapters import HostAdapter, PathAdapter, locate
 from ssync_pl.adapters.discover import Discovery, FoundPair, discover
 from ssync_pl.errors import HostError, ShapeError
-from ssync_pl.method.ssync import ssync_loss
+from ssync_pl.method.loss import ssync_loss
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.session import HostSession, adapter_from
 from ssync_pl.tools.doctor.advice import Wanted, hints, lines

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ssync_pl.method.loss import SSyncOutput, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.ssync import SSyncOutput, ssync_loss
 from ssync_pl.tools.doctor.report import CostReport, MapReport
 
 __all__ = ["map_report", "measure_cost"]

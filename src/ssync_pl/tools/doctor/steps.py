@@ -23,7 +23,7 @@ __all__ = ["Run", "describe_batch", "in_trainer", "is_lightning", "plain_step", 
 Run = Callable[[], Tensor | None]
 
 _LONG_TRAINING = 100_000
-_LISTENING = tuple(str(Path(__file__).parents[1] / folder) for folder in ("adapters", "doctor"))
+_LISTENING = (str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
 
 
 def is_lightning(host: nn.Module) -> bool:

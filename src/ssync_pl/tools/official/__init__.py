@@ -1,1 +1,1 @@
-"""Public configurations and checkpoints of the VideoSAUR family: read, and turned into those of this package."""
+"""Public configurations and checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."""

@@ -8,113 +8,87 @@ from typing import Any, NamedTuple
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.tools.official.losses import Losses, translate_losses
+from ssync_pl.tools.official.references import timm_name
 from ssync_pl.tools.official.sections import Section
-from ssync_pl.tools.official.vits import timm_name
 
 __all__ = ["TranslatedModel", "translate_model"]
 
 
 class TranslatedModel(NamedTuple):
-    """A host and what belongs to its training.
-
-    Attributes:
-        host: `VideoSAUR`, `SlotContrast` or `DINOSAUR`.
-        options: Arguments of the host.
-        losses: Losses in the words of this package.
-        image: Whether the host takes images.
-
-    Example:
-        >>> TranslatedModel("DINOSAUR", {"num_slots": 7}, Losses(), True).host
-        'DINOSAUR'
-    """
+    """Class name of a host, its arguments, and the losses of its training."""
 
     host: str
     options: dict[str, Any]
     losses: Losses
-    image: bool
 
 
 def translate_model(model: Section, max_steps: int, image_size: int | None = None) -> TranslatedModel:
-    """Translate a model section.
+    """Translates a model section.
 
     Args:
         model: The section, references resolved.
         max_steps: Optimizer steps of the training.
-        image_size: Height and width of the frames; `None` where it is not known.
-
-    Returns:
-        The host.
+        image_size: Height and width of the frames in pixels; `None` where it is not known.
 
     Raises:
-        ConfigError: A part has no counterpart, sizes contradict each other, or a loss has no counterpart.
-
-    Example:
-        >>> from ssync_pl.tools.official.sections import Findings
-        >>> translate_model(Section({"input_type": "text"}, "model", Findings()), 1000)
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected model.input_type to be 'image' or 'video', but got 'text'. Hosts of \
-this package take images or videos.
+        ConfigError: A part or a loss has no counterpart, or sizes contradict each other.
     """
     why = "Hosts of this package take images or videos."
     image = model.need("input_type", "image", "video", default="image", why=why) == "image"
-    model.need("target_type", "features", default="features", why="Hosts of this family rebuild features.")
-    for name in ("target_encoder", "target_encoder_input"):
-        model.need(name, None, default=None, why="Hosts of this package rebuild the features that they attend to.")
-    options = _initializer(model.section("initializer"))
-    slot_dim = options["slot_dim"]
+    why = "Hosts of this package rebuild the features that they attend to."
+    model.fixed(f"{why[:-1]}; they rebuild features.", target_type="features")
+    model.fixed(why, target_encoder=None, target_encoder_input=None)
+    slots = model.section("initializer")
+    why = "Slots of this package's hosts start at random or learned places."
+    random = slots.need("name", "RandomInit", "FixedLearnedInit", why=why) == "RandomInit"
+    slot_dim = slots.integer("dim")
+    options: dict[str, Any] = {
+        "num_slots": slots.integer("n_slots"),
+        "slot_dim": slot_dim,
+        "slot_init": "gaussian" if random else "learned",
+        "slot_init_std": slots.number("initial_std", None),
+    }
     feature_dim = _encoder(model.section("encoder"), options, slot_dim)
     _corrector(model, options, slot_dim, image)
-    _predictor(model.section("predictor"), options, slot_dim, image)
+    predictor = model.section("predictor")
+    if image:
+        predictor.leave("image models have no such part", *predictor.values)
+    elif not predictor.present:
+        options["predictor_blocks"] = 0
+    else:
+        names = ("predictor_blocks", "predictor_heads", "predictor_mlp_hidden")
+        options.update(zip(names, _transformer(predictor, slot_dim), strict=True))
     outputs, patches = _decoder(model.section("decoder"), options, slot_dim)
     losses = translate_losses(model, feature_dim, patches, max_steps)
-    _check_patches(patches, options, image_size)
-    _check_outputs(outputs, losses, feature_dim, patches)
-    _leave_the_rest(model)
+    _check_sizes(options, losses, image_size, (outputs, patches, feature_dim))
+    model.skip("visualize_every_n_steps", "masks_to_visualize", "experiment_group", "experiment_name")
+    if model.take("visualize", False):
+        model.leave("the callback SSyncPictures draws pictures", "visualize")
+    model.leave("masks are resized bilinearly and scored, always", "mask_resizers")
+    model.leave("it belongs to the official evaluation script", "eval_mode_config")
+    model.leave("convert that file by `ssync-pl checkpoint convert`", "load_weights", "modules_to_load")
+    model.leave("it serves losses of SRL that this package has not", "projector", "projector2")
+    weights = losses.weights
     if image:
-        return _image_host(options, losses)
-    options["reconstruction_weight"] = losses.reconstruction
-    options["similarity_weight"] = losses.similarity
-    if losses.similarity:
-        options["similarity_layer"] = losses.similarity_layer
-        options.update(losses.similarity_options)
-    options["contrast_weight"] = losses.contrast
-    if losses.contrast:
-        options.update(losses.contrast_options)
-    host = "SlotContrast" if losses.contrast else "VideoSAUR"
-    return TranslatedModel(host, options, losses, False)
-
-
-def _image_host(options: dict[str, Any], losses: Losses) -> TranslatedModel:
-    if losses.similarity or losses.contrast or losses.reconstruction != 1.0:
-        raise ConfigError(
-            "Expected an image model whose only loss is MSELoss of weight 1, but got "
-            f"weights {losses.reconstruction}, {losses.similarity} and {losses.contrast}. DINOSAUR has no others."
-        )
-    return TranslatedModel("DINOSAUR", options, losses, True)
-
-
-def _initializer(section: Section) -> dict[str, Any]:
-    why = "Slots of this package's hosts start at random or learned places."
-    kind = section.need("name", "RandomInit", "FixedLearnedInit", why=why)
-    return {
-        "num_slots": section.integer("n_slots"),
-        "slot_dim": section.integer("dim"),
-        "slot_init": "gaussian" if kind == "RandomInit" else "learned",
-        "slot_init_std": section.number("initial_std", None),
-    }
+        if weights != {"reconstruction": 1.0, "similarity": 0.0, "contrast": 0.0}:
+            raise ConfigError(
+                f"Expected an image model whose only loss is MSELoss of weight 1, but got {weights}. DINOSAUR has no "
+                "others."
+            )
+        return TranslatedModel("DINOSAUR", options, losses)
+    options.update({f"{kind}_weight": weights[kind] for kind in ("reconstruction", "similarity", "contrast")})
+    options.update(losses.similarity | losses.contrast)
+    return TranslatedModel("SlotContrast" if weights["contrast"] else "VideoSAUR", options, losses)
 
 
 def _encoder(section: Section, options: dict[str, Any], slot_dim: int) -> int:
-    section.need("name", "FrameEncoder", default="FrameEncoder", why="There is no other encoder.")
-    for name, none in (("pos_embed", None), ("spatial_flatten", False)):
-        section.need(name, none, default=none, why="Hosts of this package take patch features as they are.")
+    why = "Hosts of this package take patch features as they are."
+    section.fixed(why, name="FrameEncoder", pos_embed=None, spatial_flatten=False)
     backbone = section.section("backbone")
     why = "Backbones of this package are frozen models of timm."
     backbone.need("name", "TimmExtractor", why=f"{why} SAVi's own nets are in the host SAVi.")
     backbone.need("frozen", True, default=False, why=why)
-    features = backbone.take("features")
-    main = section.take("main_features_key", "vit_block12")
+    features, main = backbone.take("features"), section.take("main_features_key", "vit_block12")
     listed = [features] if isinstance(features, str) else features
     if not isinstance(listed, list) or not listed or not all(isinstance(one, str) for one in listed):
         raise ConfigError(f"Expected {backbone.key('features')} to be names of layers, but got {features!r}.")
@@ -126,16 +100,14 @@ def _encoder(section: Section, options: dict[str, Any], slot_dim: int) -> int:
     if not re.search("dino|mae", options["backbone"]):
         # Those were trained with ImageNet's mean, as the official pipeline normalises frames for every backbone.
         reason = "frames are normalised as timm says for it, which may be otherwise than ImageNet's mean and deviation"
-        backbone.findings.leave(backbone.key("model"), reason)
-    checkpoint = backbone.take("checkpoint_path", None)
+        backbone.leave(reason, "model")
+    checkpoint, pretrained = backbone.take("checkpoint_path", None), backbone.take("pretrained", False)
     if checkpoint is not None:
         options["backbone_checkpoint"] = str(checkpoint)
-        backbone.take("pretrained", None)  # the file has the weights
     else:
-        options["backbone_weights"] = "pretrained" if backbone.take("pretrained", False) else "none"
-    backbone.section("model_kwargs").need(
-        "dynamic_img_size", True, False, default=False, why="Backbones of this package take frames of any size."
-    )
+        options["backbone_weights"] = "pretrained" if pretrained else "none"
+    why = "Backbones of this package take frames of any size."
+    backbone.section("model_kwargs").need("dynamic_img_size", True, False, default=False, why=why)
     transform = section.section("output_transform")
     if not transform.present:
         raise ConfigError("Expected model.encoder.output_transform to be a two-layer MLP, but got none.")
@@ -145,8 +117,8 @@ def _encoder(section: Section, options: dict[str, Any], slot_dim: int) -> int:
     if not any(norms):
         raise ConfigError(f"Expected {transform.key('layer_norm')} to be true, but got false. {why}")
     feature_dim = transform.integer("inp_dim", transform.take("dim", 0))
-    _check_width(transform, "outp_dim", slot_dim, transform.take("dim", None))
-    _plain(transform, why, {"residual": False, "activation": "relu", "final_activation": False})
+    _same_width(transform, "outp_dim", slot_dim, transform.take("dim", None))
+    transform.fixed(why, residual=False, activation="relu", final_activation=False)
     transform.leave("only new weights would differ", "weight_init")
     options["encoder_hidden"] = transform.integer("hidden_dim", 4 * feature_dim)
     return feature_dim
@@ -156,9 +128,9 @@ def _corrector(model: Section, options: dict[str, Any], slot_dim: int, image: bo
     section = model.section("grouper")
     why = "Slot attention of this package's hosts is of the slots' width, with a GRU."
     section.need("name", "SlotAttention", why="Hosts of this package have slot attention.")
-    _check_width(section, "inp_dim", slot_dim)
-    _check_width(section, "slot_dim", slot_dim)
-    _plain(section, why, {"kvq_dim": slot_dim, "use_gru": True, "unif_scale": 1.0})
+    _same_width(section, "inp_dim", slot_dim)
+    _same_width(section, "slot_dim", slot_dim)
+    section.fixed(why, kvq_dim=slot_dim, use_gru=True, unif_scale=1.0)
     iterations = section.integer("n_iters", 3)
     hidden = section.integer("hidden_dim", 4 * slot_dim)
     use_mlp = section.need("use_mlp", True, False, default=True, why=why)
@@ -169,30 +141,18 @@ def _corrector(model: Section, options: dict[str, Any], slot_dim: int, image: bo
         options["iterations"] = iterations
         processor.leave("image models have no such part", *processor.values)
         return
-    processor.need("name", "LatentProcessor", default="LatentProcessor", why="There is no other processor.")
-    processor.need("state_key", "slots", default="slots", why="Hosts of this package hand on the slots.")
+    processor.fixed("Hosts of this package hand on the slots.", name="LatentProcessor", state_key="slots")
     first = processor.section("first_step_corrector_args")
     options["iterations_first"] = first.integer("n_iters", iterations)
     options["iterations_later"] = iterations
 
 
-def _predictor(section: Section, options: dict[str, Any], slot_dim: int, image: bool) -> None:
-    if image:
-        section.leave("image models have no such part", *section.values)
-    elif not section.present:
-        options["predictor_blocks"] = 0
-    else:
-        options["predictor_blocks"], options["predictor_heads"], hidden = _transformer(section, slot_dim)
-        options["predictor_mlp_hidden"] = hidden
-
-
 def _transformer(section: Section, dim: int) -> tuple[int, int, int]:
     why = "Transformers of this package's hosts are of the slots' width, with relu and without dropout."
     section.need("name", "networks.TransformerEncoder", "TransformerEncoder", why=why)
-    _check_width(section, "dim", dim)
-    wanted = {"qkv_dim": dim, "memory_dim": dim, "qkv_bias": True, "dropout": 0.0, "activation": "relu"}
-    _plain(section, why, wanted)
-    section.need("initial_residual_scale", None, default=None, why=why)
+    _same_width(section, "dim", dim)
+    section.fixed(why, qkv_dim=dim, memory_dim=dim, qkv_bias=True, dropout=0.0, activation="relu")
+    section.fixed(why, initial_residual_scale=None)
     return section.integer("n_blocks"), section.integer("n_heads"), section.integer("hidden_dim", 4 * dim)
 
 
@@ -203,47 +163,36 @@ def _decoder(section: Section, options: dict[str, Any], slot_dim: int) -> tuple[
         raise ConfigError(
             f"Expected model.decoder.name to be MLPDecoder or SlotMixerDecoder, but got {kind!r}.{advice}"
         )
-    _check_width(section, "inp_dim", slot_dim)
-    section.need("eval_output_size", None, default=None, why="Decoders of this package keep their grid in evaluation.")
+    _same_width(section, "inp_dim", slot_dim)
+    section.fixed("Decoders of this package keep their grid in evaluation.", eval_output_size=None)
     outputs, patches = section.integer("outp_dim"), section.integer("n_patches")
     if kind == "MLPDecoder":
-        section.need("activation", "relu", default="relu", why="Decoders of this package have relu.")
-        section.take("n_slots", None)  # decoders of this package take any number
-        options["decoder"], options["decoder_hidden"] = "mlp", [int(size) for size in section.take("hidden_dims")]
+        section.fixed("Decoders of this package have relu.", activation="relu")
+        section.skip("n_slots")  # decoders of this package take any number
+        options.update(decoder="mlp", decoder_hidden=section.integers("hidden_dims"))
         return outputs, patches
     why = "Slot mixers of this package have layer norms and add the position to the mixed slots."
-    _check_width(section, "embed_dim", slot_dim)
-    _plain(
-        section, why, {"use_layer_norms": True, "norm_memory": True, "pos_embed_mode": "add"}, missing=("norm_memory",)
-    )
-    section.need("temperature", None, default=None, why=why)
-    section.need("output_transform", None, default=None, why=why)
+    _same_width(section, "embed_dim", slot_dim)
+    section.need("use_layer_norms", True, default=False, why=why)
+    section.need("pos_embed_mode", "add", default=False, why=why)
+    section.fixed(why, norm_memory=True, temperature=None, output_transform=None)
     blocks, heads, hidden = _transformer(section.section("allocator"), slot_dim)
     if hidden != 4 * slot_dim:
         raise ConfigError(f"Expected model.decoder.allocator.hidden_dim to be {4 * slot_dim}, but got {hidden}.")
     renderer = section.section("renderer")
     renderer.need("name", "MLP", "networks.MLP", why=why)
-    _check_width(renderer, "inp_dim", slot_dim)
-    _plain(renderer, why, {"final_activation": True}, missing=())
-    _plain(renderer, why, {"initial_layer_norm": False, "activation": "relu", "residual": False})
+    _same_width(renderer, "inp_dim", slot_dim)
+    renderer.need("final_activation", True, default=False, why=why)
+    renderer.fixed(why, initial_layer_norm=False, activation="relu", residual=False)
     renderer.leave("only new weights would differ", "weight_init")
     last = renderer.integer("outp_dim")
-    _check_width(section, "renderer_dim", last)
-    options.update(decoder="mixer", mixer_blocks=blocks, mixer_heads=heads)
-    options["decoder_hidden"] = [*(int(size) for size in renderer.take("hidden_dims")), last]
+    _same_width(section, "renderer_dim", last)
+    layers = [*renderer.integers("hidden_dims"), last]
+    options.update(decoder="mixer", mixer_blocks=blocks, mixer_heads=heads, decoder_hidden=layers)
     return outputs, patches
 
 
-def _plain(section: Section, why: str, values: dict[str, Any], missing: tuple[str, ...] | None = None) -> None:
-    """Require values; those in `missing`, by default all, may be left out."""
-    for name, value in values.items():
-        if missing is None or name in missing:
-            section.need(name, value, default=value, why=why)
-        else:
-            section.need(name, value, default=False, why=why)
-
-
-def _check_width(section: Section, name: str, width: int, default: Any = None) -> None:
+def _same_width(section: Section, name: str, width: int, default: Any = None) -> None:
     value = section.integer(name) if default is None else section.integer(name, default)
     if value != width:
         raise ConfigError(
@@ -252,35 +201,21 @@ def _check_width(section: Section, name: str, width: int, default: Any = None) -
         )
 
 
-def _check_patches(patches: int, options: dict[str, Any], image_size: int | None) -> None:
+def _check_sizes(options: dict[str, Any], losses: Losses, image_size: int | None, sizes: tuple[int, int, int]) -> None:
+    outputs, patches, feature_dim = sizes
     side = math.isqrt(patches)
     if side * side != patches:
         raise ConfigError(f"Expected model.decoder.n_patches to be a square number, but got {patches}. Correct it.")
     options["grid"] = [side, side]
     patch = re.search(r"_patch(\d+)", options["backbone"])
     if patch and image_size is not None and image_size // int(patch[1]) != side:
-        found = image_size // int(patch[1])
         raise ConfigError(
-            f"Expected model.decoder.n_patches to be {found * found}, the patches of {options['backbone']} in frames "
-            f"of {image_size} pixels, but got {patches}. Correct one of them."
+            f"Expected model.decoder.n_patches to be {(image_size // int(patch[1])) ** 2}, the patches of "
+            f"{options['backbone']} in frames of {image_size} pixels, but got {patches}. Correct one of them."
         )
-
-
-def _check_outputs(outputs: int, losses: Losses, feature_dim: int, patches: int) -> None:
-    wanted = (feature_dim if losses.reconstruction else 0) + (patches if losses.similarity else 0)
+    wanted = (feature_dim if losses.weights["reconstruction"] else 0) + (patches if losses.weights["similarity"] else 0)
     if outputs != wanted:
         raise ConfigError(
             f"Expected model.decoder.outp_dim to be {wanted}, the channels that the losses read, but got {outputs}. "
             "Decoders of this package have no channels without a loss."
         )
-
-
-def _leave_the_rest(model: Section) -> None:
-    for name in ("visualize_every_n_steps", "masks_to_visualize", "experiment_group", "experiment_name"):
-        model.take(name, None)
-    if model.take("visualize", False):
-        model.findings.leave("model.visualize", "the callback SSyncPictures draws pictures")
-    model.leave("masks are resized bilinearly and scored, always", "mask_resizers")
-    model.leave("it belongs to the official evaluation script", "eval_mode_config")
-    model.leave("convert that file by `ssync-pl checkpoint convert`", "load_weights", "modules_to_load")
-    model.leave("it serves losses of SRL that this package has not", "projector", "projector2")

@@ -1,4 +1,4 @@
-"""Mappings of a configuration, read so that no key goes unnoticed."""
+"""Mappings of a public configuration, read so that no key goes unnoticed."""
 
 from __future__ import annotations
 
@@ -16,51 +16,19 @@ _NOTHING = object()
 
 @dataclass
 class Findings:
-    """What a translation has to tell.
-
-    Attributes:
-        left_out: Key → why it has no counterpart.
-        unknown: Keys that nobody asked for.
-
-    Example:
-        >>> findings = Findings()
-        >>> section = Section({"size": 3, "colour": "red"}, "model", findings)
-        >>> section.integer("size")
-        3
-        >>> section.close()
-        >>> findings.unknown
-        ['model.colour']
-    """
+    """What a translation leaves out: dotted key → reason, and keys that nothing is known about."""
 
     left_out: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def leave(self, key: str, reason: str) -> None:
-        """Note that a key is not translated.
-
-        Args:
-            key: Dotted key.
-            reason: Why, as a clause.
-        """
-        self.left_out[key] = reason
-
 
 class Section:
-    """A mapping whose keys are taken one by one; what nobody took is reported by `close`.
+    """A mapping whose keys are taken one by one; `close` reports those that were not taken.
 
     Args:
         values: The mapping; `None` for one that is not there.
         path: Its dotted key, for messages.
         findings: Where unknown keys go.
-
-    Raises:
-        ConfigError: `values` is no mapping.
-
-    Example:
-        >>> Section({"lr": "fast"}, "optimizer", Findings()).number("lr")
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected optimizer.lr to be a number, but got 'fast'. Correct it.
     """
 
     def __init__(self, values: Mapping[str, Any] | None, path: str, findings: Findings) -> None:
@@ -74,52 +42,21 @@ class Section:
         self._children: list[Section] = []
 
     def key(self, name: str) -> str:
-        """Dotted key of an entry.
-
-        Args:
-            name: Its key here.
-
-        Returns:
-            The key from the root.
-        """
+        """Dotted key of an entry, from the root."""
         return f"{self.path}.{name}" if self.path else name
 
     def take(self, name: str, default: Any = _NOTHING) -> Any:
-        """Take a value.
-
-        Args:
-            name: Key.
-            default: What a missing value or `null` means; without it the value has to be there.
-
-        Returns:
-            The value.
-
-        Raises:
-            ConfigError: It is missing.
-        """
+        """Takes a value; a missing value or `null` means the default, or is an error where there is none."""
         self._taken.add(name)
         value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is _NOTHING:
+        if value is None and default is _NOTHING:
             raise ConfigError(f"Expected {self.key(name)} to have a value, but got none. Add it.")
-        return default
+        return default if value is None else value
 
     def integer(self, name: str, default: Any = _NOTHING) -> int:
-        """Take a whole number.
-
-        Args:
-            name: Key.
-            default: What a missing value means.
-
-        Returns:
-            The number; a default that is none as it is.
-
-        Raises:
-            ConfigError: It is something else.
-        """
+        """Takes a whole number."""
         value = self.take(name, default)
-        if value is default and default is not _NOTHING:
+        if value is default:
             return default
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # no inf, no NaN
         if isinstance(value, bool) or not whole:
@@ -127,40 +64,23 @@ class Section:
         return int(value)
 
     def number(self, name: str, default: Any = _NOTHING) -> float:
-        """Take a number.
-
-        Args:
-            name: Key.
-            default: What a missing value means.
-
-        Returns:
-            The number; a default that is none as it is.
-
-        Raises:
-            ConfigError: It is something else.
-        """
+        """Takes a number."""
         value = self.take(name, default)
-        if value is default and default is not _NOTHING:
+        if value is default:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f"Expected {self.key(name)} to be a number, but got {value!r}. Correct it.")
         return float(value)
 
+    def integers(self, name: str) -> list[int]:
+        """Takes a list of whole numbers."""
+        values = self.take(name)
+        if not isinstance(values, list) or any(type(value) is not int for value in values):
+            raise ConfigError(f"Expected {self.key(name)} to be a list of whole numbers, but got {values!r}.")
+        return values
+
     def need(self, name: str, *allowed: Any, default: Any = _NOTHING, why: str) -> Any:
-        """Take a value of which only some have a counterpart.
-
-        Args:
-            name: Key.
-            *allowed: Values that have one.
-            default: What a missing value means.
-            why: What the hosts of this package do, as a sentence.
-
-        Returns:
-            The value.
-
-        Raises:
-            ConfigError: It is another one.
-        """
+        """Takes a value of which only those in `allowed` have a counterpart; `why` is a sentence about the hosts."""
         value = self.take(name, default)
         # `1 == True` in Python, but no configuration means that.
         if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
@@ -168,33 +88,34 @@ class Section:
             raise ConfigError(f"Expected {self.key(name)} to be {choices}, but got {value!r}. {why}")
         return value
 
+    def fixed(self, why: str, **values: Any) -> None:
+        """Takes entries that may be missing, but must not differ from the values given."""
+        for name, value in values.items():
+            self.need(name, value, default=value, why=why)
+
     def section(self, name: str) -> Section:
-        """Take a mapping.
-
-        Args:
-            name: Key.
-
-        Returns:
-            The section; `present` tells whether it is there.
-        """
+        """Takes a mapping; `present` tells whether it is there."""
         child = Section(self.take(name, None), self.key(name), self.findings)
         self._children.append(child)
         return child
 
     def leave(self, reason: str, *names: str) -> None:
-        """Note that entries are not translated, where they are set.
-
-        Args:
-            reason: Why, as a clause.
-            *names: Keys.
-        """
+        """Notes why entries are not translated, for those that are set."""
         for name in names:
-            if self.values.get(name) is not None:
-                self.findings.leave(self.key(name), reason)
             self._taken.add(name)
+            if self.values.get(name) is not None:
+                self.findings.left_out[self.key(name)] = reason
+
+    def note(self, reason: str) -> None:
+        """Notes what is translated differently in this section."""
+        self.findings.left_out[self.path] = reason
+
+    def skip(self, *names: str) -> None:
+        """Takes entries that mean nothing to the hosts."""
+        self._taken.update(names)
 
     def close(self) -> None:
-        """Report entries that nobody took, here and in the sections below."""
+        """Reports entries that were not taken, here and in the sections below."""
         self.findings.unknown += [self.key(name) for name in self.values if name not in self._taken]
         for child in self._children:
             child.close()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, read_frames, read_timeline
-from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, natural_key
+from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, is_mask_folder, list_frames, natural_key
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.patterns import expand_braces, is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
@@ -194,16 +194,11 @@ def _folder(path: Path) -> list[InputVideo]:
             "themselves, or move one kind into a folder of its own."
         )
     if frames:
-        return [_frames(path, frames)]
+        return [_frames(path, list_frames(path))]
     if shards:
         return [video for name in shards for video in _shard(path / name)]
     # Masks beside videos are named so for the converter.
-    masks = [name for name in names if name == "masks" or name.endswith("_masks")]
-    folders = {
-        name: sorted((item.name for item in (path / name).iterdir() if _is(item, PICTURE_EXTENSIONS)), key=natural_key)
-        for name in names
-        if (path / name).is_dir() and name not in masks
-    }
+    folders = {name: list_frames(path / name) for name in names if (path / name).is_dir() and not is_mask_folder(name)}
     videos: list[tuple[str, InputVideo]] = [(name, _file(path / name)) for name in files]
     videos += [(name, _frames(path / name, inner)) for name, inner in folders.items() if inner]
     if not videos:

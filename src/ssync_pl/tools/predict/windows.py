@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics.functional.assignment import linear_assignment
 
 __all__ = ["OUTSIDE", "Window", "cut_windows", "match_slots", "relabel", "window_length"]
 
@@ -119,7 +119,7 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
     pairs = after[known].astype(np.int64) * num_slots + before[known].astype(np.int64)
     overlap = np.bincount(pairs, minlength=num_slots * num_slots).reshape(num_slots, num_slots).astype(np.float64)
     overlap += np.eye(num_slots) / (2 * max(1, num_slots))  # all together less than a pixel: decides ties only
-    return linear_assignment(-overlap)[1]
+    return linear_sum_assignment(-overlap)[1]
 
 
 def relabel(labels: NDArray[np.uint8], names: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -1,0 +1,237 @@
+"""Patches: which grid they form, and how two maps of different grids come to one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssync_pl.adapters.heads import SlotMap
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.maps import SSyncMaps
+
+__all__ = [
+    "Grid",
+    "check_grid",
+    "finer_grid",
+    "frame_size",
+    "join_sides",
+    "maps_on_common_grid",
+    "patch_stride",
+    "resolve_grid",
+    "stack_frames",
+]
+
+Grid = tuple[int, int]
+
+
+def stack_frames(values: list[Tensor], name: str) -> Tensor:
+    """Stacks what a module gave for each frame into a clip.
+
+    Args:
+        values: T tensors ``(B, ...)``.
+        name: Of the module, for the message.
+
+    Returns:
+        ``(B, T, ...)``.
+
+    Raises:
+        HostError: The module did not run, or shapes differ between frames, as with slots that grow inside a step.
+    """
+    if not values:
+        raise HostError(f"Expected '{name}' to run inside the training step, but it did not.")
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) != 1:
+        raise HostError(f"Expected '{name}' to give one shape for all frames, but got {shapes}.")
+    return torch.stack(values, dim=1)
+
+
+def check_grid(grid: Any) -> Grid | None:
+    """Returns a user's ``(H, W)``, which a configuration file gives as a list, as a tuple; or None."""
+    if grid is None:
+        return None
+    sides = list(grid) if isinstance(grid, (tuple, list)) else []
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ConfigError(f"Expected argument `grid` to be (H, W), two positive integers, but got {grid!r}.")
+    return sides[0], sides[1]
+
+
+def resolve_grid(
+    patches: int,
+    explicit: Grid | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    frame: tuple[int, int] | None = None,
+) -> Grid:
+    """Finds the rows and columns of a flat axis of patches.
+
+    In this order: given by the user; patch size with the frame's height and width; the one square patch size that
+    cuts an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
+
+    Args:
+        patches: N.
+        explicit: ``(H, W)`` from the user.
+        patch_size: Of the encoder, in pixels; one number, or height and width.
+        frame: Height and width of the frames, in pixels.
+
+    Returns:
+        ``(H, W)`` with ``H * W == patches``.
+
+    Raises:
+        HostError: None of them fits; the message says what to pass.
+
+    Example:
+        >>> resolve_grid(48, patch_size=14, frame=(84, 112))
+        (6, 8)
+        >>> resolve_grid(144, frame=(112, 252))
+        (8, 18)
+    """
+    if explicit is not None:
+        if explicit[0] * explicit[1] != patches:
+            raise HostError(f"Expected argument `grid` to have {patches} patches, but got {tuple(explicit)}.")
+        return int(explicit[0]), int(explicit[1])
+    if frame is not None:
+        rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size or (0, 0)
+        if rows and columns and (frame[0] // rows) * (frame[1] // columns) == patches:
+            return frame[0] // rows, frame[1] // columns
+        if frame[0] != frame[1]:
+            return _oblong_grid(patches, frame)
+    side = math.isqrt(patches)
+    if side * side == patches:
+        return side, side
+    raise HostError(f"Expected a grid for {patches} patches, which is no square. Pass grid=(H, W).")
+
+
+def _oblong_grid(patches: int, frame: tuple[int, int]) -> Grid:
+    # Smaller patches are more patches, so the search ends at the first size that gives too many.
+    for size in range(math.isqrt(frame[0] * frame[1] // patches), 0, -1):
+        grid = (frame[0] // size, frame[1] // size)
+        if grid[0] * grid[1] == patches:
+            return grid
+        if grid[0] * grid[1] > patches:
+            break
+    raise HostError(
+        f"Expected a grid for {patches} patches, but no patch size cuts frames of {frame[0]} x {frame[1]} pixels into "
+        "that many. Pass grid=(H, W)."
+    )
+
+
+def finer_grid(grid: Grid, patches: int) -> Grid:
+    """Grid of a decoder with another number of patches than the attention, of the same proportions."""
+    ratio = math.sqrt(patches / (grid[0] * grid[1]))
+    finer = (round(grid[0] * ratio), round(grid[1] * ratio))
+    if finer[0] * finer[1] != patches:
+        raise HostError(
+            f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}, but "
+            "they do not. Pass grid=(H, W) if that grid is wrong, else write a HostAdapter that resamples."
+        )
+    return finer
+
+
+def patch_stride(encoder: nn.Module | None) -> tuple[int, int] | None:
+    """Stride of the first convolution whose kernels do not overlap: the patch embedding of a ViT."""
+    for module in encoder.modules() if encoder is not None else ():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and max(module.stride) > 1:
+            return int(module.stride[0]), int(module.stride[1])
+    return None
+
+
+def frame_size(batch: Any) -> tuple[int, int] | None:
+    """Finds height and width of the frames of a batch, where it says so.
+
+    Args:
+        batch: A mapping (``video`` and ``image`` are looked at first), a sequence or a tensor. Frames are tensors of
+            4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``; stored ``features`` are no frames.
+
+    Returns:
+        ``(H, W)`` in pixels, or None.
+    """
+    if isinstance(batch, Mapping):
+        first = [batch[key] for key in ("video", "image") if key in batch]
+        # Stored features (B, T, N, D) of a short clip would pass for frames of T colours.
+        values = [*first, *(value for key, value in batch.items() if key != "features")]
+    else:
+        values = list(batch) if isinstance(batch, (list, tuple)) else [batch]
+    colours = (1, 3, 4)
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim not in (4, 5):
+            continue
+        if value.shape[-3] in colours:
+            return int(value.shape[-2]), int(value.shape[-1])
+        if value.shape[-1] in colours:
+            return int(value.shape[-3]), int(value.shape[-2])
+    return None
+
+
+def maps_on_common_grid(attention_logits: Tensor, grid: Grid, mask_logits: Tensor) -> SSyncMaps:
+    """Makes maps of a host whose decoder draws on another grid than its attention reads.
+
+    The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
+    averaged too, for merging only.
+
+    Args:
+        attention_logits: ``(B, T, S, N)``.
+        grid: ``(H, W)`` of the attention.
+        mask_logits: ``(B, T, S, h, w)`` of the decoder.
+
+    Returns:
+        Maps on the coarser of both grids.
+
+    Raises:
+        HostError: The two grids do not divide each other.
+    """
+    size = (int(mask_logits.shape[-2]), int(mask_logits.shape[-1]))
+    return join_sides(SlotMap(attention_logits), grid, SlotMap(mask_logits.flatten(3)), size)
+
+
+def join_sides(
+    attention: SlotMap,
+    grid: Grid,
+    masks: SlotMap,
+    mask_grid: Grid,
+    slot_valid: Tensor | None = None,
+    frame_valid: Tensor | None = None,
+) -> SSyncMaps:
+    """Makes maps of both sides, each ``(B, T, S, N)`` on a grid of its own, as `maps_on_common_grid` does.
+
+    ``frame_valid`` ``(B, T)`` leaves out all patches of a frame.
+    """
+    sides: tuple[Grid, Grid] = ((grid[0], grid[1]), (mask_grid[0], mask_grid[1]))
+    coarse = min(sides)
+    if any(side % small for size in sides for side, small in zip(size, coarse, strict=True)):
+        raise HostError(
+            f"Expected the grid of the attention, {sides[0]}, and that of the masks, {sides[1]}, to divide each other, "
+            "but they do not. Pass grid=(H, W) of the attention, change the size of decoder or encoder, or write a "
+            "HostAdapter that resamples."
+        )
+    attention, masks = (_pool(side, size, coarse) for side, size in zip((attention, masks), sides, strict=True))
+    patches = coarse[0] * coarse[1]
+    return SSyncMaps(
+        attention_logits=attention.logits,
+        attention_probs=attention.probs,
+        # The decoder's logits serve the loss only, which reads the probabilities where there are any.
+        mask_logits=masks.logits if masks.probs is None else None,
+        mask_probs=masks.probs,
+        grid=coarse,
+        slot_valid=slot_valid,
+        patch_valid=None if frame_valid is None else frame_valid.unsqueeze(2).expand(-1, -1, patches),
+    )
+
+
+def _pool(side: SlotMap, fine: Grid, coarse: Grid) -> SlotMap:
+    if fine == coarse:
+        return side
+    logits, probs = side
+    if probs is None and logits is not None:
+        probs = logits.to(compute_dtype(logits.dtype)).softmax(2)
+    return SlotMap(*(None if value is None else _average(value, fine, coarse) for value in (logits, probs)))
+
+
+def _average(value: Tensor, fine: Grid, coarse: Grid) -> Tensor:
+    value = value.to(compute_dtype(value.dtype)).unflatten(3, fine)
+    kernel = (fine[0] // coarse[0], fine[1] // coarse[1])
+    return F.avg_pool2d(value.flatten(0, 1), kernel).unflatten(0, value.shape[:2]).flatten(3)

@@ -1,0 +1,172 @@
+"""An adapter by a short spec: where attention and decoder are in a family of hosts, and how their logits come about."""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ssync_pl.adapters.base import HostAdapter
+from ssync_pl.adapters.calls import MapCall, check_close, check_update
+from ssync_pl.adapters.capture import NAME_THEM, Capture, describe, has_modules, submodule
+from ssync_pl.adapters.grids import Grid, check_grid, finer_grid, frame_size, join_sides, resolve_grid, stack_frames
+from ssync_pl.adapters.heads import SlotMap, separate_heads
+from ssync_pl.errors import HostError
+from ssync_pl.method.maps import SSyncMaps
+
+__all__ = ["GridAdapter", "SlotModelAdapter"]
+
+
+class SlotModelAdapter(HostAdapter):
+    """Adapter by a short spec: which modules a family has, and in `listen` how their logits come about.
+
+    The attention runs once per frame and gives a `MapCall` of ``(B, S, N)`` or ``(B, heads, S, N)``; the decoder gives
+    one of ``(..., S, N)`` or ``(..., S, h, w)``, in which any axes may be folded into the batch. Collecting and the
+    self-check are the same for all.
+    """
+
+    modules: ClassVar[str] = ""
+    """Dotted paths by which a host of the family is recognised, with spaces between them."""
+    attributes: ClassVar[str] = ""
+    """The same for what else it has, such as ``"corrector.scale"``."""
+    attention: ClassVar[str]
+    """Key of the slot attention's calls; where the family has one path, that path."""
+    decoder: ClassVar[str]
+    """Key of the decoder's calls."""
+    features: ClassVar[str | None] = None
+    """Path of the module whose output tells the grid of the patches; None takes it from the size of the frames."""
+    decoder_calls: ClassVar[Literal["one", "frames", "first"]] = "one"
+    """One call per step; or also one per frame; or the first counts, where others draw other slots."""
+    grid: Grid | None = None
+
+    @override
+    def match(self, host: nn.Module) -> bool:
+        if not has_modules(host, *self.modules.split()):
+            return False
+        try:
+            return all(operator.attrgetter(path)(host) is not None for path in self.attributes.split())
+        except AttributeError:
+            return False
+
+    def needs(self) -> str:
+        """What a host needs to match, in words."""
+        return ", ".join(f"{self.modules} {self.attributes}".split())
+
+    @abstractmethod
+    def listen(self, host: Any, capture: Capture) -> None:
+        """Puts the hooks of the spec on a host that matches.
+
+        Args:
+            host: The model that is trained.
+            capture: Receives `MapCall` under the keys ``attention`` and ``decoder``.
+        """
+
+    @override
+    def attach(self, host: nn.Module) -> Capture:
+        if not self.match(host):
+            raise HostError(f"Expected {type(host).__name__} to have {self.needs()}, but it does not. {NAME_THEM}")
+        capture = Capture()
+        if self.features is not None:
+            capture.watch(self.features, submodule(host, self.features), self.feature_grid)
+        self.listen(host, capture)
+        return capture
+
+    @staticmethod
+    def feature_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> Grid:
+        """A `take` that reads the grid off what the ``features`` module gives: height and width of ``(B, C, h, w)``."""
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            kind = type(module).__name__
+            raise HostError(f"Expected {kind} to return a feature map (B * T, C, H, W), but got {describe(output)}.")
+        return int(output.shape[-2]), int(output.shape[-1])
+
+    @override
+    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
+        calls: list[MapCall] = capture[self.attention]
+        logits = stack_frames([call.logits for call in calls if call.logits is not None], self.attention)
+        attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
+        shape = (*logits.shape[:2], *logits.shape[-2:])
+        masks = self._masks(capture, shape)
+        grid = self._grid(capture, batch, shape[3], masks)
+        size = _rows_and_columns(masks) or (grid if masks.shape[3] == shape[3] else finer_grid(grid, masks.shape[3]))
+        present = [call.valid for call in calls if call.valid is not None]
+        valid = torch.stack(present).all(0) if present else None
+        if valid is not None and size != grid:
+            # Blocks are averaged as probabilities: absent slots must have none, unless no slot is left.
+            absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
+            attention = attention._replace(logits=logits.masked_fill(absent, float("-inf")))
+            masks = masks.masked_fill(absent if masks.ndim == 4 else absent[..., None], float("-inf"))
+        masks = masks.flatten(3)
+        side = SlotMap(None, masks) if capture[self.decoder][0].logits is None else SlotMap(masks)
+        # Where no slot is left there is nothing to learn from, and a softmax over nothing is NaN.
+        some = None if valid is None else valid.any(1, keepdim=True).expand(shape[:2])
+        return join_sides(attention, grid, side, size, valid, some)
+
+    @override
+    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
+        for key in (self.attention, self.decoder):
+            for call in capture[key]:
+                logits, own, tolerance = self.comparable(call, maps)
+                if logits is not None and own is not None:
+                    mine = logits.detach().double().softmax(call.axis)
+                    check_close(mine, own, f"masks that '{key}' returns", "the softmax over slots of its logits",
+                                tolerance=tolerance)  # fmt: skip
+                check_update(call, f"'{key}'")
+
+    def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
+        """Logits of a call and the host's softmax of them, where these agree, and how far they may differ at least."""
+        return call.logits, call.own, 0.0
+
+    def _masks(self, capture: Capture, shape: tuple[int, ...]) -> Tensor:
+        calls: list[MapCall] = capture[self.decoder]
+        if self.decoder_calls == "one":
+            capture.only(self.decoder)
+        values = [call.own if call.logits is None else call.logits for call in calls]
+        stacked = self.decoder_calls == "frames" and len(values) > 1
+        value = stack_frames(values, self.decoder) if stacked else values[0]  # type: ignore[arg-type]
+        assert value is not None
+        return _unfold(value, calls[0].axis + stacked, shape, self.decoder)
+
+    def _grid(self, capture: Capture, batch: Any, patches: int, masks: Tensor) -> Grid:
+        if self.features is not None:
+            return capture[self.features][0]
+        stated = capture.facts.get("grid")
+        if stated is not None and stated[0] * stated[1] != patches:
+            stated = None
+        frame = frame_size(batch) or _rows_and_columns(masks)
+        return resolve_grid(patches, self.grid or stated, capture.facts.get("patch_size"), frame)
+
+
+class GridAdapter(SlotModelAdapter):
+    """A spec of hosts whose grid cannot always be found.
+
+    Args:
+        grid: ``(H, W)`` patches of the slot attention. None takes the host's own ``grid`` where it states one, or it
+            follows from the size of the batch's frames and the patch size of the encoder, or is a square.
+
+    Raises:
+        ConfigError: ``grid`` is not two positive integers.
+    """
+
+    def __init__(self, grid: Grid | None = None) -> None:
+        self.grid = check_grid(grid)
+
+
+def _unfold(value: Tensor, axis: int, shape: tuple[int, ...], name: str) -> Tensor:
+    """A decoder's map as ``(B, T, S, N)`` or ``(B, T, S, h, w)``."""
+    rows = math.prod(value.shape[: axis + 1])
+    if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
+        raise HostError(
+            f"Expected '{name}' to draw the {' x '.join(map(str, shape[:3]))} slots (B, T, S) that the slot attention "
+            f"saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}. Either may run more than once per "
+            "frame: write a HostAdapter that picks the calls."
+        )
+    return value.reshape(*shape[:3], *value.shape[axis + 1 :])
+
+
+def _rows_and_columns(masks: Tensor) -> Grid | None:
+    return (int(masks.shape[-2]), int(masks.shape[-1])) if masks.ndim == 5 else None

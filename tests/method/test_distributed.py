@@ -1,0 +1,38 @@
+"""Counts shared over ranks: two processes with one video each equal one process with both."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ssync_workers import CASES, batch_of, rank_step
+
+from ssync_pl.method import ssync_loss
+from ssync_pl.method.maps import SSyncMaps
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(rank_step, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_together_equal_one_process(ranks, case):
+    d, a, grid = batch_of(case)
+    leaves = [x.clone().requires_grad_() for x in (d, a)]
+    expected = ssync_loss(SSyncMaps(*leaves, grid=grid), **CASES[case])
+    grads = torch.autograd.grad(expected.loss, leaves)
+    if case == "one patch":
+        assert expected.boundary_count.item() == 1
+    torch.testing.assert_close((ranks[0][case]["loss"] + ranks[1][case]["loss"]) / 2, expected.loss.detach())
+    for side in range(2):
+        together = torch.cat([ranks[rank][case]["grads"][side] for rank in range(2)])
+        torch.testing.assert_close(together, grads[side])
+
+
+def test_without_processes_it_changes_nothing():
+    d, a, grid = batch_of("brier")
+    maps = SSyncMaps(d, a, grid=grid)
+    assert torch.equal(ssync_loss(maps, sync_counts=True).loss, ssync_loss(maps).loss)

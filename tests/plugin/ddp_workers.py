@@ -1,0 +1,105 @@
+"""What each process of the distributed test runs; a module of its own, so that a spawned process can import it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make_clips, make_host, weights
+from torch.utils.data import DataLoader
+
+from ssync_pl.plugin.guard import CollapseGuard
+
+# What each case hands to the callback, and to the strategy.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "find_unused": ({}, {"find_unused_parameters": True}),
+    "static_graph": ({"warmup_steps": 2, "guard_window": 1}, {"static_graph": True}),
+    "sync_counts": ({"sync_counts": True}, {}),
+    "relative": ({"relative_weight": 0.2}, {}),
+    "compiled": ({"sync_counts": True}, {}),
+    "dict": ({}, {}),
+}
+STEPS = 3
+
+
+class OneSided(TinyHost):
+    """Its slots fall out of use on the second rank only."""
+
+    def host_loss(self, batch: Any) -> Any:
+        if self.global_rank == 1:
+            self.collapse_at = 4
+        return super().host_loss(batch)
+
+
+def strategy(**options: Any) -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
+
+
+def fit_rank(host: Any, *callbacks: Any, steps: int = STEPS, **options: Any) -> Any:
+    """Every second clip: Lightning's own sampler would shuffle them."""
+    data = DataLoader(make_clips(8)[int(os.environ["LOCAL_RANK"]) :: 2], batch_size=2)
+    settings = {"devices": 2, "use_distributed_sampler": False, "strategy": strategy(**options)}
+    return fit(host, *callbacks, steps=steps, loader=data, **settings)
+
+
+def run_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # These make Lightning believe that its processes were started from outside.
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.chdir(folder)
+    results: dict[str, Any] = {}
+    for name, (options, ddp) in CASES.items():
+        host, recorder = make_host(returns="dict" if name == "dict" else "tensor"), Recorder()
+        if name == "compiled":
+            host.corrector.compile(backend="eager")
+        fit_rank(host, make_callback(**options), recorder, **ddp)
+        results[name] = {"gradients": recorder.gradients, "weights": weights(host), "hooks": _hooks(host)}
+    by_hand, recorder = make_host(HandWritten), Recorder()
+    fit_rank(by_hand, recorder)
+    results["by_hand"] = {"gradients": recorder.gradients, "weights": weights(by_hand)}
+    results["verdict"] = _verdict(rank)
+    results["stop"] = _stop()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _hooks(host: Any) -> int:
+    return sum(len(module._forward_hooks) for module in host.modules())
+
+
+def _verdict(rank: int) -> dict[str, Any]:
+    guard = CollapseGuard("backoff", threshold=0.8, window=2)
+    guard.watch(torch.tensor([8.0, 8.0]))
+    used = torch.tensor([8.0, 8.0]) if rank == 0 else torch.tensor([8.0, 1.0])
+    first, second = guard.step(used), guard.step(used)
+    return {
+        "open": first is None,
+        "collapsed": None if second is None else second.collapsed,
+        "factor": guard.factor,
+        "latest": guard.latest,
+    }
+
+
+def _stop() -> dict[str, Any]:
+    callback = make_callback(
+        warmup_steps=2,
+        guard_window=2,
+        on_collapse="stop",
+        collapse_threshold=0.65,
+        boundary_weight=1e-3,
+        interior_weight=1e-3,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit_rank(make_host(OneSided, seed=2), callback, steps=40)
+    told = [str(w.message) for w in caught if "Slots fall out of use" in str(w.message)]
+    return {"step": trainer.global_step, "told": len(told), "stop": bool(trainer.should_stop)}

@@ -1,0 +1,321 @@
+"""`attach`: SSync in a loop without Lightning."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ssync_pl import SSyncCallback, SSyncConfig, attach, ssync_loss
+from ssync_pl.adapters import SaviAdapter
+from ssync_pl.errors import ConfigError, HostError, SSyncError
+from ssync_pl.hosts import SAVi
+
+
+def _model(seed: int = 0) -> SAVi:
+    torch.manual_seed(seed)
+    return SAVi(
+        num_slots=3, slot_dim=8, slot_init="learned", encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
+        decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,), corrector_sharpness=3.0,
+    )  # fmt: skip
+
+
+def _video(seed: int = 1) -> torch.Tensor:
+    return torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def _host_loss(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
+    return model(video).reconstruction.square().mean()
+
+
+def test_the_loss_is_that_of_the_models_own_maps():
+    model, video = _model(), _video()
+    adapter = SaviAdapter()
+    capture = adapter.attach(model)
+    capture.open()
+    model(video)
+    expected = ssync_loss(adapter.collect(capture)).loss
+    capture.remove()
+    with attach(model, warmup_steps=0) as ssync:
+        host = _host_loss(model, video)
+        term = ssync.loss()
+    assert float(expected.detach()) > 0
+    torch.testing.assert_close(term, expected, rtol=0, atol=0)
+    assert float(ssync.logs["ssync/weight"]) == 1.0
+    assert ssync.maps.shape == (2, 2, 3, 64)
+    assert not ssync.maps.attention.requires_grad
+    plain = torch.autograd.grad(host, list(model.parameters()), retain_graph=True, allow_unused=True)
+    both = torch.autograd.grad(host + term, list(model.parameters()), allow_unused=True)
+    moved = [a is not None and not torch.equal(a, b) for a, b in zip(plain, both, strict=True)]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_a_loop_equals_the_callback():
+    import lightning.pytorch as L
+
+    from ssync_pl import LightningHost
+
+    options = {"warmup_steps": 2, "ramp_steps": 2, "relative_weight": 0.3, "guard_window": 1}
+    videos = [_video(seed) for seed in range(5)]
+    looped, wrapped = _model(), _model()
+    optimizer = torch.optim.SGD(looped.parameters(), lr=0.5)
+    with attach(looped, **options) as ssync:
+        for video in videos:
+            loss = ssync.add(_host_loss(looped, video))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    host = LightningHost(wrapped, _host_loss, lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    trainer = L.Trainer(
+        max_epochs=1, callbacks=[SSyncCallback(**options)], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(host, torch.utils.data.DataLoader(videos, batch_size=None, shuffle=False))
+    untouched = _model()
+    for (name, a), b in zip(looped.state_dict().items(), wrapped.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    same = [torch.equal(a, b) for a, b in zip(looped.parameters(), untouched.parameters(), strict=True)]
+    assert not any(same[:4])
+
+
+def test_nothing_is_captured_during_the_warm_up_but_the_first_step():
+    model = _model()
+    heard = []
+    with attach(model, warmup_steps=6, guard_window=2) as ssync:
+        for _ in range(7):
+            loss = _host_loss(model, _video())
+            heard.append(len(ssync._session.capture["corrector"]))
+            heard.append(ssync.add(loss) is loss)
+    assert heard == [2, True, 0, True, 0, True, 0, True, 2, True, 2, True, 2, False]
+
+
+def test_validation_is_not_heard():
+    model = _model()
+    with attach(model, warmup_steps=0) as ssync:
+        loss = _host_loss(model, _video())
+        with torch.no_grad():
+            _host_loss(model, _video(2))
+        model.eval()
+        _host_loss(model, _video(3))
+        model.train()
+        with ssync.paused():
+            _host_loss(model, _video(4))
+        first = ssync.loss(loss)
+        assert ssync.maps.shape == (2, 2, 3, 64)
+        _host_loss(model, _video(5))
+        ssync.discard()
+        _host_loss(model, _video())
+        assert torch.equal(ssync.loss(), first)
+        assert ssync.step == 2
+
+
+def test_accumulation_counts_optimizer_steps():
+    model = _model()
+    terms = []
+    with attach(model, warmup_steps=2, accumulate=2) as ssync:
+        for _ in range(6):
+            _host_loss(model, _video())
+            terms.append(bool(ssync.loss() > 0))
+    assert terms == [False, False, False, False, True, True]
+
+
+def test_a_resumed_loop_goes_on():
+    torch.manual_seed(0)
+    options = {"total_steps": 10, "warmup_ratio": 0.3, "relative_weight": 0.2, "guard_window": 2}
+    whole, parts = _model(), _model()
+
+    def run(model, ssync, steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for seed in steps:
+            optimizer.zero_grad()
+            ssync.add(_host_loss(model, _video(seed))).backward()
+            optimizer.step()
+
+    with attach(whole, **options) as ssync:
+        run(whole, ssync, range(10))
+        expected = ssync.state_dict()
+    with attach(parts, **options) as ssync:
+        run(parts, ssync, range(6))
+        state = copy.deepcopy(ssync.state_dict())
+    with attach(parts, **options) as ssync:
+        ssync.load_state_dict(state)
+        run(parts, ssync, range(6, 10))
+        assert ssync.state_dict() == expected
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert attach(parts, start_step=6, **options).step == 6
+
+
+def test_wrapped_models_are_found_inside():
+    model = _model()
+    compiled = torch.compile(model, backend="eager")
+    outer = nn.Sequential(nn.ModuleDict({"net": model}))
+    parallel = nn.DataParallel(model)
+    terms = []
+    for host, run in ((compiled, compiled), (outer, model), (parallel, parallel)):
+        torch._dynamo.reset()
+        with attach(host, warmup_steps=0) as ssync:
+            _host_loss(run, _video())
+            terms.append(ssync.loss())
+    assert terms[0] > 0
+    torch.testing.assert_close(terms[0], terms[1])
+    torch.testing.assert_close(terms[2], terms[1], rtol=0, atol=0)
+
+
+def test_nothing_stays_on_the_model():
+    model = _model()
+    keys = list(model.state_dict())
+
+    def fail() -> None:
+        with attach(model, warmup_steps=0):
+            _host_loss(model, _video())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(model.state_dict()) == keys
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    ssync = attach(model, warmup_steps=0)
+    with ssync, pytest.raises(SSyncError, match="entered already"), ssync:
+        pass
+
+
+def test_collapse_can_stop_a_loop():
+    model = _model()
+    with attach(model, warmup_steps=0, guard_window=1, on_collapse="stop", collapse_threshold=0.9) as ssync:
+        _host_loss(model, _video())
+        ssync.loss()
+        with torch.no_grad():
+            model.decoder.layers[-1].weight.zero_()
+            model.decoder.layers[-1].bias.zero_()
+        _host_loss(model, _video())
+        assert not ssync.should_stop
+        with pytest.warns(UserWarning, match="Slots fall out of use"):
+            ssync.loss()
+        assert ssync.should_stop
+
+
+def test_refusals_teach():
+    model = _model()
+    with pytest.raises(ConfigError, match=r"Expected argument `total_steps` for warmup_ratio=0\.3"):
+        attach(model)
+    with pytest.raises(ConfigError, match=r"either `config` or settings, but got both \(n_bd\)"):
+        attach(model, config=SSyncConfig(), n_bd=2)
+    with pytest.raises(ConfigError, match=r"settings among .*, but got warmup"):
+        attach(model, warmup=3)
+    with pytest.raises(ConfigError, match="`accumulate` to be an integer of at least 1, but got 0"):
+        attach(model, warmup_steps=0, accumulate=0)
+    with pytest.raises(ConfigError, match="`start_step` to be an integer of at least 0, but got -1"):
+        attach(model, warmup_steps=0, start_step=-1)
+    with pytest.raises(ConfigError, match="`attention` and `masks` to come together"):
+        attach(model, attention="corrector", warmup_steps=0)
+    with pytest.raises(HostError, match="Linear is none"), attach(nn.Linear(1, 1), warmup_steps=0):
+        pass
+    with attach(model, warmup_steps=0, relative_weight=0.1) as ssync:
+        _host_loss(model, _video())
+        with pytest.raises(ConfigError, match="the model's loss beside `relative_weight`"):
+            ssync.loss()
+    with (
+        attach(model, warmup_steps=5) as ssync,
+        pytest.raises(HostError, match="none was heard: 'encoder'"),
+    ):
+        ssync.loss()
+    with attach(model, warmup_steps=0) as ssync:
+        model.requires_grad_(False)
+        _host_loss(model, _video())
+        with pytest.raises(HostError, match="decoder masks of SAVi to carry gradient"):
+            ssync.loss()
+    model.requires_grad_(True)
+    with pytest.raises(SSyncError, match="not entered"):
+        ssync.loss()
+
+
+def test_it_needs_no_lightning():
+    code = "import sys; from ssync_pl import attach; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_warning_without_a_collapse():
+    model = _model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, warmup_steps=0, guard_window=1) as ssync:
+            for _ in range(3):
+                _host_loss(model, _video())
+                ssync.loss()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_the_block_runs_and_is_not_heard(copied):
+    model = _model()
+    with attach(model, warmup_steps=0) as ssync:
+        ssync.add(model(_video()).reconstruction.square().mean())
+        twin = copied(model)
+        loss = model(_video()).reconstruction.square().mean()
+        twin(_video()[:1])  # an average of the weights, say
+        assert ssync.add(loss) > loss
+    assert ssync.maps is not None
+    assert ssync.maps.shape[0] == 2
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, {"loss": torch.ones(())}, torch.ones(2)])
+def test_a_loss_that_is_none_is_refused_in_the_warmup_already(wrong):
+    model = _model()
+    with attach(model, warmup_steps=5) as ssync:
+        model(_video())
+        with pytest.raises(ConfigError, match="Expected argument `host_loss` to be"):
+            ssync.add(wrong)
+
+
+@pytest.mark.parametrize("forget", ["eval", "no_grad", "forward"])
+def test_an_unheard_forward_pass_is_named(forget):
+    model = _model()
+    model.train(forget != "eval")
+    with attach(model, warmup_steps=0) as ssync:
+        if forget != "forward":
+            with torch.set_grad_enabled(forget != "no_grad"):
+                model(_video())
+        with pytest.raises(HostError, match=r"in training mode and with gradients, but none was heard: .*model.train"):
+            ssync.loss()
+
+
+def test_two_forward_passes_in_a_step_are_named():
+    model = _model()
+    with attach(model, warmup_steps=0) as ssync:
+        model(_video())
+        model(_video())
+        with pytest.raises(HostError, match=r"ran 2 times since the last `loss`.*discard.*paused"):
+            ssync.loss()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": SAVi}, "`model` to be a torch.nn.Module, but got SAVi"),
+        ({"model": "savi"}, "`model` to be a torch.nn.Module, but got str"),
+        ({"config": {"warmup_steps": 0}}, "`config` to be an SSyncConfig, but got dict"),
+        ({"total_steps": "100"}, "`total_steps` to be a number of at least 0, but got '100'"),
+        ({"total_steps": -5}, "`total_steps` to be a number of at least 0, but got -5"),
+        ({"attention": 3, "masks": "decoder"}, "Expected a place as 'path'"),
+        ({"attention": "softmax:a:\u00b2", "masks": "decoder"}, "Expected the axis of the softmax"),
+        ({"attention": "a", "masks": "b", "grid": ("a", "b")}, r"`grid` to be \(H, W\)"),
+        ({"attention": "a", "masks": "b", "grid": (-4, -6)}, r"`grid` to be \(H, W\)"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        attach(**{"model": nn.Identity(), "total_steps": 10, **arguments})
+
+
+@pytest.mark.parametrize("state", [None, {}, {"calls": 3}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(ConfigError, match=r"what `state_dict` of an attached SSync returned, but .*guard"):
+        attach(nn.Identity(), total_steps=10).load_state_dict(state)

@@ -1,0 +1,57 @@
+"""Two processes with gloo: equal weights, gradients of the joined batch, one verdict."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from ddp_workers import CASES, STEPS, run_rank
+from tiny_hosts import HandWritten, Recorder, fit, make_host, make_loader
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_hold_equal_weights_and_gradients(ranks, case):
+    torch.testing.assert_close(ranks[0][case]["weights"], ranks[1][case]["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(ranks[0][case]["gradients"], ranks[1][case]["gradients"], rtol=0, atol=0)
+    assert len(ranks[0][case]["gradients"]) == STEPS
+    assert ranks[0][case]["hooks"] == ranks[1][case]["hooks"] == 0
+
+
+@pytest.mark.parametrize("case", ["plain", "find_unused", "dict"])
+def test_same_as_a_host_that_calls_the_loss_itself(ranks, case):
+    torch.testing.assert_close(ranks[0][case]["gradients"], ranks[0]["by_hand"]["gradients"])
+
+
+@pytest.mark.parametrize("case", ["sync_counts", "compiled"])
+def test_synchronised_counts_equal_one_process_on_the_joined_batch(ranks, case):
+    one, recorder = make_host(HandWritten), Recorder()
+    # Each rank takes 2 of the 4 clips of a step, every second one.
+    fit(one, recorder, steps=2, loader=make_loader(8, batch_size=4))
+    steps = ranks[0][case]["gradients"]
+    torch.testing.assert_close(steps[:2], recorder.gradients, rtol=1e-4, atol=1e-6)
+    local = ranks[0]["plain"]["gradients"]
+    assert any(not torch.allclose(local[0][name], steps[0][name], rtol=1e-4, atol=1e-6) for name in steps[0])
+
+
+def test_guard_reaches_one_verdict(ranks):
+    # The second rank's mean alone is 1 of 8; together it is 4.5 of 8.
+    expected = {"open": True, "collapsed": True, "factor": 0.5, "latest": (8.0, 4.5)}
+    assert [rank["verdict"] for rank in ranks] == [expected] * 2
+
+
+def test_all_ranks_stop_at_the_same_step_and_one_tells(ranks):
+    assert ranks[0]["stop"]["step"] == ranks[1]["stop"]["step"] == 6
+    assert all(rank["stop"]["stop"] for rank in ranks)
+    assert [rank["stop"]["told"] for rank in ranks] == [1, 0]

@@ -1,0 +1,193 @@
+"""SSync in a training step, without a Trainer."""
+
+import types
+
+import pytest
+import torch
+
+import ssync_pl.plugin.engine
+from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
+from ssync_pl.errors import ConfigError, SSyncError
+from ssync_pl.plugin.engine import SSyncEngine, handle_verdict
+from ssync_pl.plugin.guard import GuardVerdict, used_slots
+
+
+def random_maps(seed=0, slots=3, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    d, a = (torch.randn((2, 2, slots, 12), generator=generator).requires_grad_() for _ in range(2))
+    return SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4), **extra)
+
+
+def started(total=100, **options):
+    engine = SSyncEngine(SSyncConfig(**{"warmup_steps": 0, **options}))
+    engine.start(total)
+    return engine
+
+
+def term(engine, host_loss=None, step=0, maps=None, log=None):
+    host = None if host_loss is None else torch.tensor(host_loss)
+    value = engine.term(host, random_maps() if maps is None else maps, step, log)[0]
+    return 0.0 if value is None else float(value)
+
+
+def test_is_the_loss_with_its_options():
+    maps, options = random_maps(), {"merge_threshold": 0.2, "boundary_weight": 0.5, "loss": "ce"}
+    value, verdict = started(**options).term(None, maps, 0)
+    torch.testing.assert_close(value, ssync_loss(maps, **options).loss)
+    assert verdict is None
+
+
+def test_off_and_watching_compute_no_loss(monkeypatch):
+    monkeypatch.setattr(ssync_pl.plugin.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
+    engine, logs = started(warmup_steps=10, guard_window=2), []
+    for step, count in ((7, 0), (8, 1)):
+        assert engine.term(None, random_maps(), step, lambda *args, **kwargs: logs.append(args)) == (None, None)
+        assert engine.guard.state_dict()["count"] == count
+    assert not logs
+    with pytest.raises(SSyncError, match=r"start\(total_steps\)"):
+        SSyncEngine(SSyncConfig()).term(None, random_maps(), 0)
+
+
+class Trainer:
+    """Lengths one after the other; asking once more than expected fails."""
+
+    def __init__(self, *lengths):
+        self.lengths = list(lengths)
+
+    @property
+    def estimated_stepping_batches(self):
+        return self.lengths.pop(0)
+
+
+def test_length_of_the_trainer():
+    for options, start in (({"warmup_steps": 4}, 4), ({"warmup_ratio": 0.0}, 0)):
+        engine = SSyncEngine(SSyncConfig(**options))
+        engine.start_in(Trainer())
+        assert engine.schedule.start == start
+    engine, trainer = SSyncEngine(SSyncConfig()), Trainer(200, 100)
+    engine.start_in(trainer)
+    assert engine.schedule.start == 60
+    engine.start_in(trainer)
+    assert engine.schedule.start == 30
+    term(engine, step=30)
+    engine.start_in(trainer)  # once it runs, it stays on
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        SSyncEngine(SSyncConfig()).start_in(Trainer(float("inf")))
+
+
+def test_says_when_it_ran():
+    engine = started(warmup_ratio=0.3, warmup_steps=None)
+    assert "30 optimizer steps (`warmup_ratio`=0.3), and the training ended at step 29" in engine.summary(29)
+    assert "never ran" in engine.summary(31)
+    again = started(warmup_ratio=0.3, warmup_steps=None)
+    for step in (29, 30, 31):
+        term(engine, step=step)
+    again.load_state_dict(engine.state_dict())
+    assert engine.summary(40) == again.summary(40) == "SSync ran from optimizer step 30 to the end at step 40."
+
+
+def test_ramp_and_guard_scale_what_is_added():
+    maps, engine = random_maps(), started(warmup_steps=2, ramp_steps=4)
+    full = float(ssync_loss(maps).loss)
+    added = [term(engine, step=step) for step in range(8)]
+    assert added == pytest.approx([0, 0, full / 4, full / 2, full * 3 / 4, full, full, full])
+    engine.guard.factor = 0.25
+    assert term(engine, step=9) == pytest.approx(full / 4)
+
+
+class TestRelativeWeight:
+    @pytest.mark.parametrize("host", [50.0, -50.0])
+    @pytest.mark.parametrize("weight", [1.0, 10.0])
+    def test_first_step_has_exactly_the_share(self, host, weight):
+        engine = started(relative_weight=0.1, boundary_weight=weight, interior_weight=weight)
+        assert term(engine, host) == pytest.approx(5.0)
+
+    def test_running_average_by_hand(self):
+        engine, host_average, term_average = started(relative_weight=0.5), None, None
+        for step, host in enumerate([2.0, 4.0, 8.0]):
+            maps = random_maps(step)
+            own = float(ssync_loss(maps).loss)
+            host_average = host if host_average is None else 0.98 * host_average + 0.02 * host
+            term_average = own if term_average is None else 0.98 * term_average + 0.02 * own
+            expected = 0.5 * host_average / term_average * own
+            assert term(engine, host, step, maps) == pytest.approx(expected, rel=1e-5)
+
+    def test_weight_is_bounded_when_the_term_vanishes(self):
+        logits = torch.zeros(1, 1, 2, 12)
+        logits[:, :, 0] = 30.0
+        maps, logs = SSyncMaps(attention_logits=logits, mask_logits=logits, grid=(3, 4)), {}
+        added = term(started(relative_weight=0.1), 1.0, 0, maps, lambda name, value, **_: logs.update({name: value}))
+        assert added == pytest.approx(0.0)
+        assert float(logs["ssync/weight"]) == pytest.approx(10.0)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("when", [0, 1])
+    def test_one_bad_step_does_not_poison_the_average(self, bad, when):
+        engine, losses = started(relative_weight=0.1), [3.0, 3.0, 3.0]
+        losses[when] = bad
+        assert [term(engine, value, step) for step, value in enumerate(losses)][2] == pytest.approx(0.3)
+
+    def test_no_gradient_through_the_weight(self):
+        host = torch.tensor(2.0, requires_grad=True)
+        value, _ = started(relative_weight=0.1).term(host, random_maps(), 0)
+        assert torch.autograd.grad(value, host, allow_unused=True) == (None,)
+
+    def test_needs_the_host_s_loss_and_keeps_its_state(self):
+        one, two = started(relative_weight=0.1), started(relative_weight=0.1)
+        with pytest.raises(ConfigError, match="relative_weight"):
+            term(one)
+        term(one, 2.0)
+        two.load_state_dict(one.state_dict())
+        for step in (1, 2):
+            assert term(one, 5.0, step, random_maps(step)) == term(two, 5.0, step, random_maps(step))
+        assert one.state_dict() == two.state_dict()
+
+
+def test_used_slots_by_hand():
+    attention = torch.full((2, 1, 3, 4), -1.0)
+    attention[0, 0, 0, :2] = attention[0, 0, 1, 2:] = 1.0
+    attention[1, 0, 2] = 1.0
+    maps = SSyncMaps(attention_logits=attention, mask_probs=torch.zeros(2, 1, 3, 4) + 1 / 3, grid=(2, 2))
+    # Attention: 2 and 1 slots; masks tie, and ties go to the first slot.
+    assert used_slots(maps).tolist() == [1.5, 1.0]
+
+    logits = torch.zeros(1, 1, 3, 4)
+    logits[0, 0, 2, 0] = logits[0, 0, 1, 1] = 9.0
+    kwargs = {"attention_logits": logits, "mask_logits": logits, "grid": (2, 2)}
+    assert used_slots(SSyncMaps(**kwargs)).tolist() == [3.0, 3.0]
+    assert used_slots(SSyncMaps(**kwargs, slot_valid=torch.tensor([[True, True, False]]))).tolist() == [2.0, 2.0]
+    patches = torch.tensor([[[True, False, True, True]]])
+    assert used_slots(SSyncMaps(**kwargs, patch_valid=patches)).tolist() == [2.0, 2.0]
+
+
+def test_used_slots_agree_with_the_loss():
+    for extra in ({}, {"slot_valid": torch.tensor([[True, True, False], [True, True, True]])}):
+        maps = random_maps(3, **extra)
+        out = ssync_loss(maps)
+        expected = torch.stack([out.used_encoder_slots.mean(), out.used_decoder_slots.mean()])
+        assert torch.equal(used_slots(maps), expected)
+
+
+def test_verdict_at_the_end_of_a_window():
+    engine = started(guard_window=2)
+    verdicts = [engine.term(None, random_maps(), step)[1] for step in range(4)]
+    assert [verdict is not None for verdict in verdicts] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_verdict_is_told_once_and_stops_everywhere(zero, recwarn):
+    trainer = types.SimpleNamespace(is_global_zero=zero, should_stop=False)
+    handle_verdict(None, trainer)
+    handle_verdict(GuardVerdict(False), trainer)
+    assert not trainer.should_stop
+    handle_verdict(GuardVerdict(True, "told", stop=True), trainer)
+    assert [str(w.message) for w in recwarn] == (["told"] if zero else [])
+    assert trainer.should_stop
+
+
+def test_precision_of_the_term():
+    d = torch.randn(1, 1, 2, 4, dtype=torch.float64, requires_grad=True)
+    maps = SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2))
+    engine = started(relative_weight=0.1, guard_window=5)
+    assert engine.term(torch.tensor(1.0, dtype=torch.float64), maps, 0)[0].dtype == torch.float64
+    assert engine.term(torch.tensor(1.0, dtype=torch.bfloat16), random_maps(), 1)[0].dtype == torch.float32

@@ -1,0 +1,299 @@
+"""Dense alignment in the training of feature hosts: equal before it is on, trained after, resumed to the bit."""
+
+import copy
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from ssync_pl import SSyncCallback, StepSeed
+from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.rivals.dense_alignment import DenseAlignment
+from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
+from ssync_pl.tools.trainer_cli import run_trainer
+
+SIZES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
+KEYS = {"dense/encoder_loss", "dense/decoder_loss", "dense/redundancy_loss", "dense/weight"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Recorder(L.Callback):
+    """Losses, gradients before clipping, logs and rates of every step."""
+
+    def __init__(self):
+        self.losses, self.gradients, self.logs, self.rates = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+        self.logs.append(dict(trainer.callback_metrics))
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+def make_host(kind=SlotContrast, **options):
+    torch.manual_seed(0)
+    defaults = {"warmup_steps": 2, "learning_rate": 1e-2}
+    return kind(**{**SIZES, **defaults, **options})
+
+
+def make_callback(**options):
+    return DenseAlignmentCallback(**{"warmup_steps": 0, "neighbours": 2, "redundancy_weight": 0.0, **options})
+
+
+def make_loader(frames=4, shuffle=False):
+    generator = torch.Generator().manual_seed(1)
+    clips = [{"features": torch.randn(frames, 12, 6, generator=generator)} for _ in range(8)]
+    return DataLoader(clips, batch_size=2, shuffle=shuffle)
+
+
+def fit(host, *callbacks, steps=6, frames=4, shuffle=False, ckpt_path=None, **options):
+    recorder = Recorder()
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    settings.update(enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, gradient_clip_val=0.5)
+    trainer = L.Trainer(max_steps=steps, callbacks=[StepSeed(), *callbacks, recorder], **{**settings, **options})
+    if shuffle:
+        torch.manual_seed(5)
+    trainer.fit(host, make_loader(frames, shuffle), ckpt_path=ckpt_path)
+    return trainer, recorder
+
+
+def assert_same(one, two):
+    torch.testing.assert_close(dict(one), dict(two), rtol=0, atol=0)
+
+
+def assert_untouched(host):
+    assert not {"training_step", "configure_optimizers", "named_parameters"} & set(host.__dict__)
+    assert not any(module._forward_hooks for module in host.modules())
+
+
+@pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
+def test_before_it_is_on_the_training_is_that_of_the_host_alone(kind):
+    plain, host = make_host(kind), make_host(kind)
+    _, alone = fit(plain, shuffle=True)
+    _, both = fit(host, make_callback(warmup_steps=4), shuffle=True)
+    assert both.losses[:4] == alone.losses[:4]
+    assert all(one != two for one, two in zip(both.losses[4:], alone.losses[4:], strict=True))
+    assert list(host.state_dict()) == list(plain.state_dict())
+    never = make_host(kind)
+    _, off = fit(never, make_callback(warmup_steps=100), shuffle=True)
+    assert off.losses == alone.losses
+    assert_same(never.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
+def test_the_step_adds_what_the_module_gives(kind):
+    class ByHand(kind):
+        """The losses written into the training step."""
+
+        def training_step(self, batch, batch_idx):
+            seen = self(batch["features"])
+            items = batch["features"] if self.is_video else batch["features"].flatten(0, 1)
+            features = self.encoder(items)["features"].reshape(2, 4, 12, -1)
+            rebuilt = seen.reconstruction[..., :6]
+            maps = seen.attention_logits.softmax(2), seen.mask_logits.flatten(3).softmax(2)
+            dense = self.losses_of(seen.targets, rebuilt, features, *maps, seen.slots, self.global_step).loss
+            valid = torch.ones(2, 4, dtype=torch.bool)
+            return sum(weight * loss for weight, loss in self.losses(seen, valid).values()) + dense
+
+    by_hand, host = make_host(ByHand), make_host(kind)
+    torch.manual_seed(3)
+    options = {"neighbours": 2, "weight": 0.3, "redundancy_weight": 0.2}
+    by_hand.losses_of = DenseAlignment(6, 8, start_step=2, redundancy_steps=3, **options)
+    torch.manual_seed(3)
+    callback = make_callback(warmup_steps=2, redundancy_steps=3, **options)
+    _, expected = fit(by_hand, gradient_clip_val=None)
+    torch.manual_seed(3)
+    _, recorder = fit(host, callback, gradient_clip_val=None)
+    torch.testing.assert_close(recorder.losses, expected.losses, rtol=1e-5, atol=1e-6)
+    for step, wanted in zip(recorder.gradients, expected.gradients, strict=True):
+        own = {name: value for name, value in wanted.items() if not name.startswith("losses_of")}
+        torch.testing.assert_close(step, own, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(callback.losses.state_dict(), by_hand.losses_of.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_projections_are_trained_clipped_and_follow_the_hosts_rate():
+    callback = make_callback(warmup_steps=3)
+    start = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.append(copy.deepcopy(callback.losses.state_dict()))
+            trained = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+            assert {id(p) for p in (*pl_module.parameters(), *callback.losses.parameters())} == trained
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            if trainer.global_step > 3:
+                assert all(p.grad is not None for p in callback.losses.parameters())
+                every = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+                assert torch.stack([g.norm() for g in every]).norm() <= 1e-3 * (1 + 1e-4)
+
+    plain = make_host()
+    _, alone = fit(plain, gradient_clip_val=1e-3)
+    _, recorder = fit(make_host(), callback, Look(), gradient_clip_val=1e-3)
+    assert recorder.rates == alone.rates
+    assert len({rate for rates in recorder.rates for rate in rates}) > 3
+    moved = callback.losses.state_dict()
+    assert all(not torch.equal(value, start[0][name]) for name, value in moved.items())
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("redundancy", [0.0, 0.1])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
+    options = {"warmup_steps": 3, "redundancy_steps": 4, "redundancy_weight": redundancy}
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
+    # Lightning starts the epoch's data over when it resumes inside an epoch, so one batch is an epoch here.
+    host, callback = make_host(), make_callback(**options)
+    _, whole = fit(host, callback, saver, steps=8, enable_checkpointing=True, limit_train_batches=1)
+    path = tmp_path / f"step={stop}.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(make_host().state_dict())
+
+    again, other = make_host(), make_callback(**options)
+    torch.manual_seed(99)
+    _, rest = fit(again, other, steps=8, ckpt_path=path, limit_train_batches=1)
+    assert rest.losses == whole.losses[stop:]
+    assert_same(again.state_dict(), host.state_dict())
+    assert_same(other.losses.state_dict(), callback.losses.state_dict())
+
+
+def test_a_checkpoint_of_the_host_alone_is_taken_up(tmp_path):
+    saver = ModelCheckpoint(tmp_path)
+    alone, _ = fit(make_host(), saver, steps=2, enable_checkpointing=True)
+    steps = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            state = trainer.optimizers[0].state
+            steps.append([state[p]["exp_avg"].clone() for p in pl_module.parameters()])
+            assert len(state) == len(steps[0])
+
+    trainer, _ = fit(make_host(), make_callback(), Look(), steps=4, ckpt_path=saver.best_model_path)
+    assert trainer.global_step == 4
+    assert len(trainer.optimizers[0].state) == len(steps[0]) + 2
+    assert_same(enumerate(steps[0]), enumerate(s["exp_avg"] for s in alone.optimizers[0].state.values()))
+
+
+def test_schedule_and_logs():
+    callback = DenseAlignmentCallback(weight=0.3, warmup_ratio=0.5, redundancy_ratio=0.25, neighbours=2)
+    _, recorder = fit(make_host(), callback, steps=8)
+    assert (callback.losses.start_step, callback.losses.redundancy_steps) == (4, 2)
+    assert set(recorder.logs[0]) >= KEYS
+    assert recorder.logs[0]["dense/redundancy_loss"] > 0 == recorder.logs[0]["dense/encoder_loss"]
+    assert recorder.logs[1]["dense/weight"] == 0
+    last = recorder.logs[-1]
+    assert last["dense/weight"] == pytest.approx(0.3)
+    assert last["dense/encoder_loss"] > 0 < last["dense/decoder_loss"]
+    assert last["dense/redundancy_loss"] == 0
+
+
+@pytest.mark.parametrize(("frames", "wanted", "group"), [(6, None, 3), (8, None, 4), (1, None, 1), (6, 6, 6)])
+def test_group_follows_the_clip(frames, wanted, group):
+    callback = make_callback(group_frames=wanted)
+    fit(make_host(DINOSAUR), callback, steps=1, frames=frames)
+    assert callback.losses.group_frames == group
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+def test_other_trainers(options):
+    _, recorder = fit(make_host(), make_callback(), steps=2, **options)
+    assert all(loss == loss for loss in recorder.losses)
+    assert recorder.logs[-1]["dense/decoder_loss"] > 0
+
+
+def refuse(match, host, *callbacks, error=HostError, **options):
+    with pytest.raises(error, match=match):
+        fit(host, *callbacks, steps=1, **options)
+    assert_untouched(host)
+
+
+def test_refusals():
+    class Manual(SlotContrast):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.automatic_optimization = False
+
+    class Own(SlotContrast):
+        def configure_optimizers(self):
+            return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()])
+
+    refuse("automatic_optimization=False", make_host(Manual), make_callback(), gradient_clip_val=None)
+    refuse("but got SAVi", SAVi(num_slots=2), make_callback())
+    refuse("reconstruction_weight=0", make_host(VideoSAUR, reconstruction_weight=0.0), make_callback())
+    refuse("Build it from self.parameters", make_host(Own), make_callback())
+    refuse("divide the 4 frames", make_host(), make_callback(group_frames=3, warmup_steps=9), error=ShapeError)
+    refuse(r"`neighbours` to be in \[1, 12\]", make_host(), make_callback(neighbours=13), error=ConfigError)
+    refuse("already has dense alignment", make_host(), make_callback(), SSyncCallback())
+    refuse("already has SSync", make_host(), SSyncCallback(), make_callback())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", -1.0),
+        ("warmup_ratio", 1.5),
+        ("warmup_steps", -1),
+        ("projection_dim", 0),
+        ("group_frames", 0),
+        ("neighbours", 0),
+        ("redundant", 0),
+        ("redundancy_weight", -0.1),
+        ("redundancy_ratio", -0.1),
+        ("redundancy_steps", -2),
+    ],
+)
+def test_bad_settings_are_refused_when_it_is_made(name, value):
+    with pytest.raises(ConfigError, match=f"`{name}`"):
+        DenseAlignmentCallback(**{name: value})
+
+
+def test_the_host_is_put_back_and_copies_are_plain():
+    twins = []
+
+    class Copies(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            twins.append((copy.deepcopy(pl_module), copy.deepcopy(callback)))
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("no more")
+
+    host, callback = make_host(), make_callback()
+    fit(host, callback, Copies(), steps=2)
+    assert_untouched(host)
+    for twin, other in twins:
+        assert "training_step" not in twin.__dict__ or twin.training_step.__func__ is SlotContrast.training_step
+        fit(twin, other, steps=1)
+    failing = make_host()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(failing, make_callback(), Fails(), steps=2)
+    assert_untouched(failing)
+
+
+def test_a_callback_can_be_used_twice():
+    callback = make_callback(warmup_ratio=0.5, warmup_steps=None)
+    _, first = fit(make_host(), callback, steps=4)
+    _, second = fit(make_host(), callback, steps=4)
+    assert first.losses == second.losses
+
+
+def test_short_name_in_a_configuration(capsys):
+    words = ["--model=SlotContrast", "--data=SyntheticDataModule", "--trainer.callbacks=DenseAlignmentCallback"]
+    with pytest.raises(SystemExit) as stop:
+        run_trainer(["fit", *words, "--trainer.callbacks.weight=0.25", "--print_config"])
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "class_path: ssync_pl.DenseAlignmentCallback" in text
+    assert "weight: 0.25" in text
