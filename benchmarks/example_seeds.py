@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 import ssync_pl
+from ssync_pl.metrics import METRICS, metric_names
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"with": [], "without": ["--config", str(ROOT / "examples" / "without_ssync.yaml")]}
-SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo", "used_slots")
+SCORES = (*metric_names("segmentation"), "used_slots")
 
 
 def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
@@ -81,8 +82,8 @@ def row(arm: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians with the spread over seeds, one line an arm, then what needs no learning."""
-    header = ["video FG-ARI", "video ARI", "video mBO", "used slots"]
-    keys = ["video_fg_ari", "video_ari", "video_mbo", "used_slots"]
+    keys = [*metric_names(None, "headline"), "used_slots"]
+    header = [METRICS[key].title for key in keys]
     lines = ["| run | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
     for arm in ARMS:
         runs = [entry for entry in rows if entry["arm"] == arm]

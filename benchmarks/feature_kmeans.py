@@ -21,12 +21,12 @@ import torch
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
-from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.tools.doctor.configured import from_configuration
-from ssync_pl.tools.feature_kmeans import kmeans_features
+from ssync_pl.tools.kmeans import kmeans
 
 ROOT = Path(__file__).resolve().parents[1]
-SCORES = ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo")
+SCORES = metric_names("segmentation")
 
 
 class _Collect(L.LightningModule):
@@ -54,6 +54,20 @@ def validation_batches(words: list[str]) -> tuple[list[dict[str, Any]], tuple[in
     return found.batches, (rows, columns)
 
 
+def kmeans_features(
+    features: torch.Tensor, grid: tuple[int, int], clusters: int, weight: float, seed: int, valid: torch.Tensor
+) -> torch.Tensor:
+    """Labels (B, T, h, w) of features (B, T, N, D); places count by their weight times the features' typical length."""
+    points = features.float()
+    if weight > 0:
+        longer = max(max(grid) - 1, 1)
+        axes = [torch.arange(size) / longer for size in grid]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        scale = weight * points.square().sum(-1).mean().sqrt()
+        points = torch.cat([points, (scale * places).expand(*points.shape[:2], -1, -1)], dim=-1)
+    return kmeans(points, clusters, seed=seed, frame_mask=valid).unflatten(2, grid)
+
+
 def score(
     batches: list[dict[str, Any]], grid: tuple[int, int], clusters: int, weight: float, seed: int
 ) -> dict[str, float]:
@@ -61,13 +75,11 @@ def score(
     metric = SegmentationMetrics("", True)
     for batch in batches:
         valid = frame_validity(batch)
-        labels = kmeans_features(
-            batch["features"].float(), grid, clusters, position_weight=weight, seed=seed, frame_mask=valid
-        )
+        labels = kmeans_features(batch["features"], grid, clusters, weight, seed, valid)
         size = batch["segmentations"].shape[-2:]
         large = torch.nn.functional.interpolate(labels.float(), size=size, mode="nearest").long()
         metric.update(large, batch["segmentations"], valid)
-    return {name: float(value) for name, value in metric.compute().items() if name in SCORES}
+    return {name: float(value) for name, value in metric.compute().items()}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -86,7 +98,7 @@ def main(args: list[str] | None = None) -> int:
         for weight in options.weights:
             for seed in range(options.seeds):
                 found = score(batches, grid, clusters, weight, seed)
-                sys.stderr.write(f"{clusters} clusters, weight {weight}, seed {seed}: {found['video_fg_ari']:.3f}\n")
+                sys.stderr.write(f"{clusters} clusters, weight {weight}, seed {seed}: {found[SCORES[0]]:.3f}\n")
                 facts = {"clusters": clusters, "position_weight": weight, "seed": seed}
                 rows.append(
                     {

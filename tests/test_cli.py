@@ -353,7 +353,7 @@ def test_a_run_of_unknown_length_says_what_to_set() -> None:
 
     from ssync_pl import SSyncConfig
     from ssync_pl.errors import ConfigError
-    from ssync_pl.hosts.schedules import schedule_for
+    from ssync_pl.hosts.training import schedule_for
     from ssync_pl.plugin.engine import SSyncEngine
 
     with pytest.raises(ConfigError, match="max_steps"):

@@ -18,20 +18,33 @@ def test_the_readme_has_its_commands_on_one_line(mark):
     assert "\n" not in found[0]
 
 
-def test_the_readme_names_files_that_exist():
-    names = set(re.findall(r"(?:examples|benchmarks|docs)/[\w./-]+\.(?:py|yaml|md|png|csv)", README))
-    assert names
-    assert not [name for name in names if not (ROOT / name).exists()]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_readme_lists_every_setting_of_the_callback():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", page.read_text("utf-8")):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{target}#{heading}"
+
+
+def test_the_readme_keeps_short():
+    assert len(README.split()) <= 1200
+
+
+def test_the_docs_list_every_setting_of_the_callback():
     import inspect
 
     from ssync_pl import SSyncCallback, SSyncConfig
 
     settings = set(inspect.signature(SSyncConfig).parameters)
     assert settings <= set(inspect.signature(SSyncCallback).parameters)
-    assert not [name for name in settings if f"`{name}`" not in README]
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert not [name for name in settings if f"`{name}`" not in page]
 
 
 def test_callback_and_configuration_agree_on_defaults():

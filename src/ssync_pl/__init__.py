@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ssync_pl.plugin.step_seed import StepSeed
     from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
     from ssync_pl.tools.pictures import SSyncPictures
-    from ssync_pl.tools.predictions import SlotPredictions
+    from ssync_pl.tools.predict.writer import SlotPredictions
     from ssync_pl.tools.summary import ValidationSummary
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "SSyncOutput": "ssync_pl.method.loss",
     "SSyncPictures": "ssync_pl.tools.pictures",
     "SSyncRegularizer": "ssync_pl.plugin.regularizer",
-    "SlotPredictions": "ssync_pl.tools.predictions",
+    "SlotPredictions": "ssync_pl.tools.predict.writer",
     "StepSeed": "ssync_pl.plugin.step_seed",
     "ValidationSummary": "ssync_pl.tools.summary",
     "attach": "ssync_pl.plugin.attach",

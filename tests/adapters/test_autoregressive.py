@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from autoregressive_hosts import HOSTS, TokenHost, training_loss
-from slots_only_cases import CASES
+from spec_cases import CASES
 from torch import nn
 
 from ssync_pl import attach

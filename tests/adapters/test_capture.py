@@ -78,11 +78,6 @@ def test_remove_takes_every_hook_off_and_may_be_repeated() -> None:
     assert capture["layer"] == []
 
 
-def test_state_dict_is_untouched() -> None:
-    layer, _ = _watched()
-    assert list(layer.state_dict()) == ["weight", "bias"]
-
-
 def test_a_copied_host_does_not_speak_to_the_original_capture() -> None:
     layer, capture = _watched()
     capture.open()
@@ -160,3 +155,21 @@ def test_copies_of_a_data_parallel_host_are_refused() -> None:
     capture.open()
     with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each"):
         layer(torch.zeros(1, 2))
+
+
+def test_a_step_that_goes_past_hooks_is_told() -> None:
+    class Host(nn.Sequential):
+        def loss(self, value: torch.Tensor) -> torch.Tensor:
+            return self.forward(value).sum()
+
+    host, capture = Host(nn.Linear(2, 2)), Capture()
+    capture.watch("host", host)
+    capture.watch("0", host[0])
+    capture.open()
+    capture.refuse_bypass()  # nothing ran yet
+    host.loss(torch.zeros(1, 2))
+    assert capture.silent == ["host"]
+    with pytest.raises(HostError, match=r"hooks on 'host' .* method forward of Host"):
+        capture.refuse_bypass()
+    host(torch.zeros(1, 2))
+    capture.refuse_bypass()

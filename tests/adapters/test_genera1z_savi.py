@@ -5,15 +5,8 @@ import torch
 from genera1z_savi_hosts import Genera1zHelper, Genera1zHost, genera1z_batch, own_maps, training_loss
 
 from ssync_pl import attach
-from ssync_pl.adapters.base import locate
 from ssync_pl.adapters.savi import Genera1zSaviAdapter
 from ssync_pl.errors import HostError
-
-
-def test_found_inside_the_helper_of_its_loop() -> None:
-    located = locate("auto", Genera1zHelper(Genera1zHost()))
-    assert isinstance(located.adapter, Genera1zSaviAdapter)
-    assert located.path == "model"
 
 
 def test_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> None:

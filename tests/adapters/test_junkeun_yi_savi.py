@@ -22,16 +22,6 @@ def _maps(host: JunkeunYiHost) -> SSyncMaps:
     return maps
 
 
-def test_a_corrector_registered_twice_is_heard_once_a_frame() -> None:
-    host = JunkeunYiHost()
-    assert "corrector.dense_q.weight" in host.state_dict()
-    assert "processor.corrector.dense_q.weight" in host.state_dict()
-    capture = JunkeunYiSaviAdapter().attach(host)
-    capture.open()
-    training_loss(host)
-    assert len(capture["corrector"]) == 3
-
-
 def test_two_different_correctors_are_another_host() -> None:
     host = JunkeunYiHost()
     host.processor.corrector = JunkeunYiCorrector(1, 1)

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from oclf_hosts import (
     GRID,
-    HOSTS,
     PATCH,
     SLOTS,
     AmodalDecoder,
@@ -16,7 +14,6 @@ from oclf_hosts import (
     N,
     OclfAttention,
     OclfHost,
-    OncePerFrame,
     PatchDecoder,
     PixelDecoder,
     oclf_batch,
@@ -24,14 +21,12 @@ from oclf_hosts import (
 )
 from torch import Tensor, nn
 
-from ssync_pl import SSyncCallback
-from ssync_pl.adapters import Capture, find_adapter, locate
+from ssync_pl.adapters import Capture, find_adapter
 from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
 from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
 from ssync_pl.method.loss import ssync_loss
-from ssync_pl.method.maps import SSyncMaps
 
 T = 3
 B = 2
@@ -64,35 +59,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("kind", HOSTS)
-def test_logits_are_the_hosts_own_to_the_bit(kind: str) -> None:
-    host: Any = HOSTS[kind]()
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    frames = T if host.video else 1
-    assert maps.shape == (B, frames, SLOTS, N)
-    assert maps.grid == GRID
-    assert maps.slot_valid is None
-    attention, alpha = _own(host)
-    if kind == "oclf_heads":
-        # One softmax over slots and heads, summed over heads.
-        together = attention.flatten(2, 3).softmax(2).unflatten(2, (SLOTS, 4)).sum(3)
-        torch.testing.assert_close(maps.attention_logits.softmax(2), together)
-    else:
-        assert torch.equal(maps.attention_logits, attention.squeeze(3))
-    assert torch.equal(maps.mask_logits, alpha if alpha.ndim == 4 else alpha.flatten(3))
-    adapter.verify(capture, maps)
-
-
-@pytest.mark.parametrize("kind", HOSTS)
-def test_found_by_structure(kind: str) -> None:
-    host = HOSTS[kind]()
-    assert type(find_adapter(host)) is OclfAdapter
-    assert locate("oclf", host).path == ""
-    # A loop of one's own may train the models without the module around them.
-    assert type(find_adapter(host.models)) is OclfAdapter  # type: ignore[arg-type]
-
-
 def test_other_hosts_are_not_matched() -> None:
     no_heads = OclfHost()
     del no_heads.inner[0].n_heads
@@ -102,37 +68,6 @@ def test_other_hosts_are_not_matched() -> None:
     assert not any(adapter().match(OclfHost()) for adapter in (AdaSlotAdapter, VideosaurAdapter))
     with pytest.raises(HostError, match=r"slot attention at 'models.perceptual_grouping.slot_attention' \(with `to_q`"):
         OclfAdapter().attach(no_heads)
-
-
-@pytest.mark.parametrize("heads", [1, 4])
-def test_gradient_is_that_of_the_hosts_own_logits(heads: int) -> None:
-    host = OclfHost(attention=OclfAttention(heads))
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    attention, alpha = _own(host)
-    together = attention.flatten(2, 3).softmax(2).unflatten(2, (SLOTS, heads)).sum(3)
-    weights = torch.randn(maps.shape)
-    to_k, positions = host.inner[0].to_k.weight, host.inner[1].pos_embed
-    for mine, own, parameter in (
-        (maps.attention_logits.softmax(2), together, to_k),
-        (maps.mask_logits, alpha, positions),
-    ):
-        grads = [torch.autograd.grad((m * weights).sum(), parameter, retain_graph=True)[0] for m in (mine, own)]
-        assert grads[0].abs().sum() > 0
-        torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_autocast_of_the_host_is_kept(heads: int) -> None:
-    host = OclfHost(attention=OclfAttention(heads))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)  # outside of autocast on purpose
-    attention, alpha = _own(host)
-    expected = attention.squeeze(3) if heads == 1 else attention.float().logsumexp(3)
-    assert torch.equal(maps.attention_logits, expected)
-    assert torch.equal(maps.mask_logits, alpha)
-    adapter.verify(capture, maps)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -178,70 +113,6 @@ def test_a_slot_masked_in_one_frame_does_not_exist_in_the_clip() -> None:
     maps = adapter.collect(capture)
     assert torch.equal(maps.slot_valid, torch.tensor([[True, False, True, True]] * B))
     assert ssync_loss(maps).loss.isfinite()
-
-
-@pytest.mark.parametrize("kind", ["oclf_heads", "oclf_savi"])
-def test_three_training_steps(kind: str) -> None:
-    host: Any = HOSTS[kind]()
-    keys = list(host.state_dict())
-    losses: list[tuple[Tensor, Tensor]] = []
-
-    class Check(L.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            attention, alpha = _own(module)
-            maps = SSyncMaps(
-                attention_logits=attention.logsumexp(3).detach(), mask_logits=alpha.flatten(3).detach(), grid=GRID
-            )
-            losses.append((outputs["loss"].detach(), module.own_loss + ssync_loss(maps).loss))
-            for part in module.inner:
-                part.own_logits.clear()
-
-    class Keeping(type(host)):  # type: ignore[misc]
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            self.own_loss = loss.detach()
-            return loss
-
-    host.__class__ = Keeping
-    trainer = L.Trainer(
-        max_steps=3,
-        callbacks=[SSyncCallback(warmup_steps=0), Check()],
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batches = [oclf_batch(host.video) for _ in range(3)]
-    trainer.fit(host, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    assert len(losses) == 3
-    for total, expected in losses:
-        torch.testing.assert_close(total, expected)
-    assert list(host.state_dict()) == keys
-    assert not any(module._forward_hooks for module in host.modules())
-
-
-def test_without_ssync_the_host_does_the_same() -> None:
-    host = OclfHost(attention=OclfAttention(2))
-    batch = oclf_batch()
-    before = host.training_step(batch, 0)
-    keys = list(host.state_dict())
-    _, capture, _ = _run(host, batch)
-    assert torch.equal(host.training_step(batch, 0), before)
-    assert list(host.state_dict()) == keys
-    capture.remove()
-    assert not any(module._forward_hooks for module in host.modules())
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("kind", HOSTS)
-def test_verify_refuses_a_host_that_changes_its_masks(kind: str, side: int) -> None:
-    host: Any = HOSTS[kind]()
-    host.inner[side].sharpen = 2.0
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    with pytest.raises(HostError, match=f"masks that '{('slot_attention', 'decoder')[side]}' returns .* by up to"):
-        adapter.verify(capture, maps)
 
 
 def test_masks_in_pixels_are_averaged_to_the_patches() -> None:
@@ -359,12 +230,3 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     capture.clear()
     with pytest.raises(HostError, match="'slot_attention' to run inside the training step, but it did not"):
         adapter.collect(capture, batch)
-
-
-def test_only_the_calls_of_the_step_count() -> None:
-    host = OclfHost(OncePerFrame(PixelDecoder(GRID)), video=True)
-    _, capture, _ = _run(host)
-    assert len(capture["slot_attention.to_k"]) == 1
-    assert len(capture["slot_attention.to_q"]) == 2
-    assert len(capture["slot_attention"]) == T
-    assert len(capture["decoder"]) == T

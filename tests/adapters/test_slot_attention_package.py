@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from slot_package_hosts import (
-    HOSTS,
     PACKAGE_GRID,
     PACKAGE_SLOTS,
     PACKAGE_T,
@@ -15,16 +13,14 @@ from slot_package_hosts import (
     PackageHost,
     PackageWrapper,
     package_batch,
-    package_loader,
     training_loss,
 )
 from torch import Tensor, nn
 
 from ssync_pl import SSyncMaps, ssync_loss
-from ssync_pl.adapters import Capture, find_adapter
+from ssync_pl.adapters import Capture
 from ssync_pl.adapters.slot_attention_package import SlotAttentionPackageAdapter
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.plugin.callback import SSyncCallback
 
 PATCHES = PACKAGE_GRID[0] * PACKAGE_GRID[1]
 
@@ -95,40 +91,6 @@ def test_every_frame_is_a_clip_with_the_hosts_own_logits(
     torch.testing.assert_close(maps.attention, own.attention)
     torch.testing.assert_close(maps.masks, own.masks)
     adapter.verify(capture, maps)
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_training_adds_the_loss_of_the_hosts_own_maps(name: str) -> None:
-    class Totals(L.Callback):
-        totals: list[Tensor]
-
-        def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
-            self.totals = [*getattr(self, "totals", []), loss.detach().clone()]
-            torch.testing.assert_close(
-                loss.detach(), host.host_losses[-1] + ssync_loss(_own(host), merge_threshold=0.95).loss.detach()
-            )
-
-        def on_after_backward(self, trainer: Any, module: Any) -> None:
-            grads = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
-            assert all(grad.isfinite().all() for grad in grads.values())
-            assert all(grads[key].abs().sum() > 0 for key in grads if key.endswith(("to_q.weight", "positions")))
-
-    host: Any = HOSTS[name]()
-    assert isinstance(find_adapter(host), SlotAttentionPackageAdapter)
-    keys, totals = list(host.state_dict()), Totals()
-    trainer = L.Trainer(
-        max_epochs=1,
-        callbacks=[SSyncCallback(warmup_steps=0, merge_threshold=0.95), totals],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.fit(host, package_loader())
-    assert len(totals.totals) == 3
-    assert list(host.state_dict()) == keys
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in host.modules())
 
 
 def test_frames_that_get_their_axis_back_are_still_clips_of_their_own() -> None:
@@ -221,7 +183,6 @@ def test_found_where_there_is_exactly_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masks_kind": "soft"}, "`masks_kind` to be 'logits' or 'probs'"),
         ({"grid": (0, 4)}, "`grid` to be .* two positive integers"),
         ({"alpha_axis": 1}, "`alpha_axis` only with the output of a module"),
     ],

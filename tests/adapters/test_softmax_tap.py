@@ -8,7 +8,6 @@ import pytest
 import torch
 from tap_hosts import (
     DIM,
-    HOSTS,
     SLOTS,
     SOFTMAXES,
     PicturesOnly,
@@ -84,11 +83,6 @@ def test_heads_count_as_their_mean() -> None:
     own = host.own()[0]  # (B, T, heads, S, N)
     assert torch.allclose(maps.attention_probs, own.softmax(3).mean(2))
     assert torch.allclose(maps.attention_logits, own.mean(2))
-
-
-def test_the_last_iteration_counts() -> None:
-    host = make_unknown(SlotsOnly(iterations=3))
-    assert torch.equal(tapped(host).attention_logits, host.own()[0])
 
 
 def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
@@ -347,26 +341,6 @@ def test_slots_that_grow_inside_a_step_are_refused() -> None:
         adapter.collect(capture)
 
 
-def test_verify_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = make_unknown()
-    adapter = PathAdapter(*TAPS)
-    capture = adapter.attach(host)
-    capture.open()
-    host(tap_clip())
-    capture.close()
-    maps, pair = adapter.collect(capture), adapter.pair(capture)
-    wrong = pair.attention._replace(axis=2)
-    monkeypatch.setattr(adapter, "pair", lambda capture: pair._replace(attention=wrong))
-    with pytest.raises(HostError, match="'softmax:binder' to be the softmax over slots that the host computed"):
-        adapter.verify(capture, maps)
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_no_adapter_knows_these_hosts(name: str) -> None:
-    with pytest.raises(HostError, match="is none"):
-        find_adapter(HOSTS[name]())
-
-
 @pytest.mark.parametrize("name", ["savi", "videosaur"])
 def test_the_tap_hears_what_an_adapter_reads(name: str) -> None:
     torch.manual_seed(0)
@@ -389,3 +363,47 @@ def test_the_tap_hears_what_an_adapter_reads(name: str) -> None:
     assert one.shape == two.shape
     assert torch.equal(one.attention_logits, two.attention_logits)
     assert torch.equal(one.masks, two.masks)
+
+
+class _DrawsInItsLoop(nn.Module):
+    """Attends and draws once per frame; the masks are made in a method of the model itself."""
+
+    def __init__(self, own_softmax: bool) -> None:
+        super().__init__()
+        self.binder = SlotsOnly(iterations=1)
+        self.drawn = nn.Softmax(1) if own_softmax else None
+
+    def forward(self, video: Tensor) -> Tensor:
+        slots, frames = torch.ones(len(video), SLOTS, DIM) * torch.arange(SLOTS)[:, None], []
+        for frame in video.unbind(1):
+            slots = self.binder(slots, frame)
+            alpha = slots @ frame.transpose(1, 2)
+            alpha = alpha.unflatten(2, (4, 4))
+            frames.append(alpha.softmax(1) if self.drawn is None else self.drawn(alpha))
+        return torch.stack(frames, 1)
+
+
+def test_masks_of_which_only_the_last_frame_would_count_are_refused() -> None:
+    video = torch.rand(2, 3, 16, DIM)
+    for places in (("softmax:.", "softmax:."), ("softmax:binder", "softmax:.")):
+        host, adapter = _DrawsInItsLoop(own_softmax=False), PathAdapter(*places)
+        capture = adapter.attach(host)
+        capture.open()
+        host(video)
+        capture.close()
+        with pytest.raises((HostError, ShapeError), match="the last"):
+            adapter.collect(capture)
+    host, adapter = _DrawsInItsLoop(own_softmax=True), PathAdapter("softmax:binder", "softmax:drawn")
+    capture = adapter.attach(host)
+    capture.open()
+    host(video)
+    capture.close()
+    assert adapter.collect(capture).shape == (2, 3, SLOTS, 16)
+
+
+@pytest.mark.parametrize("places", [("softmax:binder", "softmax:."), ("softmax:binder", "softmax:painter")])
+def test_one_softmax_per_call_of_images_is_enough(places: tuple[str, str]) -> None:
+    """The iterations of an attention inside of the masks' module, of the same shape, are no further masks."""
+    host = make_unknown(SlotsOnly(iterations=3), PicturesOnly("bsn"))
+    maps = tapped(host, PathAdapter(*places), video=tap_clip(2, 1))
+    assert torch.equal(maps.mask_logits, host.own()[1])

@@ -7,8 +7,6 @@ from sold_hosts import SoldHost, sold_batch
 from torch import Tensor
 
 from ssync_pl import SSyncCallback, ssync_loss
-from ssync_pl.adapters.base import locate
-from ssync_pl.adapters.savi import SoldAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -35,12 +33,6 @@ def _fit(host: SoldHost, *callbacks: L.Callback, clip: float | None = 0.05) -> N
     trainer.fit(host, torch.utils.data.DataLoader([sold_batch() for _ in range(3)], batch_size=None))
 
 
-def test_found_inside_the_module_that_trains_it() -> None:
-    located = locate("auto", SoldHost())
-    assert isinstance(located.adapter, SoldAdapter)
-    assert located.path == "autoencoder"
-
-
 def test_three_steps_of_the_callback_around_a_step_that_returns_a_dict() -> None:
     torch.manual_seed(0)
     host, seen = SoldHost(), _Seen()
@@ -64,40 +56,3 @@ def test_three_steps_of_the_callback_around_a_step_that_returns_a_dict() -> None
 def test_the_second_stage_optimises_by_hand_and_is_refused() -> None:
     with pytest.raises(HostError, match="automatic_optimization=False: it calls backward itself"):
         _fit(SoldHost(manual=True), SSyncCallback(warmup_steps=0), clip=None)
-
-
-def test_the_first_frame_has_more_iterations() -> None:
-    host = SoldHost()
-    adapter = SoldAdapter()
-    capture = adapter.attach(host.autoencoder)
-    capture.open()
-    host.training_step(sold_batch(frames=4), 0)
-    assert len(capture["corrector"]) == 4
-    assert len(capture["corrector.to_q"]) == 1  # of the last frame only
-    assert len(capture["encoder.encoder"]) == 4
-
-
-def test_attention_normalised_over_patches_is_not_what_is_taken() -> None:
-    host = SoldHost()
-    adapter = SoldAdapter()
-    capture = adapter.attach(host.autoencoder)
-    capture.open()
-    host.training_step(sold_batch(), 0)
-    maps = adapter.collect(capture)
-    kept = host.autoencoder.corrector.attention_masks
-    mine = maps.attention_logits[:, -1].softmax(1) + 1e-8
-    torch.testing.assert_close(mine / mine.sum(-1, keepdim=True), kept)
-    assert not torch.allclose(kept.sum(1), torch.ones(()))  # no probabilities over slots
-
-
-def test_a_decoder_that_returns_something_else_is_refused() -> None:
-    class Bare(type(SoldHost().autoencoder.decoder)):  # type: ignore[misc]
-        def forward(self, slots: Tensor) -> Tensor:
-            return super().forward(slots)[0]
-
-    host = SoldHost()
-    host.autoencoder.decoder.__class__ = Bare
-    capture = SoldAdapter().attach(host.autoencoder)
-    capture.open()
-    with pytest.raises(HostError, match="Expected Bare to return its map as '1'"):
-        host.autoencoder.decoder(torch.randn(6, 3, 6))

@@ -4,7 +4,6 @@ import copy
 import random
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from solv_hosts import (
@@ -24,9 +23,8 @@ from solv_hosts import (
     training_loss,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncCallback, ssync_loss
+from ssync_pl import ssync_loss
 from ssync_pl.adapters import Capture, find_adapter
 from ssync_pl.adapters.solv import SolvAdapter, merge_member_logits, scatter_tokens
 from ssync_pl.errors import HostError
@@ -121,32 +119,6 @@ def test_both_ways_to_find_the_members_agree_with_the_clustering(seed: int) -> N
     random.seed(seed)
     host(*batch)
     assert random.random() == after  # the second merging took no random number of its own
-
-
-def test_the_merged_probability_is_the_sum_of_the_members() -> None:
-    host, _, _, maps, batch = _run()
-    own = host.s_bind.own_logits
-    assert own is not None
-    attention = own.unflatten(0, (-1, FRAMES))[:, RADIUS].softmax(1)
-    where = batch[2].unflatten(0, (-1, FRAMES))[:, RADIUS]
-    merged = maps.attention_logits.masked_fill(~maps.slot_valid[:, None, :, None], float("-inf")).softmax(2)
-    for video, labels in enumerate(host.merge.own_clusters):
-        for cluster in set(labels):
-            total = sum(attention[video, slot] for slot in range(SLOTS) if labels[slot] == cluster)
-            torch.testing.assert_close(merged[video, 0, cluster, where[video]], total)
-
-
-def test_loss_is_that_of_the_hosts_own_tensors() -> None:
-    host, _, _, maps, batch = _run()
-    logits, slots, patches = _expected(host, batch[2])
-    alpha = torch.zeros(VIDEOS, 1, SLOTS, PATCHES)
-    for video, own in enumerate(host.own_alpha):
-        alpha[video, 0, : len(own)] = own
-    by_hand = SSyncMaps(logits, alpha, grid=(ROWS, COLUMNS), slot_valid=slots, patch_valid=patches)
-    expected, found = ssync_loss(by_hand), ssync_loss(maps)
-    torch.testing.assert_close(found.loss, expected.loss)
-    assert found.loss > 0
-    assert torch.equal(found.encoder_labels, expected.encoder_labels)
 
 
 def test_gradient_reaches_both_sides_and_stays_finite() -> None:
@@ -247,29 +219,6 @@ def test_only_solv_is_known() -> None:
     assert isinstance(find_adapter(packaged()), SolvAdapter)
 
 
-def test_three_steps_of_a_plain_loop_learn_from_ssync() -> None:
-    weights = {}
-    for scale in (0.0, 1.0):
-        torch.manual_seed(0)
-        random.seed(0)
-        host = SolvHost()
-        adapter = SolvAdapter()
-        capture = adapter.attach(host)
-        optimizer = torch.optim.Adam(host.parameters(), lr=1e-2)
-        for _ in range(3):
-            capture.clear()
-            capture.open()
-            loss = training_loss(host)
-            capture.close()
-            loss = loss + scale * ssync_loss(adapter.collect(capture)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        weights[scale] = [p.detach().clone() for p in host.parameters()]
-        assert all(weight.isfinite().all() for weight in weights[scale])
-    assert any(not torch.equal(a, b) for a, b in zip(weights[0.0], weights[1.0], strict=True))
-
-
 def _packaged_run(training: bool = True) -> tuple[Any, Capture, SSyncMaps, Any]:
     host = packaged().train(training)
     adapter = SolvAdapter()
@@ -306,27 +255,6 @@ def test_an_evaluation_of_the_packaged_host_gives_all_frames() -> None:
     torch.testing.assert_close(maps.mask_probs, out.masks)
     attention = torch.einsum("btij,btjn->btin", out.members.float(), out.attention_logits.softmax(2))
     torch.testing.assert_close(maps.attention_probs, attention)
-
-
-def test_the_callback_trains_the_packaged_host(tmp_path: Any) -> None:
-    host = packaged()
-    keys = list(host.state_dict())
-    batch = {"features": torch.randn(2, FRAMES, PATCHES, 6)}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        callbacks=[SSyncCallback(warmup_steps=0)],
-    )
-    trainer.fit(host, DataLoader([batch] * 3, batch_size=None))  # type: ignore[arg-type]
-    assert trainer.global_step == 3
-    assert trainer.callback_metrics["ssync/interior_loss"] > 0
-    assert list(host.state_dict()) == keys
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
 
 
 def test_slots_without_members_get_no_gradient() -> None:

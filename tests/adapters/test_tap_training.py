@@ -15,9 +15,8 @@ from tap_hosts import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncCallback, attach, ssync_loss
+from ssync_pl import SSyncCallback, attach
 from ssync_pl.errors import HostError
-from ssync_pl.method.maps import SSyncMaps
 
 TAPS = ("softmax:binder", "softmax:painter")
 
@@ -37,17 +36,6 @@ def fit(host: Any, callback: SSyncCallback, batches: list[Any], **options: Any) 
     return trainer
 
 
-def test_training_with_the_callback() -> None:
-    torch.manual_seed(0)
-    host = UnknownHost()
-    keys = list(host.state_dict())
-    callback = SSyncCallback(attention="softmax:net.binder", masks="softmax:net.painter", warmup_steps=0)
-    trainer = fit(host, callback, [{"video": tap_clip(seed=i)} for i in range(3)])
-    assert trainer.callback_metrics["ssync/interior_loss"] > 0
-    assert "ssync/merged_slots" in trainer.callback_metrics  # merging needs logits
-    assert list(host.state_dict()) == keys
-
-
 def test_training_with_the_callback_where_the_host_itself_calls_the_softmax() -> None:
     torch.manual_seed(0)
     host = UnknownHost(UnknownImages())
@@ -56,26 +44,6 @@ def test_training_with_the_callback_where_the_host_itself_calls_the_softmax() ->
     callback = SSyncCallback(attention="softmax:.", masks="softmax:.", warmup_steps=0)
     trainer = fit(host, callback, [{"image": tap_clip(seed=i)[:, 0]} for i in range(3)])
     assert trainer.callback_metrics["ssync/interior_loss"] + trainer.callback_metrics["ssync/boundary_loss"] > 0
-    assert not torch.overrides._get_current_function_mode_stack()
-
-
-def test_training_in_a_loop_of_one_s_own() -> None:
-    host = make_unknown()
-    optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
-    losses = []
-    with attach(host, attention=TAPS[0], masks="softmax:painter", warmup_steps=0) as ssync:
-        for seed in range(3):
-            host.forget()
-            loss = host.loss_function(tap_clip(seed=seed))
-            term = ssync.loss()
-            attention, masks = host.own()
-            by_hand = ssync_loss(SSyncMaps(attention_logits=attention, mask_logits=masks, grid=(4, 4))).loss
-            assert torch.equal(term, by_hand)
-            optimizer.zero_grad()
-            (loss + term).backward()
-            optimizer.step()
-            losses.append(float(term.detach()))
-    assert min(losses) > 0
     assert not torch.overrides._get_current_function_mode_stack()
 
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 from videosaur_hosts import SLOTS, BroadcastDecoder, Corrector, Host, MixerDecoder, MLPDecoder
 
-from ssync_pl.adapters import Capture, VideosaurAdapter, find_adapter, locate
+from ssync_pl.adapters import Capture
+from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
 
@@ -37,126 +36,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("video", [True, False])
-@pytest.mark.parametrize("kind", DECODERS)
-def test_logits_are_the_hosts_own_to_the_bit(kind: str, video: bool) -> None:
-    host = Host(DECODERS[kind](), video=video)
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    corrector, decoder = host.inner
-    frames = T if video else 1
-    assert len(corrector.own_logits) == frames
-    assert len(decoder.own_logits) == 1
-    assert maps.shape == (B, frames, SLOTS, N)
-    assert maps.grid == GRID
-    assert torch.equal(maps.attention_logits, torch.stack(corrector.own_logits, 1))
-    own = decoder.own_logits[0].unflatten(0, (B, frames))
-    if kind == "broadcast_pixels":
-        assert maps.mask_logits is None
-        # Means over blocks of 4 x 4 pixels.
-        blocks = own.softmax(2).unflatten(-1, (4, 4)).unflatten(-3, (2, 4)).mean((-1, -3))
-        torch.testing.assert_close(maps.mask_probs, blocks.flatten(3))
-    else:
-        assert torch.equal(maps.mask_logits, own if own.ndim == 4 else own.flatten(3))
-    adapter.verify(capture, maps)
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_gradient_reaches_both_sides(kind: str) -> None:
-    host = Host(DECODERS[kind]())
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    corrector, decoder = host.inner
-    attention = torch.autograd.grad(maps.attention[:, -1].square().sum(), corrector.to_q.weight, retain_graph=True)[0]
-    masks = torch.autograd.grad(maps.masks.square().sum(), decoder.positions)[0]
-    assert attention.abs().sum() > 0
-    assert masks.abs().sum() > 0
-
-
-def test_gradient_of_recomputed_logits_is_that_of_the_hosts_own() -> None:
-    host = Host(MixerDecoder(N))
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    corrector, decoder = host.inner
-    weights = torch.randn(maps.shape)
-    for mine, own, parameter in (
-        (maps.attention_logits, torch.stack(corrector.own_logits, 1), corrector.to_q.weight),
-        (maps.mask_logits, decoder.own_logits[0].unflatten(0, (B, T)), decoder.to_k.weight),
-    ):
-        grads = [torch.autograd.grad((m * weights).sum(), parameter, retain_graph=True)[0] for m in (mine, own)]
-        torch.testing.assert_close(*grads)
-
-
-def test_only_the_last_iteration_and_the_last_step_count() -> None:
-    host = Host(MLPDecoder(N), iterations=1)
-    adapter, capture, batch = _run(host)
-    first = adapter.collect(capture, batch)
-    capture.clear()
-    capture.open()
-    host(batch["video"].flip(0))
-    maps = adapter.collect(capture, batch)
-    assert torch.equal(maps.attention_logits, torch.stack(host.inner[0].own_logits[T:], 1))
-    assert not torch.equal(maps.attention_logits, first.attention_logits)
-
-
-def test_projections_do_not_pile_up_over_frames() -> None:
-    _, capture, _ = _run(Host(MLPDecoder(N)))
-    assert len(capture["corrector.to_k"]) == 1
-    assert len(capture["corrector.to_q"]) == 2
-    assert len(capture["corrector"]) == T
-
-
-@pytest.mark.parametrize("kind", ["mlp", "mixer", "broadcast"])
-def test_autocast_of_the_host_is_kept(kind: str) -> None:
-    host = Host(DECODERS[kind]())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)  # outside of autocast on purpose
-    assert maps.attention_logits.dtype == torch.bfloat16
-    assert torch.equal(maps.attention_logits, torch.stack(host.inner[0].own_logits, 1))
-    assert torch.equal(maps.mask_logits.flatten(), host.inner[1].own_logits[0].flatten())
-    adapter.verify(capture, maps)
-
-
-def test_a_corrector_that_switches_autocast_off_is_recomputed_in_full_precision() -> None:
-    class Careful(Corrector):
-        def forward(self, slots: Tensor, features: Tensor, n_iters: int | None = None) -> dict[str, Tensor]:
-            with torch.autocast("cpu", enabled=False):
-                return super().forward(slots.float(), features.float(), n_iters)
-
-    host = Host(MLPDecoder(N))
-    host.processor.module.corrector = Careful()  # type: ignore[union-attr]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    assert maps.attention_logits.dtype == torch.float32
-    assert torch.equal(maps.attention_logits, torch.stack(host.inner[0].own_logits, 1))
-
-
 def test_dots_that_a_fork_returns_are_used() -> None:
     host = Host(MLPDecoder(N), give_dots=True)
     adapter, capture, batch = _run(host)
     adapter.collect(capture, batch)
     assert all(c.logits is own for c, own in zip(capture["corrector"], host.inner[0].own_logits, strict=True))
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("kind", ["mlp", "mixer", "broadcast"])
-def test_verify_refuses_a_host_that_changes_its_masks(kind: str, side: int) -> None:
-    host = Host(DECODERS[kind]())
-    host.inner[side].sharpen = 2.0
-    adapter, capture, batch = _run(host)
-    maps = adapter.collect(capture, batch)
-    with pytest.raises(HostError, match=f"masks that '{('corrector', 'decoder')[side]}' returns .* differ by up to"):
-        adapter.verify(capture, maps)
-
-
-@pytest.mark.parametrize("video", [True, False])
-@pytest.mark.parametrize("kind", DECODERS)
-def test_found_by_structure(kind: str, video: bool) -> None:
-    host = Host(DECODERS[kind](), video=video)
-    assert isinstance(find_adapter(host), VideosaurAdapter)
-    assert isinstance(locate("videosaur", host).adapter, VideosaurAdapter)
 
 
 def test_other_hosts_are_not_matched() -> None:
@@ -204,18 +88,6 @@ def test_grid_argument_is_checked(grid: object) -> None:
         VideosaurAdapter(grid=grid)  # type: ignore[arg-type]
 
 
-def test_a_second_pass_of_the_corrector_is_refused() -> None:
-    host = Host(MLPDecoder(N))
-    adapter = VideosaurAdapter()
-    capture = adapter.attach(host)
-    capture.open()
-    frames = torch.randn(B, T, 3, *FRAME)
-    host.processor(host.slots.expand(B, -1, -1), host.encoder(frames))
-    host(frames)
-    with pytest.raises(HostError, match=r"draw the 2 x 6 x 3 slots .* but it ran on 6 x 3"):
-        adapter.collect(capture, {"video": frames})
-
-
 def test_outputs_of_another_kind_are_refused() -> None:
     class Bare(MLPDecoder):
         def forward(self, slots: Tensor) -> dict[str, Tensor]:
@@ -232,16 +104,3 @@ def test_outputs_of_another_kind_are_refused() -> None:
     host.processor.module.corrector = Idle()  # type: ignore[union-attr]
     with pytest.raises(HostError, match="Idle to call 'corrector"):
         _run(host)
-
-
-def test_removal_and_copies_leave_the_host_as_it_was() -> None:
-    host = Host(MixerDecoder(N))
-    keys = list(host.state_dict())
-    _, capture, batch = _run(host)
-    for part in host.inner:
-        part.own_logits.clear()
-    copy.deepcopy(host)(batch["video"])
-    assert len(capture["corrector"]) == T
-    assert list(host.state_dict()) == keys
-    capture.remove()
-    assert not any(module._forward_hooks for module in host.modules())

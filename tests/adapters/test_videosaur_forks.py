@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -10,10 +9,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
-from videosaur_fork_hosts import FRAME, GRID, HOSTS, T, VideosaurHost, training_loss, videosaur_loader
+from videosaur_fork_hosts import HOSTS, T, VideosaurHost, videosaur_loader
 
-from ssync_pl import SSyncMaps, ssync_loss
-from ssync_pl.adapters import VideosaurAdapter, find_adapter
+from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.plugin.callback import SSyncCallback
 
 
@@ -53,37 +51,6 @@ def _seed() -> None:
 
 def _own_parts(host: Any) -> tuple[Any, Any]:
     return getattr(host.processor, "module", host.processor).corrector, getattr(host.decoder, "module", host.decoder)
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_training_adds_the_loss_of_the_hosts_own_logits(name: str) -> None:
-    host: Any = HOSTS[name]()
-    plain = copy.deepcopy(host)
-    keys, hooks = list(host.state_dict()), [len(module._forward_hooks) for module in host.modules()]
-    assert isinstance(find_adapter(host), VideosaurAdapter)
-    totals, without = _Totals(), _Totals()
-    _fit(host, SSyncCallback(warmup_steps=0, merge=False), totals)
-    _fit(plain, without)
-    frames = 1 if name == "videosaur_images" else T
-    corrector, decoder = _own_parts(host)
-    assert len(totals.totals) == 3
-    for step, total in enumerate(totals.totals):
-        logits = torch.stack(corrector.own_logits[step * frames : (step + 1) * frames], 1)
-        alpha = decoder.own_logits[step].unflatten(0, (-1, frames))
-        if alpha.shape[-2:] == FRAME:
-            probs = alpha.softmax(2).unflatten(-1, (GRID[1], 4)).unflatten(-3, (GRID[0], 4)).mean((-1, -3)).flatten(3)
-            maps = SSyncMaps(attention_logits=logits, mask_probs=probs, grid=GRID)
-        else:
-            maps = SSyncMaps(attention_logits=logits, mask_logits=alpha.reshape(logits.shape), grid=GRID)
-        torch.testing.assert_close(total, (host.host_losses[step] + ssync_loss(maps, merge=False).loss).detach())
-    assert torch.equal(host.host_losses[0], plain.host_losses[0])
-    first, other = totals.gradients[0], without.gradients[0]
-    assert all(value.isfinite().all() for value in first.values())
-    for part in ("processor", "decoder"):
-        assert any(not torch.equal(first[key], other[key]) for key in other if key.startswith(part))
-    assert list(host.state_dict()) == keys
-    assert [len(module._forward_hooks) for module in host.modules()] == hooks
-    assert training_loss(plain).isfinite()
 
 
 def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:
@@ -131,14 +98,3 @@ def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
         warnings.simplefilter("error")
         del host.loss_fns["loss_grp2deccls"]
         VideosaurAdapter().attach(host).remove()
-
-
-def test_a_frame_that_is_seen_twice_in_training_is_refused() -> None:
-    host = VideosaurHost(and_back=True)
-    adapter = VideosaurAdapter()
-    capture = adapter.attach(host)
-    capture.open()
-    host.eval()
-    host(torch.rand(2, T, 3, *FRAME))
-    with pytest.raises(Exception, match=rf"draw the 2 x {2 * T - 1} x 4 slots .* but it ran on {2 * T} x 4"):
-        adapter.collect(capture)

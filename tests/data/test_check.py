@@ -15,8 +15,8 @@ from PIL import Image
 from ssync_pl.data.check import CheckReport, check_shards, group_shards, render_report
 from ssync_pl.data.index import load_shards, read_index
 from ssync_pl.data.shards import ShardWriter
+from ssync_pl.data.video import encode_mp4
 from ssync_pl.errors import ConfigError, MissingShardError, ShardError
-from ssync_pl.tools.viz import encode_mp4
 
 
 def noise(seed: int, frames: int = 4, size: tuple[int, int] = (8, 8)) -> np.ndarray:

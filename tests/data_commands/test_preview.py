@@ -45,9 +45,9 @@ def test_an_mp4_as_well(pattern: str, tmp_path: Path) -> None:
 def test_mp4_without_pyav_is_refused_early(
     pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ssync_pl.tools.viz
+    import ssync_pl.data.video
 
-    monkeypatch.setattr(ssync_pl.tools.viz, "mp4_available", lambda: False)
+    monkeypatch.setattr(ssync_pl.data.video, "mp4_available", lambda: False)
     out = tmp_path / "sheet.png"
     assert main(["data", "preview", pattern, "--out", str(out), "--mp4"]) == 2
     assert "pip install av" in capsys.readouterr().err

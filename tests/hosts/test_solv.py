@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback
@@ -112,7 +111,7 @@ def test_the_defaults_are_the_published_sizes() -> None:
     assert model.temporal_binder.window == 5
     assert len(model.temporal_binder.blocks.layers) == 3
     assert (model.merger.threshold, model.merger.linkage) == (0.12, "complete")
-    assert model.token_drop(torch.zeros(1, 1, 864, 1)).tokens.shape[2] == 432
+    assert model._drop_tokens(torch.zeros(1, 1, 864, 1))[0].shape[2] == 432
     assert model.decoder.to_features.out_features == 768
 
 
@@ -331,16 +330,30 @@ def test_short_names_work_in_the_command_line(capsys: pytest.CaptureFixture[str]
     assert "merge_threshold: 0.12" in printed
 
 
+def test_a_random_part_of_the_tokens_is_kept_in_training() -> None:
+    model, features = _solv(token_drop=0.75), torch.randn(500, 1, N, C)
+    tokens, indices = model._drop_tokens(features)
+    assert tokens.shape == (500, 1, 2, C)
+    assert (indices.diff(dim=-1) > 0).all()
+    assert torch.equal(tokens[3, 0], features[3, 0, indices[3, 0]])
+    share = torch.bincount(indices.flatten(), minlength=N) / 500
+    assert (share - 0.25).abs().max() < 0.08
+    assert torch.equal(model.eval()._drop_tokens(features)[0], features)
+
+
 def test_wrong_options_and_clips_are_refused() -> None:
     for changes, word in (
         ({"edge_probability": 2.0}, "`edge_probability`"),
         ({"merge_rise": 0.5}, "`merge_rise`"),
         ({"linking": "never"}, "`linking`"),
         ({"link_by": "names"}, "`link_by`"),
-        ({"corrector_init": "other"}, "`init`"),
+        ({"corrector_init": "other"}, "`corrector_init`"),
         ({"clip_length": 4}, "odd"),
         ({"feature_dim": None}, "`feature_dim`"),
-        ({"token_drop": 1.0}, "`ratio`"),
+        ({"token_drop": 1.0}, "`token_drop`"),
+        ({"merge_threshold": 3.0}, "`merge_threshold`"),
+        ({"merge_linkage": "single"}, "`merge_linkage`"),
+        ({"temporal_heads": 5}, "`temporal_heads`"),
     ):
         with pytest.raises(ConfigError, match=word):
             _solv(**changes)
@@ -351,9 +364,3 @@ def test_wrong_options_and_clips_are_refused() -> None:
         model(torch.zeros(1, 3, N + 1, C))
     with pytest.raises(ConfigError, match="`features` or `video`"):
         model.training_step({"frame_mask": torch.ones(1, 3)}, 0)
-
-
-def test_labels_of_a_tensor_type() -> None:
-    labels = _solv().eval().predict_step(_clip(), 0)["labels"]
-    assert isinstance(labels, Tensor)
-    assert labels.dtype == torch.int64

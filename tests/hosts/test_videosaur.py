@@ -1,4 +1,4 @@
-"""VideoSAUR: layout of the public checkpoints, losses, batches, training."""
+"""VideoSAUR, SlotContrast and DINOSAUR: layout of the public checkpoints, losses, options, training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback
 from ssync_pl.adapters import find_adapter
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
-from ssync_pl.hosts.slot_contrast import slot_contrast_loss
-from ssync_pl.hosts.temporal_similarity import temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
+from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.nn.decoders import MLPDecoder
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
+from ssync_pl.hosts.nn.slot_attention import SlotCorrector
 
 Build = Callable[..., Any]
 Batch = dict[str, Tensor]
+HOSTS = [VideoSAUR, SlotContrast, DINOSAUR]
+QUICK = {"encoder_position": 0.5, "corrector_init": "kmeans", "corrector_sharpness": 2.0, "init": "fan_in"}
+
 
 BLOCK = {
     "self_attn.qkv.weight": (24, 8),
@@ -37,7 +42,6 @@ BLOCK = {
     "norm2.weight": (8,),
     "norm2.bias": (8,),
 }
-# 3 slots of size 8, features of 6 channels on 2 x 3 patches, projection 16, renderer 16 and 12, losses of both kinds.
 PUBLIC = {
     "initializer.mean": (1, 1, 8),
     "initializer.log_std": (1, 1, 8),
@@ -79,6 +83,31 @@ PUBLIC = {
 }
 
 
+CONTRAST = {
+    "initializer.slots": (1, 3, 8),
+    "processor.module.corrector.mlp.layers.0.weight": (8,),
+    "processor.module.corrector.mlp.layers.0.bias": (8,),
+    "processor.module.corrector.mlp.layers.1.weight": (32, 8),
+    "processor.module.corrector.mlp.layers.1.bias": (32,),
+    "processor.module.corrector.mlp.layers.3.weight": (8, 32),
+    "processor.module.corrector.mlp.layers.3.bias": (8,),
+    "decoder.module.pos_emb": (1, 1, 6, 8),
+    "decoder.module.mlp.layers.0.weight": (16, 8),
+    "decoder.module.mlp.layers.0.bias": (16,),
+    "decoder.module.mlp.layers.2.weight": (12, 16),
+    "decoder.module.mlp.layers.2.bias": (12,),
+    "decoder.module.mlp.layers.4.weight": (7, 12),
+    "decoder.module.mlp.layers.4.bias": (7,),
+}
+# The video model's parts without `module`, slot attention's MLP and an MLP decoder
+IMAGE = {
+    name.replace("module.", ""): shape
+    for name, shape in {**PUBLIC, **CONTRAST}.items()
+    if not name.startswith(("initializer.slots", "processor.module.predictor"))
+    and (name in CONTRAST or not name.startswith("decoder"))
+}
+
+
 def _trainer(tmp_path: Path, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -103,10 +132,16 @@ def _real(kind: Any, **options: Any) -> Any:
 
 
 def test_keys_and_shapes_are_those_of_public_checkpoints(tiny_host: Build) -> None:
-    model = tiny_host(VideoSAUR)
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == PUBLIC
-    # Optimizer states are kept by position.
-    assert [name for name, _ in model.named_parameters()] == list(PUBLIC)
+    for kind, shapes in ((VideoSAUR, PUBLIC), (DINOSAUR, IMAGE)):
+        model = tiny_host(kind)
+        assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
+        # Optimizer states are kept by position.
+        names = [name for name, _ in model.named_parameters()]
+        assert names == list(model.state_dict())
+        assert kind is DINOSAUR or names == list(PUBLIC)
+    state = {name: tuple(value.shape) for name, value in tiny_host(SlotContrast).state_dict().items()}
+    shared = {name: shape for name, shape in PUBLIC.items() if not name.startswith(("initializer", "decoder"))}
+    assert state == shared | CONTRAST
 
 
 def test_first_slots_have_the_published_spread(tiny_host: Build) -> None:
@@ -148,6 +183,17 @@ def test_slots_follow_the_recurrence(tiny_host: Build, feature_batch: Batch) -> 
     assert out.attention_grid == (2, 3)
     assert out.mask_logits.shape == (2, 3, 3, 2, 3)
     assert torch.equal(out.targets, features)
+
+
+def test_every_frame_is_an_image_of_its_own(tiny_host: Build, feature_batch: Batch) -> None:
+    model = tiny_host(DINOSAUR, slot_init="learned")
+    features = feature_batch["features"]
+    out, backwards = model(features), model(features.flip(1))
+    assert out.slots.shape == (2, 3, 3, 8)
+    torch.testing.assert_close(backwards.slots.flip(1), out.slots)
+    torch.testing.assert_close(backwards.mask_logits.flip(1), out.mask_logits)
+    image = model(features[1:, 2:])
+    torch.testing.assert_close(image.attention_logits[0, 0], out.attention_logits[1, 2])
 
 
 def test_training_loss_is_the_weighted_sum_of_its_parts(tiny_host: Build, feature_batch: Batch) -> None:
@@ -318,35 +364,204 @@ def test_bf16_autocast_keeps_logits_in_float32(tiny_host: Build, feature_batch: 
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_refusals(tiny_host: Build) -> None:
-    with pytest.raises(ConfigError, match=r"one of the first two to be above, but got 0.0, 0.0, 1.0"):
-        tiny_host(VideoSAUR, reconstruction_weight=0.0, similarity_weight=0.0, contrast_weight=1.0)
-    with pytest.raises(ConfigError, match="`similarity_shift` to be at least 1"):
-        tiny_host(VideoSAUR, similarity_shift=0)
-    with pytest.raises(ConfigError, match="`slot_init` to be 'gaussian' or 'learned', but got 'boxes'"):
-        tiny_host(VideoSAUR, slot_init="boxes")
-    with pytest.raises(ConfigError, match="`decoder` to be 'mlp' or 'mixer'"):
-        tiny_host(VideoSAUR, decoder="broadcast")
-    with pytest.raises(ConfigError, match="at least 1, but got 0 and 8"):
-        tiny_host(VideoSAUR, num_slots=0)
-    with pytest.raises(ConfigError, match="initial spread of the slots to be above 0"):
-        tiny_host(VideoSAUR, slot_init_std=0.0)
-    with pytest.raises(ShapeError, match=r"`inputs` to be frames \(B, T, 3, H, W\) or cached features"):
-        tiny_host(VideoSAUR)(torch.zeros(2, 6, 6))
-    with pytest.raises(ConfigError, match="key `features` or `video` in the batch"):
-        tiny_host(VideoSAUR).training_step({"image": torch.zeros(2, 3, 8, 8)}, 0)
+def test_contrast_tells_slots_apart(tiny_host: Build, feature_batch: dict[str, Tensor]) -> None:
+    model = tiny_host(SlotContrast)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    contrasts = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        model.training_step(feature_batch, 0).backward()
+        optimizer.step()
+        contrasts.append(slot_contrast_loss(model(feature_batch["features"]).slots, across_batch=False).item())
+    assert contrasts[-1] < 0.5 * contrasts[0]
 
 
-def test_command_line_builds_it_from_flat_arguments() -> None:
+def test_all_options_of_the_mother_are_there(tiny_host: Build) -> None:
+    model = tiny_host(SlotContrast, similarity_weight=0.2, similarity_temperature=0.5, decoder="mixer", slot_dim=16)
+    assert (model.similarity_weight, model.similarity_temperature, model.contrast_weight) == (0.2, 0.5, 0.5)
+    assert model.hparams.similarity_temperature == 0.5
+    assert model.hparams.slot_dim == 16
+    with pytest.raises(TypeError, match="slots_num"):
+        tiny_host(SlotContrast, slots_num=4)
+
+
+def test_command_line_knows_the_options_of_both_classes() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(VideoSAUR, "model")
-    values = ["backbone=null", "feature_dim=6", "grid=[2, 3]", "decoder_hidden=[16]", "slot_dim=8", "decoder=mlp"]
+    parser.add_class_arguments(SlotContrast, "model")
+    defaults = parser.get_defaults().model
+    assert (defaults.slot_dim, defaults.decoder, defaults.contrast_weight, defaults.num_slots) == (64, "mlp", 0.5, 11)
+    values = ["backbone=null", "feature_dim=6", "grid=[2, 3]", "decoder_hidden=[16]", "num_slots=3"]
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # jsonargparse before 4.49
     model = instantiate(parser.parse_args([f"--model.{value}" for value in values])).model
-    assert model(torch.randn(1, 2, 6, 6)).mask_logits.shape == (1, 2, 11, 2, 3)
-    with pytest.raises(jsonargparse.ArgumentError, match="decoder"):
-        parser.parse_args(["--model.decoder=other"])
+    assert isinstance(model, SlotContrast)
+    assert model(torch.randn(1, 2, 6, 6)).slots.shape == (1, 2, 3, 64)
+    with pytest.raises(jsonargparse.ArgumentError, match="nothing"):
+        parser.parse_args(["--model.nothing=1"])
+
+
+def test_options_of_videos_are_none_of_an_image_host(tiny_host: Build) -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DINOSAUR, "model")
+    defaults = vars(parser.get_defaults().model)
+    assert defaults["decay_steps"] == 100_000
+    assert defaults["grid"] == (14, 14)
+    assert not {"similarity_weight", "predictor_blocks", "compile_scan", "iterations_first"} & set(defaults)
+    assert set(tiny_host(DINOSAUR).hparams) == set(defaults)
+    with pytest.raises(TypeError, match="similarity_weight"):
+        tiny_host(DINOSAUR, similarity_weight=1.0)
+
+
+def test_decay_goes_on_after_its_steps_as_published() -> None:
+    model = DINOSAUR(backbone=None, feature_dim=6, grid=(2, 3))
+    assert (model.warmup_steps, model.decay_steps, model.decay_rate) == (10_000, 100_000, 0.5)
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 500_000})()  # type: ignore[assignment]
+    factor: Any = model.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]  # type: ignore[index,call-overload]
+    assert [factor(step) for step in (0, 5_000, 10_000, 100_000, 190_000)] == pytest.approx([0, 0.5, 1, 0.5, 0.25])
+
+
+def _part(model: nn.Module, kind: type[nn.Module]) -> Any:
+    return next(part for part in model.modules() if isinstance(part, kind))
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_only_a_position_adds_a_key(tiny_host: Build, kind: Any) -> None:
+    plain, quick = tiny_host(kind), tiny_host(kind, **QUICK)
+    prefix = "encoder" if kind is DINOSAUR else "encoder.module"
+    shapes = {name: value.shape for name, value in plain.state_dict().items()}
+    assert {name: value.shape for name, value in quick.state_dict().items()} == {
+        **shapes,
+        f"{prefix}.position.weight": (16, 2),
+    }
+    # A checkpoint of a model without these options loads into one with other initial values only.
+    tiny_host(kind, corrector_init="kmeans", init="fan_in").load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_a_seed_gives_the_same_model_as_without_the_options(tiny_host: Build, kind: Any) -> None:
+    defaults = {"encoder_position": 0.0, "corrector_init": "default", "corrector_sharpness": 1.5, "init": "default"}
+    one = tiny_host(kind)
+    drawn = torch.rand(())
+    other = tiny_host(kind, **defaults)
+    assert torch.equal(torch.rand(()), drawn)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_slot_attention_starts_as_soft_kmeans(tiny_host: Build, kind: Any) -> None:
+    corrector = _part(tiny_host(kind, corrector_init="kmeans", corrector_sharpness=2.0), SlotCorrector)
+    assert torch.equal(corrector.to_q.weight, corrector.to_k.weight)
+    torch.testing.assert_close(corrector.to_q.weight.mT @ corrector.to_q.weight, 4 * torch.eye(8))
+    assert torch.equal(corrector.to_v.weight, torch.eye(8))
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "mixer"])
+def test_layers_start_with_the_spread_of_their_inputs(tiny_host: Build, decoder: str) -> None:
+    sizes = {"encoder_hidden": 400, "decoder_hidden": (400, 400), "slot_dim": 200, "decoder": decoder}
+    plain, model = tiny_host(SlotContrast, **sizes), tiny_host(SlotContrast, **sizes, init="fan_in")
+
+    def spreads(stack: nn.Module) -> list[float]:
+        return [layer.weight.std().item() for layer in stack.modules() if isinstance(layer, nn.Linear)]
+
+    encoder = _part(model, FeatureEncoder).output_transform
+    assert spreads(encoder) == pytest.approx([(2 / 6) ** 0.5, (1 / 400) ** 0.5], rel=0.05)
+    if decoder == "mlp":
+        mlp = _part(model, MLPDecoder).mlp
+        assert spreads(mlp) == pytest.approx([(2 / 200) ** 0.5, (2 / 400) ** 0.5, (1 / 400) ** 0.5], rel=0.05)
+        assert all(not layer.bias.any() for layer in mlp.modules() if isinstance(layer, nn.Linear))
+    else:
+        pairs = zip(plain.decoder.parameters(), model.decoder.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def _build(tiny_host: Build, kind: Any, memory_efficient: bool) -> Any:
+    options = {"memory_efficient": memory_efficient}
+    if kind is not SOLV:
+        return tiny_host(kind, decoder="mlp", **options)
+    torch.manual_seed(0)
+    host = SOLV(
+        3, 8, None, feature_dim=6, grid=(2, 3), clip_length=3, temporal_heads=2, decoder_hidden=(16, 12), **options
+    )
+    host.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return host
+
+
+def _train(host: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results of a training step with a loss on the maps that SSync's adapter collects."""
+    adapter = find_adapter(host)
+    capture = adapter.attach(host)
+    capture.open(training_only=True)
+    torch.manual_seed(1)
+    loss = host.training_step(batch, 0)
+    maps = adapter.collect(capture, batch)
+    adapter.verify(capture, maps)
+    assert maps.mask_logits is not None
+    assert maps.mask_logits.requires_grad
+    (loss + maps.mask_logits.square().mean()).backward()
+    assert not capture.silent
+    capture.remove()
+    found = {"loss": loss.detach(), "masks": maps.mask_logits.detach()}
+    return found | {name: p.grad for name, p in host.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", [*HOSTS, SOLV], ids=lambda kind: kind.__name__)
+def test_a_training_step_with_ssync_is_the_same(kind: Any, tiny_host: Build, feature_batch: dict[str, Tensor]) -> None:
+    plain, efficient = (_train(_build(tiny_host, kind, option), feature_batch) for option in (False, True))
+    assert plain.keys() == efficient.keys()
+    assert any(name.startswith("decoder") for name in plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            efficient[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_a_compiled_scan_trains_as_before(
+    attached_first: bool, tiny_host: Build, feature_batch: dict[str, Tensor]
+) -> None:
+    torch.compiler.reset()
+    plain = _train(tiny_host(SlotContrast), feature_batch)
+    host = tiny_host(SlotContrast, compile_scan=True)
+    if not attached_first:
+        host.training_step(feature_batch, 0).backward()
+        host.zero_grad()
+    compiled = _train(host, feature_batch)
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"reconstruction_weight": 0.0, "similarity_weight": 0.0}, "reconstruction_weight"),
+        ({"similarity_shift": 0}, "similarity_shift"),
+        ({"slot_init": "boxes"}, "slot_init"),
+        ({"decoder": "broadcast"}, "decoder"),
+        ({"num_slots": 0}, "num_slots"),
+        ({"slot_init_std": 0.0}, "spread"),
+        ({"feature_dim": None}, "feature_dim"),
+        ({"iterations_later": 0}, "iterations"),
+        ({"encoder_position": 0.5, "encoder_hidden": 0}, "encoder_hidden"),
+        ({"corrector_init": "kmeans", "encoder_hidden": 0}, "as many channels"),
+        ({"corrector_sharpness": 2.0}, "corrector_init"),
+        ({"corrector_init": "means"}, "corrector_init"),
+        ({"init": "fan"}, "init"),
+        ({"init": "fan_in", "encoder_hidden": 0, "decoder": "mixer"}, "neither"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tiny_host: Build, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        tiny_host(VideoSAUR, **options)
+
+
+def test_wrong_batches_are_refused(tiny_host: Build) -> None:
+    with pytest.raises(ShapeError, match="inputs"):
+        tiny_host(VideoSAUR)(torch.zeros(2, 6, 6))
+    with pytest.raises(ConfigError, match="`features` or `video`"):
+        tiny_host(VideoSAUR).training_step({"image": torch.zeros(2, 3, 8, 8)}, 0)
 
 
 class TestWithBackbone:

@@ -90,12 +90,11 @@ def check(d, a, grid, **options):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1), (1, 1, 2, 2, 3), (2, 3, 5, 6, 7), (1, 4, 11, 12, 12), (2, 1, 16, 5, 5), (1, 2, 17, 9, 9)],
+    [(1, 1, 1, 1, 1), (1, 1, 2, 2, 3), (2, 3, 5, 6, 7), (1, 2, 11, 12, 12), (2, 1, 16, 5, 5), (1, 2, 17, 9, 9)],
 )
-@pytest.mark.parametrize("kind", ["blobs", "integers"])
-def case_shapes(shape, kind):
-    d, a = clip(shape, kind=kind)
-    check(d, a, shape[3:])
+def case_shapes(shape):
+    check(*clip(shape), shape[3:])
+    check(*clip(shape, kind="integers"), shape[3:])
 
 
 def case_many_slots():
@@ -134,12 +133,9 @@ def case_strides():
         {"merge": False},
         {"merge_threshold": 0.0},
         {"merge_threshold": 0.3},
-        {"merge_threshold": 1.0},
         {"n_bd": 3, "n_noise": 2, "n_nbd": 4},
         {"n_bd": 0, "n_noise": 0, "n_nbd": 11},
-        {"n_bd": 10, "n_noise": 10},
-        {"weights": (0.5, 2.0)},
-        {"weights": (0.0, 1.0)},
+        {"weights": (0.0, 2.0)},
     ],
 )
 def case_options(options):
@@ -193,8 +189,9 @@ def case_a_nan_reaches_the_loss_or_is_refused(place):
     assert output.boundary_loss.isfinite()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("slots", [1, 4, 11, 20])
+@pytest.mark.parametrize(
+    ("slots", "dtypes"), [(1, (torch.float32,) * 2), (11, (torch.bfloat16, torch.float32)), (20, (torch.float32,) * 2)]
+)
 def case_kernels_that_agree_are_taken(slots, dtypes):
     d, a = (torch.zeros(1, 1, slots, 4, device=DEVICE, dtype=dtype) for dtype in dtypes)
     choice = describe_backend(SSyncMaps(attention_logits=d, mask_logits=a, grid=(2, 2)))

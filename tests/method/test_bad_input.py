@@ -7,12 +7,9 @@ import pytest
 import torch
 from ssync_cases import run, softmax, tensors
 
-from ssync_pl.errors import ShapeError, SSyncError
+from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.method import ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-
-QUIET = {"deadline": None, "derandomize": True}
-REFUSED = (SSyncError, ValueError, TypeError)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +34,7 @@ REFUSED = (SSyncError, ValueError, TypeError)
 )
 def test_bad_options_are_refused_by_name(options):
     d, a = tensors()
-    with pytest.raises(REFUSED, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options))):
         run(d, a, **options)
 
 
@@ -76,37 +73,6 @@ def test_nan_where_nothing_is_valid_is_allowed():
     assert torch.equal(out.loss, run(x, y, slot_valid=slots, patch_valid=valid).loss)
     assert torch.equal(out.winners, run(x, y, slot_valid=slots, patch_valid=valid).winners)
     assert all(torch.isfinite(t.grad).all() for t in bad)
-
-
-def bad_maps():
-    x = torch.randn(2, 3, 4, 12)
-    good = {"attention_logits": x, "mask_logits": x.clone(), "grid": (3, 4)}
-    yield "no encoder", {"mask_logits": x, "grid": (3, 4)}
-    yield "no decoder", {"attention_logits": x, "grid": (3, 4)}
-    yield "grid", good | {"grid": (3, 5)}
-    yield "zero grid", good | {"grid": (0, 4)}
-    yield "three axes", good | {"attention_logits": x[0]}
-    yield "other slots", good | {"mask_logits": torch.randn(2, 3, 5, 12)}
-    yield "other frames", good | {"mask_logits": torch.randn(2, 1, 4, 12)}
-    yield "other videos", good | {"mask_logits": torch.randn(1, 3, 4, 12)}
-    yield "other patches", good | {"mask_logits": torch.randn(2, 3, 4, 6)}
-    yield "probs of other shape", good | {"attention_probs": torch.rand(2, 3, 4, 6)}
-    yield "integer logits", good | {"attention_logits": torch.ones(2, 3, 4, 12, dtype=torch.long)}
-    yield "bool logits", good | {"mask_logits": torch.ones(2, 3, 4, 12, dtype=torch.bool)}
-    yield "complex logits", good | {"mask_logits": torch.ones(2, 3, 4, 12, dtype=torch.complex64)}
-    yield "slot_valid shape", good | {"slot_valid": torch.ones(2, 5, dtype=torch.bool)}
-    yield "slot_valid dtype", good | {"slot_valid": torch.ones(2, 4)}
-    yield "patch_valid shape", good | {"patch_valid": torch.ones(2, 3, 4, dtype=torch.bool)}
-    yield "patch_valid dtype", good | {"patch_valid": torch.ones(2, 3, 12)}
-    yield "frame_index shape", good | {"frame_index": torch.zeros(2, 4, dtype=torch.long)}
-    yield "frame_index dtype", good | {"frame_index": torch.zeros(2, 3)}
-    yield "frame_index bool", good | {"frame_index": torch.zeros(2, 3, dtype=torch.bool)}
-
-
-@pytest.mark.parametrize("fields", [pytest.param(fields, id=name) for name, fields in bad_maps()])
-def test_bad_maps_are_refused(fields):
-    with pytest.raises(REFUSED, match="Expected"):
-        ssync_loss(SSyncMaps(**fields))
 
 
 def test_probabilities_merge_only_when_asked_and_say_so():

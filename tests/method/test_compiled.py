@@ -40,8 +40,7 @@ def step(d, a, grid=(3, 4), extra=(None, None, None), **options):
     return tuple(getattr(out, name) for name in OUTPUTS)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("backend", "padded"), [("eager", False), ("aot_eager", True)])
 def test_compiled_in_one_graph_equals_eager(backend, padded):
     torch._dynamo.reset()
     d, a = tensors()
@@ -67,17 +66,6 @@ def test_compiled_probabilities_and_cross_entropy():
         torch.testing.assert_close(x, y)
 
 
-def test_maps_may_be_built_outside_the_graph():
-    torch._dynamo.reset()
-    d, a = tensors()
-    maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4))
-
-    def inside(m):
-        return ssync_loss(m).loss
-
-    torch.testing.assert_close(torch.compile(inside, fullgraph=True, backend="eager")(maps), inside(maps))
-
-
 @pytest.mark.parametrize("options", [{}, {"loss": "ce", "n_bd": 3, "temperature": 0.5}, {"merge": False}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_no_shape_and_no_branch_depends_on_data(options, padded):
@@ -93,21 +81,6 @@ def test_no_shape_and_no_branch_depends_on_data(options, padded):
         assert out[OUTPUTS.index("winners")].shape == (2, 4)
         grads = torch.autograd.grad(out[0], (d, a))
         assert all(g.shape == d.shape for g in grads)
-
-
-def test_exports_with_static_shapes():
-    class Step(torch.nn.Module):
-        def forward(self, d, a, slot_valid, patch_valid, frame_index):
-            return step(d, a, extra=(slot_valid, patch_valid, frame_index))
-
-    d, a = tensors()
-    program = torch.export.export(Step(), (d, a, *masks()), strict=False)
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            assert all(isinstance(size, int) for size in value.shape), node
-    for name, x, y in zip(OUTPUTS, program.module()(d, a, *masks()), step(d, a, extra=masks()), strict=True):
-        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class CountOps(TorchDispatchMode):
@@ -145,11 +118,8 @@ def test_the_number_of_operators_does_not_grow(padded):
     assert base < 450
 
 
-def test_nothing_is_indexed_by_a_mask():
-    assert not {"nonzero", "masked_select", "unique", "_unique2", "where.self_only"} & set(ops())
-
-
-def test_host_reads_are_only_the_nan_checks():
-    # One scalar read a map at the most, on the CPU, where it costs no synchronisation.
-    reads = [name for name in ops(padded=True) if name in ("_local_scalar_dense", "item", "is_nonzero", "equal")]
-    assert len(reads) <= 4
+def test_nothing_is_indexed_by_a_mask_and_only_nan_is_looked_for():
+    names = ops(padded=True)
+    assert not {"nonzero", "masked_select", "unique", "_unique2", "where.self_only"} & set(names)
+    # One scalar read for each loss, on the CPU, where it costs no synchronisation.
+    assert sum(name in ("_local_scalar_dense", "item", "is_nonzero", "equal") for name in names) <= 2

@@ -73,15 +73,6 @@ def test_class_is_the_mean_of_the_function(scene, metric_class, background):
     assert not metric.count.any()
 
 
-def test_unused_slots(scene):
-    masks = torch.zeros(3, 2, 5, 2, 2)
-    masks[0, :, 1, 0] = masks[1, :, 1] = 1.0
-    metric = UnusedSlots()
-    metric.update(masks[:2])
-    metric.update(masks[2:], torch.tensor([False]))
-    assert metric.compute().item() == (3 + 4) / 2
-
-
 def test_settings_are_refused():
     with pytest.raises(TypeError, match="item_values"):
         MaskMetric()

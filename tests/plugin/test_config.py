@@ -30,6 +30,7 @@ REFUSED = {
     "collapse_threshold": [0.0, 1.0, NAN],
     "guard_window": [0, -1, 2.0],
     "sync_counts": [None],
+    "backend": ["cuda", None],
 }
 TAKEN = {
     "merge_threshold": [0.0, 1.0],
@@ -49,6 +50,7 @@ TAKEN = {
     "collapse_threshold": [0.7],
     "guard_window": [1],
     "sync_counts": [True],
+    "backend": ["torch"],
 }
 NAMES = [field.name for field in dataclasses.fields(SSyncConfig)]
 

@@ -49,7 +49,10 @@ def test_off_and_watching_compute_no_loss(monkeypatch):
 
 
 class Trainer:
-    """Lengths one after the other; asking once more than expected fails."""
+    """Gives its lengths one after the other; asking once more than expected fails."""
+
+    max_epochs = None
+    num_training_batches = float("inf")
 
     def __init__(self, *lengths):
         self.lengths = list(lengths)

@@ -98,15 +98,6 @@ def test_only_steps_that_are_written_down_are_logged(tmp_path):
     assert [row.split(",")[header.index("step")] for row in rows[1:]] == ["3", "7"]
 
 
-def test_the_first_step_says_once_which_backend_runs_and_why(caplog):
-    with caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
-        fit(make_host(), make_callback(warmup_steps=2), steps=4)
-    (told,) = [record.getMessage() for record in caplog.records if "backend" in record.getMessage()]
-    assert "step 2" in told
-    assert "'torch'" in told
-    assert "cpu" in told
-
-
 def test_losses_are_shown_in_the_progress_bar():
     shown = []
 

@@ -3,6 +3,7 @@
 import lightning.pytorch as L
 import pytest
 import torch
+from tiny_hosts import make_trainer
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncConfig, SSyncMaps, SSyncRegularizer, ssync_loss
@@ -69,18 +70,7 @@ def train(kind, steps=6, **options):
 
 
 def run(host, steps=6, **options):
-    settings = {
-        "max_steps": steps,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 1,
-        "limit_val_batches": 1,
-        **options,
-    }
-    trainer = L.Trainer(**settings)
+    trainer = make_trainer(steps=steps, num_sanity_val_steps=1, limit_val_batches=1, **options)
     trainer.fit(host, batches(), batches() if hasattr(type(host), "ssync") else None)
     return trainer
 
@@ -141,13 +131,6 @@ def test_a_second_training_equals_one_of_a_fresh_host():
     assert host._ssync_engine.state_dict() == fresh._ssync_engine.state_dict()
 
 
-def test_length_follows_the_trainer_each_time():
-    host = Mixed(ssync={"warmup_ratio": 0.5})
-    for steps, start in ((4, 2), (8, 4)):
-        run(host, steps=steps)
-        assert host._ssync_engine.schedule.start == start
-
-
 def test_hooks_of_the_host_are_still_called():
     called = []
 
@@ -184,19 +167,6 @@ def test_pytorch_lightning_host():
             loss, d, a = Plain.parts(self, batch)
             return self.ssync(loss, SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4)))
 
-    trainer = pl.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(steps=2, trainer=pl.Trainer)
     trainer.fit(Other(), batches())
     assert "ssync/boundary_loss" in trainer.callback_metrics
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Checkpoints go there."""
-    monkeypatch.chdir(tmp_path)

@@ -46,16 +46,10 @@ def test_normal_end():
     assert type(host).training_step is TinyHost.training_step
 
 
-def test_error_in_the_training_step():
-    host = make_host(Raises, error=ValueError("on purpose"))
-    with pytest.raises(ValueError, match="on purpose"):
-        fit(host, make_callback())
-    assert_untouched(host)
-
-
-def test_keyboard_interrupt():
-    host = make_host(Raises, error=KeyboardInterrupt())
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
+@pytest.mark.parametrize("error", [ValueError("on purpose"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_error_in_the_training_step(error):
+    host = make_host(Raises, error=error)
+    with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
         fit(host, make_callback())
     assert_untouched(host)
 

@@ -61,5 +61,6 @@ def test_weight(ramp, weights):
 )
 def test_length_of_a_training(scheduling, settings, steps):
     defaults = {"estimated_stepping_batches": 80, "max_epochs": 10, "max_steps": -1, "num_training_batches": 8}
+    defaults["accumulate_grad_batches"] = 1
     callbacks = [] if scheduling is None else [GradientAccumulationScheduler(scheduling)]
     assert training_length(SimpleNamespace(callbacks=callbacks, **{**defaults, **settings})) == steps

@@ -6,6 +6,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.step_seed import StepSeed
@@ -68,3 +69,27 @@ def test_ranks_draw_differently_and_the_seed_comes_from_the_run(monkeypatch: pyt
     assert StepSeed().number("fit", 0, 0, 0) == StepSeed(5).number("fit", 0, 0, 0)
     with pytest.raises(ConfigError, match="`seed` to be 0 or more"):
         StepSeed(-1)
+
+
+def test_accumulated_batches_are_not_lost_by_a_resume(tmp_path) -> None:
+    """A checkpoint in the middle of an optimizer step is not written by a resume, and not taken."""
+    loader = torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=2)
+    middle, saved = tmp_path / "middle.ckpt", []
+
+    class SavesAfterOneBatch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                trainer.save_checkpoint(middle)
+
+    def fit(*callbacks: L.Callback, epochs: int = 2, ckpt_path: object = None) -> None:
+        settings = {**QUIET, "enable_checkpointing": True, "accumulate_grad_batches": 2, "max_epochs": epochs}
+        L.Trainer(callbacks=[StepSeed(0), *callbacks], **settings).fit(_Draws(), loader, ckpt_path=ckpt_path)
+
+    first = ModelCheckpoint(tmp_path / "a", every_n_train_steps=2, save_last=True)
+    fit(first, SavesAfterOneBatch(), epochs=1)
+    again = ModelCheckpoint(tmp_path / "b", every_n_train_steps=2)
+    again._save_checkpoint = lambda trainer, path: saved.append(trainer.global_step)
+    fit(again, ckpt_path=first.last_model_path)
+    assert saved == [4]
+    with pytest.raises(ConfigError, match="1 of 2 accumulated batches"):
+        fit(ckpt_path=middle)

@@ -13,10 +13,12 @@ from tiny_hosts import (
     make_clips,
     make_host,
     make_loader,
+    maps_of,
 )
 from torch.utils.data import DataLoader, IterableDataset
 
 import ssync_pl.plugin.engine
+from ssync_pl import SSyncRegularizer
 from ssync_pl.adapters import Capture
 from ssync_pl.errors import ConfigError
 
@@ -141,3 +143,63 @@ def test_ramp_in_training():
     recorder = Recorder()
     fit(make_host(), make_callback(warmup_steps=1, ramp_steps=4), recorder, steps=6)
     assert [round(logs.get("ssync/weight", 0.0), 6) for logs in recorder.logs] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def train(mixin, callbacks=(), **options):
+    """Trains with the callback or the mixin; returns the trainer, and the engine in it."""
+    if mixin:
+        torch.manual_seed(0)
+        host = MixinHost(ssync=options)
+        return fit(host, *callbacks, **SETTINGS), host._ssync_engine
+    callback = make_callback(**{"warmup_steps": None, **options})
+    return fit(make_host(), callback, *callbacks, **SETTINGS), callback.engine
+
+
+SETTINGS = {"steps": -1, "max_epochs": 5}
+
+
+class MixinHost(SSyncRegularizer, TinyHost):
+    def training_step(self, batch, batch_idx):
+        loss, logits, masks = self.host_loss(batch)
+        return self.ssync(loss, maps_of(logits, masks))
+
+
+class StopAfter(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_the_end_says_when_it_ran(mixin, caplog, recwarn):
+    with caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
+        train(mixin, warmup_ratio=0.3)
+    told = [record.getMessage() for record in caplog.records if record.name == "lightning.pytorch.ssync_pl"]
+    assert len(told) == 2
+    assert all(word in told[0] for word in ("step 6", "backend 'torch'", "cpu"))
+    assert told[1] == "SSync ran from optimizer step 6 to the end at step 20."
+    assert not [w for w in recwarn if "SSync" in str(w.message)]
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_training_that_ends_before_its_warm_up_says_so(mixin):
+    with pytest.warns(UserWarning, match="SSync never ran.*6 optimizer steps.*ended at step 4") as caught:
+        train(mixin, callbacks=[StopAfter()], warmup_ratio=0.3)
+    assert len([w for w in caught if "never ran" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_the_warm_up_is_a_share_of_the_steps_that_are_taken(mixin):
+    # 4 steps in the first epoch, then one in each: 8, and not the 20 of the first epoch's pace.
+    trainer, engine = train(
+        mixin, callbacks=[L.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})], warmup_ratio=0.5
+    )
+    assert (engine.first_step, trainer.global_step) == (4, 8)
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_the_length_is_asked_for_again_when_it_changes(mixin):
+    class Shorter(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.fit_loop.max_epochs = 3
+
+    assert train(mixin, callbacks=[Shorter()], warmup_ratio=0.5)[1].first_step == 6

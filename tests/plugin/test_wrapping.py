@@ -1,6 +1,8 @@
 """What the wrapped training step returns, and that its gradient is that of a host that calls the loss itself."""
 
 import inspect
+import sys
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
@@ -18,6 +20,9 @@ from tiny_hosts import (
     make_loader,
     weights,
 )
+
+import ssync_pl.plugin.engine
+from ssync_pl.adapters import PathAdapter
 
 
 class OneArgument(TinyHost):
@@ -195,3 +200,29 @@ def test_trainer_takes_the_callback_alone_too():
     )
     trainer.fit(host, make_loader())
     assert "ssync/boundary_loss" in trainer.callback_metrics
+
+
+def test_the_walk_of_a_batch_is_short(monkeypatch):
+    """From the wrapped training step to the adapter and to the loss, a reader passes 8 functions in 6 files at most."""
+    package, walk = str(Path(ssync_pl.__file__).parent), {}
+
+    def look_at(owner, name):
+        real = getattr(owner, name)
+
+        def spy(*args, **kwargs):
+            walk[real.__code__.co_filename, name] = None
+            frame = sys._getframe(1)
+            while frame is not None and frame.f_code.co_name != "_call_strategy_hook":
+                if frame.f_code.co_filename.startswith(package):
+                    walk[frame.f_code.co_filename, frame.f_code.co_name] = None
+                frame = frame.f_back
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    look_at(PathAdapter, "collect")
+    look_at(ssync_pl.plugin.engine, "ssync_loss")
+    fit(make_host(), make_callback(), steps=1)
+    assert {"__call__", "_step", "collect", "term", "ssync_loss"} == {function for _, function in walk}
+    assert len(walk) <= 8
+    assert len({file for file, _ in walk}) <= 6

@@ -108,9 +108,6 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
         host: The model that is trained.
         grid: ``(H, W)`` patches, for adapters that cannot always find it.
 
-    Returns:
-        Adapter, module and path.
-
     Raises:
         ConfigError: There is no adapter of that name, or it takes no grid.
         HostError: No adapter knows the host or a part of it, or several do.
@@ -150,7 +147,7 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
 
 
 def find_adapter(host: nn.Module) -> HostAdapter:
-    """Returns a new adapter of the family that recognises a host, as ``locate("auto", host)`` finds it."""
+    """Returns a new adapter of the family that recognises a host."""
     return locate("auto", host).adapter
 
 

@@ -5,7 +5,8 @@ The parts of a call are recorded first; when the module itself returns, one func
 
 from __future__ import annotations
 
-import math
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -51,17 +52,6 @@ class Projection(NamedTuple):
         return torch.autocast(self.value.device.type, dtype=dtype, enabled=enabled)
 
 
-class Update(NamedTuple):
-    """What slot attention makes of its map where it returns slots only: values, the mean of them that it used, weights.
-
-    ``weigh`` turns logits into the host's weights over patches.
-    """
-
-    values: Projection
-    used: Tensor
-    weigh: Callable[[Tensor], Tensor]
-
-
 class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
@@ -71,14 +61,18 @@ class MapCall(NamedTuple):
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
-        update: What the host made of its map, for the self-check.
+        values: What slot attention weighs, where it returns slots only.
+        update: The mean of the values that it made, which goes to its recurrent cell.
+        weigh: Turns logits into its weights over patches.
     """
 
     logits: Tensor | None
     own: Tensor | None = None
     axis: int = 1
     valid: Tensor | None = None
-    update: Update | None = None
+    values: Projection | None = None
+    update: Tensor | None = None
+    weigh: Callable[[Tensor], Tensor] | None = None
 
 
 class PartsTaken:
@@ -183,13 +177,13 @@ def watch_attention(
             value = logits(module, query.value, keys.value)
         valid = None if mask is None else capture[f"{key} mask"][-1]
         if valid is not None:
-            valid = valid.to(value.device).expand(value.shape[:2])
+            valid = valid.to(value.device, torch.bool).expand(value.shape[:2])
             value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
         if kept is not None:
             valid = kept(module, output) if valid is None else kept(module, output) & valid
         used = None if own is None else in_shape_of(value, own(module, output), module)[1]
-        update = None if weigh is None else Update(rest[0], rest[1], partial(weigh, module))
-        return MapCall(value, used, axis, valid, update)
+        call = MapCall(value, used, axis, valid)
+        return call if weigh is None else call._replace(values=rest[0], update=rest[1], weigh=partial(weigh, module))
 
     join = PartsTaken(capture, (*parts, *extra), make)
 
@@ -209,7 +203,7 @@ def watch_alpha(
     inner: str,
     channel: Callable[[Tensor], Tensor],
     own: Own,
-    axis: int = 1,
+    axis: int | None = 1,
 ) -> None:
     """Records a `MapCall` under ``key`` whenever a decoder returns whose inner network gives alpha beside colours.
 
@@ -220,14 +214,14 @@ def watch_alpha(
         inner: Path of the inner network in it.
         channel: Picks alpha from the inner network's output.
         own: Picks the host's masks from ``(module, output)``.
-        axis: Axis of the slots in the masks; counted from the end where negative.
+        axis: Axis of the slots in the masks; None where alpha has them folded into its first axis, with all in front.
     """
     part = f"{key}.{inner}"
     capture.watch(part, submodule(module, inner), lambda module, args, output: channel(output))
 
     def make(module: Any, output: Any, alpha: Tensor) -> MapCall:
         masks = own(module, output)
-        return MapCall(*in_shape_of(alpha, masks, module), axis % masks.ndim)
+        return MapCall(*in_shape_of(alpha, masks, module), (masks.ndim - alpha.ndim) if axis is None else axis)
 
     capture.watch(key, module, PartsTaken(capture, [part], make))
 
@@ -253,11 +247,11 @@ def entry(key: str, squeeze: int | None = None) -> Own:
 
 
 def in_shape_of(logits: Tensor, own: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gives logits the shape of the host's softmax, whose first axes may be folded in the logits; returns both."""
+    """Gives logits the shape of the host's softmax, of which axes side by side may be folded in them; returns both."""
     if logits.shape == own.shape:
         return logits, own
-    extra = own.ndim - logits.ndim + 1
-    if extra < 1 or own.shape[extra:] != logits.shape[1:] or math.prod(own.shape[:extra]) != logits.shape[0]:
+    ends, folds = ([*itertools.accumulate(value.shape, operator.mul)] for value in (logits, own))
+    if ends[-1] != folds[-1] or not {*ends} <= {*folds}:
         raise HostError(
             f"Expected the logits inside {type(module).__name__} to have the shape of its masks, {tuple(own.shape)}, "
             f"but got {tuple(logits.shape)}. {NAME_THEM}"
@@ -297,19 +291,14 @@ def check_close(
 
 def check_update(call: MapCall, name: str) -> None:
     """Refuses a call of slot attention from whose logits the update that the host made does not follow."""
-    if call.update is None or call.logits is None:
+    if call.logits is None or call.values is None or call.update is None or call.weigh is None:
         return
-    values = call.update.values.value.detach()
-    with torch.no_grad(), call.update.values.precision():
-        weights = call.update.weigh(call.logits).to(values.dtype)
+    values = call.values.value.detach()
+    with torch.no_grad(), call.values.precision():
+        weights = call.weigh(call.logits).to(values.dtype)
         if weights.ndim == 4:  # heads, which lie side by side in values and update
             values = values.unflatten(-1, (weights.shape[1], -1)).movedim(2, 1)
         mine = weights @ values
-    mine = mine.movedim(1, 2) if mine.ndim == 4 else mine
-    check_close(
-        mine.reshape(call.update.used.shape),
-        call.update.used,
-        f"update of the slots in {name}",
-        "the mean of its values weighted by the softmax over slots",
-        scale=float(values.abs().max()),
-    )
+    mine = (mine.movedim(1, 2) if mine.ndim == 4 else mine).reshape(call.update.shape)
+    expected = "the mean of its values weighted by the softmax over slots"
+    check_close(mine, call.update, f"update of the slots in {name}", expected, scale=float(values.abs().max()))

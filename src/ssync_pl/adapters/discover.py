@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from ssync_pl.adapters.pairing import Pair, Seen, find_pair
-from ssync_pl.adapters.softmaxes import softmax_call
+from ssync_pl.adapters.softmaxes import SoftmaxCall, SoftmaxRecorder
 
 __all__ = ["Discovery", "FoundPair", "Spot", "discover"]
 
@@ -116,7 +117,7 @@ class _Candidate:
         return Seen(values, self.spot.axis, "logits", self.spot.path)
 
 
-class _Tracker(TorchFunctionMode):
+class _Tracker(SoftmaxRecorder):
     """Hears softmaxes, and knows which modules are running."""
 
     def __init__(self, host: nn.Module) -> None:
@@ -131,37 +132,26 @@ class _Tracker(TorchFunctionMode):
                 continue  # the host itself is around everything, also around what runs outside of its forward pass
             if next(module.parameters(), None) is not None:
                 self._parameters.add(name)
-            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-            self._handles.append(module.register_forward_hook(self._leave(name), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self._handles.append(module.register_forward_hook(partial(self._leave, name), always_call=True))
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        call = softmax_call(func, args, kwargs)
-        if call is not None:
-            trains = call.logits.requires_grad and torch.is_grad_enabled()
-            self.heard.append(_Heard(((".", 1), *self._stack), tuple(call.logits.shape), call.axis, trains))
-        return func(*args, **kwargs)
+    @override
+    def keep(self, call: SoftmaxCall) -> None:
+        trains = call.logits.requires_grad and torch.is_grad_enabled()
+        self.heard.append(_Heard(((".", 1), *self._stack), tuple(call.logits.shape), call.axis, trains))
 
     def remove(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._stack.append((name, self._counts[name]))
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._stack.append((name, self._counts[name]))
 
-        return hook
-
-    def _leave(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-            if self._stack and self._stack[-1][0] == name:
-                self._stack.pop()
-
-        return hook
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if self._stack and self._stack[-1][0] == name:
+            self._stack.pop()
 
     def spots(self) -> list[_Candidate]:
         """Every softmax, as each module around it would hear it."""

@@ -31,14 +31,7 @@ Grid = tuple[int, int]
 
 
 def stack_frames(values: list[Tensor], name: str) -> Tensor:
-    """Stacks what a module gave for each frame into a clip.
-
-    Args:
-        values: T tensors ``(B, ...)``.
-        name: Of the module, for the message.
-
-    Returns:
-        ``(B, T, ...)``.
+    """Stacks what a module gave for each frame, T tensors ``(B, ...)``, into a clip ``(B, T, ...)``.
 
     Raises:
         HostError: The module did not run, or shapes differ between frames, as with slots that grow inside a step.
@@ -69,8 +62,8 @@ def resolve_grid(
 ) -> Grid:
     """Finds the rows and columns of a flat axis of patches.
 
-    In this order: given by the user; patch size with the frame's height and width; the one square patch size that
-    cuts an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
+    In this order: given by the user; patch size with the frame's height and width; the one square patch size that cuts
+    an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
 
     Args:
         patches: N.
@@ -78,17 +71,12 @@ def resolve_grid(
         patch_size: Of the encoder, in pixels; one number, or height and width.
         frame: Height and width of the frames, in pixels.
 
-    Returns:
-        ``(H, W)`` with ``H * W == patches``.
-
     Raises:
         HostError: None of them fits; the message says what to pass.
 
     Example:
         >>> resolve_grid(48, patch_size=14, frame=(84, 112))
         (6, 8)
-        >>> resolve_grid(144, frame=(112, 252))
-        (8, 18)
     """
     if explicit is not None:
         if explicit[0] * explicit[1] != patches:
@@ -141,14 +129,11 @@ def patch_stride(encoder: nn.Module | None) -> tuple[int, int] | None:
 
 
 def frame_size(batch: Any) -> tuple[int, int] | None:
-    """Finds height and width of the frames of a batch, where it says so.
+    """Finds height and width of the frames of a batch, in pixels, or None where it does not say so.
 
     Args:
         batch: A mapping (``video`` and ``image`` are looked at first), a sequence or a tensor. Frames are tensors of
             4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``; stored ``features`` are no frames.
-
-    Returns:
-        ``(H, W)`` in pixels, or None.
     """
     if isinstance(batch, Mapping):
         first = [batch[key] for key in ("video", "image") if key in batch]
@@ -177,9 +162,6 @@ def maps_on_common_grid(attention_logits: Tensor, grid: Grid, mask_logits: Tenso
         attention_logits: ``(B, T, S, N)``.
         grid: ``(H, W)`` of the attention.
         mask_logits: ``(B, T, S, h, w)`` of the decoder.
-
-    Returns:
-        Maps on the coarser of both grids.
 
     Raises:
         HostError: The two grids do not divide each other.

@@ -42,11 +42,8 @@ def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
         heads_dim: Axis of the heads.
 
     Returns:
-        Logits without that axis, whose softmax over slots is the host's attention summed over heads. One head: as they
-        are. Several: float32 at least, and minus infinity, with no gradient, where all heads have it.
-
-    Raises:
-        ShapeError: There is no such axis, or it is empty.
+        Logits without that axis, float32 at least where there are several heads; their softmax over slots is the host's
+        attention summed over heads.
     """
     heads_dim = _axis(logits, heads_dim)
     if logits.shape[heads_dim] == 1:
@@ -67,11 +64,7 @@ def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
         slots_dim: Axis of the slots, counted with the heads in place.
 
     Returns:
-        Means over heads, float32 at least, of the logits for merging and of the probabilities for the loss. One head:
-        the logits as they are, and no probabilities.
-
-    Raises:
-        ShapeError: There are no such axes, they are the same, or the heads are empty.
+        Means over heads of the logits and of the probabilities, float32 at least; of one head, its logits alone.
     """
     heads_dim, slots_dim = _axis(logits, heads_dim), _axis(logits, slots_dim)
     if heads_dim == slots_dim:

@@ -34,13 +34,6 @@ class OclfAdapter(GridAdapter):
     channel (patch, spatial broadcast, optical flow, amodal), run once on the clip or once per frame. Decoders without
     object masks of their own are refused: autoregressive ones, and those that render densities.
 
-    Args:
-        grid: ``(H, W)`` patches of the slot attention. None takes it from the size of the batch's frames and the patch
-            size of the feature extractor, or a square.
-
-    Raises:
-        ConfigError: ``grid`` is not two positive integers.
-
     Source: DINOSAUR (arXiv 2209.14860), SAVi (arXiv 2111.12594).
     """
 
@@ -69,8 +62,7 @@ class OclfAdapter(GridAdapter):
         capture.facts["patch_size"] = patch_stride(_child(_root(host), "feature_extractor"))
         kept = _kept if self.drops_slots and getattr(decoder, "mask_type", None) != "none" else None
         watch_attention(capture, "slot_attention", attention, _joint_product, own=_summed, mask=_present, kept=kept)
-        pixels = hasattr(decoder, "initial_conv_size")
-        watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=-3 if pixels else -2)
+        watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=None)
 
     def _slot_attention(self, host: nn.Module) -> Any:
         grouping = _inside(_child(_root(host), "perceptual_grouping"), "slot_attention")
@@ -88,12 +80,6 @@ class AdaSlotAdapter(OclfAdapter):
     are normalised over those that were kept; an image that keeps none is left out. SSync gives no gradient to the
     decision itself: it moves the maps, the host's own losses move the number of slots. Where the decoder ignores the
     decision (``mask_type="none"``), so does this adapter.
-
-    Args:
-        grid: ``(H, W)`` patches of the slot attention, as in `OclfAdapter`.
-
-    Raises:
-        ConfigError: ``grid`` is not two positive integers.
 
     Source: AdaSlot (arXiv 2406.09196).
     """

@@ -17,7 +17,7 @@ from ssync_pl.adapters.heads import SlotMap, separate_heads
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["Layout", "MapKind", "Pair", "Seen", "arrange", "find_pair", "join_maps", "layouts"]
+__all__ = ["Layout", "MapKind", "Pair", "Seen", "find_pair", "join_maps", "layouts"]
 
 MapKind = Literal["logits", "probs"]
 
@@ -190,7 +190,7 @@ def _likely_grid(layout: Layout) -> Grid | None:
     return layout.grid or ((side, side) if side * side == layout.count else None)
 
 
-def arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> SlotMap:
+def _arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> SlotMap:
     """Brings what was seen to ``(B, T, S, N)``, the host's own tensor where nothing has to be rearranged."""
     value = seen.values[0] if len(seen.values) == 1 else torch.stack(seen.values, dim=1)
     if layout.order != tuple(range(value.ndim)):
@@ -210,7 +210,7 @@ def join_maps(
 
     ``mark_absent`` puts slots whose logits are minus infinity, or nearly so, in the whole clip to ``slot_valid``.
     """
-    attention, masks = (arrange(seen, layout, pair.batch, pair.frames) for seen, layout in pair.sides)
+    attention, masks = (_arrange(seen, layout, pair.batch, pair.frames) for seen, layout in pair.sides)
     first, second = _grids(pair, grid, frame)
     return join_sides(attention, first, masks, second, _present(attention, masks) if mark_absent else None)
 

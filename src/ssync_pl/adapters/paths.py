@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter
-from ssync_pl.adapters.calls import check_close
 from ssync_pl.adapters.capture import Capture, describe, has_modules, output_entry, submodule
 from ssync_pl.adapters.grids import Grid, check_grid, frame_size
-from ssync_pl.adapters.pairing import MapKind, Pair, Seen, arrange, find_pair, join_maps
+from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
 from ssync_pl.adapters.softmaxes import Softmaxes
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
@@ -189,24 +187,6 @@ class PathAdapter(HostAdapter):
         inside = self.places[0].softmax and inner != outer and (outer == "." or inner.startswith(f"{outer}."))
         same = (one.axis, one.values[0].shape) == (two.axis, two.values[0].shape)
         return two.inside - (one.inside if inside and same else 0)
-
-    @override
-    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        pair = self.pair(capture)
-        for place, (seen, layout) in zip(self.places, pair.sides, strict=True):
-            if not place.softmax:
-                continue
-            with torch.no_grad():
-                logits, probs = arrange(seen, layout, pair.batch, pair.frames)
-                used = seen._replace(values=[value.softmax(seen.axis) for value in seen.values], kind="probs")
-                own = arrange(used, layout, pair.batch, pair.frames).probs
-            if probs is None and logits is not None:
-                probs = logits.double().softmax(2)
-            if probs is not None and own is not None:
-                check_close(
-                    probs.nan_to_num(), own.nan_to_num(), f"map of '{place.text}'",
-                    f"the softmax over slots that the host computed; name the slot axis, 'softmax:{place.path}:axis'",
-                )  # fmt: skip
 
 
 class Pick:

@@ -13,7 +13,7 @@ from ssync_pl.adapters.calls import MapCall, check_update, token_weights, watch_
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_grid, frame_size
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.adapters.paths import Pick, check_kind, common_softmaxes, parse_place
+from ssync_pl.adapters.paths import Pick, common_softmaxes, parse_place
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -39,9 +39,9 @@ class SlotAttentionPackageAdapter(HostAdapter):
         masks: Where the decoder's masks are: ``"path"`` or ``"path:key"`` for a module's output, ``"softmax:path"`` for
             what a module feeds to a softmax over slots; ``"softmax:."`` listens to the whole training step. The map is
             ``(B, S, N)``, ``(B, S, H, W)`` or ``(B, S, 1, H, W)``, with B or B · T in front.
-        masks_kind: What a module's output is: ``"probs"`` or ``"logits"``.
         alpha_axis: Axis of a module's output on which the last entry is the logit of the mask, beside the colours: 1
-            for ``(B * S, 4, H, W)``, -1 for ``(B * S, H, W, 4)``. None: the output is the map itself.
+            for ``(B * S, 4, H, W)``, -1 for ``(B * S, H, W, 4)``. None: the output is the map itself, as
+            probabilities.
         grid: ``(H, W)`` patches of the attention; None takes it from the masks or the size of the batch's frames, or a
             square.
 
@@ -57,7 +57,6 @@ class SlotAttentionPackageAdapter(HostAdapter):
         self,
         attention: str | None = None,
         masks: str = "softmax:.",
-        masks_kind: MapKind = "probs",
         alpha_axis: int | None = None,
         grid: Grid | None = None,
     ) -> None:
@@ -68,7 +67,6 @@ class SlotAttentionPackageAdapter(HostAdapter):
                 "over the map itself. Name the decoder: masks='path'."
             )
         self.attention = attention
-        self.masks_kind: MapKind = check_kind("masks_kind", masks_kind) if alpha_axis is None else "logits"
         self.alpha_axis = alpha_axis
         self.grid = check_grid(grid)
 
@@ -115,9 +113,7 @@ class SlotAttentionPackageAdapter(HostAdapter):
         logits = [call.logits for call in calls if call.logits is not None]
         shapes = sorted({tuple(value.shape) for value in logits})
         if len(shapes) != 1:
-            raise HostError(
-                f"Expected one number of frames and slots in all calls of a step, but got maps of {shapes}."
-            )
+            raise HostError(f"Expected one number of frames and slots in all calls of a step, but got {shapes}.")
         attention = Seen(logits, calls[0].axis, "logits", "attention", heads=logits[0].ndim == 4)
         pair = find_pair([attention], self._masks(capture, attention))
         if pair is None:
@@ -188,7 +184,8 @@ class SlotAttentionPackageAdapter(HostAdapter):
         if len({value.shape for value in values}) != 1:
             return []
         axes = [axis for axis in (1, 2) if axis < values[0].ndim - 1 and values[0].shape[axis] == slots]
-        return [Seen(values, axis, self.masks_kind, self.masks.text, heads=False) for axis in axes]
+        kind: MapKind = "probs" if self.alpha_axis is None else "logits"
+        return [Seen(values, axis, kind, self.masks.text, heads=False) for axis in axes]
 
     def _seen(self, capture: Capture) -> str:
         if self.masks.softmax:

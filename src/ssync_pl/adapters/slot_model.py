@@ -147,9 +147,6 @@ class GridAdapter(SlotModelAdapter):
     Args:
         grid: ``(H, W)`` patches of the slot attention. None takes the host's own ``grid`` where it states one, or it
             follows from the size of the batch's frames and the patch size of the encoder, or is a square.
-
-    Raises:
-        ConfigError: ``grid`` is not two positive integers.
     """
 
     def __init__(self, grid: Grid | None = None) -> None:

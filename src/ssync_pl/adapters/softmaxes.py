@@ -68,13 +68,14 @@ class SoftmaxRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         call = softmax_call(func, args, kwargs)
         if call is not None:
-            self._keep(call)
+            self.keep(call)
         elif not self.masks:
             # By the code and not by the values, which would have to be waited for.
             self.masks = any(isinstance(arg, float) and arg <= _ABSENT for arg in (*args, *kwargs.values()))
         return func(*args, **kwargs)
 
-    def _keep(self, call: SoftmaxCall) -> None:
+    def keep(self, call: SoftmaxCall) -> None:
+        """Keeps a softmax in place of the one before of its kind."""
         logits, axis, _ = call
         wanted = self.axis is None or self.axis % logits.ndim == axis
         if not wanted:

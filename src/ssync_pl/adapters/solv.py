@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.calls import Projection, check_close, take_projection, token_weights
-from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules
+from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules, output_entry
 from ssync_pl.errors import HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
@@ -61,19 +62,19 @@ class SolvAdapter(HostAdapter):
                 f"Expected {type(host).__name__} to have a binder `s_bind` with `Q`, `f` and `scale`, and a decoder "
                 f"`dec`, but it does not. {NAME_THEM}"
             )
-        binder = host.s_bind
+        binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        capture.watch("Q", binder.Q, _Latest(capture, "Q", 1))
-        capture.watch("f", binder.f, _Latest(capture, "f", 2))
-        capture.watch("binder", binder, _BoundCentre(capture))
+        # `f` makes keys, then values, in each iteration; the loop of the binder makes many.
+        capture.watch("Q", binder.Q, partial(_latest, capture, "Q", 1))
+        capture.watch("f", binder.f, partial(_latest, capture, "f", 2))
+        capture.watch("binder", binder, partial(_bound_centre, capture))
         if getattr(host, "merge_slots", False):
             capture.watch_input("random state", host.merge, lambda module, args, kwargs: random.getstate())
-            capture.watch("merger", host.merge, _Merger(capture))
-        slots = int(binder.num_slots)
-        alpha = lambda module, args, output: output[..., -1].unflatten(0, (-1, slots)).unsqueeze(1)  # noqa: E731
-        capture.watch("decoder", host.dec, alpha)
-        masks = lambda module, args, output: output.get("mask") if isinstance(output, dict) else None  # noqa: E731
-        capture.watch("host masks", host, masks, optional=True)
+            capture.watch("merger", host.merge, partial(_merged, capture))
+        capture.watch(
+            "decoder", host.dec, lambda module, args, output: output[..., -1].unflatten(0, (-1, slots))[:, None]
+        )
+        capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
 
     @override
@@ -116,7 +117,7 @@ class SolvAdapter(HostAdapter):
             share = share / share.sum(3, keepdim=True).clamp_min(1)
             _check("slots of the merger", share @ merged.given.double(), merged.slots, merged.given)
         own = capture.last("host masks")
-        if isinstance(own, Tensor) and maps.mask_logits is not None:
+        if own is not None and maps.mask_logits is not None:
             valid = None if maps.slot_valid is None else maps.slot_valid[:, None]
             mine = _probabilities(maps.mask_logits.double(), valid)
             _check("masks of the host", mine, own.unsqueeze(1), maps.mask_logits)
@@ -176,57 +177,36 @@ class _Merged(NamedTuple):
     members: Tensor
 
 
-class _Latest:
-    """Keeps the last calls of a projection only; the loop of the binder makes many."""
-
-    def __init__(self, capture: Capture, key: str, count: int) -> None:
-        self.capture = capture
-        self.key = key
-        self.count = count
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Projection:
-        del self.capture[self.key][: -self.count + 1 or None]
-        return take_projection(module, args, output)
+def _latest(
+    capture: Capture, key: str, count: int, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> Projection:
+    del capture[key][: -count + 1 or None]
+    return take_projection(module, args, output)
 
 
-class _BoundCentre:
+def _bound_centre(capture: Capture, module: Any, args: tuple[Any, ...], output: Any) -> _Bound:
     """Logits of the frames in the centre of their windows, computed as the binder computes those of all frames."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> _Bound:
-        # `f` makes keys, then values, in each iteration.
-        if not self.capture["Q"] or len(self.capture["f"]) < 2:
-            raise HostError(
-                f"Expected {type(module).__name__} to call `Q` once and `f` twice in each iteration, but it did not."
-            )
-        query: Projection = self.capture["Q"][-1]
-        key: Projection = self.capture["f"][-2]
-        with query.precision():
-            logits = torch.einsum("bsdi,bsjd->bsj", query.value.unsqueeze(-1), key.value)
-            logits = logits * module.scale
-        for name in ("Q", "f"):
-            self.capture[name][:] = [True]  # lets go of the graph; the key still counts as heard
-        radius = int(module.N_frame)
-        window = (-1, 2 * radius + 1)
-        indices = args[1].unflatten(0, window)[:, radius].unsqueeze(1)
-        centre = logits.unflatten(0, window)[:, radius].unsqueeze(1)
-        return _Bound(centre, output[1].unsqueeze(1), indices)
+    if not capture["Q"] or len(capture["f"]) < 2:
+        name = type(module).__name__
+        raise HostError(f"Expected {name} to call `Q` once and `f` twice in each iteration, but it did not.")
+    query, key = capture["Q"][-1], capture["f"][-2]
+    with query.precision():
+        logits = torch.einsum("bsdi,bsjd->bsj", query.value.unsqueeze(-1), key.value)
+        logits = logits * module.scale
+    for name in ("Q", "f"):
+        capture[name][:] = [True]  # lets go of the graph; the key still counts as heard
+    radius = int(module.N_frame)
+    logits, indices = (value.unflatten(0, (-1, 2 * radius + 1))[:, radius, None] for value in (logits, args[1]))
+    return _Bound(logits, output[1].unsqueeze(1), indices)
 
 
-class _Merger:
+def _merged(capture: Capture, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Merged:
     """Which slots the merger put together; it returns their means only."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Merged:
-        given, slots = args[0], output[0]
-        members = _members_by_gradient(given, slots)
-        if members is None:
-            members = _members_by_repetition(module, given, self.capture["random state"][-1])
-        return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
+    given, slots = args[0], output[0]
+    members = _members_by_gradient(given, slots)
+    if members is None:
+        members = _members_by_repetition(module, given, capture["random state"][-1])
+    return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
 
 
 def _members_by_gradient(given: Tensor, slots: Tensor) -> Tensor | None:

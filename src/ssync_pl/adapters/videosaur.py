@@ -33,13 +33,6 @@ class VideosaurAdapter(GridAdapter):
     mixer with ``to_q``, ``to_k`` and ``scale``; a spatial broadcast decoder whose ``output_transform`` ends in alpha;
     any whose ``returns_logits`` is true, which returns its mask logits as ``dots``. Image models give T = 1.
 
-    Args:
-        grid: ``(H, W)`` patches of the slot attention. None takes the host's own ``grid`` where it states one, or it
-            follows from the size of the batch's frames and the patch size of the encoder, or is a square.
-
-    Raises:
-        ConfigError: ``grid`` is not two positive integers.
-
     Source: VideoSAUR (arXiv 2306.04829), SlotContrast (arXiv 2412.14295).
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssync_pl.errors import ShapeError
 from ssync_pl.hosts.evaluation import resize_masks
 from ssync_pl.method.loss import SSyncOutput
-from ssync_pl.tools.viz.colors import label_masks, resize_nearest, to_uint8
+from ssync_pl.tools.viz import label_masks, resize_nearest, to_uint8
 
 __all__ = ["PictureBox", "spread_frames"]
 

@@ -12,8 +12,9 @@ from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics.functional import used_slots
 
-__all__ = ["SlotEvaluation", "count_used_slots", "frame_validity", "mean_over_frames", "resize_masks"]
+__all__ = ["SlotEvaluation", "frame_validity", "mean_over_frames", "resize_masks"]
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -25,11 +26,6 @@ def frame_validity(batch: Mapping[str, Any]) -> Tensor:
 
     Returns:
         Bool `(B, T)`.
-
-    Example:
-        >>> batch = {"video": torch.zeros(2, 3, 3, 4, 4), "batch_padding_mask": torch.tensor([True, False])}
-        >>> frame_validity(batch).tolist()
-        [[True, True, True], [False, False, False]]
     """
     clips = batch["video"] if "video" in batch else batch["features"]
     valid = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device)
@@ -41,19 +37,7 @@ def frame_validity(batch: Mapping[str, Any]) -> Tensor:
 
 
 def mean_over_frames(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of a value a frame over the frames that count; 0 when none does.
-
-    Args:
-        values: `(B, T)`.
-        valid: bool `(B, T)`.
-
-    Returns:
-        0-dim tensor.
-
-    Example:
-        >>> mean_over_frames(torch.tensor([[1.0, 3.0, 50.0]]), torch.tensor([[True, True, False]])).item()
-        2.0
-    """
+    """Mean of values `(B, T)`, one per frame, over the frames that count; 0 when none does."""
     weights = valid.to(values.dtype)
     return (values * weights).sum() / weights.sum().clamp(min=1.0)
 
@@ -67,39 +51,12 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         `(B, T, S, H, W)`; each pixel still sums to 1 over S.
-
-    Example:
-        >>> resize_masks(torch.full((1, 1, 2, 4, 4), 0.5), (8, 8)).shape
-        torch.Size([1, 1, 2, 8, 8])
     """
     if masks.shape[-2:] == tuple(size):
         return masks
     flat = rearrange(masks, "b t s h w -> (b t) s h w")
     flat = nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
     return rearrange(flat, "(b t) s h w -> b t s h w", b=masks.shape[0])
-
-
-def count_used_slots(masks: Tensor, valid: Tensor) -> Tensor:
-    """Number of slots that win at least one patch of a clip.
-
-    Args:
-        masks: scores `(B, T, S, h, w)`; the largest over S wins.
-        valid: bool `(B, T)`, frames that count.
-
-    Returns:
-        Float `(B,)`.
-
-    Example:
-        >>> masks = torch.zeros(1, 1, 3, 2, 2)
-        >>> masks[:, :, 2, :, 0] = 1.0
-        >>> count_used_slots(masks, torch.ones(1, 1, dtype=torch.bool)).item()
-        2.0
-    """
-    # max(dim) is many times faster than argmax over a middle axis
-    labels = masks.max(dim=2, keepdim=True).indices
-    wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, labels, True)
-    wins = wins & valid[:, :, None, None, None]
-    return rearrange(wins, "b t s h w -> b s (t h w)").any(dim=-1).sum(dim=-1).float()
 
 
 class SlotEvaluation(nn.Module):
@@ -111,15 +68,6 @@ class SlotEvaluation(nn.Module):
         prefix: put before every name, for example `"val/"`.
         has_background: channel 0 of `segmentations` is the background.
         ignore_overlaps: leave out pixels with several true masks instead of refusing them.
-
-    Example:
-        >>> evaluation = SlotEvaluation()
-        >>> masks = torch.rand(2, 2, 3, 4, 4).softmax(dim=2)
-        >>> truth = torch.nn.functional.one_hot(torch.randint(2, (2, 2, 8, 8)), 2).movedim(-1, 2).bool()
-        >>> evaluation.update(masks, {"video": torch.rand(2, 2, 3, 8, 8), "segmentations": truth}, torch.tensor(1.0))
-        >>> scores = evaluation.compute()
-        >>> scores["val/loss"].item(), "val/video_mbo" in scores
-        (1.0, True)
     """
 
     def __init__(self, prefix: str = "val/", has_background: bool = True, ignore_overlaps: bool = False) -> None:
@@ -154,22 +102,18 @@ class SlotEvaluation(nn.Module):
         if truth.ndim != 5 or truth.shape[:2] != masks.shape[:2]:
             raise ShapeError(
                 f"Expected `segmentations` to be (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}, "
-                f"but got {tuple(truth.shape)}. Give one mask a frame."
+                f"but got {tuple(truth.shape)}. Give one mask per frame."
             )
         valid = frame_validity(batch)
         # Upsampled once here instead of once in each metric.
         labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices
         self.metrics.update(labels, truth, valid)
         real = valid.any(dim=1).float()
-        self.used_slots.update(count_used_slots(masks, valid), real)
+        self.used_slots.update(used_slots(masks, valid).nan_to_num().float(), real)
         self.loss.update(loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:
-        """Scores over everything since the last reset.
-
-        Returns:
-            0-dim tensors by name: the segmentation metrics, `used_slots` and `loss`, all with the prefix.
-        """
+        """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name."""
         scores = dict(self.metrics.compute())
         scores[f"{self.prefix}used_slots"] = self.used_slots.compute()
         scores[f"{self.prefix}loss"] = self.loss.compute()

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
-
 __all__ = ["Linking", "link_slots", "relabel_slots"]
 
 Linking = Literal["memory", "previous", "index"]
-"""What a frame's slots are compared with; see `link_slots`."""
+"""What the slots of a frame are compared with; see `link_slots`."""
 
 
 def link_slots(slots: Tensor, valid: Tensor, linking: Linking = "memory") -> Tensor:
@@ -35,24 +33,8 @@ def link_slots(slots: Tensor, valid: Tensor, linking: Linking = "memory") -> Ten
     Returns:
         Int64 `(B, T, S)`, identities in [0, S).
 
-    Raises:
-        ConfigError: `linking` is unknown.
-        ShapeError: the inputs do not fit.
-
-    Example:
-        >>> slots = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[0.1, 1.0], [1.0, 0.1]]]])
-        >>> link_slots(slots, torch.ones(1, 2, 2, dtype=torch.bool)).tolist()
-        [[[0, 1], [1, 0]]]
-
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 4.
     """
-    if linking not in ("memory", "previous", "index"):
-        raise ConfigError(f"Expected argument `linking` to be 'memory', 'previous' or 'index', but got {linking!r}.")
-    if slots.ndim != 4 or valid.shape != slots.shape[:3]:
-        raise ShapeError(
-            "Expected arguments `slots` and `valid` to be (B, T, S, D) and (B, T, S), but got "
-            f"{tuple(slots.shape)} and {tuple(valid.shape)}."
-        )
     index = torch.arange(slots.shape[2], device=slots.device).expand(valid.shape)
     if linking == "index":
         return index
@@ -70,37 +52,24 @@ def _link_video(unit: np.ndarray, present: np.ndarray, identities: np.ndarray, f
         now = np.flatnonzero(present[frame])
         if not now.size:
             continue
+        rows = np.arange(len(now))
         if known:
             names = np.array(sorted(known))
             alike = unit[frame, now] @ np.stack([known[name] for name in names]).T
-            rows, columns = linear_sum_assignment(-alike)
+            matched, columns = linear_sum_assignment(-alike)
             linked = names[alike.argmax(axis=1)]
-            linked[rows] = names[columns]
-            if not forget:
-                rest = np.setdiff1d(np.arange(len(now)), rows)
+            linked[matched] = names[columns]
+            if forget:
+                rows = matched
+            else:
+                rest = np.setdiff1d(rows, matched)
                 # Where slots are left over, every known name is taken, and there are as many names as slots.
-                unused = np.setdiff1d(np.arange(unit.shape[1]), names)
-                linked[rest] = unused[: len(rest)]
-                rows = np.arange(len(now))
+                linked[rest] = np.setdiff1d(np.arange(unit.shape[1]), names)[: len(rest)]
             identities[frame, now] = linked
-        else:
-            rows = np.arange(len(now))
         seen = {int(identities[frame, now[row]]): unit[frame, now[row]] for row in rows}
         known = seen if forget else {**known, **seen}
 
 
 def relabel_slots(masks: Tensor, identities: Tensor) -> Tensor:
-    """Masks of identities from masks of slots; pieces of one object are summed.
-
-    Args:
-        masks: probabilities `(B, T, S, N)`.
-        identities: int64 `(B, T, S)` in [0, S).
-
-    Returns:
-        `(B, T, S, N)`; each patch keeps its sum over S.
-
-    Example:
-        >>> relabel_slots(torch.tensor([[[[0.2], [0.5], [0.3]]]]), torch.tensor([[[0, 2, 2]]])).flatten().tolist()
-        [0.20000000298023224, 0.0, 0.800000011920929]
-    """
+    """Turn masks `(B, T, S, N)` of slots into masks of identities `(B, T, S)`; pieces of one object are summed."""
     return torch.zeros_like(masks).scatter_add_(2, identities.unsqueeze(-1).expand_as(masks), masks)

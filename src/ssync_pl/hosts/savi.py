@@ -11,14 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
-from ssync_pl.hosts.nn.decoders import DecoderOutput, SpatialBroadcastDecoder
-from ssync_pl.hosts.nn.encoders import ConvEncoder
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
-from ssync_pl.hosts.nn.predictors import TransformerPredictor
+from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
-from ssync_pl.hosts.schedules import schedule_for
-from ssync_pl.hosts.training import SlotHost
+from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
+from ssync_pl.hosts.training import Decay, SlotHost, schedule_for
 
 __all__ = ["SAVi", "SAViOutput"]
 
@@ -32,10 +31,6 @@ class SAViOutput(NamedTuple):
         attention_grid: `(h, w)` with `h * w = N`.
         reconstruction: `(B, T, 3, h', w')`, at the decoder's size.
         mask_logits: `(B, T, S, h', w')`, object masks before the softmax over slots.
-
-    Example:
-        >>> SAViOutput._fields
-        ('slots', 'attention_logits', 'attention_grid', 'reconstruction', 'mask_logits')
     """
 
     slots: Tensor
@@ -56,12 +51,12 @@ class SAVi(SlotHost):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector a slot; `"boxes"`,
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"boxes"`,
             `"centres"`: from the objects' masks in the first frame, which training batches must hold then.
         encoder_channels: output channels of each convolution.
         encoder_strides: stride of each convolution.
         encoder_kernel: size of the encoder's kernels, odd.
-        encoder_mlp_hidden: hidden size of the MLP a patch.
+        encoder_mlp_hidden: hidden size of the MLP per patch.
         feature_dim: channels of a patch feature.
         position_scale: factor on the encoder's position embedding.
         iterations_first: slot-attention iterations on the first frame.
@@ -124,16 +119,15 @@ class SAVi(SlotHost):
         init: Literal["default", "fan_in"] = "default",
         learning_rate: float = 2e-4,
         warmup_steps: int = 2500,
-        decay: Literal["cosine", "exponential", "constant"] = "cosine",
+        decay: Decay = "cosine",
         halvings: float = 3.0,
         has_background: bool = True,
     ) -> None:
         super().__init__(has_background)
-        if num_slots < 1 or iterations_first < 1 or iterations_later < 1:
-            raise ConfigError(
-                "Expected arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1, "
-                f"but got {num_slots}, {iterations_first} and {iterations_later}. Use 8, 2 and 1."
-            )
+        choose("slot_init", slot_init, "gaussian", "learned", "boxes", "centres")
+        expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1"
+        counts = (num_slots, iterations_first, iterations_later)
+        require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
         self.save_hyperparameters()
         self.slot_init = slot_init
         self.carries_slots = True
@@ -144,14 +138,21 @@ class SAVi(SlotHost):
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.halvings = halvings
-        self.initializer = _initializer(slot_init, num_slots, slot_dim)
+        hint_dims = {"boxes": 4, "centres": 2}
+        self.initializer: nn.Module
+        if slot_init in hint_dims:
+            self.initializer = ConditionedSlots(num_slots, slot_dim, hint_dims[slot_init])
+        else:
+            self.initializer = (GaussianSlots if slot_init == "gaussian" else LearnedSlots)(num_slots, slot_dim)
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
         self.corrector = SlotAttention(
             slot_dim, feature_dim, iterations_first, corrector_mlp_hidden, corrector_eps, corrector_sharpness
         )
-        self.predictor = TransformerPredictor(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
+        self.predictor = SlotTransformer(
+            slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden, published=False
+        )
         self.decoder = SpatialBroadcastDecoder(
             slot_dim,
             decoder_channels,
@@ -178,9 +179,7 @@ class SAVi(SlotHost):
             ConfigError: `conditioning` is missing, or given to a host that takes none.
         """
         if video.ndim != 5:
-            raise ShapeError(
-                f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}. Use T = 1 for images."
-            )
+            raise ShapeError(f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}.")
         frames = video.shape[1]
         features, grid = self.encoder(rearrange(video, "b t c h w -> (b t) c h w"))
         features = rearrange(features, "(b t) n c -> b t n c", t=frames)
@@ -198,13 +197,10 @@ class SAVi(SlotHost):
         return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
 
     def _first_slots(self, batch_size: int, conditioning: Tensor | None) -> Tensor:
-        wanted = isinstance(self.initializer, ConditionedSlots)
-        if wanted != (conditioning is not None):
-            raise ConfigError(
-                f"Expected argument `conditioning` to be {'a tensor' if wanted else 'None'} with slot_init "
-                f"{self.slot_init!r}, but got {'None' if wanted else 'a tensor'}. "
-                "Only slot_init 'boxes' and 'centres' take it."
-            )
+        wanted, given = isinstance(self.initializer, ConditionedSlots), conditioning is not None
+        words = {True: "a tensor", False: "None"}
+        expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
+        require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
         return torch.as_tensor(self.initializer(batch_size if conditioning is None else conditioning))
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
@@ -218,7 +214,7 @@ class SAVi(SlotHost):
         return out, mean_over_frames(error, frame_validity(batch))
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Tensor | None:
-        if self.slot_init != "boxes" and self.slot_init != "centres":
+        if not isinstance(self.initializer, ConditionedSlots):
             return None
         if batch.get("segmentations") is None:
             raise ConfigError(
@@ -226,68 +222,29 @@ class SAVi(SlotHost):
                 f"{sorted(batch)}. Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
             )
         return first_frame_hints(
-            batch["segmentations"], self.num_slots, self.slot_init, has_background=self.evaluation.has_background
+            batch["segmentations"],
+            self.num_slots,
+            "boxes" if self.slot_init == "boxes" else "centres",
+            has_background=self.evaluation.has_background,
         )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Reconstruct a batch.
-
-        Args:
-            batch: holds `video`; `segmentations` too when conditioned.
-            batch_idx: number of the batch in the epoch.
-
-        Returns:
-            Mean squared error, 0-dim.
-        """
+        """Reconstruct a batch that holds `video`, and `segmentations` too when conditioned; returns the error."""
         _, loss = self._step(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch["video"].shape[0])
         return loss
 
     def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch.
-
-        Args:
-            batch: holds `video`; `segmentations` too when conditioned.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` at the decoder's size.
-        """
+        """Decompose a batch that holds `video`, and `segmentations` too when conditioned."""
         out: SAViOutput = self(batch["video"], self._conditioning(batch))
         return out.mask_logits.softmax(dim=2)
 
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Decompose a batch and compare its reconstruction.
-
-        Args:
-            batch: holds `video`; `segmentations` too when conditioned.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` at the decoder's size, and the mean squared error.
-        """
+        """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""
         out, loss = self._step(batch)
         return out.mask_logits.softmax(dim=2), loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with warm-up and decay over the Trainer's steps.
-
-        Returns:
-            Lightning's optimizer dictionary.
-
-        Raises:
-            ConfigError: the training has no end and the decay needs one.
-        """
+        """Build Adam with warm-up and decay over the Trainer's steps."""
         steps = self.trainer.estimated_stepping_batches
         return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
-
-
-def _initializer(kind: str, num_slots: int, slot_dim: int) -> nn.Module:
-    if kind == "gaussian":
-        return GaussianSlots(num_slots, slot_dim)
-    if kind == "learned":
-        return LearnedSlots(num_slots, slot_dim)
-    if kind in ("boxes", "centres"):
-        return ConditionedSlots(num_slots, slot_dim, hint_dim=4 if kind == "boxes" else 2)
-    raise ConfigError(
-        "Expected argument `slot_init` to be 'gaussian', 'learned', 'boxes' or 'centres', "
-        f"but got {kind!r}. Choose one."
-    )

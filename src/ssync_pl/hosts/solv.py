@@ -10,18 +10,16 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
 from ssync_pl.hosts.nn.backbones import Weights
-from ssync_pl.hosts.nn.feature_encoder import build_feature_encoder
-from ssync_pl.hosts.nn.mixture_decoder import RelativeMixtureDecoder
-from ssync_pl.hosts.nn.relative_slot_attention import RelativeSlotAttention, attention_pose
+from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder, attention_pose, frame_windows
+from ssync_pl.hosts.nn.decoders import RelativeMixtureDecoder
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.slot_merger import Linkage, MergedSlots, SlotMerger
-from ssync_pl.hosts.nn.temporal_binder import TemporalBinder, frame_windows
-from ssync_pl.hosts.nn.token_drop import TokenDrop
-from ssync_pl.hosts.schedules import schedule_for
-from ssync_pl.hosts.training import SlotHost
+from ssync_pl.hosts.training import Decay, SlotHost, inputs_of, schedule_for
 
 __all__ = ["SOLV", "SOLVOutput"]
 
@@ -40,10 +38,6 @@ class SOLVOutput(NamedTuple):
         reconstruction: `(B, P, N, C)`.
         mask_logits: `(B, P, S, N)`, before the softmax over slots with members.
         targets: `(B, P, N, C)`, the frozen features.
-
-    Example:
-        >>> SOLVOutput._fields[:2]
-        ('slots', 'members')
     """
 
     slots: Tensor
@@ -56,20 +50,12 @@ class SOLVOutput(NamedTuple):
 
     @property
     def slot_valid(self) -> Tensor:
-        """Slots with members.
-
-        Returns:
-            Bool `(B, P, S)`.
-        """
+        """Bool `(B, P, S)`: slots with members."""
         return self.members.any(dim=-1)
 
     @property
     def masks(self) -> Tensor:
-        """Object masks.
-
-        Returns:
-            `(B, P, S, N)`, probabilities over slots, 0 for slots without members.
-        """
+        """Object masks `(B, P, S, N)`: probabilities over slots, 0 for slots without members."""
         return self.mask_logits.masked_fill(~self.slot_valid.unsqueeze(-1), float("-inf")).softmax(dim=2)
 
 
@@ -86,9 +72,9 @@ class SOLV(SlotHost):
     batch with a warm-up over a twentieth of all steps; give the Trainer `gradient_clip_val: 1.0`. With cached features
     (`features` in the data module) set `backbone: null`, `feature_dim` and `grid`.
 
-    Differences from the public code: tokens are dropped behind the backbone instead of inside it, so that features can
+    Unlike in the public code, tokens are dropped behind the backbone instead of inside it, so that features can
     be cached; the attention that places merged slots is read at the patches of the centre frame; spreads of slots stay
-    above 0. What clusters slots is the same (complete linkage), in tensor code.
+    above 0.
 
     Args:
         num_slots: number S of slots before merging.
@@ -128,8 +114,8 @@ class SOLV(SlotHost):
         decay: `"cosine"` to 0, `"exponential"` (`0.5 ** (halvings * progress)`) or `"constant"`.
         halvings: how often `"exponential"` halves the rate over the training.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-        memory_efficient: the decoder works in chunks and keeps fewer activations for the backward pass: the same result
-            and gradients in less memory. False makes all at once.
+        memory_efficient: the decoder keeps fewer activations for the backward pass and computes them again: the same
+            result and gradients in less memory.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -174,26 +160,21 @@ class SOLV(SlotHost):
         dropout: float = 0.1,
         learning_rate: float = 4e-4,
         warmup_steps: int = 2500,
-        decay: Literal["cosine", "exponential", "constant"] = "exponential",
+        decay: Decay = "exponential",
         halvings: float = 3.0,
         has_background: bool = True,
         memory_efficient: bool = True,
     ) -> None:
         super().__init__(has_background)
-        if not 0.0 <= edge_probability <= 1.0 or merge_rise < 1.0:
-            raise ConfigError(
-                "Expected argument `edge_probability` to be in [0, 1] and `merge_rise` to be at least 1, but got "
-                f"{edge_probability} and {merge_rise}. Use 0.1 and 180."
-            )
-        if linking not in ("memory", "previous", "index"):
-            raise ConfigError(
-                f"Expected argument `linking` to be 'memory', 'previous' or 'index', but got {linking!r}. Choose one."
-            )
-        if link_by not in ("slots", "features"):
-            raise ConfigError(f"Expected argument `link_by` to be 'slots' or 'features', but got {link_by!r}.")
+        require(0.0 <= edge_probability <= 1.0, "argument `edge_probability` to be in [0, 1]", edge_probability)
+        require(merge_rise >= 1.0, "argument `merge_rise` to be at least 1", merge_rise)
+        require(0.0 <= token_drop < 1.0, "argument `token_drop` to be in [0, 1)", token_drop)
+        choose("linking", linking, "memory", "previous", "index")
+        choose("link_by", link_by, "slots", "features")
         self.save_hyperparameters()
         self.grid = (int(grid[0]), int(grid[1]))
         self.clip_length = clip_length
+        self.token_drop = token_drop
         self.edge_probability = edge_probability
         self.merge_rise = merge_rise
         self.linking: Linking = linking
@@ -202,29 +183,19 @@ class SOLV(SlotHost):
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.halvings = halvings
-        self.encoder = build_feature_encoder(
+        self.encoder = FeatureEncoder(
             backbone=backbone,
             layer=layer,
-            similarity_layer=None,
             weights=backbone_weights,
             checkpoint=backbone_checkpoint,
             feature_dim=feature_dim,
-            similarity_dim=None,
             grid=grid,
             slot_dim=slot_dim,
             hidden=0,
         )
         channels = self.encoder.output_dim
-        self.token_drop = TokenDrop(token_drop)
         self.spatial_binder = RelativeSlotAttention(
-            grid,
-            num_slots,
-            slot_dim,
-            channels,
-            iterations,
-            dropout,
-            init=corrector_init,
-            sharpness=corrector_sharpness,
+            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_linkage, merge_min_slots)
@@ -274,9 +245,19 @@ class SOLV(SlotHost):
         parts = []
         for piece in inputs.split(self._frames_at_a_time(inputs), dim=1):
             features = self.encoder(piece.flatten(0, 1))["backbone_features"].unflatten(0, piece.shape[:2])
-            tokens, indices = self.token_drop(features)
+            tokens, indices = self._drop_tokens(features)
             parts.append((features, *self.spatial_binder(tokens, indices), indices))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+
+    def _drop_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """In training, a random part of each frame's tokens `(B, T, N', C)` and their places, ascending."""
+        videos, frames, patches, channels = features.shape
+        if not self.training or self.token_drop == 0.0:
+            return features, torch.arange(patches, device=features.device).expand(videos, frames, patches)
+        keep = max(1, int(patches * (1.0 - self.token_drop)))
+        order = torch.rand(videos, frames, patches, device=features.device)
+        indices = order.topk(keep, dim=-1).indices.sort(dim=-1).values
+        return features.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, channels)), indices
 
     def _decode(self, merged: MergedSlots, attention: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Features and mask logits of the predicted frames."""
@@ -302,8 +283,7 @@ class SOLV(SlotHost):
             stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
         """
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        self.encoder.frame_mean, self.encoder.frame_std = getattr(data, "mean", None), getattr(data, "std", None)
+        self.encoder.take_normalization(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Predict the features of each clip's centre frame.
@@ -315,7 +295,7 @@ class SOLV(SlotHost):
         Returns:
             Mean squared error, 0-dim.
         """
-        inputs, valid = self._inputs(batch), frame_validity(batch)
+        inputs, valid = inputs_of(batch), frame_validity(batch)
         shown = valid & ~self._hidden_neighbours(valid)
         merge = torch.rand(len(valid), 1, device=valid.device) < self._merge_probability()
         out: SOLVOutput = self(inputs, shown, merge)
@@ -325,38 +305,17 @@ class SOLV(SlotHost):
         return loss
 
     def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose every frame of a batch, with slots linked over time.
-
-        Args:
-            batch: holds `features` or `video`.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` on the grid of patches.
-        """
-        return self._linked(self(self._inputs(batch), frame_validity(batch)))
+        """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
+        return self._linked(self(inputs_of(batch), frame_validity(batch)))
 
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Decompose every frame of a batch and say how well it is explained.
-
-        Args:
-            batch: holds `features` or `video`.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` on the grid of patches, and the mean squared error.
-        """
+        """Decompose every frame of a batch that holds `features` or `video`, and compare its reconstruction."""
         valid = frame_validity(batch)
-        out: SOLVOutput = self(self._inputs(batch), valid)
+        out: SOLVOutput = self(inputs_of(batch), valid)
         return self._linked(out), _error(out, valid)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with warm-up and decay over the Trainer's steps.
-
-        Returns:
-            Lightning's optimizer dictionary.
-
-        Raises:
-            ConfigError: the training has no end and the decay needs one.
-        """
+        """Build Adam with warm-up and decay over the Trainer's steps."""
         steps = self.trainer.estimated_stepping_batches
         self._total_steps = steps if steps > 0 else math.inf  # Lightning gives -1 for a length that nobody knows
         return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
@@ -367,15 +326,6 @@ class SOLV(SlotHost):
             apart = out.targets.float() - out.targets.float().mean(dim=(1, 2), keepdim=True)
             looks = out.masks @ apart  # the cosine needs no division by the area
         return relabel_slots(out.masks, link_slots(looks, out.slot_valid, self.linking)).unflatten(-1, self.grid)
-
-    def _inputs(self, batch: Mapping[str, Any]) -> Tensor:
-        for name in ("features", "video"):
-            if isinstance(batch.get(name), Tensor):
-                return batch[name]
-        raise ConfigError(
-            f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}. Use "
-            "ShardDataModule or a data module that gives one of them."
-        )
 
     def _merge_probability(self) -> float:
         if self.merge_rise == 1.0 or math.isinf(self._total_steps):

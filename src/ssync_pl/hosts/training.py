@@ -1,10 +1,11 @@
-"""What the reference hosts share around their models: validation, test, prediction, the data module's facts."""
+"""What the hosts share around their models: validation, test, prediction, optimizer and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -12,21 +13,20 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
 
-__all__ = ["SlotHost"]
+__all__ = ["Decay", "SlotHost", "exponential_for", "inputs_of", "schedule_for"]
+
+Decay = Literal["cosine", "exponential", "constant"]
+"""Shape of a learning-rate schedule after its warm-up."""
 
 
 class SlotHost(L.LightningModule, ABC):
-    """Base of the reference hosts. A subclass says how a batch becomes object masks and a loss.
+    """Base of the hosts. A subclass says how a batch becomes object masks and a loss.
 
     Args:
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi, VideoSAUR
-        >>> issubclass(SAVi, SlotHost), issubclass(VideoSAUR, SlotHost)
-        (True, True)
     """
 
     carries_slots: bool = False
@@ -75,28 +75,18 @@ class SlotHost(L.LightningModule, ABC):
             self.evaluation = SlotEvaluation(*wanted).to(self.device)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics.
-
-        Args:
-            batch: of the data module, with `segmentations`.
-            batch_idx: number of the batch.
-        """
+        """Add a batch of the data module, with `segmentations`, to the metrics."""
         masks, loss = self.evaluate(batch)
         self.evaluation.update(masks, batch, loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics under `val/` and start afresh."""
+        """Log the metrics and start afresh."""
         # Every rank computes the same reduced value; sync_dist only keeps Lightning from warning that it might not.
         self.log_dict(self.evaluation.compute(), sync_dist=True)
         self.evaluation.reset()
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics, as in validation.
-
-        Args:
-            batch: of the data module, with `segmentations`.
-            batch_idx: number of the batch.
-        """
+        """Add a batch to the metrics, as in validation."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -120,14 +110,111 @@ class SlotHost(L.LightningModule, ABC):
         return {"labels": masks.max(dim=2).indices, "masks": masks}
 
     def adam(self, learning_rate: float, factor: Callable[[int], float]) -> OptimizerLRScheduler:
-        """Adam over all parameters, with a schedule of its rate.
-
-        Args:
-            learning_rate: rate that the schedule multiplies.
-            factor: factor at an optimizer step.
-
-        Returns:
-            Lightning's optimizer dictionary.
-        """
+        """Build Adam over all parameters, with `factor(step)` on its rate, as Lightning's optimizer dictionary."""
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def inputs_of(batch: Mapping[str, Any]) -> Tensor:
+    """Cached features of a batch, or else its frames."""
+    for name in ("features", "video"):
+        if isinstance(batch.get(name), Tensor):
+            return batch[name]
+    raise ConfigError(
+        f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}. Use ShardDataModule or a "
+        "data module that gives one of them."
+    )
+
+
+def schedule_for(
+    estimated_steps: float, warmup_steps: int, decay: Decay = "cosine", halvings: float = 3.0
+) -> Callable[[int], float]:
+    """Build a factor on the learning rate, in [0, 1], for `torch.optim.lr_scheduler.LambdaLR`.
+
+    The warm-up rises linearly to 1 and multiplies the decay, which runs over all steps. A training that is too short
+    for its warm-up gets a tenth of its steps as warm-up.
+
+    Args:
+        estimated_steps: `trainer.estimated_stepping_batches`.
+        warmup_steps: steps of the warm-up; 0 for none.
+        decay: `"cosine"` falls to 0, `"exponential"` halves `halvings` times in all, `"constant"` stays at 1.
+        halvings: how often `"exponential"` halves the rate.
+
+    Returns:
+        Factor at a number of optimizer steps.
+
+    Raises:
+        ConfigError: a value is out of range, or the training has no end and the decay needs one.
+    """
+    total, warmup_steps = _fit(estimated_steps, warmup_steps)
+    if decay not in ("cosine", "exponential", "constant"):
+        raise ConfigError(f"Expected argument `decay` to be 'cosine', 'exponential' or 'constant', but got {decay!r}.")
+    if math.isinf(total) and decay != "constant":
+        raise ConfigError(
+            f"Expected a training with an end for decay {decay!r}, but it has none. Give the Trainer `max_steps` or "
+            "`max_epochs`, or use decay 'constant'."
+        )
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+        progress = min(1.0, step / total)
+        if decay == "cosine":
+            return warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if decay == "exponential":
+            return warmup * float(0.5 ** (halvings * progress))
+        return warmup
+
+    return factor
+
+
+def exponential_for(
+    estimated_steps: float, warmup_steps: int, decay_steps: int | None = None, rate: float = 0.5
+) -> Callable[[int], float]:
+    """Build the factor of the VideoSAUR family: linear from 0 to 1 in the warm-up, then an exponential decay.
+
+    The decay goes on after `decay_steps`, where the factor is `rate`. The warm-up is cut as in `schedule_for`.
+
+    Args:
+        estimated_steps: `trainer.estimated_stepping_batches`.
+        warmup_steps: steps of the warm-up; 0 for none.
+        decay_steps: step at which the factor is `rate`; None takes the end of the training.
+        rate: in (0, 1]; 1 does not decay.
+
+    Returns:
+        Factor at a number of optimizer steps.
+
+    Raises:
+        ConfigError: a value is out of range, or the training has no end and the decay needs one.
+    """
+    total, warmup_steps = _fit(estimated_steps, warmup_steps)
+    if not 0 < rate <= 1:
+        raise ConfigError(f"Expected argument `decay_rate` to be in (0, 1], but got {rate}. Use 0.5.")
+    if math.isinf(total) and decay_steps is None and rate != 1:
+        raise ConfigError(
+            "Expected a training with an end, or argument `decay_steps`, for a rate that decays, but got neither. Give "
+            "the Trainer `max_steps` or `max_epochs`, set `decay_steps`, or use decay_rate=1."
+        )
+    end = total if decay_steps is None else decay_steps
+    if end <= warmup_steps:
+        raise ConfigError(
+            f"Expected argument `decay_steps` to be above `warmup_steps` = {warmup_steps}, but got {end}. Leave "
+            "`decay_steps` out to decay over the whole training."
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        return float(rate ** ((step - warmup_steps) / (end - warmup_steps)))
+
+    return factor
+
+
+def _fit(estimated_steps: float, warmup_steps: int) -> tuple[float, int]:
+    if warmup_steps < 0:
+        raise ConfigError(f"Expected argument `warmup_steps` to be at least 0, but got {warmup_steps}. Use 0.")
+    if estimated_steps < 0 or math.isinf(estimated_steps):  # Lightning gives -1 where nobody knows
+        return math.inf, warmup_steps
+    if warmup_steps >= estimated_steps:
+        warmup_steps = int(estimated_steps) // 10
+    # A run of zero batches (Trainer(limit_train_batches=0)) still asks for its optimizers.
+    return max(1, int(estimated_steps)), warmup_steps

@@ -1,49 +1,77 @@
-"""VideoSAUR, a video host on frozen features that learns objects from what moves together (Zadaianchuk et al. 2023)."""
+"""Hosts that reconstruct frozen features, in the public layout: VideoSAUR, SlotContrast, and DINOSAUR for images."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.feature_host import (
-    DEFAULT_SHARPNESS,
-    FeatureHost,
-    FeatureHostOutput,
-    build_patch_decoder,
-    build_slots,
-)
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
-from ssync_pl.hosts.nn.corrector import SlotCorrector
-from ssync_pl.hosts.nn.feature_encoder import build_feature_encoder
+from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
+from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
+from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
+from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
-from ssync_pl.hosts.slot_contrast import slot_contrast_loss
-from ssync_pl.hosts.temporal_similarity import temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.training import SlotHost, exponential_for, inputs_of
+from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["VideoSAUR"]
+__all__ = ["DINOSAUR", "FeatureHost", "FeatureHostOutput", "SlotContrast", "VideoSAUR"]
+
+_SHARPNESS = 1.5
 
 
-class VideoSAUR(FeatureHost):
-    """VideoSAUR (arXiv 2306.04829): slots on frozen features, handed on from frame to frame.
+class FeatureHostOutput(NamedTuple):
+    """What the hosts of this family return.
+
+    Args:
+        slots: `(B, T, S, D)`, corrected by each frame.
+        attention_logits: `(B, T, S, N)`, slot attention before the softmax over slots.
+        attention_grid: `(h, w)` with `h * w = N`.
+        reconstruction: `(B, T, N, C)`, everything the decoder gives a patch: features, then similarity logits.
+        mask_logits: `(B, T, S, h, w)`, object masks before the softmax over slots.
+        targets: `(B, T, N, F)`, the frozen features.
+        similarity_features: `(B, T, N, K)`, frozen features for the similarity loss.
+    """
+
+    slots: Tensor
+    attention_logits: Tensor
+    attention_grid: tuple[int, int]
+    reconstruction: Tensor
+    mask_logits: Tensor
+    targets: Tensor
+    similarity_features: Tensor
+
+
+class FeatureHost(SlotHost):
+    """Slots on frozen features, handed on from frame to frame.
 
     Three losses, each with a weight: reconstruction of the features (mean squared error), prediction of where in a
-    later frame the features of each patch are found again (VideoSAUR's similarity loss), and contrast between slots of
-    neighbouring frames (SlotContrast's loss, off here). The defaults are the published sizes on the packaged
-    EfficientNet-lite0 at 224 pixels, which needs no network; published models use a ViT, for example
+    later frame the features of each patch are found again (VideoSAUR), and contrast between slots of neighbouring
+    frames (SlotContrast). The defaults are VideoSAUR's published sizes on the packaged EfficientNet-lite0 at 224
+    pixels, which needs no network; published models use a ViT, for example
     `backbone: vit_base_patch14_dinov2.lvd142m`, `layer: vit_block12`, `similarity_layer: vit_block_keys12`,
-    `grid: [37, 37]` for frames of 518 pixels. Clip gradients in the Trainer: `gradient_clip_val=0.05`, as published.
+    `grid: [37, 37]` for frames of 518 pixels.
 
     With cached features (`features` in the data module) set `backbone: null`, `feature_dim` and `grid`; with a backbone
     as well, batches that hold features are not run through it. Frames may be normalised in any way the data module
-    states: they are normalised again for the backbone. State dicts have the public code's keys and load its
-    checkpoints; of the backbone only a fingerprint is saved.
+    states: they are normalised again for the backbone. Modules and parameters are named as in the public code, so that
+    its checkpoints load: for videos `encoder.module`, `processor.module`, `decoder.module`; for images the same without
+    `module`. Of the backbone only a fingerprint is saved.
 
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector a slot.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot.
         slot_init_std: their spread at the start of the training; None for `slot_dim ** -0.5`, as published.
         backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
@@ -58,15 +86,14 @@ class VideoSAUR(FeatureHost):
         encoder_hidden: hidden size of the MLP from features to what slots attend to; None for twice the channels of the
             features, as published; 0 for no MLP.
         encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Features of
-            convolutional backbones do not say where a patch lies, and slots that do not know it can tell the decoder
-            no place: set 0.5 with them. ViTs have positions of their own. The state dict gets one more key.
+            convolutional backbones do not say where a patch lies: set 0.5 with them. The state dict gets one more key.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
         corrector_eps: added to the attention before it is normalised over patches.
         corrector_init: `"default"`, as published, or `"kmeans"`: slot attention starts as soft k-means, so that it
-            groups alike patches from the first step. For short trainings; see `init_soft_kmeans_`. The features that
-            slots attend to must have `slot_dim` channels, as they do with `encoder_hidden` above 0.
+            groups alike patches from the first step. The features that slots attend to must have `slot_dim` channels,
+            as they do with `encoder_hidden` above 0.
         corrector_sharpness: with `"kmeans"`, how decided the first assignments are: the logits start at its square
             times those of the normalised slots and features.
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
@@ -78,10 +105,9 @@ class VideoSAUR(FeatureHost):
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
         init: `"default"`, as published, or `"fan_in"`: the layers of the encoder's MLP and of an MLP decoder start with
-            variances that keep the signal's (`init_fan_in_`; a mixer stays as it is). For short trainings of small
-            models, whose decoders otherwise see little of the slots at first.
+            variances that keep the signal's; a mixer stays as it is. For short trainings of small models.
         reconstruction_weight: weight of the reconstruction loss; 0 leaves its channels out of the decoder.
-        similarity_weight: weight of the similarity loss; 0 leaves its channels, one a patch, out of the decoder.
+        similarity_weight: weight of the similarity loss; 0 leaves its channels, one per patch, out of the decoder.
         similarity_temperature: divides the similarities before their softmax; published: 0.075 (MOVi), 0.15 and 0.25
             (YT-VIS with DINOv2 and DINO).
         similarity_threshold: smallest similarity that counts; None counts all.
@@ -89,26 +115,25 @@ class VideoSAUR(FeatureHost):
         contrast_weight: weight of the slot-slot contrastive loss; 0 leaves it out.
         contrast_temperature: divides the cosine similarities of slots.
         contrast_across_batch: contrast with the slots of all clips of the batch, not only of the own clip.
-        learning_rate: peak rate of Adam; published: 1e-4 a 32 clips of the batch.
+        learning_rate: peak rate of Adam; published: 1e-4 per 32 clips of the batch.
         warmup_steps: linear warm-up in optimizer steps.
-        decay_steps: step at which the rate has fallen to `decay_rate` of its peak; None is the end of the training.
+        decay_steps: step at which the rate has fallen to `decay_rate` of its peak, and falls on; None is the end of
+            the training.
         decay_rate: see `decay_steps`; 1 does not decay.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-        memory_efficient: an MLP decoder mixes its hidden activations, in chunks, instead of reconstructions: the same
-            result and gradients, sooner and in less than half of the memory. False takes the plain layout.
+        memory_efficient: an MLP decoder keeps fewer activations for the backward pass and computes them again: the same
+            result and gradients in less than half of the memory.
         compile_scan: run the recurrence over frames, many small operations, by `torch.compile`. It takes a minute to
             start, and needs what `torch.compile` needs (a compiler on CPU, Triton on a GPU).
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
-
-    Example:
-        >>> import torch
-        >>> model = VideoSAUR(4, slot_dim=16, backbone=None, feature_dim=24, grid=(3, 5), decoder_hidden=(32,))
-        >>> out = model(torch.randn(2, 3, 15, 24))
-        >>> out.attention_logits.shape, out.mask_logits.shape, out.reconstruction.shape
-        (torch.Size([2, 3, 4, 15]), torch.Size([2, 3, 4, 3, 5]), torch.Size([2, 3, 15, 39]))
     """
+
+    is_video: ClassVar[bool] = True
+    """Slots are handed on from frame to frame; else every frame is an image of its own."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Options that a subclass sets and does not offer."""
 
     def __init__(
         self,
@@ -131,7 +156,7 @@ class VideoSAUR(FeatureHost):
         corrector_mlp_hidden: int | None = 0,
         corrector_eps: float = 1e-8,
         corrector_init: Literal["default", "kmeans"] = "default",
-        corrector_sharpness: float = DEFAULT_SHARPNESS,
+        corrector_sharpness: float = _SHARPNESS,
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int | None = None,
@@ -156,19 +181,35 @@ class VideoSAUR(FeatureHost):
         memory_efficient: bool = True,
         compile_scan: bool = False,
     ) -> None:
+        super().__init__(has_background)
+        self.save_hyperparameters(ignore=list(self.fixed))
         weights = (reconstruction_weight, similarity_weight, contrast_weight)
-        if min(weights) < 0 or reconstruction_weight + similarity_weight == 0:
-            raise ConfigError(
-                "Expected arguments `reconstruction_weight`, `similarity_weight` and `contrast_weight` to be at least "
-                f"0 and one of the first two to be above, but got {', '.join(map(str, weights))}."
-            )
-        if similarity_temperature <= 0 or similarity_shift < 1 or contrast_temperature <= 0 or predictor_blocks < 0:
-            raise ConfigError(
-                "Expected arguments `similarity_temperature` and `contrast_temperature` to be above 0, "
-                "`similarity_shift` to be at least 1 and `predictor_blocks` to be at least 0, but got "
-                f"{similarity_temperature}, {contrast_temperature}, {similarity_shift} and {predictor_blocks}."
-            )
-        encoder = build_feature_encoder(
+        expected = (
+            "`reconstruction_weight`, `similarity_weight` and `contrast_weight` from 0, one of the first two above"
+        )
+        require(min(weights) >= 0 < reconstruction_weight + similarity_weight, expected, *weights)
+        temperatures = (similarity_temperature, contrast_temperature)
+        require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
+        require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
+        require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
+        choose("slot_init", slot_init, "gaussian", "learned")
+        choose("decoder", decoder, "mlp", "mixer")
+        choose("corrector_init", corrector_init, "default", "kmeans")
+        choose("init", init, "default", "fan_in")
+        self.reconstruction_weight = reconstruction_weight
+        self.similarity_weight = similarity_weight
+        self.similarity_temperature = similarity_temperature
+        self.similarity_threshold = similarity_threshold
+        self.similarity_shift = similarity_shift
+        self.contrast_weight = contrast_weight
+        self.contrast_temperature = contrast_temperature
+        self.contrast_across_batch = contrast_across_batch
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.decay_steps = decay_steps
+        self.decay_rate = decay_rate
+        self.carries_slots = self.is_video
+        encoder = FeatureEncoder(
             backbone=backbone,
             layer=layer,
             similarity_layer=similarity_layer,
@@ -181,42 +222,77 @@ class VideoSAUR(FeatureHost):
             hidden=encoder_hidden,
             position=encoder_position,
         )
+        self.grid = encoder.grid
         patches = math.prod(encoder.grid)
         channels = encoder.feature_dim * (reconstruction_weight > 0) + patches * (similarity_weight > 0)
         predictor = None
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
-        super().__init__(
-            initializer=build_slots(slot_init, num_slots, slot_dim, slot_init_std),
-            encoder=encoder,
-            corrector=SlotCorrector(
-                encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps
-            ),
-            predictor=predictor,
-            decoder=build_patch_decoder(
-                decoder, slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads, memory_efficient
-            ),
-            iterations_first=iterations_first,
-            is_video=True,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            decay_rate=decay_rate,
-            has_background=has_background,
-            corrector_init=corrector_init,
-            corrector_sharpness=corrector_sharpness,
-            init=init,
-            compile_scan=compile_scan,
+        first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
+        self.initializer: nn.Module = first_slots(
+            num_slots, slot_dim, slot_dim**-0.5 if slot_init_std is None else slot_init_std
         )
-        self.save_hyperparameters()
-        self.reconstruction_weight = reconstruction_weight
-        self.similarity_weight = similarity_weight
-        self.similarity_temperature = similarity_temperature
-        self.similarity_threshold = similarity_threshold
-        self.similarity_shift = similarity_shift
-        self.contrast_weight = contrast_weight
-        self.contrast_temperature = contrast_temperature
-        self.contrast_across_batch = contrast_across_batch
+        corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
+        processor = SlotProcessor(corrector, predictor, iterations_first)
+        patch_decoder: nn.Module
+        if decoder == "mlp":
+            patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
+        else:
+            patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
+        if corrector_init == "kmeans":
+            init_soft_kmeans_(corrector, corrector_sharpness)
+        else:
+            expected = "argument `corrector_sharpness` only with corrector_init='kmeans'"
+            require(corrector_sharpness == _SHARPNESS, expected, corrector_sharpness, advice="Leave it out.")
+        if init == "fan_in":
+            stacks = [encoder.output_transform, getattr(patch_decoder, "mlp", None)]
+            expected = "init='fan_in' only with `encoder_hidden` above 0 or decoder='mlp'"
+            require(any(stack is not None for stack in stacks), expected, "neither", advice="Leave `init` out.")
+            for stack in stacks:
+                if stack is not None:
+                    init_fan_in_(stack)
+        self.encoder: nn.Module = MapOverTime(encoder) if self.is_video else encoder
+        self.processor: nn.Module = ScanOverTime(processor, compile_scan) if self.is_video else processor
+        self.decoder: nn.Module = MapOverTime(patch_decoder) if self.is_video else patch_decoder
+
+    def forward(self, inputs: Tensor) -> FeatureHostOutput:
+        """Decompose clips into slots.
+
+        Args:
+            inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
+                knows it); or their cached features `(B, T, N, F)`.
+
+        Returns:
+            Slots, attention, reconstruction and object masks.
+
+        Raises:
+            ShapeError: `inputs` has other axes, or the patches are not on the grid.
+            ConfigError: frames came and there is no backbone.
+        """
+        if inputs.ndim not in (4, 5):
+            raise ShapeError(
+                "Expected argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C), but got "
+                f"{tuple(inputs.shape)}. Use T = 1 for images."
+            )
+        clips = inputs.shape[:2]
+        items = inputs if self.is_video else inputs.flatten(0, 1)
+        encoded = self.encoder(items)
+        processed = self.processor(self.initializer(len(items)), encoded["features"])
+        decoded = self.decoder(processed["slots"])
+        if not self.is_video:
+            encoded, processed, decoded = (
+                {name: value.unflatten(0, clips) for name, value in part.items()}
+                for part in (encoded, processed, decoded)
+            )
+        return FeatureHostOutput(
+            processed["slots"],
+            processed["dots"],
+            self.grid,
+            decoded["reconstruction"],
+            decoded["dots"].unflatten(-1, self.grid),
+            encoded["backbone_features"],
+            encoded["similarity_features"],
+        )
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction, similarity and contrast, as far as their weights are above 0.
@@ -229,20 +305,22 @@ class VideoSAUR(FeatureHost):
             Weight and 0-dim loss by name. Videos too short to compare frames have 0 in evaluation.
 
         Raises:
-            ConfigError: Training clips are too short to compare frames.
+            ConfigError: training clips are too short to compare frames.
         """
         losses: dict[str, tuple[float, Tensor]] = {}
-        frames = output.slots.shape[1]
+        zero = output.slots.new_zeros(())
         if self.reconstruction_weight > 0:
-            losses["reconstruction"] = (self.reconstruction_weight, self._reconstruction_error(output, valid))
+            rebuilt = output.reconstruction[..., : output.targets.shape[-1]]
+            error = rebuilt.to(compute_dtype(rebuilt.dtype)) - output.targets
+            loss = mean_over_frames(error.square().mean(dim=(2, 3)), valid)
+            losses["reconstruction"] = (self.reconstruction_weight, loss)
         if self.similarity_weight > 0:
-            shift = self.similarity_shift
-            comparable = self._comparable(frames, shift, "similarity")
-            loss = self._similarity_error(output, valid) if comparable else output.reconstruction.new_zeros(())
+            comparable = self._comparable(output, self.similarity_shift, "similarity")
+            loss = self._similarity(output, valid) if comparable else zero
             losses["similarity"] = (self.similarity_weight, loss)
         if self.contrast_weight > 0:
-            loss = output.slots.new_zeros(())
-            if self._comparable(frames, 1, "contrast"):
+            loss = zero
+            if self._comparable(output, 1, "contrast"):
                 loss = slot_contrast_loss(
                     output.slots,
                     temperature=self.contrast_temperature,
@@ -252,7 +330,7 @@ class VideoSAUR(FeatureHost):
             losses["contrast"] = (self.contrast_weight, loss)
         return losses
 
-    def _similarity_error(self, output: FeatureHostOutput, valid: Tensor) -> Tensor:
+    def _similarity(self, output: FeatureHostOutput, valid: Tensor) -> Tensor:
         shift = self.similarity_shift
         target = temporal_similarity(
             output.similarity_features,
@@ -263,12 +341,181 @@ class VideoSAUR(FeatureHost):
         prediction = output.reconstruction[:, :-shift, :, -target.shape[-1] :]
         return temporal_similarity_loss(prediction, target, valid[:, :-shift] & valid[:, shift:])
 
-    def _comparable(self, frames: int, shift: int, loss: str) -> bool:
-        if frames > shift:
-            return True
-        if self.training:
-            raise ConfigError(
-                f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
-                f"`clip_length` in the data module, or set {loss}_weight=0."
-            )
-        return False
+    def _comparable(self, output: FeatureHostOutput, shift: int, loss: str) -> bool:
+        frames = output.slots.shape[1]
+        if frames > shift or not self.training:
+            return frames > shift
+        raise ConfigError(
+            f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
+            f"`clip_length` in the data module, or set {loss}_weight=0."
+        )
+
+    def setup(self, stage: str) -> None:
+        """Take over from the data module how frames are normalised and what its masks are.
+
+        Args:
+            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        """
+        super().setup(stage)
+        for encoder in self.encoder.modules():  # it may be wrapped, over time or by torch.compile
+            if isinstance(encoder, FeatureEncoder):
+                encoder.take_normalization(getattr(self.trainer, "datamodule", None))
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Train on a batch.
+
+        Args:
+            batch: holds `features` or `video`; with both, the backbone is not run.
+            batch_idx: number of the batch in the epoch.
+
+        Returns:
+            Weighted sum of the losses, 0-dim.
+        """
+        output, parts, loss = self._step(batch)
+        if len(parts) > 1:
+            self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=len(output.slots))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(output.slots))
+        return loss
+
+    def segment(self, batch: Mapping[str, Any]) -> Tensor:
+        """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
+        output: FeatureHostOutput = self(inputs_of(batch))
+        return output.mask_logits.softmax(dim=2)
+
+    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
+        output, _, loss = self._step(batch)
+        return output.mask_logits.softmax(dim=2), loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build Adam with linear warm-up and exponential decay."""
+        steps = self.trainer.estimated_stepping_batches
+        factor = exponential_for(steps, self.warmup_steps, self.decay_steps, self.decay_rate)
+        return self.adam(self.learning_rate, factor)
+
+    def _step(self, batch: Mapping[str, Any]) -> tuple[FeatureHostOutput, dict[str, Tensor], Tensor]:
+        output: FeatureHostOutput = self(inputs_of(batch))
+        weighted = self.losses(output, frame_validity(batch))
+        total = torch.stack([weight * loss for weight, loss in weighted.values()]).sum()
+        return output, {name: loss for name, (_, loss) in weighted.items()}, total
+
+
+class VideoSAUR(FeatureHost):
+    """VideoSAUR (arXiv 2306.04829): feature reconstruction and temporal similarity, with a slot mixer.
+
+    Options are those of `FeatureHost`. Clip gradients in the Trainer: `gradient_clip_val=0.05`, as published.
+
+    Example:
+        >>> import torch
+        >>> model = VideoSAUR(4, slot_dim=16, backbone=None, feature_dim=24, grid=(3, 5), decoder_hidden=(32,))
+        >>> out = model(torch.randn(2, 3, 15, 24))
+        >>> out.attention_logits.shape, out.mask_logits.shape, out.reconstruction.shape
+        (torch.Size([2, 3, 4, 15]), torch.Size([2, 3, 4, 3, 5]), torch.Size([2, 3, 15, 39]))
+    """
+
+
+class SlotContrast(FeatureHost):
+    """SlotContrast (arXiv 2412.14295): feature reconstruction and slot-slot contrast.
+
+    The architecture and all options are those of VideoSAUR, with the defaults that were published for SlotContrast:
+    learned first slots, a residual MLP in slot attention, an MLP decoder, the contrastive loss instead of the
+    similarity loss. SSync was published on this host. Clip gradients in the Trainer: `gradient_clip_val=0.05`.
+
+    Args:
+        slot_dim: size D of a slot.
+        slot_init: first slots of a clip: `"learned"` or `"gaussian"`.
+        corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
+        decoder: `"mlp"` or `"mixer"`.
+        similarity_weight: weight of VideoSAUR's similarity loss.
+        contrast_weight: weight of the slot-slot contrastive loss.
+        **options: all other options of `FeatureHost`.
+    """
+
+    def __init__(
+        self,
+        slot_dim: int = 64,
+        slot_init: Literal["gaussian", "learned"] = "learned",
+        corrector_mlp_hidden: int | None = None,
+        decoder: Literal["mlp", "mixer"] = "mlp",
+        similarity_weight: float = 0.0,
+        contrast_weight: float = 0.5,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            slot_dim=slot_dim,
+            slot_init=slot_init,
+            corrector_mlp_hidden=corrector_mlp_hidden,
+            decoder=decoder,
+            similarity_weight=similarity_weight,
+            contrast_weight=contrast_weight,
+            **options,
+        )
+
+
+class DINOSAUR(FeatureHost):
+    """DINOSAUR (arXiv 2209.14860): slots of single images that reconstruct frozen features.
+
+    Every frame of a clip is an image of its own: train with `clip_length: 1`; slots keep no identity over time, which
+    the video metrics show. The defaults are the published sizes on the packaged EfficientNet-lite0 at 224 pixels;
+    published models use a ViT, for example `backbone: vit_base_patch14_dinov2.lvd142m`, `layer: vit_block12`,
+    `grid: [16, 16]`. Clip gradients in the Trainer: `gradient_clip_val=1.0`, as published.
+
+    Args:
+        num_slots: number S of slots.
+        slot_dim: size D of a slot.
+        iterations: slot-attention iterations.
+        corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
+        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first.
+        decoder_hidden: sizes of the decoder's hidden layers.
+        warmup_steps: linear warm-up in optimizer steps.
+        decay_steps: step at which the rate has fallen to `decay_rate` of its peak, and falls on; None is the end of
+            the training.
+        **options: all other options of `FeatureHost` that make sense for images.
+    """
+
+    is_video = False
+    fixed = (
+        *("iterations_first", "iterations_later", "predictor_blocks", "predictor_heads", "predictor_mlp_hidden"),
+        *("similarity_layer", "similarity_dim", "similarity_weight", "similarity_temperature", "similarity_threshold"),
+        *("similarity_shift", "contrast_weight", "contrast_temperature", "contrast_across_batch"),
+        *("reconstruction_weight", "compile_scan"),
+    )
+
+    def __init__(
+        self,
+        num_slots: int = 7,
+        slot_dim: int = 256,
+        iterations: int = 3,
+        corrector_mlp_hidden: int | None = None,
+        decoder: Literal["mlp", "mixer"] = "mlp",
+        decoder_hidden: tuple[int, ...] = (2048, 2048, 2048),
+        warmup_steps: int = 10_000,
+        decay_steps: int | None = 100_000,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_slots=num_slots,
+            slot_dim=slot_dim,
+            similarity_layer=None,
+            similarity_dim=None,
+            iterations_first=iterations,
+            iterations_later=iterations,
+            corrector_mlp_hidden=corrector_mlp_hidden,
+            predictor_blocks=0,
+            predictor_heads=1,
+            predictor_mlp_hidden=None,
+            decoder=decoder,
+            decoder_hidden=decoder_hidden,
+            reconstruction_weight=1.0,
+            similarity_weight=0.0,
+            similarity_temperature=1.0,
+            similarity_threshold=None,
+            similarity_shift=1,
+            contrast_weight=0.0,
+            contrast_temperature=1.0,
+            contrast_across_batch=False,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            compile_scan=False,
+            **options,
+        )

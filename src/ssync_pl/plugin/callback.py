@@ -52,14 +52,6 @@ class SSyncHooks:
         ConfigError: A setting is out of range, or there is none of that name.
         HostError: In `setup`, `on_fit_start` or the first training step: the host cannot be used; the message says why.
 
-    Example:
-        >>> import lightning.pytorch as L
-        >>> from ssync_pl import SSyncCallback
-        >>> trainer = L.Trainer(callbacks=[SSyncCallback(merge_threshold=0.65)], logger=False, accelerator="cpu",
-        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.callbacks[0].config.merge_threshold
-        0.65
-
     Source: SSync (arXiv 2606.15527).
     """
 
@@ -99,10 +91,7 @@ class SSyncHooks:
         self.engine = SSyncEngine(self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Recognises the host, puts the hooks on and wraps its training step.
-
-        Only here, since a host may build its modules in its own ``setup`` or in ``configure_model``.
-        """
+        """Recognises the host and wraps its step; only here, since a host may build modules in its own ``setup``."""
         other = pl_module.__dict__.get("training_step")
         if isinstance(other, WrappedMethod):
             raise HostError(
@@ -144,8 +133,7 @@ class SSyncHooks:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Says from which step SSync ran, or why it never did."""
-        if trainer.is_global_zero:
-            tell_end(self.engine, trainer.global_step)
+        tell_end(self.engine, trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the host back as it was."""

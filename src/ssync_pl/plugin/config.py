@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, Literal, get_args
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.method.loss import LossKind, check_options
+from ssync_pl.method.loss import Backend, LossKind, check_options
 
 __all__ = ["CollapseAction", "SSyncConfig"]
 
@@ -41,6 +41,8 @@ class SSyncConfig:
         collapse_threshold: Share of the slots in use before switching on, in (0, 1), below which it is a collapse.
         guard_window: Training steps over which slots in use are averaged before they are compared, at least 1.
         sync_counts: Under DDP, divide by the selected patches of all ranks instead of each rank's own.
+        backend: ``"auto"`` takes the GPU kernels where they serve, ``"torch"`` leaves them out, ``"triton"`` insists on
+            them. The first step logs which one runs and why.
 
     Raises:
         ConfigError: A setting is out of range; the message names it.
@@ -65,34 +67,19 @@ class SSyncConfig:
     collapse_threshold: float = 0.8
     guard_window: int = 50
     sync_counts: bool = False
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         for name, (fits, wanted) in _RULES.items():
             value = getattr(self, name)
             if not fits(value):
                 raise ConfigError(f"Expected argument `{name}` to be {wanted}, but got {value!r}.")
-        check_options(
-            merge_threshold=self.merge_threshold,
-            n_bd=self.n_bd,
-            n_nbd=self.n_nbd,
-            n_noise=self.n_noise,
-            temperature=self.temperature,
-            loss=self.loss,
-        )
+        checked = ("merge_threshold", "n_bd", "n_nbd", "n_noise", "temperature", "loss")
+        check_options(**{name: getattr(self, name) for name in checked})
 
     @classmethod
     def from_options(cls, **options: Any) -> SSyncConfig:
-        """Makes the settings from keywords, and names those that do not exist.
-
-        Args:
-            **options: Settings by name.
-
-        Returns:
-            The settings.
-
-        Raises:
-            ConfigError: There is no such setting, or one is out of range.
-        """
+        """Makes the settings from keywords; raises `ConfigError` for names that do not exist."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -106,7 +93,7 @@ class SSyncConfig:
 
 _LOSS_OPTIONS = (
     *("merge_threshold", "merge", "n_bd", "n_nbd", "n_noise", "temperature", "loss"),
-    *("boundary_weight", "interior_weight", "sync_counts"),
+    *("boundary_weight", "interior_weight", "sync_counts", "backend"),
 )
 
 
@@ -129,19 +116,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "interior_weight": _WEIGHT,
     "relative_weight": (
         lambda x: x is None or (_is_number(x) and 0 < x < inf),
-        "above 0, the share of the host's loss that SSync adds, or None for absolute weights",
+        "above 0, or None for absolute ones",
     ),
-    "warmup_ratio": (
-        lambda x: _is_number(x) and 0 <= x <= 1,
-        "in [0, 1], the share of the training during which SSync is off",
-    ),
+    "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "in [0, 1], the share of the training that it is off"),
     "warmup_steps": (lambda x: x is None or _is_count(x, 0), "None or an integer of at least 0, in optimizer steps"),
     "ramp_steps": (lambda x: _is_count(x, 0), "an integer of at least 0, in optimizer steps"),
     "on_collapse": (lambda x: x in get_args(CollapseAction), "'warn', 'backoff' or 'stop'"),
-    "collapse_threshold": (
-        lambda x: _is_number(x) and 0 < x < 1,
-        "in (0, 1), a share of the slots in use before SSync was switched on",
-    ),
+    "collapse_threshold": (lambda x: _is_number(x) and 0 < x < 1, "in (0, 1), a share of the slots in use before"),
     "guard_window": (lambda x: _is_count(x, 1), "an integer of at least 1, in training steps"),
     "sync_counts": (lambda x: isinstance(x, bool), "true or false"),
+    "backend": (lambda x: x in get_args(Backend), "'auto', 'torch' or 'triton'"),
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, HostError, SSyncError
@@ -21,53 +23,32 @@ __all__ = ["LogFunction", "SSyncEngine", "check_first", "handle_verdict", "tell_
 # Below Lightning's own logger: it shows INFO in a Trainer, and users silence both at once.
 _LOG = logging.getLogger("lightning.pytorch.ssync_pl")
 
+LogFunction = Callable[..., None]
+"""Writes one number of a training step: called as ``log(name, value, prog_bar=...)``."""
+
 _RUNNING_DECAY = 0.98
 # Of the Brier score: below this, relative weights stop growing while the term goes to zero.
 _RELATIVE_FLOOR = 1e-2
 
 
-class LogFunction(Protocol):
-    """Writes one number of a training step, a 0-dim tensor or a plain number, to the host's log."""
-
-    def __call__(self, name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        """Writes ``value`` under ``name``, such as ``ssync/boundary_loss``; on request also to the progress bar."""
-
-
 class SSyncEngine:
-    """Schedule, losses, weights and guard of one training.
-
-    Args:
-        config: The settings.
-
-    Attributes:
-        schedule: Warm-up and ramp of this training; None before `start`.
-        first_step: Optimizer step at which SSync was first added to the loss; None so far.
-    """
+    """Schedule, losses, weights and guard of one training."""
 
     def __init__(self, config: SSyncConfig) -> None:
         self.config = config
         self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
         self.schedule: Schedule | None = None
-        self.first_step: int | None = None
+        self.first_step: int | None = None  # at which SSync was first added to the loss
+        self._told = False
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
 
     def start(self, total_steps: float) -> None:
-        """Fixes the warm-up for a training of this many optimizer steps; infinity when unknown.
-
-        Raises:
-            ConfigError: The warm-up is a share of an unknown length.
-        """
+        """Fixes the warm-up for a training of this many optimizer steps, infinity when unknown."""
         self.schedule = Schedule.resolve(self.config, total_steps)
 
     def start_in(self, trainer: Any) -> None:
-        """Fixes the warm-up for a Trainer's training, whose length is asked for only where the warm-up depends on it.
-
-        Called again in each epoch, since a training may become longer or shorter until SSync is on.
-
-        Raises:
-            ConfigError: The warm-up is a share of an unknown length.
-        """
+        """Fixes the warm-up for a Trainer's training; called again in each epoch, since the length may change."""
         if self.schedule is not None and self.first_step is not None:
             return
         known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
@@ -75,24 +56,17 @@ class SSyncEngine:
 
     def phase(self, step: int) -> Phase:
         """Returns what the training step after ``step`` optimizer steps has to do."""
-        return self._started().phase(step)
+        if self.schedule is None:
+            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
+        return self.schedule.phase(step)
 
     def term(
         self, host_loss: Tensor | None, maps: SSyncMaps, step: int, log: LogFunction | None = None
     ) -> tuple[Tensor | None, GuardVerdict | None]:
-        """Computes what is added to the host's loss.
+        """Computes what is added to the host's loss: a weighted 0-dim tensor, None while SSync is off.
 
-        Args:
-            host_loss: 0-dim loss of the host; only ``relative_weight`` needs it.
-            maps: The host's maps, ``(B, T, S, N)``.
-            step: Optimizer steps taken so far.
-            log: Receives the numbers of the step.
-
-        Returns:
-            A weighted 0-dim loss, None while SSync is off, and the guard's verdict where a window ended.
-
-        Raises:
-            ConfigError: The weight is relative to the host's loss, which is not given.
+        ``host_loss`` is needed with ``relative_weight`` only; ``log`` receives the numbers of the step. The guard's
+        verdict comes along where a window ended.
         """
         phase = self.phase(step)
         if phase is Phase.WATCH:
@@ -101,8 +75,10 @@ class SSyncEngine:
             return None, None
         if self.first_step is None:
             self.first_step = step
-            choice = describe_backend(maps, temperature=self.config.temperature, loss=self.config.loss)
-            _LOG.info("SSync starts at optimizer step %d on its backend '%s': %s.", step, *choice)
+        if not self._told:
+            self._told = True
+            options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend")}
+            _tell("SSync is on from optimizer step %d with backend '%s': %s.", step, *describe_backend(maps, **options))
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
@@ -140,13 +116,8 @@ class SSyncEngine:
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
 
-    def _started(self) -> Schedule:
-        if self.schedule is None:
-            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
-        return self.schedule
-
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
-        factor = self._started().weight(step) * self.guard.factor
+        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         share = self.config.relative_weight
         if share is None:
             return factor
@@ -161,17 +132,7 @@ class SSyncEngine:
 
 
 def check_first(maps: SSyncMaps, host: str, config: SSyncConfig) -> None:
-    """Checks values, sums and gradients of the first maps. This is the only place that waits for the device.
-
-    Args:
-        maps: Maps of the first training step.
-        host: Name of the host, for messages.
-        config: The settings; a side without weight needs no gradient.
-
-    Raises:
-        HostError: A map that is to be trained carries no gradient.
-        ShapeError: A map holds NaN, or probabilities do not sum to 1.
-    """
+    """Refuses maps with NaN, sums other than 1 or no gradient; only in the first step, since it reads the device."""
     sides = (
         ("decoder masks", maps.masks, config.boundary_weight),
         ("slot attention", maps.attention, config.interior_weight),
@@ -198,10 +159,19 @@ def handle_verdict(verdict: GuardVerdict | None, trainer: Any) -> None:
 
 def tell_end(engine: SSyncEngine, step: int) -> None:
     """Says at the end of a training from which step SSync ran, or warns that it never did."""
-    if engine.first_step is None:
+    if engine.first_step is not None:
+        _tell(engine.summary(step))
+    elif _is_first_rank():
         warnings.warn(engine.summary(step), stacklevel=2)
-    else:
-        _LOG.info(engine.summary(step))
+
+
+def _tell(message: str, *args: object) -> None:
+    if _is_first_rank():
+        _LOG.info(message, *args)
+
+
+def _is_first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _running(average: Tensor | None, value: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ __all__ = ["CollapseGuard", "GuardVerdict", "existing_slots", "used_slots"]
 _SMALLEST_FACTOR = 1 / 64
 # Slots on average by which a host has to grow, so that hosts that drop another number in each batch do not count.
 _GROWTH = 0.5
+_STATE = {
+    **{name: name for name in ("factor", "before")},
+    **{name: f"_{name}" for name in ("existing_before", "count", "told", "on")},
+}
 
 
 def used_slots(maps: SSyncMaps) -> Tensor:
@@ -39,13 +43,7 @@ def existing_slots(maps: SSyncMaps) -> Tensor | float:
 
 @dataclass(frozen=True)
 class GuardVerdict:
-    """What the guard found at the end of a window.
-
-    Args:
-        collapsed: Whether slots in use are below the threshold.
-        message: What to tell the user; empty when there is nothing new.
-        stop: Whether the training should stop.
-    """
+    """What the guard found at the end of a window; the message is empty when there is nothing new."""
 
     collapsed: bool
     message: str = ""
@@ -61,25 +59,15 @@ class CollapseGuard:
 
     Some hosts change how many slots exist. Where they drop slots, only those that exist can be missed; where they add
     slots, later windows are compared with the count in use then, if it is larger.
-
-    Args:
-        action: ``"warn"``, ``"backoff"`` or ``"stop"``.
-        threshold: Share of the slots in use before, in (0, 1), below which it is a collapse.
-        window: Steps that are averaged before comparing, at least 1.
-
-    Attributes:
-        factor: What ``"backoff"`` makes of the weight, in [0, 1].
-        before: Mean slots in use of encoder and decoder before switching on; None until known.
-        latest: The same for the last window; None before its end.
     """
 
     def __init__(self, action: CollapseAction, threshold: float, window: int) -> None:
         self.action = action
         self.threshold = threshold
         self.window = window
-        self.factor = 1.0
+        self.factor = 1.0  # what "backoff" makes of the weight
         self.before: tuple[float, float] | None = None
-        self.latest: tuple[float, float] | None = None
+        self.latest: tuple[float, float] | None = None  # mean slots in use of encoder and decoder in the last window
         self._existing = math.inf
         self._existing_before: float | None = None
         self._sum: Tensor | None = None
@@ -90,23 +78,16 @@ class CollapseGuard:
     def watch(self, used: Tensor, existing: Tensor | float = math.inf) -> None:
         """Counts slots in use before switching on; arguments as in `step`."""
         used = used.detach().float()
-        if isinstance(existing, Tensor):
-            existing = existing.detach().to(used)
-        else:
-            existing = used.new_full((), existing)
+        existing = existing.detach().to(used) if isinstance(existing, Tensor) else used.new_full((), existing)
         counts = torch.cat([used, existing.reshape(1)])
         self._sum = counts if self._sum is None else self._sum.to(used.device) + counts
         self._count += 1
 
     def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
-        """Counts slots in use with SSync on, and judges at the end of a window.
+        """Counts slots in use with SSync on; gives a verdict at the end of a window, None in between.
 
-        Args:
-            used: ``(2,)`` mean slots in use of the encoder's and the decoder's map, on any device.
-            existing: Mean number of slots that exist in a video; infinity when unknown.
-
-        Returns:
-            A verdict at the end of a window, None in between.
+        ``used`` is ``(2,)``, the mean slots in use of the encoder's and the decoder's map; ``existing`` the mean number
+        of slots that exist in a video, infinity when unknown.
         """
         if self._sum is not None:
             # A loaded state is on the CPU, and ranks may only be able to sum on their devices.
@@ -130,26 +111,14 @@ class CollapseGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain numbers."""
-        return {
-            "factor": self.factor,
-            "before": self.before,
-            "existing_before": self._existing_before,
-            "sum": None if self._sum is None else self._sum.tolist(),
-            "count": self._count,
-            "told": self._told,
-            "on": self._on,
-        }
+        total = None if self._sum is None else self._sum.tolist()
+        return {**{key: getattr(self, name) for key, name in _STATE.items()}, "sum": total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
-        before, existing, total = state["before"], state["existing_before"], state["sum"]
-        self.factor = float(state["factor"])
-        self.before = None if before is None else (float(before[0]), float(before[1]))
-        self._existing_before = None if existing is None else float(existing)
-        self._sum = None if total is None else torch.tensor(total)
-        self._count = int(state["count"])
-        self._told = bool(state["told"])
-        self._on = bool(state["on"])
+        for key, name in _STATE.items():
+            setattr(self, name, state[key])
+        self._sum = None if state["sum"] is None else torch.tensor(state["sum"])
 
     def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
         before = (min(before[0], self._existing), min(before[1], self._existing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,13 +33,6 @@ class LightningHost(L.LightningModule):
         optimizer: Makes the optimizer of the parameters that are trained. None takes Adam at 2e-4.
         scheduler: Makes a scheduler of the optimizer, stepped after each optimizer step. None keeps the rate.
         validation_loss: As ``training_loss``, for validation batches. None leaves validation out.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi
-        >>> model = SAVi(num_slots=2)
-        >>> host = LightningHost(model, lambda model, video: model(video).reconstruction.square().mean())
-        >>> set(host.state_dict()) == {f"model.{key}" for key in model.state_dict()}
-        True
     """
 
     def __init__(
@@ -53,7 +47,7 @@ class LightningHost(L.LightningModule):
         self.model = model
         self._training_loss = training_loss
         self._validation_loss = validation_loss
-        self._make_optimizer = optimizer
+        self._make_optimizer = optimizer or functools.partial(torch.optim.Adam, lr=2e-4)
         self._make_scheduler = scheduler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,8 +66,7 @@ class LightningHost(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes the optimizer and, where there is one, the scheduler."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        make = self._make_optimizer
-        optimizer = torch.optim.Adam(parameters, lr=2e-4) if make is None else make(parameters)
+        optimizer = self._make_optimizer(parameters)
         if self._make_scheduler is None:
             return optimizer
         return {

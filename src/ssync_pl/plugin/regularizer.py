@@ -41,8 +41,6 @@ class SSyncRegularizer:
         ...         return self.ssync(loss, SSyncMaps(attention_logits=dots, mask_logits=alpha, grid=(24, 24)))
         >>> MyModel(ssync={"merge_threshold": 0.6}).hparams.ssync["merge_threshold"]
         0.6
-
-    Source: SSync (arXiv 2606.15527).
     """
 
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -108,9 +106,7 @@ class SSyncRegularizer:
     def on_train_end(self) -> None:
         """Says from which step SSync ran, or why it never did."""
         super().on_train_end()  # type: ignore[misc]
-        trainer = self.trainer  # type: ignore[attr-defined]
-        if trainer.is_global_zero:
-            tell_end(self._ssync_engine, trainer.global_step)
+        tell_end(self._ssync_engine, self.trainer.global_step)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps running averages and the guard's state."""

@@ -10,46 +10,30 @@ from typing import Any
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
-__all__ = ["Phase", "Schedule", "steps_of", "training_length"]
+__all__ = ["Phase", "Schedule", "accumulated_batches", "steps_of", "training_length"]
+
+
+def accumulated_batches(trainer: Any, epoch: int) -> int:
+    """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""
+    # Lightning's GradientAccumulationScheduler, of either namespace.
+    schedulers = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
+    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
 
 
 def training_length(trainer: Any) -> float:
-    """Computes how many optimizer steps a Trainer will take, also where callbacks change the accumulation by epoch.
-
-    Args:
-        trainer: A Lightning Trainer.
-
-    Returns:
-        Optimizer steps of the whole training; infinity when unknown.
-    """
+    """Computes the optimizer steps of a training, also where the accumulation changes; infinity when unknown."""
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:  # Lightning gives -1 for a loader without a length
         return math.inf
-    accumulation = next((c for c in getattr(trainer, "callbacks", ()) if _accumulates(c)), None)
-    if accumulation is None or trainer.max_epochs in (None, -1) or not math.isfinite(trainer.num_training_batches):
-        return steps
-    batches = trainer.num_training_batches
-    epochs = range(trainer.max_epochs)
-    steps = sum(math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch)) for epoch in epochs)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is None or epochs < 0 or not math.isfinite(batches):
+        return steps  # max_steps
+    steps = sum(math.ceil(batches / accumulated_batches(trainer, epoch)) for epoch in range(max(epochs, 1)))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
-def _accumulates(callback: Any) -> bool:
-    # Lightning's GradientAccumulationScheduler, of either namespace.
-    return hasattr(callback, "get_accumulate_grad_batches")
-
-
 def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "warmup") -> int:
-    """Settles a span that is given as a share of the training or as a number of steps.
-
-    Args:
-        ratio: Share of the training's optimizer steps, in [0, 1].
-        steps: Number of optimizer steps; takes the place of ``ratio``.
-        total_steps: Optimizer steps of the whole training; infinity when unknown.
-        name: Name of the two arguments without ``_ratio`` and ``_steps``, for messages.
-
-    Returns:
-        Optimizer steps.
+    """Settles a span given as a share of the training or as a number of steps; ``name`` is for messages.
 
     Raises:
         ConfigError: The training has no known length and the span is a share of it.
@@ -70,22 +54,14 @@ def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "w
 class Phase(Enum):
     """What a training step has to do."""
 
-    OFF = "off"
-    """Nothing is captured or computed."""
-    WATCH = "watch"
-    """The last steps of the warm-up: slots in use are counted, nothing is added to the loss."""
-    ON = "on"
-    """The losses are computed and added."""
+    OFF = "off"  # nothing is captured or computed
+    WATCH = "watch"  # the end of the warm-up: slots in use are counted, nothing is added to the loss
+    ON = "on"  # the losses are computed and added
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up and ramp in optimizer steps.
-
-    Args:
-        start: First optimizer step with SSync on, at least 0.
-        ramp_steps: Steps over which the weight grows to its full size, at least 0.
-        watch_steps: Steps before ``start`` in which slots in use are counted, at least 0.
+    """Warm-up and ramp in optimizer steps: ``watch_steps`` before ``start``, slots in use are counted.
 
     Source: SSync (arXiv 2606.15527): both terms are off while ``global_step < 0.3 * max_steps``.
     """

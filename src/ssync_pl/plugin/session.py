@@ -26,22 +26,7 @@ def adapter_from(
     masks_kind: MapKind,
     grid: tuple[int, int] | None,
 ) -> tuple[str | HostAdapter, tuple[int, int] | None]:
-    """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them.
-
-    Args:
-        adapter: ``"auto"``, a name, or an adapter.
-        attention: Path of the module that gives the attention over slots, or None.
-        masks: Path of the module that gives the object masks, or None.
-        attention_kind: What ``attention`` gives, ``"probs"`` or ``"logits"``.
-        masks_kind: What ``masks`` gives.
-        grid: ``(H, W)`` patches, or None.
-
-    Returns:
-        What to resolve on the host, and the grid to resolve it with.
-
-    Raises:
-        ConfigError: The arguments contradict each other.
-    """
+    """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
     if (attention is None) != (masks is None):
         raise ConfigError(
             f"Expected arguments `attention` and `masks` to come together, but got attention={attention!r} and "
@@ -60,17 +45,7 @@ def adapter_from(
 
 
 class HostSession:
-    """Hooks on a host from `__init__` to `remove`, and the maps of each step.
-
-    Args:
-        host: The model that is trained.
-        adapter: ``"auto"``, the name of an adapter, or an adapter.
-        grid: ``(H, W)`` patches, for adapters that cannot always find it.
-
-    Raises:
-        ConfigError: There is no adapter of that name, or it takes no grid.
-        HostError: No adapter knows the host, or the named one does not.
-    """
+    """Hooks on a host from `__init__` to `remove`, and the maps of each step."""
 
     def __init__(
         self, host: nn.Module, adapter: str | HostAdapter = "auto", grid: tuple[int, int] | None = None
@@ -100,19 +75,7 @@ class HostSession:
             self.close()
 
     def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
-        """Turns what was heard into maps, and checks the first ones.
-
-        Args:
-            batch: The batch of the step, for hosts whose grid follows from the size of the frames.
-            config: The settings.
-
-        Returns:
-            Maps ``(B, T, S, N)``, attached to the graph.
-
-        Raises:
-            HostError: A watched module did not run, or its maps are not what the host used.
-            ShapeError: The maps do not fit each other.
-        """
+        """Turns what was heard into maps ``(B, T, S, N)`` and checks the first ones; the batch may tell the grid."""
         self.capture.close()
         if self.capture.is_empty:
             self.capture.refuse_bypass()

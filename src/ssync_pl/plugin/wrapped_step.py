@@ -18,11 +18,7 @@ __all__ = ["LogSteps", "WrappedMethod", "loss_of", "step_logger", "with_loss"]
 class WrappedMethod:
     """A method of one host with something around it; a copied or pickled host gets its own plain method back.
 
-    Args:
-        host: The host; its method is replaced at once.
-        name: Name of the method.
-        run: Called as ``run(method, *args, **kwargs)`` in its place.
-        owner: What is put around it, for messages.
+    ``run(method, *args, **kwargs)`` is called in the method's place; ``owner`` says whose it is, for messages.
     """
 
     def __init__(self, host: Any, name: str, run: Callable[..., Any], owner: str) -> None:
@@ -60,11 +56,7 @@ def _plain_method(host: Any, name: str) -> Callable[..., Any]:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """Finds the 0-dim loss in what a training step returned; None where the step is skipped.
-
-    Raises:
-        HostError: There is none.
-    """
+    """Finds the 0-dim loss in what a training step returned; None where the step is skipped."""
     if output is None or isinstance(output, Tensor):
         return output
     if isinstance(output, MutableMapping):
@@ -99,17 +91,9 @@ class LogSteps:
         """Says whether this step's numbers are logged; called once in each step that has some."""
         first = trainer.current_epoch != self._epoch
         self._epoch = trainer.current_epoch
-        loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
-        stepped, every = getattr(loop, "_batches_that_stepped", None), getattr(trainer, "log_every_n_steps", None)
-        if first or not isinstance(stepped, int) or not isinstance(every, int):
-            return True
-        return (every > 0 and (stepped + 1) % every == 0) or trainer.should_stop
+        return first or getattr(getattr(trainer, "_logger_connector", None), "should_update_logs", True)
 
 
 def step_logger(host: Any, batch_size: int) -> Callable[..., None]:
     """Returns a `LogFunction` that writes to a LightningModule's log."""
-
-    def log(name: str, value: Tensor | float, *, prog_bar: bool = False) -> None:
-        host.log(name, value, prog_bar=prog_bar, batch_size=batch_size)
-
-    return log
+    return functools.partial(host.log, batch_size=batch_size)

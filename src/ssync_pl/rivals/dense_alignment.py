@@ -44,8 +44,7 @@ def decoder_consistency(
         0-dim loss.
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: A number is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
 
     Source: SRL, dense synergistic learning for video object-centric models: the decoder's consistency loss.
     """
@@ -84,8 +83,7 @@ def encoder_consistency(
         0-dim loss.
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: A number is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
 
     Source: SRL: the encoder's consistency loss.
     """
@@ -125,8 +123,7 @@ def slot_redundancy(attention: Tensor, slots: Tensor, redundant: int = 5) -> Ten
         0-dim loss, in [0, log N].
 
     Raises:
-        ShapeError: Shapes do not fit.
-        ConfigError: ``redundant`` is out of range.
+        ShapeError, ConfigError: Shapes do not fit, or ``redundant`` is out of range.
 
     Source: SRL: the warm-up against slot redundancy.
     """
@@ -176,9 +173,6 @@ class DenseAlignment(nn.Module):
         redundancy_steps: The redundancy loss is on before this step.
         start_step: The consistency losses are on from this step.
 
-    Raises:
-        ConfigError: A size or weight is out of range.
-
     Source: SRL; its published run groups 4 frames, weights 0.1, starts after step 20 000 and ends the redundancy loss
     after step 10 000, counted in batches of an epoch. Its redundancy loss reads the mean over iterations of the softmax
     of slot attention's logits over patches, here it is the last attention over slots, normalised over patches.
@@ -198,14 +192,8 @@ class DenseAlignment(nn.Module):
         start_step: int = 20_000,
     ) -> None:
         super().__init__()
-        encoder_dim = feature_dim if encoder_dim is None else encoder_dim
-        sizes = (feature_dim, encoder_dim, projection_dim, group_frames, neighbours, redundant)
-        if min(sizes) < 1:
-            raise ConfigError(f"Expected sizes and counts of at least 1, but got {sizes}.")
-        if min(weight, redundancy_weight) < 0:
-            raise ConfigError(f"Expected weights of at least 0, but got {weight} and {redundancy_weight}.")
         self.decoder_projection = nn.Linear(feature_dim, projection_dim, bias=False)
-        self.encoder_projection = nn.Linear(encoder_dim, projection_dim, bias=False)
+        self.encoder_projection = nn.Linear(encoder_dim or feature_dim, projection_dim, bias=False)
         self.group_frames = group_frames
         self.neighbours = neighbours
         self.redundant = redundant
@@ -264,8 +252,12 @@ def _check(
             "Expected features (B, T, N, C) and labels (B, T, N) of the same videos, frames and patches, but got "
             f"{tuple(student.shape)}, {tuple(other.shape)} and {tuple(labels.shape)}."
         )
-    if group_frames < 1 or student.shape[1] % group_frames:
+    check_group(student.shape[1], group_frames)
+
+
+def check_group(frames: int, group_frames: int) -> None:
+    """Refuses groups that do not divide the frames of a clip, by `ShapeError`."""
+    if group_frames < 1 or frames % group_frames:
         raise ShapeError(
-            f"Expected argument `group_frames` to divide the {student.shape[1]} frames of a clip, but got "
-            f"{group_frames}."
+            f"Expected argument `group_frames` to divide the {frames} frames of a clip, but got {group_frames}."
         )

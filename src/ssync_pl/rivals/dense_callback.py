@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.plugin.schedule import steps_of, training_length
 from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
-from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput
+from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput, check_group
 
 __all__ = ["DenseAlignmentCallback"]
 
+_HOSTS = (VideoSAUR, SlotContrast, DINOSAUR)
 _PUBLISHED_FRAMES = 4
 
 
@@ -198,7 +199,10 @@ class DenseAlignmentCallback(L.Callback):
                 return output
             seen = capture.only("host")
             # Also during the warm-up: clips that cannot be used are refused in the first step.
-            losses.group_frames = _frames_of_group(seen.targets.shape[1], self._group_frames)
+            frames = seen.targets.shape[1]
+            fitting = max(size for size in range(1, _PUBLISHED_FRAMES + 1) if frames % size == 0)
+            losses.group_frames = self._group_frames or fitting
+            check_group(frames, losses.group_frames)
             self._checked = True
             if off:
                 return output
@@ -216,25 +220,20 @@ class DenseAlignmentCallback(L.Callback):
 
 def _encoder_of(trainer: L.Trainer, host: L.LightningModule) -> FeatureEncoder:
     """The encoder of a host that can be served; it may be wrapped, over time or by `torch.compile`."""
-    name = type(host).__name__
-    if not isinstance(host, (VideoSAUR, SlotContrast, DINOSAUR)):
-        raise HostError(
-            "Expected a host of ssync_pl.hosts that rebuilds features (VideoSAUR, SlotContrast, DINOSAUR), but got "
-            f"{name}. Use ssync_pl.rivals.dense_alignment inside your own training step."
-        )
-    if not host.automatic_optimization:
-        raise HostError(
-            f"Expected {name} to use automatic optimization, but it sets automatic_optimization=False: it calls "
-            "backward itself, so a loss added by a callback would have no effect."
-        )
-    if getattr(host, "reconstruction_weight", 1.0) == 0:
-        raise HostError(f"Expected {name} to rebuild features, but it has reconstruction_weight=0. Set it above 0.")
-    if trainer.strategy.restore_checkpoint_after_setup:
-        raise HostError(
-            f"Expected a training on one device or with DDP, but got {type(trainer.strategy).__name__}, which splits "
-            "parameters. Use strategy='ddp'."
-        )
-    return next(module for module in host.encoder.modules() if isinstance(module, FeatureEncoder))
+    # A host with manual optimization calls backward itself, so a loss that a callback adds would have no effect.
+    obstacles = {
+        "a host that rebuilds features: VideoSAUR, SlotContrast or DINOSAUR": not isinstance(host, _HOSTS),
+        "automatic optimization, not automatic_optimization=False": not host.automatic_optimization,
+        "a host that rebuilds features, not reconstruction_weight=0": getattr(host, "reconstruction_weight", 1) == 0,
+        "strategy='ddp' or one device, since parameters are split": trainer.strategy.restore_checkpoint_after_setup,
+    }
+    for wanted, missed in obstacles.items():
+        if missed:
+            raise HostError(
+                f"Expected {wanted}, but got {type(host).__name__} with {type(trainer.strategy).__name__}. "
+                "Use the functions of ssync_pl.rivals.dense_alignment inside your own training step."
+            )
+    return next(module for module in host.encoder.modules() if isinstance(module, FeatureEncoder))  # type: ignore[union-attr]
 
 
 def _check_range(values: dict[str, Any], low: float, high: float) -> None:
@@ -242,17 +241,6 @@ def _check_range(values: dict[str, Any], low: float, high: float) -> None:
         # Infinity and NaN are outside of every range.
         if value is not None and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"Expected argument `{name}` to be in [{low}, {high}], but got {value}.")
-
-
-def _frames_of_group(frames: int, wanted: int | None) -> int:
-    if wanted is None:
-        return max(size for size in range(1, _PUBLISHED_FRAMES + 1) if frames % size == 0)
-    if frames % wanted:
-        raise ShapeError(
-            f"Expected argument `group_frames` to divide the {frames} frames of a clip, but got {wanted}. Leave it out "
-            "to take what fits."
-        )
-    return wanted
 
 
 def _dense_losses(losses: DenseAlignment, seen: Any, features: Tensor, step: int) -> DenseAlignmentOutput:

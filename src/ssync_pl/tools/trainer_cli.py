@@ -27,12 +27,9 @@ from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.checkpoint_errors import bad_checkpoint, other_checkpoint
 from ssync_pl.tools.parser_errors import explain_parser_error
-from ssync_pl.tools.predict.carry import CarrySlots, carries_slots
-from ssync_pl.tools.predict.input_data import InputDataModule
-from ssync_pl.tools.predict.options import INPUT_OPTIONS, input_writer, refuse_alone, require_host
-from ssync_pl.tools.predict.report import describe_windows
-from ssync_pl.tools.predict.words import gather_inputs, with_config
-from ssync_pl.tools.predictions import SlotPredictions
+from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
+from ssync_pl.tools.predict.writer import SlotPredictions
+from ssync_pl.tools.predict_words import INPUT_OPTIONS, describe_windows, gather_inputs, refuse_alone, with_config
 from ssync_pl.tools.progress import progress_bar
 
 __all__ = ["SSyncArgumentParser", "SSyncCLI", "run_trainer"]
@@ -122,7 +119,12 @@ class SSyncCLI(LightningCLI):
         wanted = _class_name(settings)
         super()._parse_ckpt_path()  # a checkpoint that knows its host puts it in the place of the configuration's
         if settings.get("input"):
-            require_host(wanted, _class_name(self.config[self.config["subcommand"]]))
+            found = _class_name(self.config[self.config["subcommand"]])
+            if wanted != found:
+                raise ConfigError(
+                    f"Expected --ckpt_path to be a checkpoint of {wanted}, the model of the configuration, but it is "
+                    f"one of {found}. Take the configuration that it was trained with: config.yaml in its run's folder."
+                )
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer.
@@ -178,7 +180,11 @@ class SSyncCLI(LightningCLI):
             if self.subcommand == "predict":
                 refuse_alone(self.config_init["predict"], has_writer)
                 if not has_writer:
-                    added.append(input_writer(self.config_init["predict"]))
+                    out = self.config_init["predict"].get("out")
+                    # Users' videos are larger than those that hosts are trained on.
+                    added.append(
+                        SlotPredictions(out, label_pngs=True, cell=480) if self._inputs() else SlotPredictions()
+                    )
             if self._inputs():
                 added.append(CarrySlots())
                 kwargs.setdefault("devices", 1)  # the windows of a video go one after the other
@@ -197,8 +203,7 @@ class SSyncCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
                 if self._inputs():
-                    lines = describe_windows(callback.written, carries_slots(self.model))
-                    sys.stdout.write("".join(f"{line}\n" for line in lines))
+                    sys.stdout.write(describe_windows(callback.written, carries_slots(self.model)))
                 sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
 
 

@@ -270,11 +270,6 @@ def test_a_full_disk_leaves_nothing_half_written(make_videos, backbone, tmp_path
         ({"resize_mode": "area"}, "bilinear"),
         ({"components": 0}, "components"),
         ({"components": 6}, "5 channels"),
-        ({"components": 2, "standardize": True}, "at most one"),
-        ({"components": 2, "projection": "a.npz"}, "at most one"),
-        ({"fit": ["a.tar"]}, "fit"),
-        ({"components": 2, "fit": []}, "fit"),
-        ({"components": 2, "fit": ["https://host/a.tar"]}, "Download"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(make_videos, backbone, tmp_path, options, message):

@@ -166,7 +166,7 @@ def test_killed_run_is_not_taken_for_complete(tmp_path: Path) -> None:
     code = (
         "import sys; from ssync_pl.data.synthetic import *\n"
         "generate(sys.argv[1], SceneConfig(name='tiny', resolution=16, frames=2, antialias=1),"
-        " splits={'train': 999999}, samples_per_shard=2, num_workers=0, progress=False)"
+        " splits={'train': 20000}, samples_per_shard=2, num_workers=0, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     try:
@@ -177,7 +177,7 @@ def test_killed_run_is_not_taken_for_complete(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert list(tmp_path.glob(".*/*.tar"))
-    assert not dataset_folder(tmp_path, TINY, {"train": 999999}, 0, 2).exists()
+    assert not dataset_folder(tmp_path, TINY, {"train": 20000}, 0, 2).exists()
     assert not list(tmp_path.glob("tiny-*"))
 
 
@@ -228,8 +228,8 @@ def test_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"splits": {}}, "at least one split"),
-        ({"splits": {"train": 0}}, "from 1 to 999999 videos for split `train`, but got 0"),
+        ({"splits": {}}, "splits"),
+        ({"splits": {"train": 0}}, "train"),
         ({"splits": {"../x": 1}}, "letters, digits and `_`"),
         ({"seed": -1}, "`seed`"),
         ({"samples_per_shard": 0}, "`samples_per_shard`"),

@@ -1,14 +1,17 @@
+"""Slot attention of all hosts, its start as soft k-means, and the transformer between frames."""
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.nn import SlotAttention
+from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_soft_kmeans_
+from ssync_pl.hosts.nn.slot_transformer import SlotTransformer, SlotTransformerBlock
 
 
 def _attention(**options: int) -> SlotAttention:
@@ -100,19 +103,6 @@ def test_a_slot_that_wins_nothing_stays_finite() -> None:
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
-def test_mlp_can_be_left_out() -> None:
-    assert _attention(mlp_hidden=0).mlp is None
-
-
-def test_errors() -> None:
-    with pytest.raises(ConfigError, match="`iterations` to be at least 1"):
-        _attention()(torch.randn(1, 3, 8), torch.randn(1, 5, 6), 0)
-    with pytest.raises(ShapeError, match="Flatten the grid"):
-        _attention()(torch.randn(1, 3, 8), torch.randn(1, 2, 5, 6))
-    with pytest.raises(ConfigError, match="`eps`"):
-        SlotAttention(8, eps=0.0)
-
-
 def test_sharpness_scales_the_initial_logits():
     torch.manual_seed(0)
     slots, features = torch.randn(4, 3, 64), torch.randn(4, 50, 64)
@@ -123,5 +113,136 @@ def test_sharpness_scales_the_initial_logits():
         spread[sharpness] = attention(slots, features).logits.std().item()
     assert spread[2.0] == pytest.approx(4 * spread[1.0], rel=1e-4)
     assert spread[1.0] > 2 * spread[None]
-    with pytest.raises(ConfigError, match="sharpness"):
-        SlotAttention(8, sharpness=0.0)
+
+
+@pytest.mark.parametrize("mlp_hidden", [None, 0, 7])
+def test_two_iterations_equal_the_formula(mlp_hidden: int | None) -> None:
+    torch.manual_seed(0)
+    corrector = SlotCorrector(6, 4, iterations=2, mlp_hidden=mlp_hidden, eps=1e-3).double()
+    first, features = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    normed = corrector.norm_features(features)
+    keys, values = normed @ corrector.to_k.weight.T, normed @ corrector.to_v.weight.T
+    slots = first
+    for _ in range(2):
+        slots = corrector.norm_slots(slots)
+        logits = slots @ corrector.to_q.weight.T @ keys.mT / 2  # sqrt of 4 channels
+        attention = logits.softmax(1)
+        shares = (attention + 1e-3) / (attention + 1e-3).sum(-1, keepdim=True)
+        # The recurrent state is the normalised slot.
+        slots = corrector.gru((shares @ values).view(6, 4), slots.reshape(6, 4)).view(2, 3, 4)
+        if corrector.mlp is not None:
+            slots = slots + corrector.mlp.layers(slots)
+    output = corrector(first, features)
+    torch.testing.assert_close(output["slots"], slots)
+    torch.testing.assert_close(output["dots"], logits)
+    torch.testing.assert_close(output["masks"], attention)
+
+
+def test_autocast_keeps_logits_in_float32() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = SlotCorrector(6, 4)(torch.randn(1, 3, 4), torch.randn(1, 5, 6))
+    assert output["dots"].dtype == output["masks"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 5, 8), 0), ConfigError, "iterations"),
+        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 2, 5, 8)), ShapeError, "Flatten"),
+        (lambda: SlotAttention(8, sharpness=0.0), ConfigError, "sharpness"),
+        (lambda: SlotCorrector(8, 8, iterations=0), ConfigError, "iterations"),
+        (lambda: SlotCorrector(8, 8, eps=0), ConfigError, "corrector_eps"),
+        (lambda: init_soft_kmeans_(SlotCorrector(6, 4)), ConfigError, "encoder_hidden"),
+        (lambda: init_soft_kmeans_(SlotCorrector(4, 4), float("nan")), ConfigError, "corrector_sharpness"),
+        (lambda: SlotTransformer(8, blocks=1, heads=3), ConfigError, "heads"),
+        (lambda: SlotTransformer(8, blocks=-1, heads=2), ConfigError, "blocks"),
+    ],
+)
+def test_refusals(call, error, match) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def _normalised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def _started(sharpness: float = 1.5, dim: int = 16, **options: int) -> SlotCorrector:
+    torch.manual_seed(0)
+    corrector = SlotCorrector(dim, dim, iterations=1, **options)
+    init_soft_kmeans_(corrector, sharpness)
+    return corrector
+
+
+@pytest.mark.parametrize("sharpness", [1.5, 3.0])
+def test_logits_are_similarities_and_values_the_features(sharpness: float) -> None:
+    corrector = _started(sharpness)
+    slots, features = torch.randn(2, 3, 16), torch.randn(2, 7, 16)
+    wanted = sharpness**2 * _normalised(slots) @ _normalised(features).mT / 4
+    torch.testing.assert_close(corrector(slots, features)["dots"], wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(corrector.to_v.weight, torch.eye(16))
+    # A rotation, not the identity: queries and keys are not tied to the axes.
+    assert (corrector.to_q.weight.abs().amax(1) < 0.95 * sharpness).all()
+
+
+def test_it_groups_alike_patches_before_any_training() -> None:
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(3, 16, generator=generator)
+    labels = torch.arange(60) % 3
+    features = (kinds[labels] + 0.2 * torch.randn(60, 16, generator=generator))[None]
+    first = features[:, :3] + torch.randn(1, 3, 16, generator=generator)
+
+    def purity(corrector: SlotCorrector) -> float:
+        winners = corrector(first, features, 3)["masks"][0].argmax(0)
+        return sum((labels[winners == slot].bincount(minlength=3).max()).item() for slot in range(3)) / 60
+
+    torch.manual_seed(0)
+    assert purity(SlotCorrector(16, 16, mlp_hidden=0)) < 0.9
+    assert purity(_started(mlp_hidden=0)) == 1.0
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_block_equals_its_formula(with_memory: bool) -> None:
+    torch.manual_seed(0)
+    block = SlotTransformerBlock(8, heads=2, mlp_hidden=12).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    inputs = torch.randn(2, 5, 8, dtype=torch.float64)
+    memory = torch.randn(2, 3, 8, dtype=torch.float64) if with_memory else None
+    normed = block.norm1(inputs)
+    source = normed if memory is None else memory
+    weight, bias = block.self_attn.qkv.weight, block.self_attn.qkv.bias
+    query, key, value = (
+        x @ weight[8 * i : 8 * i + 8].T + bias[8 * i : 8 * i + 8] for i, x in enumerate((normed, source, source))
+    )
+    heads = []
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        # The published scale: times sqrt(4), not divided by it.
+        logits = query[..., part] @ key[..., part].mT * math.sqrt(4)
+        heads.append(logits.softmax(-1) @ value[..., part])
+    mixed = inputs + block.self_attn.out_proj(torch.cat(heads, -1))
+    expected = mixed + block.linear2(block.linear1(block.norm2(mixed)).relu())
+    torch.testing.assert_close(block(inputs, memory), expected)
+
+
+def test_blocks_follow_each_other_and_each_sees_the_memory() -> None:
+    transformer = SlotTransformer(8, blocks=2, heads=4)
+    inputs, memory = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
+    expected = transformer.blocks[1](transformer.blocks[0](inputs, memory), memory)
+    assert torch.equal(transformer(inputs, memory), expected)
+    assert transformer.blocks[0].linear1.weight.shape == (32, 8)
+
+
+def test_the_usual_scale_equals_torchs_encoder_layer_with_norm_first() -> None:
+    torch.manual_seed(0)
+    block = SlotTransformerBlock(8, heads=2, mlp_hidden=16, published=False)
+    reference = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    reference.self_attn.in_proj_weight.data = block.self_attn.qkv.weight.data
+    reference.self_attn.in_proj_bias.data = block.self_attn.qkv.bias.data
+    reference.self_attn.out_proj.load_state_dict(block.self_attn.out_proj.state_dict())
+    for name in ("norm1", "norm2", "linear1", "linear2"):
+        getattr(reference, name).load_state_dict(getattr(block, name).state_dict())
+    slots = torch.randn(2, 5, 8)
+    torch.testing.assert_close(block(slots), reference(slots), rtol=1e-4, atol=1e-5)
+    assert torch.equal(SlotTransformer(8, blocks=0, heads=2)(slots), slots)

@@ -10,7 +10,7 @@ from public_configs import TEXTS, write_config
 from ssync_pl import SSyncCallback, hosts
 from ssync_pl.data import ShardDataModule
 from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.schedules import exponential_for
+from ssync_pl.hosts.training import exponential_for
 from ssync_pl.tools.official.convert import convert_config
 
 
@@ -215,7 +215,7 @@ def test_all_arguments_exist_and_the_schedule_is_the_public_one(convert, name):
     host = getattr(hosts, config["model"]["class_path"])
     known = set(inspect.signature(host).parameters) | set(inspect.signature(hosts.VideoSAUR).parameters)
     options = config["model"]["init_args"]
-    assert set(options) <= (known if name != "dinosaur" else set(inspect.signature(host).parameters))
+    assert set(options) <= known - set(host.fixed)
     assert set(config["trainer"]) <= set(inspect.signature(L.Trainer).parameters)
     ShardDataModule(**config["data"]["init_args"])
     factor = exponential_for(5000, options["warmup_steps"], options["decay_steps"], options["decay_rate"])

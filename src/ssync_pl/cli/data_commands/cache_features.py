@@ -48,11 +48,7 @@ def add_parser(commands: Any) -> None:
     source.add_argument("--checkpoint", type=Path, help="file of weights (PyTorch or safetensors)")
     parser.add_argument("--dtype", choices=("bf16", "int8"), default="bf16", help="how features are stored")
     parser.add_argument("--flips", action="store_true", help="store features of mirrored frames too")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--components", type=int, help="store this many principal components of standardised channels")
-    kind.add_argument("--standardize", action="store_true", help="store standardised channels")
-    kind.add_argument("--projection", type=Path, help="projection.npz of another folder, instead of fitting one")
-    parser.add_argument("--fit", nargs="+", help="shards to fit the projection to, instead of the first run's")
+    parser.add_argument("--components", type=int, help="store this many principal components of standardised channels")
     parser.add_argument("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
     parser.add_argument("--crop", choices=("none", "center", "random"), default="none", help="random is refused")
     parser.add_argument("--batch-size", type=int, default=32, help="frames a call of the backbone")
@@ -72,7 +68,6 @@ def _cache_features(options: argparse.Namespace) -> int:
     require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
-    fit = None if options.fit is None else expand_shards(options.fit)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
     report = cache_features(
         shards,
@@ -87,9 +82,6 @@ def _cache_features(options: argparse.Namespace) -> int:
         device=device,
         on_bad_sample=options.on_bad_sample,
         components=options.components,
-        standardize=options.standardize,
-        fit=fit,
-        projection=options.projection,
     )
     rows, columns = backbone.grid_for(*size)
     lines = [

@@ -47,8 +47,9 @@ def add_parser(commands: Any) -> None:
 def _preview(options: argparse.Namespace) -> int:
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
+    from ssync_pl.data.video import encode_mp4, mp4_available
     from ssync_pl.tools.preview import compose_preview, draw_preview, pick_videos
-    from ssync_pl.tools.viz import encode_mp4, encode_png, mp4_available
+    from ssync_pl.tools.viz import encode_png
 
     if options.out.suffix.lower() != ".png":
         raise ConfigError(f"Expected --out to end in .png, but got {str(options.out)!r}.")

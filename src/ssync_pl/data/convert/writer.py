@@ -29,7 +29,7 @@ from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_proces
 from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["ConversionReport", "Decode", "Item", "convert", "verify_shard"]
+__all__ = ["ConversionReport", "Decode", "Item", "convert", "record_path", "verify_shard"]
 
 _VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
 _LOCK = ".convert.lock"
@@ -278,12 +278,13 @@ def _worker_count(wanted: int | None, videos: int, shards: int) -> int:
     return count if count > 1 else 0
 
 
-def _record_path(out: Path, prefix: str) -> Path:
+def record_path(out: Path, prefix: str) -> Path:
+    """Where the record of a conversion lies."""
     return out / f".{prefix}.plan.json"
 
 
 def _read_record(out: Path, prefix: str) -> _Record | None:
-    path = _record_path(out, prefix)
+    path = record_path(out, prefix)
     try:
         raw = json.loads(path.read_bytes())
         if (raw.pop("format"), raw.pop("version")) != (_FORMAT, _VERSION):
@@ -300,7 +301,7 @@ def _read_record(out: Path, prefix: str) -> _Record | None:
 
 def _write_record(out: Path, record: _Record) -> None:
     content = {"format": _FORMAT, "version": _VERSION, **asdict(record)}
-    write_bytes(_record_path(out, record.prefix), json.dumps(content, sort_keys=True).encode())
+    write_bytes(record_path(out, record.prefix), json.dumps(content, sort_keys=True).encode())
 
 
 def _completed(out: Path, record: _Record, skip: bool) -> ConversionReport | None:

@@ -27,7 +27,7 @@ from ssync_pl.data.features.recipe import (
     require_local,
     source_facts,
 )
-from ssync_pl.data.features.settle import ProjectionWish, settle_projection
+from ssync_pl.data.features.settle import settle_projection
 from ssync_pl.data.files import exclusive
 from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, write_index
 from ssync_pl.data.samples import SampleRules
@@ -86,9 +86,6 @@ def cache_features(
     on_bad_sample: Literal["raise", "skip"] = "raise",
     progress: bool = True,
     components: int | None = None,
-    standardize: bool = False,
-    fit: Sequence[str] | None = None,
-    projection: str | os.PathLike[str] | None = None,
 ) -> CacheReport:
     """Store the features of every frame, in shards of the same names and keys as those of the videos.
 
@@ -99,8 +96,8 @@ def cache_features(
 
     With `components` features are projected (`fit_projection`): each channel standardised, each layer of the same
     weight, then a PCA. The projection is fitted once, by the first call for a folder, to up to 512 frames from all over
-    its shards, or those of `fit`, and lies in the folder as `projection.npz`. So store the training videos first:
-    later calls for that folder take the same projection.
+    its shards, and lies in the folder as `projection.npz`. So store the training videos first: later calls for that
+    folder take the same projection.
 
     Args:
         shards: Local shards of videos.
@@ -116,9 +113,6 @@ def cache_features(
         on_bad_sample: `raise`, or `skip` videos that cannot be read: they get no features and are reported.
         progress: Show a bar.
         components: Store this many principal components instead of the backbone's channels.
-        standardize: Store standardised channels, without a PCA.
-        fit: Local shards to fit the projection to; `None` takes `shards`.
-        projection: `projection.npz` of another folder, to use instead of fitting one.
 
     Returns:
         What was done.
@@ -136,10 +130,9 @@ def cache_features(
         raise ConfigError(f"Expected argument `on_bad_sample` to be raise or skip, but got {on_bad_sample!r}.")
     require_crop(crop)
     stored_dtype(dtype)
-    wish = ProjectionWish(components, standardize, fit, projection)
-    if components is not None and components > backbone.dim:
+    if components is not None and not 1 <= components <= backbone.dim:
         raise ConfigError(
-            f"Expected argument `components` to be at most the {backbone.dim} channels of backbone {backbone.name}, "
+            f"Expected argument `components` to be from 1 to the {backbone.dim} channels of backbone {backbone.name}, "
             f"but got {components}."
         )
     require_local(shards)
@@ -152,10 +145,9 @@ def cache_features(
     rules = SampleRules(image_size=size, crop=crop)
     run = FeatureRun(backbone, transform, recipe, rules, batch_size, torch.device(device), on_bad_sample == "skip")
     entries, folder = load_shards(shards), Path(out)
-    load_shards(fit or ())  # what cannot be read is named before anything is made
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run = _projected(run, folder, wish, shards)
+        run = _projected(run, folder, components, shards)
         _require_same_recipe(folder, run.recipe)
         report = CacheReport()
         bar = tqdm(total=sum(len(entry.samples) for entry in entries), unit="video", disable=not progress)
@@ -171,8 +163,8 @@ def cache_features(
     return report
 
 
-def _projected(run: FeatureRun, out: Path, wish: ProjectionWish, shards: Sequence[str]) -> FeatureRun:
-    projection = settle_projection(out, run, wish, shards)
+def _projected(run: FeatureRun, out: Path, components: int | None, shards: Sequence[str]) -> FeatureRun:
+    projection = settle_projection(out, run, components, shards)
     if projection is None:
         return run
     dim, fingerprint = projection.matrix.shape[1], projection.fingerprint

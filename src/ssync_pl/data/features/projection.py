@@ -96,18 +96,18 @@ class Moments:
         return self._scatter / max(self.count, 1)
 
 
-def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int | None) -> Projection:
+def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int) -> Projection:
     """Fit a projection to the mean and covariance of features.
 
     Each channel is centred and divided by its standard deviation, and each layer by the square root of its number of
-    channels, so that all layers weigh the same. With `components` these are turned to their principal components,
-    largest first. In the end one factor brings the mean square over everything to 1. Channels that do not vary are
-    dropped from the map.
+    channels, so that all layers weigh the same. These are turned to their principal components, largest first. In the
+    end one factor brings the mean square over everything to 1. Channels that do not vary are dropped from the map. The
+    covariance is gathered batch by batch, since the frames of a fit take gigabytes.
 
     Args:
         moments: Mean and covariance.
         layer_dims: Channels of each layer, in their order along D.
-        components: K, how many principal components are kept; `None` standardises only, with K = D.
+        components: K, how many principal components are kept.
 
     Returns:
         The projection; `info` says `components` and `explained`, the share of the variance that is kept.
@@ -117,7 +117,7 @@ def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int 
     """
     covariance = moments.covariance()
     dim = len(covariance)
-    if components is not None and not 1 <= components <= dim:
+    if not 1 <= components <= dim:
         raise ConfigError(f"Expected argument `components` to be from 1 to the {dim} channels, but got {components}.")
     variance = covariance.diagonal()
     varies = variance > _CONSTANT * (variance.max() + moments.mean.square())
@@ -129,22 +129,19 @@ def fit_projection(moments: Moments, layer_dims: Sequence[int], components: int 
     weights = torch.cat([torch.full((int(size),), 1.0 / math.sqrt(size), dtype=torch.float64) for size in layer_dims])
     scale = torch.where(varies, weights / variance.clamp_min(1e-300).sqrt(), 0.0)
     standard = covariance * torch.outer(scale, scale)
-    if components is None:
-        matrix, kept = scale.diag(), standard.diagonal()
-    else:
-        values, vectors = torch.linalg.eigh(standard)
-        rank = int((values > _RANK * values[-1]).sum())
-        if components > rank:
-            raise ConfigError(
-                f"Expected argument `components` to be at most {rank}, as the sampled features vary in no more "
-                f"directions, but got {components}. Lower it, or fit to more videos."
-            )
-        kept, vectors = values.flip(0)[:components], vectors.flip(1)[:, :components]
-        # A component's sign is arbitrary: its largest entry becomes positive.
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        matrix = scale[:, None] * vectors * largest.sign()
+    values, vectors = torch.linalg.eigh(standard)
+    rank = int((values > _RANK * values[-1]).sum())
+    if components > rank:
+        raise ConfigError(
+            f"Expected argument `components` to be at most {rank}, as the sampled features vary in no more "
+            f"directions, but got {components}. Lower it, or fit to more videos."
+        )
+    kept, vectors = values.flip(0)[:components], vectors.flip(1)[:, :components]
+    # A component's sign is arbitrary: its largest entry becomes positive.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    matrix = scale[:, None] * vectors * largest.sign()
     matrix = matrix / kept.mean().sqrt()
-    info = {"components": components or 0, "explained": float(kept.sum() / standard.diagonal().sum())}
+    info = {"components": components, "explained": float(kept.sum() / standard.diagonal().sum())}
     return Projection(moments.mean.float(), matrix.float(), info)
 
 
@@ -193,11 +190,6 @@ def describe_projection(projection: Projection) -> str:
     if projection.components and "explained" in info:
         text += f", {info['explained']:.1%} of the variance"
     if info.get("sources"):
-        text += f", fitted to {info.get('frames')} frames of {name_shards(info['sources'])}"
+        text += f", fitted to {info.get('frames')} frames of {info['sources'][0]['name']}"
+        text += f" … ({len(info['sources'])} shards)" if len(info["sources"]) > 1 else ""
     return text
-
-
-def name_shards(sources: Sequence[Mapping[str, str]]) -> str:
-    """Name the shards that a projection was fitted to."""
-    names = [source["name"] for source in sources]
-    return ", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]} ({len(names)} shards)"

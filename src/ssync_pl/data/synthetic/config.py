@@ -24,15 +24,29 @@ _MAX_OBJECTS = 64
 
 _DENSEST = math.pi / math.sqrt(12.0)  # share of the plane that equal discs can cover at most
 
+_WHOLE = ("resolution", "frames", "min_objects", "max_objects", "antialias", "distractors", "thrown")
+_RANGES: dict[str, tuple[float, float]] = {
+    "resolution": (8, 1024),
+    "frames": (1, 1000),
+    "min_objects": (1, _MAX_OBJECTS),
+    "max_objects": (1, _MAX_OBJECTS),
+    "antialias": (1, 4),
+    "distractors": (0, 64),
+    "fps": (1.0, 240.0),
+    "zoom": (0.5, 10.0),
+    "camera_travel": (0.0, 20.0),
+    "spawn_extent": (0.1, 10.0),
+    "max_speed": (0.0, 20.0),
+    "resting_extent": (0.1, 10.0),
+    "clumping": (0.0, 1.0),
+    "camouflage": (0.0, 1.0),
+}
+_PAIRS = {"spawn_height": (0.0, 5.0), "camera_elevation": (5.0, 80.0), "camera_shell": (3.0, 14.0)}
+
 # Fields that came after the first data sets: left out of the hash at their defaults, so that those keep their folders.
 _LATER_FIELDS = (
-    "thrown",
-    "resting_extent",
-    "clumping",
-    "camouflage",
-    "distractors",
-    "camera_shell",
-    "camera_elevation",
+    *("thrown", "resting_extent", "clumping", "camouflage", "distractors"),
+    *("camera_shell", "camera_elevation"),
 )
 
 
@@ -46,10 +60,10 @@ class SceneConfig:
     Args:
         name: Letters, digits, ``_`` and ``-``; the first part of shard and folder names.
         resolution: Height and width of a frame in pixels, 8 to 1024.
-        frames: Frames a video, 1 to 1000.
-        fps: Frames a second of simulated time, 1 to 240.
-        min_objects: Least number of objects a scene, at least 1.
-        max_objects: Largest number of objects a scene, at most 64.
+        frames: Frames per video, 1 to 1000.
+        fps: Frames per second of simulated time, 1 to 240.
+        min_objects: Least number of objects per scene, at least 1.
+        max_objects: Largest number of objects per scene, at most 64.
         object_sizes: Edge or diameter in world units; each object takes one of them, evenly.
         zoom: Magnification of the camera: the half-width of the view is divided by it. It changes how many pixels the
             objects fill without touching their motion, so it works alike for every preset.
@@ -60,7 +74,7 @@ class SceneConfig:
             `camera_shell`, the longest path: each clip draws its own length, U(0, camera_travel).
         spawn_extent: Objects start with x and y in [-spawn_extent, spawn_extent], world units.
         spawn_height: Lowest and highest start of an object's centre above the floor, world units.
-        max_speed: Starting velocity in x and y is U(-max_speed, max_speed) minus the position, world units a second.
+        max_speed: Starting velocity in x and y is U(-max_speed, max_speed) minus the position, world units per second.
         thrown: Fewest and most objects that are thrown in, while all others rest on the floor until something hits
             them; the number at rest is U(min_objects - fewest, max_objects - most). None: all are thrown.
         resting_extent: Objects at rest have their centres within this distance of the origin, world units.
@@ -101,76 +115,61 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         # YAML gives lists, and ints where floats are meant: one spelling only, or equal settings would hash apart
-        object.__setattr__(self, "object_sizes", _floats("object_sizes", self.object_sizes))
-        object.__setattr__(self, "spawn_height", _floats("spawn_height", self.spawn_height))
-        object.__setattr__(self, "camera_elevation", _floats("camera_elevation", self.camera_elevation))
-        if self.camera_shell is not None:
-            object.__setattr__(self, "camera_shell", _floats("camera_shell", self.camera_shell))
+        for field in (*_RANGES, *_PAIRS, "object_sizes"):
+            value = getattr(self, field)
+            if value is not None and field not in _WHOLE:
+                object.__setattr__(self, field, _floats(field, value, single=field in _RANGES))
         if isinstance(self.thrown, list):
             object.__setattr__(self, "thrown", tuple(self.thrown))
-        numbers = ("fps", "zoom", "camera_travel", "spawn_extent", "max_speed")
-        for field in (*numbers, "resting_extent", "clumping", "camouflage"):
-            object.__setattr__(self, field, _float(field, getattr(self, field)))
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise ConfigError(
                 "Expected argument `name` to be ASCII letters, digits, `_` and `-`, because files are named after it, "
                 f"but got {self.name!r}."
             )
-        _whole("resolution", self.resolution, 8, 1024)
-        _whole("frames", self.frames, 1, 1000)
-        _whole("min_objects", self.min_objects, 1, _MAX_OBJECTS)
-        _whole("max_objects", self.max_objects, 1, _MAX_OBJECTS)
-        _whole("antialias", self.antialias, 1, 4)
+        for field, (low, high) in _RANGES.items():
+            _between(field, getattr(self, field), low, high)
+        for field, (low, high) in _PAIRS.items():
+            pair = getattr(self, field)
+            if pair is not None and (len(pair) != 2 or not low <= pair[0] <= pair[1] <= high):
+                raise ConfigError(
+                    f"Expected argument `{field}` to be (low, high) from {low:g} to {high:g}, but got {pair}."
+                )
+        if not self.object_sizes:
+            raise ConfigError("Expected argument `object_sizes` to name at least one size, but got none.")
+        for size in self.object_sizes:
+            _between("object_sizes", size, 0.1, 4.0)
         if self.min_objects > self.max_objects:
             raise ConfigError(
                 "Expected argument `min_objects` to be at most `max_objects`, but got "
                 f"{self.min_objects} > {self.max_objects}. Lower one or raise the other."
             )
-        _between("fps", self.fps, 1.0, 240.0)
-        _between("zoom", self.zoom, 0.5, 10.0)
-        _between("camera_travel", self.camera_travel, 0.0, 20.0)
-        _between("spawn_extent", self.spawn_extent, 0.1, 10.0)
-        _between("max_speed", self.max_speed, 0.0, 20.0)
-        if not self.object_sizes:
-            raise ConfigError("Expected argument `object_sizes` to name at least one size, but got none.")
-        for size in self.object_sizes:
-            _between("object_sizes", size, 0.1, 4.0)
-        if len(self.spawn_height) != 2 or not 0.0 <= self.spawn_height[0] <= self.spawn_height[1] <= 5.0:
+        if not isinstance(self.textured, bool) or self.camera_motion not in CAMERA_MOTIONS:
             raise ConfigError(
-                "Expected argument `spawn_height` to be (low, high) with 0 <= low <= high <= 5, but got "
-                f"{self.spawn_height}."
-            )
-        if not isinstance(self.textured, bool):
-            raise ConfigError(f"Expected argument `textured` to be true or false, but got {self.textured!r}.")
-        if self.camera_motion not in CAMERA_MOTIONS:
-            raise ConfigError(
-                f"Expected argument `camera_motion` to be one of {CAMERA_MOTIONS}, but got {self.camera_motion!r}."
+                f"Expected argument `textured` to be true or false and `camera_motion` one of {CAMERA_MOTIONS}, but "
+                f"got {self.textured!r} and {self.camera_motion!r}."
             )
         if (self.camera_motion == "static") != (self.camera_travel == 0.0):
             raise ConfigError(
                 "Expected argument `camera_travel` to be 0 for a static camera and positive for a moving one, but got "
                 f"{self.camera_travel} with camera_motion={self.camera_motion!r}."
             )
-        self._check_resting()
-        self._check_looks()
-        self._check_shell()
+        self._refuse_without("thrown", "resting_extent", "clumping")
+        self._refuse_without("textured", "camouflage", "distractors")
+        self._refuse_without("camera_shell", "camera_elevation")
+        if self.thrown is not None:
+            self._check_thrown(self.thrown)
 
-    def _check_resting(self) -> None:
-        _between("resting_extent", self.resting_extent, 0.1, 10.0)
-        _between("clumping", self.clumping, 0.0, 1.0)
-        if self.thrown is None:
-            self._refuse_without("thrown", "resting_extent", "clumping")
-            return
-        if not isinstance(self.thrown, tuple) or len(self.thrown) != 2:
-            raise ConfigError(f"Expected argument `thrown` to be (fewest, most), or None, but got {self.thrown!r}.")
-        for count in self.thrown:
-            _whole("thrown", count, 0, _MAX_OBJECTS)
-        low, high = self.thrown
+    def _check_thrown(self, thrown: tuple[int, int]) -> None:
+        if not isinstance(thrown, tuple) or len(thrown) != 2:
+            raise ConfigError(f"Expected argument `thrown` to be (fewest, most), or None, but got {thrown!r}.")
+        for count in thrown:
+            _between("thrown", count, 0, _MAX_OBJECTS)
+        low, high = thrown
         fewest, most = self.min_objects - low, self.max_objects - high
         if low > high or not 0 <= fewest <= most:
             raise ConfigError(
                 "Expected argument `thrown` to be (fewest, most) so that U(min_objects - fewest, max_objects - most) "
-                f"objects can rest, but got {self.thrown} with {self.min_objects} to {self.max_objects} objects. "
+                f"objects can rest, but got {thrown} with {self.min_objects} to {self.max_objects} objects. "
                 "Raise `max_objects`, or lower `thrown`."
             )
         half = min(self.object_sizes) * 0.5
@@ -181,31 +180,10 @@ class SceneConfig:
                 "lower `object_sizes` or `min_objects`."
             )
 
-    def _check_looks(self) -> None:
-        _between("camouflage", self.camouflage, 0.0, 1.0)
-        _whole("distractors", self.distractors, 0, 64)
-        if not self.textured:
-            self._refuse_without("textured", "camouflage", "distractors")
-
-    def _check_shell(self) -> None:
-        shell, elevation = self.camera_shell, self.camera_elevation
-        if len(elevation) != 2 or not 5.0 <= elevation[0] <= elevation[1] <= 80.0:
-            raise ConfigError(
-                "Expected argument `camera_elevation` to be (low, high) with 5 <= low <= high <= 80 degrees, but got "
-                f"{elevation}."
-            )
-        if shell is None:
-            self._refuse_without("camera_shell", "camera_elevation")
-        elif len(shell) != 2 or not 3.0 <= shell[0] <= shell[1] <= 14.0:
-            raise ConfigError(
-                "Expected argument `camera_shell` to be (low, high) with 3 <= low <= high <= 14, or None, but got "
-                f"{shell}."
-            )
-
     def _refuse_without(self, needed: str, *names: str) -> None:
         """Refuse settings that would have no effect."""
         for field in dataclasses.fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
+            if not getattr(self, needed) and field.name in names and getattr(self, field.name) != field.default:
                 raise ConfigError(
                     f"Expected argument `{field.name}` to keep its default {field.default!r} without `{needed}`, but "
                     f"got {getattr(self, field.name)!r}. Set `{needed}` too."
@@ -248,26 +226,22 @@ def preset(name: str, /, **changes: Any) -> SceneConfig:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
-def _float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"Expected argument `{name}` to be a number, but got {value!r}.")
-    return float(value)
-
-
-def _floats(name: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, (list, tuple)):
+def _floats(name: str, value: Any, single: bool) -> Any:
+    values = [value] if single else value
+    if not isinstance(values, (list, tuple)):
         raise ConfigError(f"Expected argument `{name}` to be a list of numbers, but got {value!r}.")
-    return tuple(_float(name, item) for item in value)
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise ConfigError(f"Expected argument `{name}` to be a number, but got {item!r}.")
+    return float(value) if single else tuple(float(item) for item in values)
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"Expected argument `{name}` to be a whole number from {low} to {high}, but got {value!r}.")
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"Expected argument `{name}` to be from {low:g} to {high:g}, but got {value!r}.")
+def _between(name: str, value: Any, low: float, high: float) -> None:
+    whole = name in _WHOLE
+    good = isinstance(value, int if whole else float) and not isinstance(value, bool)
+    if not good or not low <= value <= high:
+        kind = "a whole number " if whole else ""
+        raise ConfigError(f"Expected argument `{name}` to be {kind}from {low:g} to {high:g}, but got {value!r}.")
 
 
 PRESETS: dict[str, SceneConfig] = {

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
 import warnings
-from collections import deque
-from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ssync_pl.data.index import read_index
-from ssync_pl.data.processes import cpu_count, may_start_processes, one_thread_each
-from ssync_pl.data.shards import ShardWriter
+from ssync_pl.data.convert.writer import Item, convert, record_path
+from ssync_pl.data.index import read_index, write_index
+from ssync_pl.data.processes import may_start_processes
 from ssync_pl.data.synthetic.config import GENERATOR_VERSION, SceneConfig
 from ssync_pl.data.synthetic.render import render_scene
 from ssync_pl.data.synthetic.scene import sample_scene
@@ -33,12 +28,7 @@ from ssync_pl.errors import ConfigError, ShardError
 __all__ = ["DEFAULT_SPLITS", "dataset_folder", "generate", "split_seed"]
 
 DEFAULT_SPLITS: Mapping[str, int] = {"train": 440, "validation": 48}
-"""Videos a split: enough for a small model to learn objects in minutes."""
-
-_VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
-
-_Rendered = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
-_Job = tuple[SceneConfig, int, int]
+"""Videos per split: enough for a small model to learn objects in minutes."""
 
 
 def split_seed(seed: int, split: str) -> int:
@@ -73,7 +63,7 @@ def dataset_folder(
         config: Settings of the scenes.
         splits: Split name → number of videos.
         seed: Seed of the data set, at least 0.
-        samples_per_shard: Videos a shard.
+        samples_per_shard: Videos per shard.
 
     Returns:
         ``<root>/<name>-<12 digits of a hash of all the rest>``; nothing is made.
@@ -106,9 +96,9 @@ def generate(
         config: Settings of the scenes.
         splits: Split name → number of videos; splits never share videos.
         seed: Seed of the data set, at least 0.
-        num_workers: Processes that render; 0 renders in this one. None: one a CPU, but none for a handful of videos.
+        num_workers: Processes that render; 0 renders in this one. None: one per CPU, but none for a handful of videos.
             The result does not depend on it.
-        samples_per_shard: Videos a shard.
+        samples_per_shard: Videos per shard.
         progress: Show a bar on standard error.
 
     Returns:
@@ -153,15 +143,12 @@ def generate(
 def _recipe(config: SceneConfig, splits: Mapping[str, int], seed: int, samples_per_shard: int) -> dict[str, Any]:
     if not isinstance(config, SceneConfig):
         raise ConfigError(f"Expected argument `config` to be a SceneConfig, but got {type(config).__name__}.")
-    if not splits:
-        raise ConfigError("Expected argument `splits` to name at least one split, but got none.")
-    for split, count in splits.items():
-        if not isinstance(split, str) or not split.isidentifier():
-            raise ConfigError(f"Expected names in argument `splits` of letters, digits and `_`, but got {split!r}.")
+    counts = {"samples_per_shard": samples_per_shard, **{f"splits[{split!r}]": n for split, n in splits.items()}}
+    for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 10**6:
-            raise ConfigError(f"Expected from 1 to 999999 videos for split `{split}`, but got {count!r}.")
-    if isinstance(samples_per_shard, bool) or not isinstance(samples_per_shard, int) or samples_per_shard < 1:
-        raise ConfigError(f"Expected argument `samples_per_shard` to be at least 1, but got {samples_per_shard!r}.")
+            raise ConfigError(f"Expected argument `{name}` to be from 1 to 999999 videos, but got {count!r}.")
+    if not splits or not all(isinstance(split, str) and split.isidentifier() for split in splits):
+        raise ConfigError(f"Expected argument `splits` to have names of letters, digits and `_`, but got {[*splits]}.")
     return {
         "generator": "ssync_pl.data.synthetic",
         "generator_version": GENERATOR_VERSION,
@@ -200,72 +187,36 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Render:
+    """Make the members of the video with the seed and number of an item."""
+
+    config: SceneConfig
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        arrays, facts = render_scene(self.config, *item.source)
+        video, masks = arrays["video"], arrays["segmentations"]
+        return {"video.npy": video, "segmentations.npy.gz": masks, "instances.json": facts}
+
+
 def _fill(
     folder: Path, config: SceneConfig, recipe: Mapping[str, Any], num_workers: int | None, progress: bool
 ) -> None:
-    from tqdm import tqdm
-
-    splits: dict[str, int] = recipe["splits"]
-    jobs = [(config, recipe["split_seeds"][split], i) for split, count in splits.items() for i in range(count)]
-    with (
-        contextlib.closing(_render_all(jobs, _worker_count(num_workers, len(jobs)))) as rendered,
-        tqdm(
-            total=len(jobs), desc=f"generating {config.name}", unit="video", mininterval=1.0, disable=not progress
-        ) as bar,
-    ):
-        for split, count in splits.items():
-            with ShardWriter(folder, f"{config.name}-{split}", recipe["samples_per_shard"], recipe) as writer:
-                for i in range(count):
-                    arrays, facts = next(rendered)
-                    members = {
-                        "video.npy": arrays["video"],
-                        "segmentations.npy.gz": arrays["segmentations"],
-                        "instances.json": facts,
-                    }
-                    writer.write(f"{i:06d}", members)
-                    bar.update()
-
-
-def _worker_count(wanted: int | None, videos: int) -> int:
-    if wanted == 0 or not may_start_processes():
-        return 0
-    if wanted is not None:
-        return min(wanted, videos)
-    count = min(cpu_count(), videos // _VIDEOS_PER_WORKER)
-    return count if count > 1 else 0
-
-
-def _render_all(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, None]:
-    """Yield the rendered jobs in order."""
-    done = 0
-    if workers:
+    for split, count in recipe["splits"].items():
+        prefix = f"{config.name}-{split}"
+        items = [Item(f"{i:06d}", [recipe["split_seeds"][split], i]) for i in range(count)]
+        options: dict[str, Any] = {"samples_per_shard": recipe["samples_per_shard"], "progress": progress, "recipe": {}}
         try:
-            for rendered in _render_in_processes(jobs, workers):
-                yield rendered
-                done += 1
-        except BrokenProcessPool:
+            convert(items, _Render(config), folder, prefix, num_workers=num_workers, **options)
+        except ShardError as error:
+            if not isinstance(error.__cause__, BrokenProcessPool):
+                raise
             warnings.warn(
                 "Rendering goes on in one process, because the worker processes ended early: memory ran out, or the "
                 'main script lacks `if __name__ == "__main__":`. Pass num_workers=0 to start none.',
                 stacklevel=2,
             )
-    for job in jobs[done:]:
-        yield render_scene(*job)
-
-
-def _render_in_processes(jobs: list[_Job], workers: int) -> Generator[_Rendered, None, None]:
-    # spawn: forking a process that has threads (PyTorch, a logger) can hang
-    context = multiprocessing.get_context("spawn")
-    with one_thread_each(), ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting: deque[Future[_Rendered]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(render_scene, *job))
-                # only so many wait, or a slow disk would fill the memory with videos
-                if len(waiting) >= 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+            convert(items, _Render(config), folder, prefix, num_workers=0, **options)
+        record_path(folder, prefix).unlink()
+    index = read_index(folder)
+    write_index(folder, index.shards.values() if index else (), recipe)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ssync_pl.data.synthetic.shapes import BOUNDS, SPHERE, contact_points, inertia, signed_distance, volume
 
-__all__ = ["GRAVITY", "Bodies", "Trajectory", "simulate"]
+__all__ = ["Bodies", "Trajectory", "simulate"]
 
 GRAVITY = 9.81
 """World units a squared second, downwards along z."""
@@ -59,18 +59,10 @@ class Bodies:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States of all bodies at every frame."""
+    """Centres (F, n, 3) in world units and rotations from body to world (F, n, 3, 3) of all bodies at every frame."""
 
     position: _Array
     rotation: _Array
-    velocity: _Array
-    spin: _Array
-
-    def energy(self, bodies: Bodies) -> _Array:
-        """Return the kinetic energy plus the energy of height."""
-        local = np.einsum("fnij,fni->fnj", self.rotation, self.spin)
-        kinetic = 0.5 * bodies.mass * (self.velocity**2).sum(-1) + 0.5 * (bodies.moments * local**2).sum(-1)
-        return (kinetic + bodies.mass * GRAVITY * self.position[..., 2]).sum(-1)
 
 
 def simulate(
@@ -89,9 +81,8 @@ def simulate(
         if frame:
             for _ in range(world.substeps):
                 world.step()
-        states.append((world.position.copy(), world.rotation.copy(), world.velocity.copy(), world.spin().copy()))
-    columns = [np.stack(column) for column in zip(*states, strict=True)]
-    return Trajectory(*columns)
+        states.append((world.position.copy(), world.rotation.copy()))
+    return Trajectory(np.stack([state[0] for state in states]), np.stack([state[1] for state in states]))
 
 
 class _World:

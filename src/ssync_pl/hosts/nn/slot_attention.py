@@ -1,15 +1,22 @@
-"""Slot attention (Locatello et al. 2020), the corrector of video hosts."""
+"""Slot attention (Locatello et al. 2020), the corrector of the hosts."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import require
+from ssync_pl.hosts.nn.layers import MLP
+from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["SlotAttention", "SlotAttentionOutput"]
+__all__ = ["SlotAttention", "SlotAttentionOutput", "SlotCorrector", "init_soft_kmeans_"]
+
+_UPDATE_BIAS = -1.5  # the update gate keeps sigmoid(-1.5), 18 %, of the old slot
+_SHRINK = 0.1
 
 
 class SlotAttentionOutput(NamedTuple):
@@ -18,10 +25,6 @@ class SlotAttentionOutput(NamedTuple):
     Args:
         slots: `(B, S, D)`, after the last iteration.
         logits: float32 `(B, S, N)`, query · key · scale of the last iteration, before the softmax over slots.
-
-    Example:
-        >>> SlotAttentionOutput(torch.zeros(1, 2, 3), torch.zeros(1, 2, 9)).logits.shape
-        torch.Size([1, 2, 9])
     """
 
     slots: Tensor
@@ -36,7 +39,7 @@ class SlotAttention(nn.Module):
 
     Args:
         slot_dim: size D of a slot; queries, keys and values have it too.
-        feature_dim: channels of the features; `None` for `slot_dim`.
+        feature_dim: channels C of the features; `None` for `slot_dim`.
         iterations: default number of iterations of a call, at least 1.
         mlp_hidden: hidden size of the residual MLP after the GRU; 0 leaves the MLP out.
         eps: added to the attention before it is normalised over patches, so that an empty slot stays finite.
@@ -53,6 +56,13 @@ class SlotAttention(nn.Module):
         (torch.Size([2, 3, 16]), torch.Size([2, 3, 25]))
     """
 
+    normalized_state = False
+    """Whether the GRU's state is the normalised slot, so that each iteration forgets the slot's length."""
+    projections = ("to_q", "to_k", "to_v")
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+
     def __init__(
         self,
         slot_dim: int,
@@ -64,30 +74,30 @@ class SlotAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_iterations(iterations)
-        if eps <= 0:
-            raise ConfigError(f"Expected argument `eps` to be above 0, but got {eps}. Use 1e-8.")
-        if sharpness is not None and sharpness <= 0:
-            raise ConfigError(f"Expected argument `sharpness` to be None or above 0, but got {sharpness}. Try 2.")
+        require(eps > 0, "argument `eps` (`corrector_eps`) to be above 0", eps, advice="Use 1e-8.")
+        require(sharpness is None or sharpness > 0, "argument `sharpness` to be None or above 0", sharpness)
         feature_dim = slot_dim if feature_dim is None else feature_dim
         self.iterations = iterations
         self.eps = eps
         self.scale = slot_dim**-0.5
-        self.norm_features = nn.LayerNorm(feature_dim)
-        self.norm_slots = nn.LayerNorm(slot_dim)
-        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.to_k = nn.Linear(feature_dim, slot_dim, bias=False)
-        self.to_v = nn.Linear(feature_dim, slot_dim, bias=False)
+        for name in self.projections:  # the order decides which random numbers each gets
+            setattr(self, name, nn.Linear(slot_dim if name == "to_q" else feature_dim, slot_dim, bias=False))
         if sharpness is not None:
             for layer in (self.to_q, self.to_k):
                 nn.init.normal_(layer.weight, std=sharpness * layer.in_features**-0.5)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
-        self.mlp: nn.Module | None = None
-        if mlp_hidden > 0:
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim)
-            )
+        self.mlp = self.build_mlp(slot_dim, mlp_hidden) if mlp_hidden > 0 else None
+        self.norm_features = nn.LayerNorm(feature_dim)
+        self.norm_slots = nn.LayerNorm(slot_dim)
 
-    def forward(self, slots: Tensor, features: Tensor, iterations: int | None = None) -> SlotAttentionOutput:
+    @staticmethod
+    def build_mlp(slot_dim: int, hidden: int) -> nn.Module:
+        """Build the residual branch behind the GRU."""
+        return nn.Sequential(
+            nn.LayerNorm(slot_dim), nn.Linear(slot_dim, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim)
+        )
+
+    def forward(self, slots: Tensor, features: Tensor, iterations: int | None = None) -> Any:
         """Bind slots to the patches of one frame.
 
         Args:
@@ -96,33 +106,112 @@ class SlotAttention(nn.Module):
             iterations: overrides the number given at construction.
 
         Returns:
-            Corrected slots and the logits of the last iteration.
+            `SlotAttentionOutput`: corrected slots and the logits of the last iteration.
 
         Raises:
             ShapeError: the inputs are not 3-D or have different batch sizes.
+            ConfigError: `iterations` is below 1.
         """
         if slots.ndim != 3 or features.ndim != 3 or slots.shape[0] != features.shape[0]:
             raise ShapeError(
                 "Expected arguments `slots` and `features` to be (B, S, D) and (B, N, C) with one B, "
-                f"but got {tuple(slots.shape)} and {tuple(features.shape)}. Flatten the grid and call once a frame."
+                f"but got {tuple(slots.shape)} and {tuple(features.shape)}. Flatten the grid and call once per frame."
             )
         count = self.iterations if iterations is None else iterations
         _check_iterations(count)
         features = self.norm_features(features)
-        key, value = self.to_k(features), self.to_v(features)
-        logits = slots.new_zeros(())
+        keys, values = self.to_k(features), self.to_v(features)
+        logits = masks = slots.new_zeros(())
         for _ in range(count):
-            query = self.to_q(self.norm_slots(slots))
-            logits = (torch.einsum("bsd,bnd->bsn", query, key) * self.scale).float()
-            weights = logits.softmax(dim=1) + self.eps
+            normalized = self.norm_slots(slots)
+            logits = torch.einsum("bsd,bnd->bsn", self.to_q(normalized), keys) * self.scale
+            logits = logits.to(compute_dtype(logits.dtype))
+            masks = logits.softmax(dim=1)
+            weights = masks + self.eps
             weights = weights / weights.sum(dim=-1, keepdim=True)
-            updates = torch.einsum("bsn,bnd->bsd", weights.to(value.dtype), value)
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            updates = torch.einsum("bsn,bnd->bsd", weights.to(values.dtype), values)
+            state = normalized if self.normalized_state else slots
+            slots = self.gru(updates.flatten(0, 1), state.flatten(0, 1)).unflatten(0, slots.shape[:2])
             if self.mlp is not None:
                 slots = slots + self.mlp(slots)
+        return self.output(slots, logits, masks)
+
+    @staticmethod
+    def output(slots: Tensor, logits: Tensor, masks: Tensor) -> Any:
+        """Give the results of the last iteration their form."""
         return SlotAttentionOutput(slots, logits)
 
 
+class SlotCorrector(SlotAttention):
+    """Slot attention as the VideoSAUR family computes it (arXiv 2306.04829): the GRU starts from normalised slots.
+
+    Parameters have the names, order and shapes of the public checkpoints. A call returns a dict: `slots` `(B, S, D)`;
+    of the last iteration `dots` `(B, S, N)`, the logits in at least float32, and `masks`, their softmax over slots.
+
+    Args:
+        input_dim: channels of a feature.
+        slot_dim: size D of a slot, of keys, queries and values.
+        iterations: iterations unless a call says otherwise.
+        mlp_hidden: hidden size of the residual MLP behind the GRU; None for `4 * slot_dim`, 0 for no MLP.
+        eps: added to the attention before it is normalised over patches.
+
+    Raises:
+        ConfigError: `iterations` or `eps` is out of range.
+    """
+
+    normalized_state = True
+    projections = ("to_k", "to_v", "to_q")
+
+    def __init__(
+        self, input_dim: int, slot_dim: int, iterations: int = 2, mlp_hidden: int | None = None, eps: float = 1e-8
+    ) -> None:
+        super().__init__(slot_dim, input_dim, iterations, 4 * slot_dim if mlp_hidden is None else mlp_hidden, eps)
+
+    @staticmethod
+    def build_mlp(slot_dim: int, hidden: int) -> nn.Module:
+        """Build the residual branch behind the GRU."""
+        return MLP(slot_dim, [hidden], slot_dim, layer_norm=True)
+
+    @staticmethod
+    def output(slots: Tensor, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """Give the results of the last iteration their published names."""
+        return {"slots": slots, "masks": masks, "dots": logits}
+
+
+@torch.no_grad()
+def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
+    """Give slot attention initial weights with which its iterations are those of soft k-means.
+
+    Queries and keys get one random rotation times `sharpness`, so that the logits are
+    `sharpness ** 2 * <slot, feature> / sqrt(D)`, both normalised. Values are the features as they are, and the GRU
+    starts out putting the mean of a slot's patches in the place of the slot. With independent random weights, slots
+    and patches begin in unrelated spaces, and many steps go by until attention groups anything. Weights are changed
+    in place; names, shapes and what can be learned stay.
+
+    Args:
+        corrector: slot attention (`to_q`, `to_k`, `to_v`, `gru`) whose features have as many channels as its slots.
+        sharpness: how decided the first assignments are; above 0.
+
+    Raises:
+        ConfigError: features and slots have different sizes, or `sharpness` is not above 0.
+    """
+    require(0 < sharpness < math.inf, "argument `corrector_sharpness` to be above 0", sharpness, advice="Use 1.5.")
+    channels, dim = corrector.to_k.in_features, corrector.to_q.in_features
+    expected = "features of as many channels as a slot for corrector_init='kmeans'"
+    advice = "Set `encoder_hidden` above 0, which projects features to the size of a slot."
+    require(channels == dim, expected, channels, dim, advice=advice)
+    nn.init.orthogonal_(corrector.to_q.weight, gain=sharpness)
+    corrector.to_k.weight.copy_(corrector.to_q.weight)
+    nn.init.eye_(corrector.to_v.weight)
+    gru = corrector.gru
+    for weight in (gru.weight_ih, gru.weight_hh):
+        weight.mul_(_SHRINK)
+    for bias in (gru.bias_ih, gru.bias_hh):
+        bias.zero_()
+    # Rows of PyTorch's GRU: reset gate, update gate, candidate.
+    gru.weight_ih[2 * dim :].add_(corrector.to_v.weight)
+    gru.bias_ih[dim : 2 * dim].fill_(_UPDATE_BIAS)
+
+
 def _check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ConfigError(f"Expected argument `iterations` to be at least 1, but got {iterations}. Use 1 to 3.")
+    require(iterations >= 1, "argument `iterations` to be at least 1", iterations, advice="Use 1 to 3.")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import choose, require
 
 __all__ = ["Linkage", "MergedSlots", "SlotMerger", "agglomerate", "cosine_distances"]
 
@@ -17,55 +17,24 @@ Linkage = Literal["complete", "average"]
 
 
 class MergedSlots(NamedTuple):
-    """What `SlotMerger` returns.
-
-    Args:
-        slots: `(B, P, S, D)`, means of the members; 0 where there are none.
-        members: bool `(B, P, S, S)`; `[..., i, j]` where slot j went into slot i, the lowest index of its cluster.
-
-    Example:
-        >>> MergedSlots(torch.zeros(1, 1, 2, 4), torch.eye(2, dtype=torch.bool)[None, None]).valid
-        tensor([[[True, True]]])
-    """
+    """Slots `(B, P, S, D)`, means of their members or 0; members bool `(B, P, S, S)`, where slot j went into slot i."""
 
     slots: Tensor
     members: Tensor
 
     @property
     def valid(self) -> Tensor:
-        """Slots with members.
-
-        Returns:
-            Bool `(B, P, S)`.
-        """
+        """Bool `(B, P, S)`: slots with members."""
         return self.members.any(dim=-1)
 
     def merge_attention(self, attention: Tensor) -> Tensor:
-        """Attention of the merged slots.
-
-        Args:
-            attention: `(B, P, S, N)`, normalised over tokens.
-
-        Returns:
-            `(B, P, S, N)`, summed over members and normalised over tokens; uniform where there are none.
-        """
+        """Attention `(B, P, S, N)` summed over members and normalised over tokens; uniform where there are none."""
         total = torch.einsum("bpij,bpjn->bpin", self.members.to(attention.dtype), attention) + 1e-8
         return total / total.sum(dim=-1, keepdim=True)
 
 
 def cosine_distances(slots: Tensor) -> Tensor:
-    """One minus the cosine of every two slots.
-
-    Args:
-        slots: `(..., S, D)`.
-
-    Returns:
-        Float32 `(..., S, S)` in [0, 2].
-
-    Example:
-        >>> cosine_distances(torch.eye(2)).tolist()
-        [[0.0, 1.0], [1.0, 0.0]]
-    """
+    """One minus the cosine of every two slots `(..., S, D)`, as float32 `(..., S, S)` in [0, 2]."""
     with torch.autocast(slots.device.type, enabled=False):
         unit = F.normalize(slots.float(), dim=-1)
         return 1.0 - unit @ unit.transpose(-1, -2)
@@ -84,19 +53,7 @@ def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complet
 
     Returns:
         Int64 `(..., S)`, for each item the lowest index in its cluster.
-
-    Raises:
-        ConfigError: `linkage` is unknown.
-        ShapeError: `distances` is no stack of square matrices.
-
-    Example:
-        >>> agglomerate(cosine_distances(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])), 0.1).tolist()
-        [0, 1, 0]
     """
-    if linkage not in ("complete", "average"):
-        raise ConfigError(f"Expected argument `linkage` to be 'complete' or 'average', but got {linkage!r}.")
-    if distances.ndim < 2 or distances.shape[-1] != distances.shape[-2]:
-        raise ShapeError(f"Expected argument `distances` to be (..., S, S), but got {tuple(distances.shape)}.")
     count = distances.shape[-1]
     flat = distances.detach().float().reshape(-1, count, count)
     index = torch.arange(count, device=flat.device)
@@ -128,53 +85,22 @@ def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complet
 class SlotMerger(nn.Module):
     """Replaces slots that are alike by their mean, so that an object that fell into pieces is one slot again.
 
-    Args:
-        threshold: cosine distance below which clusters of slots are merged; None never merges.
-        linkage: distance of clusters.
-        min_slots: a frame whose slots would become fewer than this keeps them all.
-
-    Raises:
-        ConfigError: an option is out of range.
-
-    Example:
-        >>> merger = SlotMerger(threshold=0.1, min_slots=1)
-        >>> merged = merger(torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]]]))
-        >>> merged.valid.tolist(), merged.slots[0, 0, 0].tolist()
-        ([[[True, True, False]]], [1.0, 0.05000000074505806])
+    Arguments are those of `SOLV` that start with `merge_`.
 
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.3; linkage and the least number as in its public code.
     """
 
     def __init__(self, threshold: float | None = 0.12, linkage: Linkage = "complete", min_slots: int = 3) -> None:
         super().__init__()
-        if threshold is not None and not 0.0 <= threshold <= 2.0:
-            raise ConfigError(f"Expected argument `threshold` to be None or in [0, 2], but got {threshold}. Use 0.12.")
-        if linkage not in ("complete", "average"):
-            raise ConfigError(f"Expected argument `linkage` to be 'complete' or 'average', but got {linkage!r}.")
-        if min_slots < 1:
-            raise ConfigError(f"Expected argument `min_slots` to be at least 1, but got {min_slots}. Use 3.")
+        require(threshold is None or 0.0 <= threshold <= 2.0, "`merge_threshold` to be None or in [0, 2]", threshold)
+        require(min_slots >= 1, "argument `merge_min_slots` to be at least 1", min_slots)
+        choose("merge_linkage", linkage, "complete", "average")
         self.threshold = threshold
         self.linkage: Linkage = linkage
         self.min_slots = min_slots
 
     def forward(self, slots: Tensor, wanted: Tensor | None = None) -> MergedSlots:
-        """Merge slots of each frame.
-
-        Args:
-            slots: `(B, P, S, D)`.
-            wanted: bool `(B, P)`, frames whose slots may be merged; None for all.
-
-        Returns:
-            Merged slots and their members.
-
-        Raises:
-            ShapeError: `slots` is not 4-D, or `wanted` does not fit.
-        """
-        if slots.ndim != 4 or (wanted is not None and wanted.shape != slots.shape[:2]):
-            raise ShapeError(
-                "Expected arguments `slots` and `wanted` to be (B, P, S, D) and (B, P), but got "
-                f"{tuple(slots.shape)} and {None if wanted is None else tuple(wanted.shape)}."
-            )
+        """Merge slots `(B, P, S, D)` of each frame for itself, where `wanted` `(B, P)` says so; None for all."""
         index = torch.arange(slots.shape[2], device=slots.device)
         labels = index.expand(slots.shape[:3])
         if self.threshold is not None:

@@ -1,4 +1,4 @@
-"""Transformer blocks of the VideoSAUR family: predictor of the slots, allocator of the slot mixer."""
+"""Transformer of slots: predictor from frame to frame, and allocator of the slot mixer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["SlotTransformer", "SlotTransformerBlock"]
 
@@ -17,18 +17,18 @@ __all__ = ["SlotTransformer", "SlotTransformerBlock"]
 class _Attention(nn.Module):
     """Multi-head attention with one joint projection."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, published: bool) -> None:
         super().__init__()
         self.heads = heads
         # The published code divides the queries by 1 / sqrt(d) where others multiply: its weights need this scale.
-        self.scale = math.sqrt(dim // heads)
+        self.scale = math.sqrt(dim // heads) if published else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
-        for part in self.qkv.weight.data.chunk(3):
-            nn.init.xavier_uniform_(part)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out_proj.bias)
+        if published:
+            for part in (*self.qkv.weight.data.chunk(3), self.out_proj.weight):
+                nn.init.xavier_uniform_(part)
+            nn.init.zeros_(self.qkv.bias)
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, inputs: Tensor, memory: Tensor | None) -> Tensor:
         if memory is None:
@@ -43,45 +43,19 @@ class _Attention(nn.Module):
 
 
 class SlotTransformerBlock(nn.Module):
-    """Attention to the inputs themselves or to a memory, then an MLP, each residual and with its input normalised.
+    """Attention to the inputs themselves or to a memory, then an MLP, each residual and with its input normalised."""
 
-    Logits of the attention are query · key · sqrt(d), as in the published code (not divided by sqrt(d)).
-
-    Args:
-        dim: size of inputs and memory.
-        heads: attention heads; must divide `dim`.
-        mlp_hidden: hidden size of the MLP.
-
-    Raises:
-        ConfigError: `heads` does not divide `dim`.
-
-    Example:
-        >>> SlotTransformerBlock(16, heads=4, mlp_hidden=32)(torch.randn(2, 9, 16), memory=torch.randn(2, 5, 16)).shape
-        torch.Size([2, 9, 16])
-    """
-
-    def __init__(self, dim: int, heads: int, mlp_hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, mlp_hidden: int, published: bool = True) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ConfigError(
-                f"Expected the number of attention heads to divide the slot size {dim}, but got {heads}. Use 1, 2 or 4."
-            )
-        self.self_attn = _Attention(dim, heads)
+        require(heads >= 1 and dim % heads == 0, f"the attention heads to divide the slot size {dim}", heads)
+        self.self_attn = _Attention(dim, heads, published)
         self.linear1 = nn.Linear(dim, mlp_hidden)
         self.linear2 = nn.Linear(mlp_hidden, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, inputs: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Mix and transform.
-
-        Args:
-            inputs: `(B, N, D)`.
-            memory: `(B, M, D)` to attend to; None attends to the inputs.
-
-        Returns:
-            `(B, N, D)`.
-        """
+        """Mix and transform inputs `(B, N, D)`, which attend to a memory `(B, M, D)` or to themselves."""
         inputs = inputs + self.self_attn(self.norm1(inputs), memory)
         return inputs + self.linear2(self.linear1(self.norm2(inputs)).relu())
 
@@ -91,35 +65,26 @@ class SlotTransformer(nn.Module):
 
     Args:
         dim: size of inputs and memory.
-        blocks: number of blocks.
+        blocks: number of blocks; 0 passes inputs on unchanged.
         heads: attention heads of each.
         mlp_hidden: hidden size of each MLP; None for `4 * dim`.
+        published: scale and initialise attention as the VideoSAUR family does: logits are query · key · sqrt(d) (not
+            divided by sqrt(d)). False is the usual scale, with PyTorch's initialisation.
 
     Raises:
-        ConfigError: There is no block, or `heads` does not divide `dim`.
-
-    Example:
-        >>> SlotTransformer(16, blocks=2, heads=4)(torch.randn(2, 5, 16)).shape
-        torch.Size([2, 5, 16])
+        ConfigError: `blocks` is negative, or `heads` does not divide `dim`.
     """
 
-    def __init__(self, dim: int, blocks: int, heads: int, mlp_hidden: int | None = None) -> None:
+    def __init__(
+        self, dim: int, blocks: int, heads: int, mlp_hidden: int | None = None, published: bool = True
+    ) -> None:
         super().__init__()
-        if blocks < 1:
-            raise ConfigError(f"Expected a transformer of at least 1 block, but got {blocks}. Use 1 to 3.")
+        require(blocks >= 0, "the number of transformer blocks to be at least 0", blocks)
         width = 4 * dim if mlp_hidden is None else mlp_hidden
-        self.blocks = nn.ModuleList(SlotTransformerBlock(dim, heads, width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(SlotTransformerBlock(dim, heads, width, published) for _ in range(blocks))
 
     def forward(self, inputs: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Run the blocks one after the other.
-
-        Args:
-            inputs: `(B, N, D)`.
-            memory: `(B, M, D)` that every block attends to; None attends to the inputs.
-
-        Returns:
-            `(B, N, D)`.
-        """
+        """Run the blocks one after the other on `(B, N, D)`; every block attends to `memory`, if there is one."""
         for block in self.blocks:
             inputs = block(inputs, memory)
         return inputs

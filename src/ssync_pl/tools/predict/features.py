@@ -27,20 +27,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """How the features were made that a host was trained on.
-
-    Args:
-        backbone: Name of the backbone.
-        layer: Its layers; None for the default.
-        weights: Fingerprint of its weights; None where nothing says it.
-        dtype: How features were stored, which rounds them.
-        projection: What they were projected with; None for nothing.
-        image_size: `(H, W)` of the frames that the backbone saw; None where nothing says it.
-
-    Example:
-        >>> FeatureSource("efficientnet_lite0", None, None, "bf16", None).dtype
-        'bf16'
-    """
+    """How the features were made that a host was trained on; None where nothing says it."""
 
     backbone: str
     layer: str | None
@@ -51,7 +38,7 @@ class FeatureSource:
 
 
 def find_features(data: ShardDataModule, projection: str | None) -> FeatureSource | None:
-    """Find out which features the data module of the configuration gives.
+    """Finds out which features the data module of the configuration gives.
 
     The folder of the cache says it. Where the folder is gone, `projection` does, or the settings of a
     `SyntheticDataModule` that projects nothing.
@@ -65,10 +52,6 @@ def find_features(data: ShardDataModule, projection: str | None) -> FeatureSourc
 
     Raises:
         ConfigError: The projection is not to be found, or is another one.
-
-    Example:
-        >>> find_features(ShardDataModule(), None) is None
-        True
     """
     if data.features is None:
         if projection is not None:
@@ -116,10 +99,6 @@ class FeatureMaker:
 
     Raises:
         ConfigError: The backbone cannot be built, or its weights are others.
-
-    Example:
-        >>> FeatureMaker.__init__.__name__
-        '__init__'
     """
 
     def __init__(self, source: FeatureSource, data: ShardDataModule, checkpoint: str | None = None) -> None:
@@ -135,7 +114,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """Compute features.
+        """Computes features.
 
         Args:
             batch: `video` uint8 (1, T, h, w, 3) and `crop` (1, 2), on the device that is to be used.

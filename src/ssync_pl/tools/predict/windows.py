@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
+from ssync_pl.data.transforms import Size, central_square, covering_size
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.tools.viz import resize_nearest
 
-__all__ = ["OUTSIDE", "Window", "cut_windows", "match_slots", "relabel", "window_length"]
+__all__ = [
+    "OUTSIDE",
+    "Window",
+    "cut_windows",
+    "match_slots",
+    "relabel",
+    "restore_labels",
+    "seen_region",
+    "window_length",
+]
 
 OUTSIDE = 255
 """Label of pixels that the model did not see, because a crop cut them off."""
@@ -20,17 +34,7 @@ OUTSIDE = 255
 
 @dataclass(frozen=True)
 class Window:
-    """Some consecutive frames of a video.
-
-    Args:
-        start: Number of the first frame.
-        frames: uint8 (T, H, W, 3). Frame 0 is the last one of the window before, unless `start` is 0.
-        last: Whether the video ends with it.
-
-    Example:
-        >>> Window(0, np.zeros((2, 4, 4, 3), np.uint8), last=True).frames.shape
-        (2, 4, 4, 3)
-    """
+    """Consecutive frames of a video, uint8 (T, H, W, 3); frame 0 repeats the last window's end unless `start` is 0."""
 
     start: int
     frames: NDArray[np.uint8]
@@ -38,22 +42,7 @@ class Window:
 
 
 def window_length(total: int | None, most: int) -> int:
-    """Choose the length of windows so that all are about as long, rather than leaving a short rest.
-
-    Args:
-        total: Frames of the video; None when nothing says it.
-        most: Most frames of a window, at least 2.
-
-    Returns:
-        Frames of a window, of which the first is shared with the window before.
-
-    Raises:
-        ConfigError: `most` is below 2.
-
-    Example:
-        >>> window_length(64, 64), window_length(65, 64), window_length(None, 64)
-        (64, 33, 64)
-    """
+    """Frames per window, so that all windows are about as long; `total` is None where nothing says it."""
     if most < 2:
         raise ConfigError(
             f"Expected --clip-frames to be at least 2, as windows share a frame, but got {most}. Take 16 or more."
@@ -66,20 +55,7 @@ def window_length(total: int | None, most: int) -> int:
 
 
 def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Window]:
-    """Cut a stream of frames into windows; the last frame of each comes again as the first of the next.
-
-    Args:
-        frames: uint8 (H, W, 3) each, all of one size.
-        length: Most frames of a window, at least 2.
-
-    Yields:
-        The windows, in order. Only one is held at a time.
-
-    Example:
-        >>> frames = [np.full((1, 1, 3), number, np.uint8) for number in range(5)]
-        >>> [(w.start, w.frames[:, 0, 0, 0].tolist(), w.last) for w in cut_windows(frames, 3)]
-        [(0, [0, 1, 2], False), (2, [2, 3, 4], True)]
-    """
+    """Cuts a stream of frames (H, W, 3) into windows of at most `length` frames; one window is held at a time."""
     held: list[NDArray[np.uint8]] = []
     start = 0
     for frame in frames:
@@ -93,25 +69,17 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
 
 
 def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> NDArray[np.int64]:
-    """Find which slot of a window continues which slot of the window before, from the frame that both share.
+    """Finds which slot of a window continues which slot of the window before, from the frame that both share.
 
-    One to one, so that most pixels of the frame keep their label (Hungarian matching). Where pixels do not decide,
-    slots keep their number.
+    One to one, so that most pixels of the frame keep their label. Where pixels do not decide, slots keep their number.
 
     Args:
-        before: Integers (H, W), labels of the frame in the window before. Labels from `num_slots` on do not count.
+        before: Integers (H, W), labels of the frame in the window before; labels from `num_slots` on do not count.
         after: The same in this window.
         num_slots: S, number of slots.
 
     Returns:
         int64 (S,): the number that each slot of this window gets, a permutation.
-
-    Raises:
-        ShapeError: The two label maps differ in size.
-
-    Example:
-        >>> match_slots(np.array([[0, 0, 1]]), np.array([[2, 2, 1]]), 3).tolist()
-        [2, 1, 0]
     """
     if before.shape != after.shape:
         raise ShapeError(f"Expected two label maps of one size, but got {before.shape} and {after.shape}.")
@@ -123,19 +91,58 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
 
 
 def relabel(labels: NDArray[np.uint8], names: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Give slots other numbers; labels without a name stay.
-
-    Args:
-        labels: uint8, any shape.
-        names: int64 (S,), the new number of each slot.
-
-    Returns:
-        uint8 of the same shape.
-
-    Example:
-        >>> relabel(np.array([0, 1, 255], np.uint8), np.array([1, 0])).tolist()
-        [1, 0, 255]
-    """
+    """Gives slots other numbers; labels without a name stay."""
     table = np.arange(256, dtype=np.uint8)
     table[: len(names)] = names
     return table[labels]
+
+
+def seen_region(
+    source: Size, offsets: Sequence[int], image_size: Size | None, crop: str, reference: bool
+) -> tuple[slice, slice]:
+    """Finds the part of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
+
+    Args:
+        source: Height and width of the frame.
+        offsets: Top and left of the crop in the resized frame.
+        image_size: Height and width that the model sees; None for the frame's own.
+        crop: `none`, `center` or `random`.
+        reference: Whether the central square is cut before resizing.
+
+    Returns:
+        Rows and columns of the frame.
+    """
+    if crop == "none" or image_size is None:
+        return slice(0, source[0]), slice(0, source[1])
+    if reference:
+        return central_square(source)
+    covered = covering_size(source, image_size)
+    sides = []
+    for length, resized, size, first in zip(source, covered, image_size, offsets, strict=True):
+        low = min(round(first * length / resized), length - 1)
+        sides.append(slice(low, max(low + 1, min(length, round((first + size) * length / resized)))))
+    return sides[0], sides[1]
+
+
+def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> NDArray[np.uint8]:
+    """Labels the pixels of the video's frames.
+
+    Args:
+        maps: Masks (T, S, h, w), enlarged smoothly before the largest slot is taken; or integer labels (T, h, w), which
+            go to the nearest pixel.
+        source: Height H and width W of the video's frames.
+        region: Rows and columns that the maps show.
+
+    Returns:
+        uint8 (T, H, W), `OUTSIDE` where the maps show nothing.
+    """
+    rows, columns = region
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    out = np.full((len(maps), *source), OUTSIDE, np.uint8)
+    if maps.ndim == 3:
+        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size, channels_last=False)
+        return out
+    for number, masks in enumerate(maps):  # one frame at a time: S masks of a large frame take much memory
+        grown = F.interpolate(masks[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+        out[number, rows, columns] = grown.max(dim=0).indices.to(torch.uint8).cpu().numpy()
+    return out

@@ -1,0 +1,112 @@
+"""Small layers that encoders, slot attention and decoders share: MLP, position embeddings, initial weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_pl.hosts.checks import require
+
+__all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "init_fan_in_"]
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, named as in the VideoSAUR family; biases start at zero."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden: Sequence[int],
+        output_dim: int,
+        *,
+        layer_norm: bool = False,
+        activate_output: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if layer_norm else []
+        for width, following in pairwise([input_dim, *hidden, output_dim]):
+            linear = nn.Linear(width, following)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU()]
+        self.layers = nn.Sequential(*(layers if activate_output else layers[:-1]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Transform the last axis."""
+        return torch.as_tensor(self.layers(inputs))
+
+
+def coordinate_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Coordinates `(y, x, 1 - y, 1 - x)` of a feature map, each in [0, 1], as float `(height, width, 4)`."""
+    # One row or column sits at 0, as `linspace` puts it.
+    y = torch.linspace(0.0, 1.0, height, device=device)
+    x = torch.linspace(0.0, 1.0, width, device=device)
+    yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+    return torch.cat([yx, 1.0 - yx], dim=-1)
+
+
+class SoftPositionEmbedding(nn.Module):
+    """Adds a learned linear map of the coordinates to a feature map (Locatello et al. 2020, appendix E.2).
+
+    With `scale` below 1 the content of the image weighs more than the place, which keeps small hosts from settling on
+    fixed regions.
+    """
+
+    def __init__(self, dim: int, scale: float = 1.0) -> None:
+        super().__init__()
+        require(scale >= 0, "argument `position_scale` to be at least 0", scale, advice="Use 0 for none.")
+        self.scale = scale
+        self.projection = nn.Linear(4, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Add the embedding to a map `(B, C, H, W)`."""
+        grid = coordinate_grid(features.shape[-2], features.shape[-1], device=features.device)
+        embedding = self.projection(grid.to(self.projection.weight.dtype))
+        return features + self.scale * rearrange(embedding, "h w c -> c h w")
+
+
+class PatchPosition(nn.Module):
+    """A learned linear map of where each patch lies, without bias; it starts with variance `scale ** 2` per channel."""
+
+    coordinates: Tensor
+
+    def __init__(self, grid: tuple[int, int], dim: int, scale: float = 1.0) -> None:
+        super().__init__()
+        axes = [torch.linspace(-1.0, 1.0, size) for size in grid]
+        # Times sqrt(3), rows and columns have about variance 1.
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * math.sqrt(3.0)
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(dim, 2) * 2**-0.5)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Embed the places of the patches, row by row, to `(N, dim)`."""
+        return self.scale * nn.functional.linear(self.coordinates, self.weight)
+
+
+@torch.no_grad()
+def init_fan_in_(stack: nn.Module) -> None:
+    """Scale every layer of a stack so that activations keep their variance from input to output.
+
+    Weights become Gaussian with standard deviation `sqrt(2 / fan)`, the last layer's `sqrt(1 / fan)` as no ReLU
+    follows it; biases become zero (He et al. 2015). PyTorch's default shrinks the signal from layer to layer, and
+    then the position embedding, added at the end, drowns the image.
+    """
+    layers = [m for m in stack.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    for index, layer in enumerate(layers):
+        gain = 1.0 if index == len(layers) - 1 else 2.0
+        nn.init.normal_(layer.weight, std=math.sqrt(gain / _fan(layer)))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _fan(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> float:
+    if isinstance(layer, nn.Linear):
+        return float(layer.in_features)
+    fan = layer.in_channels * math.prod(layer.kernel_size) / layer.groups
+    # With stride s an output pixel of a transposed convolution sees only k^2 / s^2 taps.
+    return fan / math.prod(layer.stride) if isinstance(layer, nn.ConvTranspose2d) else fan

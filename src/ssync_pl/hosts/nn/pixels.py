@@ -1,0 +1,153 @@
+"""SAVi's encoder and decoder: frames to patch features, and slots to frames and object masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_pl.errors import ShapeError
+from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
+
+__all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]
+
+
+class EncoderOutput(NamedTuple):
+    """Features `(B, N, C)`, patches in row order, and their grid `(h, w)` with `h * w = N`."""
+
+    features: Tensor
+    grid: tuple[int, int]
+
+
+class ConvEncoder(nn.Module):
+    """Convolutions, a soft position embedding and an MLP per patch (SAVi, Kipf et al. 2022, appendix A.4).
+
+    Arguments are those of `SAVi` that start with `encoder_`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        feature_dim: int = 32,
+        kernel_size: int = 5,
+        mlp_hidden: int = 64,
+        position_scale: float = 1.0,
+        init: Literal["default", "fan_in"] = "default",
+    ) -> None:
+        super().__init__()
+        _check_stack("encoder", channels, strides, kernel_size, init)
+        layers: list[nn.Module] = []
+        previous = 3
+        for width, stride in zip(channels, strides, strict=True):
+            layers += [nn.Conv2d(previous, width, kernel_size, stride, kernel_size // 2), nn.ReLU()]
+            previous = width
+        # The position is added to signed features, so the last layer has no ReLU.
+        self.convolutions = nn.Sequential(*layers[:-1])
+        if init == "fan_in":
+            init_fan_in_(self.convolutions)
+        self.position = SoftPositionEmbedding(previous, position_scale)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(previous), nn.Linear(previous, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, feature_dim)
+        )
+
+    def forward(self, frames: Tensor) -> EncoderOutput:
+        """Encode normalised frames `(B, 3, H, W)`."""
+        maps = self.position(self.convolutions(frames))
+        return EncoderOutput(self.mlp(rearrange(maps, "b c h w -> b (h w) c")), (maps.shape[-2], maps.shape[-1]))
+
+
+class DecoderOutput(NamedTuple):
+    """Reconstruction `(B, T, 3, h, w)`, mixed by the masks, and mask logits `(B, T, S, h, w)` in at least float32."""
+
+    reconstruction: Tensor
+    mask_logits: Tensor
+
+
+class SpatialBroadcastDecoder(nn.Module):
+    """Copies each slot over a small grid and grows it to a picture and a mask (Watters et al. 2019; SAVi A.4).
+
+    Arguments are those of `SAVi` that start with `decoder_`.
+    """
+
+    rows_taps: Tensor
+    columns_taps: Tensor
+
+    def __init__(
+        self,
+        slot_dim: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        broadcast_size: tuple[int, int] = (8, 8),
+        kernel_size: int = 5,
+        init: Literal["default", "fan_in"] = "default",
+        position_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_stack("decoder", channels, strides, kernel_size, init)
+        grid = len(broadcast_size) == 2 and min(broadcast_size) >= 1
+        require(grid, "argument `decoder_broadcast` to be two positive integers", broadcast_size, advice="Use [8, 8].")
+        require(position_std >= 0, "argument `decoder_position_std` to be at least 0", position_std)
+        self.broadcast_size = (broadcast_size[0], broadcast_size[1])
+        growth = math.prod(strides)
+        self.size = (broadcast_size[0] * growth, broadcast_size[1] * growth)
+        self.position = SoftPositionEmbedding(slot_dim)
+        layers: list[nn.Module] = []
+        previous = slot_dim
+        for width, stride in zip(channels, strides, strict=True):
+            # This padding makes the output exactly `stride` times the input.
+            layer = nn.ConvTranspose2d(previous, width, kernel_size, stride, kernel_size // 2, stride - 1)
+            layers += [layer, nn.ReLU()]
+            previous = width
+        layers.append(nn.Conv2d(previous, 4, 1))
+        self.layers = nn.Sequential(*layers)
+        if init == "fan_in":
+            init_fan_in_(self.layers)
+            # Coordinates span [0, 1] only: with the default weights, slots look alike at every place for long.
+            nn.init.normal_(self.position.projection.weight, std=position_std)
+        for axis, length in zip(("rows", "columns"), self.broadcast_size, strict=True):
+            self.register_buffer(f"{axis}_taps", _taps(length, strides[0], kernel_size), persistent=False)
+
+    def forward(self, slots: Tensor) -> DecoderOutput:
+        """Decode the slots `(B, T, S, D)` of all frames at once."""
+        if slots.ndim != 4:
+            raise ShapeError(
+                f"Expected argument `slots` to be (B, T, S, D), but got {tuple(slots.shape)}. Use T = 1 for images."
+            )
+        maps = self.layers[1:](self._first_layer(slots.flatten(0, 2)))
+        maps = rearrange(maps, "(b t s) c h w -> b t s c h w", b=slots.shape[0], t=slots.shape[1])
+        pictures, mask_logits = maps[:, :, :, :-1], maps[:, :, :, -1].float()
+        masks = mask_logits.softmax(dim=2).to(pictures.dtype)
+        return DecoderOutput(torch.einsum("btschw,btshw->btchw", pictures, masks), mask_logits)
+
+    def _first_layer(self, slots: Tensor) -> Tensor:
+        """Convolve the broadcast slots `(M, D)` to `(M, C, H, W)`.
+
+        The layer is linear, and a slot is the same everywhere: its share is one matrix per output pixel, the sum of
+        the kernel taps that fall inside the grid, and the position's share is the same for every slot. Same result,
+        with a multiple fewer operations than convolving every copy.
+        """
+        layer = self.layers[0]
+        taps = torch.einsum("dckl,yk,xl->dcyx", layer.weight, self.rows_taps, self.columns_taps)
+        place = layer(self.position(slots.new_zeros(1, slots.shape[-1], *self.broadcast_size)))
+        return (slots @ taps.flatten(1)).unflatten(1, taps.shape[1:]) + place
+
+
+def _taps(length: int, stride: int, kernel_size: int) -> Tensor:
+    """Float `(length * stride, kernel_size)`: 1 where a tap of the transposed convolution meets the grid."""
+    reach = torch.arange(length * stride).unsqueeze(1) + kernel_size // 2 - torch.arange(kernel_size)
+    source = torch.div(reach, stride, rounding_mode="floor")
+    return ((reach % stride == 0) & (source >= 0) & (source < length)).float()
+
+
+def _check_stack(name: str, channels: Sequence[int], strides: Sequence[int], kernel_size: int, init: str) -> None:
+    expected = f"arguments `{name}_channels` and `{name}_strides` to be equally long lists of positive integers"
+    fits = 0 < len(channels) == len(strides) and min(*channels, *strides) >= 1
+    require(fits, expected, list(channels), list(strides), advice="Give one entry per layer to each.")
+    require(kernel_size % 2 == 1, f"argument `{name}_kernel` to be odd", kernel_size, advice="Use 3 or 5.")
+    choose("init", init, "default", "fan_in")

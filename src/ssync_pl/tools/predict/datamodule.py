@@ -1,0 +1,179 @@
+"""The data module of `ssync-pl predict --input`: windows of videos, decoded as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ssync_pl.data.datamodule import ShardDataModule
+from ssync_pl.data.samples import SampleRules, crop_offsets
+from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
+from ssync_pl.data.transforms import BatchTransform
+from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.tools.predict.features import FeatureMaker, find_features
+from ssync_pl.tools.predict.inputs import InputVideo, find_videos
+from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
+from ssync_pl.tools.predict.writer import WINDOW_KEY
+
+__all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
+
+
+class InputDataModule(L.LightningDataModule):
+    """Gives the windows of a user's videos as the configuration's data module would give them.
+
+    Args:
+        data: The data module of the configuration: image size, resize mode, crop, normalisation, cached features.
+        inputs: What `--input` names.
+        clip_frames: Most frames per window.
+        projection: `projection.npz` of the cache that the host was trained on, where it is not in its folder.
+        backbone_checkpoint: Weights of the cache's backbone, where they are not the published ones.
+
+    Raises:
+        ConfigError: The data module is none of the package's, or an input or the features cannot be used.
+        ShardError: A video cannot be read.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        inputs: Sequence[str],
+        clip_frames: int = 64,
+        projection: str | None = None,
+        backbone_checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(data, ShardDataModule):
+            raise ConfigError(
+                "Expected the configuration to name ShardDataModule or SyntheticDataModule for --input, as they say "
+                f"how frames are resized and normalised, but got {type(data).__name__}. Add `--data ShardDataModule "
+                "--data.image_size SIZE`, with the values of the training."
+            )
+        window_length(None, clip_frames)
+        self.videos = find_videos(inputs)
+        self.clip_frames = clip_frames
+        self.mean, self.std = data.mean, data.std
+        self.has_background, self.ignore_overlaps = data.has_background, data.ignore_overlaps
+        self.transform = _transform(data)
+        source = find_features(data, projection)
+        self.maker = None if source is None else FeatureMaker(source, data, backbone_checkpoint)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Builds the loader: one window per batch, decoded in this process."""
+        rules = SampleRules(
+            image_size=self.transform.image_size, crop=self.transform.crop, reference=self.transform.reference
+        )
+        windows = _Windows(self.videos, self.clip_frames, rules)
+        return DataLoader(windows, batch_size=None, collate_fn=_as_it_is)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Resizes, crops and normalises the frames, and computes features where the host wants them."""
+        if not isinstance(batch, dict) or WINDOW_KEY not in batch:
+            return batch
+        tensors = {"video": batch["video"], "crop": batch["crop"]}
+        out = self.transform(tensors)
+        if self.maker is not None:
+            out["features"] = self.maker(tensors)
+        precision = getattr(self.trainer, "precision_plugin", None)
+        out = out if precision is None else precision.convert_input(out)
+        return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
+
+
+class CarrySlots(L.Callback):
+    """Lets each window of a video begin with the slots that the window before ended with.
+
+    The shared frame is corrected once more from its own slots, so that slots keep their objects. Hosts that cannot
+    start from given slots are left alone: their windows are only matched (`match_slots`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Tensor | None = None
+        self._handles: list[Any] = []
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hooks the host."""
+        self.slots = None
+        if carries_slots(pl_module):
+            initializer: Any = pl_module.initializer
+            self._handles = [initializer.register_forward_hook(self._begin), pl_module.register_forward_hook(self._end)]
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Forgets the slots where another video begins."""
+        window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
+        if window is None or window["start"] == 0:
+            self.slots = None
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the host as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.slots = [], None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leaves the host as it was."""
+        self.on_predict_end(trainer, pl_module)
+
+    def _begin(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output if self.slots is None else self.slots.to(output.dtype)
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.slots = output.slots[:, -1].detach()
+
+
+def carries_slots(host: nn.Module) -> bool:
+    """Whether a host can start a clip from given slots.
+
+    It can when its attribute `carries_slots` is true: then `host.initializer(...)` gives the first slots (B, S, D) of a
+    clip, and `host(...).slots` (B, T, S, D) are those of each frame.
+    """
+    return bool(getattr(host, "carries_slots", False)) and isinstance(getattr(host, "initializer", None), nn.Module)
+
+
+class _Windows(IterableDataset[dict[str, Any]]):
+    """The windows of some videos, one batch each."""
+
+    def __init__(self, videos: Sequence[InputVideo], clip_frames: int, rules: SampleRules) -> None:
+        self.videos, self.clip_frames, self.rules = list(videos), clip_frames, rules
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rules = self.rules
+        for video in self.videos:
+            count = 0
+            for window in cut_windows(video.frames(), window_length(video.total, self.clip_frames)):
+                frames = window.frames
+                offsets = crop_offsets(frames, rules, None, None)
+                source = (frames.shape[1], frames.shape[2])
+                region = seen_region(source, offsets.tolist(), rules.image_size, rules.crop, rules.reference)
+                count += len(frames)
+                facts: dict[str, Any] = {"key": video.key, "source": video.source, "rate": video.rate, "frames": frames}
+                facts |= {"start": window.start, "last": window.last, "region": region}
+                tensors = {"video": torch.from_numpy(frames)[None], "crop": offsets[None]}
+                yield {**tensors, "__key__": [video.key], WINDOW_KEY: facts}
+            if not count:
+                raise ShardError(f"Expected {video.source} to have frames, but it has none. Encode it again.")
+
+
+def _transform(data: ShardDataModule) -> BatchTransform:
+    transform = data.transform
+    if transform.image_size is not None or not isinstance(data, SyntheticDataModule):
+        return transform
+    size = data.config.resolution  # the stored size, which the host was trained at
+    return BatchTransform(
+        (size, size),
+        resize_mode=transform.resize_mode,
+        crop=transform.crop,
+        mean=data.mean,
+        std=data.std,
+        reference=transform.reference,
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,225 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ssync_pl import ValidationSummary
+from ssync_pl.data import ShardDataModule, ShardWriter
+from ssync_pl.errors import ConfigError
+from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.tools import summary
+from ssync_pl.tools.baselines import score_baselines
+from ssync_pl.tools.summary import format_table
+
+
+def summary_batch(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, (2, 2, 4, 4), generator=generator).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return {
+        "video": torch.rand(2, 2, 3, 8, 8, generator=generator) + ids.unsqueeze(2),
+        "segmentations": nn.functional.one_hot(ids, 3).movedim(-1, 2).bool(),
+    }
+
+
+class SummaryHost(L.LightningModule):
+    def __init__(self, num_slots: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Conv2d(3, num_slots, 1)
+        self.dropout = nn.Dropout(0.2)
+        self.scores = SegmentationMetrics(prefix="val/")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(self.dropout(batch["video"].flatten(0, 1))).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        masks = self.layer(batch["video"].flatten(0, 1)).unflatten(0, batch["video"].shape[:2])
+        self.scores.update(masks.argmax(2), batch["segmentations"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.scores.compute())
+        self.log("val/used_slots", 3.0)
+        self.scores.reset()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/video_mbo", 0.25)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def summary_loader(seeds: list[int]) -> DataLoader[Any]:
+    return DataLoader([summary_batch(seed) for seed in seeds], batch_size=None)
+
+
+def summary_trainer(path: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": CSVLogger(str(path)),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": callbacks,
+    }
+    return L.Trainer(**{**settings, **options})
+
+
+def fit(path: Path, callbacks: list[L.Callback], **options: Any) -> tuple[L.Trainer, SummaryHost]:
+    torch.manual_seed(1)
+    host = SummaryHost()
+    trainer = summary_trainer(path, callbacks, **options)
+    trainer.fit(host, summary_loader([0, 1]), summary_loader([5, 6]))
+    return trainer, host
+
+
+def expected_scores(host: SummaryHost) -> dict[str, float]:
+    metrics = SegmentationMetrics()
+    for seed in (5, 6):
+        batch = summary_batch(seed)
+        with torch.no_grad():
+            masks = host.layer(batch["video"].flatten(0, 1)).unflatten(0, (2, 2))
+        metrics.update(masks.argmax(2), batch["segmentations"])
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, host = fit(tmp_path, [ValidationSummary()])
+    text = capsys.readouterr().out
+    assert text.count("video FG-ARI") == 1
+    for row in ("this run", "grid", "k-means RGB"):
+        assert text.count(f"| {row} ") == 1
+    assert "untrained" not in text
+    assert "used slots" in text
+    assert trainer.checkpoint_callback.best_model_path in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    written = json.loads((Path(trainer.log_dir) / "summary.json").read_text())
+    assert written["step"] == 4
+    for name, value in expected_scores(host).items():
+        assert written["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
+    reference = score_baselines([summary_batch(5), summary_batch(6)], 4, True)
+    assert written["rows"]["grid"] == pytest.approx(reference["grid"])
+    assert written["rows"]["k-means RGB"] == pytest.approx(reference["k-means RGB"])
+
+
+def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_path: Path) -> None:
+    _, plain = fit(tmp_path / "a", [])
+    state = torch.get_rng_state()
+    callback = ValidationSummary(untrained=True)
+    trainer, host = fit(tmp_path / "b", [callback])
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(plain.layer.weight, host.layer.weight)
+    torch.manual_seed(1)
+    fresh = SummaryHost()
+    for name, value in expected_scores(fresh).items():
+        assert callback.rows["untrained"][name] == pytest.approx(value, abs=1e-6)
+    assert callback.rows["untrained"] != callback.rows["this run"]
+    assert trainer.num_sanity_val_steps == 2
+
+
+def test_validate_and_test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ValidationSummary(baselines=False)
+    trainer = summary_trainer(tmp_path, [callback])
+    trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+    assert "this run" in capsys.readouterr().out
+    trainer.test(SummaryHost(), summary_loader([5]), verbose=False)
+    assert callback.rows == {"this run": {"video_mbo": 0.25}}
+    assert "0.250" in capsys.readouterr().out
+
+
+def test_no_validation_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = summary_trainer(tmp_path, [ValidationSummary()], max_epochs=1)
+    trainer.fit(SummaryHost(), summary_loader([0]))
+    assert "this run" not in capsys.readouterr().out
+    assert not (Path(trainer.log_dir) / "summary.json").exists()
+
+
+def test_a_baseline_that_fails_costs_its_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no masks")
+
+    monkeypatch.setattr(summary, "score_baselines", refuse)
+    callback = ValidationSummary()
+    with pytest.warns(UserWarning, match="No baselines in the summary: no masks"):
+        fit(tmp_path, [callback])
+    assert list(callback.rows) == ["this run"]
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    class Nan(SummaryHost):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/video_mbo", float("nan"))
+
+    trainer = summary_trainer(tmp_path, [ValidationSummary(baselines=False)])
+    trainer.validate(Nan(), summary_loader([5]), verbose=False)
+    assert json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]["this run"]["video_mbo"] is None
+
+
+def test_baselines_are_kept_beside_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_folder = tmp_path / "data"
+    with ShardWriter(data_folder, "validation") as writer:
+        for key in range(2):
+            batch = summary_batch(key)
+            ids = batch["segmentations"][0].int().argmax(1).unsqueeze(-1)
+            video = (batch["video"][0].movedim(1, -1) * 60).to(torch.uint8)
+            writer.write(str(key), {"video.npy": video.numpy(), "segmentations.npy": ids.to(torch.uint8).numpy()})
+    calls: list[int] = []
+    real = summary.score_baselines
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[1])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(summary, "score_baselines", counted)
+    rows = []
+    for num_slots in (4, 4, 5):
+        data = ShardDataModule(validation=f"{data_folder}/validation-*.tar", num_workers=0, batch_size=2)
+        callback = ValidationSummary(num_slots=num_slots)
+        summary_trainer(tmp_path / "runs", [callback]).validate(SummaryHost(), data, verbose=False)
+        rows.append(callback.rows)
+    assert calls == [4, 5]
+    assert (data_folder / "baselines.json").is_file()
+    assert rows[0]["grid"] == rows[1]["grid"]
+    assert 0.0 < rows[0]["k-means RGB"]["video_mbo"] <= 1.0
+
+
+def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:
+    trainer = summary_trainer(
+        tmp_path, [ValidationSummary(baselines=False)], logger=CSVLogger(str(tmp_path), version=0)
+    )
+    path = Path(trainer.log_dir) / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"rows": {}}')
+    with pytest.warns(UserWarning, match=r"summary\.json.*Move it away"):
+        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+    assert path.read_text() == '{"rows": {}}'
+    path.unlink()
+    for _ in range(2):  # one of ours is replaced
+        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+    assert "this run" in json.loads(path.read_text())["rows"]
+
+
+def test_rows_are_kept_in_checkpoints() -> None:
+    callback, resumed = ValidationSummary(), ValidationSummary()
+    callback.rows = {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}, "grid": {"video_mbo": 0.3}}
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.rows == {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}}
+
+
+def test_table_shows_the_metrics_that_are_there() -> None:
+    table = format_table({"grid": {"video_fg_ari": 0.29, "image_mbo": 0.1084}, "SAVi": {"video_ari": float("nan")}})
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0] == ["", "video FG-ARI", "video ARI"]
+    assert cells[2:] == [["grid", "0.290", "-"], ["SAVi", "-", "nan"]]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_number_of_slots_is_checked() -> None:
+    with pytest.raises(ConfigError, match="`num_slots` to be at least 1"):
+        ValidationSummary(num_slots=0)

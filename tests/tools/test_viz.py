@@ -1,0 +1,165 @@
+"""Colours, sheets and overlay videos."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssync_pl.data import video
+from ssync_pl.errors import ShapeError
+from ssync_pl.tools.viz import (
+    REGION_COLORS,
+    SheetRow,
+    color_labels,
+    color_regions,
+    compose_frames,
+    draw_sheet,
+    encode_png,
+    label_masks,
+    overlay_labels,
+    resize_nearest,
+    slot_colors,
+    to_uint8,
+)
+
+
+def test_slot_colors_are_distinct_and_do_not_depend_on_the_count() -> None:
+    many = slot_colors(64)
+    assert many[:2].tolist() == [[230, 25, 75], [60, 180, 75]]
+    assert len({tuple(color) for color in many.tolist()}) == 64
+    for count in (0, 1, 16, 17, 33):
+        assert np.array_equal(slot_colors(count), many[:count])
+    first = many[:11].astype(float)
+    assert (np.linalg.norm(first[:, None] - first[None], axis=-1) + 1e9 * np.eye(11)).min() > 60
+
+
+def test_labels_are_painted_and_holes_are_black() -> None:
+    picture = color_labels(np.array([[2, -1], [0, 2]]), background=0)
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture[0, 0], slot_colors(3)[2])
+    assert np.array_equal(picture[1, 1], slot_colors(3)[2])
+    assert picture[0, 1].tolist() == [0, 0, 0]
+    assert picture[1, 0].tolist() == [70, 70, 70]
+    with pytest.raises(TypeError, match="argmax over slots"):
+        color_labels(np.zeros((2, 2)))
+
+
+def test_the_first_of_overlapping_masks_is_taken() -> None:
+    masks = np.zeros((1, 3, 2, 2), dtype=bool)
+    masks[0, 1, 0] = True
+    masks[0, 2, :, 0] = True
+    assert label_masks(masks).tolist() == [[[1, 1], [2, -1]]]
+    assert label_masks(np.zeros((1, 0, 1, 2), dtype=bool)).tolist() == [[[-1, -1]]]
+
+
+def test_regions_tell_four_cases_apart() -> None:
+    picture = color_regions(np.array([[False, True, False, True]]), np.array([[False, False, True, True]]))
+    assert picture[0].tolist() == [list(REGION_COLORS[name]) for name in ("neither", "boundary", "interior", "both")]
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_resize_nearest_repeats_pixels(factor: int) -> None:
+    images = np.arange(2 * 3 * 4 * 3).reshape(2, 3, 4, 3)
+    expected = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    assert np.array_equal(resize_nearest(images, (3 * factor, 4 * factor)), expected)
+    assert np.array_equal(resize_nearest(expected, (3, 4)), images)
+
+
+def test_overlay_blends_labels_and_keeps_the_background() -> None:
+    frames = np.full((1, 4, 4, 3), 200, dtype=np.uint8)
+    picture = overlay_labels(frames, np.array([[[0, 1], [-1, 1]]]), alpha=1.0, background=0)
+    assert picture[0, 0, 0].tolist() == picture[0, 3, 0].tolist() == [200, 200, 200]
+    assert np.array_equal(picture[0, 3, 3], slot_colors(2)[1])
+    half = overlay_labels(frames, np.array([[[0]]]), alpha=0.5)
+    assert half[0, 0, 0].tolist() == [215, 112, 138]
+
+
+def test_normalisation_is_undone_or_guessed() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    frames = ((expected / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    assert np.array_equal(to_uint8(frames, mean, std), expected)
+    guessed = to_uint8(rng.normal(5.0, 3.0, (2, 3, 16, 16)))
+    assert (guessed.min(), guessed.max()) == (0, 255)
+    assert 90 < guessed.mean() < 165
+    assert to_uint8(np.full((3, 2, 2), np.nan)).shape == (2, 2, 3)
+    with pytest.raises(ShapeError, match=r"\(\.\.\., 3, H, W\)"):
+        to_uint8(np.zeros((4, 4, 3)))
+
+
+def solid(color: tuple[int, int, int], frames: int = 2, size: tuple[int, int] = (8, 8)) -> np.ndarray:
+    return np.broadcast_to(np.array(color, dtype=np.uint8), (frames, *size, 3))
+
+
+def boxes_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    rows, columns = np.nonzero((sheet == np.array(color)).all(axis=-1))
+    return sorted(set(rows.tolist())), sorted(set(columns.tolist()))
+
+
+def test_cells_are_aligned_and_captions_stay_left_of_them() -> None:
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    rows = [SheetRow(f"a caption\nin two lines {k}", solid(color)) for k, color in enumerate(colors)]
+    rows[1] = SheetRow("x", solid(colors[1]), tuple((f"word {k}", (k, 0, 0)) for k in range(6)))
+    sheet = draw_sheet(rows, title="title", columns=["a", "b"], cell=32)
+    places = [boxes_of(sheet, color) for color in colors]
+    for row_places, column_places in places:
+        assert len(row_places) == 32
+        assert len(column_places) == 64
+        assert column_places == places[0][1]
+    assert max(places[0][0]) < min(places[1][0])
+    assert max(places[1][0]) < min(places[2][0])
+    left = places[0][1][0]
+    assert (sheet[places[0][0][0] :, left - 4 : left] == 255).all()
+    assert (sheet[:, :left] < 128).any()
+
+
+def test_wide_frames_keep_their_shape_and_long_titles_fit() -> None:
+    sheet = draw_sheet([SheetRow("x", solid((200, 0, 0), 1, (30, 60)))], title="a title of many words " * 4, cell=20)
+    rows, columns = boxes_of(sheet, (200, 0, 0))
+    assert (len(rows), len(columns)) == (10, 20)
+    assert (sheet[:, -10:] == 255).all()
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(sheet)))), sheet)
+
+
+def test_sheets_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ShapeError, match="at least one row"):
+        draw_sheet([])
+    with pytest.raises(ShapeError, match="'short'"):
+        draw_sheet([SheetRow("x", solid((0, 0, 0), 2)), SheetRow("short", solid((0, 0, 0), 1))])
+    with pytest.raises(ShapeError, match="2 captions"):
+        draw_sheet([SheetRow("x", solid((0, 0, 0), 2))], columns=["a"])
+    with pytest.raises(ShapeError, match="row caption"):
+        compose_frames([[solid((0, 0, 0))]], columns=["a", "b"], rows=["x"])
+
+
+def test_compose_holds_the_last_frame_of_short_clips() -> None:
+    frames = compose_frames(
+        [[solid((9, 9, 9), 3)], [solid((90, 10, 90), 1)]], columns=["video"], rows=["a", "b"], cell=16
+    )
+    assert len(frames) == 3
+    for frame in frames:
+        assert (frame == [90, 10, 90]).all(axis=-1).sum() == 16 * 16
+
+
+@pytest.mark.parametrize("size", [(32, 48), (31, 47)])
+def test_mp4_round_trip(size: tuple[int, int]) -> None:
+    av = pytest.importorskip("av")
+    values = [0, 80, 160, 240]
+    frames = np.stack([np.full((*size, 3), value, dtype=np.uint8) for value in values])
+    with av.open(io.BytesIO(video.encode_mp4(frames, fps=5))) as container:
+        assert container.streams.video[0].average_rate == 5
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(decoded) == 4
+    assert decoded[0].shape == (32, 48, 3)
+    for frame, value in zip(decoded, values, strict=True):
+        assert abs(float(frame[:30, :46].mean()) - value) < 6
+
+
+def test_mp4_needs_frames_and_av(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ShapeError, match="T"):
+        video.encode_mp4(solid((0, 0, 0), 0))
+    monkeypatch.setattr(video, "mp4_available", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match="av"):
+        video.encode_mp4(solid((0, 0, 0), 1))
