@@ -9,7 +9,7 @@ from pathlib import Path
 from ssync_pl.data.check_members import ShardFacts
 from ssync_pl.data.check_report import Problem
 from ssync_pl.data.decode import ALLOWED_EXTENSIONS, member_extension
-from ssync_pl.data.index import INDEX_NAME, ShardEntry, parse_index, read_index, write_index
+from ssync_pl.data.index import INDEX_NAME, INDEX_NAMES, ShardEntry, parse_index, read_index, write_index
 from ssync_pl.data.patterns import is_compressed, is_remote, shard_name
 from ssync_pl.errors import ShardError
 
@@ -117,13 +117,17 @@ def _check_indices(shards: Sequence[ShardFacts], rebuild: bool, problems: list[P
             _rebuild(folder, here)
             notes.append(f"{path}: written anew.")
             continue
-        try:
-            known = parse_index(path.read_bytes()).shards
-        except FileNotFoundError:
-            notes.append(f"{folder}: no {INDEX_NAME}; it is written when the shards are first used.")
-            continue
-        except (OSError, ShardError) as error:
-            problems.append(Problem("index", str(path), None, str(error)))
+        known: dict[str, ShardEntry] | None = None
+        for path in (folder / name for name in INDEX_NAMES):
+            try:
+                known = parse_index(path.read_bytes()).shards
+                break
+            except FileNotFoundError:
+                continue
+            except (OSError, ShardError) as error:
+                notes.append(f"{path} is left as it is, and the shards are read without it: {error}")
+        if known is None:
+            notes.append(f"{folder}: no {INDEX_NAME} of ours; it is written when the shards are first used.")
             continue
         for facts in here:
             before = known.get(Path(facts.shard).name)
@@ -162,7 +166,7 @@ def _rebuild(folder: Path, shards: Sequence[ShardFacts]) -> None:
 
 
 def _remote_notes(name: str, shards: Sequence[ShardFacts], problems: list[Problem]) -> Iterator[str]:
-    from ssync_pl.data.stream_shard import fetch_index
+    from ssync_pl.data.remote import fetch_index
 
     if not shards:
         return

@@ -1,0 +1,353 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssync_pl import __version__
+from ssync_pl.cli import main
+from ssync_pl.cli.config_command import packaged_config
+from ssync_pl.cli.progress import progress_bar
+from ssync_pl.data import load_shards
+
+HOST = {
+    "num_slots": 3,
+    "slot_dim": 8,
+    "feature_dim": 8,
+    "encoder_channels": [8],
+    "encoder_strides": [2],
+    "encoder_mlp_hidden": 8,
+    "corrector_mlp_hidden": 8,
+    "predictor_mlp_hidden": 8,
+    "decoder_broadcast": [4, 4],
+    "decoder_channels": [8],
+    "decoder_strides": [2],
+    "warmup_steps": 1,
+}
+FOREIGN = """
+import torch
+import lightning.pytorch as L
+from lightning.pytorch.cli import LightningCLI
+from ssync_pl.hosts import SAVi
+
+class Foreign(SAVi):
+    pass
+
+class Mark(L.Callback):
+    def on_fit_end(self, trainer, pl_module):
+        names = [type(callback).__name__ for callback in trainer.callbacks]
+        print("callbacks:", names.count("Mark"), names.count("SSyncCallback"))
+        print("metrics:", sorted(name for name in trainer.callback_metrics if name.startswith("ssync/")))
+
+if __name__ == "__main__":
+    LightningCLI(Foreign, subclass_mode_data=True, save_config_callback=None)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli-data")
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
+    return write_config(tmp_path / "tiny.yaml", root)
+
+
+def write_config(path: Path, root: Path, **trainer: Any) -> Path:
+    data = {
+        "root": str(root),
+        "num_train": 4,
+        "num_validation": 2,
+        "resolution": 16,
+        "frames": 2,
+        "generate_workers": 0,
+        "scene": {"antialias": 1},
+        "batch_size": 2,
+        "clip_length": 2,
+        "num_workers": 0,
+    }
+    settings = {
+        "model": {"class_path": "SAVi", "init_args": HOST},
+        "data": {"class_path": "SyntheticDataModule", "init_args": data},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, **trainer},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssync-pl {__version__}\n"
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for verb in ("fit", "validate", "test", "predict", "data", "config"):
+        assert sum(line.startswith(f"  {verb} ") for line in text.splitlines()) == 1
+    assert main([]) == 2
+
+
+def test_help_of_a_verb_lists_its_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
+    assert main(["fit", "--help"]) == 0
+    assert "--trainer.max_steps" in capsys.readouterr().out
+
+
+def test_python_dash_m_is_the_same() -> None:
+    done = subprocess.run([sys.executable, "-m", "ssync_pl", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"ssync-pl {__version__}\n")
+    done = subprocess.run([sys.executable, "-m", "ssync_pl", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_light_commands_do_not_import_lightning() -> None:
+    code = "import sys; from ssync_pl.cli import main; main(['config', 'ssync']); assert 'lightning' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_fit_with_short_names_writes_a_fresh_folder_each_time(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", str(config), "--trainer.callbacks+=SSyncCallback", "--trainer.callbacks.warmup_ratio=0"]
+    args += ["--trainer.callbacks+=SSyncPictures", "--trainer.callbacks+=ValidationSummary"]
+    for version in range(2):
+        assert main(args) == 0
+        folder = tmp_path / "runs" / "tiny" / f"version_{version}"
+        assert (folder / "config.yaml").is_file()
+        assert (folder / "metrics.csv").is_file()
+        assert (folder / "summary.json").is_file()
+        assert (folder / "pictures" / "step-000002.png").is_file()
+        assert list((folder / "checkpoints").glob("*.ckpt"))
+    assert "| this run " in capsys.readouterr().out
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["name"] == "tiny"
+    assert saved["seed_everything"] == 0
+    assert [c["class_path"].rsplit(".", 1)[-1] for c in saved["trainer"]["callbacks"]] == [
+        "SSyncCallback",
+        "SSyncPictures",
+        "ValidationSummary",
+    ]
+
+
+def test_a_saved_configuration_and_its_checkpoint_run_again(config: Path, tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config)]) == 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    assert main(["fit", "--config", str(folder / "config.yaml")]) == 0
+    assert (tmp_path / "runs" / "tiny" / "version_1" / "config.yaml").is_file()
+    for verb in ("validate", "test", "predict"):
+        assert main([verb, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0, verb
+
+
+def test_a_fixed_folder_is_used_again(config: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main(["fit", "--config", str(config), "--trainer.logger=false"]) == 0
+    assert (tmp_path / "runs" / "config.yaml").is_file()
+
+
+def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert main(["fit", "--config", str(config), "--name=mine", "--trainer.logger=true"]) == 0
+    folder = tmp_path / "runs" / "mine" / "version_0"
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.num_slots=x"], "num_slots"),
+        (["--model.numslots=3"], "Option 'numslots' is not accepted"),
+        (["--model.num_slots=0"], "Expected arguments `num_slots`"),
+        (["--data.batch_size=0"], "Expected argument `batch_size` to be at least 1, but got 0."),
+        (["--trainer.max_steps=abc"], "trainer.max_steps"),
+        (["--trainer.callbacks+=SSyncCallbak"], "SSyncCallbak"),
+        (
+            ["--trainer.callbacks+=SSyncCallback", "--trainer.callbacks.merge_threshold=2"],
+            "Expected argument `merge_threshold` to be in [0, 1], but got 2.0.",
+        ),
+        (["--config=none.yaml"], "none.yaml"),
+    ],
+)
+def test_configuration_errors_name_the_key(
+    config: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["fit", "--config", str(config), *words]) == 2
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.err
+    assert "usage:" not in streams.err
+    assert any(line.startswith("ssync-pl") for line in streams.err.splitlines())
+    assert message in streams.err
+
+
+def test_what_is_missing_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["fit"]) == 2
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_recognised_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--trainer.callbacks+=SSyncCallback", "--model=lightning.pytorch.demos.boring_classes.BoringModel"]
+    broken = config.with_name("boring.yaml")
+    settings = yaml.safe_load(config.read_text())
+    del settings["model"]
+    broken.write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", str(broken), *words]) == 2
+    assert "BoringModel is none" in last_error(capsys)
+
+
+def test_debug_shows_the_traceback(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["fit", "--config", str(config), "--model.num_slots=0"]
+    assert main([*args, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("SSYNC_DEBUG", "1")
+    assert main(args) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_bar_shows_the_loss_and_short_names(config: Path) -> None:
+    import lightning.pytorch as L
+    import torch
+
+    bar = progress_bar()
+    shown: list[dict[str, Any]] = []
+
+    class Spy(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            shown.append(dict(bar.get_metrics(trainer, pl_module)))
+
+    class Host(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("ssync/boundary_loss", 0.5, prog_bar=True)
+            return self.layer(batch).sum() * 0 + 2.0
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(torch.zeros(2, 2))
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, callbacks=[bar, Spy()], enable_checkpointing=False
+    )
+    trainer.fit(Host(), loader)
+    assert shown[-1] == {"loss": 2.0, "boundary": 0.5}
+
+
+def test_data_generate_prints_patterns_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["data", "generate", "--preset", "a_zoom", "--out", str(tmp_path), "--train", "33", "--validation", "1"]
+    args += ["--resolution", "8", "--frames", "1", "--seed", "4", "--workers", "0", "--set", "antialias=1"]
+    assert main([*args, "--set", "zoom=1.25"]) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    folder = Path(lines["folder"].strip())
+    assert folder.parent == tmp_path
+    assert "{000000..000001}.tar (33 videos)" in lines["train"]
+    from ssync_pl.data.patterns import expand_shards
+
+    for split, count in (("train", 33), ("validation", 1)):
+        pattern = lines[split].strip().rsplit(" (", 1)[0]
+        assert sum(len(entry.samples) for entry in load_shards(expand_shards(pattern))) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "zoo=3"], "got ['zoo']"),
+        (["--set", "zoom"], "Expected --set KEY=VALUE, but got 'zoom'"),
+        (["--preset", "z"], "['a', 'a_zoom', 'c'"),
+        (["--train", "-1"], "Expected --train"),
+        (["--train", "0", "--validation", "0"], "both are 0"),
+    ],
+)
+def test_data_generate_refuses_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["data", "generate", "--out", str(tmp_path / "new"), *words]) == 2
+    assert message in last_error(capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_config_prints_the_overlay(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "ssync", "--path"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == packaged_config("ssync")
+    assert main(["config", "ssync"]) == 0
+    text = capsys.readouterr().out
+    assert text == path.read_text()
+    assert yaml.safe_load(text)["trainer"]["callbacks+"][0]["class_path"] == "ssync_pl.SSyncCallback"
+    assert main(["config", "nope"]) == 2
+    assert "(ssync" in last_error(capsys)
+
+
+@pytest.mark.parametrize("way", ["overlay", "option"])
+def test_a_foreign_project_keeps_its_callbacks(root: Path, tmp_path: Path, way: str) -> None:
+    (tmp_path / "train.py").write_text(FOREIGN)
+    mine = write_config(tmp_path / "mine.yaml", root, callbacks=[{"class_path": "__main__.Mark"}], logger=False)
+    settings = yaml.safe_load(mine.read_text())
+    settings["model"] = HOST
+    settings["data"]["class_path"] = "ssync_pl.data.SyntheticDataModule"
+    mine.write_text(yaml.safe_dump(settings))
+    words = {
+        "overlay": ["--config", str(packaged_config("ssync"))],
+        "option": ["--trainer.callbacks+=ssync_pl.SSyncCallback"],
+    }[way]
+    words += ["--trainer.callbacks.warmup_ratio=0"] if way == "option" else []
+    done = subprocess.run(
+        [sys.executable, "train.py", "fit", "--config", "mine.yaml", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "callbacks: 1 1" in done.stdout
+    if way == "option":
+        assert "ssync/boundary_loss" in done.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
+def test_a_damaged_checkpoint_is_named_in_one_line(
+    config: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    assert main(["predict", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssync_pl.cli.data_commands.run_data", stop)
+    assert main(["data", "convert", "videos"]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    assert main(["data", "check"]) == 130
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_a_run_of_unknown_length_says_what_to_set() -> None:
+    from types import SimpleNamespace
+
+    from ssync_pl import SSyncConfig
+    from ssync_pl.errors import ConfigError
+    from ssync_pl.hosts.training import schedule_for
+    from ssync_pl.plugin.engine import SSyncEngine
+
+    with pytest.raises(ConfigError, match="max_steps"):
+        SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1))
+    with pytest.raises(ConfigError, match="max_steps"):
+        schedule_for(-1, warmup_steps=100, decay="exponential")
