@@ -158,7 +158,7 @@ def test_what_cannot_be_known_is_refused() -> None:
         adapter.collect(capture)
     adapter, capture = _run(OnceForAll())
     with pytest.raises(
-        HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave softmaxes of"
+        HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave"
     ):
         adapter.collect(capture)
     adapter, capture = _run(PackageHost(), SlotAttentionPackageAdapter(masks="decoder"))

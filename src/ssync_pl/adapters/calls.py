@@ -70,46 +70,37 @@ class MapCall(NamedTuple):
 
 
 def watch_joined(
-    capture: Capture,
-    key: str,
-    module: nn.Module,
-    make: Callable[[Any, Any, Part], Any],
-    outputs: Mapping[str, Take],
-    inputs: Mapping[str, Take],
+    capture: Capture, key: str, module: nn.Module, make: Callable[[Any, Any, Part], Any], parts: Mapping[str, Take]
 ) -> None:
     """Records ``make(module, output, part)`` whenever a module returns.
 
-    ``outputs`` and ``inputs`` have the paths of parts inside it and what to take of them; ``part(path)`` is what was
-    taken last in this call, ``part(path, 2)`` what before, and ``part("path input")`` what was taken of the inputs.
+    ``parts`` has the paths of parts inside it, ``"path input"`` for what a part gets, and what to take of them;
+    ``part(path)`` is what was taken last in this call, ``part(path, 2)`` what before.
     """
-    inner = {path: submodule(module, path) for path in (*outputs, *inputs)}
+    inner = {name: submodule(module, name.removesuffix(" input")) for name in parts}
 
-    def latest(name: str, take: Take) -> Take:
-        def trimmed(module: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
+    def latest(name: str) -> Take:
+        def take(module: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
             del capture[f"{key} {name}"][:-1]  # lets go of the graphs of earlier iterations
-            return take(module, args, given)
+            return parts[name](module, args, given)
 
-        return trimmed
+        return take
 
-    for path, take in outputs.items():
-        capture.watch(f"{key} {path}", inner[path], latest(path, take), optional=True)
-    for path, take in inputs.items():
-        name = f"{path} input"
-        capture.watch_input(f"{key} {name}", inner[path], latest(name, take), optional=True)
+    for name, one in inner.items():
+        capture.watch(f"{key} {name}", one, latest(name), optional=True, inputs=name.endswith(" input"))
 
-    def part(path: str, back: int = 1) -> Any:
-        values = capture[f"{key} {path}"]
+    def part(name: str, back: int = 1) -> Any:
+        values = capture[f"{key} {name}"]
         if len(values) < back:
             raise HostError(
-                f"Expected {type(module).__name__} to call '{path}' in each of its calls, but it did not, or without "
-                "gradients, as in reentrant activation checkpointing: use checkpoint(..., use_reentrant=False). "
-                f"{NAME_THEM}"
+                f"Expected {type(module).__name__} to call '{name}' in each of its calls, but it did not, or without "
+                f"gradients, as in activation checkpointing without use_reentrant=False. {NAME_THEM}"
             )
         return values[-back]
 
     def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         made = make(module, output, part)
-        for name in (*outputs, *(f"{path} input" for path in inputs)):
+        for name in parts:
             capture[f"{key} {name}"].clear()
         return made
 
@@ -149,11 +140,11 @@ def watch_attention(
         kept: ``(module, output)`` to the slots that it keeps, ``(B, S)`` bool, where it decides itself.
         axis: Axis of the slots in the logits.
     """
-    inputs: dict[str, Take] = {}
+    parts: dict[str, Take] = dict.fromkeys(projections, take_projection)
     if weigh is not None:
-        inputs[cell] = lambda module, args, kwargs: args[0]
+        parts[f"{cell} input"] = lambda module, args, kwargs: args[0]
     if mask is not None:
-        inputs["."] = lambda module, args, kwargs: mask(args, kwargs)
+        parts[". input"] = lambda module, args, kwargs: mask(args, kwargs)
 
     def make(module: Any, output: Any, part: Part) -> MapCall:
         returned = output_entry(output, given) if given else None
@@ -174,7 +165,7 @@ def watch_attention(
             return call
         return call._replace(values=values[0], update=part(f"{cell} input"), weigh=partial(weigh, module))
 
-    watch_joined(capture, key, module, make, dict.fromkeys(projections, take_projection), inputs)
+    watch_joined(capture, key, module, make, parts)
 
 
 def watch_alpha(
@@ -202,7 +193,7 @@ def watch_alpha(
         alpha, masks = part(inner), own(module, output)
         return MapCall(*in_shape_of(alpha, masks, module), (masks.ndim - alpha.ndim) if axis is None else axis)
 
-    watch_joined(capture, key, module, make, {inner: lambda module, args, output: channel(output)}, {})
+    watch_joined(capture, key, module, make, {inner: lambda module, args, output: channel(output)})
 
 
 def entry(key: str, squeeze: int | None = None) -> Own:
@@ -250,10 +241,9 @@ def token_weights(logits: Tensor, eps: float) -> Tensor:
 def check_close(
     mine: Tensor, own: Tensor, what: str, expected: str, scale: float = 1.0, tolerance: float = 0.0
 ) -> None:
-    """Refuses values that differ from the host's own by more than the rounding of their precision explains.
+    """Refuses values that differ from the host's own by more than rounding explains; it waits for the device.
 
-    It waits for the device. ``scale`` is the size of such values, ``tolerance`` how far they may differ at least;
-    ``what`` and ``expected`` are for the message.
+    ``scale`` is the size of such values, ``tolerance`` how far they may differ at least.
     """
     with torch.no_grad():
         gap = float((mine.double() - own.double()).abs().max())
@@ -261,8 +251,8 @@ def check_close(
     tolerance = max(tolerance, rounding)
     if not gap <= tolerance:
         raise HostError(
-            f"Expected the {what} to be {expected}, but they differ by up to {gap:.3g} (tolerance {tolerance:.1g}). "
-            f"This host changes its maps on the way. {NAME_THEM}"
+            f"Expected the {what} to be {expected}, but they differ by up to {gap:.3g} (tolerance {tolerance:.1g}): "
+            f"this host changes its maps on the way. {NAME_THEM}"
         )
 
 

@@ -46,14 +46,6 @@ class Capture:
 
     Attributes:
         facts: What an adapter knows of the host when it attaches and needs when it collects.
-
-    Example:
-        >>> layer, capture = nn.Linear(2, 2), Capture()
-        >>> capture.watch("layer", layer)
-        >>> capture.open()
-        >>> output = layer(torch.zeros(1, 2))
-        >>> capture.only("layer") is output
-        True
     """
 
     def __init__(self) -> None:
@@ -66,22 +58,25 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._steps: dict[str, _Bracket] = {}
 
-    def watch(self, key: str, module: nn.Module, take: Take | None = None, optional: bool = False) -> None:
-        """Records a module's output whenever it runs inside the window.
+    def watch(
+        self, key: str, module: nn.Module, take: Take | None = None, optional: bool = False, inputs: bool = False
+    ) -> None:
+        """Records what a module gives, or gets, whenever it runs inside the window.
 
         Args:
             key: Name under which the values are kept, in the order of the calls.
             module: The module to listen to.
             take: Picks what to keep from ``(module, args, output)``; None keeps the output.
             optional: The module may stay silent, as a host whose loss function a loop calls in place of the host.
+            inputs: Listens before the module runs; ``take`` gets ``(module, args, kwargs)``.
         """
-        self._add(key, module, optional)
-        self._handles.append(module.register_forward_hook(_Hook(self, key, take)))
-
-    def watch_input(self, key: str, module: nn.Module, take: Take, optional: bool = False) -> None:
-        """Records what ``take`` picks from ``(module, args, kwargs)`` whenever a module runs inside the window."""
-        self._add(key, module, optional)
-        self._handles.append(module.register_forward_pre_hook(_Hook(self, key, take), with_kwargs=True))
+        self._records.setdefault(key, [])
+        self._modules[key] = module
+        self._optional |= {key} if optional else set()
+        hook = _Hook(self, key, take)
+        self._handles.append(
+            module.register_forward_pre_hook(hook, with_kwargs=True) if inputs else module.register_forward_hook(hook)
+        )
 
     def tap(self, key: str, module: nn.Module, axis: int | None = None, step: bool = False) -> None:
         """Records the softmaxes inside a module: one `Softmaxes` per call.
@@ -108,7 +103,9 @@ class Capture:
         Never inside a backward pass, where activation checkpointing runs modules a second time, nor under
         `torch.no_grad` where `open` asked for training only.
         """
-        return self._open and not _in_backward() and (not self._training_only or torch.is_grad_enabled())
+        # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
+        backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return self._open and not backward and (not self._training_only or torch.is_grad_enabled())
 
     def open(self, training_only: bool = False) -> None:
         """Starts to listen; ``training_only`` leaves out everything under `torch.no_grad`."""
@@ -174,17 +171,10 @@ class Capture:
         heard = {module for key, module in self._modules.items() if self._records[key]}
         for key in self.silent:
             if heard & {*self._modules[key].modules()} - {self._modules[key]}:
-                name = type(self._modules[key]).__name__
                 raise HostError(
-                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of {name}, such as "
-                    "self.forward(...), which goes past all hooks. Call the module itself: self(...)."
+                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of "
+                    f"{type(self._modules[key]).__name__}, past all hooks. Call the module itself: self(...)."
                 )
-
-    def _add(self, key: str, module: nn.Module, optional: bool) -> None:
-        self._records.setdefault(key, [])
-        self._modules[key] = module
-        if optional:
-            self._optional.add(key)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         return Capture()
@@ -203,7 +193,11 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
         if self.capture.is_open:
-            _refuse_replicas(module)
+            if getattr(module, "_is_replica", False):
+                raise HostError(
+                    "Expected one copy of the host in this process, but torch.nn.DataParallel runs one per device. Use "
+                    "DistributedDataParallel, or give DataParallel one device."
+                )
             self.capture[self.key].append(given if self.take is None else self.take(module, args, given))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[Capture, str, None]]:
@@ -285,18 +279,14 @@ class _Bracket:
 
 def submodule(host: nn.Module, path: str) -> nn.Module:
     """Returns the module at a dotted path of a host, ``"."`` being the host itself, or raises HostError."""
-    if path == ".":
-        return host
-    module = host
-    parts = path.split(".")
+    module, parts = host, [] if path == "." else path.split(".")
     for depth, part in enumerate(parts):
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
             where = ".".join(parts[:depth]) or type(host).__name__
             children = ", ".join(name for name, _ in module.named_children()) or "none"
             raise HostError(
-                f"Expected the host to have a module at '{path}', but '{where}' has no child '{part}'. "
-                f"Its children: {children}."
+                f"Expected a module at '{path}', but '{where}' has no child '{part}'. Its children: {children}."
             )
         module = child
     return module
@@ -304,10 +294,8 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
 
 def has_modules(host: Any, *paths: str) -> bool:
     """Whether a host has a module at each dotted path."""
-    if not isinstance(host, nn.Module):
-        return False
     try:
-        return all(submodule(host, path) is not None for path in paths)
+        return isinstance(host, nn.Module) and all(submodule(host, path) is not None for path in paths)
     except HostError:
         return False
 
@@ -315,11 +303,10 @@ def has_modules(host: Any, *paths: str) -> bool:
 def output_entry(output: Any, key: str) -> Tensor | None:
     """Returns the tensor at a dict's key, an attribute or a position of an output (of no key, the output), or None."""
     value = output
-    if isinstance(output, Mapping) and key:
+    if key and isinstance(output, Mapping):
         value = output.get(key)
     elif isinstance(output, (tuple, list)) and key.removeprefix("-").isdecimal():
-        index = int(key)
-        value = output[index] if -len(output) <= index < len(output) else None
+        value = output[int(key)] if -len(output) <= int(key) < len(output) else None
     elif key:
         value = getattr(output, key, None)
     return value if isinstance(value, Tensor) else None
@@ -336,16 +323,3 @@ def describe(output: Any) -> str:
     if isinstance(output, (tuple, list)):
         return f"{type(output).__name__} of {len(output)}"
     return type(output).__name__
-
-
-def _in_backward() -> bool:
-    # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _refuse_replicas(module: nn.Module) -> None:
-    if getattr(module, "_is_replica", False):
-        raise HostError(
-            "Expected one copy of the host in this process, but torch.nn.DataParallel runs one for each of several "
-            "devices at the same time. Use DistributedDataParallel, or give DataParallel one device."
-        )

@@ -12,21 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import (
-    MapCall,
-    Part,
-    Projection,
-    check_close,
-    entry,
-    in_shape_of,
-    scaled_product,
-    take_projection,
-    token_weights,
-    watch_alpha,
-    watch_attention,
-    watch_joined,
-)
+from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
@@ -80,7 +68,7 @@ class SoldAdapter(SlotModelAdapter):
     @override
     def listen(self, host: Any, capture: Capture) -> None:
         names, weigh = ("to_q", "to_k", "to_v"), partial(_weigh, eps="epsilon")
-        watch_attention(capture, "corrector", host.corrector, scaled_product, names, weigh=weigh)
+        watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
         watch_alpha(capture, "decoder", host.decoder, "encoder", _last_channel, entry("1", squeeze=2))
 
 
@@ -117,7 +105,7 @@ class SlotFormerAdapter(SlotModelAdapter):
         masks = capture.last("output")
         if masks is not None and masks.ndim == 6:
             probs = capture.only("decoder").logits.detach().double().reshape(masks.shape).softmax(2)
-            check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
+            calls.check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
 
 
 @register_adapter
@@ -158,7 +146,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
         alpha, colours = (part.detach().float().unflatten(0, (-1, slots)) for part in parts)
         mine = (alpha.softmax(1)[:, :, None] * colours).sum(1).reshape(picture.shape)
         expected = "the sum of what the slots draw, weighted by the softmax over slots of the fourth channel"
-        check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
+        calls.check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
 
 
 @register_adapter
@@ -200,8 +188,9 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 "masks of predicted slots show the next frame, not the one that the attention sees. Set it to True."
             )
         attention, own = "inverted_attention.attn_fn", entry("1")
-        outputs, inputs = {attention: lambda module, args, output: own(module, output)}, {attention: _query_and_key}
-        watch_joined(capture, "corrector", host.corrector, _per_head, outputs, inputs)
+        take = lambda module, args, output: own(module, output)  # noqa: E731
+        parts = {attention: take, f"{attention} input": _query_and_key}
+        calls.watch_joined(capture, "corrector", host.corrector, _per_head, parts)
         masks = entry("alpha_mask", squeeze=-1)
         watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
 
@@ -216,7 +205,7 @@ def _per_head(module: nn.Module, output: Any, part: Part) -> MapCall:
     with query.precision():
         scaled = query.value / (query.value.shape[-1] ** 0.5)
         logits = torch.matmul(scaled.permute(0, 2, 1, 3), key.value.permute(0, 2, 3, 1))
-    return MapCall(*in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
+    return MapCall(*calls.in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
 
 
 def _last_channel(output: Tensor) -> Tensor:
@@ -241,7 +230,7 @@ def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _weigh(module: Any, logits: Tensor, eps: str) -> Tensor:
-    return token_weights(logits, getattr(module, eps))
+    return calls.token_weights(logits, getattr(module, eps))
 
 
 def _weigh_inside(module: Any, logits: Tensor) -> Tensor:

@@ -118,10 +118,10 @@ class SlotAttentionPackageAdapter(GridAdapter):
         maps = [[_as_map(value, axis, images, slots) for value, axis in reversed(one)] for one in candidates]
         drawn = [found for one in maps for found in [found for found in one if found is not None][:1]]
         if not drawn or len(drawn) != len(candidates):
-            seen = sorted({(tuple(value.shape), axis) for one in candidates for value, axis in one})
+            seen = sorted({tuple(value.shape) for one in candidates for value, _ in one})
             raise HostError(
                 f"Expected '{self.masks.text}' to give masks over the slots of attention maps {tuple(logits[0].shape)} "
-                f"in {len(calls)} call(s), but it gave {seen} (shape, axis). Name the decoder, which has to run as "
+                f"in {len(calls)} call(s), but it gave {seen}. Name the decoder, which has to run as "
                 "often as the slot attention: SlotAttentionPackageAdapter(masks='path:key')."
             )
         if len(calls) > 1 and len(drawn) == 1 and drawn[0].axis == 1:

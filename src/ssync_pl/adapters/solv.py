@@ -81,12 +81,12 @@ class SolvAdapter(HostAdapter):
             )
         binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        projections = {"Q": take_projection, "f": take_projection}
-        indices = {".": lambda module, args, kwargs: args[1]}
-        watch_joined(capture, "binder", binder, _bound_centre, projections, indices)
+        indices = lambda module, args, kwargs: args[1]  # noqa: E731
+        parts = {"Q": take_projection, "f": take_projection, ". input": indices}
+        watch_joined(capture, "binder", binder, _bound_centre, parts)
         if getattr(host, "merge_slots", False):
-            before = {".": lambda module, args, kwargs: (args[0], random.getstate())}
-            watch_joined(capture, "merger", host.merge, _merged, {}, before)
+            before = {". input": lambda module, args, kwargs: (args[0], random.getstate())}
+            watch_joined(capture, "merger", host.merge, _merged, before)
         capture.watch("decoder", host.dec, lambda module, args, out: out[..., -1].unflatten(0, (-1, slots))[:, None])
         capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
