@@ -153,7 +153,7 @@ def test_copies_of_a_data_parallel_host_are_refused() -> None:
     layer._is_replica = True
     layer(torch.zeros(1, 2))
     capture.open()
-    with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each"):
+    with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one per device"):
         layer(torch.zeros(1, 2))
 
 

@@ -157,9 +157,7 @@ def test_what_cannot_be_known_is_refused() -> None:
     with pytest.raises(HostError, match="ran 2 times and the decoder once, on frames folded into its batch"):
         adapter.collect(capture)
     adapter, capture = _run(OnceForAll())
-    with pytest.raises(
-        HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave"
-    ):
+    with pytest.raises(HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave"):
         adapter.collect(capture)
     adapter, capture = _run(PackageHost(), SlotAttentionPackageAdapter(masks="decoder"))
     with pytest.raises(HostError, match=r"'decoder' to give masks over the slots .* but it gave \[\(8, 4, 8, 8\)\]"):
