@@ -340,7 +340,8 @@ def _describe(features: _Features, where: str) -> dict[str, Any]:
             found[name] = _nested(name, values, where)
     for group, own in rows.items():
         stated = features.get("metadata/num_instances") if group == "instances" else None
-        count = len(own.get("frame", own.get("mass", []))) if stated is None else int(stated[0])
+        counted: Any = own.get("frame" if group == "collisions" else "mass", [])
+        count = len(counted) if stated is None else int(stated[0])
         if own or stated is not None:
             found[group] = [{} for _ in range(count)]
         for name, values in own.items():
