@@ -69,12 +69,11 @@ def main(settings: dict[str, Any]) -> None:
         settings["validation"],
         batch_size=2,
         clip_length=2,
-        shuffle_buffer=4,
         num_workers=settings["workers"],
-        backend=settings["backend"],
     )
     trainer = L.Trainer(
         max_epochs=3,
+        accumulate_grad_batches=settings["accumulate"],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,

@@ -27,12 +27,12 @@ def _notes(path: Path) -> dict[int, dict]:
     return {note["step"]: note for note in map(json.loads, path.read_text("utf-8").splitlines())}
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("mmap", (0, 2)), ("webdataset", (2, 1))])
-def test_a_killed_run_goes_on_exactly(make_shards, tmp_path, backend, workers):
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, (0, 2)), (2, (2, 0))])
+def test_a_killed_run_goes_on_exactly(make_shards, tmp_path, accumulate, workers):
     patterns = {
         "train": make_shards("train", count=11, per_shard=3, size=(16, 16)),
         "validation": make_shards("validation", count=2, size=(16, 16)),
-        "backend": backend,
+        "accumulate": accumulate,
     }
     assert _run(tmp_path / "whole", notes="notes", workers=workers[0], **patterns) == 0
     whole = _notes(tmp_path / "whole" / "notes")

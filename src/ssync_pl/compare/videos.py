@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ssync_pl.data.dataset import ShardDataset
-from ssync_pl.data.decode import decode_member
 from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.stream import ShardStream
 from ssync_pl.errors import ConfigError
@@ -169,7 +168,7 @@ class ShapeTable:
         table = torch.full((len(keys), channels), -1, dtype=torch.int64)
         for row, key in enumerate(keys):
             place = self._places[key]
-            content = decode_member(_INSTANCES, self._dataset.fetch(place)(_INSTANCES), self._dataset.where(place))
+            content = self._dataset.members(place).decode(_INSTANCES)
             instances = content.get("instances", []) if isinstance(content, dict) else []
             for one in instances:
                 channel = int(one["id"]) - (0 if has_background else 1)

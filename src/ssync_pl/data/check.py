@@ -14,8 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from ssync_pl.data.check_compare import compare_shards
 from ssync_pl.data.check_members import SampleFacts, ShardFacts, ShardJob, inspect_shard
 from ssync_pl.data.check_report import CheckReport, Problem, SetSummary, render_report
-from ssync_pl.data.patterns import expand_braces, expand_shards, is_remote, shard_name
-from ssync_pl.data.remote import masked_url
+from ssync_pl.data.patterns import expand_braces, expand_shards, is_remote, masked_url, shard_name
 from ssync_pl.errors import ConfigError, MissingShardError, ShardError
 
 __all__ = ["CheckReport", "Problem", "SetSummary", "check_shards", "group_shards", "render_report"]

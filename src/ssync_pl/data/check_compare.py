@@ -162,7 +162,7 @@ def _rebuild(folder: Path, shards: Sequence[ShardFacts]) -> None:
 
 
 def _remote_notes(name: str, shards: Sequence[ShardFacts], problems: list[Problem]) -> Iterator[str]:
-    from ssync_pl.data.stream_shard import fetch_index
+    from ssync_pl.data.remote import fetch_index
 
     if not shards:
         return

@@ -23,13 +23,12 @@ from ssync_pl.data.decode import (
     view_npy,
 )
 from ssync_pl.data.index import SampleEntry, ShardEntry, scan_shard, split_member_name
-from ssync_pl.data.patterns import is_compressed, is_remote
-from ssync_pl.data.remote import masked_url
+from ssync_pl.data.patterns import is_compressed, is_remote, masked_url
 from ssync_pl.errors import ShardError
 
 __all__ = ["SampleFacts", "ShardFacts", "ShardJob", "inspect_shard"]
 
-Fetch = Callable[[str], "bytes | memoryview"]
+Fetch = Callable[[str], "bytes | bytearray | memoryview"]
 
 
 @dataclass(frozen=True)
@@ -190,14 +189,14 @@ class _Inspection:
         return [SampleEntry(key, members) for key, members in groups.items()]
 
     def _streamed(self) -> int:
-        from ssync_pl.data.stream_shard import stream_shard
+        from ssync_pl.data.remote import stream_shard
 
         size = 0
         try:
             for key, members in stream_shard(self.job.shard):
-                lengths = {name: len(data) for name, data in members.items()}
+                lengths = dict(members.sizes)
                 size += sum(lengths.values())
-                self._sample(key, lengths, members.__getitem__)
+                self._sample(key, lengths, members.read)
         except ShardError as error:
             self._add("shard", None, str(error))
         return size
@@ -332,7 +331,7 @@ class _Look:
     array: np.ndarray | None
 
 
-def _look(name: str, data: bytes | memoryview, where: str, deep: bool) -> _Look | None:
+def _look(name: str, data: bytes | bytearray | memoryview, where: str, deep: bool) -> _Look | None:
     extension = require_allowed(name, where)
     if extension == "json":
         decode_member(name, data, where)
@@ -354,7 +353,7 @@ def _look(name: str, data: bytes | memoryview, where: str, deep: bool) -> _Look 
     return _Look(array.shape, array.dtype, array if deep else None)
 
 
-def _require_whole_mp4(name: str, data: bytes | memoryview, where: str) -> None:
+def _require_whole_mp4(name: str, data: bytes | bytearray | memoryview, where: str) -> None:
     # Decoders forgive a lost end; the boxes of the format (ISO 14496-12) say how long the file was.
     place = 0
     while place + 8 <= len(data):

@@ -11,16 +11,15 @@ from PIL import Image
 
 from ssync_pl.data.decode import decode_member, require_allowed, view_npy
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
-from ssync_pl.data.patterns import is_compressed, is_remote, shard_name
-from ssync_pl.data.reader import ShardReader
-from ssync_pl.data.remote import masked_url
+from ssync_pl.data.patterns import is_compressed, is_remote, masked_url, shard_name
 from ssync_pl.data.samples import find_member
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.tools.viz import SheetRow, compose_frames, draw_sheet, label_masks, overlay_labels, resize_nearest
 
 __all__ = ["PickedVideos", "PreviewVideo", "compose_preview", "draw_preview", "pick_videos"]
 
-Fetch = Callable[[str], "bytes | memoryview"]
+Fetch = Callable[[str], "bytes | bytearray | memoryview"]
 
 _MOST_FRAMES = 240  # of an MP4: more would take minutes to draw
 _EMPTY = 255
@@ -195,7 +194,7 @@ def _local(
 def _streamed(
     shards: Sequence[str], count: int, generator: np.random.Generator | None, skipped: list[str]
 ) -> Generator[tuple[str, str, Collection[str], Fetch], None, None]:
-    from ssync_pl.data.stream_shard import stream_shard
+    from ssync_pl.data.remote import stream_shard
 
     urls = list(shards) if generator is None else [shards[n] for n in generator.permutation(len(shards)).tolist()]
     # In the given order the first shard is read on; a random choice takes something from each shard.
@@ -206,7 +205,7 @@ def _streamed(
                 for number, (key, members) in enumerate(stream):
                     if number == share:
                         break
-                    yield url, key, members, members.__getitem__
+                    yield url, key, members.sizes, members.read
         except ShardError as error:
             skipped.append(str(error))
 

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,8 +26,7 @@ from ssync_pl.data.decode import decode_member
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
-from ssync_pl.data.reader import ShardReader
-from ssync_pl.data.shards import ShardWriter
+from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["ConversionReport", "Decode", "Item", "convert", "record_path", "verify_shard"]
@@ -213,7 +213,7 @@ def verify_shard(path: Path, keys: Sequence[str] | None = None) -> tuple[ShardEn
             where = f"{path}, key {sample.key}"
             frames += _count_frames(
                 {
-                    name: decode_member(name, reader.member(str(path), entry, sample, name), where)
+                    name: decode_member(name, reader.member(str(path), entry, sample, name), where, sys.maxsize)
                     for name in sample.members
                 },
                 where,
