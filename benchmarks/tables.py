@@ -9,41 +9,40 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssync_pl.compare.collect import number, read_results
-from ssync_pl.compare.report.scores import SCORES, in_words
+import pandas as pd
+
+from ssync_pl.compare.results import read_results
 from ssync_pl.compare.statistics import Estimate, estimate, paired_difference
 from ssync_pl.data.files import write_bytes
+from ssync_pl.metrics.table import METRICS, metric_names
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-MAIN = ("video_fg_ari", "video_ari", "video_mbo", "boundary_f")
+HEADLINE = metric_names("segmentation", "headline")
+MAIN = (*HEADLINE, "boundary_f")
 HOSTS = (
     ("quality_main", "SlotContrast, `c` from above, 11 slots"),
     ("quality_videosaur", "VideoSAUR, `c` from above, 11 slots"),
     ("quality_cluttered", "SlotContrast, `cluttered`, 11 slots"),
     ("quality_solv", "SOLV, `c` from above, 7 slots"),
 )
-_LABELS = {score.key: score.label for score in SCORES}
-_DIGITS = {score.key: score.digits for score in SCORES}
-
-Row = Mapping[str, str]
 
 
-def values(rows: Sequence[Row], key: str, variant: str, slots: str | None = None) -> dict[int, float]:
+def values(rows: pd.DataFrame, key: str, variant: str, slots: int | None = None) -> dict[int, float]:
     """Values of a column by seed, of one variant and slot count."""
-    chosen = [row for row in rows if row["variant"] == variant and slots in (None, row["slots"])]
-    return {int(row["seed"]): number(row[key]) for row in chosen}
+    chosen = rows[(rows["variant"] == variant) & (True if slots is None else rows["slots"] == slots)]
+    return chosen.set_index("seed")[key].to_dict()
 
 
 def write(found: Estimate | None, key: str, signed: bool = False) -> str:
     """An estimate as a cell; differences clear of zero are bold."""
     if found is None:
         return "–"
-    text = in_words(found, _DIGITS[key], signed=signed)
+    text = found.text(METRICS[key].digits, signed=signed)
     clear = signed and found.half_width is not None and abs(found.mean) > found.half_width
     return f"**{text}**" if clear else text
 
@@ -69,42 +68,38 @@ def main_table() -> str:
     pairs = [paired_difference(values(rows, key, "with"), values(rows, key, "without")) for key in keys]
     body.append(["paired difference", *(write(one, key, True) for one, key in zip(pairs, keys, strict=True))])
     for name, prefix in (("fixed grid of 11 cells", "grid"), ("k-means on RGB, 11 clusters", "kmeans_rgb")):
-        cells = [f"{number(rows[0].get(f'{prefix}_{key}')):.3f}" for key in MAIN[:3]]
+        cells = [f"{rows[f'{prefix}_{key}'][0]:.3f}" for key in HEADLINE]
         body.append([name, *cells, "–", "–"])
-    cells = [f"{mean:.3f}" for mean in _feature_kmeans(rows[0]["slots"])]
+    cells = [f"{mean:.3f}" for mean in _feature_kmeans(rows["slots"][0])]
     body.append(["k-means on the same features and places", *cells, "–", "–"])
-    return grid([f"{rows[0]['slots']} slots", *(_LABELS[key] for key in keys)], body)
+    return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in keys)], body)
 
 
-def _feature_kmeans(clusters: str) -> list[float]:
+def _feature_kmeans(clusters: int) -> list[float]:
     """Scores of the clustering whose weight of place has the best FG-ARI; means over its starts."""
-    rows = [row for row in read_results(RESULTS / "feature_kmeans.csv") if row["clusters"] == clusters]
-    groups = [
-        [row for row in rows if row["position_weight"] == weight] for weight in {row["position_weight"] for row in rows}
-    ]
-    means = [[sum(number(row[key]) for row in group) / len(group) for key in MAIN[:3]] for group in groups]
-    return max(means)
+    rows = pd.read_csv(RESULTS / "feature_kmeans.csv")
+    means = rows[rows["clusters"] == clusters].groupby("position_weight")[list(HEADLINE)].mean()
+    return means.loc[means[HEADLINE[0]].idxmax()].tolist()
 
 
 def slots_table() -> str:
     """Slot counts, and what FG-ARI falls by when there are more of them."""
     rows = read_results(RESULTS / "quality_slots.csv")
-    counts = sorted({row["slots"] for row in rows}, key=int)
     body = []
-    for count in counts:
+    for count in sorted(set(rows["slots"])):
         seeds = len(values(rows, MAIN[0], "with", count))
         without = estimate(list(values(rows, MAIN[0], "without", count).values()))
         arms = [(key, values(rows, key, "with", count), values(rows, key, "without", count)) for key in MAIN]
         cells = [write(paired_difference(ours, theirs), key, True) for key, ours, theirs in arms]
-        body.append([count, str(seeds), write(without, MAIN[0]), *cells])
-    head = ["slots", "seeds", "FG-ARI without", *(f"{_LABELS[key]}, with − without" for key in MAIN)]
+        body.append([str(count), str(seeds), write(without, MAIN[0]), *cells])
+    head = ["slots", "seeds", "FG-ARI without", *(f"{METRICS[key].title}, with − without" for key in MAIN)]
     return grid(head, body) + "\n\n" + _falls(rows)
 
 
-def _falls(rows: Sequence[Row]) -> str:
+def _falls(rows: pd.DataFrame) -> str:
     lines = []
     key = MAIN[0]
-    for few, many in (("11", "15"), ("7", "15")):
+    for few, many in ((11, 15), (7, 15)):
         said = []
         for variant in ("without", "with"):
             fall = paired_difference(values(rows, key, variant, few), values(rows, key, variant, many))
@@ -119,7 +114,7 @@ def ablation_table() -> str:
     keys = (*MAIN, "slots_per_object", "unused_slots")
     baseline = "without"
     body = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    for variant in dict.fromkeys(rows["variant"]):
         seeds = len(values(rows, MAIN[0], variant))
         if variant == baseline:
             found = [write(estimate(list(values(rows, key, variant).values())), key) for key in keys]
@@ -129,7 +124,7 @@ def ablation_table() -> str:
                 for key in keys
             ]
         body.append([f"`{variant}`", str(seeds), *found])
-    return grid(["variant", "seeds", *(_LABELS[key] for key in keys)], body)
+    return grid(["variant", "seeds", *(METRICS[key].title for key in keys)], body)
 
 
 def hosts_table() -> str:
@@ -137,7 +132,7 @@ def hosts_table() -> str:
     body = []
     for name, words in HOSTS:
         rows = read_results(RESULTS / f"{name}.csv")
-        for variant in dict.fromkeys(row["variant"] for row in rows):
+        for variant in dict.fromkeys(rows["variant"]):
             if variant == "without":
                 continue
             arms = [(key, values(rows, key, variant), values(rows, key, "without")) for key in MAIN]
@@ -145,20 +140,20 @@ def hosts_table() -> str:
             without = estimate(list(arms[0][2].values()))
             said = words if variant == "with" else f"{words}, `{variant}`"
             body.append([f"[{said}](results/{name}.csv)", str(len(arms[0][1])), write(without, MAIN[0]), *cells])
-    return grid(["host", "seeds", "FG-ARI without", *(f"{_LABELS[key]}, with − without" for key in MAIN)], body)
+    return grid(["host", "seeds", "FG-ARI without", *(f"{METRICS[key].title}, with − without" for key in MAIN)], body)
 
 
 def exploration_table() -> str:
     """What was tried before settings were chosen: means over the runs that there are, one to three each."""
     rows = read_results(RESULTS / "quality_exploration.csv")
-    counts = sorted({row["slots"] for row in rows}, key=int)
+    counts = sorted(set(rows["slots"]))
     body = []
-    for variant in sorted({row["variant"] for row in rows}, key=lambda name: (name != "without", name)):
+    for variant in sorted(set(rows["variant"]), key=lambda name: (name != "without", name)):
         cells = []
         for count in counts:
-            chosen = [row for row in rows if (row["slots"], row["variant"]) == (count, variant)]
-            means = [sum(number(row[key]) for row in chosen) / max(len(chosen), 1) for key in MAIN[:3]]
-            cells.append(" · ".join(f"{mean:.3f}" for mean in means) + f" ({len(chosen)})" if chosen else "")
+            chosen = rows.loc[(rows["slots"] == count) & (rows["variant"] == variant), list(HEADLINE)]
+            means = " · ".join(f"{mean:.3f}" for mean in chosen.mean())
+            cells.append(f"{means} ({len(chosen)})" if len(chosen) else "")
         body.append([variant, *cells])
     return grid(["variant", *(f"{count} slots" for count in counts)], body)
 

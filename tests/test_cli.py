@@ -11,7 +11,6 @@ from ssync_pl import __version__
 from ssync_pl.cli import main
 from ssync_pl.cli.config_command import packaged_config
 from ssync_pl.data import load_shards
-from ssync_pl.tools.parser_errors import explain_parser_error
 from ssync_pl.tools.progress import progress_bar
 
 HOST = {
@@ -165,15 +164,12 @@ def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model.num_slots=x"], "model.num_slots: Expected int, but got 'x'."),
-        (
-            ["--model.numslots=3"],
-            "model.numslots: Expected an option of SAVi, but got 'numslots'. Its options: num_slots",
-        ),
+        (["--model.num_slots=x"], "num_slots"),
+        (["--model.numslots=3"], "Option 'numslots' is not accepted"),
         (["--model.num_slots=0"], "Expected arguments `num_slots`"),
         (["--data.batch_size=0"], "Expected argument `batch_size` to be at least 1, but got 0."),
-        (["--trainer.max_steps=abc"], "trainer.max_steps: Expected int, but got 'abc'."),
-        (["--trainer.callbacks+=SSyncCallbak"], "Expected the name of a class, but got 'SSyncCallbak'."),
+        (["--trainer.max_steps=abc"], "trainer.max_steps"),
+        (["--trainer.callbacks+=SSyncCallbak"], "SSyncCallbak"),
         (
             ["--trainer.callbacks+=SSyncCallback", "--trainer.callbacks.merge_threshold=2"],
             "Expected argument `merge_threshold` to be in [0, 1], but got 2.0.",
@@ -181,23 +177,22 @@ def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
         (["--config=none.yaml"], "none.yaml"),
     ],
 )
-def test_configuration_errors_are_one_line(
+def test_configuration_errors_name_the_key(
     config: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert main(["fit", "--config", str(config), *words]) == 2
     streams = capsys.readouterr()
     assert "Traceback" not in streams.err
     assert "usage:" not in streams.err
-    line = streams.err.strip().splitlines()[-1]
-    assert line.startswith("ssync-pl")
-    assert message in line
+    assert any(line.startswith("ssync-pl") for line in streams.err.splitlines())
+    assert message in streams.err
 
 
 def test_what_is_missing_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["fit"]) == 2
-    assert "data, model: Expected a value" in last_error(capsys)
+    assert "the following arguments are required" in capsys.readouterr().err
 
 
 def test_a_host_that_is_not_recognised_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,10 +214,6 @@ def test_debug_shows_the_traceback(
     monkeypatch.setenv("SSYNC_DEBUG", "1")
     assert main(args) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_explaining_an_unknown_message_keeps_its_words() -> None:
-    assert explain_parser_error("Something\n  else happened") == "Something else happened."
 
 
 def test_the_bar_shows_the_loss_and_short_names(config: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,12 +65,6 @@ def tiny_config(root: Path, max_steps: int = 16) -> dict[str, Any]:
 def write_tiny(path: Path, root: Path, max_steps: int = 16) -> Path:
     path.write_text(yaml.safe_dump(tiny_config(root, max_steps)), encoding="utf-8")
     return path
-
-
-def standin_environment() -> dict[str, str]:
-    """With the folder of the stand-in recorder on the path of child processes."""
-    paths = [str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True, scope="package")

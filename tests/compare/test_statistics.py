@@ -4,28 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssync_pl.compare.statistics import Estimate, estimate, paired_difference, t_quantile, verdict
-from ssync_pl.errors import ConfigError
+from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
 
 
-@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.95, 0.975, 0.995, 0.9999])
-def test_quantiles_are_those_of_scipy(probability):
-    for degrees in [*range(1, 41), 99, 100, 1000]:
-        assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize(("probability", "degrees"), [(0.4, 3), (1.0, 3), (0.9, 0)])
-def test_quantiles_out_of_range(probability, degrees):
-    with pytest.raises(ConfigError, match="to be in"):
-        t_quantile(probability, degrees)
-
-
-def test_the_interval_is_that_of_scipy():
+def test_the_interval_is_worked_out_by_hand_and_is_that_of_scipy():
+    found = estimate([0.1, 0.2, 0.3])
+    assert (found.mean, found.half_width, found.count) == pytest.approx((0.2, 4.302653 * 0.1 / math.sqrt(3), 3))
     values = np.random.default_rng(0).normal(size=7)
     low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
     found = estimate(list(values))
-    assert found.mean - found.half_width == pytest.approx(low)
-    assert found.mean + found.half_width == pytest.approx(high)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
 
 
 def test_missing_values_are_left_out():
@@ -36,24 +24,29 @@ def test_missing_values_are_left_out():
 
 def test_a_difference_is_paired_by_seed():
     ours, theirs = {0: 0.9, 1: 0.3, 2: 0.6, 7: 9.0}, {2: 0.5, 0: 0.7, 1: 0.2, 8: 9.0}
-    test = stats.ttest_rel([0.9, 0.3, 0.6], [0.7, 0.2, 0.5])
-    interval = test.confidence_interval(0.95)
+    interval = stats.ttest_rel([0.9, 0.3, 0.6], [0.7, 0.2, 0.5]).confidence_interval(0.95)
     found = paired_difference(ours, theirs)
     assert found.count == 3
-    assert found.mean - found.half_width == pytest.approx(interval.low)
-    assert found.mean + found.half_width == pytest.approx(interval.high)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(tuple(interval))
 
 
 @pytest.mark.parametrize(
-    ("difference", "text"),
+    ("difference", "text", "more_is_better", "less_is_better", "neither"),
     [
-        (Estimate(0.3, 0.2, 3), "up"),
-        (Estimate(-0.3, 0.2, 3), "down"),
-        (Estimate(-0.1, 0.2, 3), "within noise"),
-        (Estimate(0.0, 0.0, 3), "within noise"),
-        (Estimate(0.3, None, 1), "one seed: no interval"),
-        (None, "no seed in common"),
+        (Estimate(0.3, 0.2, 3), "up", "better", "worse", "more"),
+        (Estimate(-0.3, 0.2, 3), "down", "worse", "better", "less"),
+        (Estimate(-0.1, 0.2, 3), "within noise", "", "", ""),
+        (Estimate(0.0, 0.0, 3), "within noise", "", "", ""),
+        (Estimate(0.3, None, 1), "one seed: no interval", "", "", ""),
+        (None, "no seed in common", "", "", ""),
     ],
 )
-def test_verdicts(difference, text):
+def test_verdicts(difference, text, more_is_better, less_is_better, neither):
     assert verdict(difference) == text
+    assert [judge(difference, better) for better in (1, -1, 0)] == [more_is_better, less_is_better, neither]
+
+
+def test_an_estimate_is_written_with_a_true_minus_sign():
+    assert Estimate(-0.5, 0.02, 3).text() == "−0.500 ± 0.020"
+    assert Estimate(0.5, None, 1).text(2, signed=True) == "+0.50"
+    assert Estimate(-0.0001, 0.02, 3).text(signed=True) == "0.000 ± 0.020"

@@ -1,17 +1,21 @@
 import copy
-from dataclasses import fields
+import inspect
+from pathlib import Path
 
 import pytest
+import yaml
 
-from ssync_pl.compare.merging import callback_name, callbacks_of, merge
-from ssync_pl.compare.variants import CONTRAST_DEFAULTS, DEFAULTS, make_variant
+from ssync_pl import SSyncConfig, hosts
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
+from ssync_pl.compare.matrix import Asked, build_matrix
+from ssync_pl.compare.variants import CONTRAST_DEFAULTS, make_variant, ssync_options
 from ssync_pl.errors import ConfigError
+from ssync_pl.tools.doctor.configured import from_configuration
 
 
 def options_after(name, config):
-    merged = merge(config, make_variant(name, config).overlay)
-    (callback,) = [one for one in callbacks_of(merged) if callback_name(one) == "SSyncCallback"]
-    return callback.get("init_args", {})
+    (options,) = ssync_options(merge(config, make_variant(name, config).overlay))
+    return options
 
 
 def with_contrast(config, weight=0.1):
@@ -19,13 +23,7 @@ def with_contrast(config, weight=0.1):
     return {**config, "model": model}
 
 
-def test_defaults_are_those_of_the_package():
-    import inspect
-
-    from ssync_pl import SSyncConfig, hosts
-
-    own = {field.name: field.default for field in fields(SSyncConfig)}
-    assert {name: own[name] for name in DEFAULTS} == DEFAULTS
+def test_contrast_weights_are_those_of_the_hosts():
     for host, weight in CONTRAST_DEFAULTS.items():
         assert inspect.signature(getattr(hosts, host)).parameters["contrast_weight"].default == weight
 
@@ -59,9 +57,7 @@ def test_without_and_with(tiny):
 def test_published_keeps_how_maps_are_found(tiny):
     tiny["trainer"]["callbacks"][0]["init_args"].update(attention="a:x", masks="b:y", relative_weight=0.1)
     options = options_after("published", tiny)
-    assert options["attention"] == "a:x"
-    assert options["warmup_ratio"] == 0.3
-    assert options["on_collapse"] == "warn"
+    assert (options["attention"], options["warmup_ratio"], options["on_collapse"]) == ("a:x", 0.3, "warn")
     assert "relative_weight" not in options
 
 
@@ -76,25 +72,35 @@ def test_the_dense_rival_has_the_same_schedule(tiny):
     assert callbacks[0]["init_args"] == {"warmup_ratio": 0.5}
 
 
-def test_contrast_variants(tiny):
-    config = with_contrast(tiny)
-    merged = merge(config, make_variant("no-contrast", config).overlay)
-    assert merged["model"]["init_args"] == {"num_slots": 7, "contrast_weight": 0.0}
-    assert "SSyncCallback" not in [callback_name(one) for one in callbacks_of(merged)]
-    merged = merge(config, make_variant("ssync-no-contrast", config).overlay)
-    assert "SSyncCallback" in [callback_name(one) for one in callbacks_of(merged)]
-    config = with_contrast(tiny, 0.0)
-    assert make_variant("slot-contrast", config).overlay["model"]["init_args"] == {"contrast_weight": 0.1}
-    assert make_variant("ssync-slot-contrast", config).overlay["model"]["init_args"] == {"contrast_weight": 0.1}
+@pytest.mark.parametrize(
+    ("name", "before", "after", "ssync"),
+    [
+        ("no-contrast", 0.1, 0.0, False),
+        ("ssync-no-contrast", 0.1, 0.0, True),
+        ("slot-contrast", 0.0, 0.1, False),
+        ("ssync-slot-contrast", 0.0, 0.1, True),
+    ],
+)
+def test_contrast_variants(tiny, name, before, after, ssync):
+    config = with_contrast(tiny, before)
+    merged = merge(config, make_variant(name, config).overlay)
+    assert merged["model"]["init_args"] == {"num_slots": 7, "contrast_weight": after}
+    assert bool(ssync_options(merged)) == ssync
 
 
 def test_a_file_is_a_variant_of_its_own(tmp_path, tiny):
-    (tmp_path / "bigger.yaml").write_text("model: {init_args: {slot_dim: 16}}")
+    for name, text in {
+        "bigger": "model: {init_args: {slot_dim: 16}}",
+        "same": "model: {init_args: {slot_dim: 8}}",
+        "typo": "modle: {init_args: {num_slots: 8}}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     variant = make_variant(str(tmp_path / "bigger.yaml"), tiny)
     assert (variant.name, variant.overlay) == ("bigger", {"model": {"init_args": {"slot_dim": 16}}})
-    (tmp_path / "same.yaml").write_text("model: {init_args: {slot_dim: 8}}")
     with pytest.raises(ConfigError, match="changes nothing"):
         make_variant(str(tmp_path / "same.yaml"), tiny)
+    with pytest.raises(ConfigError, match="but got modle"):
+        make_variant(str(tmp_path / "typo.yaml"), tiny)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +108,12 @@ def test_a_file_is_a_variant_of_its_own(tmp_path, tiny):
     [
         ("wihtout", "among without, with, published, .*threshold-X.* but got 'wihtout'"),
         ("threshold-", "but got 'threshold-'"),
-        ("threshold-1.5", r"a number in \[0, 1\], but got 1.5"),
-        ("weight-0", "a number above 0"),
-        ("warmup-0.5", "warmup_ratio 0.5 already"),
-        ("threshold-0.7", "merge_threshold 0.7 already"),
-        ("no-contrast", "a host with `contrast_weight` .* but got SAVi"),
-        ("srl", r"a host that rebuilds features \(VideoSAUR, .*\) for variant 'srl', but got SAVi"),
+        ("threshold-1.5", r"merge_threshold.* in \[0, 1\], but got 1.5"),
+        ("weight-0", "relative_weight.* above 0"),
+        ("warmup-0.5", "changes nothing"),
+        ("threshold-0.7", "changes nothing"),
+        ("no-contrast", "a host among SlotContrast, VideoSAUR .* but got SAVi"),
+        ("srl", "a host among VideoSAUR, .* for variant 'srl', but got SAVi"),
         ("none.yaml", "there is no 'none.yaml'"),
     ],
 )
@@ -116,7 +122,7 @@ def test_what_does_not_fit_is_refused(tiny, name, message):
         make_variant(name, tiny)
 
 
-@pytest.mark.parametrize("name", ["with", "published", "no-merging", "srl", "threshold-0.8"])
+@pytest.mark.parametrize("name", ["with", "published", "no-merging", "threshold-0.8"])
 def test_variants_of_ssync_want_it_in_the_configuration(tiny, name):
     del tiny["trainer"]["callbacks"][0]
     with pytest.raises(ConfigError, match="Expected an SSyncCallback"):
@@ -130,38 +136,85 @@ def test_contrast_that_is_so_already_is_refused(tiny):
         make_variant("ssync-no-contrast", with_contrast(tiny, 0.0))
 
 
-def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
-    """Options that an overlay does not name stay those of the example."""
-    from pathlib import Path
-
-    import yaml
-
-    from ssync_pl.compare.matrix import Asked, build_matrix
-    from ssync_pl.tools.doctor.configured import from_configuration
-
-    example = Path(__file__).resolve().parents[2] / "examples" / "slotcontrast_synthetic.yaml"
-    variants = ("without", "ssync-no-contrast", "threshold-0.8")
-    matrix = build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("cluttered",)))
+def configured(matrix):
+    """What LightningCLI makes of each run's command."""
     found = {}
     for run in matrix.runs:
         run.folder.mkdir(parents=True)
-        (run.folder / "overlay.yaml").write_text(yaml.safe_dump(dict(run.overlay)))
-        (run.folder / "settings.yaml").write_text("{}")
+        for name, content in run.files.items():
+            (run.folder / name).write_text(yaml.safe_dump(copy.deepcopy(dict(content))))
         found[run.variant] = from_configuration(list(run.command[4:]))
+    return found
+
+
+def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
+    """Options that an overlay does not name stay those of the example."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "slotcontrast_synthetic.yaml"
+    variants = ("without", "ssync-no-contrast", "threshold-0.8")
+    found = configured(build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("cluttered",))))
     for parts in found.values():
         assert parts.host.hparams["num_slots"] == 11
         assert parts.host.hparams["slot_dim"] == 64
         assert (parts.data.config.name, parts.data.config.min_objects) == ("cluttered", 15)
-    contrasts = [found[name].host.contrast_weight for name in variants]
-    assert contrasts == [0.1, 0.0, 0.1]
+    assert [found[name].host.contrast_weight for name in variants] == [0.1, 0.0, 0.1]
     callbacks = {name: {type(one).__name__: one for one in parts.callbacks} for name, parts in found.items()}
     assert "SSyncCallback" not in callbacks["without"]
     config = callbacks["threshold-0.8"]["SSyncCallback"].config
     assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.15, 0.5)
 
 
-def test_an_own_variant_with_a_misspelt_key_is_refused_at_once(tmp_path):
-    path = tmp_path / "typo.yaml"
-    path.write_text("modle: {init_args: {num_slots: 8}}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="but got modle"):
-        make_variant(str(path), {"trainer": {}, "model": {}})
+def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tiny):
+    """Callbacks of a later file are parsed on top of those in their places, and would keep what it leaves out."""
+    own = {"warmup_steps": 9, "guard_window": 2, "relative_weight": 0.15, "ramp_steps": 3}
+    tiny["trainer"]["callbacks"][0]["init_args"] = own
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    names = ("without", "with", "published", "warmup-0.25", "no-warmup")
+    matrix = build_matrix(Asked((tmp_path / "tiny.yaml",), tmp_path / "out", names))
+    found = configured(matrix)
+    for parts in found.values():
+        assert {"KeepCheckpoints", "RunRecorder"} <= {type(one).__name__ for one in parts.callbacks}
+    configs = {
+        name: [one.config for one in parts.callbacks if type(one).__name__ == "SSyncCallback"]
+        for name, parts in found.items()
+    }
+    ratio = {key: value for key, value in own.items() if key != "warmup_steps"}
+    assert configs == {
+        "without": [],
+        "with": [SSyncConfig(**own)],
+        "published": [SSyncConfig()],
+        "warmup-0.25": [SSyncConfig(**ratio, warmup_ratio=0.25)],
+        "no-warmup": [SSyncConfig(**ratio, warmup_ratio=0.0)],
+    }
+    shared = {run.variant: run.checkpoint.stem for run in matrix.runs if run.checkpoint is not None}
+    assert shared == {"with": "warmup_9_steps_2", "published": "warmup_0.3_50", "warmup-0.25": "warmup_0.25_2"}
+
+
+def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
+    """LightningCLI itself, on the same files, sees the same callbacks and options."""
+    overs = [
+        {"trainer": {"callbacks+": [{"class_path": "SSyncPictures"}]}},
+        {"model": {"init_args": {"num_slots": 5}}, "trainer": {"callbacks+": [{"class_path": "StepSeed"}]}},
+    ]
+    words = []
+    for place, over in enumerate([tiny, *overs]):
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(over))
+        words += ["--config", str(tmp_path / f"{place}.yaml")]
+    found = from_configuration(words)
+    merged = merge_all([tiny, *overs])
+    assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
+    assert found.host.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
+    assert found.host.hparams["slot_dim"] == 8
+
+
+def test_options_of_another_class_go():
+    base = {"model": {"class_path": "A", "init_args": {"x": 1}}}
+    over = {"model": {"class_path": "B", "init_args": {"y": 2}}}
+    assert merge(base, over) == {"model": {"class_path": "B", "init_args": {"y": 2}}}
+    assert merge(base, {"model": {"init_args": {"y": 2}}})["model"]["init_args"] == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [", "to hold YAML"), ("- 1", "keys with values, but got list")])
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "a.yaml")

@@ -201,7 +201,7 @@ def test_a_configuration_names_the_user_s_own_host(
 def test_a_configuration_that_is_wrong(user_folder: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(user_folder, {"class_path": "SAVi", "init_args": SAVI})
     assert doctor("--config", path, "--model.num_slot", "5") == 2
-    assert "Expected an option of SAVi, but got 'num_slot'" in capsys.readouterr().err
+    assert "num_slot" in capsys.readouterr().err
     assert doctor("--config", str(user_folder / "nothing.yaml")) == 2
     assert "nothing.yaml" in capsys.readouterr().err
 

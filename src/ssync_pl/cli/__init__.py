@@ -54,19 +54,7 @@ def _help() -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line of the package.
-
-    Args:
-        args: Words after the program's name. None takes them from `sys.argv`.
-
-    Returns:
-        The exit status: 0 when all went well, 2 when a setting, a host or a shard was refused.
-
-    Example:
-        >>> main(["--version"])
-        ssync-pl 0.1.0
-        0
-    """
+    """Run the command line of the package."""
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     words = [word for word in words if word != "--debug"]

@@ -13,35 +13,13 @@ __all__ = ["packaged_config", "packaged_configs", "run_config"]
 
 
 def packaged_configs() -> dict[str, Path]:
-    """List the configurations that come with the package.
-
-    Returns:
-        Paths of the YAML files by name.
-
-    Example:
-        >>> "ssync" in packaged_configs()
-        True
-    """
+    """List the configurations that come with the package."""
     folder = Path(str(resources.files("ssync_pl") / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def packaged_config(name: str) -> Path:
-    """Find a configuration that comes with the package.
-
-    Args:
-        name: Its name, e.g. `ssync`: the overlay that appends `SSyncCallback` to a LightningCLI configuration.
-
-    Returns:
-        Path of the YAML file.
-
-    Raises:
-        ConfigError: There is none of that name.
-
-    Example:
-        >>> packaged_config("ssync").name
-        'ssync.yaml'
-    """
+    """Find a configuration that comes with the package."""
     configs = packaged_configs()
     if name not in configs:
         raise ConfigError(f"Expected the name of a packaged configuration ({', '.join(configs)}), but got {name!r}.")
@@ -49,19 +27,7 @@ def packaged_config(name: str) -> Path:
 
 
 def run_config(args: list[str]) -> int:
-    """Print a packaged configuration, its path, or the names there are; or convert a public configuration.
-
-    Args:
-        args: Words after `ssync-pl config`.
-
-    Returns:
-        The exit status.
-
-    Example:
-        >>> run_config([])
-        ssync
-        0
-    """
+    """Print a packaged configuration, its path, or the names there are; or convert a public configuration."""
     if args[:1] == ["convert"]:
         return _convert(args[1:])
     parser = argparse.ArgumentParser(

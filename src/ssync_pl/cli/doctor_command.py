@@ -24,24 +24,7 @@ exit status: 0 SSync can be used, 1 it cannot as it is, 2 wrong usage or a model
 
 
 def run_doctor(args: list[str]) -> int:
-    """Examine a model and print what to write.
-
-    Args:
-        args: Words after `ssync-pl doctor`.
-
-    Returns:
-        The exit status: 0 when SSync can be used, 1 when not.
-
-    Raises:
-        ConfigError: The model, the batch or a setting is not understood.
-        HostError: The model failed in its training step.
-
-    Example:
-        >>> run_doctor(["torch.nn:Identity", "--batch", "1,2,3,8,8"])  # doctest: +ELLIPSIS
-        host          Identity (plain PyTorch)
-        ...
-        1
-    """
+    """Examine a model and print what to write."""
     named = bool(args) and not args[0].startswith("-")
     # A positional argument would swallow the values of options that are meant for the configuration.
     options, rest = _parser().parse_known_args(args[1:] if named else args)

@@ -32,19 +32,7 @@ def _sdk_command() -> Callable[[], Any] | None:
 
 
 def main() -> Any:
-    """Run `lightning WORDS...`, with the words of `sys.argv`.
-
-    Returns:
-        The exit status of `ssync-pl` for `fit`, `validate`, `test` and `predict`; otherwise whatever the command of
-        lightning-sdk returns, or 2 when that package is not installed.
-
-    Example:
-        >>> from unittest import mock
-        >>> with mock.patch.object(sys, "argv", ["lightning", "fit", "--help"]), mock.patch("ssync_pl.cli.main") as run:
-        ...     _ = main()
-        >>> run.call_args.args
-        (['fit', '--help'],)
-    """
+    """Run `lightning WORDS...`, with the words of `sys.argv`."""
     words = sys.argv[1:]
     if words and words[0] in TRAINER_VERBS:
         from ssync_pl import cli

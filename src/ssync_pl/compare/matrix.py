@@ -6,48 +6,24 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.compare.merging import class_of, merge, merge_all, read_yaml
-from ssync_pl.compare.sets import DataSet, data_set_of, refuse_doubles
-from ssync_pl.compare.settings import run_settings, step_words
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
 from ssync_pl.compare.sharing import Share, plan_sharing
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Asked", "Matrix", "Run", "build_matrix"]
+__all__ = ["Asked", "DataSet", "Matrix", "Run", "build_matrix", "parse_numbers", "parse_seeds", "run_folder"]
 
 _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
-RECORDER = "ssync_pl.compare.recorder.RunRecorder"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a comparison is asked for; one field an option of the command.
-
-    Args:
-        configs: Configuration files, the later ones over the earlier ones.
-        out: Folder of the comparison.
-        variants: Names of variants.
-        seeds: Seeds.
-        slots: Slot counts; empty takes the configuration's.
-        sets: Names of presets or paths of YAML files; empty takes the configuration's data.
-        baseline: Variant that the differences are against.
-        steps: Optimizer steps, or None for the configuration's.
-        device: `auto` (the configuration's), `cpu` or `cuda`.
-        data: Root of generated data, or None for the configuration's.
-        extra: Words for `ssync-pl fit`.
-        recorder: Class path of the callback that writes `evaluation.json`.
-        keep_steps: Steps between checkpoints, beside those that are taken about every minute.
-        share: Runs that are the same until SSync switches on have that part trained once.
-
-    Example:
-        >>> Asked((Path("a.yaml"),), Path("out")).variants
-        ('with', 'without')
-    """
+    """What a comparison is asked for: the options of the command; empty ones take the configuration's."""
 
     configs: tuple[Path, ...]
     out: Path
@@ -60,31 +36,25 @@ class Asked:
     device: str = "auto"
     data: Path | None = None
     extra: tuple[str, ...] = ()
-    recorder: str = RECORDER
-    keep_steps: int | None = None
     share: bool = True
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set: its name, files and words for `ssync-pl fit`, and what they change as a dict."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    words: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
     """One training.
 
-    Args:
-        set: Name of its data set.
-        slots: Its slots.
-        variant: Name of its variant.
-        seed: Its seed.
-        folder: Where its files go.
-        overlay: What the variant lays over the configuration.
-        settings: Logger and callbacks that every run gets.
-        command: Words of its process.
-        recipe: Hash of everything in the configuration that decides the result, but the seed. Device and root of the
-            data are left out: the rows name the device, and a set is the same under every root.
-        shared: Checkpoint of another run from which this one may go on, once it is there.
-
-    Example:
-        >>> Run("default", 7, "with", 0, Path("x"), {}, {}, ("a",), "hash").label
-        'default, 7 slots, with, seed 0'
+    `files` are configuration files that are written into its folder, `recipe` hashes everything in the configuration
+    that decides the result but the seed, and `checkpoint` of the variant `source` is where it starts, if that is there.
     """
 
     set: str
@@ -92,11 +62,11 @@ class Run:
     variant: str
     seed: int
     folder: Path
-    overlay: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
     command: tuple[str, ...]
     recipe: str
-    shared: Path | None = None
+    source: str | None = None
+    checkpoint: Path | None = None
 
     @property
     def label(self) -> str:
@@ -106,21 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All runs of a comparison.
-
-    Args:
-        asked: What was asked.
-        sets: The data sets.
-        slots: The slot counts.
-        variants: The variants of the first set and slot count, by which they are described.
-        runs: The runs, all variants of a seed beside each other.
-        prepare: For each set, the command that renders its videos and stores its features.
-        texts: Content of the configuration files.
-
-    Example:
-        >>> Matrix(Asked((), Path("out")), (), (), (), (), {}, ()).runs
-        ()
-    """
+    """All runs of a comparison, the variants of a seed beside each other, and the words that make each data set."""
 
     asked: Asked
     sets: tuple[DataSet, ...]
@@ -131,11 +87,7 @@ class Matrix:
     texts: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What `matrix.json` holds.
-
-        Returns:
-            Values of JSON.
-        """
+        """Returns what `matrix.json` holds."""
         return {
             "config": list(self.texts),
             "config_files": [str(path) for path in self.asked.configs],
@@ -151,54 +103,99 @@ class Matrix:
 
 
 def build_matrix(asked: Asked) -> Matrix:
-    """Lay out all runs; nothing is written or started.
-
-    Args:
-        asked: What was asked.
-
-    Returns:
-        The runs.
+    """Lays out all runs; nothing is written or started.
 
     Raises:
-        ConfigError: A configuration file, variant, set or baseline is not there or does not fit.
-
-    Example:
-        >>> build_matrix(Asked((), Path("out")))
-        Traceback (most recent call last):
-            ...
-        ssync_pl.errors.ConfigError: Expected --config FILE, the configuration that is compared, but got none.
+        ConfigError: a configuration file, variant, set or baseline is missing or does not fit.
     """
     if not asked.configs:
         raise ConfigError("Expected --config FILE, the configuration that is compared, but got none.")
-    refuse_doubles(asked.variants, "--variants")
-    refuse_doubles(asked.sets, "--sets")
+    _refuse_doubles(asked.variants, "--variants")
     config = merge_all(read_yaml(path) for path in asked.configs)
     class_of(config, "model")
     class_of(config, "data")
-    sets = tuple(data_set_of(name, config) for name in asked.sets) or (DataSet("default"),)
-    refuse_doubles([one.name for one in sets], "--sets")
+    sets = tuple(_data_set(name, config) for name in asked.sets) or (DataSet("default"),)
+    _refuse_doubles([one.name for one in sets], "--sets")
     slots = asked.slots or (_slots_of(config),)
     texts = tuple(path.read_text(encoding="utf-8") for path in asked.configs)
     runs: list[Run] = []
+    prepare: dict[str, tuple[str, ...]] = {}
     variants: tuple[Variant, ...] = ()
     for data_set in sets:
         of_set = merge(config, data_set.changes)
         made = tuple(make_variant(name, of_set) for name in asked.variants)
-        _check_names(made, asked.baseline)
+        _check_variants(made, asked.baseline)
         variants = variants or made
         plan = plan_sharing(made, of_set, asked.extra) if asked.share else {}
-        for count in slots:
-            for seed in asked.seeds:
-                for variant in made:
-                    share = plan.get(variant.name, Share())
-                    runs.append(_run(asked, data_set, count, variant, seed, of_set, texts, share))
-    prepare = {one.name: tuple(_prepare_command(asked, one)) for one in sets}
+        files = _config_words((*asked.configs, *data_set.files))
+        prepare[data_set.name] = (*files, *data_set.words, *_data_words(asked, of_set), *asked.extra)
+        runs += [
+            _run(asked, data_set, count, variant, seed, of_set, texts, plan.get(variant.name, Share()))
+            for count in slots
+            for seed in asked.seeds
+            for variant in made
+        ]
     return Matrix(asked, sets, slots, variants, tuple(runs), prepare, texts)
 
 
-def _check_names(variants: Sequence[Variant], baseline: str) -> None:
+def run_folder(out: Path, set_name: str, slots: int, variant: str, seed: int) -> Path:
+    """Returns the folder of a run."""
+    return out / "runs" / set_name / f"slots_{slots}" / variant / f"seed_{seed}"
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Reads `--seeds`: a number N for the seeds 0 to N-1, or a list like `3,4`; `3,` is the seed 3 alone."""
+    if "," in text:
+        return parse_numbers(text, "--seeds", least=0)
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ConfigError(f"Expected --seeds to be a number of seeds from 1 on, or a list like 3,4, but got {text!r}.")
+    return tuple(range(int(text)))
+
+
+def parse_numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+    """Reads whole numbers from `least` on with commas between them, each once."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or any(not part.isdecimal() or int(part) < least for part in parts):
+        raise ConfigError(f"Expected {option} to be whole numbers from {least} on, as in 7,11, but got {text!r}.")
+    _refuse_doubles(parts, option)
+    return tuple(int(part) for part in parts)
+
+
+def _refuse_doubles(names: Sequence[str], option: str) -> None:
+    doubles = sorted({name for name in names if list(names).count(name) > 1})
+    if doubles:
+        raise ConfigError(f"Expected {option} to name each once, but got {', '.join(doubles)} twice.")
+
+
+def _data_set(name: str, config: Mapping[str, Any]) -> DataSet:
+    """`default`, a preset of the synthetic data, or a YAML file."""
+    if name == "default":
+        return DataSet("default")
+    if name.endswith((".yaml", ".yml")):
+        return DataSet(Path(name).stem, files=(Path(name),), changes=read_yaml(name, "--sets"))
+    from ssync_pl.data.synthetic import PRESETS
+
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"Expected --sets to be among {known}, or paths of YAML files, but got {name!r}.")
+    data, options = class_of(config, "data")
+    if data != "SyntheticDataModule":
+        raise ConfigError(
+            f"Expected data of SyntheticDataModule for the preset {name!r} of --sets, but the configuration has "
+            f"{data}. Name a YAML file with the other data."
+        )
+    if options.get("preset", "a") == name:
+        return DataSet(name)
+    changes: dict[str, Any] = {"preset": name}
+    if options.get("scene") is not None:
+        changes["scene"] = None  # it was made for the configuration's own preset, and would undo this one
+    words = tuple(f"--data.init_args.{key}={'null' if value is None else value}" for key, value in changes.items())
+    return DataSet(name, words=words, changes={"data": {"init_args": changes}})
+
+
+def _check_variants(variants: Sequence[Variant], baseline: str) -> None:
     names = [variant.name for variant in variants]
-    refuse_doubles(names, "--variants")
+    _refuse_doubles(names, "--variants")
     if baseline not in names:
         raise ConfigError(
             f"Expected the variant {baseline!r} that the others are compared with to be among --variants "
@@ -224,6 +221,10 @@ def _slots_of(config: Mapping[str, Any]) -> int:
     return count
 
 
+def _config_words(paths: Sequence[Path]) -> list[str]:
+    return [word for path in paths for word in ("--config", str(path))]
+
+
 def _data_words(asked: Asked, config: Mapping[str, Any]) -> list[str]:
     if asked.data is None:
         return []
@@ -235,14 +236,34 @@ def _data_words(asked: Asked, config: Mapping[str, Any]) -> list[str]:
     return [f"--data.init_args.root={asked.data}"]
 
 
-def _config_words(asked: Asked, data_set: DataSet) -> list[str]:
-    return [word for path in (*asked.configs, *data_set.files) for word in ("--config", str(path))]
+def _step_words(steps: int | None, config: Mapping[str, Any]) -> list[str]:
+    """Another number of steps, with a validation at the end."""
+    if steps is None:
+        return []
+    trainer = config.get("trainer") or {}
+    # The interval counts batches, several of which make a step when gradients are accumulated.
+    batches = steps * int(trainer.get("accumulate_grad_batches") or 1)
+    parts = next((parts for parts in (4, 3, 5, 2) if batches % parts == 0), 1)
+    return [
+        f"--trainer.max_steps={steps}",
+        "--trainer.max_epochs=-1",
+        "--trainer.check_val_every_n_epoch=null",
+        f"--trainer.val_check_interval={batches // parts}",
+    ]
 
 
-def _prepare_command(asked: Asked, data_set: DataSet) -> list[str]:
-    config = merge(merge_all(read_yaml(path) for path in asked.configs), data_set.changes)
-    command = [sys.executable, "-m", "ssync_pl.compare.prepare", *_config_words(asked, data_set)]
-    return [*command, *data_set.words, *_data_words(asked, config), *asked.extra]
+def _settings(folder: Path, config: Mapping[str, Any], share: Share) -> dict[str, Any]:
+    """Logger and callbacks that every run gets; `callbacks+` appends."""
+    callbacks: list[dict[str, Any]] = []
+    if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
+        callbacks.append({"class_path": "ssync_pl.tools.summary.ValidationSummary", "init_args": {"untrained": True}})
+    callbacks.append({"class_path": "ssync_pl.compare.recorder.RunRecorder"})
+    switches = [{**asdict(switch), "name": switch.name} for switch in share.keeps]
+    keeps = {"folder": str(folder / "checkpoints"), "switches": switches}
+    callbacks.append({"class_path": "ssync_pl.compare.checkpoints.KeepCheckpoints", "init_args": keeps})
+    # A version of "" puts metrics.csv into the folder itself.
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
+    return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": callbacks}}
 
 
 def _run(
@@ -255,32 +276,32 @@ def _run(
     texts: Sequence[str],
     share: Share,
 ) -> Run:
-    folders = asked.out / "runs" / data_set.name / f"slots_{slots}"
-    folder = folders / variant.name / f"seed_{seed}"
+    folder = run_folder(asked.out, data_set.name, slots, variant.name, seed)
     merged = merge(config, variant.overlay)
     data, options = class_of(merged, "data")
-    command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words(asked, data_set)]
+    overlays = (folder / "overlay.yaml", folder / "settings.yaml")
+    command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words((*asked.configs, *data_set.files))]
     if "callbacks" in variant.overlay.get("trainer", {}):
         # Else a callback of the overlay would keep what the one in its place had, and the overlay leaves out.
         command.append("--trainer.callbacks=null")
-    command += ["--config", str(folder / "overlay.yaml"), "--config", str(folder / "settings.yaml")]
-    command += [*data_set.words, f"--seed_everything={seed}"]
+    command += [*_config_words(overlays), *data_set.words, f"--seed_everything={seed}"]
     if data in _OWN_DATA or "seed" in options:
         command.append(f"--data.init_args.seed={seed}")
     command += _data_words(asked, merged)
     if slots != class_of(merged, "model")[1].get("num_slots"):
         command.append(f"--model.init_args.num_slots={slots}")
-    command += [*step_words(asked.steps, merged), "--trainer.enable_progress_bar=false"]
+    command += [*_step_words(asked.steps, merged), "--trainer.enable_progress_bar=false"]
     if asked.device != "auto":
         command.append(f"--trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}")
     command += asked.extra
-    # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
+    # With the slots and the set, so that a folder can hold several; without the seed, which the folder names, and
+    # without device and root of the data: the rows name the device, and a set is the same under every root.
     parts = [__version__, list(texts), data_set.changes, variant.overlay, slots, asked.steps, list(asked.extra)]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    switches = [switch.to_settings() for switch in share.keeps]
-    settings = run_settings(folder, merged, asked.recorder, asked.keep_steps, switches)
-    shared = None
+    checkpoint = None
     if share.source is not None and share.switch is not None:
-        shared = folders / share.source / f"seed_{seed}" / "checkpoints" / f"{share.switch.name}.ckpt"
-    words = tuple(command)
-    return Run(data_set.name, slots, variant.name, seed, folder, variant.overlay, settings, words, recipe, shared)
+        source = run_folder(asked.out, data_set.name, slots, share.source, seed)
+        checkpoint = source / "checkpoints" / f"{share.switch.name}.ckpt"
+    files = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
+    name = data_set.name
+    return Run(name, slots, variant.name, seed, folder, files, tuple(command), recipe, share.source, checkpoint)

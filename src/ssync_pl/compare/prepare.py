@@ -10,25 +10,16 @@ __all__ = ["prepare"]
 
 
 def prepare(words: list[str]) -> int:
-    """Build the data module of a configuration and let it make its files.
+    """Builds the data module of a configuration and lets it make its files.
 
     Args:
-        words: As after `ssync-pl fit`.
+        words: as after `ssync-pl fit`.
 
     Returns:
         The exit status.
-
-    Example:
-        >>> import contextlib, io
-        >>> with contextlib.redirect_stderr(io.StringIO()) as text:
-        ...     prepare(["--model=SAVi", "--data=SyntheticDataModule", "--data.num_train=-1"])
-        2
     """
-    # Deferred: Lightning takes seconds to import.
-    from ssync_pl.compare.keeping import die_with_parent
-    from ssync_pl.tools.doctor.configured import from_configuration
+    from ssync_pl.tools.doctor.configured import from_configuration  # Lightning takes seconds to import
 
-    die_with_parent()
     try:
         data = from_configuration(words).data
         if data is not None:

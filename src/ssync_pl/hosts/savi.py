@@ -170,13 +170,6 @@ class SAVi(SlotHost):
             video: normalised frames `(B, T, 3, H, W)`.
             conditioning: with `slot_init` `"boxes"` `(B, S, 4)` or `"centres"` `(B, S, 2)` in [0, 1], rows of -1
                 for slots without an object; else `None`.
-
-        Returns:
-            Slots, attention, reconstruction and object masks.
-
-        Raises:
-            ShapeError: `video` is not 5-D, or `conditioning` does not fit.
-            ConfigError: `conditioning` is missing, or given to a host that takes none.
         """
         if video.ndim != 5:
             raise ShapeError(f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}.")

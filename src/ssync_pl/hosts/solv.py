@@ -212,13 +212,6 @@ class SOLV(SlotHost):
                 knows it); or their cached features `(B, T, N, C)`. In training mode, T is `clip_length`.
             valid: bool `(B, T)`, frames that exist; None for all.
             merge: bool `(B, P)`, predicted frames whose slots may be merged; None for all.
-
-        Returns:
-            Slots, attention, reconstruction and object masks.
-
-        Raises:
-            ShapeError: `inputs` has other axes or another length, or the patches are not on the grid.
-            ConfigError: Frames came and there is no backbone.
         """
         if inputs.ndim not in (4, 5) or (self.training and inputs.shape[1] != self.clip_length):
             raise ShapeError(
@@ -277,24 +270,12 @@ class SOLV(SlotHost):
         return clips.shape[1] if self.training else max(1, _FRAMES_AT_A_TIME // clips.shape[0])
 
     def setup(self, stage: str) -> None:
-        """Take over from the data module how frames are normalised and what its masks are.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
+        """Take over from the data module how frames are normalised and what its masks are."""
         super().setup(stage)
         self.encoder.take_normalization(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Predict the features of each clip's centre frame.
-
-        Args:
-            batch: holds `features` or `video` of `clip_length` frames; with both, the backbone is not run.
-            batch_idx: number of the batch in the epoch.
-
-        Returns:
-            Mean squared error, 0-dim.
-        """
+        """Mean squared error of the features of each clip's centre frame; clips have `clip_length` frames."""
         inputs, valid = inputs_of(batch), frame_validity(batch)
         shown = valid & ~self._hidden_neighbours(valid)
         merge = torch.rand(len(valid), 1, device=valid.device) < self._merge_probability()

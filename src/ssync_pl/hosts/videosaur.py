@@ -261,13 +261,6 @@ class FeatureHost(SlotHost):
         Args:
             inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
                 knows it); or their cached features `(B, T, N, F)`.
-
-        Returns:
-            Slots, attention, reconstruction and object masks.
-
-        Raises:
-            ShapeError: `inputs` has other axes, or the patches are not on the grid.
-            ConfigError: frames came and there is no backbone.
         """
         if inputs.ndim not in (4, 5):
             raise ShapeError(
@@ -351,26 +344,14 @@ class FeatureHost(SlotHost):
         )
 
     def setup(self, stage: str) -> None:
-        """Take over from the data module how frames are normalised and what its masks are.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
+        """Take over from the data module how frames are normalised and what its masks are."""
         super().setup(stage)
         for encoder in self.encoder.modules():  # it may be wrapped, over time or by torch.compile
             if isinstance(encoder, FeatureEncoder):
                 encoder.take_normalization(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Train on a batch.
-
-        Args:
-            batch: holds `features` or `video`; with both, the backbone is not run.
-            batch_idx: number of the batch in the epoch.
-
-        Returns:
-            Weighted sum of the losses, 0-dim.
-        """
+        """Weighted sum of the losses on a batch that holds `features` or `video`; with both, no backbone runs."""
         output, parts, loss = self._step(batch)
         if len(parts) > 1:
             self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=len(output.slots))

@@ -10,18 +10,7 @@ _LONGEST = 300
 
 
 def bad_checkpoint(error: Exception) -> ConfigError:
-    """Explain that a file cannot be read as a checkpoint.
-
-    Args:
-        error: What reading it raised.
-
-    Returns:
-        The error to raise instead.
-
-    Example:
-        >>> str(bad_checkpoint(EOFError()))[:74]
-        'Expected --ckpt_path to be a whole checkpoint, but reading it failed (EOFE'
-    """
+    """Explain that a file cannot be read as a checkpoint."""
     reason = str(error).splitlines()[0] if str(error) else "it ends early"
     return ConfigError(
         f"Expected --ckpt_path to be a whole checkpoint, but reading it failed ({type(error).__name__}: {reason}). "
@@ -30,18 +19,7 @@ def bad_checkpoint(error: Exception) -> ConfigError:
 
 
 def other_checkpoint(error: Exception) -> ConfigError:
-    """Explain that a checkpoint holds the tensors of another model.
-
-    Args:
-        error: What `load_state_dict` raised.
-
-    Returns:
-        The error to raise instead.
-
-    Example:
-        >>> str(other_checkpoint(RuntimeError("Error(s) in loading\\nsize mismatch for a.")))[72:100]
-        'on, but size mismatch for a.'
-    """
+    """Explain that a checkpoint holds the tensors of another model."""
     reason = " ".join(" ".join(str(error).splitlines()[1:]).split())
     reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
     return ConfigError(

@@ -47,15 +47,7 @@ class _TQDMBar(_ShowsLoss, TQDMProgressBar):
 
 
 def progress_bar() -> ProgressBar:
-    """Build the progress bar: Rich's where rich is installed, otherwise the plain one.
-
-    Returns:
-        A Lightning callback that shows the training loss next to the metrics that are logged with `prog_bar=True`.
-
-    Example:
-        >>> isinstance(progress_bar(), ProgressBar)
-        True
-    """
+    """Build the progress bar: Rich's where rich is installed, otherwise the plain one."""
     # Each refresh reads numbers off the device, so not in every step.
     rich = importlib.util.find_spec("rich") is not None
     return _RichBar(refresh_rate=10) if rich else _TQDMBar(refresh_rate=10)

@@ -26,7 +26,6 @@ from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.hosts.checkpoints import public_globals
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.checkpoint_errors import bad_checkpoint, other_checkpoint
-from ssync_pl.tools.parser_errors import explain_parser_error
 from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
 from ssync_pl.tools.predict.writer import SlotPredictions
 from ssync_pl.tools.predict_words import INPUT_OPTIONS, describe_windows, gather_inputs, refuse_alone, with_config
@@ -38,29 +37,17 @@ _DEFAULT_ROOT = "runs"
 
 
 class SSyncArgumentParser(LightningArgumentParser):
-    """LightningCLI's parser with errors in one line.
-
-    Example:
-        >>> parser = SSyncArgumentParser(prog="ssync-pl fit", exit_on_error=False)
-        >>> _ = parser.add_argument("--steps", type=int)
-        >>> parser.parse_args(["--steps=3"]).steps
-        3
-    """
+    """LightningCLI's parser; an error is its message and where the options are listed, without usage or traceback."""
 
     debug = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Write what is wrong with which key, and exit with status 2.
-
-        Args:
-            message: The message of the parser, often many lines.
-            ex: The exception behind it.
-        """
+        """Write what is wrong with which key, and exit with status 2."""
         if self.debug or not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: error: {explain_parser_error(message)} See {program} --help.\n")
+        sys.stderr.write(f"{program}: error: {message.rstrip()}\nSee {program} --help.\n")
         self.exit(2)
 
 
@@ -71,18 +58,10 @@ class SSyncCLI(LightningCLI):
       installed; `false` logs nothing; a class path is taken as it is.
     * `name` defaults to the name of the first configuration file, or to the model's class.
     * The configuration of the run is saved beside its logs, and replaced if a fixed folder is used again.
-
-    Example:
-        >>> SSyncCLI.subcommands().keys()
-        dict_keys(['fit', 'validate', 'test', 'predict'])
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--name`.
-
-        Args:
-            parser: Parser of one of the verbs.
-        """
+        """Add `--name`."""
         parser.add_argument(
             "--name",
             type=str | None,
@@ -98,12 +77,7 @@ class SSyncCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the words and settle the name of the run.
-
-        Args:
-            parser: Parser of all verbs.
-            args: Words after the program's name.
-        """
+        """Parse the words and settle the name of the run."""
         with warnings.catch_warnings():
             # Words are always handed over explicitly here, so that the warning about sys.argv is noise.
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
@@ -127,11 +101,7 @@ class SSyncCLI(LightningCLI):
                 )
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer.
-
-        Raises:
-            SSyncError: One of them refused its settings. The parser would bury that under all types it tried.
-        """
+        """Build model, data and trainer."""
         try:
             super().instantiate_classes()
             if self._inputs():
@@ -153,14 +123,7 @@ class SSyncCLI(LightningCLI):
         return (self._get(self.config_init, "input") or []) if self.subcommand == "predict" else []
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer with the package's own logger and callbacks where the user named none.
-
-        Args:
-            kwargs: Trainer arguments that win over the configuration's.
-
-        Returns:
-            The trainer.
-        """
+        """Build the trainer with the package's own logger and callbacks where the user named none."""
         trainer_config = self._get(self.config_init, "trainer")
         if not trainer_config.get("barebones"):
             name = self._get(self.config_init, "name")
@@ -242,29 +205,7 @@ def _logger(trainer_config: dict[str, Any], name: str) -> Any:
 
 
 def run_trainer(args: list[str], *, debug: bool = False) -> SSyncCLI:
-    """Parse the words, build host, data and trainer, and run the verb.
-
-    Args:
-        args: Words after the program's name, e.g. `["fit", "--config", "file.yaml"]`.
-        debug: Whether errors of the configuration raise, with a traceback.
-
-    Returns:
-        The finished command, with `trainer`, `model` and `datamodule`.
-
-    Raises:
-        ConfigError: Lightning refused the combination of settings.
-        SystemExit: The words were refused, or help was asked for.
-
-    Example:
-        >>> import contextlib, io
-        >>> with contextlib.redirect_stdout(io.StringIO()) as text:
-        ...     try:
-        ...         run_trainer(["predict", "--help"])
-        ...     except SystemExit as stop:
-        ...         print(stop.code)
-        >>> text.getvalue().splitlines()[-1]
-        '0'
-    """
+    """Parse the words, build host, data and trainer, and run the verb."""
     args = with_config(gather_inputs(args))
     parser_class = type("SSyncArgumentParser", (SSyncArgumentParser,), {"debug": debug})
     try:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.hosts.checks import require
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
 
@@ -60,8 +61,8 @@ class FrozenBackbone(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for argument, values in (("mean", mean), ("std", std)):
-            if len(values) != 3 or (argument == "std" and min(values) <= 0):
-                raise ConfigError(f"Expected argument `{argument}` to be three numbers, std above 0, but got {values}.")
+            fits = len(values) == 3 and (argument == "mean" or min(values) > 0)
+            require(fits, f"argument `{argument}` to be three numbers, std above 0", values)
         self.model = model.requires_grad_(False)
         self.name = name
         self.layer = layer
@@ -86,25 +87,14 @@ class FrozenBackbone(nn.Module, ABC):
     def forward(
         self, frames: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> BackboneOutput:
-        """Compute the features of frames or clips.
+        """Compute the features of float frames `(M, 3, H, W)` or `(B, T, 3, H, W)`, with M = B * T.
 
-        Args:
-            frames: `(M, 3, H, W)` or `(B, T, 3, H, W)` float.
-            mean: mean that the frames were normalised with; None takes this backbone's. Other frames are normalised
-                again.
-            std: the same for the standard deviation.
-
-        Returns:
-            Features `(M, N, D)`, M = B * T for clips, and the grid.
-
-        Raises:
-            ShapeError: the frames are no float RGB, or `extract` does not fit `grid_for`.
-            ConfigError: frames of this size cannot be used.
+        Frames that were normalised with another `mean` and `std` than this backbone's are normalised again.
         """
         if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.is_floating_point():
             raise ShapeError(
-                "Expected argument `frames` to be normalised float frames (M, 3, H, W) or (B, T, 3, H, W), but got "
-                f"shape {tuple(frames.shape)}, dtype {frames.dtype}."
+                "Expected normalised float frames (M, 3, H, W) or (B, T, 3, H, W), but got "
+                f"{frames.dtype} of shape {tuple(frames.shape)}."
             )
         flat = frames.flatten(0, -4) if frames.ndim == 5 else frames
         if mean is not None or std is not None:
@@ -113,8 +103,8 @@ class FrozenBackbone(nn.Module, ABC):
         features = self.extract(flat)
         if features.shape != (len(flat), math.prod(grid), self.dim):
             raise ShapeError(
-                f"Expected backbone {self.name} to give features {(len(flat), math.prod(grid), self.dim)} for the grid "
-                f"{grid}, but got {tuple(features.shape)}. `extract` and `grid_for` disagree."
+                f"Expected features (M, {math.prod(grid)}, {self.dim}) of backbone {self.name}, but got "
+                f"{tuple(features.shape)}. `extract` and `grid_for` disagree."
             )
         return BackboneOutput(features, grid)
 
@@ -125,16 +115,7 @@ class FrozenBackbone(nn.Module, ABC):
         return (self.dim // count,) * count if self.dim % count == 0 else (self.dim,)
 
     def renormalize(self, frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Bring frames that were normalised otherwise to this backbone's normalisation.
-
-        Args:
-            frames: `(..., 3, H, W)` float.
-            mean: mean that they were normalised with.
-            std: standard deviation that they were normalised with.
-
-        Returns:
-            `(..., 3, H, W)`; `frames` itself where nothing is to be done.
-        """
+        """Bring frames `(..., 3, H, W)` that were normalised with `mean` and `std` to this backbone's normalisation."""
         pairs = zip((*self.mean, *self.std), (*mean, *std), strict=True)
         if all(math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-7) for ours, theirs in pairs):
             return frames
@@ -210,12 +191,9 @@ def load_backbone(
         ConfigError: the model, the layer or the file is unknown or does not fit, a package is missing, or the weights
             cannot be downloaded.
     """
-    if weights not in (None, "pretrained", "none"):
-        raise ConfigError(f"Expected argument `weights` to be pretrained or none, but got {weights!r}.")
-    if weights is not None and checkpoint is not None:
-        raise ConfigError(
-            f"Expected one of the arguments `weights` and `checkpoint`, but got {weights!r} and {str(checkpoint)!r}."
-        )
+    require(weights in (None, "pretrained", "none"), "argument `weights` to be pretrained or none", repr(weights))
+    both = weights is not None and checkpoint is not None
+    require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
     pretrained = weights != "none" and checkpoint is None
     if name == "efficientnet_lite0":
         return _efficientnet_lite0(layer, pretrained, checkpoint)
@@ -223,8 +201,8 @@ def load_backbone(
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise ConfigError(
-            f"Expected argument `backbone` to be efficientnet_lite0 or a model of timm, but got {name!r}."
-            + (f" Close: {close}." if close else " `timm.list_models()` lists them.")
+            f"Expected argument `backbone` to be efficientnet_lite0 or a model of timm, but got {name!r}. "
+            f"Close: {close or 'none; `timm.list_models()` lists them'}."
         )
     published = timm.get_pretrained_cfg(name)
     facts: dict[str, Any] = {"name": name, "mean": tuple(published.mean), "std": tuple(published.std)}
@@ -287,11 +265,9 @@ class _TimmViT(FrozenBackbone):
             prune_head=True,
         )
         for kind, number in parts:
-            if kind == "keys" and not isinstance(getattr(model.blocks[number - 1].attn, "qkv", None), nn.Linear):
-                raise ConfigError(
-                    f"Expected argument `layer` to name blocks for backbone {name}, whose attention has no joint "
-                    f"projection to take keys from, but got {layer!r}."
-                )
+            joint = isinstance(getattr(model.blocks[number - 1].attn, "qkv", None), nn.Linear)
+            expected = f"argument `layer` to name no keys for backbone {name}, whose attention has no joint projection"
+            require(joint or kind != "keys", expected, repr(layer))
         dim = int(model.embed_dim) * len(parts)
         super().__init__(model, name=name, layer=layer, dim=dim, mean=mean, std=std)
         self.parts = parts
@@ -301,10 +277,10 @@ class _TimmViT(FrozenBackbone):
     def grid_for(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.patch_size
         if height % rows or width % columns or not (height and width):
+            near = f"{max(1, round(height / rows)) * rows}x{max(1, round(width / columns)) * columns}"
             raise ConfigError(
-                f"Expected frames whose height and width are multiples of {rows} and {columns}, the patch size of "
-                f"backbone {self.name}, but got {height}x{width}. Set `image_size`, for example to "
-                f"{max(1, round(height / rows)) * rows}x{max(1, round(width / columns)) * columns}."
+                f"Expected a height and width that are multiples of {rows} and {columns}, the patch size of backbone "
+                f"{self.name}, but got {height}x{width}. Set `image_size`, for example to {near}."
             )
         return height // rows, width // columns
 
@@ -357,17 +333,8 @@ class _TimmConvNet(FrozenBackbone):
             # Rounding at odd sizes is the net's own affair, so it is asked.
             weight = next(self.model.parameters())
             probe = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
-            try:
-                with torch.no_grad():
-                    maps = self._maps(probe)
-            except HostError:
-                raise
-            except (RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"Expected frames that backbone {self.name} can take, but got {height}x{width} ({error}). Raise "
-                    "`image_size`."
-                ) from error
-            self._grids[height, width] = _finest(maps)
+            with torch.no_grad():
+                self._grids[height, width] = _finest(self._maps(probe))
         return self._grids[height, width]
 
     def extract(self, frames: Tensor) -> Tensor:
@@ -380,7 +347,13 @@ class _TimmConvNet(FrozenBackbone):
         return torch.cat(united, 1).flatten(2).mT.contiguous()
 
     def _maps(self, frames: Tensor) -> list[Tensor]:
-        maps = self.model(frames)
+        try:
+            maps = self.model(frames)
+        except (RuntimeError, ValueError) as error:
+            size = f"{frames.shape[-2]}x{frames.shape[-1]}"
+            raise ConfigError(
+                f"Expected frames that backbone {self.name} can take, but got {size} ({error}). Raise `image_size`."
+            ) from error
         for tensor, channels in zip(maps, self.channels, strict=True):
             if tensor.ndim != 4 or tensor.shape[1] != channels:
                 raise HostError(

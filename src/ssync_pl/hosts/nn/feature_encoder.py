@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import require
 from ssync_pl.hosts.nn.backbones import FrozenBackbone, Weights, load_backbone
 from ssync_pl.hosts.nn.layers import MLP, PatchPosition
 
@@ -51,45 +52,35 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         network: FrozenBackbone | None = None
         if backbone is not None:
-            if (
-                (similarity_layer is not None and layer is None)
-                or feature_dim is not None
-                or similarity_dim is not None
-            ):
-                raise ConfigError(
-                    "Expected argument `layer` to be named where `similarity_layer` is, and `feature_dim` and "
-                    f"`similarity_dim` only without a backbone, but got {layer}, {similarity_layer}, {feature_dim} and "
-                    f"{similarity_dim} beside backbone={backbone!r}."
-                )
+            cached = feature_dim is not None or similarity_dim is not None
+            require(
+                not cached, "`feature_dim` and `similarity_dim` only without a backbone", feature_dim, similarity_dim
+            )
+            named = similarity_layer is None or layer is not None
+            require(named, "argument `layer` to be named where `similarity_layer` is", similarity_layer)
             layers = layer if similarity_layer is None else f"{layer}+{similarity_layer}"
             # A file and the name of weights exclude each other.
             network = load_backbone(backbone, layers, None if checkpoint is not None else weights, checkpoint)
             sizes = network.layer_dims
             count = len(sizes) if similarity_layer is None or layer is None else len(layer.split("+"))
             feature_dim, similarity_dim = sum(sizes[:count]), sum(sizes[count:])
-        elif feature_dim is None:
+        else:
+            of_backbone = (layer, similarity_layer, checkpoint)
+            expected = "`layer`, `similarity_layer` and `backbone_checkpoint` only with a backbone"
+            require(all(option is None for option in of_backbone), expected, *of_backbone)
+        if feature_dim is None:
             raise ConfigError(
                 "Expected argument `feature_dim` to be the channels of the cached features when there is no backbone, "
                 "but got None. `recipe` of the cache says it, or name a `backbone`."
             )
-        elif layer is not None or similarity_layer is not None or checkpoint is not None:
-            raise ConfigError(
-                "Expected arguments `layer`, `similarity_layer` and `backbone_checkpoint` only with a backbone, but "
-                f"got {layer!r}, {similarity_layer!r} and {checkpoint!r}. Say `similarity_dim` where a cache holds "
-                "further channels."
-            )
         hidden = 2 * feature_dim if hidden is None else hidden
         similarity_dim = similarity_dim or 0
-        if feature_dim < 1 or similarity_dim < 0 or hidden < 0 or len(grid) != 2 or min(grid) < 1:
-            raise ConfigError(
-                "Expected `feature_dim` to be at least 1, `similarity_dim` and `encoder_hidden` to be at least 0, and "
-                f"`grid` to be rows and columns, but got {feature_dim}, {similarity_dim}, {hidden} and {grid}."
-            )
-        if position < 0 or (position > 0 and hidden == 0):
-            raise ConfigError(
-                "Expected argument `encoder_position` to be at least 0, and above 0 only with `encoder_hidden` above "
-                f"0, inside which positions are added, but got {position} and {hidden}. Try 0.5 and 128."
-            )
+        require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be rows and columns", grid)
+        sizes = (feature_dim, similarity_dim, hidden)
+        fits = feature_dim >= 1 and min(sizes) >= 0
+        require(fits, "`feature_dim` from 1, `similarity_dim` and `encoder_hidden` from 0", *sizes)
+        expected = "argument `encoder_position` to be at least 0, and above 0 only with `encoder_hidden` above 0"
+        require(position == 0 or (position > 0 and hidden > 0), expected, position, hidden, advice="Try 0.5 and 128.")
         self.feature_dim = feature_dim
         self.similarity_dim = similarity_dim
         self.grid = (int(grid[0]), int(grid[1]))

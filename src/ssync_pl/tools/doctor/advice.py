@@ -17,20 +17,7 @@ _LOW_AGREEMENT = 0.5
 
 @dataclass(frozen=True)
 class Wanted:
-    """How a host is to be read; the arguments of `SSyncCallback` with the same names.
-
-    Args:
-        adapter: ``"auto"`` or a name.
-        attention: Place of the attention.
-        masks: Place of the masks.
-        attention_kind: ``"probs"`` or ``"logits"``.
-        masks_kind: The same for the masks.
-        grid: ``(H, W)`` patches.
-
-    Example:
-        >>> Wanted(attention="softmax:a", masks="b:masks", grid=(8, 18)).arguments()
-        "attention='softmax:a', masks='b:masks', grid=(8, 18)"
-    """
+    """How a host is to be read; the arguments of `SSyncCallback` with the same names."""
 
     adapter: str = "auto"
     attention: str | None = None
@@ -40,47 +27,18 @@ class Wanted:
     grid: tuple[int, int] | None = None
 
     def values(self) -> dict[str, object]:
-        """Arguments that are not the default.
-
-        Returns:
-            Values by name.
-
-        Example:
-            >>> Wanted(grid=(8, 18)).values()
-            {'grid': (8, 18)}
-        """
+        """Arguments that are not the default."""
         plain = Wanted()
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if value != getattr(plain, name)}
 
     def arguments(self) -> str:
-        """Arguments as they are written in a call.
-
-        Returns:
-            Source text, empty where all are the default.
-
-        Example:
-            >>> Wanted().arguments()
-            ''
-        """
+        """Arguments as they are written in a call."""
         return ", ".join(f"{name}={value!r}" for name, value in self.values().items())
 
 
 def lines(kind: str, wanted: Wanted) -> tuple[str, ...]:
-    """The lines that add SSync to a script.
-
-    Args:
-        kind: ``"lightning"`` or ``"plain"``.
-        wanted: How the host is read.
-
-    Returns:
-        Lines of Python, and of YAML for a LightningCLI.
-
-    Example:
-        >>> print(*lines("lightning", Wanted(grid=(8, 18)))[:2], sep="\\n")
-        from ssync_pl import SSyncCallback
-        trainer = L.Trainer(..., callbacks=[SSyncCallback(grid=(8, 18))])
-    """
+    """The lines that add SSync to a script."""
     if kind != "lightning":
         arguments = ", ".join(text for text in ("model", wanted.arguments(), "total_steps=...") if text)
         return (
@@ -104,18 +62,7 @@ def lines(kind: str, wanted: Wanted) -> tuple[str, ...]:
 
 
 def manual_lines(wanted: Wanted) -> tuple[str, ...]:
-    """The lines for a LightningModule that calls backward itself.
-
-    Args:
-        wanted: How the host is read.
-
-    Returns:
-        Lines of Python.
-
-    Example:
-        >>> manual_lines(Wanted())[0]
-        'from ssync_pl import SSyncMaps, SSyncRegularizer'
-    """
+    """The lines for a LightningModule that calls backward itself."""
     return (
         "from ssync_pl import SSyncMaps, SSyncRegularizer",
         "class MyModel(SSyncRegularizer, L.LightningModule):",
@@ -127,18 +74,7 @@ def manual_lines(wanted: Wanted) -> tuple[str, ...]:
 
 
 def hints(report: DoctorReport) -> tuple[str, ...]:
-    """What the numbers of a host that can be used suggest.
-
-    Args:
-        report: With maps and losses.
-
-    Returns:
-        Sentences, none where nothing stands out.
-
-    Example:
-        >>> hints(DoctorReport(host="Net", kind="plain", loss=0.01))[0][:40]
-        "The host's own loss is 0.01, and the pub"
-    """
+    """What the numbers of a host that can be used suggest."""
     found = []
     if report.loss is not None and not math.isfinite(report.loss):
         found.append(

@@ -15,17 +15,7 @@ __all__ = ["Configured", "from_configuration"]
 
 
 class Configured(NamedTuple):
-    """What a configuration makes.
-
-    Args:
-        host: The LightningModule.
-        data: The data module, or None.
-        callbacks: Callbacks of the trainer.
-
-    Example:
-        >>> Configured._fields
-        ('host', 'data', 'callbacks')
-    """
+    """What a configuration makes."""
 
     host: L.LightningModule
     data: L.LightningDataModule | None
@@ -48,23 +38,7 @@ class _Parts(SSyncCLI):
 
 
 def from_configuration(words: list[str]) -> Configured:
-    """Build what a configuration names.
-
-    Args:
-        words: As after ``ssync-pl fit``: ``--config FILE`` and options.
-
-    Returns:
-        Host, data and callbacks.
-
-    Raises:
-        ConfigError: Lightning refused the combination of settings.
-        SystemExit: The parser refused a setting.
-
-    Example:
-        >>> settings = "--num_slots=2 --slot_dim=8 --feature_dim=8".replace("--", "--model.").split()
-        >>> from_configuration(["--model=SAVi", *settings, "--data=SyntheticDataModule"]).host.num_slots
-        2
-    """
+    """Build what a configuration names."""
     try:
         with quiet():
             cli = _Parts(

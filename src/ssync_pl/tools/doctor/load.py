@@ -22,22 +22,7 @@ __all__ = ["build_model", "load_weights", "parse_batch", "parse_settings", "work
 
 
 def build_model(target: str, settings: dict[str, Any] | None = None) -> nn.Module:
-    """Import a model, or call the class or function that builds it.
-
-    Args:
-        target: ``"package.module:name"``; the name is a class, a function or a model.
-        settings: Keyword arguments of the class or function.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: There is no such module or name, building it failed, or it is no model.
-
-    Example:
-        >>> build_model("torch.nn:Linear", {"in_features": 2, "out_features": 3}).out_features
-        3
-    """
+    """Import a model, or call the class or function that builds it."""
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
         raise ConfigError(
@@ -107,21 +92,7 @@ def _call(build: Any, target: str, settings: dict[str, Any]) -> Any:
 
 
 def parse_settings(words: list[str]) -> dict[str, Any]:
-    """Keyword arguments of a class.
-
-    Args:
-        words: ``name=value`` each; values as in YAML.
-
-    Returns:
-        Values by name.
-
-    Raises:
-        ConfigError: A word has no name or a value that is no YAML.
-
-    Example:
-        >>> parse_settings(["slots=7", "grid=[8, 18]"])
-        {'slots': 7, 'grid': [8, 18]}
-    """
+    """Keyword arguments of a class."""
     settings = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -135,22 +106,7 @@ def parse_settings(words: list[str]) -> dict[str, Any]:
 
 
 def parse_batch(words: list[str], as_dict: bool) -> Any:
-    """A batch of random numbers in [0, 1).
-
-    Args:
-        words: Shapes as ``2,4,3,64,64`` or ``video=2,4,3,64,64``.
-        as_dict: Give a shape without a name one: ``video`` for five axes, ``image`` for four.
-
-    Returns:
-        A tensor, a tuple of tensors, or a dict.
-
-    Raises:
-        ConfigError: A shape is not positive integers, or only some have names.
-
-    Example:
-        >>> parse_batch(["1,2,3,8,8"], as_dict=True)["video"].shape
-        torch.Size([1, 2, 3, 8, 8])
-    """
+    """A batch of random numbers in [0, 1)."""
     named: dict[str, Tensor] = {}
     plain: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
@@ -181,21 +137,7 @@ def parse_batch(words: list[str], as_dict: bool) -> Any:
 
 
 def load_weights(host: nn.Module, path: Path) -> None:
-    """Put a checkpoint's weights into a model.
-
-    Args:
-        host: The model.
-        path: A file of `torch.save` with a state dict, or with one under ``state_dict``.
-
-    Raises:
-        ConfigError: It cannot be read, or its keys are not the model's.
-
-    Example:
-        >>> import tempfile
-        >>> layer, path = nn.Linear(1, 1), Path(tempfile.mkdtemp(prefix="ssync-doctest-")) / "weights.ckpt"
-        >>> torch.save({"state_dict": layer.state_dict()}, path)
-        >>> load_weights(nn.Linear(1, 1), path)
-    """
+    """Put a checkpoint's weights into a model."""
     try:
         with public_globals():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,16 +159,7 @@ def load_weights(host: nn.Module, path: Path) -> None:
 
 @contextmanager
 def working_folder_first() -> Iterator[None]:
-    """Find the user's own modules, as `python train.py` does.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> with working_folder_first():
-        ...     sys.path[0] == str(Path.cwd())
-        True
-    """
+    """Find the user's own modules, as `python train.py` does."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:

@@ -23,25 +23,7 @@ _PATIENCE_SECONDS = 10.0
 
 
 def map_report(host: nn.Module, maps: SSyncMaps, side: str, places: tuple[str, ...], output: SSyncOutput) -> MapReport:
-    """Describe one of two maps.
-
-    Args:
-        host: The model.
-        maps: Of one training step, with their graph.
-        side: ``"attention"`` or ``"masks"``.
-        places: Where the map was found.
-        output: What `ssync_loss` makes of the maps.
-
-    Returns:
-        Sums, gradient and slots in use.
-
-    Example:
-        >>> weight = nn.Linear(4, 4)
-        >>> logits = weight(torch.randn(1, 1, 2, 4))
-        >>> maps = SSyncMaps(attention_logits=logits, mask_logits=logits, grid=(2, 2))
-        >>> map_report(weight, maps, "masks", ("0",), ssync_loss(maps)).reaches
-        ('weight', 'bias')
-    """
+    """Describe one of two maps."""
     field = "attention" if side == "attention" else "mask"
     logits, probs = getattr(maps, f"{field}_logits"), getattr(maps, f"{field}_probs")
     value = maps.attention if side == "attention" else maps.masks
@@ -83,22 +65,7 @@ def _modules(host: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def measure_cost(maps: SSyncMaps, host: nn.Module, run: Callable[[], Tensor | None]) -> CostReport:
-    """Time SSync on maps of these shapes, and the host's own step.
-
-    Args:
-        maps: Of one training step.
-        host: The model.
-        run: Runs one training step and gives its loss.
-
-    Returns:
-        Medians of a few repeats, after one that is not counted.
-
-    Example:
-        >>> layer, logits = nn.Linear(4, 4), torch.randn(1, 1, 2, 4)
-        >>> maps = SSyncMaps(attention_logits=logits, mask_logits=logits, grid=(2, 2))
-        >>> measure_cost(maps, layer, lambda: layer(logits).sum()).bytes
-        224
-    """
+    """Time SSync on maps of these shapes, and the host's own step."""
     device = maps.attention.device
     leaves = {
         name: value.detach().requires_grad_()

@@ -13,22 +13,7 @@ _NAMES = {"attention": "attention", "masks": "object masks"}
 
 
 def render_report(report: DoctorReport) -> str:
-    """Write a report for people.
-
-    Args:
-        report: What the doctor found.
-
-    Returns:
-        Several lines, without one at the end.
-
-    Example:
-        >>> print(render_report(DoctorReport(host="Net", kind="plain", problems=("It has no slots.",))))
-        host          Net (plain PyTorch)
-        adapter       none
-        <BLANKLINE>
-        SSync cannot be used as it is:
-          - It has no slots.
-    """
+    """Write a report for people."""
     kind = "LightningModule" if report.kind == "lightning" else "plain PyTorch"
     adapter = report.adapter or "none"
     rows = [

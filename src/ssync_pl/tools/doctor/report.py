@@ -10,21 +10,7 @@ __all__ = ["CostReport", "DoctorReport", "MapReport"]
 
 @dataclass(frozen=True)
 class MapReport:
-    """One of the two maps.
-
-    Args:
-        side: ``"attention"`` or ``"masks"``.
-        places: Where it was found: paths of modules, or places as `ssync_pl.adapters.PathAdapter` takes them.
-        kind: ``"logits"``, ``"probs"`` or ``"logits+probs"``.
-        sums: Smallest and largest sum over slots of its probabilities; both are 1 where all is well.
-        parameters: Parameters of the host that receive gradient through it.
-        reaches: Modules that these parameters are in.
-        used_slots: Mean number of slots that win a patch in a clip.
-
-    Example:
-        >>> MapReport("masks", ("decoder",), "logits", (1.0, 1.0), 12, ("decoder",), 7.0).has_gradient
-        True
-    """
+    """One of the two maps."""
 
     side: str
     places: tuple[str, ...]
@@ -36,32 +22,13 @@ class MapReport:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether training can change this map.
-
-        Returns:
-            True when gradient reaches a parameter.
-
-        Example:
-            >>> MapReport("masks", (), "logits", (1.0, 1.0), 0, (), 7.0).has_gradient
-            False
-        """
+        """Whether training can change this map."""
         return self.parameters > 0
 
 
 @dataclass(frozen=True)
 class CostReport:
-    """What SSync costs in a training step, measured here and now.
-
-    Args:
-        device: Where it was measured.
-        ssync_seconds: Labels, merging and both losses, forward and backward.
-        step_seconds: The host's own training step, forward and backward, without the optimizer.
-        bytes: Memory of the block at these shapes, ``28 * B * T * S * N``.
-
-    Example:
-        >>> CostReport("cpu", 0.25, 0.5, 28000).share
-        0.5
-    """
+    """What SSync costs in a training step, measured here and now."""
 
     device: str
     ssync_seconds: float
@@ -70,15 +37,7 @@ class CostReport:
 
     @property
     def share(self) -> float:
-        """Cost of SSync in units of the host's own step.
-
-        Returns:
-            0.1 for a tenth.
-
-        Example:
-            >>> CostReport("cpu", 0.25, 1.0, 0).share
-            0.25
-        """
+        """Cost of SSync in units of the host's own step."""
         return self.ssync_seconds / max(self.step_seconds, 1e-12)
 
 
@@ -134,27 +93,11 @@ class DoctorReport:
 
     @property
     def ready(self) -> bool:
-        """Whether the lines can be added as they are.
-
-        Returns:
-            True without problems.
-
-        Example:
-            >>> DoctorReport(host="Net", kind="plain").ready
-            True
-        """
+        """Whether the lines can be added as they are."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The report for other programs.
-
-        Returns:
-            Plain types only, with ``ready`` and the computed values.
-
-        Example:
-            >>> DoctorReport(host="Net", kind="plain").to_json()["ready"]
-            True
-        """
+        """The report for other programs."""
         values = {"ready": self.ready, **asdict(self)}
         for entry, one in zip(values["maps"], self.maps, strict=True):
             entry["has_gradient"] = one.has_gradient

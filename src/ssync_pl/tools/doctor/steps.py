@@ -27,18 +27,7 @@ _LISTENING = (str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).pa
 
 
 def is_lightning(host: nn.Module) -> bool:
-    """Whether a model is a LightningModule of either namespace.
-
-    Args:
-        host: The model.
-
-    Returns:
-        True when a Trainer can train it.
-
-    Example:
-        >>> is_lightning(nn.Identity())
-        False
-    """
+    """Whether a model is a LightningModule of either namespace."""
     return any(
         cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
         for cls in type(host).__mro__
@@ -46,24 +35,7 @@ def is_lightning(host: nn.Module) -> bool:
 
 
 def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
-    """A step of a model that is trained by a loop of its user's own.
-
-    Args:
-        host: The model; it is put into training mode.
-        batch: A tensor or a dict is the one argument, a tuple holds several.
-        method: Name of the method to call; empty calls the model.
-
-    Returns:
-        Runs the step. A loss is what the method gives as a 0-dim tensor, or in a dict under a name with "loss"; without
-        one, the mean square of all tensors with gradient stands for it.
-
-    Raises:
-        HostError: There is no such method.
-
-    Example:
-        >>> plain_step(nn.Linear(2, 2), torch.zeros(1, 2))().ndim
-        0
-    """
+    """A step of a model that is trained by a loop of its user's own."""
     call = getattr(host, method, None) if method else host
     if not callable(call):
         raise HostError(f"Expected {type(host).__name__} to have a method '{method}', but it has none. Check --call.")
@@ -81,21 +53,6 @@ def in_trainer(host: Any, data: Any, examine: Callable[[Run, Any], None]) -> Non
     """Bring a LightningModule to its first training step, in a real Trainer, and stop there.
 
     No optimizer step is taken, and nothing is written.
-
-    Args:
-        host: A LightningModule with automatic optimization.
-        data: A data module, or a list with one batch.
-        examine: Called with the step to run and the batch as the step gets it.
-
-    Raises:
-        HostError: The Trainer or the host failed before or in the step.
-
-    Example:
-        >>> from ssync_pl.hosts import SAVi
-        >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
-        ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
-        >>> in_trainer(model, [{"video": torch.rand(1, 2, 3, 16, 16)}], lambda run, batch: print(run().ndim))
-        0
     """
     # The host's own namespace: a Trainer of the other one refuses it.
     other = any(cls.__module__.startswith("pytorch_lightning") for cls in type(host).__mro__)
@@ -209,18 +166,7 @@ def _reason(error: BaseException) -> str:
 
 
 def describe_batch(batch: Any) -> str:
-    """Shapes of a batch.
-
-    Args:
-        batch: Any structure of tensors.
-
-    Returns:
-        In words.
-
-    Example:
-        >>> describe_batch({"video": torch.zeros(1, 2, 3, 4, 4), "key": ["a"]})
-        'video (1, 2, 3, 4, 4)'
-    """
+    """Shapes of a batch."""
     if isinstance(batch, Tensor):
         return f"a tensor {tuple(batch.shape)}"
     if isinstance(batch, Mapping):
@@ -233,15 +179,7 @@ def describe_batch(batch: Any) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's notes on seeds, devices and workers back: they are about trainings.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> with quiet():
-        ...     warnings.warn("many workers", stacklevel=1)
-    """
+    """Keep Lightning's notes on seeds, devices and workers back: they are about trainings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter, locate
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.compare.keepsakes import PictureBox
+from ssync_pl.compare.pictures import PictureBox
 from ssync_pl.compare.videos import ShapeTable
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.evaluation import frame_validity, resize_masks
@@ -33,72 +33,43 @@ _PROBE_VIDEOS = 512
 
 
 class Scores(nn.Module):
-    """All scores of an evaluation: segmentation, borders, and what becomes of slots.
-
-    Args:
-        has_background: Channel 0 of the true masks is the background.
-        ignore_overlaps: Leave out pixels with several true masks instead of refusing them.
-
-    Example:
-        >>> scores = Scores()
-        >>> truth = torch.nn.functional.one_hot(torch.randint(2, (2, 2, 8, 8)), 2).movedim(-1, 2).bool()
-        >>> scores.update(torch.rand(2, 2, 3, 4, 4), truth, torch.ones(2, 2, dtype=torch.bool))
-        >>> {"video_fg_ari", "boundary_f", "slots_per_object", "unused_slots", "used_slots", "identity"} <= set(
-        ...     scores.compute()
-        ... )
-        True
-    """
+    """All scores of one map: segmentation, borders, and what becomes of slots."""
 
     def __init__(self, has_background: bool = True, ignore_overlaps: bool = False) -> None:
         super().__init__()
         options: dict[str, Any] = {"ignore_background": has_background, "ignore_overlaps": ignore_overlaps}
         self.segmentation = SegmentationMetrics("", has_background, ignore_overlaps)
-        self.boundary_f = BoundaryF()
-        self.slots_per_object = SlotsPerObject(**options)
-        self.identity = SlotIdentity(**options)
+        self.of_labels = nn.ModuleDict(
+            {
+                "boundary_f": BoundaryF(),
+                "slots_per_object": SlotsPerObject(**options),
+                "identity": SlotIdentity(**options),
+            }
+        )
         self.unused_slots = UnusedSlots()
         self._slots = 0
 
     def update(self, masks: Tensor, true: Tensor, valid: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            masks: Object masks `(B, T, S, h, w)`.
-            true: bool masks `(B, T, C, H, W)`.
-            valid: bool `(B, T)`, frames that count.
-        """
+        """Adds a batch: object masks `(B, T, S, h, w)`, true masks `(B, T, C, H, W)`, valid frames bool `(B, T)`."""
         # Enlarged once here instead of once in each metric.
         labels = resize_masks(masks.float(), (true.shape[-2], true.shape[-1])).max(dim=2).indices
-        for metric in (self.segmentation, self.boundary_f, self.slots_per_object, self.identity):
-            metric.update(labels, true, valid)
+        self.segmentation.update(labels, true, valid)
+        for metric in self.of_labels.values():
+            metric.update(labels, true, valid)  # type: ignore[operator]
         self.unused_slots.update(masks.float(), valid)
         self._slots = masks.shape[2]
 
     def compute(self) -> dict[str, float]:
-        """Scores over all batches, and over all processes.
-
-        Returns:
-            Numbers by name; NaN where nothing counts.
-        """
+        """Returns the scores over all batches and processes by name; NaN where nothing counts."""
         found = {name: float(value) for name, value in self.segmentation.compute().items()}
-        for name in ("boundary_f", "slots_per_object", "unused_slots", "identity"):
-            found[name] = float(getattr(self, name).compute())
-        return {**found, "used_slots": self._slots - found["unused_slots"]}
+        found |= {name: float(metric.compute()) for name, metric in self.of_labels.items()}  # type: ignore[operator]
+        unused = float(self.unused_slots.compute())
+        return {**found, "unused_slots": unused, "used_slots": self._slots - unused}
 
 
 @dataclass
 class FinalPass:
-    """What one pass found.
-
-    Args:
-        scores: Numbers by name.
-        keys: Names of the videos that were scored by this process.
-        samples: For the probe, one a batch; empty where the host gives no slots of each frame.
-
-    Example:
-        >>> FinalPass().keys
-        []
-    """
+    """What one pass found: scores by name, names of this process's videos, and the probe's samples of each batch."""
 
     scores: dict[str, float] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -106,45 +77,36 @@ class FinalPass:
 
 
 def final_pass(
-    trainer: L.Trainer, host: SlotHost, loader: Any, limit: int | None, pictures: PictureBox | None, probe: bool
+    trainer: L.Trainer, host: SlotHost, loader: Any, limit: int | None, pictures: PictureBox, probe: bool
 ) -> FinalPass:
-    """Score a host on the device of its training, and leave no trace: not in modes, hooks, metrics or random states.
+    """Scores a host on the device of its training; modes, hooks, metrics and random states stay as they were.
 
     Args:
-        trainer: The trainer; it says how batches are moved and in which precision the host runs.
-        host: The host.
-        loader: Validation batches.
-        limit: Batches at most; None for all.
-        pictures: Filled with the first videos; None draws none.
-        probe: Whether slots are kept for the probe.
-
-    Returns:
-        The scores.
+        trainer: the trainer, which says how batches are moved and in which precision the host runs.
+        host: the host.
+        loader: validation batches.
+        limit: batches at most; None for all.
+        pictures: filled with the first videos.
+        probe: whether slots are kept for the probe.
 
     Raises:
-        ConfigError: A batch has no true masks.
-
-    Example:
-        >>> run = final_pass  # called by `RunRecorder` at the end of the training
+        ConfigError: a batch has no true masks.
     """
     data = getattr(trainer, "datamodule", None)
     found = FinalPass()
+    evaluation = host.evaluation
+    device = trainer.strategy.root_device
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(host, trainer.strategy.root_device))
-        # Hosts may draw their first slots: the same ones whatever the training drew before.
-        torch.manual_seed(0)
-        evaluation = host.evaluation
-        scores, encoder = (
-            Scores(evaluation.has_background, evaluation.ignore_overlaps).to(trainer.strategy.root_device)
-            for _ in range(2)
-        )
+        stack.enter_context(_evaluating(host, device))
+        torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
+        scores, encoder = (Scores(evaluation.has_background, evaluation.ignore_overlaps).to(device) for _ in range(2))
         said = stack.enter_context(_listening(host))
         shapes = ShapeTable(loader)
-        sketch = _Sketch(trainer, host, pictures)
+        maps = _HostMaps(trainer, host, pictures)
+        stack.callback(maps.remove)
         seen = heard = 0
-        stack.callback(sketch.remove)
         for raw in islice(loader, limit):
             moved = (data or host).on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
             batch = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
@@ -153,11 +115,11 @@ def final_pass(
                 raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
             true, valid = batch["segmentations"], frame_validity(batch)
             said.clear()
-            sketch.open()
+            maps.open()
             with trainer.precision_plugin.val_step_context():
                 masks, _ = host.evaluate(batch)
             keys = _keys(batch, len(masks), seen)
-            attention = sketch.add(batch, keys, masks, valid)
+            attention = maps.read(batch, keys, masks, valid)
             scores.update(masks, true, valid)
             if attention is not None:
                 encoder.update(attention, true, valid)
@@ -200,10 +162,10 @@ def _listening(host: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-class _Sketch:
+class _HostMaps:
     """Reads the host's maps and draws the first batches; whatever goes wrong ends that and not the evaluation."""
 
-    def __init__(self, trainer: L.Trainer, host: nn.Module, box: PictureBox | None) -> None:
+    def __init__(self, trainer: L.Trainer, host: nn.Module, box: PictureBox) -> None:
         self.box = box
         self.adapter: HostAdapter | None = None
         self.capture: Capture | None = None
@@ -220,14 +182,14 @@ class _Sketch:
             self.capture.clear()
             self.capture.open()
 
-    def add(self, batch: Mapping[str, Any], keys: list[str], masks: Tensor, valid: Tensor) -> Tensor | None:
-        """Draw; and give the attention `(B, T, S, h, w)` where it is one map a frame, as the masks are."""
+    def read(self, batch: Mapping[str, Any], keys: list[str], masks: Tensor, valid: Tensor) -> Tensor | None:
+        """Draws; and returns the attention `(B, T, S, h, w)` where it is one map per frame, as the masks are."""
         if self.capture is None or self.adapter is None:
             return None
         try:
             self.capture.close()
             maps = self.adapter.collect(self.capture, batch=batch)
-            if self.box is not None and not self.box.full:
+            if not self.box.full:
                 self.box.add(batch, keys, masks, valid, ssync_loss(maps))
             if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
                 return None
@@ -274,7 +236,7 @@ def _sample(
     keys: list[str],
     evaluation: Any,
 ) -> ProbeSamples | None:
-    """Slots of each frame with their objects; None where the host does not say one slot a mask and frame."""
+    """Slots of each frame with their objects; None where the host does not give one slot per mask and frame."""
     slots = getattr(said[0], "slots", None) if len(said) == 1 else None
     if not isinstance(slots, Tensor) or slots.ndim != 4 or slots.shape[:3] != masks.shape[:3]:
         return None

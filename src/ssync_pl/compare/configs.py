@@ -1,0 +1,87 @@
+"""Configurations as plain dicts, merged as LightningCLI merges its files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssync_pl.errors import ConfigError
+
+__all__ = ["callback_name", "callbacks_of", "class_of", "merge", "merge_all", "read_yaml"]
+
+
+def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
+    """Reads a configuration file that `option` names; an empty file gives an empty dict."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"Expected {option} to name a YAML file, but there is no {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Expected {option} {path} to hold YAML, but: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"Expected {option} {path} to hold keys with values, but got {type(content).__name__}.")
+    return content or {}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays one configuration over another.
+
+    Mappings are merged key by key, lists and values of the later one replace those before, a key with `+` appends to a
+    list, and the options of a class go when the later configuration names another class.
+    """
+    merged = copy.deepcopy(dict(base))
+    if "class_path" in over and merged.get("class_path") not in (None, over["class_path"]):
+        merged.pop("init_args", None)
+    for key, value in over.items():
+        if key.endswith("+"):
+            before = merged.get(key[:-1]) or []
+            before = before if isinstance(before, list) else [before]
+            merged[key[:-1]] = [*before, *copy.deepcopy(value if isinstance(value, list) else [value])]
+        elif isinstance(value, Mapping):
+            merged[key] = merge(merged[key] if isinstance(merged.get(key), Mapping) else {}, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def merge_all(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges configurations, the later ones over the earlier ones."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged = merge(merged, part)
+    return merged
+
+
+def callbacks_of(config: Mapping[str, Any]) -> list[Any]:
+    """Returns the callbacks of a merged configuration, as they are written there."""
+    trainer = config.get("trainer")
+    found = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    if found is None:
+        return []
+    return list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
+
+
+def callback_name(callback: Any) -> str:
+    """Returns the class name of a callback without its module; empty when there is none."""
+    path = callback.get("class_path") if isinstance(callback, Mapping) else callback
+    return str(path or "").rsplit(".", 1)[-1]
+
+
+def class_of(config: Mapping[str, Any], part: str) -> tuple[str, dict[str, Any]]:
+    """Returns the class name of `model` or `data` without its module, and its `init_args`."""
+    found = config.get(part)
+    if isinstance(found, str):
+        return callback_name(found), {}
+    if not isinstance(found, Mapping) or "class_path" not in found:
+        got = "nothing" if found is None else repr(found)[:80]
+        raise ConfigError(
+            f"Expected the configuration to have `{part}` with a `class_path`, but got {got}. Add a --config that "
+            f"names the {part}."
+        )
+    options = found.get("init_args")
+    return callback_name(found), dict(options) if isinstance(options, Mapping) else {}

@@ -1,0 +1,196 @@
+"""Tables of a comparison: means with intervals, paired differences and what needs no learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+
+from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
+from ssync_pl.metrics.table import METRICS, metric_names
+
+__all__ = [
+    "REFERENCE_TITLES",
+    "SHEETS",
+    "Cell",
+    "Column",
+    "Group",
+    "Row",
+    "Table",
+    "group_tables",
+    "groups_of",
+    "printed_tables",
+]
+
+
+class Column(NamedTuple):
+    """How a column of results is shown; `better` is 1 where more is better, -1 where less is, 0 where neither is."""
+
+    title: str
+    better: int
+    digits: int
+
+
+def _column(name: str) -> Column:
+    return Column(METRICS[name].title, METRICS[name].better, METRICS[name].digits)
+
+
+SHEETS: dict[str, dict[str, Column]] = {
+    "Segmentation": {name: _column(name) for name in metric_names("segmentation")},
+    "Slots: edges, identity, what they tell about objects, how many are in use": {
+        **{name: _column(name) for name in (*metric_names("slots"), *metric_names("probe"))},
+        "merged_slots": Column("merged slots", 0, 2),
+    },
+    "Slot attention's own map: the teacher at boundaries": {
+        f"encoder_{name}": _column(name) for name, info in METRICS.items() if info.both_maps
+    },
+    "Cost of a run": {
+        "wall_seconds": Column("wall time, s", -1, 0),
+        "cpu_seconds": Column("CPU time, s", -1, 0),
+    },
+}
+"""Title of each table of the report, and its columns."""
+
+REFERENCE_TITLES = {"untrained": "untrained host", "grid": "fixed grid", "kmeans_rgb": "k-means on RGB"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that can be compared with each other: one data set, one slot count.
+
+    Args:
+        set: name of the data set.
+        slots: slot count.
+        baseline: variant that differences are against.
+        frame: rows of the runs.
+    """
+
+    set: str
+    slots: int
+    baseline: str
+    frame: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """What headings call it."""
+        slots = f"{self.slots} slot{'' if self.slots == 1 else 's'}"
+        return slots if self.set == "default" else f"Set {self.set}, {slots}"
+
+    @property
+    def variants(self) -> list[str]:
+        """Variants that have a run, the baseline first."""
+        return sorted(dict.fromkeys(self.frame["variant"]), key=lambda name: name != self.baseline)
+
+    def has(self, name: str) -> bool:
+        """Whether any run has a value in a column."""
+        return name in self.frame and bool(self.frame[name].notna().any())
+
+    def by_seed(self, variant: str, name: str) -> dict[int, float]:
+        """Returns a column of a variant by seed, for the runs that have a value."""
+        if not self.has(name):
+            return {}
+        chosen = self.frame[self.frame["variant"] == variant].set_index("seed")[name].dropna()
+        return {int(seed): float(value) for seed, value in chosen.sort_index().items()}
+
+    def mean(self, variant: str, name: str) -> Estimate | None:
+        """Returns the mean of a column over seeds."""
+        return estimate(list(self.by_seed(variant, name).values()))
+
+    def difference(self, variant: str, name: str) -> Estimate | None:
+        """Returns the mean difference to the baseline over the seeds that both have; None for the baseline itself."""
+        if variant == self.baseline:
+            return None
+        return paired_difference(self.by_seed(variant, name), self.by_seed(self.baseline, name))
+
+    def reference(self, prefix: str, name: str) -> Estimate | None:
+        """Returns the score of a baseline without learning; variants of a seed share it, so each seed counts once."""
+        column = f"{prefix}_{name}"
+        if not self.has(column):
+            return None
+        values = self.frame.dropna(subset=column).drop_duplicates("seed")[column].tolist()
+        return estimate(values if prefix == "untrained" else values[:1])
+
+
+class Cell(NamedTuple):
+    """A mean, its difference to the baseline, and what `judge` and `verdict` say of that difference."""
+
+    value: str
+    difference: str = ""
+    judged: str = ""
+    verdict: str = ""
+
+
+class Row(NamedTuple):
+    """A line of a table: a variant, or a baseline without learning."""
+
+    name: str
+    note: str
+    cells: list[Cell]
+    reference: bool = False
+
+
+class Table(NamedTuple):
+    """A table of the report."""
+
+    title: str
+    columns: list[str]
+    rows: list[Row]
+
+
+def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
+    """Splits rows of runs by data set and slot count."""
+    return [
+        Group(str(of), int(slots), baseline, part) for (of, slots), part in frame.groupby(["set", "slots"], sort=False)
+    ]
+
+
+def group_tables(group: Group) -> list[Table]:
+    """Makes the tables of `SHEETS`, without columns and tables that have no number."""
+    tables = [_table(group, title, sheet) for title, sheet in SHEETS.items()]
+    return [table for table in tables if table.columns]
+
+
+def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
+    """Writes a table per data set and slot count for a terminal: means, paired differences, what needs no learning."""
+    if frame.empty:
+        return "No run is finished, so there is no table."
+    parts = [
+        "Mean over seeds ± half width of the 95 % interval. "
+        f"Below it: the paired difference to {baseline}, over the seeds that both have, with its verdict."
+    ]
+    for group in groups_of(frame, baseline):
+        table = _table(group, group.title, {name: _column(name) for name in metric_names(None, "headline", "table")})
+        lines = []
+        for row in table.rows:
+            lines.append([row.name, row.note, *(cell.value for cell in row.cells)])
+            if any(cell.difference for cell in row.cells):
+                lines.append(["", "difference", *(cell.difference for cell in row.cells)])
+                lines.append(["", "", *(cell.verdict for cell in row.cells)])
+        heads = [group.title, "", *table.columns]
+        parts.append(pd.DataFrame(lines, columns=heads).to_string(index=False))
+    return "\n\n".join(parts)
+
+
+def _table(group: Group, title: str, sheet: dict[str, Column]) -> Table:
+    columns = {name: column for name, column in sheet.items() if group.has(name)}
+    rows = []
+    for variant in group.variants:
+        cells = []
+        for name, column in columns.items():
+            found = group.difference(variant, name)
+            said = "" if found is None else found.text(column.digits, signed=True)
+            mean = _text(group.mean(variant, name), column)
+            cells.append(Cell(mean, said, judge(found, column.better), "" if found is None else verdict(found)))
+        seeds = int((group.frame["variant"] == variant).sum())
+        note = f"{seeds} seed{'' if seeds == 1 else 's'}" + (", baseline" if variant == group.baseline else "")
+        rows.append(Row(variant, note, cells))
+    for prefix, name in REFERENCE_TITLES.items():
+        cells = [Cell(_text(group.reference(prefix, key), column)) for key, column in columns.items()]
+        if any(cell.value != "–" for cell in cells):
+            rows.append(Row(name, "no training" if prefix == "untrained" else "no learning", cells, True))
+    return Table(title, [column.title for column in columns.values()], rows)
+
+
+def _text(found: Estimate | None, column: Column) -> str:
+    return "–" if found is None else found.text(column.digits)

@@ -1,0 +1,187 @@
+"""Order, failures, kills and Slurm scripts, on processes that only write what a training would leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssync_pl.compare.matrix import Run
+from ssync_pl.compare.runs import Launcher, _launch, is_finished, run_all
+from ssync_pl.errors import ConfigError
+
+WRITES = "import json, pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
+NOTES = WRITES + "(folder / 'words.json').write_text(json.dumps([sys.argv[2:], time.time()]))\n"
+KEEPS = NOTES + "(folder / 'checkpoints').mkdir(); (folder / 'checkpoints' / 'x.ckpt').touch(); time.sleep(1)\n"
+
+
+def make_run(tmp_path: Path, seed: int, code: str = NOTES, **changes) -> Run:
+    folder = tmp_path / f"seed_{seed}"
+    command = (sys.executable, "-c", code, str(folder))
+    return dataclasses.replace(Run("default", 3, "with", seed, folder, {"overlay.yaml": {}}, command, "r"), **changes)
+
+
+def launch(tmp_path, runs, at_once=2, shown=None, **options):
+    def show(*what):
+        if shown is not None:
+            shown.append(what)
+
+    return run_all(runs, Launcher(tmp_path / "jobs", at_once=at_once, **options), show)
+
+
+def test_one_that_fails_leaves_the_others_and_the_end_of_its_log(tmp_path):
+    bad = make_run(tmp_path, 1, "print('line'); raise SystemExit(3)")
+    shown = []
+    failures = launch(tmp_path, [make_run(tmp_path, 0), bad, make_run(tmp_path, 2)], shown=shown)
+    assert [(failure.run.seed, failure.tail) for failure in failures] == [(1, "  line")]
+    assert sorted(path.parent.name for path in tmp_path.rglob("run.json")) == ["seed_0", "seed_2"]
+    assert shown[-1] == (2, 1, [])
+    assert max(len(running) for _, _, running in shown) == 2
+    facts = json.loads((tmp_path / "seed_0" / "run.json").read_text())
+    assert (facts["variant"], facts["seed"], facts["recipe"]) == ("with", 0, "r")
+    assert facts["wall_seconds"] > 0
+
+
+def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_path):
+    source = make_run(tmp_path, 1, KEEPS)
+    checkpoint = source.folder / "checkpoints" / "x.ckpt"
+    first = make_run(tmp_path, 0, source="without", checkpoint=checkpoint)
+    lost = make_run(tmp_path, 2, source="without", checkpoint=tmp_path / "none" / "checkpoints" / "x.ckpt")
+    assert not launch(tmp_path, [first, source, lost])
+    words, begun = json.loads((first.folder / "words.json").read_text())
+    assert words == ["--ckpt_path", str(checkpoint)]
+    assert begun > json.loads((source.folder / "words.json").read_text())[1]
+    assert json.loads((first.folder / "run.json").read_text())["source"] == "without"
+    assert json.loads((lost.folder / "words.json").read_text())[0] == []  # nobody makes it, so it trains all itself
+
+
+def test_finished_runs_are_kept_and_half_written_ones_are_made_again(tmp_path):
+    done, half = make_run(tmp_path, 0), make_run(tmp_path, 1)
+    launch(tmp_path, [done])
+    half.folder.mkdir()
+    (half.folder / "job.json").write_text(json.dumps({"facts": {"recipe": "r"}}))
+    (half.folder / "metrics.csv").write_text("step\n1\n")
+    before = (done.folder / "words.json").read_text()
+    assert not launch(tmp_path, [done, half])
+    assert (done.folder / "words.json").read_text() == before
+    assert not (half.folder / "metrics.csv").exists()
+    assert is_finished(half)
+
+
+def test_what_is_no_run_of_this_comparison_is_refused(tmp_path):
+    run = make_run(tmp_path, 0)
+    launch(tmp_path, [run])
+    with pytest.raises(ConfigError, match="recipe r, now other"):
+        is_finished(dataclasses.replace(run, recipe="other"))
+    other = make_run(tmp_path, 1)
+    other.folder.mkdir()
+    (other.folder / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="seed_1 to be empty"):
+        launch(tmp_path, [other])
+    assert (other.folder / "thesis.tex").exists()
+
+
+SLEEPS = NOTES + "import subprocess\nsubprocess.Popen(['sleep', '100']); time.sleep(100)\n"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_trainings_end_with_the_comparison(tmp_path, number):
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; from pathlib import Path; import test_runs\n"
+    code += (
+        f"place = Path({str(tmp_path)!r}); test_runs.launch(place, [test_runs.make_run(place, 0, test_runs.SLEEPS)])"
+    )
+    comparison = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: (tmp_path / "seed_0" / "words.json").exists())
+        comparison.send_signal(number)
+        expected = {signal.SIGINT: -number, signal.SIGTERM: 128 + number, signal.SIGKILL: -number}[number]
+        assert comparison.wait(timeout=30) in (expected, 1)
+        _wait_for(lambda: not _alive(tmp_path))
+    finally:
+        comparison.kill()
+    assert not (tmp_path / "seed_0" / "run.json").exists()
+
+
+def _wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(folder):
+    """Processes whose command names the folder, and what they started: all in their process groups."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A Slurm whose `sbatch` keeps the script and runs it at once, as job 1, 2, …"""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    stubs = {
+        "srun": "#!/bin/bash\nwhile [[ $1 == --* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done\n"
+        'exec "$@"\n',
+        "sbatch": f"#!/bin/bash\nid=$(($(ls {folder}/*.sh 2>/dev/null | wc -l) + 1)); cp $1 {folder}/$id.sh\n"
+        "export SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0\n"
+        f"(sleep 0.5; bash {folder}/$id.sh > {folder}/$id.out 2>&1; echo $id >> {folder}/ended) > /dev/null 2>&1 &\n"
+        'echo "Submitted batch job $id"\n',
+        "sacct": "#!/bin/bash\necho 'JobID|State|NodeList'\n"
+        f"for script in {folder}/*.sh; do id=$(basename $script .sh)\n"
+        f'grep -qx $id {folder}/ended 2>/dev/null && echo "$id|COMPLETED|n" || echo "$id|RUNNING|n"; done\n',
+        "scancel": f"#!/bin/bash\necho $@ >> {folder}/cancelled\n",
+    }
+    for name, text in stubs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return folder
+
+
+SLURM = {"slurm": True, "at_once": None, "threads": 3, "gpus": 1, "hours": 2.0}
+
+
+def test_slurm_gets_a_script_per_run(tmp_path, cluster):
+    runs = [make_run(tmp_path, seed) for seed in (0, 1)]
+    assert not launch(tmp_path, runs, **SLURM, options={"partition": "gpu", "account": "lab"})
+    assert all(is_finished(run) for run in runs)
+    script = (cluster / "1.sh").read_text()
+    for line in ("partition=gpu", "account=lab", "gpus-per-node=1", "time=120", "cpus-per-task=3", "ntasks-per-node=1"):
+        assert f"#SBATCH --{line}\n" in script
+    assert (cluster / "2.sh").exists()
+    assert not (cluster / "3.sh").exists()
+
+
+def test_a_job_that_is_in_the_queue_already_is_waited_for(tmp_path, cluster):
+    run = make_run(tmp_path, 0, NOTES + "time.sleep(2)")
+    launcher = Launcher(tmp_path / "jobs", **SLURM)
+    _launch(run, launcher, 0)  # and the comparison is killed
+    assert not launch(tmp_path, [run], **SLURM)
+    assert is_finished(run)
+    assert not (cluster / "2.sh").exists()
+
+
+def test_an_interrupt_cancels_slurm_jobs(tmp_path, cluster):
+    def show(*what):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([make_run(tmp_path, 0)], Launcher(tmp_path / "jobs", **SLURM), show)
+    assert (cluster / "cancelled").read_text().split() == ["1"]
