@@ -255,7 +255,7 @@ def test_negative_ids_and_too_many_objects(tmp_path: Path) -> None:
     (path,) = write(tmp_path, "train", samples)
     report = check_shards([path], max_objects=5)
     assert found(report) == [("sample", "0"), ("sample", "1")]
-    assert "at most 5 objects (max_objects)" in report.problems[1].message
+    assert "at most 5 objects" in report.problems[1].message
 
 
 def test_pictures_are_sets_of_one_frame(tmp_path: Path) -> None:

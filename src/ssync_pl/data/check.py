@@ -60,32 +60,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """Facts of one set of shards.
+    """Facts of one set of shards; spreads are least, median and most per video, `None` when they were not counted."""
 
-    Attributes:
-        name: What its shards' names have in common.
-        shards: Number of shards, damaged ones included.
-        videos: Number of samples whose members could be listed.
-        frames: Frames of all videos that could be read.
-        bytes: Bytes of all shards (remote: of the members that were read).
-        frame_sizes: `"128x128"` (height x width) → number of videos.
-        frames_a_video: Least, median and most frames per video; `None` without a readable video.
-        objects_a_video: Least, median and most objects per video; `None` when they were not counted.
-        mask_format: `ids`, `channels`, or `None` without masks.
-        members: Member name → number of samples that have it.
-        without_masks: Videos without masks.
-    """
-
-    name: str
-    shards: int = 0
-    videos: int = 0
-    frames: int = 0
-    bytes: int = 0
-    frame_sizes: dict[str, int] = field(default_factory=dict)
+    name: str  # what its shards' names have in common
+    shards: int = 0  # damaged ones included
+    videos: int = 0  # samples whose members could be listed
+    frames: int = 0  # of all videos that could be read
+    bytes: int = 0  # of all shards; remote: of the members
+    frame_sizes: dict[str, int] = field(default_factory=dict)  # "128x128" (height x width) → number of videos
     frames_a_video: tuple[int, float, int] | None = None
     objects_a_video: tuple[int, float, int] | None = None
-    mask_format: str | None = None
-    members: dict[str, int] = field(default_factory=dict)
+    mask_format: str | None = None  # `ids`, `channels`, or `None` without masks
+    members: dict[str, int] = field(default_factory=dict)  # name → number of samples that have it
     without_masks: int = 0
 
 
@@ -312,32 +298,35 @@ def _inspect_sample(
     for name in facts.members:
         try:
             array = _look(name, members, deep)
-            if isinstance(array, np.ndarray):
-                if array.dtype.kind not in "buif":
-                    problems.append(
-                        ("sample", f"Expected {members.name(name)} to hold numbers, but got {array.dtype}.")
-                    )
-                else:
-                    arrays[name] = array
         except (ShardError, MemoryError) as error:
             refused = "can execute code" in str(error)
             # Other extensions are never read and harm nobody; they are only counted.
             if refused or member_extension(name) in ALLOWED_EXTENSIONS:
                 problems.append(("refused" if refused else "member", str(error) or f"`{name}` does not fit in memory."))
+            continue
+        if isinstance(array, np.ndarray) and array.dtype.kind in "buif":
+            arrays[name] = array
+        elif isinstance(array, np.ndarray):
+            problems.append(("sample", f"Expected {members.name(name)} to hold numbers, but got {array.dtype}."))
     try:
         name = find_member(members.sizes, "video", members.where)
         if name in arrays:
             video = arrays[name][None] if arrays[name].ndim == 3 else arrays[name]
-            check_video(video, members.name(name))
-            facts = replace(facts, shape=video.shape[:3], digest=_digest(video) if deep else None)
+            shape = check_video(video, members.name(name)).shape[:3]
+            facts = replace(facts, shape=shape, digest=_digest(video) if deep else None)
         if any(name.split(".")[0] == "segmentations" for name in members.sizes):
             name = find_member(members.sizes, "segmentations", members.where)
             if name in arrays and facts.shape is not None:
-                frames, height, width = facts.shape
-                masks = arrange_masks(arrays[name], frames, (height, width), members.name(name))
-                facts = replace(facts, channels=masks.shape[-1])
-                if deep:
-                    facts = _count_objects(facts, masks, members.name(name), max_objects, problems)
+                masks = arrange_masks(arrays[name], facts.shape[0], facts.shape[1:], members.name(name))
+                facts = replace(facts, channels=masks.shape[-1], objects=_count_objects(masks) if deep else None)
+                least, most = int(masks.min(initial=0)), int(masks.max(initial=0))
+                count = most if facts.channels == 1 else facts.channels
+                if least < 0 or (max_objects is not None and count > max_objects):
+                    limit = "" if max_objects is None else f", at most {max_objects} objects (max_objects)"
+                    raise ShardError(
+                        f"Expected {members.name(name)} to hold ids from 0 on{limit}, but got {count}, least "
+                        f"id {least}. Renumber them, or raise the limit."
+                    )
     except ShardError as error:
         if not problems:
             problems.append(("sample", str(error)))
@@ -372,23 +361,9 @@ def _require_whole_mp4(data: Any, place: str) -> None:
         )
 
 
-def _count_objects(
-    facts: _Sample, masks: np.ndarray, place: str, max_objects: int | None, problems: list[tuple[str, str]]
-) -> _Sample:
-    least, most = (int(masks.min(initial=0)), int(masks.max(initial=0)))
-    filled = int((masks != 0).any(axis=(0, 1, 2)).sum())
-    count = masks.shape[-1] if masks.shape[-1] > 1 else most
-    if least < 0:
-        problems.append(("sample", f"Expected {place} to hold ids from 0 on, but the least is {least}. Renumber them."))
-    if max_objects is not None and count > max_objects:
-        problems.append(
-            (
-                "sample",
-                f"Expected at most {max_objects} objects (max_objects), but {place} has {count}. Raise the limit.",
-            )
-        )
+def _count_objects(masks: np.ndarray) -> tuple[int, int]:
     distinct = int((np.unique(masks) > 0).sum()) if masks.shape[-1] == 1 else 0
-    return replace(facts, objects=(distinct, filled))
+    return distinct, int((masks != 0).any(axis=(0, 1, 2)).sum())
 
 
 def _digest(video: np.ndarray) -> str:
