@@ -23,7 +23,6 @@ from ssync_pl.compare import evaluation
 from ssync_pl.compare.recorder import RunRecorder
 from ssync_pl.compare.videos import ShapeTable, refuse_shared_videos
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.decode import decode_member
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
 from ssync_pl.metrics import SegmentationMetrics, metric_names
@@ -300,7 +299,7 @@ def test_shapes_are_those_of_the_scene(root: Path) -> None:
     assert classes is not None
     named: dict[int, str] = {}
     for row, place in zip(classes, range(len(keys)), strict=True):
-        facts = decode_member("instances.json", dataset.fetch(place)("instances.json"))
+        facts = dataset.members(place).decode("instances.json")
         wanted = {one["id"]: one["shape"] for one in facts["instances"]}
         assert {index for index, number in enumerate(row.tolist()) if number >= 0} == set(wanted)
         for index, shape in wanted.items():

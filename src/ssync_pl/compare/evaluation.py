@@ -22,7 +22,7 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.hosts.evaluation import frame_validity, resize_masks
 from ssync_pl.hosts.training import SlotHost
 from ssync_pl.method.loss import ssync_loss
-from ssync_pl.metrics import BoundaryF, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.tools.probe import ProbeSamples, sample_slots
 
@@ -32,39 +32,16 @@ __all__ = ["FinalPass", "Scores", "final_pass"]
 _PROBE_VIDEOS = 512
 
 
-class Scores(nn.Module):
-    """All scores of one map: segmentation, borders, and what becomes of slots."""
+class Scores(SegmentationMetrics):
+    """All scores of one map that the table of metrics has: segmentation, borders, and what becomes of slots."""
 
     def __init__(self, has_background: bool = True, ignore_overlaps: bool = False) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"ignore_background": has_background, "ignore_overlaps": ignore_overlaps}
-        self.segmentation = SegmentationMetrics("", has_background, ignore_overlaps)
-        self.of_labels = nn.ModuleDict(
-            {
-                "boundary_f": BoundaryF(),
-                "slots_per_object": SlotsPerObject(**options),
-                "identity": SlotIdentity(**options),
-            }
-        )
-        self.unused_slots = UnusedSlots()
-        self._slots = 0
+        names = (*metric_names("segmentation"), *metric_names("slots"))
+        super().__init__("", has_background, ignore_overlaps, scores=names)
 
-    def update(self, masks: Tensor, true: Tensor, valid: Tensor) -> None:
-        """Adds a batch: object masks `(B, T, S, h, w)`, true masks `(B, T, C, H, W)`, valid frames bool `(B, T)`."""
-        # Enlarged once here instead of once in each metric.
-        labels = resize_masks(masks.float(), (true.shape[-2], true.shape[-1])).max(dim=2).indices
-        self.segmentation.update(labels, true, valid)
-        for metric in self.of_labels.values():
-            metric.update(labels, true, valid)  # type: ignore[operator]
-        self.unused_slots.update(masks.float(), valid)
-        self._slots = masks.shape[2]
-
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Returns the scores over all batches and processes by name; NaN where nothing counts."""
-        found = {name: float(value) for name, value in self.segmentation.compute().items()}
-        found |= {name: float(metric.compute()) for name, metric in self.of_labels.items()}  # type: ignore[operator]
-        unused = float(self.unused_slots.compute())
-        return {**found, "unused_slots": unused, "used_slots": self._slots - unused}
+        return {name: float(value) for name, value in super().compute().items()}
 
 
 @dataclass

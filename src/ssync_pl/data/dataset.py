@@ -115,26 +115,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Collate:
-    """Put samples together: stack, pad frames and object channels, and note what is padding.
-
-    Args:
-        rules: How the samples were cut.
-    """
+    """Put samples together: stack, pad frames and object channels, and note what is padding."""
 
     rules: SampleRules
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate.
-
-        Args:
-            samples: What `ShardDataset` returns.
-
-        Returns:
-            `video` uint8 (B, T, h, w, 3), or a list of (T, h, w, 3) when heights or widths differ; `__key__`; `crop`;
-            in training `flip`; in evaluation `batch_padding_mask` (B,) and `frame_mask` (B, T); with masks
-            `segmentations` like `video` with N channels, `mask_ids`, `max_objects`; with cached features `features`
-            (B, T, N, D) and what they need to be decoded. `video` is left out where the rules say so.
-        """
+        """Collate."""
         lengths = [len(range(sample["cut"].start, sample["cut"].stop, sample["cut"].step)) for sample in samples]
         longest = max(lengths)
         batch: dict[str, Any] = {

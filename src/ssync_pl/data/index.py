@@ -93,19 +93,7 @@ class FolderIndex:
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a tar member's name into the sample's key and the member's own name, as webdataset does.
-
-    Args:
-        name: Name in the tar, for example `clips/7.video.npy`.
-
-    Returns:
-        Key and member name, split at the first dot after the last slash; `None` for names that belong to no sample
-        (no dot, leading dot, webdataset's `__meta__` names).
-
-    Example:
-        >>> split_member_name("clips/7.segmentations.npy.gz")
-        ('clips/7', 'segmentations.npy.gz')
-    """
+    """Split a tar member's name into the sample's key and the member's own name, as webdataset does."""
     found = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", name, re.S)
     if found is None or re.match(r"__[^/]*__(?:$|/)", name):
         return None
@@ -123,19 +111,7 @@ def is_utf8(name: str) -> bool:
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
-    """Build a shard's entry from its tar headers; of the contents, only the heads of the videos are read.
-
-    Args:
-        path: A tar.
-        packed: Unpack it in passing (gzip, bzip2, xz). Offsets are then those in the unpacked tar.
-
-    Returns:
-        Keys, offsets, sizes and frame counts.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ShardError: The tar is cut off, damaged, compressed without `packed`, or holds a member twice.
-    """
+    """Build a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
     path = Path(path)
     size = path.stat().st_size
     groups: list[tuple[str, dict[str, tuple[int, int]], list[int | None]]] = []
@@ -219,16 +195,7 @@ def parse_index(text: bytes | str) -> FolderIndex:
 def write_index(
     directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """Write a folder's sidecar in one step, never over a file that is not ours.
-
-    Args:
-        directory: The folder of the shards.
-        shards: Entries of all shards of the folder.
-        recipe: How the shards were made: any JSON values.
-
-    Returns:
-        Path of the file; `None` when both of its names are taken by somebody else's files.
-    """
+    """Write a folder's sidecar in one step, never over a file that is not ours."""
     content = {
         "format": _FORMAT,
         "version": _VERSION,

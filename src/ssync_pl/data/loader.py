@@ -26,19 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainSampler(DistributedSampler[int]):
-    """Yield this rank's shuffled clips; the pass travels inside the index.
-
-    Index `visit * clips + clip` tells the data set which visit of the clip it is, so persistent workers need no other
-    message; without weights every clip is visited once per pass. It is a `DistributedSampler` because that is what
-    Lightning leaves alone under `use_distributed_sampler=True`; it never asks a process group.
-
-    Args:
-        clips: Clips per pass over the whole data set.
-        seed: Seed of the run.
-        rank: This process.
-        world: Number of processes.
-        mix: Sets to mix, empty for one set; see `mixed_pass`.
-    """
+    """Yield this rank's shuffled clips; the pass travels inside the index."""
 
     def __init__(
         self, clips: int, seed: int = 0, rank: int = 0, world: int = 1, mix: Sequence[tuple[np.ndarray, float]] = ()
@@ -69,13 +57,7 @@ class TrainSampler(DistributedSampler[int]):
 
 
 class EvalSampler(DistributedSampler[int]):
-    """Yield this rank's videos for evaluation; indices from `videos` on are repeats that only pad.
-
-    Args:
-        videos: Videos of the data set.
-        rank: This process.
-        world: Number of processes.
-    """
+    """Yield this rank's videos for evaluation; indices from `videos` on are repeats that only pad."""
 
     def __init__(self, videos: int, rank: int = 0, world: int = 1) -> None:
         require_rank(rank, world)
@@ -228,19 +210,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         return {"version": _VERSION, **place, **self._partition()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on where another loader stopped.
-
-        In the middle of a pass the batches to come are those of the interrupted run if the shards are mapped and the
-        data, the seed, the batch size and the number of processes are the same; else a warning says so, and the next
-        pass is exact again. To change the number of processes or the batch size, resume from a checkpoint that was
-        written at the end of an epoch: Lightning counts batches, and cuts a pass of another length short.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            ConfigError: The state is of another version or no such state.
-        """
+        """Let the next iteration go on where another loader stopped."""
         if state.get("version") != _VERSION:
             raise ConfigError(
                 f"Expected the state of a loader, version {_VERSION}, but got {dict(state)}. Resume with the release "

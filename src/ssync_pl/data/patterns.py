@@ -50,10 +50,6 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards", *, all
         ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
             is a `pipe:` command or another scheme that cannot be read.
         MissingShardError: A named shard does not exist.
-
-    Example:
-        >>> expand_shards("https://host/movi_c-train-{000000..000002}.tar")[-1]
-        'https://host/movi_c-train-000002.tar'
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not patterns or not all(isinstance(item, str) and item for item in patterns):
@@ -82,19 +78,7 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards", *, all
 def find_shards(
     patterns: Patterns, argument: str, *, allow_pipe: bool = False
 ) -> tuple[list[str], tuple[int, ...], tuple[float, ...]]:
-    """Expand what the user wrote.
-
-    Args:
-        patterns: A pattern, several, or several with weights.
-        argument: Name of the user's argument, for messages.
-        allow_pipe: Accept `pipe:` commands.
-
-    Returns:
-        All shards; how many of them belong to each mixed set; the weights, empty when nothing is mixed.
-
-    Raises:
-        ConfigError: A pattern is malformed, a shard comes twice, or a weight is not positive.
-    """
+    """Expand what the user wrote."""
     if not isinstance(patterns, Mapping):
         shards = expand_shards(patterns, argument, allow_pipe=allow_pipe)
         return shards, (len(shards),), ()
@@ -108,22 +92,7 @@ def find_shards(
 
 
 def expand_braces(pattern: str, argument: str = "shards") -> list[str]:
-    """Expand `{first..last}` with equal zero padding, and `{a,b,c}`; several braces give the product.
-
-    Args:
-        pattern: Text with or without braces.
-        argument: Name of the user's argument, for messages.
-
-    Returns:
-        The texts, leftmost brace slowest.
-
-    Raises:
-        ConfigError: Braces are unbalanced, nested, empty or no range, or a range runs backwards.
-
-    Example:
-        >>> expand_braces("{train,val}-{08..10}.tar")
-        ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar', 'val-09.tar', 'val-10.tar']
-    """
+    """Expand `{first..last}` with equal zero padding, and `{a,b,c}`; several braces give the product."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     if any(brace in text for text in parts[::2] for brace in "{}"):
         raise _bad_brace(pattern, argument, "the braces are unbalanced or nested")
@@ -153,12 +122,7 @@ def shard_name(shard: str) -> str:
 
 
 def masked_url(url: str) -> str:
-    """Return an address that may be printed: without passwords, and without the values of its query.
-
-    Example:
-        >>> masked_url("https://me:pass@host/a.tar?token=secret&part=1")
-        'https://me:…@host/a.tar?token=…&part=…'
-    """
+    """Return an address that may be printed: without passwords, and without the values of its query."""
     if not is_remote(url) or url.startswith("pipe:"):
         return url
     parts = urlsplit(url)

@@ -40,19 +40,7 @@ _logger = logging.getLogger(__name__)
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file, read once from start to end, whatever the connection does in between.
-
-    A connection that breaks, stalls or ends early is opened again after a growing pause, at the byte that was reached
-    where the server can, else from the start, leaving out what was read. It gives up `RETRY_SECONDS` after the last
-    new byte.
-
-    Args:
-        url: An address that fsspec knows, or a `pipe:` command.
-
-    Attributes:
-        failure: Why reading ended early, or `None`.
-        absent: Whether the server says that there is no such file for us.
-    """
+    """A remote file, read once from start to end, whatever the connection does in between."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -163,18 +151,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def stream_shard(path_or_url: str, max_bytes: int = MAX_MEMBER_BYTES) -> Generator[tuple[str, Members], None, None]:
-    """Read a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way.
-
-    Args:
-        path_or_url: The shard.
-        max_bytes: Most bytes of a member; larger ones are passed over, and refused when they are used.
-
-    Yields:
-        Key and members of each sample; only members that hold video, pictures or masks have content.
-
-    Raises:
-        ShardError: The shard cannot be opened, the connection or the tar ends early, or a member is a link.
-    """
+    """Read a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way."""
     shown = masked_url(path_or_url)
     raw: io.RawIOBase
     try:
@@ -207,17 +184,7 @@ def stream_shard(path_or_url: str, max_bytes: int = MAX_MEMBER_BYTES) -> Generat
 
 
 def fetch_index(urls: Sequence[str]) -> list[ShardEntry] | None:
-    """Fetch the index beside remote shards.
-
-    Args:
-        urls: The shards; they may lie in several folders.
-
-    Returns:
-        One entry per shard, in the order of `urls`, or `None` when an index or an entry is missing.
-
-    Raises:
-        ShardError: A server does not answer, or with an error that does not say that the file is missing.
-    """
+    """Fetch the index beside remote shards."""
     if any(url.startswith("pipe:") for url in urls):
         return None
     known: dict[str, dict[str, ShardEntry]] = {}

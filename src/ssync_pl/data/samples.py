@@ -179,20 +179,7 @@ def clip_span(clip_length: int, frame_stride: int) -> int:
 
 
 def find_member(members: Collection[str], field: str, where: str = "") -> str:
-    """Choose the member that holds a field, refusing samples that have it only in a forbidden format.
-
-    Args:
-        members: Names of the sample's members.
-        field: `video` or `segmentations`.
-        where: Shard and key, for the message.
-
-    Raises:
-        ShardError: There is none, or only one that is refused.
-
-    Example:
-        >>> find_member(["segmentations.npy.gz", "video.npy"], "segmentations")
-        'segmentations.npy.gz'
-    """
+    """Choose the member that holds a field, refusing samples that have it only in a forbidden format."""
     found = next((name for name in _FIELDS[field] if name in members), None)
     if found is not None:
         return found
@@ -227,20 +214,7 @@ def count_objects(members: Members, mask_format: MaskFormat) -> int:
 
 
 def arrange_masks(masks: np.ndarray, frames: int, size: tuple[int, int], place: str) -> np.ndarray:
-    """View stored masks as (F, h, w, N), whatever their layout.
-
-    Args:
-        masks: (F, h, w, N) or (F, h, w); for an image also (h, w), (h, w, N) or, as in COCO, (N, h, w).
-        frames: Frames of the video; 1 for an image.
-        size: Height and width of the video; masks may be stored in another size of the same proportions.
-        place: Names the masks, for messages.
-
-    Returns:
-        The view (F, h, w, N).
-
-    Raises:
-        ShardError: Type, number of frames or proportions do not fit.
-    """
+    """View stored masks as (F, h, w, N), whatever their layout."""
     height, width = size
 
     def fits(rows: int, columns: int) -> bool:
@@ -322,19 +296,7 @@ def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, cli
 
 
 def eval_sample(members: Members, rules: SampleRules) -> dict[str, Any]:
-    """Read one whole video for evaluation.
-
-    Args:
-        members: The sample's members.
-        rules: How to read.
-
-    Returns:
-        `video` (F, h, w, 3) uint8, `crop` (2,) int64 of the central crop, `cut` (all frames, a slice), with
-        `rules.masks` also `segmentations` (F, h, w, N) uint8.
-
-    Raises:
-        ShardError: A member is missing, refused or does not fit.
-    """
+    """Read one whole video for evaluation."""
     member = find_member(members.sizes, "video", members.where)
     array = members.decode(member)
     video = check_video(np.array(array[None] if array.ndim == 3 else array, order="C"), members.name(member))
@@ -346,17 +308,7 @@ def eval_sample(members: Members, rules: SampleRules) -> dict[str, Any]:
 
 
 def crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left: float | None) -> Tensor:
-    """Place the crop in the resized frames.
-
-    Args:
-        video: (F, h, w, 3).
-        rules: Size and kind of the crop.
-        top: Position from above in [0, 1); `None` for the centre.
-        left: Position from the left in [0, 1); `None` for the centre.
-
-    Returns:
-        Top and left in pixels, (2,) int64.
-    """
+    """Place the crop in the resized frames."""
     if rules.image_size is None or rules.crop == "none":
         return torch.zeros(2, dtype=torch.int64)
     height, width = covering_size((video.shape[1], video.shape[2]), rules.image_size, floor=rules.reference)

@@ -60,13 +60,7 @@ class Take(NamedTuple):
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Shuffle `range(count)` for one pass over the data.
-
-    The order sorts a hash of (seed, pass, number), so it does not change with the version of NumPy.
-
-    Returns:
-        Permutation (count,) int64.
-    """
+    """Shuffle `range(count)` for one pass over the data."""
     start = np.frombuffer(_digest(seed, epoch, "permutation")[:8], dtype="<u8").astype(np.uint64)
     with np.errstate(over="ignore"):  # splitmix64 works modulo 2**64
         state = start + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -82,15 +76,7 @@ def train_share(order: np.ndarray, rank: int, world: int) -> np.ndarray:
 
 
 def eval_share(count: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return one rank's items for evaluation: each item once over all ranks, padded to equal length.
-
-    Returns:
-        Items (⌈count / world⌉,) int64, and whether each is real (bool) or a repeat that must not be counted.
-
-    Example:
-        >>> eval_share(5, rank=1, world=2)
-        (array([1, 3, 0]), array([ True,  True, False]))
-    """
+    """Return one rank's items for evaluation: each item once over all ranks, padded to equal length."""
     require_rank(rank, world)
     positions = np.arange(rank, -(-count // world) * world, world, dtype=np.int64)
     return positions % max(count, 1), positions < count
@@ -99,32 +85,14 @@ def eval_share(count: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarra
 def draw_clip(
     key: str, clip: int, seed: int, epoch: int, starts: int, flip_probability: float, step: int = 1
 ) -> ClipDraw:
-    """Draw a clip's start, flip and crop position from a hash of (seed, pass, key, clip).
-
-    Args:
-        key: Name of the video, with its shard.
-        clip: Number of the clip of this video in this pass.
-        seed: Seed of the run.
-        epoch: Number of the pass.
-        starts: Number of possible first frames, at least 1.
-        flip_probability: Probability of a flip, in [0, 1].
-        step: Distance between possible first frames.
-    """
+    """Draw a clip's start, flip and crop position from a hash of (seed, pass, key, clip)."""
     words = np.frombuffer(_digest(seed, epoch, f"{clip}/{key}"), dtype="<u8")
     fractions = [int(word >> np.uint64(11)) / (1 << 53) for word in words]
     return ClipDraw(int(words[0]) % starts * step, fractions[1] < flip_probability, fractions[2], fractions[3])
 
 
 def shares_by_weight(total: int, weights: Sequence[float]) -> list[int]:
-    """Divide a number of clips by weights, the remainder to the largest fractions.
-
-    Raises:
-        ConfigError: A weight is not positive and finite.
-
-    Example:
-        >>> shares_by_weight(10, [2.0, 1.0])
-        [7, 3]
-    """
+    """Divide a number of clips by weights, the remainder to the largest fractions."""
     if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ConfigError(f"Expected the weights of mixed sets to be positive numbers, but got {list(weights)}.")
     exact = np.array([total * weight / sum(weights) for weight in weights])
@@ -135,20 +103,7 @@ def shares_by_weight(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def mixed_pass(clips: int, mix: Sequence[tuple[np.ndarray, float]], seed: int, epoch: int) -> np.ndarray:
-    """Return one shuffled pass over several sets, each with its share by weight.
-
-    A pass is as long as all sets together. Each set runs through its own endless row of shuffled visits: a set with a
-    small weight goes on in the next pass where it stopped, one with a large weight comes several times.
-
-    Args:
-        clips: Clips of all sets together.
-        mix: For each set its clips (numbers in [0, `clips`)) and its weight.
-        seed: Seed of the run.
-        epoch: Number of the pass, from 0.
-
-    Returns:
-        `visit * clips + clip` (clips,) int64.
-    """
+    """Return one shuffled pass over several sets, each with its share by weight."""
     drawn = []
     for number, ((members, _), share) in enumerate(zip(mix, shares_by_weight(clips, [w for _, w in mix]), strict=True)):
         count = len(members)
@@ -162,19 +117,7 @@ def mixed_pass(clips: int, mix: Sequence[tuple[np.ndarray, float]], seed: int, e
 
 
 def plain_row(clips: Sequence[int], seed: int | None, epoch: int, *, rotate: bool = False) -> list[Take]:
-    """Put all clips of a streamed pass in a row, shard after shard.
-
-    Args:
-        clips: Clips of each shard.
-        seed: Seed of the order of the shards; `None` keeps it (evaluation).
-        epoch: Number of the pass.
-        rotate: Begin at another clip in each pass. Where ranks and batches leave a rest at the end of the row, that
-            rest is then another one each time, even of a single shard.
-
-    Example:
-        >>> [tuple(take)[:3] for take in plain_row([3, 2], None, 0)]
-        [(0, 0, 3), (1, 0, 2)]
-    """
+    """Put all clips of a streamed pass in a row, shard after shard."""
     order = range(len(clips)) if seed is None else permutation(len(clips), seed, epoch).tolist()
     row = [Take(number, 0, clips[number]) for number in order]
     if not rotate or not sum(clips):
@@ -184,16 +127,7 @@ def plain_row(clips: Sequence[int], seed: int | None, epoch: int, *, rotate: boo
 
 
 def mixed_row(sets: Sequence[Sequence[int]], weights: Sequence[float], seed: int, epoch: int) -> list[Take]:
-    """Put the clips of a streamed pass over several sets in a row, each set with its share by weight.
-
-    Like `mixed_pass`, but by shards: those of the sets take turns, so that all shares run out together.
-
-    Args:
-        sets: For each set the clips of its shards. Shards are numbered through all sets.
-        weights: A weight for each set.
-        seed: Seed of the run.
-        epoch: Number of the pass.
-    """
+    """Put the clips of a streamed pass over several sets in a row, each set with its share by weight."""
     rows: list[tuple[float, int, Take]] = []
     first = 0
     for number, (clips, share) in enumerate(zip(sets, shares_by_weight(sum(map(sum, sets)), weights), strict=True)):
@@ -237,10 +171,6 @@ def consumer_row(
             rest (training).
         start: Batches of this rank that a resumed run has had: each worker goes on at the start of the shard that it
             was in, with as many clips as it had left.
-
-    Example:
-        >>> [tuple(take)[:4] for take in consumer_row([Take(0, 0, 5)], (1, 2), (0, 1), 2, pad=True)]
-        [(0, 0, 2, 3), (0, 0, 1, 4)]
     """
     (rank, world), (number, workers) = place, worker
     require_rank(rank, world)

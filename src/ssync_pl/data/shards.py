@@ -29,15 +29,7 @@ _BLOCK = 512
 
 
 class ShardReader:
-    """Reads members of local shards, or parts of them, where the index says that they lie.
-
-    Files are opened when they are first read and read at given places, without a file position: a forked worker may go
-    on with the files that it inherited, and a shard that is cut off meanwhile is an error, never a crash. A reader
-    pickles without its files.
-
-    Args:
-        max_open: Shards kept open at a time; the one unused for longest is closed.
-    """
+    """Reads members of local shards, or parts of them, where the index says that they lie."""
 
     def __init__(self, max_open: int = 64) -> None:
         self.max_open = max_open
@@ -53,17 +45,7 @@ class ShardReader:
         return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
 
     def member(self, path: str, shard: ShardEntry, sample: SampleEntry, member: str) -> memoryview:
-        """Return the bytes of one member, however many.
-
-        Args:
-            path: The shard.
-            shard: Its entry in the index.
-            sample: The sample's entry.
-            member: Member name without the key.
-
-        Raises:
-            ShardError: The shard does not fit its index entry any more.
-        """
+        """Return the bytes of one member, however many."""
         return memoryview(self.sample(path, shard, sample, max_bytes=shard.size).read(member))
 
     def close(self) -> None:
@@ -134,15 +116,6 @@ class ShardWriter:
     Raises:
         ConfigError: `samples_per_shard` or `prefix` is out of range.
         ShardError: The folder already holds shards of this prefix.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with ShardWriter(folder, "train", samples_per_shard=2) as writer:
-        ...         for index in range(3):
-        ...             writer.write(str(index), {"video.npy": np.zeros((4, 8, 8, 3), np.uint8)})
-        ...     sorted(path.name for path in Path(folder).iterdir())
-        ['index.json', 'train-000000.tar', 'train-000001.tar']
     """
 
     def __init__(
@@ -204,11 +177,7 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Complete the last shard and write the index; a second call does nothing.
-
-        Raises:
-            ShardError: A shard vanished or changed since it was written.
-        """
+        """Complete the last shard and write the index; a second call does nothing."""
         if self._closed:
             return
         self._finish_shard()
@@ -265,16 +234,7 @@ class ShardWriter:
 
 
 def encode_member(member: str, value: Any, where: str = "") -> bytes:
-    """Encode one member by its extension, to the same bytes every time.
-
-    Args:
-        member: Member name without the key, for example `video.npy`.
-        value: Array, JSON value, or bytes that are stored as they are.
-        where: Key, for the message.
-
-    Raises:
-        ShardError: The extension is refused, the array holds objects, or the value does not fit the extension.
-    """
+    """Encode one member by its extension, to the same bytes every time."""
     extension = require_allowed(member, where)
     if isinstance(value, bytes):
         return value

@@ -57,11 +57,7 @@ class ShardSource:
         return replace(self, entries=None if self.entries is None else kept), short
 
     def mix(self, clips_per_video: int) -> list[tuple[np.ndarray, float]]:
-        """Return the numbers of the clips and the weight of each mixed set; empty when nothing is mixed.
-
-        Raises:
-            ConfigError: A weight is so small that its set would never be read, or a set is empty.
-        """
+        """Return the numbers of the clips and the weight of each mixed set; empty when nothing is mixed."""
         if not self.weights:
             return []
         counts = [len(entry.samples) for entry in self.entries or []]
@@ -88,18 +84,7 @@ class ShardSource:
 def open_source(
     patterns: Patterns, argument: str, backend: Backend = "auto", *, allow_pipe: bool = False
 ) -> ShardSource:
-    """Find the shards of a split and their index.
-
-    Args:
-        patterns: A pattern, several, or several with weights.
-        argument: Name of the user's argument, for messages.
-        backend: Who reads the shards.
-        allow_pipe: Accept `pipe:` commands.
-
-    Raises:
-        ConfigError: A pattern is malformed, or `backend` is `mmap` for shards that cannot be read in place.
-        ShardError: A shard is damaged or empty.
-    """
+    """Find the shards of a split and their index."""
     shards, sizes, weights = find_shards(patterns, argument, allow_pipe=allow_pipe)
     remote = is_remote(shards[0])
     packed = [shard for shard in shards if is_compressed(shard)]
@@ -126,16 +111,7 @@ def open_source(
 
 
 def settle_masks(dataset: ShardDataset, argument: str, mask_format: Literal["auto", "ids", "channels"]) -> None:
-    """Find out how a set's masks are stored and how many objects they hold, where the rules leave that open.
-
-    Args:
-        dataset: The set; its rules are replaced.
-        argument: Name of the user's argument, for messages.
-        mask_format: How the masks are stored; `auto` looks: several channels anywhere mean one per object.
-
-    Raises:
-        ShardError: Masks are unreadable and bad samples are not skipped, or ids do not fit into uint8.
-    """
+    """Find out how a set's masks are stored and how many objects they hold, where the rules leave that open."""
 
     def most(look: Callable[[int], int]) -> int:
         found = 0

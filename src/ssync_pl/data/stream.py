@@ -113,12 +113,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
         return None if self.shards is None else sum(self._clips_per_shard())
 
     def set_pass(self, epoch: int, start: int = 0) -> None:
-        """Set what the next iteration emits, for the workers that run and those to come.
-
-        Args:
-            epoch: Number of the pass, from 0.
-            start: Batches of this rank that a resumed run has had already.
-        """
+        """Set what the next iteration emits, for the workers that run and those to come."""
         if start:
             _logger.warning(
                 "Going on in the middle of pass %d of a stream: each worker starts again at the shard that it was in, "

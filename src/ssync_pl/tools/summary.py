@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
@@ -155,9 +155,8 @@ class ValidationSummary(L.Callback):
         if not isinstance(num_slots, int):
             raise ConfigError("Expected a number of slots. Give `num_slots` to ValidationSummary.")
         data = getattr(trainer, "datamodule", None)
-        loader, limit = _first(loaders), limits[0] if limits and math.isfinite(limits[0]) else None
-        if limit is not None and limit >= _length(loader):
-            limit = None  # the whole set, however many batches that is
+        loader = CombinedLoader(loaders, "sequential").flattened[0]
+        limit = limits[0] if limits and math.isfinite(limits[0]) else None
         has_background = bool(getattr(data, "has_background", True))
         ignore_overlaps = bool(getattr(data, "ignore_overlaps", False))
 
@@ -172,10 +171,9 @@ class ValidationSummary(L.Callback):
         path, key = _cache(data, split)
         if path is None:
             return compute()
-        key |= {"split": split, "num_slots": num_slots, "has_background": has_background}
-        if limit is not None:
-            key |= {"batches": limit, "batch_size": getattr(data, "val_batch_size", None)}
-        return cached_baselines(path, {**key, "ignore_overlaps": ignore_overlaps}, compute)
+        key |= {"split": split, "batches": limit, "batch_size": getattr(data, "val_batch_size", None)}
+        key |= {"num_slots": num_slots, "has_background": has_background, "ignore_overlaps": ignore_overlaps}
+        return cached_baselines(path, key, compute)
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -208,19 +206,6 @@ def _places(trainer: L.Trainer) -> dict[str, str]:
     if path:
         places["checkpoint"] = str(path)
     return places
-
-
-def _first(loaders: Any) -> Any:
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-
-
-def _length(loader: Any) -> float:
-    try:
-        return len(loader)
-    except TypeError:  # streams of unknown length
-        return math.inf
 
 
 def _batches(loader: Any, limit: int | None, owner: Any) -> Iterator[Mapping[str, Any]]:
