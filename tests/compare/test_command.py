@@ -18,10 +18,10 @@ from conftest import tiny_config, write_tiny
 from filelock import FileLock
 
 from ssync_pl.cli import main
+from ssync_pl.cli.trainer import run_trainer
 from ssync_pl.compare.matrix import Asked, build_matrix
 from ssync_pl.compare.results import load_comparison, read_results
 from ssync_pl.compare.runs import Failure
-from ssync_pl.tools.trainer_cli import run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHED_ON = 8  # half of the steps

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from ssync_pl import SSyncConfig, hosts
+from ssync_pl.cli.configured import from_configuration
 from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
 from ssync_pl.compare.matrix import Asked, build_matrix
 from ssync_pl.compare.variants import CONTRAST_DEFAULTS, make_variant, ssync_options
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.doctor.configured import from_configuration
 
 
 def options_after(name, config):

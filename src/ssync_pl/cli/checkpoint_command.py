@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ssync_pl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ssync_pl.hosts.checkpoints import ConvertedCheckpoint
+    from ssync_pl.tools.official.checkpoints import ConvertedCheckpoint
 
 __all__ = ["run_checkpoint"]
 
@@ -60,7 +60,7 @@ def run_checkpoint(args: list[str]) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import yaml
 
-    from ssync_pl.hosts.checkpoints import convert_checkpoint
+    from ssync_pl.tools.official.checkpoints import convert_checkpoint
     from ssync_pl.tools.official.convert import host_options
 
     out: Path | None = getattr(options, "out", None)

@@ -163,7 +163,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
     for place, name in enumerate(names, start=1):
         say(f"preparing data {place}/{len(names)}: {name}\n")
         folder = matrix.asked.out / "sets" / name
-        command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
+        command = [sys.executable, "-m", "ssync_pl.cli.prepare", *matrix.prepare[name]]
         _lay_out(folder, command, {})
         with _ending([launcher.submit(folder)]) as jobs:
             while not jobs[0].done():

@@ -15,7 +15,7 @@ from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import SlotContrast, VideoSAUR
-from ssync_pl.hosts.checkpoints import convert_checkpoint
+from ssync_pl.tools.official.checkpoints import convert_checkpoint
 from ssync_pl.tools.official.convert import host_options
 
 RECORDED = Path(__file__).parents[2] / "hosts" / "recorded"

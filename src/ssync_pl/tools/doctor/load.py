@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.hosts.checkpoints import public_globals, why_unreadable
+from ssync_pl.tools.official.checkpoints import public_globals, why_unreadable
 
 __all__ = ["build_model", "load_weights", "parse_batch", "parse_settings", "working_folder_first"]
 

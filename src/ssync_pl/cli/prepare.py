@@ -18,7 +18,7 @@ def prepare(words: list[str]) -> int:
     Returns:
         The exit status.
     """
-    from ssync_pl.tools.doctor.configured import from_configuration  # Lightning takes seconds to import
+    from ssync_pl.cli.configured import from_configuration  # Lightning takes seconds to import
 
     try:
         data = from_configuration(words).data

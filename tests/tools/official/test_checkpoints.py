@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
-from ssync_pl.hosts.checkpoints import convert_checkpoint as convert
-from ssync_pl.hosts.checkpoints import public_globals, read_checkpoint
+from ssync_pl.tools.official.checkpoints import convert_checkpoint as convert
+from ssync_pl.tools.official.checkpoints import public_globals, read_checkpoint
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = Path(__file__).parents[2] / "hosts" / "recorded"
 CACHED = ["backbone=null", "layer=null", "feature_dim=12", "similarity_dim=12", "decoder_hidden=[16, 16]"]
 
 
