@@ -25,7 +25,7 @@ from ssync_pl.data.decode import (
     member_extension,
     require_allowed,
 )
-from ssync_pl.data.index import INDEX_NAMES, ShardEntry, parse_index, read_index, scan_shard, write_index
+from ssync_pl.data.index import INDEX_NAMES, ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.patterns import expand_braces, expand_shards, is_compressed, is_remote, masked_url, shard_name
 from ssync_pl.data.remote import fetch_index, stream_shard
 from ssync_pl.data.samples import Members, arrange_masks, check_video, find_member
@@ -427,11 +427,10 @@ def _compare_indices(shards: Sequence[_Shard], rebuild: bool, problems: list[Pro
                 raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
             notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
         elif index is None:
-            path = folder / INDEX_NAMES[0]
-            if path.exists():
-                _judge_index(path, problems)
-            else:
-                notes.append(f"{folder}: no {path.name}; it is written when the shards are first used.")
+            for path in (folder / name for name in INDEX_NAMES):
+                if path.exists():
+                    notes.append(f"{path} is left as it is, and the shards are read without it: it is not our index.")
+            notes.append(f"{folder}: no {INDEX_NAMES[0]} of ours; it is written when the shards are first used.")
         else:
             for facts in here:
                 before = known.get(Path(facts.path).name)
@@ -446,13 +445,6 @@ def _compare_indices(shards: Sequence[_Shard], rebuild: bool, problems: list[Pro
             if gone:  # a part of a set, copied with its index, reads well
                 path = folder / INDEX_NAMES[0]
                 notes.append(f"{path}: names {len(gone)} shards that are not there ({gone[0]}, …).")
-
-
-def _judge_index(path: Path, problems: list[Problem]) -> None:
-    try:
-        parse_index(path.read_bytes())
-    except (OSError, ShardError) as error:
-        problems.append(Problem("index", str(path), None, str(error)))
 
 
 def _compare_remote(name: str, shards: Sequence[_Shard], problems: list[Problem], notes: list[str]) -> None:
