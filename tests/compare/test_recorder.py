@@ -12,7 +12,6 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from recorded_runs import feature_host, feature_loaders, feature_videos, fit, read, synthetic, tiny_savi
 from torch import Tensor
@@ -160,24 +159,6 @@ def test_padding_is_neither_scored_nor_drawn(tmp_path: Path) -> None:
     assert [video["key"] for video in pictures] == ["1-0", "1-2", "1-3"]
     frames = strip_of(pictures[1]["columns"]["frame"])
     assert (frames[:112] == frames[-112:]).all()  # one real frame, four times
-
-
-def test_a_run_that_had_nothing_left_to_do_is_recorded(tmp_path: Path, root: Path) -> None:
-    trainer, _ = fit(tmp_path / "a", tiny_savi(), [], synthetic(root))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = L.Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        logger=CSVLogger(str(tmp_path / "b"), name="", version=""),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[RunRecorder(videos=1)],
-    )
-    again.fit(tiny_savi(), datamodule=synthetic(root), ckpt_path=str(tmp_path / "last.ckpt"))
-    content = read(tmp_path / "b")
-    assert content["num_videos"] == 5
-    assert content["steps"] == 4
 
 
 def test_no_validation_set_leaves_no_scores(tmp_path: Path) -> None:

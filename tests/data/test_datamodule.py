@@ -21,6 +21,7 @@ class _Place:
     def __init__(self, rank: int, world: int, epoch: int = 0) -> None:
         self.global_rank, self.world_size, self.current_epoch = rank, world, epoch
         self.num_training_batches = float("inf")
+        self.training = self.sanity_checking = False
         self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
 
 

@@ -27,15 +27,7 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def refuse_shared_videos(train: Any, validation: Any) -> None:
-    """Refuses to score videos that were trained on, as far as data sets say what they hold.
-
-    Args:
-        train: training loader, or several.
-        validation: validation loader, or several.
-
-    Raises:
-        ConfigError: the two share a video.
-    """
+    """Refuses loaders that share a video, as far as their data sets say what they hold."""
     trained = {name for loader in flat_loaders(train) for name in _names(getattr(loader, "dataset", None))}
     for loader in flat_loaders(validation):
         scored = set(_names(getattr(loader, "dataset", None)))
