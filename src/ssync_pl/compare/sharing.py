@@ -73,9 +73,13 @@ def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: 
 
 
 def _resumes_exactly(config: Mapping[str, Any]) -> bool:
+    """Whether the training videos are surely mapped shards; streams resume at the border of a shard."""
     data, options = class_of(config, "data")
-    mapped = options.get("backend") != "webdataset" and "://" not in json.dumps(options, default=str)
-    return data in ("SyntheticDataModule", "ShardDataModule") and mapped
+    backend, train = options.get("backend", "auto"), options.get("train")
+    names = train if isinstance(train, list) else [train]
+    plain = all(isinstance(name, str) and name.endswith(".tar") and ":" not in name for name in names)
+    mapped = data == "SyntheticDataModule" or (data == "ShardDataModule" and (plain or backend == "mmap"))
+    return mapped and backend != "webdataset"
 
 
 def _switch(config: Mapping[str, Any]) -> Switch | None:

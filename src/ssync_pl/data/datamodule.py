@@ -252,14 +252,7 @@ class ShardDataModule(L.LightningDataModule):
                     load_shards(shards)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sets of a stage.
-
-        Args:
-            stage: `fit`, `validate`, `test`, `predict`, or `None` for all that are set.
-
-        Raises:
-            ConfigError: The set that the stage needs is not given.
-        """
+        """Open the sets of a stage."""
         if stage is None:
             wanted: tuple[str, ...] = tuple(self.patterns)
         else:
@@ -275,14 +268,7 @@ class ShardDataModule(L.LightningDataModule):
                 self._open(split, open_source(pattern, split, self.backend, allow_pipe=self.allow_pipe))
 
     def train_dataloader(self) -> ShardLoader:
-        """Build the training loader of this process.
-
-        Returns:
-            Batches of clips; each pass has equally many on every process.
-
-        Raises:
-            ConfigError: There are fewer clips than one batch on each process.
-        """
+        """Build the training loader of this process."""
         rank, world = self._place()
         source, rules = self._opened("train"), self._rules["train"]
         if source.videos is not None:
@@ -300,11 +286,7 @@ class ShardDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
-        """Build the validation loader of this process.
-
-        Returns:
-            Batches of whole videos, or an empty list when no validation shards are set.
-        """
+        """Build the validation loader of this process."""
         return self._eval_loader("validation") if self.patterns["validation"] is not None else []
 
     def test_dataloader(self) -> ShardLoader:
@@ -316,15 +298,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._eval_loader("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Transform a batch on its device; see `BatchTransform`.
-
-        Args:
-            batch: What a loader of this module gives.
-            dataloader_idx: Not needed: the batch says how it was cut.
-
-        Returns:
-            The batch that hosts see.
-        """
+        """Transform a batch on its device; see `BatchTransform`."""
         if not isinstance(batch, dict) or "crop" not in batch:
             return batch  # a model's `example_input_array` passes here too
         TrainerClock(self).note_epoch()
@@ -334,20 +308,12 @@ class ShardDataModule(L.LightningDataModule):
         return batch if precision is None else precision.convert_input(batch)
 
     def teardown(self, stage: str | None = None) -> None:
-        """Close the shards in this process.
-
-        Args:
-            stage: Not needed.
-        """
+        """Close the shards in this process."""
         for dataset in self._datasets.values():
             dataset.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Say how far the training pass has come, for the checkpoint.
-
-        Returns:
-            The training loader's state; empty when there is none.
-        """
+        """Say how far the training pass has come, for the checkpoint."""
         loader = None if self._train_loader is None else self._train_loader()
         return {} if loader is None else loader.state_dict()
 
@@ -355,14 +321,7 @@ class ShardDataModule(L.LightningDataModule):
         return {**self.__dict__, "_train_loader": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader go on where the checkpoint stopped.
-
-        Lightning hands a loader its state as well, but not when something asked for the number of steps before, as
-        learning-rate schedules do.
-
-        Args:
-            state_dict: What `state_dict` gave.
-        """
+        """Let the next training loader go on where the checkpoint stopped."""
         # Lightning hands the state over for `validate` and `predict` as well: a later `fit` begins afresh.
         fitting = self.trainer is None or self.trainer.state.fn in (None, "fit")
         self._train_state = dict(state_dict) if fitting else {}

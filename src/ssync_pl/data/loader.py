@@ -103,13 +103,13 @@ class TrainerClock:
     def whole_steps(self, batches: int) -> int:
         """Return the batches up to the last optimizer step: gradients of an accumulation are in no checkpoint."""
         trainer = self.module.trainer
-        return batches if trainer is None else batches - batches % trainer.accumulate_grad_batches
+        return batches - batches % getattr(trainer, "accumulate_grad_batches", 1)
 
     def go_back(self, batch: int) -> None:
         """Let a resumed trainer count the batches of an unfinished accumulation again."""
         trainer = self.module.trainer
         loop: Any = None if trainer is None else trainer.fit_loop.epoch_loop
-        if trainer is None or not loop.restarting:
+        if trainer is None or not getattr(loop, "restarting", False):
             return
         surplus = loop.batch_progress.current.ready - batch
         if 0 < surplus < trainer.accumulate_grad_batches:
@@ -122,8 +122,8 @@ class TrainerClock:
     def note_epoch(self) -> None:
         """Count the running epoch where Lightning left it out: when it resumed at the last batch of the one before."""
         trainer = self.module.trainer
-        if trainer is not None and trainer.training and not trainer.sanity_checking:
-            progress: Any = trainer.fit_loop.epoch_progress
+        if getattr(trainer, "training", False):
+            progress: Any = trainer.fit_loop.epoch_progress  # type: ignore[union-attr]
             if progress.current.ready == progress.current.processed:
                 progress.increment_ready()
                 progress.increment_started()

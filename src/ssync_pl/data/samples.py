@@ -31,6 +31,7 @@ __all__ = [
     "Members",
     "SampleRules",
     "arrange_masks",
+    "check_video",
     "clip_span",
     "count_objects",
     "crop_offsets",
@@ -282,7 +283,7 @@ def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, cli
     cut = slice(draw.start, draw.start + span, rules.frame_stride)
     if not rules.video:
         return {"flip": torch.tensor(draw.flip), "crop": torch.zeros(2, dtype=torch.int64), "cut": cut}
-    video = _check_video(_read_clip(members, member, cut, whole), members.name(member))
+    video = check_video(_read_clip(members, member, cut, whole), members.name(member))
     sample: dict[str, Any] = {
         "video": torch.from_numpy(video),
         "flip": torch.tensor(draw.flip),
@@ -298,7 +299,7 @@ def eval_sample(members: Members, rules: SampleRules) -> dict[str, Any]:
     """Read one whole video for evaluation."""
     member = find_member(members.sizes, "video", members.where)
     array = members.decode(member)
-    video = _check_video(np.array(array[None] if array.ndim == 3 else array, order="C"), members.name(member))
+    video = check_video(np.array(array[None] if array.ndim == 3 else array, order="C"), members.name(member))
     offsets = crop_offsets(video, rules, None, None)
     sample: dict[str, Any] = {"video": torch.from_numpy(video), "crop": offsets, "cut": slice(0, len(video), 1)}
     if rules.masks:
@@ -337,7 +338,8 @@ def _read_clip(members: Members, member: str, cut: slice, whole: Any) -> np.ndar
     return np.array((array[None] if array.ndim == 3 else array)[cut], order="C")
 
 
-def _check_video(video: np.ndarray, place: str) -> np.ndarray:
+def check_video(video: np.ndarray, place: str) -> np.ndarray:
+    """Return the video when it is uint8 frames (F, h, w, 3), else raise `ShardError`."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
         raise ShardError(
             f"Expected {place} to be uint8 frames (F, h, w, 3), but got shape {video.shape}, dtype {video.dtype}. "
