@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter
 from ssync_pl.adapters.calls import MapCall, check_close, check_update
@@ -44,7 +43,6 @@ class SlotModelAdapter(HostAdapter):
     """Whether slots have no identity in time, so that each frame is a clip of its own."""
     grid: Grid | None = None
 
-    @override
     def match(self, host: nn.Module) -> bool:
         if not has_modules(host, *self.modules.split()):
             return False
@@ -66,7 +64,6 @@ class SlotModelAdapter(HostAdapter):
             capture: Receives `MapCall` under the keys ``attention`` and ``decoder``.
         """
 
-    @override
     def attach(self, host: nn.Module) -> Capture:
         if not self.match(host):
             raise HostError(f"Expected {type(host).__name__} to have {self.needs()}, but it does not. {NAME_THEM}")
@@ -88,7 +85,6 @@ class SlotModelAdapter(HostAdapter):
         """Calls of the slot attention and of the decoder."""
         return capture[self.attention], capture[self.decoder]
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         calls, drawn = self.calls(capture)
         logits = stack_frames([call.logits for call in calls if call.logits is not None], self.attention)
@@ -115,7 +111,6 @@ class SlotModelAdapter(HostAdapter):
         attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
         return join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         for key, calls in zip((self.attention, self.decoder), self.calls(capture), strict=True):
             what, expected = f"masks that '{key}' returns", "the softmax over slots of its logits"

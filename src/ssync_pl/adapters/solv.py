@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.calls import Part, check_close, take_projection, token_weights, watch_joined
@@ -40,37 +39,32 @@ class _Merged(NamedTuple):
 class SolvAdapter(HostAdapter):
     """SOLV looks at a window of frames, and decodes the frame in its centre: T = 1.
 
-    The encoder's map is the centre frame's slot attention, last query · key · ``scale`` of the spatial binder. Two
-    things lie between it and the decoder's masks:
+    The encoder's map is the centre frame's slot attention, last query · key · ``scale`` of the spatial binder.
 
     * Slots are merged. The logits of a merged slot are the logsumexp of its members': its softmax over slots is the
       members' summed attention. Slots that are left over count as invalid (``slot_valid``).
     * A part of the tokens is dropped. Their patches have masks but no attention, so they count as invalid
-      (``patch_valid``); the attention of the others is put in its place on the grid.
+      (``patch_valid``).
 
     The public model's merger keeps the assignment to itself, which is read off the gradient of its result; where there
-    is none (validation), the merger is run once more on the same slots with the same random numbers. This package's
-    host says everything; when it is evaluated, all frames come, as probabilities.
+    is none (validation), the merger is run once more on the same slots with the same random numbers. When this
+    package's host is evaluated, all frames come, as probabilities.
 
     Source: Self-supervised Object-Centric Learning for Videos (arXiv 2310.06907).
     """
 
     name: ClassVar[str] = "solv"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return _is_packaged(host) or _is_public(host)
 
-    @override
     def attach(self, host: Any) -> Capture:
         capture = Capture()
         if _is_packaged(host):
             capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
-            capture.watch(
-                "binder",
-                host.spatial_binder,
-                lambda module, args, out: _Bound(out.logits, out.attention, args[1] if len(args) > 1 else None),
-            )
+            indices = lambda args: args[1] if len(args) > 1 else None  # noqa: E731
+            bound = lambda module, args, out: _Bound(out.logits, out.attention, indices(args))  # noqa: E731
+            capture.watch("binder", host.spatial_binder, bound)
             capture.watch("merger", host.merger, lambda module, args, out: _Merged(args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
             return capture
@@ -81,8 +75,8 @@ class SolvAdapter(HostAdapter):
             )
         binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        indices = lambda module, args, kwargs: args[1]  # noqa: E731
-        parts = {"Q": take_projection, "f": take_projection, ". input": indices}
+        tokens = lambda module, args, kwargs: args[1]  # noqa: E731
+        parts = {"Q": take_projection, "f": take_projection, ". input": tokens}
         watch_joined(capture, "binder", binder, _bound_centre, parts)
         if getattr(host, "merge_slots", False):
             before = {". input": lambda module, args, kwargs: (args[0], random.getstate())}
@@ -91,7 +85,6 @@ class SolvAdapter(HostAdapter):
         capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         bound: _Bound = capture.only("binder")
         masks = torch.cat(capture["decoder"], dim=1) if capture["decoder"] else torch.empty(0)
@@ -102,9 +95,9 @@ class SolvAdapter(HostAdapter):
         videos, frames, slots, _ = bound.logits.shape
         patches = grid[0] * grid[1]
         if masks.shape != (videos, frames, slots, patches):
+            wanted, calls = (videos, frames, slots, patches), len(capture["decoder"])
             raise HostError(
-                f"Expected the decoder to give masks {(videos, frames, slots, patches)} of the frames in the centre of "
-                f"their windows, but got {tuple(masks.shape)} in {len(capture['decoder'])} call(s)."
+                f"Expected the decoder to give masks {wanted}, but got {tuple(masks.shape)}, {calls} call(s)."
             )
         members = capture.only("merger").members if "merger" in capture else None
         logits = bound.logits if members is None else merge_member_logits(bound.logits, members)
@@ -116,7 +109,6 @@ class SolvAdapter(HostAdapter):
         slot_valid = None if valid is None else valid[:, 0]
         return SSyncMaps(logits, masks, grid=grid, slot_valid=slot_valid, patch_valid=patch_valid)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         bound: _Bound = capture.only("binder")
         mine = token_weights(bound.logits.double(), _EPSILON)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, in_shape_of, scaled_product, watch_alpha, watch_attention
@@ -37,18 +36,15 @@ class VideosaurAdapter(GridAdapter):
     name: ClassVar[str] = "videosaur"
     attention, decoder = "corrector", "decoder"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return _corrector(host) is not None and _decoder(host) is not None
 
-    @override
     def needs(self) -> str:
         return (
             f"a corrector with `to_q`, `to_k` and `scale` at {' or '.join(map(repr, _CORRECTORS))} and a decoder with "
             f"object masks at {' or '.join(map(repr, _DECODERS))}"
         )
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         _warn_of_own_losses(host)
         corrector, decoder = _corrector(host), _decoder(host)
