@@ -337,7 +337,7 @@ def test_slots_that_grow_inside_a_step_are_refused() -> None:
     for slots in (2, 3):
         host["a"](torch.zeros(1, slots, 4))
     host["b"](torch.zeros(2, 3, 4))
-    with pytest.raises(HostError, match="to have one shape in all of its calls"):
+    with pytest.raises(HostError, match="to have one shape in all calls"):
         adapter.collect(capture)
 
 

@@ -12,8 +12,7 @@ from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
 _CROSS_ATTENTION = "encoder_decoder_attn"
-_ONCE_PER_FRAME = ("slot_attention", "slot_attn")
-_ALL_FRAMES = ("steve_encoder.savi",)
+_ALL_FRAMES = "steve_encoder.savi"
 
 
 @register_adapter
@@ -35,7 +34,7 @@ class AutoregressiveAdapter(HostAdapter):
         attention = _slot_attention(host) or "path.of.slot_attention"
         masks = f"masks='softmax:{(_cross_attention(host) or ['path.of.cross_attention'])[-1]}'"
         where = f"Name both maps: SSyncCallback(attention='softmax:{attention}', {masks})"
-        if attention in _ALL_FRAMES:
+        if attention == _ALL_FRAMES:
             where = (
                 f"As '{attention}' runs once for all frames, call an nn.Identity with the logits (B, S, N) of each "
                 "frame's last iteration: SSyncCallback(attention='path.of.your_identity', "
@@ -51,7 +50,7 @@ class AutoregressiveAdapter(HostAdapter):
 
 
 def _slot_attention(host: nn.Module) -> str | None:
-    return next((path for path in (*_ONCE_PER_FRAME, *_ALL_FRAMES) if has_modules(host, path)), None)
+    return next((path for path in ("slot_attention", "slot_attn", _ALL_FRAMES) if has_modules(host, path)), None)
 
 
 def _cross_attention(host: nn.Module) -> list[str]:

@@ -50,8 +50,7 @@ class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
     Args:
-        logits: Before the softmax over slots; minus infinity marks slots that do not exist. None where a host gives
-            probabilities only.
+        logits: Before the softmax over slots, minus infinity for absent slots; None where there are only probabilities.
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
@@ -227,6 +226,11 @@ def token_weights(logits: Tensor, eps: float) -> Tensor:
     """Weights over patches: the softmax over slots ``(..., S, N)``, plus ``eps``, normalised over patches."""
     weights = logits.softmax(-2) + eps
     return weights / weights.sum(-1, keepdim=True)
+
+
+def weigh_with_eps(module: Any, logits: Tensor) -> Tensor:
+    """Weights over patches of a module that has ``eps``."""
+    return token_weights(logits, module.eps)
 
 
 def check_close(

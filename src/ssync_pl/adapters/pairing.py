@@ -20,10 +20,9 @@ MapKind = Literal["logits", "probs"]
 
 
 class Seen(NamedTuple):
-    """One map as a host computes it: what each call gave, in their order, and the axis of the slots in one of them.
+    """What each call gave, in their order, and the axis of the slots in one of them.
 
-    ``heads`` is whether there may be an axis of heads, ``inside`` how many softmaxes of this shape ran inside of a
-    call, of which the last counts.
+    ``heads`` is whether there may be an axis of heads, ``inside`` how many such softmaxes ran in a call at most.
     """
 
     values: list[Tensor]
@@ -35,9 +34,7 @@ class Seen(NamedTuple):
 
     def describe(self) -> str:
         """Says in words what was seen."""
-        calls = f"{len(self.values)} call{'s' if len(self.values) != 1 else ''}"
-        inside = f", the last of {self.inside} in each" if self.inside > 1 else ""
-        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {calls}{inside}"
+        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {len(self.values)} call(s)"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Returns N."""
         return math.prod(self.patches)
 
     @property

@@ -5,7 +5,6 @@ In all of them slot attention runs once per frame, and the decoder draws all fra
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +59,7 @@ class SoldAdapter(SlotModelAdapter):
     attention, decoder, features = "corrector", "decoder", "encoder.encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("to_q", "to_k", "to_v"), partial(_weigh, eps="epsilon")
+        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: calls.token_weights(logits, module.epsilon)
         watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
         watch_alpha(capture, "decoder", host.decoder, "encoder", lambda out: out[:, -1], entry("1", squeeze=2))
 
@@ -84,8 +83,8 @@ class SlotFormerAdapter(SlotModelAdapter):
     attention, decoder, features = "slot_attention", "decoder", "encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("project_q", "project_k", "project_v"), partial(_weigh, eps="eps")
-        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=weigh)
+        names = ("project_q", "project_k", "project_v")
+        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=calls.weigh_with_eps)
         capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output[:, -1], axis=0))
         capture.watch("output", host, lambda module, args, output: output_entry(output, "post_masks"), optional=True)
 
@@ -199,10 +198,6 @@ def _key_query(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return torch.einsum("bsd,bnd->bsn", query / query.shape[-1] ** 0.5, key)
-
-
-def _weigh(module: Any, logits: Tensor, eps: str) -> Tensor:
-    return calls.token_weights(logits, getattr(module, eps))
 
 
 def _weigh_inside(module: Any, logits: Tensor) -> Tensor:

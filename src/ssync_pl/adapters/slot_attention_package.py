@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, token_weights, watch_attention
+from ssync_pl.adapters.calls import MapCall, watch_attention, weigh_with_eps
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_frames
 from ssync_pl.adapters.paths import parse_place, watch_place
@@ -21,15 +21,13 @@ from ssync_pl.errors import ConfigError, HostError
 class SlotAttentionPackageAdapter(GridAdapter):
     """Models around one ``SlotAttention`` or ``MultiHeadSlotAttention`` of the package, with any decoder.
 
-    The package returns slots and no map. Logits are computed again from its last query and its keys; several heads,
-    which have a softmax over slots each, count as their mean. The decoder is the user's own: by default, the last
-    softmax over these slots in the training step gives its masks; a decoder that runs once per frame has to be named.
-    In an ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
+    Several heads, which have a softmax over slots each, count as their mean. By default, the last softmax over these
+    slots in the training step gives the masks; a decoder that runs once per frame has to be named. In an
+    ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
 
     Note:
         The package samples new slots in every call: slot 3 of one frame is not slot 3 of the next. Every frame is
-        therefore a clip of its own (T = 1), also where frames of a video are folded into the batch or come one after
-        another; labels are compared and merged inside a frame.
+        therefore a clip of its own (T = 1).
 
     Args:
         attention: Dotted path of the module; None finds it, where there is exactly one.
@@ -92,7 +90,9 @@ class SlotAttentionPackageAdapter(GridAdapter):
         # With several heads, the update passes through a projection before it reaches the cell.
         cell, axis = ("combine_heads", 2) if _heads(module) else ("gru", 1)
         names = ("to_q", "to_k", "to_v")
-        watch_attention(capture, "attention", module, _per_head_product, names, weigh=_weigh, cell=cell, axis=axis)
+        watch_attention(
+            capture, "attention", module, _per_head_product, names, weigh=weigh_with_eps, cell=cell, axis=axis
+        )
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
             capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
@@ -157,10 +157,6 @@ def _as_map(value: Tensor, axis: int, images: int, slots: int) -> MapCall | None
 def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     split = module.split_heads if _heads(module) else nn.Identity()
     return torch.einsum("...sd,...nd->...sn", split(query), split(key)) * module.scale
-
-
-def _weigh(module: Any, logits: Tensor) -> Tensor:
-    return token_weights(logits, module.eps)
 
 
 def _parent(host: nn.Module, module: nn.Module, place: str, other: str) -> nn.Module | None:

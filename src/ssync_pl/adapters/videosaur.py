@@ -46,7 +46,10 @@ class VideosaurAdapter(GridAdapter):
         )
 
     def listen(self, host: Any, capture: Capture) -> None:
-        _warn_of_own_losses(host)
+        losses = getattr(host, "loss_fns", None)
+        if isinstance(losses, nn.ModuleDict) and any(name in losses for name in _OWN_LOSSES):
+            name = type(host).__name__
+            warnings.warn(f"{name} has SSync's losses itself, so they would count twice: weigh them 0.", stacklevel=2)
         corrector, decoder = _corrector(host), _decoder(host)
         capture.facts["patch_size"] = patch_stride(getattr(host, "encoder", None))
         capture.facts["grid"] = _stated_grid(host)
@@ -68,17 +71,6 @@ def _mixer_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 def _returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
     return MapCall(*in_shape_of(entry("dots")(module, output), _MASKS(module, output), module))
-
-
-def _warn_of_own_losses(host: nn.Module) -> None:
-    losses = getattr(host, "loss_fns", None)
-    found = [name for name in _OWN_LOSSES if isinstance(losses, nn.ModuleDict) and name in losses]
-    if found:
-        warnings.warn(
-            f"{type(host).__name__} has SSync's losses itself ({', '.join(found)}), so they would count twice. Give "
-            "them weight 0 in the host's `loss_weights`.",
-            stacklevel=2,
-        )
 
 
 def _corrector(host: nn.Module) -> Any:
