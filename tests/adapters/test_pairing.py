@@ -108,4 +108,4 @@ def test_heads_in_front_of_patches_are_not_rows_where_the_grids_would_not_fit() 
     torch.testing.assert_close(maps.masks, expected)
     # Rows and columns behind one another stay rows and columns where they fit.
     pixels = find_pair([attention], [Seen([torch.randn(6, 64, 64, 5)], 3, "logits", "decoder")])
-    assert (pixels.masks_layout.heads, pixels.masks_layout.patches) == (1, (64, 64))
+    assert (pixels.layouts[1].heads, pixels.layouts[1].patches) == (1, (64, 64))

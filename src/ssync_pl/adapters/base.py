@@ -118,9 +118,9 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     if spec != "auto":
         raise HostError(f"Expected a host that '{spec}' knows, but {name} lacks its modules. {candidates}")
     raise HostError(
-        f"Expected a host that one of the adapters knows ({known}), but {name} is none. Name the modules yourself: "
-        "SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), with 'path:key' for an entry of an "
-        f"output and 'softmax:path' for what a softmax reads; `ssync-pl doctor` helps to find them. {candidates}"
+        f"Expected a host that one of the adapters knows ({known}), but {name} is none. Name the modules yourself, as "
+        "`ssync-pl doctor` finds them: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where "
+        f"'path:key' picks an entry of an output and 'softmax:path' what a softmax reads. {candidates}"
     )
 
 

@@ -70,7 +70,6 @@ class _Order(SoftmaxRecorder):
         self.heard: list[Tensor] = []
 
     def keep(self, logits: Tensor, axis: int) -> None:
-        """Keeps it beside those before."""
         self.heard.append(logits)
 
 

@@ -82,16 +82,12 @@ class AdaSlotAdapter(OclfAdapter):
         logits, own, valid = call.logits, call.own, maps.slot_valid
         if call.valid is not None or valid is None or logits is None or own is None:
             return logits, own, 0.0
-        batch, slots = valid.shape
-        kept = valid.view(batch, *[1] * (call.axis - 1), slots, *[1] * (logits.ndim - call.axis - 1))
-        with torch.no_grad():
-            some = kept.any(call.axis, keepdim=True)
-            total = own.sum(call.axis, keepdim=True)
-            # An image without slots has nothing to compare: both sides become uniform.
-            logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
-            own = torch.where(some, own / total, 1 / slots)
-        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 make
-        # visible.
+        kept = valid.view(len(valid), *[1] * (call.axis - 1), -1, *[1] * (logits.ndim - call.axis - 1))
+        # An image without slots has nothing to compare: both sides become uniform.
+        some, own = kept.any(call.axis, keepdim=True), own.detach()
+        logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
+        own = torch.where(some, own / own.sum(call.axis, keepdim=True), 1 / valid.shape[1])
+        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 show.
         return logits, own, 1e-2
 
 
@@ -144,16 +140,12 @@ def _refuse_without_masks(host: nn.Module, attention: nn.Module, decoder: nn.Mod
 
 
 def _root(host: nn.Module) -> nn.Module:
-    models = _child(host, "models")
-    return host if models is None else models
+    return _child(host, "models") or host
 
 
 def _decoder(host: nn.Module) -> Any:
-    for name in _DECODERS:
-        module = _inside(_child(_root(host), name), "decoder")
-        if module is not None and (hasattr(module, "num_patches") or hasattr(module, "initial_conv_size")):
-            return module
-    return None
+    found = (_inside(_child(_root(host), name), "decoder") for name in _DECODERS)
+    return next((one for one in found if hasattr(one, "num_patches") or hasattr(one, "initial_conv_size")), None)
 
 
 def _inside(module: nn.Module | None, name: str) -> Any:

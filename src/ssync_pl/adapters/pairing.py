@@ -34,7 +34,8 @@ class Seen(NamedTuple):
 
     def describe(self) -> str:
         """Says in words what was seen."""
-        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {len(self.values)} call(s)"
+        last = f", the last of {self.inside} in each" if self.inside > 1 else ""
+        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {len(self.values)} call(s){last}"
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,11 @@ def parse_place(text: str) -> Place:
     softmax = first == "softmax" and bool(colon)
     path, _, key = rest.partition(":") if softmax else (first, colon, rest)
     if not path:
-        raise ConfigError(
-            f"Expected a place as 'path', 'path:key' or 'softmax:path', but got {text!r}. Name a module of the host by "
-            "its dotted path; '.' is the host itself."
-        )
+        raise ConfigError(f"Expected a place as 'path', 'path:key' or 'softmax:path', but got {text!r}.")
     if not softmax:
         return Place(text, False, path, key)
     if key and not key.removeprefix("-").isdecimal():
-        raise ConfigError(
-            f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. Leave it out, or give the "
-            "number of the slot axis."
-        )
+        raise ConfigError(f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. Give a number.")
     return Place(text, True, path, axis=int(key) if key else None)
 
 
@@ -181,17 +175,14 @@ def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
     """The softmaxes of one shape and axis that ran in every call of a module that heard any, in their last order."""
     calls = [call for call in calls if call]
     if not calls:
-        raise HostError(
-            f"Expected a softmax to run inside '{place.path}' in the training step, but none did. `ssync-pl doctor` "
-            "lists where softmaxes are."
-        )
+        where = f"'{place.path}' in the training step"
+        raise HostError(f"Expected a softmax to run inside {where}, but none did. See `ssync-pl doctor`.")
     common = [key for key in calls[-1] if all(key in call for call in calls)]
     if not common:
         shapes = sorted({shape for call in calls for shape, _ in call})
         raise HostError(f"Expected the softmax inside '{place.path}' to have one shape in all calls, but got {shapes}.")
+    heard = [(key[1], [call[key] for call in calls]) for key in common]
     return [
-        Seen(
-            [call[key].logits for call in calls], key[1], "logits", place.text, inside=max(c[key].times for c in calls)
-        )
-        for key in common
+        Seen([one.logits for one in ones], axis, "logits", place.text, inside=max(one.times for one in ones))
+        for axis, ones in heard
     ]

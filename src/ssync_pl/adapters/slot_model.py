@@ -140,8 +140,8 @@ class SlotModelAdapter(HostAdapter):
         if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
             raise HostError(
                 f"Expected '{self.decoder}' to draw the {' x '.join(map(str, shape[:3]))} slots (B, T, S) that the "
-                f"slot attention saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}. Either may run "
-                "more than once per frame: write a HostAdapter that picks the calls."
+                f"slot attention saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}, so either may run "
+                "more than once per frame. Write a HostAdapter that picks the calls."
             )
         return value.reshape(*shape[:3], *value.shape[axis + 1 :])
 

@@ -27,14 +27,6 @@ class _Bound(NamedTuple):
     indices: Tensor | None
 
 
-class _Merged(NamedTuple):
-    """What went into the merger and came out, ``(B, T, S, D)``, and the members ``(B, T, S, S)``."""
-
-    given: Tensor
-    slots: Tensor
-    members: Tensor
-
-
 @register_adapter
 class SolvAdapter(HostAdapter):
     """SOLV looks at a window of frames, and decodes the frame in its centre: T = 1.
@@ -65,7 +57,7 @@ class SolvAdapter(HostAdapter):
             indices = lambda args: args[1] if len(args) > 1 else None  # noqa: E731
             bound = lambda module, args, out: _Bound(out.logits, out.attention, indices(args))  # noqa: E731
             capture.watch("binder", host.spatial_binder, bound)
-            capture.watch("merger", host.merger, lambda module, args, out: _Merged(args[0], out.slots, out.members))
+            capture.watch("merger", host.merger, lambda module, args, out: (args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
             return capture
         if not _is_public(host):
@@ -99,7 +91,7 @@ class SolvAdapter(HostAdapter):
             raise HostError(
                 f"Expected the decoder to give masks {wanted}, but got {tuple(masks.shape)}, {calls} call(s)."
             )
-        members = capture.only("merger").members if "merger" in capture else None
+        members = capture.only("merger")[2] if "merger" in capture else None
         logits = bound.logits if members is None else merge_member_logits(bound.logits, members)
         valid = None if members is None else members.any(3)
         logits, patch_valid = scatter_tokens(logits, bound.indices, patches)
@@ -114,10 +106,9 @@ class SolvAdapter(HostAdapter):
         mine = token_weights(bound.logits.double(), _EPSILON)
         _check("attention of the binder", mine, bound.attention, bound.logits)
         if "merger" in capture:
-            merged: _Merged = capture.only("merger")
-            share = merged.members.double()
-            share = share / share.sum(3, keepdim=True).clamp_min(1)
-            _check("slots of the merger", share @ merged.given.double(), merged.slots, merged.given)
+            given, slots, members = capture.only("merger")
+            share = members.double() / members.sum(3, keepdim=True).clamp_min(1)
+            _check("slots of the merger", share @ given.double(), slots, given)
         own = capture.last("host masks")
         if own is not None and maps.mask_logits is not None:
             valid = None if maps.slot_valid is None else maps.slot_valid[:, None]
@@ -165,23 +156,21 @@ def _bound_centre(module: Any, output: Any, part: Part) -> _Bound:
     return _Bound(logits, output[1].unsqueeze(1), indices)
 
 
-def _merged(module: nn.Module, output: Any, part: Part) -> _Merged:
-    """Which slots the merger put together; it returns their means only."""
+def _merged(module: nn.Module, output: Any, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """What went into the merger and came out, ``(B, T, S, D)``, and which slots it put together, ``(B, T, S, S)``."""
     (given, state), slots = part(". input"), output[0]
     members = _members_by_gradient(given, slots)
     if members is None:
         members = _members_by_repetition(module, given, state)
-    return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
+    return given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1)
 
 
 def _members_by_gradient(given: Tensor, slots: Tensor) -> Tensor | None:
-    """Merged slots are means, so that their derivative by the given slots is positive exactly for members.
-
-    A probe of one channel for each merged slot reads the whole assignment in one backward pass through the merger.
-    """
+    """Merged slots are means, so that their derivative by the given slots is positive exactly for members."""
     videos, count, channels = slots.shape
     if count > channels or not (slots.requires_grad and given.requires_grad):
         return None
+    # One channel for each merged slot reads the whole assignment in one backward pass through the merger.
     probe = torch.eye(count, channels, device=slots.device, dtype=slots.dtype).expand(videos, -1, -1)
     (share,) = torch.autograd.grad(slots, given, probe, retain_graph=True, allow_unused=True)
     return None if share is None else share[..., :count].transpose(1, 2) > 0

@@ -46,10 +46,10 @@ class VideosaurAdapter(GridAdapter):
         )
 
     def listen(self, host: Any, capture: Capture) -> None:
-        losses = getattr(host, "loss_fns", None)
-        if isinstance(losses, nn.ModuleDict) and any(name in losses for name in _OWN_LOSSES):
-            name = type(host).__name__
-            warnings.warn(f"{name} has SSync's losses itself, so they would count twice: weigh them 0.", stacklevel=2)
+        losses, name = getattr(host, "loss_fns", None), type(host).__name__
+        own = ", ".join(one for one in _OWN_LOSSES if isinstance(losses, nn.ModuleDict) and one in losses)
+        if own:
+            warnings.warn(f"{name} has SSync's losses itself ({own}): weigh them 0, or they count twice.", stacklevel=2)
         corrector, decoder = _corrector(host), _decoder(host)
         capture.facts["patch_size"] = patch_stride(getattr(host, "encoder", None))
         capture.facts["grid"] = _stated_grid(host)
