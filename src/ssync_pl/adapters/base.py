@@ -67,11 +67,6 @@ def adapter_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def registered_adapter(name: str) -> type[HostAdapter] | None:
-    """Returns the adapter class of a name, or None."""
-    return _REGISTRY.get(name)
-
-
 class Located(NamedTuple):
     """An adapter, the module that it listens to, which is the host or a model inside it, and its path, or ``""``."""
 

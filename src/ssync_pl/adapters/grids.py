@@ -109,14 +109,11 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
     if isinstance(batch, Mapping):
         # Stored features (B, T, N, D) of a short clip would pass for frames of T colours.
         values = [*map(batch.get, ("video", "image")), *(value for key, value in batch.items() if key != "features")]
-    colours = (1, 3, 4)
     for value in values:
-        if not isinstance(value, Tensor) or value.ndim not in (4, 5):
-            continue
-        if value.shape[-3] in colours:
-            return int(value.shape[-2]), int(value.shape[-1])
-        if value.shape[-1] in colours:
-            return int(value.shape[-3]), int(value.shape[-2])
+        if isinstance(value, Tensor) and value.ndim in (4, 5):
+            for rows, columns, colours in ((-2, -1, -3), (-3, -2, -1)):
+                if value.shape[colours] in (1, 3, 4):
+                    return int(value.shape[rows]), int(value.shape[columns])
     return None
 
 

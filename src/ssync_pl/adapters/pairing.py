@@ -124,12 +124,10 @@ def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
 
 
 def _layouts(seen: Seen) -> list[Layout]:
-    shape, axis, stacked = tuple(seen.values[0].shape), seen.axis, len(seen.values) > 1
-    if seen.axis == 0:
-        return []  # no batch
-    if stacked:
-        shape, axis = (shape[0], len(seen.values), *shape[1:]), axis + 1
-    return [one for one in layouts(shape, axis, stacked) if seen.heads or one.heads == 1]
+    shape, calls = tuple(seen.values[0].shape), len(seen.values)
+    stacked = (shape[0], calls, *shape[1:]) if calls > 1 else shape
+    found = layouts(stacked, seen.axis + (calls > 1), calls > 1) if seen.axis else ()  # without a batch, none
+    return [one for one in found if seen.heads or one.heads == 1]
 
 
 def _clip(a: Layout, m: Layout) -> tuple[int, int] | None:

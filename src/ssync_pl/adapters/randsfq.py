@@ -17,12 +17,10 @@ from ssync_pl.method.maps import SSyncMaps
 
 @register_adapter
 class RandSFQAdapter(SlotModelAdapter):
-    """Hosts with ``encode_backbone``, ``aggregat`` and ``decode``, for videos and for images, in plain PyTorch.
+    """Hosts with ``encode_backbone``, ``aggregat`` and ``decode``, for videos and for images (T = 1), in plain PyTorch.
 
-    The decoder's map is, with a broadcast MLP decoder, the last channel of its ``backbone`` as logits; with a slot
-    mixer or a transformer decoder over random orders of patches, the object masks that it returns beside the
-    reconstruction: its attention over slots, averaged over heads, as probabilities. Decoders without object masks are
-    refused. A mask of slots that ``aggregat`` gets becomes ``slot_valid``. Image models give T = 1.
+    The decoder's map is, with a broadcast MLP decoder, the last channel of its ``backbone`` as logits; else the object
+    masks that it returns, as probabilities. Decoders without object masks are refused.
 
     Source: RandSF.Q (arXiv 2508.01345), VQ-VFM-OCL (arXiv 2502.20263), DINOSAUR (arXiv 2209.14860).
     """

@@ -51,10 +51,7 @@ class SoldAdapter(SlotModelAdapter):
     """
 
     name: ClassVar[str] = "sold"
-    modules = (
-        "encoder.encoder initializer predictor corrector.to_q corrector.to_k corrector.to_v corrector.gru "
-        "decoder.encoder decoder.positional_embedding"
-    )
+    modules = "encoder.encoder initializer predictor corrector.to_q decoder.encoder decoder.positional_embedding"
     attributes = "corrector.scale corrector.epsilon"
     attention, decoder, features = "corrector", "decoder", "encoder.encoder"
 
@@ -75,10 +72,7 @@ class SlotFormerAdapter(SlotModelAdapter):
     """
 
     name: ClassVar[str] = "slotformer"
-    modules = (
-        "encoder encoder_pos_embedding slot_attention.project_q slot_attention.project_k slot_attention.project_v "
-        "slot_attention.gru decoder decoder_pos_embedding"
-    )
+    modules = "encoder encoder_pos_embedding slot_attention.project_q decoder decoder_pos_embedding"
     attributes = "slot_attention.attn_scale slot_attention.eps"
     attention, decoder, features = "slot_attention", "decoder", "encoder"
 
@@ -108,10 +102,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
     """
 
     name: ClassVar[str] = "genera1z-savi"
-    modules = (
-        "encoder.backbone processor.initialize processor.correct.proj_q processor.correct.proj_k "
-        "processor.correct.proj_v processor.correct.gru processor.predict decoder.backbone decoder.readout"
-    )
+    modules = "encoder.backbone processor.correct.proj_q processor.predict decoder.backbone decoder.readout"
     attention, decoder, features = "processor.correct", "decoder.readout", "encoder.backbone"
 
     def listen(self, host: Any, capture: Capture) -> None:
@@ -145,10 +136,7 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
     """
 
     name: ClassVar[str] = "junkeun-yi-savi"
-    modules = (
-        "encoder corrector.dense_q corrector.dense_k corrector.inverted_attention.attn_fn processor.corrector "
-        "decoder.mask_pred"
-    )
+    modules = "encoder corrector.dense_q corrector.inverted_attention.attn_fn processor.corrector decoder.mask_pred"
     attention, decoder, features = "corrector", "decoder", "encoder"
     decoder_calls = "first"
 

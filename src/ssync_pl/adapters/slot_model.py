@@ -57,12 +57,7 @@ class SlotModelAdapter(HostAdapter):
 
     @abstractmethod
     def listen(self, host: Any, capture: Capture) -> None:
-        """Puts the hooks of the spec on a host that matches.
-
-        Args:
-            host: The model that is trained.
-            capture: Receives `MapCall` under the keys ``attention`` and ``decoder``.
-        """
+        """Puts the hooks of the spec on a host: they record `MapCall` under the keys ``attention`` and ``decoder``."""
 
     def attach(self, host: nn.Module) -> Capture:
         if not self.match(host):
@@ -107,7 +102,7 @@ class SlotModelAdapter(HostAdapter):
                 absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
                 logits = logits.masked_fill(absent, float("-inf"))
                 masks = masks.masked_fill(absent, 0.0 if probs else float("-inf"))
-                masks = masks / masks.sum(2, keepdim=True) if probs else masks
+                masks = masks / masks.sum(2, keepdim=True).clamp_min(torch.finfo(masks.dtype).tiny) if probs else masks
         attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
         return join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
 

@@ -22,13 +22,12 @@ _MASKS = entry("masks")
 
 @register_adapter
 class VideosaurAdapter(GridAdapter):
-    """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images.
+    """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images (T = 1).
 
     These are VideoSAUR with its SAVi, SAVi++ and DINOSAUR configurations, SlotContrast, SRL, SlotCurri, and SSync's own
     code, whose two losses should be off then: a warning says so. Logits are computed again from the host's own
     projections, or read where a fork returns them as ``dots``. Decoders: an ``mlp`` whose last channel is alpha; a slot
-    mixer with ``to_q``, ``to_k`` and ``scale``; a spatial broadcast decoder whose ``output_transform`` ends in alpha;
-    any whose ``returns_logits`` is true, which returns its mask logits as ``dots``. Image models give T = 1.
+    mixer; a spatial broadcast decoder; any whose ``returns_logits`` is true.
 
     Source: VideoSAUR (arXiv 2306.04829), SlotContrast (arXiv 2412.14295).
     """
