@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssync_pl.adapters.heads import joint_heads, separate_heads
+from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.method.merging import slot_coverage
 
 B, S, HEADS, N = 2, 4, 3, 5

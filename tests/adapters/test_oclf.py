@@ -134,9 +134,7 @@ def test_a_decoder_with_more_patches_than_the_attention() -> None:
     )
     torch.testing.assert_close(maps.mask_probs, blocks.mean((-1, -3)).flatten(3))
     adapter, capture, batch = _run(OclfHost(PatchDecoder(3 * N)))
-    with pytest.raises(
-        HostError, match=r"decoder's 24 patches to have the proportions of the attention's grid \(2, 4\)"
-    ):
+    with pytest.raises(HostError, match=r"decoder of 24 patches to have the proportions of \(2, 4\)"):
         adapter.collect(capture, batch)
 
 

@@ -19,8 +19,7 @@ _ALL_FRAMES = "steve_encoder.savi"
 class AutoregressiveAdapter(HostAdapter):
     """Recognises STEVE and SLATE, and refuses them with the way out.
 
-    Their decoder is a transformer that predicts the tokens of a discrete autoencoder one after another: it draws no
-    object masks, so there is no second map for the slot attention to be compared with.
+    Their decoder predicts the tokens of a discrete autoencoder one after another: it draws no object masks.
 
     Source: SLATE (arXiv 2110.11405), STEVE (arXiv 2205.14065).
     """

@@ -35,14 +35,11 @@ class HostAdapter(ABC):
 
     @abstractmethod
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        """Turns what one training step gave into maps.
+        """Turns what one training step gave into maps ``(B, T, S, N)``, attached to the graph.
 
         Args:
             capture: Filled by one training step.
             batch: The batch of that step, for hosts whose grid follows from the size of the frames.
-
-        Returns:
-            Maps ``(B, T, S, N)``, attached to the graph.
 
         Raises:
             HostError: The modules did not run as this family runs them, or the grid is not known.
@@ -50,7 +47,6 @@ class HostAdapter(ABC):
 
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         """Compares what was recomputed with what the host itself used; called in the first step, raises HostError."""
-        return
 
 
 _REGISTRY: dict[str, type[HostAdapter]] = {}
@@ -78,8 +74,7 @@ class Located(NamedTuple):
 def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | None = None) -> Located:
     """Finds the adapter that a user asked for, and the part of the host that it knows.
 
-    The host itself comes first; then what DDP and `torch.compile` wrap; then its children and theirs, which serves
-    trainers' modules around a model.
+    The host itself comes first, then what DDP and `torch.compile` wrap, then its children and theirs.
 
     Args:
         spec: ``"auto"``, the name of an adapter, or an adapter.
@@ -111,7 +106,7 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     paths = [path for path, _ in host.named_modules() if any(word in path.rpartition(".")[2] for word in words)]
     candidates = f"Candidates: {', '.join([*paths[:12], *(['...'] if paths[12:] else [])]) or 'none found by name'}."
     if spec != "auto":
-        raise HostError(f"Expected a host that '{spec}' knows, but {name} lacks its modules. {candidates}")
+        raise HostError(f"Expected a host that the adapter '{spec}' knows, but {name} lacks its modules. {candidates}")
     raise HostError(
         f"Expected a host that one of the adapters knows ({known}), but {name} is none. Name the modules yourself, as "
         "`ssync-pl doctor` finds them: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where "

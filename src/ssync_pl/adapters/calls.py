@@ -1,7 +1,4 @@
-"""Maps that come about in one call of a module: of slot attention from its projections, of a decoder from its alpha.
-
-The parts of a call are recorded first; when the module itself returns, one function of the parts gives the logits.
-"""
+"""Maps that come about in one call of a module: of slot attention from its projections, of a decoder from its alpha."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from ssync_pl.errors import HostError
 Own = Callable[[Any, Any], Tensor]
 """``(module, output)`` to the host's own softmax."""
 Part = Callable[..., Any]
-"""``(path)`` to what a part of a call gave last, ``(path, 2)`` to what it gave before."""
 
 
 class Projection(NamedTuple):
@@ -54,9 +50,7 @@ class MapCall(NamedTuple):
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
-        values: What slot attention weighs, where it returns slots only.
-        update: The mean of the values that it made, which goes to its recurrent cell.
-        weigh: Turns logits into its weights over patches.
+        values, update, weigh: What slot attention weighs, its mean, and its weights, where it returns slots only.
     """
 
     logits: Tensor | None
@@ -218,7 +212,7 @@ def in_shape_of(logits: Tensor, own: Tensor, module: nn.Module) -> tuple[Tensor,
 
 
 def scaled_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Logits of slot attention with a ``scale``, ``(B, S, N)``."""
+    """Logits ``(B, S, N)`` of slot attention with a ``scale``."""
     return torch.einsum("bsd,bnd->bsn", query, key) * module.scale
 
 
@@ -260,7 +254,7 @@ def check_update(call: MapCall, name: str) -> None:
         weights = call.weigh(call.logits).to(values.dtype)
         if weights.ndim == 4:  # heads, which lie side by side in values and update
             values = values.unflatten(-1, (weights.shape[1], -1)).movedim(2, 1)
-        mine = weights @ values
-    mine = (mine.movedim(1, 2) if mine.ndim == 4 else mine).reshape(call.update.shape)
+        mine = (weights @ values).movedim(-3, -2) if weights.ndim == 4 else weights @ values
+    mine = mine.reshape(call.update.shape)
     expected = "the mean of its values weighted by the softmax over slots"
     check_close(mine, call.update, f"update of the slots in {name}", expected, scale=float(values.abs().max()))

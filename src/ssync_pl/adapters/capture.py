@@ -61,10 +61,10 @@ class Capture:
     def watch(
         self, key: str, module: nn.Module, take: Take | None = None, optional: bool = False, inputs: bool = False
     ) -> None:
-        """Records what a module gives, or gets, whenever it runs inside the window.
+        """Records what a module gives, or gets, under a key whenever it runs inside the window.
 
         Args:
-            key: Name under which the values are kept, in the order of the calls.
+            key: Name of the values.
             module: The module to listen to.
             take: Picks what to keep from ``(module, args, output)``; None keeps the output.
             optional: The module may stay silent, as a host whose loss function a loop calls in place of the host.
@@ -162,10 +162,8 @@ class Capture:
         heard = {module for key, module in self._modules.items() if self._records[key]}
         for key in self.silent:
             if heard & {*self._modules[key].modules()} - {self._modules[key]}:
-                raise HostError(
-                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of "
-                    f"{type(self._modules[key]).__name__}, past all hooks. Call the module itself: self(...)."
-                )
+                called = f"the method forward of {type(self._modules[key]).__name__}, past all hooks"
+                raise HostError(f"Expected hooks on '{key}' to run, but the step calls {called}. Call self(...).")
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
         return (Capture, ())
@@ -182,10 +180,8 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
         if self.capture.is_open:
             if getattr(module, "_is_replica", False):
-                raise HostError(
-                    "Expected one copy of the host in this process, but torch.nn.DataParallel runs one per device. Use "
-                    "DistributedDataParallel, or give DataParallel one device."
-                )
+                copies = "torch.nn.DataParallel runs one per device"
+                raise HostError(f"Expected one copy of the host, but {copies}. Use DDP, or give it one device.")
             self.capture[self.key].append(given if self.take is None else self.take(module, args, given))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[Capture, str, None]]:
@@ -302,12 +298,11 @@ def output_entry(output: Any, key: str) -> Tensor | None:
 
 def describe(output: Any) -> str:
     """Says in words what a module gave."""
+    kind = type(output).__name__
     if isinstance(output, Tensor):
         return f"Tensor {tuple(output.shape)}"
     if isinstance(output, Mapping):
         return f"dict with keys {', '.join(map(str, output))}"
     if hasattr(output, "_fields"):
-        return f"{type(output).__name__} with fields {', '.join(output._fields)}"
-    if isinstance(output, (tuple, list)):
-        return f"{type(output).__name__} of {len(output)}"
-    return type(output).__name__
+        return f"{kind} with fields {', '.join(output._fields)}"
+    return f"{kind} of {len(output)}" if isinstance(output, (tuple, list)) else kind

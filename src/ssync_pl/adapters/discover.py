@@ -18,8 +18,8 @@ from ssync_pl.adapters.pairing import Pair, Seen, find_pair
 class Spot:
     """A softmax as ``"softmax:path"`` would hear it.
 
-    ``calls`` counts the calls of the module with a softmax of this ``shape`` inside; ``innermost`` is whether no module
-    further inside runs it; ``first`` and ``last`` are its places among all softmaxes.
+    ``calls`` counts the calls of the module with such a softmax inside; ``innermost`` is whether no module further
+    inside runs it; ``first`` and ``last`` are its places among all softmaxes.
     """
 
     path: str
@@ -76,9 +76,8 @@ class _Order(SoftmaxRecorder):
 def discover(host: nn.Module, run: Callable[[], Any]) -> Discovery:
     """Runs a training step or forward pass of a host once and looks for softmaxes that can be its two maps.
 
-    Two softmaxes belong together when they are over as many slots, over more patches than slots, on the same videos and
-    frames, and the attention comes first. Of several modules around a softmax, one that runs once per frame is meant:
-    the innermost one with parameters.
+    They are over as many slots, over more patches than slots, on the same videos and frames, and the attention comes
+    first. Of several modules around a softmax, the innermost one with parameters that runs once per frame is meant.
     """
     capture, order = Capture(), _Order()
     modules = {path or ".": module for path, module in host.named_modules()}

@@ -1,21 +1,38 @@
-"""Patches: which grid they form, and how two maps of different grids come to one."""
+"""Heads and patches: how maps come to one over slots on one grid.
+
+What the softmax of the host normalises decides how several heads of slot attention become one map.
+
+* One softmax over slots and heads together (OCLF, AdaSlot): the attention of a slot is its sum over heads, which is the
+  softmax over slots of the logsumexp over heads. The merged logits are exact. Use `joint_heads`.
+* One softmax over slots in each head (SAVi, slot attention with ``heads``): the attention of a slot is its mean over
+  heads. No raw logits have this softmax, since that of a logsumexp weighs each head by its own normaliser. The loss
+  needs the mean of the probabilities, merging takes the mean of the logits. Use `separate_heads`.
+
+With one head both are the host's logits, to the bit.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssync_pl.adapters.heads import SlotMap
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
 
 Grid = tuple[int, int]
+
+
+class SlotMap(NamedTuple):
+    """One side's map: logits, probabilities, or both; beside probabilities, logits serve merging only."""
+
+    logits: Tensor | None
+    probs: Tensor | None = None
 
 
 def stack_frames(values: list[Tensor], name: str) -> Tensor:
@@ -85,10 +102,7 @@ def finer_grid(grid: Grid, patches: int) -> Grid:
     ratio = math.sqrt(patches / (grid[0] * grid[1]))
     finer = (round(grid[0] * ratio), round(grid[1] * ratio))
     if finer[0] * finer[1] != patches:
-        raise HostError(
-            f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}. Pass "
-            "grid=(H, W) if that grid is wrong."
-        )
+        raise HostError(f"Expected a decoder of {patches} patches to have the proportions of {grid}. Pass grid=(H, W).")
     return finer
 
 
@@ -135,17 +149,12 @@ def join_sides(
     slot_valid: Tensor | None = None,
     frame_valid: Tensor | None = None,
 ) -> SSyncMaps:
-    """Makes maps of both sides, each ``(B, T, S, N)`` on a grid of its own, as `maps_on_common_grid` does.
-
-    ``frame_valid`` ``(B, T)`` leaves out all patches of a frame.
-    """
+    """Does so with sides ``(B, T, S, N)``; ``frame_valid`` ``(B, T)`` leaves out all patches of a frame."""
     sides: tuple[Grid, Grid] = ((grid[0], grid[1]), (mask_grid[0], mask_grid[1]))
     coarse = min(sides)
     if any(side % small for size in sides for side, small in zip(size, coarse, strict=True)):
-        raise HostError(
-            f"Expected the grids of the attention, {sides[0]}, and of the masks, {sides[1]}, to divide each other, but "
-            "they do not. Pass grid=(H, W) of the attention, or change the size of decoder or encoder."
-        )
+        both = f"the attention, {sides[0]}, and of the masks, {sides[1]}"
+        raise HostError(f"Expected the grids of {both}, to divide each other. Pass grid=(H, W) of the attention.")
     attention, masks = (_pool(side, size, coarse) for side, size in zip((attention, masks), sides, strict=True))
     patches = coarse[0] * coarse[1]
     return SSyncMaps(
@@ -173,3 +182,28 @@ def _pool(side: SlotMap, fine: Grid, coarse: Grid) -> SlotMap:
         return F.avg_pool2d(pixels, kernel).unflatten(0, value.shape[:2]).flatten(3)
 
     return SlotMap(*(None if value is None else average(value) for value in (logits, probs)))
+
+
+def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
+    """Merges heads, at ``heads_dim``, that share one softmax over slots and heads, as in ``(B, S, heads, N)``.
+
+    Returns logits without that axis, float32 at least where there are several heads; minus infinity marks absent slots.
+    """
+    if logits.shape[heads_dim] == 1:
+        return logits.squeeze(heads_dim)
+    logits = logits.to(compute_dtype(logits.dtype))
+    absent = logits.isneginf()
+    # The gradient of a logsumexp of minus infinities is NaN; finite stand-ins keep it at zero.
+    merged = logits.masked_fill(absent, torch.finfo(logits.dtype).min).logsumexp(heads_dim)
+    return merged.masked_fill(absent.all(heads_dim), float("-inf"))
+
+
+def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
+    """Merges heads, at ``heads_dim``, that have a softmax over slots each, as in ``(B, heads, S, N)``.
+
+    Returns means over heads of the logits and of the probabilities, float32 at least; of one head, its logits alone.
+    """
+    if logits.shape[heads_dim] == 1:
+        return SlotMap(logits.squeeze(heads_dim))
+    logits = logits.to(compute_dtype(logits.dtype))
+    return SlotMap(logits.mean(heads_dim), logits.softmax(slots_dim).mean(heads_dim))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import NAME_THEM, Capture, describe
-from ssync_pl.adapters.grids import patch_stride
-from ssync_pl.adapters.heads import joint_heads
+from ssync_pl.adapters.grids import joint_heads, patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
@@ -53,7 +52,8 @@ class OclfAdapter(GridAdapter):
         _refuse_without_masks(host, attention, decoder)
         capture.facts["patch_size"] = patch_stride(_child(_root(host), "feature_extractor"))
         kept = _kept if self.drops_slots and getattr(decoder, "mask_type", None) != "none" else None
-        watch_attention(capture, "slot_attention", attention, _joint_product, own=_summed, mask=_present, kept=kept)
+        summed = lambda module, output: entry("1")(module, output) * module.n_heads  # noqa: E731
+        watch_attention(capture, "slot_attention", attention, _joint_product, own=summed, mask=_present, kept=kept)
         watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=None)
 
     def _slot_attention(self, host: nn.Module) -> Any:
@@ -97,10 +97,6 @@ def _joint_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return joint_heads(logits, 2)
 
 
-def _summed(module: Any, output: Any) -> Tensor:
-    return entry("1")(module, output) * module.n_heads
-
-
 def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     masked = args[2] if len(args) > 2 else None
     return ~masked.bool() if isinstance(masked, Tensor) else None
@@ -109,8 +105,8 @@ def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 def _kept(module: Any, output: Any) -> Tensor:
     kept = entry("3")(module, output)
     if kept.ndim != 2:
-        name, shape = type(module).__name__, tuple(kept.shape)
-        raise HostError(f"Expected {name} to return decisions (B, S) as '3', but got {shape}. {NAME_THEM}")
+        name, given = type(module).__name__, tuple(kept.shape)
+        raise HostError(f"Expected {name} to return decisions (B, S), but got decisions {given}. {NAME_THEM}")
     return kept.detach() > 0.5
 
 

@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_pl.adapters.grids import Grid, join_sides, resolve_grid
-from ssync_pl.adapters.heads import SlotMap, separate_heads
+from ssync_pl.adapters.grids import Grid, SlotMap, join_sides, resolve_grid, separate_heads
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -40,10 +39,9 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to read the axes of a map.
+    """One way to read the axes of a map, in ``order``: batch, frames, heads, slots, patches.
 
-    ``order`` has the axes as batch, frames, heads, slots, patches; ``frames`` is None where the first axis may be
-    videos and frames together; ``patches`` is ``(N,)`` or ``(H, W)``.
+    ``frames`` is None where the first axis may be videos and frames together; ``patches`` is ``(N,)`` or ``(H, W)``.
     """
 
     order: tuple[int, ...]
@@ -55,7 +53,7 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Returns N."""
+        """N."""
         return math.prod(self.patches)
 
     @property
@@ -196,9 +194,7 @@ def _grids(sides: tuple[Layout, Layout], explicit: Grid | None, frame: tuple[int
 
 
 def _present(*sides: SlotMap) -> Tensor | None:
-    present = None
-    for logits in (side.logits.detach() for side in sides if side.logits is not None):
-        # "Not below" and not "above", so that NaN counts as present and is found by the checks.
-        here = ~(logits.amax((1, 3)) <= torch.finfo(logits.dtype).min / 2)
-        present = here if present is None else present & here
-    return present
+    logits = [side.logits.detach() for side in sides if side.logits is not None]
+    # "Not below" and not "above", so that NaN counts as present and is found by the checks.
+    present = [~(one.amax((1, 3)) <= torch.finfo(one.dtype).min / 2) for one in logits]
+    return torch.stack(present).all(0) if present else None

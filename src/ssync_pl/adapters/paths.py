@@ -142,13 +142,11 @@ class Pick:
         self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        """Takes the tensor at the place out of an output, or refuses an output without one."""
         value = output_entry(output, self.place.key)
         if value is None:
-            raise HostError(
-                f"Expected a tensor at '{self.place.text}', but got an output of type {describe(output)}. Pick an "
-                f"entry with '{self.place.path}:key', or take a softmax inside with 'softmax:{self.place.path}'."
-            )
+            where, path, given = self.place.text, self.place.path, describe(output)
+            ways = f"Pick '{path}:key', or 'softmax:{path}' for a softmax inside."
+            raise HostError(f"Expected a tensor at '{where}', but got an output of type {given}. {ways}")
         return value
 
 

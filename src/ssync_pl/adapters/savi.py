@@ -1,7 +1,4 @@
-"""Specs of the SAVi family: this package's host, and SOLD, SlotFormer, Genera1Z's and junkeun-yi's code.
-
-In all of them slot attention runs once per frame, and the decoder draws all frames at once.
-"""
+"""Specs of the SAVi family: this package's host, and SOLD, SlotFormer, Genera1Z's and junkeun-yi's code."""
 
 from __future__ import annotations
 
@@ -65,8 +62,7 @@ class SoldAdapter(SlotModelAdapter):
 class SlotFormerAdapter(SlotModelAdapter):
     """``StoSAVi`` of SlotFormer, with sampled or fixed kernels, from which SlotFormer's slots come.
 
-    Its trainer calls the model or, with ``nerv`` before 0.4, its ``loss_function``; both work. The rollout models of
-    the second stage have no slot attention, and its STEVE no object masks.
+    Its trainer calls the model or, with ``nerv`` before 0.4, its ``loss_function``; both work.
 
     Source: SlotFormer (arXiv 2210.05861), SAVi (arXiv 2111.12594).
     """
@@ -153,8 +149,8 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 f"Expected {type(host).__name__} to decode the corrected slots, but decode_corrected is False. Set it "
                 "to True, since masks of predicted slots show the next frame."
             )
-        attention, own = "inverted_attention.attn_fn", entry("1")
-        take = lambda module, args, output: own(module, output)  # noqa: E731
+        attention = "inverted_attention.attn_fn"
+        take = lambda module, args, output: entry("1")(module, output)  # noqa: E731
         parts = {attention: take, f"{attention} input": _query_and_key}
         calls.watch_joined(capture, "corrector", host.corrector, _per_head, parts)
         masks = entry("alpha_mask", squeeze=-1)

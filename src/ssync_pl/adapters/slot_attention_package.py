@@ -25,9 +25,7 @@ class SlotAttentionPackageAdapter(GridAdapter):
     slots in the training step gives the masks; a decoder that runs once per frame has to be named. In an
     ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
 
-    Note:
-        The package samples new slots in every call: slot 3 of one frame is not slot 3 of the next. Every frame is
-        therefore a clip of its own (T = 1).
+    The package samples new slots in every call, so that every frame is a clip of its own (T = 1).
 
     Args:
         attention: Dotted path of the module; None finds it, where there is exactly one.
@@ -61,10 +59,7 @@ class SlotAttentionPackageAdapter(GridAdapter):
         self.masks = parse_place(masks)
         self.alpha_axis = alpha_axis
         if alpha_axis is not None and self.masks.softmax:
-            raise ConfigError(
-                f"Expected `alpha_axis` only with the output of a module, but got masks={masks!r}. Name the decoder: "
-                "masks='path'."
-            )
+            raise ConfigError(f"Expected `alpha_axis` only with the output of a module, but got masks={masks!r}.")
 
     def match(self, host: nn.Module) -> bool:
         return len(self._found(host)) == 1 and has_modules(host, self.masks.path)
@@ -75,10 +70,8 @@ class SlotAttentionPackageAdapter(GridAdapter):
         return [*dict.fromkeys(named[path] for path in places if _is_package(named[path]))]
 
     def needs(self) -> str:
-        return (
-            f"one module of the `slot-attention` package at {self.path or 'some path'} and a module at "
-            f"'{self.masks.path}', as SlotAttentionPackageAdapter(attention='path', masks='path') names them"
-        )
+        place = self.path or "some path"
+        return f"one module of the `slot-attention` package at {place} and a module at '{self.masks.path}'"
 
     def listen(self, host: Any, capture: Capture) -> None:
         (module,) = self._found(host)
@@ -118,10 +111,8 @@ class SlotAttentionPackageAdapter(GridAdapter):
                 f"in {len(calls)} call(s), but it gave {seen}. Name a decoder that runs as often: masks='path:key'."
             )
         if len(calls) > 1 and len(drawn) == 1 and drawn[0].axis == 1:
-            raise HostError(
-                f"Expected to know which frame is which, but the slot attention ran {len(calls)} times and the decoder "
-                "once, on frames folded into its batch. Call both once per frame, or both once."
-            )
+            ran = f"the slot attention ran {len(calls)} times and the decoder once, on frames folded into its batch"
+            raise HostError(f"Expected to know which frame is which, but {ran}. Call both once, or once per frame.")
         if self.alpha_axis is None and not self.masks.softmax:
             drawn = [MapCall(None, own=call.logits, axis=call.axis) for call in drawn]
         return calls, drawn

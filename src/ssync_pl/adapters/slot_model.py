@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ssync_pl.adapters import grids
 from ssync_pl.adapters.base import HostAdapter
 from ssync_pl.adapters.calls import MapCall, check_close, check_update
 from ssync_pl.adapters.capture import NAME_THEM, Capture, describe, has_modules, submodule
-from ssync_pl.adapters.grids import Grid, check_grid, finer_grid, frame_size, join_sides, resolve_grid, stack_frames
-from ssync_pl.adapters.heads import SlotMap, separate_heads
+from ssync_pl.adapters.grids import Grid, SlotMap, frame_size, stack_frames
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -91,7 +91,9 @@ class SlotModelAdapter(HostAdapter):
             logits, masks = (value.flatten(0, 1).unsqueeze(1) for value in (logits, masks))
             valid = None if valid is None else valid.flatten(0, 1).unsqueeze(1)
         grid = self._grid(capture, batch, shape[3], masks)
-        size = _rows_and_columns(masks) or (grid if masks.shape[3] == shape[3] else finer_grid(grid, masks.shape[3]))
+        size = _rows_and_columns(masks) or (
+            grid if masks.shape[3] == shape[3] else grids.finer_grid(grid, masks.shape[3])
+        )
         masks, some = masks.flatten(3), None
         if valid is not None:
             valid = valid.all(1)
@@ -103,8 +105,8 @@ class SlotModelAdapter(HostAdapter):
                 logits = logits.masked_fill(absent, float("-inf"))
                 masks = masks.masked_fill(absent, 0.0 if probs else float("-inf"))
                 masks = masks / masks.sum(2, keepdim=True).clamp_min(torch.finfo(masks.dtype).tiny) if probs else masks
-        attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
-        return join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
+        attention = grids.separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
+        return grids.join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
 
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         for key, calls in zip((self.attention, self.decoder), self.calls(capture), strict=True):
@@ -123,13 +125,11 @@ class SlotModelAdapter(HostAdapter):
     def _masks(self, calls: list[MapCall], shape: tuple[int, ...]) -> Tensor:
         """The decoder's map as ``(B, T, S, N)`` or ``(B, T, S, h, w)``."""
         if self.decoder_calls == "one" and len(calls) != 1:
-            raise HostError(
-                f"Expected '{self.decoder}' to run once inside the training step, but it ran {len(calls)} times."
-            )
+            times = f"it ran {len(calls)} times"
+            raise HostError(f"Expected '{self.decoder}' to run once inside the training step, but {times}.")
         values = [call.own if call.logits is None else call.logits for call in calls]
         stacked = self.decoder_calls == "frames" and len(values) > 1
-        value = stack_frames(values, self.decoder) if stacked else values[0]  # type: ignore[arg-type]
-        assert value is not None
+        value: Any = stack_frames(values, self.decoder) if stacked else values[0]  # type: ignore[arg-type]
         axis = calls[0].axis + stacked
         rows = math.prod(value.shape[: axis + 1])
         if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
@@ -146,7 +146,7 @@ class SlotModelAdapter(HostAdapter):
         drawn = _rows_and_columns(masks)
         fits = (size for size in (capture.facts.get("grid"), drawn) if size is not None and math.prod(size) == patches)
         frame = frame_size(batch) or drawn
-        return resolve_grid(patches, self.grid or next(fits, None), capture.facts.get("patch_size"), frame)
+        return grids.resolve_grid(patches, self.grid or next(fits, None), capture.facts.get("patch_size"), frame)
 
 
 class GridAdapter(SlotModelAdapter):
@@ -158,7 +158,7 @@ class GridAdapter(SlotModelAdapter):
     """
 
     def __init__(self, grid: Grid | None = None) -> None:
-        self.grid = check_grid(grid)
+        self.grid = grids.check_grid(grid)
 
 
 def _rows_and_columns(masks: Tensor) -> Grid | None:

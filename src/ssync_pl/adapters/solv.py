@@ -24,14 +24,12 @@ class _Bound(NamedTuple):
 
     logits: Tensor
     attention: Tensor
-    indices: Tensor | None
+    indices: Tensor | None = None
 
 
 @register_adapter
 class SolvAdapter(HostAdapter):
     """SOLV looks at a window of frames, and decodes the frame in its centre: T = 1.
-
-    The encoder's map is the centre frame's slot attention, last query · key · ``scale`` of the spatial binder.
 
     * Slots are merged. The logits of a merged slot are the logsumexp of its members': its softmax over slots is the
       members' summed attention. Slots that are left over count as invalid (``slot_valid``).
@@ -54,8 +52,7 @@ class SolvAdapter(HostAdapter):
         capture = Capture()
         if _is_packaged(host):
             capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
-            indices = lambda args: args[1] if len(args) > 1 else None  # noqa: E731
-            bound = lambda module, args, out: _Bound(out.logits, out.attention, indices(args))  # noqa: E731
+            bound = lambda module, args, out: _Bound(out.logits, out.attention, *args[1:2])  # noqa: E731
             capture.watch("binder", host.spatial_binder, bound)
             capture.watch("merger", host.merger, lambda module, args, out: (args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)

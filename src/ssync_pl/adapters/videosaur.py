@@ -25,9 +25,8 @@ class VideosaurAdapter(GridAdapter):
     """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images (T = 1).
 
     These are VideoSAUR with its SAVi, SAVi++ and DINOSAUR configurations, SlotContrast, SRL, SlotCurri, and SSync's own
-    code, whose two losses should be off then: a warning says so. Logits are computed again from the host's own
-    projections, or read where a fork returns them as ``dots``. Decoders: an ``mlp`` whose last channel is alpha; a slot
-    mixer; a spatial broadcast decoder; any whose ``returns_logits`` is true.
+    code, whose two losses should be off then: a warning says so. Decoders: an ``mlp`` whose last channel is alpha, a
+    slot mixer, a spatial broadcast decoder, any that returns its logits as ``dots``.
 
     Source: VideoSAUR (arXiv 2306.04829), SlotContrast (arXiv 2412.14295).
     """
