@@ -111,7 +111,7 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     paths = [path for path, _ in host.named_modules() if any(word in path.rpartition(".")[2] for word in words)]
     candidates = f"Candidates: {', '.join([*paths[:12], *(['...'] if paths[12:] else [])]) or 'none found by name'}."
     if spec != "auto":
-        raise HostError(f"Expected a host that '{spec}' knows, but {name} lacks its modules. {candidates}")
+        raise HostError(f"Expected a host that the adapter '{spec}' knows, but {name} lacks its modules. {candidates}")
     raise HostError(
         f"Expected a host that one of the adapters knows ({known}), but {name} is none. Name the modules yourself, as "
         "`ssync-pl doctor` finds them: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where "
