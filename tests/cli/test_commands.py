@@ -140,7 +140,9 @@ def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: py
 
 
 def test_light_commands_do_not_import_lightning() -> None:
-    code = "import sys; from ssync_pl.cli import main; main(['config', 'ssync']); assert 'lightning' not in sys.modules"
+    code = "import sys; from ssync_pl.cli import main\n"
+    code += "for verb in ('config', 'data', 'doctor', 'checkpoint'): main([verb, '--help'])\n"
+    code += "main(['fit']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -218,10 +220,10 @@ def test_configuration_errors_name_the_key(
     assert message in streams.err
 
 
-def test_what_is_missing_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit"]) == 2
+    assert "Expected --config FILE" in capsys.readouterr().err
+    assert main(["fit", "--trainer.max_steps=1"]) == 2
     assert "the following arguments are required" in capsys.readouterr().err
 
 

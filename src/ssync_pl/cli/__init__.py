@@ -87,7 +87,12 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if verb in _OTHER_VERBS:
         run = getattr(import_module(f"ssync_pl.cli.{_MODULES.get(verb, verb)}"), f"run_{verb}")
         return int(run(words[1:]))
+    if words == [verb] and verb in _TRAINER_VERBS:
+        sys.stderr.write(f"ssync-pl {verb}: error: Expected --config FILE or options. See ssync-pl {verb} --help.\n")
+        return 2
     if verb in _TRAINER_VERBS or verb.startswith("-"):
+        if sys.stderr.isatty():
+            sys.stderr.write("ssync-pl: loading PyTorch and Lightning\n")
         from ssync_pl.cli.trainer import run_trainer
 
         run_trainer(words, debug=debug)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,14 @@ def run_data(args: list[str]) -> int:
     _add_generate(commands, "generate", help="generate shards of synthetic video", description=_GENERATE)
     _add_check(commands, "check", help="report what shards hold and what is wrong with them", description=_CHECK)
     _add_preview(commands, "preview", help="draw a contact sheet of the videos in shards", description=_PREVIEW)
-    _add_convert(commands, "convert", help="convert a data set, or own videos, to shards", description=_CONVERT)
+    converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
+    if args[:1] == ["convert"]:  # they import PyTorch
+        sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
+        for source in ("movi", "ytvis", "davis", "videos"):
+            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
     _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
     options = parser.parse_args(args)
     return int(options.run(options))
-
-
-def _add_convert(commands: Any, name: str, **texts: str) -> None:
-    sources = commands.add_parser(name, **texts).add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for source in ("movi", "ytvis", "davis", "videos"):
-        importlib.import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
 
 
 def _add_generate(commands: Any, name: str, **texts: str) -> None:
