@@ -18,15 +18,7 @@ __all__ = ["SlotEvaluation", "frame_validity", "mean_over_frames", "resize_masks
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
-    """Frames of a batch that count: real samples, and in them real frames.
-
-    Args:
-        batch: holds `video` `(B, T, C, H, W)` or, without it, cached `features` `(B, T, N, D)`; where there is padding
-            `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, both True for what is real.
-
-    Returns:
-        Bool `(B, T)`.
-    """
+    """Frames of a batch that count: real samples, and in them real frames."""
     clips = batch["video"] if "video" in batch else batch["features"]
     valid = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device)
     if batch.get("frame_mask") is not None:
@@ -43,15 +35,7 @@ def mean_over_frames(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize soft masks bilinearly, as published results do before the argmax.
-
-    Args:
-        masks: probabilities `(B, T, S, h, w)`.
-        size: `(H, W)` wanted.
-
-    Returns:
-        `(B, T, S, H, W)`; each pixel still sums to 1 over S.
-    """
+    """Resize soft masks bilinearly, as published results do before the argmax."""
     if masks.shape[-2:] == tuple(size):
         return masks
     flat = rearrange(masks, "b t s h w -> (b t) s h w")
@@ -63,11 +47,6 @@ class SlotEvaluation(nn.Module):
     """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
 
     It is a submodule of the host so that its metrics follow the host's device; it adds no state-dict keys.
-
-    Args:
-        prefix: put before every name, for example `"val/"`.
-        has_background: channel 0 of `segmentations` is the background.
-        ignore_overlaps: leave out pixels with several true masks instead of refusing them.
     """
 
     def __init__(self, prefix: str = "val/", has_background: bool = True, ignore_overlaps: bool = False) -> None:
@@ -81,18 +60,7 @@ class SlotEvaluation(nn.Module):
 
     @torch.no_grad()
     def update(self, masks: Tensor, batch: Mapping[str, Any], loss: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            masks: object-mask probabilities `(B, T, S, h, w)`.
-            batch: holds `video`, `segmentations` bool `(B, T, C, H, W)` and, where there is padding,
-                `batch_padding_mask` and `frame_mask`.
-            loss: the host's loss on the batch, averaged over frames that count.
-
-        Raises:
-            ConfigError: the batch has no `segmentations`.
-            ShapeError: masks and segmentations differ in videos or frames.
-        """
+        """Add a batch."""
         truth = batch.get("segmentations")
         if truth is None:
             raise ConfigError(

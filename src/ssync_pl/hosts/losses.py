@@ -16,23 +16,7 @@ __all__ = ["slot_contrast_loss", "temporal_similarity", "temporal_similarity_los
 def slot_contrast_loss(
     slots: Tensor, *, temperature: float = 0.1, across_batch: bool = True, valid: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of finding each slot of frame t + 1 among the slots of frame t, by cosine similarity.
-
-    Args:
-        slots: `(B, T, S, D)` of T >= 2 frames. Gradient flows to both frames.
-        temperature: divides the cosine similarities.
-        across_batch: look among the slots of all clips of the batch (as published), not only of the own clip.
-        valid: bool `(B, T)`, frames that count; None counts all.
-
-    Returns:
-        0-dim mean over slots, clips and pairs of frames; 0 when no pair counts.
-
-    Raises:
-        ShapeError: `slots` is not 4-D, or has a single frame.
-        ConfigError: `temperature` is not above 0.
-
-    Source: SlotContrast (arXiv 2412.14295), section 3, the slot-slot contrastive loss.
-    """
+    """Cross-entropy of finding each slot of frame t + 1 among the slots of frame t, by cosine similarity."""
     if slots.ndim != 4 or slots.shape[1] < 2:
         raise ShapeError(
             f"Expected argument `slots` to be (B, T, S, D) with T >= 2, but got {tuple(slots.shape)}. Raise "
@@ -64,21 +48,6 @@ def temporal_similarity(
 
     Cosine similarities below the threshold are left out, the others divided by the temperature and put through a
     softmax over the later frame's patches. A patch that resembles nothing there is spread evenly.
-
-    Args:
-        features: `(B, T, N, K)` frozen features; published ones are a ViT's keys.
-        shift: frames between the two.
-        temperature: divides the similarities.
-        threshold: smallest similarity that counts; None counts all.
-
-    Returns:
-        `(B, T - shift, N, N)` without gradient: row = patch in the earlier frame, probabilities over the later one.
-
-    Raises:
-        ShapeError: `features` is not 4-D, or too short for the shift.
-        ConfigError: `shift` or `temperature` is out of range.
-
-    Source: VideoSAUR (arXiv 2306.04829), section 3, the temporal feature similarities.
     """
     if shift < 1 or temperature <= 0:
         raise ConfigError(
@@ -101,21 +70,7 @@ def temporal_similarity(
 
 
 def temporal_similarity_loss(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross-entropy between predicted logits and the target's distribution over a later frame's patches.
-
-    Args:
-        prediction: `(B, T - shift, N, N)` logits, of the earlier frames. Gradient flows.
-        target: the same shape, from `temporal_similarity`.
-        valid: bool `(B, T - shift)`, pairs of frames that count; None counts all.
-
-    Returns:
-        0-dim mean over patches of frames that count; 0 when none does.
-
-    Raises:
-        ShapeError: the shapes differ.
-
-    Source: VideoSAUR (arXiv 2306.04829), section 3, the temporal feature similarity loss.
-    """
+    """Cross-entropy between predicted logits and the target's distribution over a later frame's patches."""
     if prediction.shape != target.shape:
         raise ShapeError(
             f"Expected argument `prediction` to have the shape of the target, {tuple(target.shape)}, but got "

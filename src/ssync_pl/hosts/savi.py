@@ -164,13 +164,7 @@ class SAVi(SlotHost):
         )
 
     def forward(self, video: Tensor, conditioning: Tensor | None = None) -> SAViOutput:
-        """Decompose a clip into slots.
-
-        Args:
-            video: normalised frames `(B, T, 3, H, W)`.
-            conditioning: with `slot_init` `"boxes"` `(B, S, 4)` or `"centres"` `(B, S, 2)` in [0, 1], rows of -1
-                for slots without an object; else `None`.
-        """
+        """Decompose a clip into slots."""
         if video.ndim != 5:
             raise ShapeError(f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}.")
         frames = video.shape[1]

@@ -205,14 +205,7 @@ class SOLV(SlotHost):
         self._total_steps = math.inf
 
     def forward(self, inputs: Tensor, valid: Tensor | None = None, merge: Tensor | None = None) -> SOLVOutput:
-        """Decompose clips into slots: the centre frame in training mode, every frame in evaluation mode.
-
-        Args:
-            inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
-                knows it); or their cached features `(B, T, N, C)`. In training mode, T is `clip_length`.
-            valid: bool `(B, T)`, frames that exist; None for all.
-            merge: bool `(B, P)`, predicted frames whose slots may be merged; None for all.
-        """
+        """Decompose clips into slots: the centre frame in training mode, every frame in evaluation mode."""
         if inputs.ndim not in (4, 5) or (self.training and inputs.shape[1] != self.clip_length):
             raise ShapeError(
                 "Expected argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C), in training "

@@ -23,11 +23,7 @@ Decay = Literal["cosine", "exponential", "constant"]
 
 
 class SlotHost(L.LightningModule, ABC):
-    """Base of the hosts. A subclass says how a batch becomes object masks and a loss.
-
-    Args:
-        has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-    """
+    """Base of the hosts. A subclass says how a batch becomes object masks and a loss."""
 
     carries_slots: bool = False
     """Whether a clip can start from given slots: `initializer` gives the first ones, `forward(...).slots` all."""
@@ -38,32 +34,14 @@ class SlotHost(L.LightningModule, ABC):
 
     @abstractmethod
     def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch.
-
-        Args:
-            batch: of the data module.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)`.
-        """
+        """Decompose a batch."""
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Decompose a batch and say how well it is explained.
-
-        Args:
-            batch: of the data module.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` and the loss over frames that count, 0-dim.
-        """
+        """Decompose a batch and say how well it is explained."""
 
     def setup(self, stage: str) -> None:
-        """Ask the data module whether its masks have a background channel and may overlap.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
+        """Ask the data module whether its masks have a background channel and may overlap."""
         data = getattr(self.trainer, "datamodule", None)
         has_background = getattr(data, "has_background", None)
         prefix = "test/" if stage == "test" else "val/"
@@ -94,15 +72,7 @@ class SlotHost(L.LightningModule, ABC):
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Segment a batch at the size of its frames.
-
-        Args:
-            batch: of the data module; without `video`, the masks keep the size of the patches.
-            batch_idx: number of the batch.
-
-        Returns:
-            `labels` long `(B, T, H, W)` and `masks` `(B, T, S, H, W)`, probabilities over slots.
-        """
+        """Segment a batch at the size of its frames."""
         masks = self.segment(batch)
         if "video" in batch:
             height, width = batch["video"].shape[-2:]
@@ -133,18 +103,6 @@ def schedule_for(
 
     The warm-up rises linearly to 1 and multiplies the decay, which runs over all steps. A training that is too short
     for its warm-up gets a tenth of its steps as warm-up.
-
-    Args:
-        estimated_steps: `trainer.estimated_stepping_batches`.
-        warmup_steps: steps of the warm-up; 0 for none.
-        decay: `"cosine"` falls to 0, `"exponential"` halves `halvings` times in all, `"constant"` stays at 1.
-        halvings: how often `"exponential"` halves the rate.
-
-    Returns:
-        Factor at a number of optimizer steps.
-
-    Raises:
-        ConfigError: a value is out of range, or the training has no end and the decay needs one.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
     if decay not in ("cosine", "exponential", "constant"):
@@ -173,18 +131,6 @@ def exponential_for(
     """Build the factor of the VideoSAUR family: linear from 0 to 1 in the warm-up, then an exponential decay.
 
     The decay goes on after `decay_steps`, where the factor is `rate`. The warm-up is cut as in `schedule_for`.
-
-    Args:
-        estimated_steps: `trainer.estimated_stepping_batches`.
-        warmup_steps: steps of the warm-up; 0 for none.
-        decay_steps: step at which the factor is `rate`; None takes the end of the training.
-        rate: in (0, 1]; 1 does not decay.
-
-    Returns:
-        Factor at a number of optimizer steps.
-
-    Raises:
-        ConfigError: a value is out of range, or the training has no end and the decay needs one.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
     if not 0 < rate <= 1:

@@ -123,8 +123,6 @@ class FeatureHost(SlotHost):
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
         memory_efficient: an MLP decoder keeps fewer activations for the backward pass and computes them again: the same
             result and gradients in less than half of the memory.
-        compile_scan: run the recurrence over frames, many small operations, by `torch.compile`. It takes a minute to
-            start, and needs what `torch.compile` needs (a compiler on CPU, Triton on a GPU).
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -179,7 +177,6 @@ class FeatureHost(SlotHost):
         decay_rate: float = 0.5,
         has_background: bool = True,
         memory_efficient: bool = True,
-        compile_scan: bool = False,
     ) -> None:
         super().__init__(has_background)
         self.save_hyperparameters(ignore=list(self.fixed))
@@ -252,16 +249,11 @@ class FeatureHost(SlotHost):
                 if stack is not None:
                     init_fan_in_(stack)
         self.encoder: nn.Module = MapOverTime(encoder) if self.is_video else encoder
-        self.processor: nn.Module = ScanOverTime(processor, compile_scan) if self.is_video else processor
+        self.processor: nn.Module = ScanOverTime(processor) if self.is_video else processor
         self.decoder: nn.Module = MapOverTime(patch_decoder) if self.is_video else patch_decoder
 
     def forward(self, inputs: Tensor) -> FeatureHostOutput:
-        """Decompose clips into slots.
-
-        Args:
-            inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
-                knows it); or their cached features `(B, T, N, F)`.
-        """
+        """Decompose clips into slots."""
         if inputs.ndim not in (4, 5):
             raise ShapeError(
                 "Expected argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C), but got "
@@ -288,18 +280,7 @@ class FeatureHost(SlotHost):
         )
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Reconstruction, similarity and contrast, as far as their weights are above 0.
-
-        Args:
-            output: of `forward`.
-            valid: bool `(B, T)`, frames that count.
-
-        Returns:
-            Weight and 0-dim loss by name. Videos too short to compare frames have 0 in evaluation.
-
-        Raises:
-            ConfigError: training clips are too short to compare frames.
-        """
+        """Reconstruction, similarity and contrast, as far as their weights are above 0."""
         losses: dict[str, tuple[float, Tensor]] = {}
         zero = output.slots.new_zeros(())
         if self.reconstruction_weight > 0:
@@ -459,7 +440,7 @@ class DINOSAUR(FeatureHost):
         *("iterations_first", "iterations_later", "predictor_blocks", "predictor_heads", "predictor_mlp_hidden"),
         *("similarity_layer", "similarity_dim", "similarity_weight", "similarity_temperature", "similarity_threshold"),
         *("similarity_shift", "contrast_weight", "contrast_temperature", "contrast_across_batch"),
-        *("reconstruction_weight", "compile_scan"),
+        "reconstruction_weight",
     )
 
     def __init__(
@@ -497,6 +478,5 @@ class DINOSAUR(FeatureHost):
             contrast_across_batch=False,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
-            compile_scan=False,
             **options,
         )

@@ -46,14 +46,6 @@ class FrozenBackbone(nn.Module, ABC):
     A subclass gives `extract` and `grid_for`. Its weights stay out of `state_dict`, since they can be had again and
     would be most of a checkpoint; only their fingerprint is saved, and loading refuses another one. A `state_dict`
     that does hold them (`model.*`, as in files of the VideoSAUR family) is loaded into the backbone.
-
-    Args:
-        model: the network; it is frozen in place.
-        name: name of the architecture.
-        layer: name of the layer, or of several joined by `+`, whose features come out.
-        dim: size D of a feature.
-        mean: per-channel mean that frames in [0, 1] are normalised with.
-        std: per-channel standard deviation that frames in [0, 1] are normalised with.
     """
 
     def __init__(

@@ -22,16 +22,6 @@ class FeatureEncoder(nn.Module):
     The leading `feature_dim` channels are the features that slots attend to and that hosts reconstruct; further
     channels, if there are any, serve the similarity loss (a ViT's keys). Arguments are those of `FeatureHost`; the
     projection to `slot_dim` channels is a normalised two-layer MLP with the hidden size `encoder_hidden`.
-
-    Attributes:
-        feature_dim: channels of the features.
-        similarity_dim: channels behind them; 0 where the features themselves serve the similarity loss.
-        output_dim: channels of what slots attend to.
-        frame_mean: per-channel mean that frames are normalised with; None is the backbone's own.
-        frame_std: the same for the standard deviation.
-
-    Raises:
-        ConfigError: options contradict each other, or the backbone cannot be built.
     """
 
     def __init__(
@@ -98,19 +88,7 @@ class FeatureEncoder(nn.Module):
         self.frame_mean, self.frame_std = (mean, std) if known else (None, None)
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Encode frames, or project features that are there already.
-
-        Args:
-            inputs: frames `(M, 3, H, W)`, normalised; or the backbone's features `(M, N, D + K)`.
-
-        Returns:
-            `features` `(M, N, C)`; without gradient `backbone_features` `(M, N, D)` and `similarity_features`
-            `(M, N, K)`, where K = D when the features serve both ends.
-
-        Raises:
-            ShapeError: the patches are not on the grid, or the channels are others.
-            ConfigError: frames came and there is no backbone.
-        """
+        """Encode frames, or project features that are there already."""
         raw = inputs.detach() if inputs.ndim == 3 else self._extract(inputs)
         channels = self.feature_dim + self.similarity_dim
         if raw.shape[1:] != (math.prod(self.grid), channels):

@@ -15,16 +15,7 @@ __all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hin
 
 
 class GaussianSlots(nn.Module):
-    """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020).
-
-    Args:
-        num_slots: number S of slots.
-        slot_dim: size D of a slot.
-        initial_std: standard deviation that learning starts from.
-
-    Raises:
-        ConfigError: `initial_std` is not above 0.
-    """
+    """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020)."""
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
@@ -92,15 +83,6 @@ def first_frame_hints(
 
     Objects that are not in the first frame are skipped; the others keep their order, and those beyond `num_slots`
     are dropped.
-
-    Args:
-        segmentations: bool `(B, T, C, H, W)`, one channel per object.
-        num_slots: number S of rows.
-        kind: `"boxes"` for `(top, left, bottom, right)`, `"centres"` for the box's `(y, x)`; fractions of the frame.
-        has_background: channel 0 is the background and gets no row.
-
-    Returns:
-        Float `(B, S, 4)` or `(B, S, 2)` in [0, 1]; rows without an object are -1.
     """
     if segmentations.ndim != 5:
         raise ShapeError(
