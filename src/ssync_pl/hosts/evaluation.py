@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import require_shape
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import used_slots
 
@@ -63,15 +64,9 @@ class SlotEvaluation(nn.Module):
         """Add a batch."""
         truth = batch.get("segmentations")
         if truth is None:
-            raise ConfigError(
-                f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}. "
-                "Use a data module that reads masks in validation and test."
-            )
-        if truth.ndim != 5 or truth.shape[:2] != masks.shape[:2]:
-            raise ShapeError(
-                f"Expected `segmentations` to be (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}, "
-                f"but got {tuple(truth.shape)}. Give one mask per frame."
-            )
+            raise ConfigError(f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}.")
+        fits = truth.ndim == 5 and truth.shape[:2] == masks.shape[:2]
+        require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
         # Upsampled once here instead of once in each metric.
         labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
 
 __all__ = ["Decay", "SlotHost", "exponential_for", "inputs_of", "schedule_for"]
@@ -90,10 +91,7 @@ def inputs_of(batch: Mapping[str, Any]) -> Tensor:
     for name in ("features", "video"):
         if isinstance(batch.get(name), Tensor):
             return batch[name]
-    raise ConfigError(
-        f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}. Use ShardDataModule or a "
-        "data module that gives one of them."
-    )
+    raise ConfigError(f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}.")
 
 
 def schedule_for(
@@ -105,13 +103,11 @@ def schedule_for(
     for its warm-up gets a tenth of its steps as warm-up.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
-    if decay not in ("cosine", "exponential", "constant"):
-        raise ConfigError(f"Expected argument `decay` to be 'cosine', 'exponential' or 'constant', but got {decay!r}.")
-    if math.isinf(total) and decay != "constant":
-        raise ConfigError(
-            f"Expected a training with an end for decay {decay!r}, but it has none. Give the Trainer `max_steps` or "
-            "`max_epochs`, or use decay 'constant'."
-        )
+    choose("decay", decay, "cosine", "exponential", "constant")
+    advice = "Give the Trainer `max_steps` or `max_epochs`, or use decay 'constant'."
+    require(
+        total < math.inf or decay == "constant", f"a training with an end for decay {decay!r}", "none", advice=advice
+    )
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
@@ -133,19 +129,12 @@ def exponential_for(
     The decay goes on after `decay_steps`, where the factor is `rate`. The warm-up is cut as in `schedule_for`.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
-    if not 0 < rate <= 1:
-        raise ConfigError(f"Expected argument `decay_rate` to be in (0, 1], but got {rate}. Use 0.5.")
-    if math.isinf(total) and decay_steps is None and rate != 1:
-        raise ConfigError(
-            "Expected a training with an end, or argument `decay_steps`, for a rate that decays, but got neither. Give "
-            "the Trainer `max_steps` or `max_epochs`, set `decay_steps`, or use decay_rate=1."
-        )
+    require(0 < rate <= 1, "argument `decay_rate` to be in (0, 1]", rate, advice="Use 0.5.")
     end = total if decay_steps is None else decay_steps
-    if end <= warmup_steps:
-        raise ConfigError(
-            f"Expected argument `decay_steps` to be above `warmup_steps` = {warmup_steps}, but got {end}. Leave "
-            "`decay_steps` out to decay over the whole training."
-        )
+    advice = "Give the Trainer `max_steps`, or use decay_rate=1."
+    require(end < math.inf or rate == 1, "an end of the training or argument `decay_steps`", "neither", advice=advice)
+    expected = f"argument `decay_steps` to be above `warmup_steps` = {warmup_steps}"
+    require(end > warmup_steps, expected, end, advice="Leave it out to decay over the whole training.")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -156,8 +145,7 @@ def exponential_for(
 
 
 def _fit(estimated_steps: float, warmup_steps: int) -> tuple[float, int]:
-    if warmup_steps < 0:
-        raise ConfigError(f"Expected argument `warmup_steps` to be at least 0, but got {warmup_steps}. Use 0.")
+    require(warmup_steps >= 0, "argument `warmup_steps` to be at least 0", warmup_steps)
     if estimated_steps < 0 or math.isinf(estimated_steps):  # Lightning gives -1 where nobody knows
         return math.inf, warmup_steps
     if warmup_steps >= estimated_steps:

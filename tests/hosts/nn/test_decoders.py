@@ -94,7 +94,7 @@ def test_slots_that_do_not_exist_get_no_gradient(memory_efficient: bool) -> None
 def test_results_and_gradients_are_those_of_the_plain_order(
     kind: str, hidden: tuple[int, ...], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(decoders, "_CHUNK_BYTES", {"cpu": chunk_bytes})
     torch.manual_seed(0)
     decoder: Any = MLPDecoder(6, 5, hidden, 7) if kind == "mlp" else RelativeMixtureDecoder(7, 6, 5, hidden)
     decoder = decoder.double()
@@ -141,7 +141,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("layers", [2, 3, 4])
 def test_a_step_peaks_below_half_of_decoding_all_pairs(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(decoders, "_CHUNK_BYTES", {"cpu": 1 << 18})
     decoder = MLPDecoder(8, 48, [128] * layers, 144)
     slots = torch.randn(8, 11, 8, requires_grad=True)
 

@@ -27,8 +27,9 @@ __all__ = [
     "mix_patches",
 ]
 
-# Bytes of one layer's activations that the backward pass makes anew at a time.
-_CHUNK_BYTES = 64 << 20
+# Bytes of one layer's activations that are made at a time: in a CPU's cache, or enough to keep an accelerator busy.
+_CHUNK_BYTES = {"cpu": 3 << 20}
+_ACCELERATOR_CHUNK_BYTES = 64 << 20
 
 
 def mix_patches(
@@ -44,13 +45,12 @@ def mix_patches(
 ) -> tuple[Tensor, Tensor]:
     """Decode every slot at every patch by an MLP with ReLUs, and mix over slots.
 
-    The result is that of decoding all pairs `(M, S, N)` and then mixing, up to rounding. The first layer is linear, so
-    that slots and places pass it apart; the last layer is linear and masks sum to 1, so that hidden activations are
-    mixed, and only the mixture becomes features. With `memory_efficient`, some frames are decoded at a time, of which
-    the backward pass finds the inputs of the last hidden layer and computes the rest again.
+    The first layer is linear, so that slots `(M, S, H)` and places `(N, H)` pass it apart; the last is linear and masks
+    sum to 1, so that hidden activations are mixed first. With `memory_efficient`, some patches are decoded at a time,
+    of which the backward pass finds the inputs of the last hidden layer and computes the rest again.
     """
 
-    def begin(slots: Tensor, positions: Tensor | None) -> Tensor:
+    def begin(slots: Tensor, places: Tensor, positions: Tensor | None) -> Tensor:
         values = slots.unsqueeze(2) + places
         if positions is not None and offsets is not None:
             values = values + F.linear(positions, offsets[1])
@@ -67,14 +67,20 @@ def mix_patches(
 
     positions = None if offsets is None else offsets[0]
     if not memory_efficient or torch.compiler.is_compiling():
-        return finish(begin(slots, positions), valid)
+        return finish(begin(slots, places, positions), valid)
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    frame_bytes = slots.shape[1] * len(places) * slots.shape[2] * slots.element_size()
-    size = max(1, _CHUNK_BYTES // max(1, frame_bytes))
-    parts = [
-        run(finish, run(begin, slots[at : at + size], _part(positions, at, size)), _part(valid, at, size))
-        for at in range(0, len(slots), size)
-    ]
+    size = _CHUNK_BYTES.get(slots.device.type, _ACCELERATOR_CHUNK_BYTES)
+    count = max(1, size // max(1, slots.shape[1] * slots.shape[2] * slots.element_size()))
+    frames, patches = max(1, count // len(places)), min(count, len(places))
+    parts = []
+    for at in range(0, len(slots), frames):
+        some, seen = slots[at : at + frames], None if valid is None else valid[at : at + frames]
+        pieces = []
+        for first in range(0, len(places), patches):
+            those = slice(first, first + patches)
+            moved = None if positions is None else positions[at : at + frames, :, those]
+            pieces.append(run(finish, run(begin, some, places[those], moved), seen))
+        parts.append((torch.cat([piece[0] for piece in pieces], 1), torch.cat([piece[1] for piece in pieces], 2)))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -84,10 +90,6 @@ def _mix(values: Tensor, logits: Tensor, valid: Tensor | None = None) -> tuple[T
     logits = logits.to(compute_dtype(logits.dtype))
     seen = logits if valid is None else logits.masked_fill(~valid.unsqueeze(-1), float("-inf"))
     return torch.einsum("msnh,msn->mnh", values, seen.softmax(dim=1).to(values.dtype)), logits
-
-
-def _part(values: Tensor | None, start: int, size: int) -> Tensor | None:
-    return None if values is None else values[start : start + size]
 
 
 class MLPDecoder(nn.Module):
@@ -127,9 +129,8 @@ class MLPDecoder(nn.Module):
 class SlotMixerDecoder(nn.Module):
     """Mixes the slots at every patch, then decodes the mixture once (VideoSAUR, arXiv 2306.04829, section 3).
 
-    Patches ask by their position which slots they belong to (`allocator`, `to_q`, `to_k`), and an MLP turns the mixed
-    slots into features (`renderer`, `output_transform`): the cost hardly grows with the number of slots. The idea is
-    that of the slot mixer of OSRT (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
+    Patches ask by their position which slots they belong to, and an MLP turns the mixed slots into features, as in OSRT
+    (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
     """
 
     def __init__(

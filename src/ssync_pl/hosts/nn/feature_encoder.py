@@ -43,9 +43,8 @@ class FeatureEncoder(nn.Module):
         network: FrozenBackbone | None = None
         if backbone is not None:
             cached = feature_dim is not None or similarity_dim is not None
-            require(
-                not cached, "`feature_dim` and `similarity_dim` only without a backbone", feature_dim, similarity_dim
-            )
+            expected = "`feature_dim` and `similarity_dim` only without a backbone"
+            require(not cached, expected, feature_dim, similarity_dim)
             named = similarity_layer is None or layer is not None
             require(named, "argument `layer` to be named where `similarity_layer` is", similarity_layer)
             layers = layer if similarity_layer is None else f"{layer}+{similarity_layer}"
@@ -59,10 +58,7 @@ class FeatureEncoder(nn.Module):
             expected = "`layer`, `similarity_layer` and `backbone_checkpoint` only with a backbone"
             require(all(option is None for option in of_backbone), expected, *of_backbone)
         if feature_dim is None:
-            raise ConfigError(
-                "Expected argument `feature_dim` to be the channels of the cached features when there is no backbone, "
-                "but got None. `recipe` of the cache says it, or name a `backbone`."
-            )
+            raise ConfigError("Expected argument `feature_dim` or `backbone`, but got neither. Name one of them.")
         hidden = 2 * feature_dim if hidden is None else hidden
         similarity_dim = similarity_dim or 0
         require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be rows and columns", grid)
@@ -113,14 +109,13 @@ class FeatureEncoder(nn.Module):
     def _extract(self, frames: Tensor) -> Tensor:
         if self.backbone is None:
             raise ConfigError(
-                "Expected cached `features` in the batch, as this model has no backbone, but got frames. Set "
-                "`features` in the data module, or name a `backbone`."
+                "Expected cached `features` in the batch, as this model has no `backbone`, but got frames. Name one."
             )
         features, grid = self.backbone(frames, self.frame_mean, self.frame_std)
         if tuple(grid) != self.grid:
             raise ShapeError(
-                f"Expected frames that backbone {self.backbone.name} cuts into {self.grid[0]} x {self.grid[1]} patches "
-                f"(`grid`), but {frames.shape[-2]} x {frames.shape[-1]} pixels give {grid[0]} x {grid[1]}. Set `grid` "
-                f"of the model to [{grid[0]}, {grid[1]}], or change `image_size` of the data module."
+                f"Expected {self.grid[0]} x {self.grid[1]} patches (`grid`) of backbone {self.backbone.name}, but "
+                f"{frames.shape[-2]} x {frames.shape[-1]} pixels give {grid[0]} x {grid[1]}. Set `grid` of the model "
+                f"to [{grid[0]}, {grid[1]}], or change `image_size`."
             )
         return torch.as_tensor(features)

@@ -10,8 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.checks import choose, require, require_shape
 from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
 
 __all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]
@@ -110,10 +109,7 @@ class SpatialBroadcastDecoder(nn.Module):
 
     def forward(self, slots: Tensor) -> DecoderOutput:
         """Decode the slots `(B, T, S, D)` of all frames at once."""
-        if slots.ndim != 4:
-            raise ShapeError(
-                f"Expected argument `slots` to be (B, T, S, D), but got {tuple(slots.shape)}. Use T = 1 for images."
-            )
+        require_shape(slots.ndim == 4, "argument `slots` to be (B, T, S, D)", slots, advice="Use T = 1 for images.")
         copies = slots.flatten(0, 2)[:, :, None, None].expand(-1, -1, *self.broadcast_size)
         maps = self.layers(self.position(copies))
         maps = rearrange(maps, "(b t s) c h w -> b t s c h w", b=slots.shape[0], t=slots.shape[1])

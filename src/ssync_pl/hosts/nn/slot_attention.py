@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.hosts.checks import require
+from ssync_pl.hosts.checks import require, require_shape
 from ssync_pl.hosts.nn.layers import MLP
 from ssync_pl.method.labels import compute_dtype
 
@@ -76,11 +75,8 @@ class SlotAttention(nn.Module):
 
     def forward(self, slots: Tensor, features: Tensor, iterations: int | None = None) -> Any:
         """Bind slots to the patches of one frame."""
-        if slots.ndim != 3 or features.ndim != 3 or slots.shape[0] != features.shape[0]:
-            raise ShapeError(
-                "Expected arguments `slots` and `features` to be (B, S, D) and (B, N, C) with one B, "
-                f"but got {tuple(slots.shape)} and {tuple(features.shape)}. Flatten the grid and call once per frame."
-            )
+        fits = slots.ndim == features.ndim == 3 and slots.shape[0] == features.shape[0]
+        require_shape(fits, "arguments `slots` (B, S, D) and `features` (B, N, C) with one B", slots, features)
         count = self.iterations if iterations is None else iterations
         _check_iterations(count)
         features = self.norm_features(features)
@@ -145,8 +141,7 @@ def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
     require(0 < sharpness < math.inf, "argument `corrector_sharpness` to be above 0", sharpness, advice="Use 1.5.")
     channels, dim = corrector.to_k.in_features, corrector.to_q.in_features
     expected = "features of as many channels as a slot for corrector_init='kmeans'"
-    advice = "Set `encoder_hidden` above 0, which projects features to the size of a slot."
-    require(channels == dim, expected, channels, dim, advice=advice)
+    require(channels == dim, expected, channels, dim, advice="Set `encoder_hidden` above 0.")
     nn.init.orthogonal_(corrector.to_q.weight, gain=sharpness)
     corrector.to_k.weight.copy_(corrector.to_q.weight)
     nn.init.eye_(corrector.to_v.weight)
