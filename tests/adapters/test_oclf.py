@@ -204,14 +204,14 @@ def test_outputs_of_another_kind_are_refused() -> None:
     for decoder, message in (
         (Bare(), "Bare to return its map as 'masks'"),
         (Reordered(), r"Reordered to have the shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
-        (Deaf(), "Deaf to call 'decoder.decoder'"),
+        (Deaf(), "Deaf to call 'decoder'"),
         (Vectors(), r"inner network to give \(B \* S, N, C\) or .* got Tensor \(8, 9\)"),
     ):
         with pytest.raises(HostError, match=message):
             _run(OclfHost(decoder))
     for attention, message in (
         (OneValue(), "OneValue to return its map as '1', but got tuple"),
-        (Idle(), "Idle to call 'slot_attention.to_q'"),
+        (Idle(), "Idle to call 'to_q'"),
     ):
         with pytest.raises(HostError, match=message):
             _run(OclfHost(attention=attention))

@@ -151,15 +151,13 @@ def test_what_cannot_be_known_is_refused() -> None:
             return self.decoder(torch.cat(slots))
 
     adapter, capture = _run(PackageHost(Growing(), "loop"), SlotAttentionPackageAdapter(masks="decoder", alpha_axis=1))
-    with pytest.raises(HostError, match="one number of frames and slots in all calls"):
+    with pytest.raises(HostError, match="'attention' to give one shape"):
         adapter.collect(capture)
     adapter, capture = _run(OnceForAll(), SlotAttentionPackageAdapter(masks="decoder", alpha_axis=1))
     with pytest.raises(HostError, match="ran 2 times and the decoder once, on frames folded into its batch"):
         adapter.collect(capture)
     adapter, capture = _run(OnceForAll())
-    with pytest.raises(
-        HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave softmaxes of"
-    ):
+    with pytest.raises(HostError, match=r"'softmax:.' to give masks over the slots .* in 2 call\(s\), but it gave"):
         adapter.collect(capture)
     adapter, capture = _run(PackageHost(), SlotAttentionPackageAdapter(masks="decoder"))
     with pytest.raises(HostError, match=r"'decoder' to give masks over the slots .* but it gave \[\(8, 4, 8, 8\)\]"):
@@ -174,9 +172,9 @@ def test_found_where_there_is_exactly_one() -> None:
     assert SlotAttentionPackageAdapter(attention="b").match(two)
     assert not SlotAttentionPackageAdapter(masks="nowhere").match(PackageHost())
     assert not SlotAttentionPackageAdapter().match(PackageAttention())
-    with pytest.raises(HostError, match="inside ModuleDict, but got 'a', 'b'"):
+    with pytest.raises(HostError, match="ModuleDict to have one module of the `slot-attention` package"):
         SlotAttentionPackageAdapter().attach(two)
-    with pytest.raises(HostError, match="package at 'encoder', but got Conv2d"):
+    with pytest.raises(HostError, match="package at encoder"):
         SlotAttentionPackageAdapter(attention="encoder").attach(PackageHost())
 
 

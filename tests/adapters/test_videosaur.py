@@ -102,5 +102,5 @@ def test_outputs_of_another_kind_are_refused() -> None:
         _run(Host(Bare(N)))
     host = Host(MLPDecoder(N))
     host.processor.module.corrector = Idle()  # type: ignore[union-attr]
-    with pytest.raises(HostError, match="Idle to call 'corrector"):
+    with pytest.raises(HostError, match="Idle to call 'to_q"):
         _run(host)

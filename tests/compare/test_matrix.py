@@ -132,7 +132,8 @@ def plan_of(names, extra=(), data=None, **options):
         {"class_path": "ValidationSummary"},
     ]
     model = {"class_path": "SlotContrast", "init_args": {"contrast_weight": 0.1}}
-    config = {"trainer": {"callbacks": callbacks}, "model": model, "data": data or {"class_path": "ShardDataModule"}}
+    data = data or {"class_path": "ShardDataModule", "init_args": {"train": "a-{000000..000002}.tar"}}
+    config = {"trainer": {"callbacks": callbacks}, "model": model, "data": data}
     variants = [make_variant(name, config) if isinstance(name, str) else name for name in names]
     return plan_sharing(variants, config, extra)
 
@@ -183,7 +184,8 @@ def test_only_what_is_the_same_training_until_then_is_shared():
     "data",
     [
         {"class_path": "mine.MyData"},
-        {"class_path": "ShardDataModule", "init_args": {"backend": "webdataset"}},
+        {"class_path": "ShardDataModule", "init_args": {"train": "a.tar", "backend": "webdataset"}},
+        {"class_path": "ShardDataModule", "init_args": {"train": ["a.tar", "b.tar.gz"]}},
         {"class_path": "ShardDataModule", "init_args": {"train": "https://x/a.tar"}},
     ],
 )

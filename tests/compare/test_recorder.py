@@ -12,7 +12,6 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from recorded_runs import feature_host, feature_loaders, feature_videos, fit, read, synthetic, tiny_savi
 from torch import Tensor
@@ -23,7 +22,6 @@ from ssync_pl.compare import evaluation
 from ssync_pl.compare.recorder import RunRecorder
 from ssync_pl.compare.videos import ShapeTable, refuse_shared_videos
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.decode import decode_member
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
 from ssync_pl.metrics import SegmentationMetrics, metric_names
@@ -163,24 +161,6 @@ def test_padding_is_neither_scored_nor_drawn(tmp_path: Path) -> None:
     assert (frames[:112] == frames[-112:]).all()  # one real frame, four times
 
 
-def test_a_run_that_had_nothing_left_to_do_is_recorded(tmp_path: Path, root: Path) -> None:
-    trainer, _ = fit(tmp_path / "a", tiny_savi(), [], synthetic(root))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = L.Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        logger=CSVLogger(str(tmp_path / "b"), name="", version=""),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[RunRecorder(videos=1)],
-    )
-    again.fit(tiny_savi(), datamodule=synthetic(root), ckpt_path=str(tmp_path / "last.ckpt"))
-    content = read(tmp_path / "b")
-    assert content["num_videos"] == 5
-    assert content["steps"] == 4
-
-
 def test_no_validation_set_leaves_no_scores(tmp_path: Path) -> None:
     train, _ = feature_loaders()
     with pytest.warns(UserWarning, match="no validation set"):
@@ -300,7 +280,7 @@ def test_shapes_are_those_of_the_scene(root: Path) -> None:
     assert classes is not None
     named: dict[int, str] = {}
     for row, place in zip(classes, range(len(keys)), strict=True):
-        facts = decode_member("instances.json", dataset.fetch(place)("instances.json"))
+        facts = dataset.members(place).decode("instances.json")
         wanted = {one["id"]: one["shape"] for one in facts["instances"]}
         assert {index for index, number in enumerate(row.tolist()) if number >= 0} == set(wanted)
         for index, shape in wanted.items():

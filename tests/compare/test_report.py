@@ -226,10 +226,10 @@ def test_several_sets_and_slot_counts_with_a_variant_alone(tmp_path):
 def test_figures_of_an_earlier_report_go(tmp_path, no_figures):
     folder = make_folder(tmp_path / "x", Case(variants=("without",), seeds=(0,)))
     (folder / "report").mkdir()
-    for name in ("paired_9_gone_3.png", "my_photo.png"):
+    for name in ("paired_9_gone_3.png", "photo_2.png"):
         (folder / "report" / name).write_bytes(b"x")
     write_report(folder)
-    assert [path.name for path in (folder / "report").glob("*.png")] == ["my_photo.png"]
+    assert [path.name for path in (folder / "report").glob("*.png")] == ["photo_2.png"]
 
 
 def test_slots_are_matched_one_to_one_and_others_are_pale():

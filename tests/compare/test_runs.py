@@ -54,10 +54,15 @@ def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_
     source = make_run(tmp_path, 1, KEEPS)
     checkpoint = source.folder / "checkpoints" / "x.ckpt"
     first = make_run(tmp_path, 0, source="without", checkpoint=checkpoint)
+    # What a killed comparison left of the source is made again, and nothing starts from its old checkpoint.
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("old")
+    (source.folder / "job.json").write_text(json.dumps({"facts": {"recipe": "r"}}))
     lost = make_run(tmp_path, 2, source="without", checkpoint=tmp_path / "none" / "checkpoints" / "x.ckpt")
     assert not launch(tmp_path, [first, source, lost])
     words, begun = json.loads((first.folder / "words.json").read_text())
     assert words == ["--ckpt_path", str(checkpoint)]
+    assert checkpoint.read_text() == ""
     assert begun > json.loads((source.folder / "words.json").read_text())[1]
     assert json.loads((first.folder / "run.json").read_text())["source"] == "without"
     assert json.loads((lost.folder / "words.json").read_text())[0] == []  # nobody makes it, so it trains all itself

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from ssync_pl import SSyncConfig, hosts
-from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
+from ssync_pl.cli.configured import from_configuration
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.compare.matrix import Asked, build_matrix
 from ssync_pl.compare.variants import CONTRAST_DEFAULTS, make_variant, ssync_options
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.doctor.configured import from_configuration
 
 
 def options_after(name, config):
@@ -200,7 +200,7 @@ def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
         (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(over))
         words += ["--config", str(tmp_path / f"{place}.yaml")]
     found = from_configuration(words)
-    merged = merge_all([tiny, *overs])
+    merged = merge(merge(tiny, overs[0]), overs[1])
     assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
     assert found.host.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
     assert found.host.hparams["slot_dim"] == 8

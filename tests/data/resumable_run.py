@@ -27,14 +27,14 @@ class Notes(L.Callback):
         self.path, self.kill_at = path, kill_at
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.kill_at:
+        if trainer.current_epoch * trainer.num_training_batches + batch_idx == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         weights = b"".join(value.numpy().tobytes() for value in pl_module.state_dict().values())
         note = {
+            "place": trainer.current_epoch * trainer.num_training_batches + batch_idx,
             "step": trainer.global_step,
-            "pass": trainer.current_epoch,
             "keys": batch["__key__"],
             "loss": float(outputs["loss"]).hex(),
             "weights": hashlib.sha256(weights).hexdigest(),
@@ -69,12 +69,11 @@ def main(settings: dict[str, Any]) -> None:
         settings["validation"],
         batch_size=2,
         clip_length=2,
-        shuffle_buffer=4,
         num_workers=settings["workers"],
-        backend=settings["backend"],
     )
     trainer = L.Trainer(
         max_epochs=3,
+        accumulate_grad_batches=settings["accumulate"],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,

@@ -96,7 +96,7 @@ def test_channel_masks_with_various_objects(tmp_path):
     assert batch["segmentations"].shape == (2, 2, 4, 6, 3)
     assert batch["segmentations"].sum((1, 2, 3)).tolist() == [[16, 0, 0], [16, 16, 16]]
     tight = _open(tmp_path / "val-*.tar", SampleRules(masks=True, mask_format="channels", max_objects=2))
-    with pytest.raises(ShardError, match=r"key 1 to have at most 2 objects .* has 3"):
+    with pytest.raises(ShardError, match=r"key 1 to have at most 2 objects"):
         tight[1]
     ids = _open(tmp_path / "val-*.tar", SampleRules(masks=True))
     with pytest.raises(ShardError, match="mask_format='channels'"):
@@ -208,7 +208,7 @@ def test_bad_samples_are_named(write_tar, npy_bytes, numbered_video):
 
 def test_too_many_objects_name_key_and_count(make_shards):
     dataset = _open(make_shards(objects=4), SampleRules(masks=True, max_objects=3))
-    with pytest.raises(ShardError, match=r"key 2 to have at most 3 objects \(max_objects\), but .* has 4"):
+    with pytest.raises(ShardError, match=r"key 2 to have at most 3 objects, but got 4"):
         dataset[2]
 
 

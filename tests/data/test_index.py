@@ -11,6 +11,7 @@ import pytest
 
 from ssync_pl.data import index as module
 from ssync_pl.data.index import FolderIndex, ShardEntry, load_shards, parse_index, read_index, scan_shard, write_index
+from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ShardError
 
 
@@ -98,15 +99,47 @@ def test_same_size_other_content_is_noticed(make_shards, tmp_path, numbered_vide
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"format": "x", "version": 1}', '{"format": "ssync_pl.shards", "version": 99}']
+    "text",
+    [
+        *("{", "[]", "{}", '{"format": "x", "version": 1}', "[" * 100_000, "\xff", '{"version": 2, "shards": [{}]}'),
+        '{"shards": [{"raw_data": {"basename": "shard.00000.mds"}}], "format": "mds"}',
+    ],
 )
-def test_an_unreadable_index_is_rebuilt(make_shards, text, caplog):
+def test_a_foreign_index_is_left_alone_and_ours_goes_beside_it(make_shards, text, caplog):
+    paths = _shards(make_shards())
+    expected, folder = load_shards(paths), paths[0].parent
+    (folder / "index.json").write_text(text)
+    assert load_shards(paths) == expected
+    assert "index.json" in caplog.text
+    assert (folder / "index.json").read_text() == text
+    assert len(read_index(folder).shards) == len(paths)
+    with ShardWriter(folder, "more") as writer:
+        writer.write("0", {"info.json": 1})
+    assert (folder / "index.json").read_text() == text
+    assert sorted(read_index(folder).shards)[0] == "more-000000.tar"
+    (folder / "ssync_index.json").write_text(text)
+    assert load_shards(paths) == expected
+    assert (folder / "ssync_index.json").read_text() == text
+
+
+def test_an_index_of_another_version_is_ours_and_replaced(make_shards):
     paths = _shards(make_shards())
     expected = load_shards(paths)
-    (paths[0].parent / "index.json").write_text(text)
+    (paths[0].parent / "index.json").write_text('{"format": "ssync_pl.shards", "version": 99}')
     assert load_shards(paths) == expected
-    assert "Ignoring" in caplog.text
     assert len(read_index(paths[0].parent).shards) == len(paths)
+
+
+def test_names_that_are_not_utf8_are_named_and_left_out(write_tar, npy_bytes, caplog):
+    video = npy_bytes(np.zeros((4, 2, 2, 3), np.uint8))
+    path = write_tar({"\udcff.video.npy": video, "é.video.npy": video})
+    for _ in range(2):
+        (entry,) = load_shards([path])
+        assert [sample.key for sample in entry.samples] == ["é"]
+        assert entry.ignored == ("\\xff.video.npy",)
+        assert "xff.video.npy" in caplog.text
+        caplog.clear()
+    assert len(ShardReader().member(str(path), entry, entry.samples[0], "video.npy")) == len(video)
 
 
 def test_offsets_outside_of_the_shard_are_refused():
@@ -145,7 +178,7 @@ def test_truncated_tars_are_refused_wherever_they_end(make_shards):
         end = tar.offset
     for keep in (0, 100, 600, 2000, boundary, boundary + 512, end - 1, end):
         path.write_bytes(data[:keep])
-        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole uncompressed tar"):
+        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole"):
             scan_shard(path)
     path.write_bytes(data[: end + 512])
     assert len(scan_shard(path).samples) == 3
@@ -154,7 +187,7 @@ def test_truncated_tars_are_refused_wherever_they_end(make_shards):
 def test_compressed_tars_and_doubled_members_are_refused(tmp_path, write_tar):
     path = write_tar({"0.info.json": b"{}"})
     (tmp_path / "train.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ShardError, match="gunzip"):
+    with pytest.raises(ShardError, match="unpack it"):
         scan_shard(tmp_path / "train.tar.gz")
     with tarfile.open(tmp_path / "double.tar", "w") as tar:
         for _ in range(2):

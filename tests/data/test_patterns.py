@@ -57,7 +57,7 @@ def test_pipes_are_refused(pattern):
         expand_shards(pattern, "train")
 
 
-@pytest.mark.parametrize("pattern", ["s3://bucket/a.tar", "ssh://host/a.tar", "http:/host/a.tar"])
+@pytest.mark.parametrize("pattern", ["s4://bucket/a.tar", "ssh://host/a.tar", "http:/host/a.tar"])
 def test_unreadable_schemes_are_refused(pattern):
     with pytest.raises(ConfigError, match=f"argument `train` .*{pattern}"):
         expand_shards(pattern, "train")

@@ -27,17 +27,17 @@ def shards(tmp_path: Path) -> list[str]:
 
 
 def test_first_and_random_videos(shards: list[str]) -> None:
-    names = [item.name for item in pick_videos(shards, 5, seed=None).videos]
+    names = [item.name for item in pick_videos(shards, 5, seed=None)[0]]
     assert names == [f"train-00000{n // 4}, key {n:03d}" for n in range(5)]
-    chosen = [item.name for item in pick_videos(shards, 5, seed=3).videos]
+    chosen = [item.name for item in pick_videos(shards, 5, seed=3)[0]]
     assert len(set(chosen)) == 5
-    assert chosen == [item.name for item in pick_videos(shards, 5, seed=3).videos]
-    assert chosen != [item.name for item in pick_videos(shards, 5, seed=4).videos]
-    assert len(pick_videos(shards, 99).videos) == 10
+    assert chosen == [item.name for item in pick_videos(shards, 5, seed=3)[0]]
+    assert chosen != [item.name for item in pick_videos(shards, 5, seed=4)[0]]
+    assert len(pick_videos(shards, 99)[0]) == 10
 
 
 def test_ids_become_labels_and_objects(shards: list[str]) -> None:
-    item = pick_videos(shards, 1, seed=None).videos[0]
+    item = pick_videos(shards, 1, seed=None)[0][0]
     assert item.objects == 2
     assert item.labels is not None
     assert item.labels[0, :, 0].tolist() == [0, 0, 0, 0, -1, -1, -1, 4]
@@ -48,7 +48,7 @@ def test_channels_and_pictures(tmp_path: Path) -> None:
     masks[:2, :, 0], masks[1:4, :, 1] = 30, 17
     with ShardWriter(tmp_path, "coco") as writer:
         writer.write("0", {"image.npy": video(9)[0], "segmentations.npy": masks})
-    item = pick_videos([str(tmp_path / "coco-000000.tar")], 1).videos[0]
+    item = pick_videos([str(tmp_path / "coco-000000.tar")], 1)[0][0]
     assert item.objects == 2
     assert item.labels is not None
     assert item.labels[0, :5, 0].tolist() == [0, 0, 1, 1, -1]
@@ -69,23 +69,23 @@ def test_damage_is_left_out_and_named(
     cut = write_tar({"0.video.npy": npy_bytes(video(3))}, "cut-000000.tar")
     cut.write_bytes(cut.read_bytes()[:900])
     picked = pick_videos([str(cut), str(bad), *shards], 3, seed=None)
-    assert [item.name for item in picked.videos] == [f"train-000000, key 00{n}" for n in range(3)]
-    assert len(picked.skipped) == 4
+    assert [item.name for item in picked[0]] == [f"train-000000, key 00{n}" for n in range(3)]
+    assert len(picked[1]) == 4
     with pytest.raises(ShardError, match=r"at least one readable video in 2 shards.*the last problem"):
         pick_videos([str(cut), str(bad)], 3)
 
 
 def test_remote_and_compressed_shards(shards: list[str], tmp_path: Path, served: str) -> None:
     urls = [f"{served}/{Path(path).name}" for path in shards]
-    assert [item.name for item in pick_videos(urls, 5, seed=None).videos] == [
-        item.name for item in pick_videos(shards, 5, seed=None).videos
+    assert [item.name for item in pick_videos(urls, 5, seed=None)[0]] == [
+        item.name for item in pick_videos(shards, 5, seed=None)[0]
     ]
-    assert {item.name.split(",")[0] for item in pick_videos(urls, 3, seed=1).videos} == {
+    assert {item.name.split(",")[0] for item in pick_videos(urls, 3, seed=1)[0]} == {
         f"train-00000{n}" for n in range(3)
     }
     packed = tmp_path / "packed-000000.tar.gz"
     packed.write_bytes(gzip.compress(Path(shards[0]).read_bytes()))
-    assert len(pick_videos([str(packed)], 9).videos) == 4
+    assert len(pick_videos([str(packed)], 9)[0]) == 4
 
 
 def test_the_sheet_shows_each_frame_beside_its_masks() -> None:
@@ -124,4 +124,4 @@ def test_settings_are_checked(shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="--videos"):
         pick_videos(shards, 0)
     with pytest.raises(ConfigError, match="`cell` at least 16"):
-        draw_preview(pick_videos(shards, 1).videos, cell=4)
+        draw_preview(pick_videos(shards, 1)[0], cell=4)

@@ -24,27 +24,31 @@ def _run(folder: Path, **settings: object) -> int:
 
 
 def _notes(path: Path) -> dict[int, dict]:
-    return {note["step"]: note for note in map(json.loads, path.read_text("utf-8").splitlines())}
+    return {note["place"]: note for note in map(json.loads, path.read_text("utf-8").splitlines())}
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("mmap", (0, 2)), ("webdataset", (2, 1))])
-def test_a_killed_run_goes_on_exactly(make_shards, tmp_path, backend, workers):
-    patterns = {
+# 5 batches per epoch; the last two: killed at the first batch of an epoch, then at the next, in an accumulation
+@pytest.mark.parametrize(
+    ("accumulate", "workers", "kills"), [(1, (0, 2, 0), None), (2, (2, 0, 0), None), (2, (0, 0, 0), (10, 11))]
+)
+def test_a_run_that_is_killed_twice_goes_on_exactly(make_shards, tmp_path, accumulate, workers, kills):
+    settings = {
         "train": make_shards("train", count=11, per_shard=3, size=(16, 16)),
         "validation": make_shards("validation", count=2, size=(16, 16)),
-        "backend": backend,
+        "accumulate": accumulate,
     }
-    assert _run(tmp_path / "whole", notes="notes", workers=workers[0], **patterns) == 0
+    assert _run(tmp_path / "whole", notes="notes", workers=workers[0], **settings) == 0
     whole = _notes(tmp_path / "whole" / "notes")
-    assert sorted(whole) == list(range(1, 16))
-    assert len({note["weights"] for note in whole.values()}) == 15
-    # Another step each time the test runs; the message of a failure names it.
-    kill_at = random.randrange(3, 15)
-    folder = tmp_path / "killed"
-    assert _run(folder, notes="before", workers=workers[0], kill_at=kill_at, **patterns) == -signal.SIGKILL
-    saved = max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    first = int(saved.stem.split("=")[1]) + 1
-    assert first <= kill_at + 1
-    assert _run(folder, notes="after", workers=workers[1], resume=str(saved), **patterns) == 0
-    assert _notes(folder / "before") == {step: whole[step] for step in range(1, kill_at + 1)}, f"kill_at={kill_at}"
-    assert _notes(folder / "after") == {step: whole[step] for step in range(first, 16)}, f"kill_at={kill_at}"
+    assert sorted(whole) == list(range(15))
+    assert len({note["weights"] for note in whole.values()}) == (15 if accumulate == 1 else 9)
+    # Other batches each time the test runs; the message of a failure names them.
+    kills = kills or sorted(random.sample(range(5, 15), 2))
+    folder, saved = tmp_path / "killed", None
+    for number, kill_at in enumerate([*kills, None]):
+        run = {"notes": f"notes{number}", "workers": workers[number], "kill_at": kill_at, "resume": saved, **settings}
+        assert _run(folder, **run) == (0 if kill_at is None else -signal.SIGKILL)
+        notes = _notes(folder / f"notes{number}")
+        last = 15 if kill_at is None else kill_at
+        assert notes == {place: whole[place] for place in range(min(notes, default=last), last)}, f"kills={kills}"
+        saved = str(max(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns))
+    assert sorted(_notes(folder / "notes2"))[-1] == 14

@@ -1,15 +1,22 @@
+"""Writing shards, and reading their members in place."""
+
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ssync_pl.data.shards import ShardWriter, encode_member
+from ssync_pl.data import ShardDataModule
+from ssync_pl.data.index import load_shards
+from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
 from ssync_pl.errors import ConfigError, ShardError
 
 
@@ -120,3 +127,90 @@ def test_gzip_members_carry_no_time(monkeypatch):
     first = encode_member("a.npy.gz", np.zeros(3))
     monkeypatch.setattr("time.time", lambda: 1e9)
     assert encode_member("a.npy.gz", np.zeros(3)) == first
+
+
+@pytest.fixture
+def opened(make_shards):
+    paths = sorted(str(path) for path in Path(make_shards(count=7, per_shard=2)).parent.glob("*.tar"))
+    return paths, load_shards(paths)
+
+
+def test_members_are_read_in_place_and_files_closed(opened, numbered_video):
+    paths, shards = opened
+    reader = ShardReader(max_open=2)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for path, shard in zip(paths, shards, strict=True):
+        for sample in shard.samples:
+            members = reader.sample(path, shard, sample)
+            video = numbered_video(int(sample.key))["video.npy"]
+            assert members.header("video.npy").shape == video.shape
+            for cut in (slice(None), slice(3, 4), slice(1, 6, 2), slice(4, 4)):
+                np.testing.assert_array_equal(members.rows("video.npy", cut), video[cut])
+            np.testing.assert_array_equal(members.decode("video.npy"), video)
+    reader.close()
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+    copy = pickle.loads(pickle.dumps(reader))
+    assert len(copy.member(paths[0], shards[0], shards[0].samples[0], "video.npy")) > 0
+
+
+def _last_bytes(reader, path, shard, queue):
+    queue.put(bytes(reader.member(path, shard, shard.samples[1], "video.npy")[-3:]))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_a_fork_reads_with_inherited_files(opened):
+    paths, shards = opened
+    reader = ShardReader()
+    here = bytes(reader.member(paths[0], shards[0], shards[0].samples[1], "video.npy")[-3:])
+    queue = multiprocessing.get_context("fork").Queue()
+    process = multiprocessing.get_context("fork").Process(target=_last_bytes, args=(reader, paths[0], shards[0], queue))
+    process.start()
+    assert queue.get(timeout=120) == here
+    process.join()
+
+
+def test_replaced_shards_are_refused(opened):
+    paths, shards = opened
+    data = Path(paths[0]).read_bytes()
+    Path(paths[0]).write_bytes(data + bytes(512))
+    with pytest.raises(ShardError, match=f"{len(data)} bytes"):
+        ShardReader().member(paths[0], shards[0], shards[0].samples[0], "video.npy")
+    Path(paths[0]).write_bytes(Path(paths[1]).read_bytes())
+    with pytest.raises(ShardError, match="key 0 at byte"):
+        ShardReader().member(paths[0], shards[0], shards[0].samples[0], "video.npy")
+
+
+@pytest.mark.parametrize("skip", ["raise", "skip"])
+def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_crash(make_shards, skip):
+    pattern = make_shards(count=8, per_shard=8)
+    data = ShardDataModule(pattern, batch_size=1, clip_length=2, num_workers=0, on_bad_sample=skip)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    os.truncate(pattern.replace("*", "000000"), 2048)
+    with pytest.raises(ShardError, match=r"train-000000\.tar"):
+        list(batches)
+
+
+def test_hard_and_symbolic_links_are_read_as_what_they_point_to(tmp_path, numbered_video):
+    video = encode_member("video.npy", numbered_video(5)["video.npy"])
+    with tarfile.open(tmp_path / "a-000000.tar", "w") as tar:
+        info = tarfile.TarInfo("sub/0.video.npy")
+        info.size = len(video)
+        tar.addfile(info, io.BytesIO(video))
+        links = (
+            ("1", tarfile.LNKTYPE, info.name),
+            ("sub/2", tarfile.SYMTYPE, "0.video.npy"),
+            ("3", tarfile.LNKTYPE, "x"),
+        )
+        for key, kind, target in links:
+            link = tarfile.TarInfo(f"{key}.video.npy")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    for _ in range(2):  # scanned, and from the index
+        (entry,) = load_shards([tmp_path / "a-000000.tar"])
+        assert [sample.key for sample in entry.samples] == ["sub/0", "1", "sub/2"]
+        assert entry.ignored == ("3.video.npy",)
+        for sample in entry.samples:
+            found = ShardReader().sample(str(tmp_path / "a-000000.tar"), entry, sample).decode("video.npy")
+            np.testing.assert_array_equal(found, numbered_video(5)["video.npy"])

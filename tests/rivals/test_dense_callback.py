@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, StepSeed
+from ssync_pl.cli.trainer import run_trainer
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
 from ssync_pl.rivals.dense_alignment import DenseAlignment
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
-from ssync_pl.tools.trainer_cli import run_trainer
 
 SIZES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
 KEYS = {"dense/encoder_loss", "dense/decoder_loss", "dense/redundancy_loss", "dense/weight"}

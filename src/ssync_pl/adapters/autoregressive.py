@@ -12,8 +12,6 @@ from ssync_pl.adapters.capture import Capture, has_modules
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["AutoregressiveAdapter"]
-
 _CROSS_ATTENTION = "encoder_decoder_attn"
 _ONCE_PER_FRAME = ("slot_attention", "slot_attn")
 _ALL_FRAMES = ("steve_encoder.savi",)

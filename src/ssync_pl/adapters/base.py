@@ -12,16 +12,6 @@ from ssync_pl.adapters.capture import Capture
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = [
-    "HostAdapter",
-    "Located",
-    "adapter_names",
-    "find_adapter",
-    "locate",
-    "register_adapter",
-    "registered_adapter",
-]
-
 # Two levels of children reach a model inside a trainer's module inside DDP; deeper ones are parts of a host.
 _DEPTH = 2
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,27 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.adapters.capture import NAME_THEM, Capture, describe, output_entry, submodule
+from ssync_pl.adapters.capture import NAME_THEM, Capture, Take, describe, output_entry, submodule
 from ssync_pl.errors import HostError
-
-__all__ = [
-    "MapCall",
-    "PartsTaken",
-    "Projection",
-    "check_close",
-    "check_update",
-    "entry",
-    "in_shape_of",
-    "scaled_product",
-    "take_projection",
-    "token_weights",
-    "watch_alpha",
-    "watch_attention",
-    "watch_projections",
-]
 
 Own = Callable[[Any, Any], Tensor]
 """``(module, output)`` to the host's own softmax."""
+Part = Callable[..., Any]
+"""``(path)`` to what a part of a call gave last, ``(path, 2)`` to what it gave before."""
 
 
 class Projection(NamedTuple):
@@ -50,6 +36,14 @@ class Projection(NamedTuple):
             return nullcontext()
         enabled, dtype = self.autocast
         return torch.autocast(self.value.device.type, dtype=dtype, enabled=enabled)
+
+
+def take_projection(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Projection:
+    """A `take` for a projection: its output with the autocast that is on now."""
+    device = output.device.type
+    if not torch.amp.is_autocast_available(device):
+        return Projection(output, None)
+    return Projection(output, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
 
 
 class MapCall(NamedTuple):
@@ -75,59 +69,42 @@ class MapCall(NamedTuple):
     weigh: Callable[[Tensor], Tensor] | None = None
 
 
-class PartsTaken:
-    """A `take`: joins the last values of a call's parts by ``make(module, output, *values)`` when it returns."""
+def watch_joined(
+    capture: Capture, key: str, module: nn.Module, make: Callable[[Any, Any, Part], Any], parts: Mapping[str, Take]
+) -> None:
+    """Records ``make(module, output, part)`` whenever a module returns.
 
-    def __init__(self, capture: Capture, parts: Sequence[str], make: Callable[..., Any]) -> None:
-        self.capture = capture
-        self.parts = tuple(parts)
-        self.make = make
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Joins the parts, or refuses a call in which one did not run."""
-        for part in self.parts:
-            if not self.capture[part]:
-                raise HostError(
-                    f"Expected {type(module).__name__} to call '{part}' in each of its calls, but it did not, or it "
-                    "did so without gradients, as in reentrant activation checkpointing: use checkpoint(..., "
-                    f"use_reentrant=False). {NAME_THEM}"
-                )
-        return self.make(module, output, *(self.capture[part][-1] for part in self.parts))
-
-
-class _Restart:
-    """A `take` for the projection that runs first and once per call: no query outlives its frame."""
-
-    def __init__(self, capture: Capture, keys: Sequence[str]) -> None:
-        self.capture = capture
-        self.keys = tuple(keys)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Projection:
-        for key in self.keys:
-            self.capture[key].clear()
-        return take_projection(module, args, output)
-
-
-def take_projection(module: nn.Module, args: tuple[Any, ...], output: Any) -> Projection:
-    """A `take` for a projection: its output with the autocast that is on now."""
-    device = output.device.type
-    if not torch.amp.is_autocast_available(device):
-        return Projection(output, None)
-    return Projection(output, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
-
-
-def watch_projections(
-    capture: Capture, key: str, module: nn.Module, names: Sequence[str], first: str | None, also: Sequence[str] = ()
-) -> list[str]:
-    """Records the projections ``names`` of a module under ``key.name``, and returns these keys.
-
-    The child ``first``, which runs once per call before the others, empties them and the keys ``also``.
+    ``parts`` has the paths of parts inside it, ``"path input"`` for what a part gets, and what to take of them;
+    ``part(path)`` is what was taken last in this call, ``part(path, 2)`` what before.
     """
-    keys = [f"{key}.{name}" for name in names]
-    for name, own in zip(names, keys, strict=True):
-        take = _Restart(capture, (*keys, *also)) if name == first else take_projection
-        capture.watch(own, submodule(module, name), take)
-    return keys
+    inner = {name: submodule(module, name.removesuffix(" input")) for name in parts}
+
+    def latest(name: str) -> Take:
+        def take(module: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
+            del capture[f"{key} {name}"][:-1]  # lets go of the graphs of earlier iterations
+            return parts[name](module, args, given)
+
+        return take
+
+    for name, one in inner.items():
+        capture.watch(f"{key} {name}", one, latest(name), optional=True, inputs=name.endswith(" input"))
+
+    def part(name: str, back: int = 1) -> Any:
+        values = capture[f"{key} {name}"]
+        if len(values) < back:
+            raise HostError(
+                f"Expected {type(module).__name__} to call '{name}' in each of its calls, but it did not, or without "
+                f"gradients, as in activation checkpointing without use_reentrant=False. {NAME_THEM}"
+            )
+        return values[-back]
+
+    def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        made = make(module, output, part)
+        for name in parts:
+            capture[f"{key} {name}"].clear()
+        return made
+
+    capture.watch(key, module, join)
 
 
 def watch_attention(
@@ -142,13 +119,12 @@ def watch_attention(
     cell: str = "gru",
     given: str | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
-    kept: Callable[[Any, Any], Tensor] | None = None,
-    once: bool = False,
+    kept: Own | None = None,
     axis: int = 1,
 ) -> None:
     """Records a `MapCall` under ``key`` whenever a module that attends to slots returns.
 
-    The keys are projected once per call and first, the queries in each iteration: the last query is the final one.
+    The keys are projected once per call, the queries in each iteration: the last query is the final one.
 
     Args:
         capture: Receives the records.
@@ -162,20 +138,22 @@ def watch_attention(
         given: Entry of the output with the logits themselves, where a fork returns them.
         mask: ``(args, kwargs)`` to the slots that exist, ``(B, S)`` bool, where the module is told.
         kept: ``(module, output)`` to the slots that it keeps, ``(B, S)`` bool, where it decides itself.
-        once: The module runs once per step, with its projections in any order.
         axis: Axis of the slots in the logits.
     """
-    extra = [f"{key}.{cell}"] if weigh else []
-    parts = watch_projections(capture, key, module, projections, None if once else projections[1], extra)
-    if weigh:
-        capture.watch_input(extra[0], submodule(module, cell), lambda module, args, kwargs: args[0])
+    parts: dict[str, Take] = dict.fromkeys(projections, take_projection)
+    if weigh is not None:
+        parts[f"{cell} input"] = lambda module, args, kwargs: args[0]
     if mask is not None:
-        capture.watch_input(f"{key} mask", module, lambda module, args, kwargs: mask(args, kwargs))
+        parts[". input"] = lambda module, args, kwargs: mask(args, kwargs)
 
-    def make(module: Any, output: Any, query: Projection, keys: Projection, *rest: Any) -> MapCall:
+    def make(module: Any, output: Any, part: Part) -> MapCall:
+        returned = output_entry(output, given) if given else None
+        if returned is not None and own is not None:
+            return MapCall(*in_shape_of(returned, own(module, output), module), axis)
+        query, keys, *values = map(part, projections)
         with query.precision():
             value = logits(module, query.value, keys.value)
-        valid = None if mask is None else capture[f"{key} mask"][-1]
+        valid = None if mask is None else part(". input")
         if valid is not None:
             valid = valid.to(value.device, torch.bool).expand(value.shape[:2])
             value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
@@ -183,17 +161,11 @@ def watch_attention(
             valid = kept(module, output) if valid is None else kept(module, output) & valid
         used = None if own is None else in_shape_of(value, own(module, output), module)[1]
         call = MapCall(value, used, axis, valid)
-        return call if weigh is None else call._replace(values=rest[0], update=rest[1], weigh=partial(weigh, module))
+        if weigh is None:
+            return call
+        return call._replace(values=values[0], update=part(f"{cell} input"), weigh=partial(weigh, module))
 
-    join = PartsTaken(capture, (*parts, *extra), make)
-
-    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
-        returned = output_entry(output, given) if given else None
-        if returned is None or own is None:
-            return join(module, args, output)
-        return MapCall(*in_shape_of(returned, own(module, output), module), axis)
-
-    capture.watch(key, module, take)
+    watch_joined(capture, key, module, make, parts)
 
 
 def watch_alpha(
@@ -216,14 +188,12 @@ def watch_alpha(
         own: Picks the host's masks from ``(module, output)``.
         axis: Axis of the slots in the masks; None where alpha has them folded into its first axis, with all in front.
     """
-    part = f"{key}.{inner}"
-    capture.watch(part, submodule(module, inner), lambda module, args, output: channel(output))
 
-    def make(module: Any, output: Any, alpha: Tensor) -> MapCall:
-        masks = own(module, output)
+    def make(module: Any, output: Any, part: Part) -> MapCall:
+        alpha, masks = part(inner), own(module, output)
         return MapCall(*in_shape_of(alpha, masks, module), (masks.ndim - alpha.ndim) if axis is None else axis)
 
-    capture.watch(key, module, PartsTaken(capture, [part], make))
+    watch_joined(capture, key, module, make, {inner: lambda module, args, output: channel(output)})
 
 
 def entry(key: str, squeeze: int | None = None) -> Own:
@@ -237,10 +207,8 @@ def entry(key: str, squeeze: int | None = None) -> Own:
     def pick(module: nn.Module, output: Any) -> Tensor:
         value = output_entry(output, key)
         if value is None:
-            raise HostError(
-                f"Expected {type(module).__name__} to return its map as '{key}', but got {describe(output)}. "
-                f"{NAME_THEM}"
-            )
+            kind = type(module).__name__
+            raise HostError(f"Expected {kind} to return its map as '{key}', but got {describe(output)}. {NAME_THEM}")
         return value if squeeze is None else value.squeeze(squeeze)
 
     return pick
@@ -273,10 +241,9 @@ def token_weights(logits: Tensor, eps: float) -> Tensor:
 def check_close(
     mine: Tensor, own: Tensor, what: str, expected: str, scale: float = 1.0, tolerance: float = 0.0
 ) -> None:
-    """Refuses values that differ from the host's own by more than the rounding of their precision explains.
+    """Refuses values that differ from the host's own by more than rounding explains; it waits for the device.
 
-    It waits for the device. ``scale`` is the size of such values, ``tolerance`` how far they may differ at least;
-    ``what`` and ``expected`` are for the message.
+    ``scale`` is the size of such values, ``tolerance`` how far they may differ at least.
     """
     with torch.no_grad():
         gap = float((mine.double() - own.double()).abs().max())
@@ -284,8 +251,8 @@ def check_close(
     tolerance = max(tolerance, rounding)
     if not gap <= tolerance:
         raise HostError(
-            f"Expected the {what} to be {expected}, but they differ by up to {gap:.3g} (tolerance {tolerance:.1g}). "
-            f"This host changes its maps on the way. {NAME_THEM}"
+            f"Expected the {what} to be {expected}, but they differ by up to {gap:.3g} (tolerance {tolerance:.1g}): "
+            f"this host changes its maps on the way. {NAME_THEM}"
         )
 
 

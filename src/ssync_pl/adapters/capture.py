@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ssync_pl.adapters.softmaxes import Softmaxes, SoftmaxRecorder
 from ssync_pl.errors import HostError
-
-__all__ = ["NAME_THEM", "Capture", "describe", "has_modules", "output_entry", "submodule"]
 
 Take = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 NAME_THEM = "Name the modules yourself: attention=... and masks=... of SSyncCallback or attach."
+
+_SOFTMAXES = {
+    *(torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax),
+    *(torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax, F.log_softmax),
+}
+
+# Of float16, the smallest number that hosts take for minus infinity.
+_ABSENT = -6e4
+
+
+class SoftmaxCall(NamedTuple):
+    """Input of a softmax, whether it trains, and how often such a one ran."""
+
+    logits: Tensor
+    trains: bool
+    times: int = 1
+
+
+Softmaxes = dict[tuple[tuple[int, ...], int], SoftmaxCall]
+"""The last softmax of each shape and axis, in the order of the calls."""
 
 
 class Capture:
@@ -27,14 +46,6 @@ class Capture:
 
     Attributes:
         facts: What an adapter knows of the host when it attaches and needs when it collects.
-
-    Example:
-        >>> layer, capture = nn.Linear(2, 2), Capture()
-        >>> capture.watch("layer", layer)
-        >>> capture.open()
-        >>> output = layer(torch.zeros(1, 2))
-        >>> capture.only("layer") is output
-        True
     """
 
     def __init__(self) -> None:
@@ -45,42 +56,45 @@ class Capture:
         self._optional: set[str] = set()
         self._modules: dict[str, nn.Module] = {}
         self._handles: list[RemovableHandle] = []
-        self._step_taps: list[tuple[str, int | None]] = []
-        self._recorders: list[tuple[str, SoftmaxRecorder]] = []
+        self._steps: dict[str, _Bracket] = {}
 
-    def watch(self, key: str, module: nn.Module, take: Take | None = None, optional: bool = False) -> None:
-        """Records a module's output whenever it runs inside the window.
+    def watch(
+        self, key: str, module: nn.Module, take: Take | None = None, optional: bool = False, inputs: bool = False
+    ) -> None:
+        """Records what a module gives, or gets, whenever it runs inside the window.
 
         Args:
             key: Name under which the values are kept, in the order of the calls.
             module: The module to listen to.
             take: Picks what to keep from ``(module, args, output)``; None keeps the output.
             optional: The module may stay silent, as a host whose loss function a loop calls in place of the host.
+            inputs: Listens before the module runs; ``take`` gets ``(module, args, kwargs)``.
         """
-        self._add(key, module, optional)
-        self._handles.append(module.register_forward_hook(_Hook(self, key, take)))
+        self._records.setdefault(key, [])
+        self._modules[key] = module
+        self._optional |= {key} if optional else set()
+        hook = _Hook(self, key, take)
+        self._handles.append(
+            module.register_forward_pre_hook(hook, with_kwargs=True) if inputs else module.register_forward_hook(hook)
+        )
 
-    def watch_input(self, key: str, module: nn.Module, take: Take) -> None:
-        """Records what ``take`` picks from ``(module, args, kwargs)`` whenever a module runs inside the window."""
-        self._add(key, module, optional=False)
-        self._handles.append(module.register_forward_pre_hook(_Hook(self, key, take), with_kwargs=True))
+    def tap(self, key: str, module: nn.Module, axis: int | None = None, step: bool = False) -> None:
+        """Records the softmaxes inside a module: one `Softmaxes` per call.
 
-    def tap(self, key: str, module: nn.Module, axis: int | None = None) -> None:
-        """Records the softmaxes inside a module, over ``axis`` where that is given: one `Softmaxes` per call."""
+        Args:
+            key: Name under which they are kept.
+            module: The module to listen to.
+            axis: The axis that they normalise; None hears all.
+            step: The whole window counts, also outside of any forward pass, unless it is open for training only: then
+                it also spans code that is not the host's.
+        """
         bracket = _Bracket(self, axis)
         self._handles.append(module.register_forward_pre_hook(bracket.enter))
         # A forward pass that fails must not leave the recorder on.
         self._handles.append(module.register_forward_hook(bracket.leave, always_call=True))
         self.watch(key, module, bracket.take)
-
-    def tap_step(self, key: str, host: nn.Module, axis: int | None = None) -> None:
-        """Records the softmaxes of a whole training step, also outside of any forward pass.
-
-        A window that asks for training only also spans code that is not the host's (`ssync_pl.attach`), so there the
-        host's forward pass counts.
-        """
-        self.tap(key, host, axis)
-        self._step_taps.append((key, axis))
+        if step:
+            self._steps[key] = _Bracket(self, axis)
 
     @property
     def is_open(self) -> bool:
@@ -89,24 +103,26 @@ class Capture:
         Never inside a backward pass, where activation checkpointing runs modules a second time, nor under
         `torch.no_grad` where `open` asked for training only.
         """
-        return self._open and not _in_backward() and (not self._training_only or torch.is_grad_enabled())
+        # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
+        backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return self._open and not backward and (not self._training_only or torch.is_grad_enabled())
 
     def open(self, training_only: bool = False) -> None:
         """Starts to listen; ``training_only`` leaves out everything under `torch.no_grad`."""
-        self._leave_step()
+        for bracket in self._steps.values():
+            bracket.leave()
         self._open = True
         self._training_only = training_only
-        for key, axis in () if training_only else self._step_taps:
-            recorder = SoftmaxRecorder(axis)
-            recorder.__enter__()
-            self._recorders.append((key, recorder))
+        for bracket in () if training_only else self._steps.values():
+            bracket.start()
 
     def close(self) -> None:
         """Stops to listen; what was recorded stays until `clear`."""
-        for key, recorder in self._leave_step():
-            # Calls of the host's forward pass are part of the step.
-            self[key][:] = [recorder.seen] if recorder.seen else []
-            self._note(recorder)
+        for key, bracket in reversed(self._steps.items()):
+            if bracket.running:
+                bracket.leave()
+                # Calls of the host's forward pass are part of the step.
+                self[key][:] = [bracket.last] if bracket.last else []
         self._open = False
 
     def clear(self) -> None:
@@ -155,26 +171,10 @@ class Capture:
         heard = {module for key, module in self._modules.items() if self._records[key]}
         for key in self.silent:
             if heard & {*self._modules[key].modules()} - {self._modules[key]}:
-                name = type(self._modules[key]).__name__
                 raise HostError(
-                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of {name}, such as "
-                    "self.forward(...), which goes past all hooks. Call the module itself: self(...)."
+                    f"Expected the hooks on '{key}' to run, but the step calls the method forward of "
+                    f"{type(self._modules[key]).__name__}, past all hooks. Call the module itself: self(...)."
                 )
-
-    def _add(self, key: str, module: nn.Module, optional: bool) -> None:
-        self._records.setdefault(key, [])
-        self._modules[key] = module
-        if optional:
-            self._optional.add(key)
-
-    def _note(self, recorder: SoftmaxRecorder) -> None:
-        self.facts["masks"] = self.facts.get("masks", False) or recorder.masks
-
-    def _leave_step(self) -> list[tuple[str, SoftmaxRecorder]]:
-        entered, self._recorders = self._recorders, []
-        for _, recorder in reversed(entered):
-            recorder.__exit__(None, None, None)
-        return entered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         return Capture()
@@ -193,15 +193,59 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
         if self.capture.is_open:
-            _refuse_replicas(module)
+            if getattr(module, "_is_replica", False):
+                raise HostError(
+                    "Expected one copy of the host in this process, but torch.nn.DataParallel runs one per device. Use "
+                    "DistributedDataParallel, or give DataParallel one device."
+                )
             self.capture[self.key].append(given if self.take is None else self.take(module, args, given))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[Capture, str, None]]:
         return (_Hook, (self.capture, self.key, None))
 
 
+class SoftmaxRecorder(TorchFunctionMode):
+    """Keeps the last input of every kind of softmax that runs inside of it, over ``axis`` where that is given.
+
+    ``masks`` tells whether anything was filled with minus infinity, or nearly so, as hosts mark absent slots.
+    """
+
+    def __init__(self, axis: int | None = None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.seen: Softmaxes = {}
+        self.masks = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SOFTMAXES:
+            value = args[0] if args else kwargs.get("input")
+            axis = args[1] if len(args) > 1 else kwargs.get("dim")
+            if isinstance(value, Tensor) and isinstance(axis, int) and value.ndim >= 3:
+                self.keep(value, axis % value.ndim)
+        elif not self.masks:
+            # By the code and not by the values, which would have to be waited for.
+            self.masks = any(isinstance(arg, float) and arg <= _ABSENT for arg in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
+
+    def keep(self, logits: Tensor, axis: int) -> None:
+        """Keeps a softmax in place of the one before of its kind."""
+        if self.axis is not None and self.axis % logits.ndim != axis:
+            return
+        key = (tuple(logits.shape), axis)
+        before = self.seen.get(key)
+        trains = logits.requires_grad and torch.is_grad_enabled()
+        if before is not None and before.trains and not trains:
+            return  # what is computed for a log or by a teacher must not take the place of what is trained
+        times = before.times + 1 if before is not None and before.trains == trains else 1
+        self.seen.pop(key, None)  # so that the order is that of the last calls
+        self.seen[key] = SoftmaxCall(logits, trains, times)
+
+
 class _Bracket:
-    """A recorder around each call of one module."""
+    """A recorder around each call of one module, or around a step."""
 
     def __init__(self, capture: Capture, axis: int | None) -> None:
         self.capture = capture
@@ -211,16 +255,19 @@ class _Bracket:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.capture.is_open:
-            recorder = SoftmaxRecorder(self.axis)
-            recorder.__enter__()
-            self.running.append(recorder)
+            self.start()
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def start(self) -> None:
+        recorder = SoftmaxRecorder(self.axis)
+        recorder.__enter__()
+        self.running.append(recorder)
+
+    def leave(self, module: nn.Module | None = None, args: tuple[Any, ...] = (), output: Any = None) -> None:
         if self.running:
             recorder = self.running.pop()
             recorder.__exit__(None, None, None)
             self.last = recorder.seen
-            self.capture._note(recorder)
+            self.capture.facts["masks"] = self.capture.facts.get("masks", False) or recorder.masks
 
     def take(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Softmaxes:
         last, self.last = self.last, {}
@@ -231,23 +278,15 @@ class _Bracket:
 
 
 def submodule(host: nn.Module, path: str) -> nn.Module:
-    """Returns the module at a dotted path of a host; ``"."`` is the host itself.
-
-    Raises:
-        HostError: There is none; the message names the children at the place where the path breaks.
-    """
-    if path == ".":
-        return host
-    module = host
-    parts = path.split(".")
+    """Returns the module at a dotted path of a host, ``"."`` being the host itself, or raises HostError."""
+    module, parts = host, [] if path == "." else path.split(".")
     for depth, part in enumerate(parts):
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
             where = ".".join(parts[:depth]) or type(host).__name__
             children = ", ".join(name for name, _ in module.named_children()) or "none"
             raise HostError(
-                f"Expected the host to have a module at '{path}', but '{where}' has no child '{part}'. "
-                f"Its children: {children}."
+                f"Expected a module at '{path}', but '{where}' has no child '{part}'. Its children: {children}."
             )
         module = child
     return module
@@ -255,10 +294,8 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
 
 def has_modules(host: Any, *paths: str) -> bool:
     """Whether a host has a module at each dotted path."""
-    if not isinstance(host, nn.Module):
-        return False
     try:
-        return all(submodule(host, path) is not None for path in paths)
+        return isinstance(host, nn.Module) and all(submodule(host, path) is not None for path in paths)
     except HostError:
         return False
 
@@ -266,11 +303,10 @@ def has_modules(host: Any, *paths: str) -> bool:
 def output_entry(output: Any, key: str) -> Tensor | None:
     """Returns the tensor at a dict's key, an attribute or a position of an output (of no key, the output), or None."""
     value = output
-    if isinstance(output, Mapping) and key:
+    if key and isinstance(output, Mapping):
         value = output.get(key)
     elif isinstance(output, (tuple, list)) and key.removeprefix("-").isdecimal():
-        index = int(key)
-        value = output[index] if -len(output) <= index < len(output) else None
+        value = output[int(key)] if -len(output) <= int(key) < len(output) else None
     elif key:
         value = getattr(output, key, None)
     return value if isinstance(value, Tensor) else None
@@ -287,16 +323,3 @@ def describe(output: Any) -> str:
     if isinstance(output, (tuple, list)):
         return f"{type(output).__name__} of {len(output)}"
     return type(output).__name__
-
-
-def _in_backward() -> bool:
-    # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _refuse_replicas(module: nn.Module) -> None:
-    if getattr(module, "_is_replica", False):
-        raise HostError(
-            "Expected one copy of the host in this process, but torch.nn.DataParallel runs one for each of several "
-            "devices at the same time. Use DistributedDataParallel, or give DataParallel one device."
-        )

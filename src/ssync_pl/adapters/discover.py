@@ -1,22 +1,17 @@
-"""Where the two maps of an unknown host may be: one forward pass, listened to everywhere."""
+"""Where the two maps of an unknown host may be: one step, in which `PathAdapter` would hear each of its modules."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 from typing_extensions import override
 
+from ssync_pl.adapters.capture import Capture, SoftmaxCall, SoftmaxRecorder
 from ssync_pl.adapters.pairing import Pair, Seen, find_pair
-from ssync_pl.adapters.softmaxes import SoftmaxCall, SoftmaxRecorder
-
-__all__ = ["Discovery", "FoundPair", "Spot", "discover"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,30 @@ class Discovery:
     spots: tuple[Spot, ...]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A spot with what ranks it: its first and last place among all softmaxes, and whether its module has weights."""
+
+    spot: Spot
+    seen: Seen
+    first: int
+    last: int
+    has_parameters: bool
+
+
+class _Order(SoftmaxRecorder):
+    """Keeps the input of every softmax, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Tensor] = []
+
+    @override
+    def keep(self, logits: Tensor, axis: int) -> None:
+        """Keeps it beside those before."""
+        self.heard.append(logits)
+
+
 def discover(host: nn.Module, run: Callable[[], Any]) -> Discovery:
     """Runs a host once and looks for softmaxes that can be its two maps.
 
@@ -76,106 +95,46 @@ def discover(host: nn.Module, run: Callable[[], Any]) -> Discovery:
 
     Returns:
         Candidates, and all that was heard.
-
-    Example:
-        >>> host = nn.ModuleDict({"grouping": nn.Softmax(1), "drawing": nn.Softmax(2)})
-        >>> logits = torch.zeros(2, 3, 16)
-        >>> found = discover(host, lambda: [host["grouping"](logits), host["drawing"](logits.transpose(1, 2))])
-        >>> found.pairs[0].places
-        ('softmax:grouping', 'softmax:drawing')
     """
-    tracker = _Tracker(host)
+    capture, order = Capture(), _Order()
+    modules = {path or ".": module for path, module in host.named_modules()}
+    for path, module in modules.items():
+        capture.tap(path, module, step=module is host)
     try:
-        with tracker:
+        with order:
+            capture.open()
             run()
+            capture.close()
+        found = _candidates(capture, modules, order.heard)
     finally:
-        tracker.remove()
-    spots = tracker.spots()
-    return Discovery(_rank(spots), tuple(one.spot for one in spots if one.spot.innermost))
+        capture.remove()
+    return Discovery(_rank(found), tuple(one.spot for one in found if one.spot.innermost))
 
 
-@dataclass
-class _Heard:
-    """One softmax, and the modules around it with the number of their call, outermost first."""
-
-    around: tuple[tuple[str, int], ...]
-    shape: tuple[int, ...]
-    axis: int
-    has_gradient: bool
-
-
-@dataclass
-class _Candidate:
-    spot: Spot
-    first: int
-    last: int
-    depth: int
-    has_parameters: bool
-
-    def seen(self) -> Seen:
-        values = [torch.empty(self.spot.shape, device="meta") for _ in range(self.spot.calls)]
-        return Seen(values, self.spot.axis, "logits", self.spot.path)
+def _candidates(capture: Capture, modules: dict[str, nn.Module], heard: list[Tensor]) -> list[_Candidate]:
+    """Every kind of softmax, as each module around it hears it."""
+    place = {id(logits): number for number, logits in enumerate(heard)}
+    kinds: dict[tuple[str, tuple[int, ...], int], list[SoftmaxCall]] = {}
+    for path in modules:
+        for (shape, axis), call in itertools.chain.from_iterable(calls.items() for calls in capture[path]):
+            kinds.setdefault((path, shape, axis), []).append(call)
+    inner = {id(call.logits): path for (path, _, _), calls in kinds.items() for call in calls}
+    found = []
+    for (path, shape, axis), calls in kinds.items():
+        values = [call.logits for call in calls]
+        innermost = any(inner[id(value)] == path for value in values)
+        spot = Spot(path, len(calls), shape, axis, all(call.trains for call in calls), innermost)
+        numbers = [place[id(value)] for value in values]
+        weights = path != "." and next(modules[path].parameters(), None) is not None
+        found.append(_Candidate(spot, Seen(values, axis, "logits", path), min(numbers), max(numbers), weights))
+    return found
 
 
-class _Tracker(SoftmaxRecorder):
-    """Hears softmaxes, and knows which modules are running."""
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__()
-        self.heard: list[_Heard] = []
-        self._counts: dict[str, int] = {}
-        self._stack: list[tuple[str, int]] = []
-        self._handles: list[RemovableHandle] = []
-        self._parameters: set[str] = set()
-        for name, module in host.named_modules():
-            if not name:
-                continue  # the host itself is around everything, also around what runs outside of its forward pass
-            if next(module.parameters(), None) is not None:
-                self._parameters.add(name)
-            self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-            self._handles.append(module.register_forward_hook(partial(self._leave, name), always_call=True))
-
-    @override
-    def keep(self, call: SoftmaxCall) -> None:
-        trains = call.logits.requires_grad and torch.is_grad_enabled()
-        self.heard.append(_Heard(((".", 1), *self._stack), tuple(call.logits.shape), call.axis, trains))
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._counts[name] = self._counts.get(name, 0) + 1
-        self._stack.append((name, self._counts[name]))
-
-    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if self._stack and self._stack[-1][0] == name:
-            self._stack.pop()
-
-    def spots(self) -> list[_Candidate]:
-        """Every softmax, as each module around it would hear it."""
-        calls: dict[tuple[str, tuple[int, ...], int], list[tuple[int, int, bool, bool]]] = {}
-        for order, heard in enumerate(self.heard):
-            for depth, (path, number) in enumerate(heard.around):
-                inner = depth == len(heard.around) - 1
-                key = (path, heard.shape, heard.axis)
-                calls.setdefault(key, []).append((number, order, heard.has_gradient, inner))
-        found = []
-        for (path, shape, axis), entries in calls.items():
-            numbers, orders, gradients, inners = zip(*entries, strict=True)
-            spot = Spot(path, len(set(numbers)), shape, axis, all(gradients), any(inners))
-            depth = 0 if path == "." else path.count(".") + 1
-            found.append(_Candidate(spot, min(orders), max(orders), depth, path in self._parameters))
-        return found
-
-
-def _rank(spots: list[_Candidate]) -> tuple[FoundPair, ...]:
+def _rank(candidates: list[_Candidate]) -> tuple[FoundPair, ...]:
     ranked: list[tuple[tuple[Any, ...], FoundPair]] = []
-    by_slots = sorted(spots, key=lambda one: one.spot.slots)
-    for _, group in itertools.groupby(by_slots, key=lambda one: one.spot.slots):
-        for one, two in itertools.permutations(list(group), 2):
-            pair = find_pair([one.seen()], [two.seen()]) if one.first < two.first else None
+    for one, two in itertools.permutations(candidates, 2):
+        if one.first < two.first and one.spot.slots == two.spot.slots:
+            pair = find_pair([one.seen], [two.seen])
             if pair is not None and all(layout.count > layout.slots for _, layout in pair.sides):
                 ranked.append((_score(one, two, pair), FoundPair(one.spot, two.spot, pair.batch, pair.frames)))
     ranked.sort(key=lambda entry: entry[0], reverse=True)
@@ -197,5 +156,5 @@ def _score(one: _Candidate, two: _Candidate, pair: Pair) -> tuple[Any, ...]:
         -one.first,
         pair.frames,
         one.has_parameters + two.has_parameters,
-        one.depth + two.depth,
+        sum(0 if at.spot.path == "." else at.spot.path.count(".") + 1 for at in (one, two)),
     )

@@ -15,33 +15,25 @@ from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = [
-    "Grid",
-    "check_grid",
-    "finer_grid",
-    "frame_size",
-    "join_sides",
-    "maps_on_common_grid",
-    "patch_stride",
-    "resolve_grid",
-    "stack_frames",
-]
-
 Grid = tuple[int, int]
 
 
 def stack_frames(values: list[Tensor], name: str) -> Tensor:
     """Stacks what a module gave for each frame, T tensors ``(B, ...)``, into a clip ``(B, T, ...)``.
 
-    Raises:
-        HostError: The module did not run, or shapes differ between frames, as with slots that grow inside a step.
+    Raises HostError where it did not run, or shapes differ between frames, as with slots that grow inside a step.
     """
+    check_frames(values, name)
+    return torch.stack(values, dim=1)
+
+
+def check_frames(values: list[Tensor], name: str) -> None:
+    """Refuses frames that cannot be stacked."""
     if not values:
         raise HostError(f"Expected '{name}' to run inside the training step, but it did not.")
     shapes = sorted({tuple(value.shape) for value in values})
     if len(shapes) != 1:
         raise HostError(f"Expected '{name}' to give one shape for all frames, but got {shapes}.")
-    return torch.stack(values, dim=1)
 
 
 def check_grid(grid: Any) -> Grid | None:
@@ -62,21 +54,9 @@ def resolve_grid(
 ) -> Grid:
     """Finds the rows and columns of a flat axis of patches.
 
-    In this order: given by the user; patch size with the frame's height and width; the one square patch size that cuts
-    an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
-
-    Args:
-        patches: N.
-        explicit: ``(H, W)`` from the user.
-        patch_size: Of the encoder, in pixels; one number, or height and width.
-        frame: Height and width of the frames, in pixels.
-
-    Raises:
-        HostError: None of them fits; the message says what to pass.
-
-    Example:
-        >>> resolve_grid(48, patch_size=14, frame=(84, 112))
-        (6, 8)
+    In this order: given by the user, ``explicit``; patch size with the frame's height and width; the one square patch
+    size that cuts an oblong frame into this many patches; a perfect square, unless the frame is known to be oblong.
+    Raises HostError where none of them tells it.
     """
     if explicit is not None:
         if explicit[0] * explicit[1] != patches:
@@ -103,8 +83,8 @@ def _oblong_grid(patches: int, frame: tuple[int, int]) -> Grid:
         if grid[0] * grid[1] > patches:
             break
     raise HostError(
-        f"Expected a grid for {patches} patches, but no patch size cuts frames of {frame[0]} x {frame[1]} pixels into "
-        "that many. Pass grid=(H, W)."
+        f"Expected a grid for {patches} patches, but no patch size cuts {frame[0]} x {frame[1]} pixels into that many. "
+        "Pass grid=(H, W)."
     )
 
 
@@ -115,7 +95,7 @@ def finer_grid(grid: Grid, patches: int) -> Grid:
     if finer[0] * finer[1] != patches:
         raise HostError(
             f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}, but "
-            "they do not. Pass grid=(H, W) if that grid is wrong, else write a HostAdapter that resamples."
+            "they do not. Pass grid=(H, W) if that grid is wrong."
         )
     return finer
 
@@ -131,16 +111,12 @@ def patch_stride(encoder: nn.Module | None) -> tuple[int, int] | None:
 def frame_size(batch: Any) -> tuple[int, int] | None:
     """Finds height and width of the frames of a batch, in pixels, or None where it does not say so.
 
-    Args:
-        batch: A mapping (``video`` and ``image`` are looked at first), a sequence or a tensor. Frames are tensors of
-            4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``; stored ``features`` are no frames.
+    Frames are tensors of 4 or 5 axes, ``(..., 3, H, W)`` or ``(..., H, W, 3)``, at ``video`` or ``image`` first.
     """
+    values = list(batch) if isinstance(batch, (list, tuple)) else [batch]
     if isinstance(batch, Mapping):
-        first = [batch[key] for key in ("video", "image") if key in batch]
         # Stored features (B, T, N, D) of a short clip would pass for frames of T colours.
-        values = [*first, *(value for key, value in batch.items() if key != "features")]
-    else:
-        values = list(batch) if isinstance(batch, (list, tuple)) else [batch]
+        values = [*map(batch.get, ("video", "image")), *(value for key, value in batch.items() if key != "features")]
     colours = (1, 3, 4)
     for value in values:
         if not isinstance(value, Tensor) or value.ndim not in (4, 5):
@@ -156,15 +132,12 @@ def maps_on_common_grid(attention_logits: Tensor, grid: Grid, mask_logits: Tenso
     """Makes maps of a host whose decoder draws on another grid than its attention reads.
 
     The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
-    averaged too, for merging only.
+    averaged too, for merging only. Raises HostError where the grids do not divide each other.
 
     Args:
         attention_logits: ``(B, T, S, N)``.
         grid: ``(H, W)`` of the attention.
         mask_logits: ``(B, T, S, h, w)`` of the decoder.
-
-    Raises:
-        HostError: The two grids do not divide each other.
     """
     size = (int(mask_logits.shape[-2]), int(mask_logits.shape[-1]))
     return join_sides(SlotMap(attention_logits), grid, SlotMap(mask_logits.flatten(3)), size)
@@ -186,9 +159,8 @@ def join_sides(
     coarse = min(sides)
     if any(side % small for size in sides for side, small in zip(size, coarse, strict=True)):
         raise HostError(
-            f"Expected the grid of the attention, {sides[0]}, and that of the masks, {sides[1]}, to divide each other, "
-            "but they do not. Pass grid=(H, W) of the attention, change the size of decoder or encoder, or write a "
-            "HostAdapter that resamples."
+            f"Expected the grids of the attention, {sides[0]}, and of the masks, {sides[1]}, to divide each other, but "
+            "they do not. Pass grid=(H, W) of the attention, or change the size of decoder or encoder."
         )
     attention, masks = (_pool(side, size, coarse) for side, size in zip((attention, masks), sides, strict=True))
     patches = coarse[0] * coarse[1]

@@ -24,8 +24,6 @@ from torch import Tensor
 from ssync_pl.errors import ShapeError
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["SlotMap", "joint_heads", "separate_heads"]
-
 
 class SlotMap(NamedTuple):
     """One side's map: logits, probabilities, or both; beside probabilities, logits serve merging only."""
@@ -35,15 +33,9 @@ class SlotMap(NamedTuple):
 
 
 def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
-    """Merges heads that share one softmax over slots and heads.
+    """Merges heads, at ``heads_dim``, that share one softmax over slots and heads, as in ``(B, S, heads, N)``.
 
-    Args:
-        logits: Before the softmax, such as ``(B, S, heads, N)``; minus infinity marks slots that do not exist.
-        heads_dim: Axis of the heads.
-
-    Returns:
-        Logits without that axis, float32 at least where there are several heads; their softmax over slots is the host's
-        attention summed over heads.
+    Returns logits without that axis, float32 at least where there are several heads; minus infinity marks absent slots.
     """
     heads_dim = _axis(logits, heads_dim)
     if logits.shape[heads_dim] == 1:
@@ -56,15 +48,9 @@ def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
 
 
 def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
-    """Merges heads that have a softmax over slots each.
+    """Merges heads, at ``heads_dim``, that have a softmax over slots each, as in ``(B, heads, S, N)``.
 
-    Args:
-        logits: Before the softmax, such as ``(B, heads, S, N)``.
-        heads_dim: Axis of the heads.
-        slots_dim: Axis of the slots, counted with the heads in place.
-
-    Returns:
-        Means over heads of the logits and of the probabilities, float32 at least; of one head, its logits alone.
+    Returns means over heads of the logits and of the probabilities, float32 at least; of one head, its logits alone.
     """
     heads_dim, slots_dim = _axis(logits, heads_dim), _axis(logits, slots_dim)
     if heads_dim == slots_dim:
@@ -77,8 +63,5 @@ def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
 
 def _axis(logits: Tensor, dim: int) -> int:
     if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] == 0:
-        raise ShapeError(
-            f"Expected logits with an axis {dim} of at least one entry, but got shape {tuple(logits.shape)}. Pass "
-            "logits with an axis of heads, before the softmax."
-        )
+        raise ShapeError(f"Expected logits with an axis {dim} of at least one entry, but got {tuple(logits.shape)}.")
     return dim % logits.ndim

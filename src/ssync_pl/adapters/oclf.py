@@ -17,8 +17,6 @@ from ssync_pl.adapters.slot_model import GridAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["AdaSlotAdapter", "OclfAdapter"]
-
 _DECODERS = ("object_decoder", "decoder")
 _SLOT_ATTENTION = ("to_q", "to_k", "to_v", "n_heads", "dims_per_head", "scale")
 

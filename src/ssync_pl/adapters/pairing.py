@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +15,6 @@ from ssync_pl.adapters.grids import Grid, join_sides, resolve_grid
 from ssync_pl.adapters.heads import SlotMap, separate_heads
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
-
-__all__ = ["Layout", "MapKind", "Pair", "Seen", "find_pair", "join_maps", "layouts"]
 
 MapKind = Literal["logits", "probs"]
 
@@ -85,17 +82,12 @@ class Pair(NamedTuple):
         return (self.attention, self.attention_layout), (self.masks, self.masks_layout)
 
 
-@lru_cache(maxsize=256)
 def layouts(shape: tuple[int, ...], axis: int, stacked: bool) -> tuple[Layout, ...]:
     """All ways to read a map whose slot axis is known, the plainest first.
 
     Patches are the axes behind the slots, or the last ones before them where none are behind: ``(B, S, N)``,
     ``(B, S, H, W)``, ``(B, S, 1, H, W)``, ``(B, N, S)``, ``(B, heads, S, N)``, ``(B, T, S, H, W)`` and the like. A
     ``stacked`` map has the calls, which are frames, on axis 1.
-
-    Example:
-        >>> [(one.frames, one.heads) for one in layouts((2, 4, 3, 16), 2, stacked=False)]
-        [(4, 1), (None, 4)]
     """
     behind = range(axis + 1, len(shape))
     wide = tuple(i for i in behind if shape[i] != 1)
@@ -108,16 +100,8 @@ def layouts(shape: tuple[int, ...], axis: int, stacked: bool) -> tuple[Layout, .
     for front, patches in choices:
         for roles in _roles(len(front), stacked):
             sizes = dict(zip(roles, (shape[i] for i in front), strict=True))
-            found.append(
-                Layout(
-                    order=(*front, axis, *patches, *flat),
-                    batch=sizes["batch"],
-                    frames=sizes.get("frames"),
-                    heads=sizes.get("heads", 1),
-                    slots=shape[axis],
-                    patches=tuple(shape[i] for i in patches),
-                )
-            )
+            order, counts = (*front, axis, *patches, *flat), tuple(shape[i] for i in patches)
+            found.append(Layout(order, sizes["batch"], sizes.get("frames"), sizes.get("heads", 1), shape[axis], counts))
     return tuple(found)
 
 
@@ -135,12 +119,6 @@ def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
     Of several candidates, given in the order in which the host computed them, one with more patches than slots, then
     one whose grids divide each other as far as that can be told, then equal numbers of patches, then one without heads,
     then the last.
-
-    Example:
-        >>> frames = Seen([torch.zeros(2, 3, 16)] * 4, 1, "logits", "corrector")
-        >>> folded = Seen([torch.zeros(8, 3, 1, 8, 8)], 1, "logits", "decoder")
-        >>> find_pair([frames], [folded])[-2:]
-        (2, 4)
     """
     best: tuple[tuple[int, ...], Pair] | None = None
     for (i, one), (j, two) in itertools.product(enumerate(attention), enumerate(masks)):
@@ -167,13 +145,13 @@ def _layouts(seen: Seen) -> list[Layout]:
 
 
 def _clip(a: Layout, m: Layout) -> tuple[int, int] | None:
+    """Videos and frames of both, where these are the same; one may have them folded together."""
     if a.frames is None and m.frames is None:
         return (a.batch, 1) if a.batch == m.batch else None
     known, other = (a, m) if a.frames is not None else (m, a)
     frames = known.frames or 1
-    if other.frames is None:
-        return (known.batch, frames) if other.batch == known.batch * frames else None
-    return (known.batch, frames) if (other.batch, other.frames) == (known.batch, frames) else None
+    same = other.batch == (known.batch * frames if other.frames is None else known.batch)
+    return (known.batch, frames) if same and other.frames in (None, frames) else None
 
 
 def _nest(a: Layout, m: Layout) -> bool:
@@ -215,29 +193,26 @@ def join_maps(
     return join_sides(attention, first, masks, second, _present(attention, masks) if mark_absent else None)
 
 
-def _grids(pair: Pair, explicit: Grid | None, frame: tuple[int, int] | None) -> tuple[Grid, Grid]:
+def _grids(pair: Pair, explicit: Grid | None, frame: tuple[int, int] | None) -> list[Grid]:
+    """Grids of attention and masks: their own rows and columns, what the user says, or what the frames tell."""
     sides = (pair.attention_layout, pair.masks_layout)
-    own = [side.grid for side in sides]
-    if sides[0].count == sides[1].count:
-        known = {size for size in (explicit, *own) if size is not None}
+    counts = [side.count for side in sides]
+    if explicit is not None and math.prod(explicit) not in counts:
+        numbers = " or ".join(map(str, sorted({*counts})))
+        raise HostError(f"Expected argument `grid` to have {numbers} patches, but got {explicit}.")
+    stated = [explicit if explicit is not None and math.prod(explicit) == count else None for count in counts]
+    if counts[0] == counts[1]:
+        known = {size for size in (explicit, *(side.grid for side in sides)) if size is not None}
         if len(known) > 1:
             raise HostError(
                 f"Expected one grid of patches, but got {', '.join(map(str, sorted(known)))} from argument `grid` and "
                 "the maps' own rows and columns. Leave `grid` out, or make the maps agree."
             )
-        size = resolve_grid(sides[0].count, next(iter(known), None), frame=frame)
-        return size, size
-    if explicit is not None and math.prod(explicit) not in (sides[0].count, sides[1].count):
-        raise HostError(
-            f"Expected argument `grid` to have {sides[0].count} patches, as '{pair.attention.name}' gives, or "
-            f"{sides[1].count}, as '{pair.masks.name}' does, but got {explicit}."
-        )
-    given = [explicit if explicit is not None and math.prod(explicit) == side.count else None for side in sides]
-    first, second = (
-        size or resolve_grid(side.count, stated, frame=frame or other)
-        for side, size, stated, other in zip(sides, own, given, reversed(own), strict=True)
-    )
-    return first, second
+        return [resolve_grid(counts[0], next(iter(known), None), frame=frame)] * 2
+    return [
+        side.grid or resolve_grid(side.count, size, frame=frame or other.grid)
+        for side, size, other in zip(sides, stated, reversed(sides), strict=True)
+    ]
 
 
 def _present(*sides: SlotMap) -> Tensor | None:

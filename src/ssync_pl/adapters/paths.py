@@ -9,22 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter
-from ssync_pl.adapters.capture import Capture, describe, has_modules, output_entry, submodule
-from ssync_pl.adapters.grids import Grid, check_grid, frame_size
+from ssync_pl.adapters.capture import Capture, Softmaxes, describe, has_modules, output_entry, submodule
+from ssync_pl.adapters.grids import Grid, check_frames, check_grid, frame_size
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.adapters.softmaxes import Softmaxes
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
-
-__all__ = [
-    "MapKind",
-    "PathAdapter",
-    "Pick",
-    "Place",
-    "check_kind",
-    "common_softmaxes",
-    "parse_place",
-]
 
 
 class Place(NamedTuple):
@@ -33,16 +22,12 @@ class Place(NamedTuple):
     text: str
     softmax: bool
     path: str
-    key: str
-    axis: int | None
+    key: str = ""
+    axis: int | None = None
 
 
 def parse_place(text: str) -> Place:
-    """Reads ``"path"``, ``"path:key"``, ``"softmax:path"`` or ``"softmax:path:axis"``.
-
-    Raises:
-        ConfigError: The text has no path, or its axis is no number.
-    """
+    """Reads ``"path"``, ``"path:key"``, ``"softmax:path"`` or ``"softmax:path:axis"``, or raises ConfigError."""
     first, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
     softmax = first == "softmax" and bool(colon)
     path, _, key = rest.partition(":") if softmax else (first, colon, rest)
@@ -52,13 +37,13 @@ def parse_place(text: str) -> Place:
             "its dotted path; '.' is the host itself."
         )
     if not softmax:
-        return Place(text, False, path, key, None)
+        return Place(text, False, path, key)
     if key and not key.removeprefix("-").isdecimal():
         raise ConfigError(
-            f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. The softmax's input is taken "
-            "as it is: leave the last part out, or give the number of the slot axis."
+            f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. Leave it out, or give the "
+            "number of the slot axis."
         )
-    return Place(text, True, path, "", int(key) if key else None)
+    return Place(text, True, path, axis=int(key) if key else None)
 
 
 def check_kind(name: str, kind: MapKind) -> MapKind:
@@ -113,7 +98,6 @@ class PathAdapter(HostAdapter):
         self.masks_kind = check_kind("masks_kind", masks_kind)
         self.grid = check_grid(grid)
         self.places = (parse_place(attention), parse_place(masks))
-        self._looked = False
 
     @override
     def match(self, host: nn.Module) -> bool:
@@ -122,61 +106,37 @@ class PathAdapter(HostAdapter):
     @override
     def attach(self, host: nn.Module) -> Capture:
         capture = Capture()
-        self._looked = False
-        modules = {place.text: (place, submodule(host, place.path)) for place in self.places}
-        for text, (place, module) in modules.items():
-            if place.softmax:
-                tap = capture.tap_step if module is host else capture.tap
-                tap(text, module, place.axis)
-            else:
-                capture.watch(text, module, Pick(place))
+        for place, module in {place: submodule(host, place.path) for place in self.places}.items():
+            watch_place(capture, place.text, module, place, step=module is host)
         return capture
 
     @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        pair, frame = self.pair(capture), frame_size(batch)
+        pair, frame, facts = self.pair(capture), frame_size(batch), capture.facts
         if not any(place.softmax for place in self.places):
             return join_maps(pair, self.grid, frame)
-        # Where no slot is ever absent, saying so would cost the fast paths of the loss.
-        marked = capture.facts.get("masks", False)
-        maps = join_maps(pair, self.grid, frame, mark_absent=marked or not self._looked)
-        if not self._looked:
-            self._looked = True  # once, since this waits for the device
-            if maps.slot_valid is not None and bool(maps.slot_valid.all()) and not marked:
+        # Where no slot is ever absent, saying so would only cost time in each step.
+        maps = join_maps(pair, self.grid, frame, mark_absent=facts.get("masks", False) or "looked" not in facts)
+        if "looked" not in facts:
+            absent = maps.slot_valid is not None and not bool(maps.slot_valid.all())  # once: it waits for the device
+            facts.update(looked=True, masks=facts.get("masks", False) or absent)
+            if not facts["masks"]:
                 return replace(maps, slot_valid=None)
-            capture.facts["masks"] = True
         return maps
 
     def pair(self, capture: Capture) -> Pair:
-        """Finds the two tensors that were seen, and how they are read.
-
-        Raises:
-            HostError: A map has a shape that is not understood, or is one of several that one call gave.
-            ShapeError: The two maps do not belong together.
-        """
-        kinds = (self.attention_kind, self.masks_kind)
+        """Finds the two tensors that were seen, and how they are read, or raises HostError or ShapeError."""
         sides = [
             _softmaxes(capture[place.text], place) if place.softmax else _outputs(capture[place.text], place, kind)
-            for place, kind in zip(self.places, kinds, strict=True)
+            for place, kind in zip(self.places, (self.attention_kind, self.masks_kind), strict=True)
         ]
-        pair = find_pair(*sides)
-        if pair is None:
-            seen = [
-                f"'{place.text}' gave {'; '.join(one.describe() for one in side)}"
-                for place, side in zip(self.places, sides, strict=True)
-            ]
-            raise ShapeError(
-                "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
-                f"{' and '.join(seen)}. Name modules that run once per frame or once per step, around the iterations "
-                "of slot attention; where it runs on other frames than the decoder, write a small HostAdapter."
-            )
+        pair = pair_sides(self.attention, sides[0], self.masks, sides[1])
         drawn = self._drawn(pair)
         if pair.frames == 1 and drawn > 1:
             raise HostError(
                 f"Expected one softmax over slots in each call of '{self.places[1].path}', but {drawn} of the shape "
-                f"{tuple(pair.masks.values[0].shape)} ran, which may be frames, of which the last alone would count. "
-                "Let a module of its own draw the masks of a frame, such as an nn.Softmax that runs once per frame, "
-                "and name it: masks='softmax:path.of.that_module'."
+                f"{tuple(pair.masks.values[0].shape)} ran, of which the last alone would count. Let a module of its "
+                "own draw the masks of a frame, such as an nn.Softmax: masks='softmax:path.of.that_module'."
             )
         return pair
 
@@ -201,37 +161,54 @@ class Pick:
         if value is None:
             raise HostError(
                 f"Expected a tensor at '{self.place.text}', but got an output of type {describe(output)}. Pick an "
-                f"entry with '{self.place.path}:key', or take the input of a softmax inside the module with "
-                f"'softmax:{self.place.path}'."
+                f"entry with '{self.place.path}:key', or take a softmax inside with 'softmax:{self.place.path}'."
             )
         return value
 
 
+def watch_place(capture: Capture, key: str, module: nn.Module, place: Place, step: bool) -> None:
+    """Records what a module gives at a place, or the softmaxes inside it, or in the whole ``step``."""
+    if place.softmax:
+        capture.tap(key, module, place.axis, step)
+    else:
+        capture.watch(key, module, Pick(place))
+
+
+def pair_sides(attention: str, first: list[Seen], masks: str, second: list[Seen]) -> Pair:
+    """Finds the pair among what was seen at two places, or raises ShapeError."""
+    pair = find_pair(first, second)
+    if pair is None:
+        gave = [
+            f"'{name}' gave {'; '.join(one.describe() for one in side) or 'no such map'}"
+            for name, side in ((attention, first), (masks, second))
+        ]
+        raise ShapeError(
+            "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
+            f"{' and '.join(gave)}. Name modules that run once per frame or once per step, around the iterations of "
+            "slot attention."
+        )
+    return pair
+
+
 def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
-    if not values:
-        raise HostError(f"Expected '{place.text}' to run inside the training step, but it did not.")
-    shapes = sorted({tuple(value.shape) for value in values})
-    if len(shapes) != 1:
-        raise HostError(f"Expected '{place.text}' to give one shape for all frames, but got {shapes}.")
+    check_frames(values, place.text)
     ndim = values[0].ndim
-    if ndim == 3:
-        return [Seen(values, 1, kind, place.text, heads=False)]
-    if ndim in (4, 5) and len(values) == 1:
-        return [Seen(values, 2, kind, place.text, heads=False)]
+    if ndim == 3 or (ndim in (4, 5) and len(values) == 1):
+        return [Seen(values, 1 if ndim == 3 else 2, kind, place.text, heads=False)]
     raise HostError(
         f"Expected '{place.text}' to give (B, S, N) once per frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
-        f"{shapes[0]} in {len(values)} call(s). Where a softmax over the slots is inside of it, use "
-        f"'softmax:{place.path}'; else write a small HostAdapter that reshapes it."
+        f"{tuple(values[0].shape)} in {len(values)} call(s). Where a softmax over the slots is inside of it, use "
+        f"'softmax:{place.path}'."
     )
 
 
 def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
     if not any(calls):
         raise HostError(
-            f"Expected a softmax to run inside '{place.path}' in the training step, but none did. The map may be "
-            "normalised without a softmax, or in another module: `ssync-pl doctor` lists what it finds."
+            f"Expected a softmax to run inside '{place.path}' in the training step, but none did. The map may be in "
+            "another module, or normalised without a softmax: `ssync-pl doctor` lists what it finds."
         )
-    found = common_softmaxes(calls, place)
+    found = common_softmaxes(calls, place.text)
     if not found:
         shapes = sorted({shape for call in calls for shape, _ in call})
         raise HostError(
@@ -240,17 +217,13 @@ def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
     return found
 
 
-def common_softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
+def common_softmaxes(calls: list[Softmaxes], name: str) -> list[Seen]:
     """The softmaxes of one shape and axis that ran in every call of a module that heard any, in their last order."""
     calls = [call for call in calls if call]
     common = [key for key in calls[-1] if all(key in call for call in calls)] if calls else []
     return [
         Seen(
-            [call[key].logits for call in calls],
-            key[1],
-            "logits",
-            place.text,
-            inside=max(call[key].times for call in calls),
+            [call[key].logits for call in calls], key[1], "logits", name, inside=max(call[key].times for call in calls)
         )
         for key in common
     ]

@@ -15,8 +15,6 @@ from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["RandSFQAdapter"]
-
 
 @register_adapter
 class RandSFQAdapter(SlotModelAdapter):

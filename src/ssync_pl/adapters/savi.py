@@ -6,7 +6,7 @@ In all of them slot attention runs once per frame, and the decoder draws all fra
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,12 @@ from typing_extensions import override
 
 from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, Projection, check_close, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
-
-__all__ = ["Genera1zSaviAdapter", "JunkeunYiSaviAdapter", "SaviAdapter", "SlotFormerAdapter", "SoldAdapter"]
 
 
 @register_adapter
@@ -107,7 +105,7 @@ class SlotFormerAdapter(SlotModelAdapter):
         masks = capture.last("output")
         if masks is not None and masks.ndim == 6:
             probs = capture.only("decoder").logits.detach().double().reshape(masks.shape).softmax(2)
-            check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
+            calls.check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
 
 
 @register_adapter
@@ -148,7 +146,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
         alpha, colours = (part.detach().float().unflatten(0, (-1, slots)) for part in parts)
         mine = (alpha.softmax(1)[:, :, None] * colours).sum(1).reshape(picture.shape)
         expected = "the sum of what the slots draw, weighted by the softmax over slots of the fourth channel"
-        check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
+        calls.check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
 
 
 @register_adapter
@@ -189,32 +187,25 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 f"Expected {type(host).__name__} to decode the corrected slots, but it has decode_corrected=False: "
                 "masks of predicted slots show the next frame, not the one that the attention sees. Set it to True."
             )
-        inner, own = host.corrector.inverted_attention.attn_fn, entry("1")
-        parts = ["corrector.inputs", "corrector.attn_fn"]
-        names = ("dense_q", "dense_k")
-        query, _ = calls.watch_projections(capture, "corrector", host.corrector, names, "dense_k", also=parts)
-        capture.watch_input(parts[0], inner, _query_and_key)
-        capture.watch(parts[1], inner, lambda module, args, output: own(module, output))
-        capture.watch("corrector", host.corrector, calls.PartsTaken(capture, [query, *parts], _per_head))
+        attention, own = "inverted_attention.attn_fn", entry("1")
+        take = lambda module, args, output: own(module, output)  # noqa: E731
+        parts = {attention: take, f"{attention} input": _query_and_key}
+        calls.watch_joined(capture, "corrector", host.corrector, _per_head, parts)
         masks = entry("alpha_mask", squeeze=-1)
         watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
 
 
-class _QueryKey(NamedTuple):
-    query: Tensor
-    key: Tensor
-
-
-def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _QueryKey:
+def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Projection, Projection]:
     given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
-    return _QueryKey(given["query"], given["key"])
+    return take_projection(module, args, given["query"]), take_projection(module, args, given["key"])
 
 
-def _per_head(module: nn.Module, output: Any, projected: Projection, given: _QueryKey, own: Tensor) -> MapCall:
-    with projected.precision():
-        scaled = given.query / (given.query.shape[-1] ** 0.5)
-        logits = torch.matmul(scaled.permute(0, 2, 1, 3), given.key.permute(0, 2, 3, 1))
-    return MapCall(*calls.in_shape_of(logits, own, module), axis=2)
+def _per_head(module: nn.Module, output: Any, part: Part) -> MapCall:
+    query, key = part("inverted_attention.attn_fn input")
+    with query.precision():
+        scaled = query.value / (query.value.shape[-1] ** 0.5)
+        logits = torch.matmul(scaled.permute(0, 2, 1, 3), key.value.permute(0, 2, 3, 1))
+    return MapCall(*calls.in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
 
 
 def _last_channel(output: Tensor) -> Tensor:

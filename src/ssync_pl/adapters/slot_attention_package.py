@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ssync_pl.adapters.base import HostAdapter, register_adapter
-from ssync_pl.adapters.calls import MapCall, check_update, token_weights, watch_attention
+from ssync_pl.adapters.base import register_adapter
+from ssync_pl.adapters.calls import MapCall, token_weights, watch_attention
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
-from ssync_pl.adapters.grids import Grid, check_grid, frame_size
-from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.adapters.paths import Pick, common_softmaxes, parse_place
+from ssync_pl.adapters.grids import Grid, check_frames
+from ssync_pl.adapters.paths import parse_place, watch_place
+from ssync_pl.adapters.slot_model import GridAdapter
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.method.maps import SSyncMaps
-
-__all__ = ["SlotAttentionPackageAdapter"]
 
 
 @register_adapter
-class SlotAttentionPackageAdapter(HostAdapter):
+class SlotAttentionPackageAdapter(GridAdapter):
     """Models around one ``SlotAttention`` or ``MultiHeadSlotAttention`` of the package, with any decoder.
 
     The package returns slots and no map. Logits are computed again from its last query and its keys; several heads,
@@ -36,9 +34,8 @@ class SlotAttentionPackageAdapter(HostAdapter):
 
     Args:
         attention: Dotted path of the module; None finds it, where there is exactly one.
-        masks: Where the decoder's masks are: ``"path"`` or ``"path:key"`` for a module's output, ``"softmax:path"`` for
-            what a module feeds to a softmax over slots; ``"softmax:."`` listens to the whole training step. The map is
-            ``(B, S, N)``, ``(B, S, H, W)`` or ``(B, S, 1, H, W)``, with B or B · T in front.
+        masks: Place of the decoder's masks, as for `PathAdapter`: ``(B, S, N)``, ``(B, S, H, W)`` or
+            ``(B, S, 1, H, W)``, with B or B · T in front.
         alpha_axis: Axis of a module's output on which the last entry is the logit of the mask, beside the colours: 1
             for ``(B * S, 4, H, W)``, -1 for ``(B * S, H, W, 4)``. None: the output is the map itself, as
             probabilities.
@@ -52,6 +49,8 @@ class SlotAttentionPackageAdapter(HostAdapter):
     """
 
     name: ClassVar[str] = "slot-attention"
+    decoder_calls = "frames"
+    frames_are_clips = True
 
     def __init__(
         self,
@@ -60,138 +59,107 @@ class SlotAttentionPackageAdapter(HostAdapter):
         alpha_axis: int | None = None,
         grid: Grid | None = None,
     ) -> None:
+        super().__init__(grid)
+        self.path = attention
         self.masks = parse_place(masks)
+        self.alpha_axis = alpha_axis
         if alpha_axis is not None and self.masks.softmax:
             raise ConfigError(
-                f"Expected `alpha_axis` only with the output of a module, but got masks={masks!r}, whose softmax is "
-                "over the map itself. Name the decoder: masks='path'."
+                f"Expected `alpha_axis` only with the output of a module, but got masks={masks!r}. Name the decoder: "
+                "masks='path'."
             )
-        self.attention = attention
-        self.alpha_axis = alpha_axis
-        self.grid = check_grid(grid)
 
     @override
     def match(self, host: nn.Module) -> bool:
-        try:
-            self._attention(host)
-        except HostError:
-            return False
-        return has_modules(host, self.masks.path)
+        return len(self._found(host)) == 1 and has_modules(host, self.masks.path)
+
+    def _found(self, host: nn.Module) -> list[nn.Module]:
+        named = {path: module for path, module in host.named_modules(remove_duplicate=False) if path}
+        places = named if self.path is None else [path for path in (self.path,) if path in named]
+        return [*dict.fromkeys(named[path] for path in places if _is_package(named[path]))]
 
     @override
-    def attach(self, host: nn.Module) -> Capture:
-        module = self._attention(host)
-        _refuse_reordered(host, module)
-        capture = Capture()
-        heads = _heads(module)
-        watch_attention(
-            capture,
-            "attention",
-            module,
-            _per_head_product,
-            ("to_q", "to_k", "to_v"),
-            weigh=lambda module, logits: token_weights(logits, module.eps),
-            # With several heads, the update passes through a projection before it reaches the cell.
-            cell="combine_heads" if heads else "gru",
-            axis=2 if heads else 1,
+    def needs(self) -> str:
+        return (
+            f"one module of the `slot-attention` package at {self.path or 'some path'} and a module at "
+            f"'{self.masks.path}', as SlotAttentionPackageAdapter(attention='path', masks='path') names them"
         )
+
+    @override
+    def listen(self, host: Any, capture: Capture) -> None:
+        (module,) = self._found(host)
+        if _parent(host, module, "slot_attention", "vq") is not None:
+            raise HostError(
+                "Expected the decoder's slots to be those of the slot attention, but MetaSlotAttention averages slots "
+                "of one code and packs the rest to the front. Leave it out, or name maps over its own slots: "
+                "attention=... and masks=..."
+            )
+        # With several heads, the update passes through a projection before it reaches the cell.
+        cell, axis = ("combine_heads", 2) if _heads(module) else ("gru", 1)
+        names = ("to_q", "to_k", "to_v")
+        watch_attention(capture, "attention", module, _per_head_product, names, weigh=_weigh, cell=cell, axis=axis)
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
-            capture.watch("kept", wrapper, lambda module, args, output: output[1].detach())
+            capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
         decoder = submodule(host, self.masks.path)
+        watch_place(capture, "masks", decoder, self.masks, step=decoder is host)
         if self.masks.softmax:
-            tap = capture.tap_step if self.masks.path == "." else capture.tap
-            tap("masks", decoder, axis=self.masks.axis)
             capture.tap("own softmax", module)
-        else:
-            capture.watch("masks", decoder, Pick(self.masks))
-        return capture
 
     @override
-    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
+    def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
         calls: list[MapCall] = capture["attention"]
         logits = [call.logits for call in calls if call.logits is not None]
-        shapes = sorted({tuple(value.shape) for value in logits})
-        if len(shapes) != 1:
-            raise HostError(f"Expected one number of frames and slots in all calls of a step, but got {shapes}.")
-        attention = Seen(logits, calls[0].axis, "logits", "attention", heads=logits[0].ndim == 4)
-        pair = find_pair([attention], self._masks(capture, attention))
-        if pair is None:
-            raise HostError(
-                f"Expected '{self.masks.text}' to give masks over the slots of attention maps {shapes[0]} in "
-                f"{len(calls)} call(s), but it gave {self._seen(capture)}. Name the decoder, which has to run as often "
-                "as the slot attention: SlotAttentionPackageAdapter(masks='path:key')."
-            )
-        _refuse_unknown_order(pair)
-        maps = join_maps(pair, self.grid, frame_size(batch))
-        batch_size, frames, slots, patches = maps.shape
-        valid = patch_valid = None
+        check_frames(logits, "attention")
         if "kept" in capture:
-            valid = torch.stack(capture["kept"], dim=1).reshape(batch_size * frames, slots) > 0.5
-            patch_valid = valid.any(1)[:, None, None].expand(-1, 1, patches)
-        return SSyncMaps(
-            attention_logits=_frames(maps.attention_logits),
-            attention_probs=_among(_frames(maps.attention_probs), valid),
-            mask_logits=_frames(maps.mask_logits),
-            mask_probs=_among(_frames(maps.mask_probs), valid),
-            grid=maps.grid,
-            slot_valid=valid,
-            patch_valid=patch_valid,
-        )
+            calls = [call._replace(valid=kept) for call, kept in zip(calls, capture["kept"], strict=True)]
+        candidates, slots = self._candidates(capture), logits[0].shape[-2]
+        images = len(calls) * len(logits[0]) // max(len(candidates), 1)
+        maps = [[_as_map(value, axis, images, slots) for value, axis in reversed(one)] for one in candidates]
+        drawn = [found for one in maps for found in [found for found in one if found is not None][:1]]
+        if not drawn or len(drawn) != len(candidates):
+            seen = sorted({tuple(value.shape) for one in candidates for value, _ in one})
+            raise HostError(
+                f"Expected '{self.masks.text}' to give masks over the slots of attention maps {tuple(logits[0].shape)} "
+                f"in {len(calls)} call(s), but it gave {seen}. Name the decoder, which has to run as "
+                "often as the slot attention: SlotAttentionPackageAdapter(masks='path:key')."
+            )
+        if len(calls) > 1 and len(drawn) == 1 and drawn[0].axis == 1:
+            raise HostError(
+                f"Expected to know which frame is which, but the slot attention ran {len(calls)} times and the decoder "
+                "once, on frames folded into its batch. Call the slot attention once on the folded frames, or the "
+                "decoder once per frame."
+            )
+        if self.alpha_axis is None and not self.masks.softmax:
+            drawn = [MapCall(None, own=call.logits, axis=call.axis) for call in drawn]
+        return calls, drawn
 
-    @override
-    def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        for call in capture["attention"]:
-            check_update(call, "the slot attention")
-
-    def _attention(self, host: nn.Module) -> nn.Module:
-        if self.attention is not None:
-            module = submodule(host, self.attention)
-            if not _is_package(module):
-                raise HostError(
-                    f"Expected a SlotAttention or MultiHeadSlotAttention of the `slot-attention` package at "
-                    f"'{self.attention}', but got {type(module).__name__}. Use "
-                    "SSyncCallback(attention=..., masks=...) for modules of your own."
-                )
-            return module
-        found = [(path, module) for path, module in host.named_modules() if path and _is_package(module)]
-        if len(found) == 1:
-            return found[0][1]
-        places = ", ".join(f"'{path}'" for path, _ in found) or "none"
-        raise HostError(
-            f"Expected one module of the `slot-attention` package inside {type(host).__name__}, but got {places}. "
-            "Name it: SlotAttentionPackageAdapter(attention='path')."
-        )
-
-    def _masks(self, capture: Capture, attention: Seen) -> list[Seen]:
-        first, count = attention.values[0], len(attention.values)
-        frames, slots = first.shape[0], first.shape[attention.axis]
+    def _candidates(self, capture: Capture) -> list[list[tuple[Tensor, int]]]:
+        """What each call of the decoder gave, with the axes on which its slots may be."""
         if self.masks.softmax:
             # The package's own softmax is heard as well; the same tensor cannot be both maps.
-            own = {id(call.logits) for calls in capture["own softmax"] for call in calls.values()}
-            heard = [
-                {key: call for key, call in calls.items() if key[0][key[1]] == slots and id(call.logits) not in own}
-                for calls in capture["masks"]
+            own = {id(call.logits) for softmaxes in capture["own softmax"] for call in softmaxes.values()}
+            return [
+                [(call.logits, axis) for (_, axis), call in softmaxes.items() if id(call.logits) not in own]
+                for softmaxes in capture["masks"]
+                if softmaxes
             ]
-            return [seen._replace(heads=False) for seen in common_softmaxes(heard, self.masks)]
         values: list[Tensor] = capture["masks"]
         if self.alpha_axis is not None:
-            values = [_last_entry(value, self.alpha_axis, self.masks.text) for value in values]
-        for folded in (frames * slots, frames * slots * count):
-            if all(value.shape[0] == folded for value in values):
-                values = [value.unflatten(0, (-1, slots)) for value in values]
-                break
-        if len({value.shape for value in values}) != 1:
-            return []
-        axes = [axis for axis in (1, 2) if axis < values[0].ndim - 1 and values[0].shape[axis] == slots]
-        kind: MapKind = "probs" if self.alpha_axis is None else "logits"
-        return [Seen(values, axis, kind, self.masks.text, heads=False) for axis in axes]
+            if not all(-value.ndim <= self.alpha_axis < value.ndim for value in values):
+                raise HostError(f"Expected '{self.masks.text}' to have an axis {self.alpha_axis}, but it has none.")
+            values = [value.select(self.alpha_axis, -1) for value in values]
+        return [[(value, axis) for axis in range(min(value.ndim, 3))] for value in values]
 
-    def _seen(self, capture: Capture) -> str:
-        if self.masks.softmax:
-            shapes = [f"{shape} over axis {axis}" for calls in capture["masks"] for shape, axis in calls]
-            return f"softmaxes of {', '.join(sorted(set(shapes)))}" if shapes else "no softmax"
-        return f"{sorted({tuple(value.shape) for value in capture['masks']})}"
+
+def _as_map(value: Tensor, axis: int, images: int, slots: int) -> MapCall | None:
+    """Masks of all images as ``(images, S, ...)`` or ``(B, T, S, ...)``, where their slots are on this axis."""
+    if axis == 0 and len(value) == images * slots:
+        value, axis = value.unflatten(0, (images, slots)), 1
+    if axis == 0 or math.prod(value.shape[:axis]) != images or value.shape[axis] != slots:
+        return None
+    patches = [size for size in value.shape[axis + 1 :] if size != 1]
+    return MapCall(value.reshape(*value.shape[: axis + 1], *patches), axis=axis) if len(patches) in (1, 2) else None
 
 
 def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -199,47 +167,13 @@ def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return torch.einsum("...sd,...nd->...sn", split(query), split(key)) * module.scale
 
 
-def _frames(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.flatten(0, 1).unsqueeze(1)
-
-
-def _among(probs: Tensor | None, slot_valid: Tensor | None) -> Tensor | None:
-    if probs is None or slot_valid is None:
-        return probs
-    probs = probs.masked_fill(~slot_valid[:, None, :, None], 0.0)
-    return probs / probs.sum(2, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
-
-
-def _refuse_unknown_order(pair: Pair) -> None:
-    calls = len(pair.attention.values)
-    if calls > 1 and len(pair.masks.values) == 1 and pair.masks_layout.frames is None:
-        raise HostError(
-            f"Expected to know which frame is which, but the slot attention ran {calls} times and the decoder once, on "
-            "frames folded into its batch, videos first or frames first. Call the slot attention once on the folded "
-            "frames, or the decoder once per frame."
-        )
-
-
-def _last_entry(value: Tensor, axis: int, text: str) -> Tensor:
-    if not -value.ndim <= axis < value.ndim:
-        raise HostError(f"Expected '{text}' to have an axis {axis}, but got {tuple(value.shape)}.")
-    return value.select(axis, -1)
-
-
-def _refuse_reordered(host: nn.Module, module: nn.Module) -> None:
-    if _parent(host, module, "slot_attention", "vq") is not None:
-        raise HostError(
-            "Expected the decoder's slots to be those of the slot attention, but a MetaSlotAttention averages slots of "
-            "one code and packs the rest to the front, so that no slot keeps its place. Leave it out, or give the "
-            "attention of its own slots out of your model: SSyncCallback(attention=..., masks=...)."
-        )
+def _weigh(module: Any, logits: Tensor) -> Tensor:
+    return token_weights(logits, module.eps)
 
 
 def _parent(host: nn.Module, module: nn.Module, place: str, other: str) -> nn.Module | None:
-    for parent in host.modules():
-        if getattr(parent, place, None) is module and has_modules(parent, other):
-            return parent
-    return None
+    parents = (one for one in host.modules() if getattr(one, place, None) is module and has_modules(one, other))
+    return next(parents, None)
 
 
 def _heads(module: nn.Module) -> bool:
@@ -248,6 +182,5 @@ def _heads(module: nn.Module) -> bool:
 
 def _is_package(module: nn.Module) -> bool:
     children = ("to_q", "to_k", "to_v", "gru", "norm_input", "norm_slots", *(("combine_heads",) * _heads(module)))
-    return has_modules(module, *children) and all(
-        hasattr(module, name) for name in ("slots_mu", "slots_logsigma", "scale", "eps")
-    )
+    attributes = ("slots_mu", "slots_logsigma", "scale", "eps")
+    return has_modules(module, *children) and all(hasattr(module, name) for name in attributes)

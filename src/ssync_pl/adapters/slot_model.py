@@ -19,8 +19,6 @@ from ssync_pl.adapters.heads import SlotMap, separate_heads
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["GridAdapter", "SlotModelAdapter"]
-
 
 class SlotModelAdapter(HostAdapter):
     """Adapter by a short spec: which modules a family has, and in `listen` how their logits come about.
@@ -34,14 +32,16 @@ class SlotModelAdapter(HostAdapter):
     """Dotted paths by which a host of the family is recognised, with spaces between them."""
     attributes: ClassVar[str] = ""
     """The same for what else it has, such as ``"corrector.scale"``."""
-    attention: ClassVar[str]
+    attention: ClassVar[str] = "attention"
     """Key of the slot attention's calls; where the family has one path, that path."""
-    decoder: ClassVar[str]
+    decoder: ClassVar[str] = "decoder"
     """Key of the decoder's calls."""
     features: ClassVar[str | None] = None
     """Path of the module whose output tells the grid of the patches; None takes it from the size of the frames."""
     decoder_calls: ClassVar[Literal["one", "frames", "first"]] = "one"
     """One call per step; or also one per frame; or the first counts, where others draw other slots."""
+    frames_are_clips: ClassVar[bool] = False
+    """Whether slots have no identity in time, so that each frame is a clip of its own."""
     grid: Grid | None = None
 
     @override
@@ -84,61 +84,79 @@ class SlotModelAdapter(HostAdapter):
             raise HostError(f"Expected {kind} to return a feature map (B * T, C, H, W), but got {describe(output)}.")
         return int(output.shape[-2]), int(output.shape[-1])
 
+    def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
+        """Calls of the slot attention and of the decoder."""
+        return capture[self.attention], capture[self.decoder]
+
     @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
-        calls: list[MapCall] = capture[self.attention]
+        calls, drawn = self.calls(capture)
         logits = stack_frames([call.logits for call in calls if call.logits is not None], self.attention)
-        attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
         shape = (*logits.shape[:2], *logits.shape[-2:])
-        masks = self._masks(capture, shape)
+        masks, probs = self._masks(drawn, shape), drawn[0].logits is None
+        present = [call.valid for call in calls if call.valid is not None]
+        valid = torch.stack(present, 1) if present else None
+        if self.frames_are_clips:
+            logits, masks = (value.flatten(0, 1).unsqueeze(1) for value in (logits, masks))
+            valid = None if valid is None else valid.flatten(0, 1).unsqueeze(1)
         grid = self._grid(capture, batch, shape[3], masks)
         size = _rows_and_columns(masks) or (grid if masks.shape[3] == shape[3] else finer_grid(grid, masks.shape[3]))
-        present = [call.valid for call in calls if call.valid is not None]
-        valid = torch.stack(present).all(0) if present else None
-        if valid is not None and size != grid:
-            # Blocks are averaged as probabilities: absent slots must have none, unless no slot is left.
-            absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
-            attention = attention._replace(logits=logits.masked_fill(absent, float("-inf")))
-            masks = masks.masked_fill(absent if masks.ndim == 4 else absent[..., None], float("-inf"))
-        masks = masks.flatten(3)
-        side = SlotMap(None, masks) if capture[self.decoder][0].logits is None else SlotMap(masks)
-        # Where no slot is left there is nothing to learn from, and a softmax over nothing is NaN.
-        some = None if valid is None else valid.any(1, keepdim=True).expand(shape[:2])
-        return join_sides(attention, grid, side, size, valid, some)
+        masks, some = masks.flatten(3), None
+        if valid is not None:
+            valid = valid.all(1)
+            # Where no slot is left there is nothing to learn from, and a softmax over nothing is NaN.
+            some = valid.any(1, keepdim=True).expand(logits.shape[:2])
+            if size != grid:
+                # Blocks are averaged as probabilities: absent slots must have none, unless no slot is left.
+                absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
+                logits = logits.masked_fill(absent, float("-inf"))
+                masks = masks.masked_fill(absent, 0.0 if probs else float("-inf"))
+                masks = masks / masks.sum(2, keepdim=True) if probs else masks
+        attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
+        return join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
 
     @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        for key in (self.attention, self.decoder):
-            for call in capture[key]:
+        for key, calls in zip((self.attention, self.decoder), self.calls(capture), strict=True):
+            what, expected = f"masks that '{key}' returns", "the softmax over slots of its logits"
+            for call in calls:
                 logits, own, tolerance = self.comparable(call, maps)
                 if logits is not None and own is not None:
                     mine = logits.detach().double().softmax(call.axis)
-                    check_close(mine, own, f"masks that '{key}' returns", "the softmax over slots of its logits",
-                                tolerance=tolerance)  # fmt: skip
+                    check_close(mine, own, what, expected, tolerance=tolerance)
                 check_update(call, f"'{key}'")
 
     def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
         """Logits of a call and the host's softmax of them, where these agree, and how far they may differ at least."""
         return call.logits, call.own, 0.0
 
-    def _masks(self, capture: Capture, shape: tuple[int, ...]) -> Tensor:
-        calls: list[MapCall] = capture[self.decoder]
-        if self.decoder_calls == "one":
-            capture.only(self.decoder)
+    def _masks(self, calls: list[MapCall], shape: tuple[int, ...]) -> Tensor:
+        """The decoder's map as ``(B, T, S, N)`` or ``(B, T, S, h, w)``."""
+        if self.decoder_calls == "one" and len(calls) != 1:
+            raise HostError(
+                f"Expected '{self.decoder}' to run once inside the training step, but it ran {len(calls)} times."
+            )
         values = [call.own if call.logits is None else call.logits for call in calls]
         stacked = self.decoder_calls == "frames" and len(values) > 1
         value = stack_frames(values, self.decoder) if stacked else values[0]  # type: ignore[arg-type]
         assert value is not None
-        return _unfold(value, calls[0].axis + stacked, shape, self.decoder)
+        axis = calls[0].axis + stacked
+        rows = math.prod(value.shape[: axis + 1])
+        if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
+            raise HostError(
+                f"Expected '{self.decoder}' to draw the {' x '.join(map(str, shape[:3]))} slots (B, T, S) that the "
+                f"slot attention saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}. Either may run "
+                "more than once per frame: write a HostAdapter that picks the calls."
+            )
+        return value.reshape(*shape[:3], *value.shape[axis + 1 :])
 
     def _grid(self, capture: Capture, batch: Any, patches: int, masks: Tensor) -> Grid:
         if self.features is not None:
             return capture[self.features][0]
-        stated = capture.facts.get("grid")
-        if stated is not None and stated[0] * stated[1] != patches:
-            stated = None
-        frame = frame_size(batch) or _rows_and_columns(masks)
-        return resolve_grid(patches, self.grid or stated, capture.facts.get("patch_size"), frame)
+        drawn = _rows_and_columns(masks)
+        fits = (size for size in (capture.facts.get("grid"), drawn) if size is not None and math.prod(size) == patches)
+        frame = frame_size(batch) or drawn
+        return resolve_grid(patches, self.grid or next(fits, None), capture.facts.get("patch_size"), frame)
 
 
 class GridAdapter(SlotModelAdapter):
@@ -151,18 +169,6 @@ class GridAdapter(SlotModelAdapter):
 
     def __init__(self, grid: Grid | None = None) -> None:
         self.grid = check_grid(grid)
-
-
-def _unfold(value: Tensor, axis: int, shape: tuple[int, ...], name: str) -> Tensor:
-    """A decoder's map as ``(B, T, S, N)`` or ``(B, T, S, h, w)``."""
-    rows = math.prod(value.shape[: axis + 1])
-    if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
-        raise HostError(
-            f"Expected '{name}' to draw the {' x '.join(map(str, shape[:3]))} slots (B, T, S) that the slot attention "
-            f"saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}. Either may run more than once per "
-            "frame: write a HostAdapter that picks the calls."
-        )
-    return value.reshape(*shape[:3], *value.shape[axis + 1 :])
 
 
 def _rows_and_columns(masks: Tensor) -> Grid | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,16 +10,30 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
-from ssync_pl.adapters.calls import Projection, check_close, take_projection, token_weights
+from ssync_pl.adapters.calls import Part, check_close, take_projection, token_weights, watch_joined
 from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules, output_entry
 from ssync_pl.errors import HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
 
-__all__ = ["SolvAdapter", "merge_member_logits", "scatter_tokens"]
-
 # Of the public code: added to the attention before it is normalised over tokens.
 _EPSILON = 1e-8
+
+
+class _Bound(NamedTuple):
+    """The binder's logits and token-normalised attention ``(B, T, S, N')``, and the tokens' places ``(B, T, N')``."""
+
+    logits: Tensor
+    attention: Tensor
+    indices: Tensor | None
+
+
+class _Merged(NamedTuple):
+    """What went into the merger and came out, ``(B, T, S, D)``, and the members ``(B, T, S, S)``."""
+
+    given: Tensor
+    slots: Tensor
+    members: Tensor
 
 
 @register_adapter
@@ -53,7 +66,11 @@ class SolvAdapter(HostAdapter):
         capture = Capture()
         if _is_packaged(host):
             capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
-            capture.watch("binder", host.spatial_binder, _packaged_bound)
+            capture.watch(
+                "binder",
+                host.spatial_binder,
+                lambda module, args, out: _Bound(out.logits, out.attention, args[1] if len(args) > 1 else None),
+            )
             capture.watch("merger", host.merger, lambda module, args, out: _Merged(args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
             return capture
@@ -64,16 +81,13 @@ class SolvAdapter(HostAdapter):
             )
         binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        # `f` makes keys, then values, in each iteration; the loop of the binder makes many.
-        capture.watch("Q", binder.Q, partial(_latest, capture, "Q", 1))
-        capture.watch("f", binder.f, partial(_latest, capture, "f", 2))
-        capture.watch("binder", binder, partial(_bound_centre, capture))
+        indices = lambda module, args, kwargs: args[1]  # noqa: E731
+        parts = {"Q": take_projection, "f": take_projection, ". input": indices}
+        watch_joined(capture, "binder", binder, _bound_centre, parts)
         if getattr(host, "merge_slots", False):
-            capture.watch_input("random state", host.merge, lambda module, args, kwargs: random.getstate())
-            capture.watch("merger", host.merge, partial(_merged, capture))
-        capture.watch(
-            "decoder", host.dec, lambda module, args, output: output[..., -1].unflatten(0, (-1, slots))[:, None]
-        )
+            before = {". input": lambda module, args, kwargs: (args[0], random.getstate())}
+            watch_joined(capture, "merger", host.merge, _merged, before)
+        capture.watch("decoder", host.dec, lambda module, args, out: out[..., -1].unflatten(0, (-1, slots))[:, None])
         capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
 
@@ -82,7 +96,8 @@ class SolvAdapter(HostAdapter):
         bound: _Bound = capture.only("binder")
         masks = torch.cat(capture["decoder"], dim=1) if capture["decoder"] else torch.empty(0)
         if masks.ndim == 4 and masks.shape[1] == 1:
-            bound = bound.centre()
+            centre = bound.logits.shape[1] // 2
+            bound = _Bound(*(None if value is None else value[:, centre, None] for value in bound))  # type: ignore[arg-type]
         grid = capture.facts["grid"]
         videos, frames, slots, _ = bound.logits.shape
         patches = grid[0] * grid[1]
@@ -98,13 +113,8 @@ class SolvAdapter(HostAdapter):
         if frames > 1:
             attention, drawn = _probabilities(logits, valid), _probabilities(masks, valid)
             return SSyncMaps(attention_probs=attention, mask_probs=drawn, grid=grid, patch_valid=patch_valid)
-        return SSyncMaps(
-            attention_logits=logits,
-            mask_logits=masks,
-            grid=grid,
-            slot_valid=None if valid is None else valid[:, 0],
-            patch_valid=patch_valid,
-        )
+        slot_valid = None if valid is None else valid[:, 0]
+        return SSyncMaps(logits, masks, grid=grid, slot_valid=slot_valid, patch_valid=patch_valid)
 
     @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
@@ -124,15 +134,10 @@ class SolvAdapter(HostAdapter):
 
 
 def merge_member_logits(logits: Tensor, members: Tensor) -> Tensor:
-    """Gives the attention logits of slots that stand for several.
+    """Gives the attention logits ``(B, T, S, N)`` of slots that stand for several.
 
-    Args:
-        logits: ``(B, T, S, N)``.
-        members: ``(B, T, S, S)`` bool; ``[..., i, j]`` where slot j went into merged slot i.
-
-    Returns:
-        ``(B, T, S, N)``: the softmax over merged slots sums the members' probabilities. A slot with one member keeps
-        its logits to the bit; one without is 0, with no gradient.
+    Where ``members[..., i, j]``, ``(B, T, S, S)`` bool, slot j went into merged slot i, whose softmax over slots sums
+    the members' probabilities. A slot with one member keeps its logits to the bit; one without is 0, with no gradient.
     """
     logits = logits.to(compute_dtype(logits.dtype))
     empty = ~members.any(3, keepdim=True)
@@ -157,55 +162,23 @@ def scatter_tokens(logits: Tensor, indices: Tensor | None, patches: int) -> tupl
     return spread, valid.scatter(2, indices, True)
 
 
-class _Bound(NamedTuple):
-    """The binder's logits and token-normalised attention ``(B, T, S, N')``, and the tokens' places ``(B, T, N')``."""
-
-    logits: Tensor
-    attention: Tensor
-    indices: Tensor | None
-
-    def centre(self) -> _Bound:
-        at = slice(self.logits.shape[1] // 2, self.logits.shape[1] // 2 + 1)
-        return _Bound(self.logits[:, at], self.attention[:, at], None if self.indices is None else self.indices[:, at])
-
-
-class _Merged(NamedTuple):
-    """What went into the merger and came out, ``(B, T, S, D)``, and the members ``(B, T, S, S)``."""
-
-    given: Tensor
-    slots: Tensor
-    members: Tensor
-
-
-def _latest(
-    capture: Capture, key: str, count: int, module: nn.Module, args: tuple[Any, ...], output: Any
-) -> Projection:
-    del capture[key][: -count + 1 or None]
-    return take_projection(module, args, output)
-
-
-def _bound_centre(capture: Capture, module: Any, args: tuple[Any, ...], output: Any) -> _Bound:
+def _bound_centre(module: Any, output: Any, part: Part) -> _Bound:
     """Logits of the frames in the centre of their windows, computed as the binder computes those of all frames."""
-    if not capture["Q"] or len(capture["f"]) < 2:
-        name = type(module).__name__
-        raise HostError(f"Expected {name} to call `Q` once and `f` twice in each iteration, but it did not.")
-    query, key = capture["Q"][-1], capture["f"][-2]
+    query, key = part("Q"), part("f", 2)  # `f` makes keys, then values, in each iteration
     with query.precision():
         logits = torch.einsum("bsdi,bsjd->bsj", query.value.unsqueeze(-1), key.value)
         logits = logits * module.scale
-    for name in ("Q", "f"):
-        capture[name][:] = [True]  # lets go of the graph; the key still counts as heard
     radius = int(module.N_frame)
-    logits, indices = (value.unflatten(0, (-1, 2 * radius + 1))[:, radius, None] for value in (logits, args[1]))
+    logits, indices = (value.unflatten(0, (-1, 2 * radius + 1))[:, radius, None] for value in (logits, part(". input")))
     return _Bound(logits, output[1].unsqueeze(1), indices)
 
 
-def _merged(capture: Capture, module: nn.Module, args: tuple[Any, ...], output: Any) -> _Merged:
+def _merged(module: nn.Module, output: Any, part: Part) -> _Merged:
     """Which slots the merger put together; it returns their means only."""
-    given, slots = args[0], output[0]
+    (given, state), slots = part(". input"), output[0]
     members = _members_by_gradient(given, slots)
     if members is None:
-        members = _members_by_repetition(module, given, capture["random state"][-1])
+        members = _members_by_repetition(module, given, state)
     return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
 
 
@@ -238,18 +211,14 @@ def _members_by_repetition(module: Any, given: Tensor, state: Any) -> Tensor:
     return (share > 0.5 / count) & valid.unsqueeze(2)
 
 
-def _packaged_bound(module: nn.Module, args: tuple[Any, ...], output: Any) -> _Bound:
-    return _Bound(output.logits, output.attention, args[1] if len(args) > 1 else None)
-
-
 def _is_packaged(host: nn.Module) -> bool:
     return any(cls.__name__ == "SOLV" and cls.__module__.startswith("ssync_pl.hosts") for cls in type(host).__mro__)
 
 
 def _is_public(host: nn.Module) -> bool:
-    if not has_modules(host, "s_bind.Q", "s_bind.f", "dec"):
-        return False
-    if getattr(host, "merge_slots", False) and not has_modules(host, "merge"):
+    if not has_modules(
+        host, "s_bind.Q", "s_bind.f", "dec", *(["merge"] if getattr(host, "merge_slots", False) else [])
+    ):
         return False
     return all(hasattr(host.s_bind, name) for name in ("scale", "num_slots", "res_h", "res_w", "N_frame"))
 

@@ -15,8 +15,6 @@ from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
 
-__all__ = ["VideosaurAdapter"]
-
 _CORRECTORS = ("processor.module.corrector", "processor.corrector")
 _DECODERS = ("decoder.module", "decoder")
 _OWN_LOSSES = ("loss_grp2deccls", "loss_dec2grpcls")
@@ -58,7 +56,7 @@ class VideosaurAdapter(GridAdapter):
         capture.facts["grid"] = _stated_grid(host)
         watch_attention(capture, "corrector", corrector, scaled_product, own=_MASKS, given="dots")
         if _projects(decoder):
-            watch_attention(capture, "decoder", decoder, _mixer_product, own=_MASKS, given="dots", once=True)
+            watch_attention(capture, "decoder", decoder, _mixer_product, own=_MASKS, given="dots")
         elif getattr(decoder, "returns_logits", False):
             # Such a decoder may compute its layers in an order of its own, without calling its `mlp`.
             capture.watch("decoder", decoder, _returned)

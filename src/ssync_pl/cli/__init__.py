@@ -93,7 +93,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if words[0] in _OTHER_VERBS:
         return _other_commands()[words[0]](words[1:])
     if words[0] in _TRAINER_VERBS or words[0].startswith("-"):
-        from ssync_pl.tools.trainer_cli import run_trainer
+        from ssync_pl.cli.trainer import run_trainer
 
         run_trainer(words, debug=debug)
         return 0

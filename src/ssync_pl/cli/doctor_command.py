@@ -108,7 +108,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> Any:
         data: Any = None
         notes: tuple[str, ...] = ()
         if options.config:
-            from ssync_pl.tools.doctor.configured import from_configuration
+            from ssync_pl.cli.configured import from_configuration
 
             configured = from_configuration([word for file in options.config for word in ("--config", file)] + rest)
             host, data = configured.host, configured.data

@@ -22,12 +22,8 @@ _EARLIER_STEPS = 8
 class KeepCheckpoints(Checkpoint):
     """Saves `last.ckpt` at the end of the training, and one checkpoint for each switch that other runs start from.
 
-    Such a checkpoint is taken after the last step before the switch that no validation follows, since a run that starts
-    from it would skip that validation. The training ends when the process that started it is gone.
-
-    Args:
-        folder: folder of the checkpoints.
-        switches: for each switch its `ratio`, `steps`, `watch` and `name`.
+    Such a checkpoint is taken after a step before the switch that no validation follows, since a run that starts from
+    it would skip that validation. In a job of a comparison the training ends when the job is gone.
     """
 
     def __init__(self, folder: str, switches: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -36,7 +32,7 @@ class KeepCheckpoints(Checkpoint):
         self.switches = tuple(switches)
         self.last_model_path = ""
         self._latest: dict[str, int] = {}
-        self._parent = os.getppid()
+        self._job = os.getppid() if "SUBMITIT_EXECUTOR" in os.environ else None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,8 +44,8 @@ class KeepCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if os.getppid() != self._parent:
-            raise SystemExit("The process that started this training is gone.")
+        if self._job not in (None, os.getppid()):
+            raise SystemExit("The job that started this training is gone.")
 
     @override
     def on_train_batch_end(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssync_pl.errors import ConfigError
 
-__all__ = ["callback_name", "callbacks_of", "class_of", "merge", "merge_all", "read_yaml"]
+__all__ = ["callback_name", "callbacks_of", "class_of", "merge", "read_yaml"]
 
 
 def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
@@ -46,14 +46,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             merged[key] = merge(merged[key] if isinstance(merged.get(key), Mapping) else {}, value)
         else:
             merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def merge_all(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges configurations, the later ones over the earlier ones."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        merged = merge(merged, part)
     return merged
 
 

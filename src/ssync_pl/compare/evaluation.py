@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -44,13 +43,12 @@ class Scores(SegmentationMetrics):
         return {name: float(value) for name, value in super().compute().items()}
 
 
-@dataclass
-class FinalPass:
+class FinalPass(NamedTuple):
     """What one pass found: scores by name, names of this process's videos, and the probe's samples of each batch."""
 
-    scores: dict[str, float] = field(default_factory=dict)
-    keys: list[str] = field(default_factory=list)
-    samples: list[ProbeSamples] = field(default_factory=list)
+    scores: dict[str, float]
+    keys: list[str]
+    samples: list[ProbeSamples]
 
 
 def final_pass(
@@ -58,19 +56,10 @@ def final_pass(
 ) -> FinalPass:
     """Scores a host on the device of its training; modes, hooks, metrics and random states stay as they were.
 
-    Args:
-        trainer: the trainer, which says how batches are moved and in which precision the host runs.
-        host: the host.
-        loader: validation batches.
-        limit: batches at most; None for all.
-        pictures: filled with the first videos.
-        probe: whether slots are kept for the probe.
-
-    Raises:
-        ConfigError: a batch has no true masks.
+    Reads `limit` batches at most, fills `pictures` with the first videos, and keeps slots where `probe` is True.
     """
     data = getattr(trainer, "datamodule", None)
-    found = FinalPass()
+    found = FinalPass({}, [], [])
     evaluation = host.evaluation
     device = trainer.strategy.root_device
     with ExitStack() as stack:
@@ -103,11 +92,11 @@ def final_pass(
                 heard += len(masks)
             if probe and seen < _PROBE_VIDEOS:
                 sample = _sample(said, masks, batch, valid, seen, shapes, keys, evaluation)
-                found.samples += [] if sample is None else [sample]
-            found.keys += [key for key, real in zip(keys, valid.any(dim=1).tolist(), strict=True) if real]
+                found.samples.extend([] if sample is None else [sample])
+            found.keys.extend(key for key, real in zip(keys, valid.any(dim=1).tolist(), strict=True) if real)
             seen += len(masks)
         if seen:  # on each process: computing waits for the others
-            found.scores = scores.compute()
+            found.scores.update(scores.compute())
             # Of all videos or of none: half a score would be another score. Processes have to agree.
             if trainer.strategy.reduce_boolean_decision(heard == seen, all=True):
                 found.scores.update({f"encoder_{name}": value for name, value in encoder.compute().items()})

@@ -69,16 +69,7 @@ class Figure(NamedTuple):
 
 
 def group_figures(group: Group, curves: Curves, slug: str) -> list[Figure]:
-    """Draws the figures of one data set and slot count.
-
-    Args:
-        group: the runs.
-        curves: logged values by step, of each variant and seed.
-        slug: end of the files' names.
-
-    Returns:
-        Paired scores, learning curves, losses and merging, as far as there are values.
-    """
+    """Draws paired scores, learning curves, losses and merging of one data set and slot count, as far as logged."""
     made = [_paired_figure(group, f"paired_{slug}")]
     made += [_curve_figure(group, curves, f"{name}_{slug}", *of) for name, of in _CURVES.items()]
     return [figure for figure in made if figure is not None]
@@ -143,12 +134,6 @@ def _paired_figure(group: Group, name: str) -> Figure | None:
             axes.grid(axis="x", visible=False)
             axes.set_title(title)
 
-    said = [
-        f"{one} {title} {difference.text(signed=True)}"
-        for one in others
-        for key, title in scores.items()
-        if (difference := group.difference(one, key)) is not None
-    ]
     height = 2.7 + (0.06 * longest if turned else 0.0)
     return _draw(
         name,
@@ -156,7 +141,7 @@ def _paired_figure(group: Group, name: str) -> Figure | None:
         f"Thin lines: one per seed, from “{group.baseline}” (grey, left) to the variant (right). Thick: the mean. "
         "Lines that all go one way are a difference; lines that cross are noise. Dotted, where they are near: "
         "baselines without learning.",
-        f"Paired plot against {group.baseline}: {'; '.join(said) or 'single runs'}.",
+        f"{', '.join(scores.values())} of each seed, from {group.baseline} to {', '.join(others) or 'nothing else'}.",
         (columns * width, -(-len(scores) // columns) * height),
         paint,
     )

@@ -23,11 +23,8 @@ __all__ = ["run_job"]
 def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
     """Trains one run in a process group of its own, and writes its record.
 
-    Args:
-        folder: folder with `job.json`, which holds the command and the facts for the record.
-        threads: CPU threads.
-        owner: process of the comparison on this machine, with which the training ends; empty under Slurm.
-        gpus: GPUs of this run on this machine; empty for those that the comparison sees.
+    The folder has `job.json`, with the command and the facts for the record. `owner` is the process of the comparison
+    on this machine, with which the training ends; empty under Slurm. Empty `gpus` are those that the comparison sees.
     """
     import submitit
     from filelock import FileLock

@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, merge_all, read_yaml
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.compare.sharing import Share, plan_sharing
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
@@ -103,15 +104,11 @@ class Matrix:
 
 
 def build_matrix(asked: Asked) -> Matrix:
-    """Lays out all runs; nothing is written or started.
-
-    Raises:
-        ConfigError: a configuration file, variant, set or baseline is missing or does not fit.
-    """
+    """Lays out all runs; nothing is written or started."""
     if not asked.configs:
         raise ConfigError("Expected --config FILE, the configuration that is compared, but got none.")
     _refuse_doubles(asked.variants, "--variants")
-    config = merge_all(read_yaml(path) for path in asked.configs)
+    config: dict[str, Any] = reduce(merge, map(read_yaml, asked.configs), {})
     class_of(config, "model")
     class_of(config, "data")
     sets = tuple(_data_set(name, config) for name in asked.sets) or (DataSet("default"),)

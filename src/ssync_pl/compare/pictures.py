@@ -31,12 +31,7 @@ _LEAST_OVERLAP = 0.1
 class PictureBox:
     """Draws the first videos of a validation set, in its order: the same ones in each run on the set.
 
-    Args:
-        videos: number of videos.
-        frames: frames of each, evenly spaced and one below the other; a video with fewer has some twice.
-        has_background: channel 0 of the true masks is the background.
-        mean: what normalisation subtracted from frames, or None where it is not known.
-        std: what it divided by.
+    Frames are evenly spaced, one below the other. `mean` and `std` are those of the normalisation, None where unknown.
     """
 
     def __init__(
@@ -58,15 +53,8 @@ class PictureBox:
     ) -> None:
         """Draws videos of a batch until the box is full.
 
-        Args:
-            batch: holds `video` `(B, T, 3, H, W)` and `segmentations` `(B, T, C, H, W)`.
-            keys: names of its videos.
-            masks: object masks of the host `(B, T, S, h, w)`.
-            valid: bool `(B, T)`, frames that are no padding.
-            output: of `ssync_loss` on the host's maps of these videos, with their frames apart or in a row.
-
-        Raises:
-            ShapeError: there are no frames, or the maps are of others.
+        Needs `video` `(B, T, 3, H, W)` and `segmentations` `(B, T, C, H, W)` in the batch, the host's masks
+        `(B, T, S, h, w)`, valid frames `(B, T)`, and the output of `ssync_loss` on the host's maps of these videos.
         """
         video, true = batch.get("video"), batch["segmentations"]
         if not isinstance(video, Tensor) or video.ndim != 5 or video.shape[2] != 3:
@@ -103,14 +91,9 @@ class PictureBox:
 
 
 def match_slots(truth: Labels, *maps: Labels) -> dict[int, int]:
-    """Matches each object of the truth, the background too, to the slot that covers it best, one to one.
+    """Matches each object of the truth `(F, H, W)` to the slot that covers it best in all maps, one to one.
 
-    Args:
-        truth: labels `(F, H, W)`, 0 the background.
-        *maps: slots `(F, H, W)`; all maps count alike, so that a slot has one colour.
-
-    Returns:
-        Slot to label of the truth, where they share a tenth of their union or more.
+    The background is an object, too. Pairs that share less than a tenth of their union are left out.
     """
     slots, slot_of = np.unique(np.stack(maps), return_inverse=True)
     objects, object_of = np.unique(np.broadcast_to(truth, (len(maps), *truth.shape)), return_inverse=True)

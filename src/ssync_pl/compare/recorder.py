@@ -85,7 +85,7 @@ class RunRecorder(L.Callback):
         normalised = (getattr(data, "mean", None), getattr(data, "std", None))
         videos = self.videos if trainer.is_global_zero else 0
         box = PictureBox(videos, self.frames, pl_module.evaluation.has_background, *normalised)
-        found = FinalPass()
+        found = FinalPass({}, [], [])
         if loader is None:
             rank_zero_warn("RunRecorder scores nothing: there is no validation set.")
         else:

@@ -24,19 +24,10 @@ _HEADLINE = metric_names("segmentation", "headline", "table")
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `<folder>/report/`: `index.html`, its figures as PNG, and `results.csv`.
+    """Writes `<folder>/report/`: `index.html`, its figures as PNG, and `results.csv`; returns the page's path.
 
     The page holds all it shows, so that it can be sent as one file. Runs that have not finished or whose files are
     damaged are listed, so that a report can be made while a comparison goes on.
-
-    Args:
-        folder: what `ssync-pl compare --out` wrote.
-
-    Returns:
-        Path of `index.html`.
-
-    Raises:
-        ConfigError: the folder is none of a comparison.
     """
     import jinja2
 
@@ -73,8 +64,9 @@ def write_report(folder: Path) -> Path:
     out = Path(folder) / "report"
     figures: list[Figure] = [*(figure for part in sections for figure in part["figures"]), *overall]
     # A figure of an earlier report that this one lacks would be taken for its part.
-    for old in out.glob("*_[0-9]*.png"):
-        if old.stem not in {figure.name for figure in figures}:
+    for old in out.glob("*.png"):
+        made = re.match(r"(paired|learning|losses|merging|slots)_\d", old.name)
+        if made and old.stem not in {figure.name for figure in figures}:
             old.unlink()
     for figure in figures:
         write_bytes(out / f"{figure.name}.png", figure.light)

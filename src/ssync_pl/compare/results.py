@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ssync_pl.compare.matrix import run_folder
+from ssync_pl.compare.runs import log_lines
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics.table import METRICS, metric_names
@@ -85,11 +85,7 @@ class Comparison:
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Reads what `ssync-pl compare` left in a folder, also what earlier calls left.
-
-    Raises:
-        ConfigError: the folder is none of a comparison.
-    """
+    """Reads what `ssync-pl compare` left in a folder, earlier calls included; refuses any other folder."""
     try:
         matrix = _read_json(folder / "matrix.json")
         names = [str(one["name"]) for one in matrix["variants"]]
@@ -186,9 +182,9 @@ def _read_curves(path: Path) -> pd.DataFrame:
 
 
 def _reason(place: Path) -> str:
-    try:
-        lines = (place / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    if not (place / "log.txt").is_file():
         return "not started"
-    said = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).strip() for line in lines if line.strip()]
-    return f"did not finish; its log ends with: {said[-1][:300]}" if said else "did not finish; its log is empty"
+    said = log_lines(place)
+    return (
+        f"did not finish; its log ends with: {said[-1].strip()[:300]}" if said else "did not finish; its log is empty"
+    )

@@ -24,7 +24,7 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 
-__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_tail", "prepare_sets", "run_all", "runs_at_once"]
+__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_lines", "prepare_sets", "run_all", "runs_at_once"]
 
 _PAUSE = 0.2
 _TAIL = 15
@@ -45,14 +45,8 @@ class Failure:
 class Launcher:
     """Where and how runs are started.
 
-    Args:
-        folder: folder of submitit's files.
-        slurm: start Slurm jobs instead of processes on this machine.
-        at_once: runs at a time; None for no limit.
-        threads: CPU threads per run.
-        gpus: GPUs per run; None leaves all that are visible to each run of this machine.
-        hours: time limit of a run; None for none on this machine, and 24 under Slurm.
-        options: further Slurm options, such as `partition` and `account`.
+    `at_once` runs at a time (None: no limit) get `threads` CPU threads, `gpus` GPUs (None: all that are visible here)
+    and `hours` (None: no limit here, 24 under Slurm); `options` go to Slurm.
     """
 
     folder: Path
@@ -163,7 +157,7 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
     for place, name in enumerate(names, start=1):
         say(f"preparing data {place}/{len(names)}: {name}\n")
         folder = matrix.asked.out / "sets" / name
-        command = [sys.executable, "-m", "ssync_pl.compare.prepare", *matrix.prepare[name]]
+        command = [sys.executable, "-m", "ssync_pl.cli.prepare", *matrix.prepare[name]]
         _lay_out(folder, command, {})
         with _ending([launcher.submit(folder)]) as jobs:
             while not jobs[0].done():
@@ -171,20 +165,14 @@ def prepare_sets(matrix: Matrix, runs: Sequence[Run], launcher: Launcher, say: C
         if not (folder / "run.json").is_file():
             raise ConfigError(
                 f"The data of set {name!r} could not be made. {folder / 'log.txt'} ends with:\n"
-                f"{log_tail(folder, jobs[0])}"
+                f"{_log_tail(folder, jobs[0])}"
             )
 
 
 def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, list[Run]], None]) -> list[Failure]:
     """Makes all runs that are not finished; one that fails does not stop the others.
 
-    Args:
-        runs: the runs.
-        launcher: where and how they are started.
-        show: called with the numbers of finished and failed runs and the running ones.
-
-    Returns:
-        What failed.
+    Calls `show` with the numbers of finished and failed runs and the running ones, and returns what failed.
     """
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[int, tuple[Run, Any]] = {}  # by place, which decides on GPUs
@@ -192,11 +180,11 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
     jobs: list[Any] = []
     with _ending(jobs):
         while waiting or running:
-            busy = {run.folder for run in waiting} | {run.folder for run, _ in running.values()}
+            later, now = {run.folder for run in waiting}, {run.folder for run, _ in running.values()}
             for run in list(waiting):
                 if launcher.at_once is not None and len(running) >= launcher.at_once:
                     break
-                if _waits(run, busy):
+                if _waits(run, later, now):
                     continue
                 waiting.remove(run)
                 place = next(number for number in range(len(running) + 1) if number not in running)
@@ -211,23 +199,30 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
                 if job.done():
                     del running[place]
                     if not (run.folder / "run.json").is_file():
-                        failures.append(Failure(run, log_tail(run.folder, job)))
+                        failures.append(Failure(run, _log_tail(run.folder, job)))
     show(len(runs) - len(failures), len(failures), [])
     return failures
 
 
-def log_tail(folder: Path, job: Any = None, lines: int = _TAIL) -> str:
-    """Returns the last lines of a run's log, or of its job's where the training did not start."""
+def log_lines(folder: Path) -> list[str]:
+    """Returns the lines of a run's log, without colours and empty ones."""
     log = folder / "log.txt"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    text = text if text.strip() or job is None else job.stderr() or ""
-    kept = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in kept[-lines:])
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in lines if line.strip()]
 
 
-def _waits(run: Run, busy: set[Path]) -> bool:
-    """Whether the checkpoint that a run starts from is still to come."""
-    return run.checkpoint is not None and not run.checkpoint.is_file() and run.checkpoint.parent.parent in busy
+def _log_tail(folder: Path, job: Any) -> str:
+    """The last lines of a run's log, or of its job's where the training did not start."""
+    lines = log_lines(folder) or (job.stderr() or "").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-_TAIL:])
+
+
+def _waits(run: Run, later: set[Path], now: set[Path]) -> bool:
+    """Whether the checkpoint that a run starts from is still to come; one in a folder that is made again will go."""
+    if run.checkpoint is None:
+        return False
+    source = run.checkpoint.parent.parent
+    return source in later or (source in now and not run.checkpoint.is_file())
 
 
 def _launch(run: Run, launcher: Launcher, place: int) -> Any:

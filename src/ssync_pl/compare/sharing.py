@@ -44,19 +44,11 @@ class Share:
 
 
 def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: Sequence[str] = ()) -> dict[str, Share]:
-    """Finds the variants that are the same training until SSync switches on.
+    """Finds for each variant, by name, what it shares until SSync switches on.
 
-    Nothing is shared where `extra` may change callbacks, nor where the data cannot resume exactly in the middle of an
-    epoch. Variants without SSync also keep the checkpoint that the configuration itself would start from, so that a
-    comparison that grows finds it.
-
-    Args:
-        variants: the variants.
-        config: the configuration that they are laid over.
-        extra: words for `ssync-pl fit`.
-
-    Returns:
-        What each variant shares, by name.
+    Nothing is shared where `extra` (words for `ssync-pl fit`) may change callbacks, nor where the data cannot resume
+    exactly in the middle of an epoch. Variants without SSync also keep the checkpoint that the configuration itself
+    would start from, so that a comparison that grows finds it.
     """
     unsure = any("callbacks" in word or word.split("=")[0] in _UNSURE for word in extra)
     if unsure or not _resumes_exactly(config):
@@ -81,9 +73,13 @@ def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: 
 
 
 def _resumes_exactly(config: Mapping[str, Any]) -> bool:
+    """Whether the training videos are surely mapped shards; streams resume at the border of a shard."""
     data, options = class_of(config, "data")
-    mapped = options.get("backend") != "webdataset" and "://" not in json.dumps(options, default=str)
-    return data in ("SyntheticDataModule", "ShardDataModule") and mapped
+    backend, train = options.get("backend", "auto"), options.get("train")
+    names = train if isinstance(train, list) else [train]
+    plain = all(isinstance(name, str) and name.endswith(".tar") and ":" not in name for name in names)
+    mapped = data == "SyntheticDataModule" or (data == "ShardDataModule" and (plain or backend == "mmap"))
+    return mapped and backend != "webdataset"
 
 
 def _switch(config: Mapping[str, Any]) -> Switch | None:

@@ -30,15 +30,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | None:
-    """Computes the mean of the seeds' values with the t interval of their spread.
-
-    Args:
-        values: one value per seed; NaN is left out.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        The estimate, or None without a value.
-    """
+    """Computes the mean over seeds with the t interval of their spread; NaN is left out, and None means no value."""
     found = np.asarray([value for value in values if math.isfinite(value)], dtype=np.float64)
     count = len(found)
     if count < 2:
@@ -50,17 +42,9 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | No
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
 ) -> Estimate | None:
-    """Computes the mean difference over the seeds that both have.
+    """Computes the mean difference over the seeds that both have; None without one.
 
     Runs of one seed share initial weights and the order of the data, so that their difference varies less than either.
-
-    Args:
-        values: seed to value.
-        baseline: the same of the baseline.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        The difference, or None without a seed in common.
     """
     return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))], confidence)
 
@@ -77,12 +61,7 @@ def verdict(difference: Estimate | None) -> str:
 
 
 def judge(difference: Estimate | None, better: int) -> str:
-    """Says `better` or `worse`, `more` or `less` where neither is better, or nothing without a verdict.
-
-    Args:
-        difference: to the baseline.
-        better: 1 where more is better, -1 where less is, 0 where neither is.
-    """
+    """Says `better` or `worse`, `more` or `less` where neither is better (0), or nothing without a verdict."""
     found = verdict(difference)
     if found not in ("up", "down"):
         return ""

@@ -57,14 +57,7 @@ REFERENCE_TITLES = {"untrained": "untrained host", "grid": "fixed grid", "kmeans
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that can be compared with each other: one data set, one slot count.
-
-    Args:
-        set: name of the data set.
-        slots: slot count.
-        baseline: variant that differences are against.
-        frame: rows of the runs.
-    """
+    """Rows of runs that can be compared with each other: one data set, one slot count."""
 
     set: str
     slots: int

@@ -52,15 +52,7 @@ def known_variants() -> str:
 
 
 def make_variant(name: str, config: Mapping[str, Any]) -> Variant:
-    """Works out what a variant lays over a configuration.
-
-    Args:
-        name: one of `known_variants`, with a number in the place of X, or the path of a YAML file.
-        config: the merged configuration.
-
-    Raises:
-        ConfigError: there is no such variant, it does not fit the configuration, or it changes nothing.
-    """
+    """Works out what a variant of `known_variants`, or a YAML file, lays over the merged configuration."""
     if name.endswith((".yaml", ".yml")):
         variant = _from_file(name)
     else:

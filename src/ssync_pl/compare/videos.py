@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ssync_pl.data.dataset import ShardDataset
-from ssync_pl.data.decode import decode_member
 from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.stream import ShardStream
 from ssync_pl.errors import ConfigError
@@ -28,15 +27,7 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def refuse_shared_videos(train: Any, validation: Any) -> None:
-    """Refuses to score videos that were trained on, as far as data sets say what they hold.
-
-    Args:
-        train: training loader, or several.
-        validation: validation loader, or several.
-
-    Raises:
-        ConfigError: the two share a video.
-    """
+    """Refuses loaders that share a video, as far as their data sets say what they hold."""
     trained = {name for loader in flat_loaders(train) for name in _names(getattr(loader, "dataset", None))}
     for loader in flat_loaders(validation):
         scored = set(_names(getattr(loader, "dataset", None)))
@@ -69,7 +60,7 @@ class ShapeTable:
         table = torch.full((len(keys), channels), -1, dtype=torch.int64)
         for row, key in enumerate(keys):
             place = self._places[key]
-            content = decode_member(_INSTANCES, self._dataset.fetch(place)(_INSTANCES), self._dataset.where(place))
+            content = self._dataset.members(place).decode(_INSTANCES)
             for one in content.get("instances", []) if isinstance(content, dict) else []:
                 channel = int(one["id"]) - (0 if has_background else 1)
                 if 0 <= channel < channels and "shape" in one:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as L
 import torch
 
-from ssync_pl.data.dataset import BAD_SAMPLES, Collate, ShardDataset
-from ssync_pl.data.index import SampleEntry, load_shards
-from ssync_pl.data.loader import ShardLoader, TrainerClock
-from ssync_pl.data.patterns import is_compressed, is_remote
+from ssync_pl.data.dataset import Collate, ShardDataset
+from ssync_pl.data.decode import MAX_MEMBER_BYTES
+from ssync_pl.data.index import load_shards
+from ssync_pl.data.loader import EvalSampler, ShardLoader, TrainerClock, TrainSampler
+from ssync_pl.data.patterns import Patterns, find_shards, is_compressed, is_remote
 from ssync_pl.data.samples import SampleRules
-from ssync_pl.data.sampling import EvalSampler, TrainSampler
-from ssync_pl.data.sources import Backend, Patterns, ShardSource, find_shards, open_source, settle_masks
+from ssync_pl.data.sources import Backend, ShardSource, open_source, settle_masks
 from ssync_pl.data.stream import ShardStream
-from ssync_pl.data.stream_plan import mixed_shard_plan
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError, ShardError
 
@@ -42,12 +40,12 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 class ShardDataModule(L.LightningDataModule):
     """Videos from tar shards of the field (MOVi, YT-VIS, …), local or remote, read unchanged.
 
-    Training draws one random clip a video and pass; evaluation takes every whole video exactly once at any number of
+    Training draws one random clip per video and pass; evaluation takes every whole video exactly once at any number of
     processes. Workers send uint8, copied to CUDA while the step before computes; resizing, cropping, flipping and
     normalising happen on the device, in `on_after_batch_transfer`. Every random choice is a function of (seed, pass,
-    key): batches of mapped shards are the same for any number of workers, those of a stream for any start method. A
-    run that was interrupted in the middle of a pass goes on with the batch that was next. Lightning's trainer gives the
-    rank, so `use_distributed_sampler` may stay on.
+    key), and batches of local plain tars do not depend on the number of workers: a run that was interrupted in the
+    middle of a pass goes on with the batch that was next. A stream goes on at the start of a shard. Lightning's trainer
+    gives the rank, so `use_distributed_sampler` may stay on.
 
     Batches are dicts: `video` (B, T, 3, H, W) float32; `__key__`; in evaluation `segmentations` (B, T, C, H, W) bool,
     `batch_padding_mask` (B,) bool (`False` = a repeat that must not be counted), `frame_mask` (B, T) bool (`False` =
@@ -60,11 +58,11 @@ class ShardDataModule(L.LightningDataModule):
         validation: Validation shards; `None` validates nothing.
         test: Test shards.
         predict: Shards for `predict`; masks are not read.
-        batch_size: Clips a batch and process.
-        val_batch_size: Videos a batch and process in evaluation; `None` takes `batch_size`.
+        batch_size: Clips per batch and process.
+        val_batch_size: Videos per batch and process in evaluation; `None` takes `batch_size`.
         clip_length: Frames of a training clip.
         frame_stride: Distance between the frames of a clip, in frames.
-        clips_per_video: Clips of each video a pass.
+        clips_per_video: Clips of each video per pass.
         image_size: Height and width of the batch, or one number for both; `None` keeps the stored size.
         resize_mode: `bicubic` (clamped) or `bilinear`.
         crop: `none` resizes to `image_size`; `random` and `center` cover it, keep proportions and crop. Evaluation
@@ -81,41 +79,31 @@ class ShardDataModule(L.LightningDataModule):
             sets whose objects have channels of their own, which may overlap (YT-VIS, COCO).
         max_objects: Object channels of `segmentations`, without the background. `None` counts them, reading every mask
             once (remote sets: the most of each batch). MOVi-C has 10, MOVi-E 23, YT-VIS takes 25.
-        num_workers: Worker processes a loader.
+        num_workers: Worker processes per loader.
         prefetch_factor: Batches each worker keeps ready; `None` takes PyTorch's default.
         persistent_workers: Keep workers from pass to pass.
         pin_memory: Page-locked batches for faster copies to CUDA; `auto` does so exactly on CUDA.
         start_method: How workers start: `fork`, `spawn` or `forkserver`; `None` takes Python's default.
-        shuffle_buffer: Clips held back to be mixed in training, for each of the `num_workers` parts of a stream that
-            are read at a time; mapped shards are mixed as a whole.
+        shuffle_buffer: Clips that each worker of a stream holds back to be mixed in training; local plain tars are
+            mixed as a whole.
         seed: Seed of all random choices.
         sampling: `hashed` lets a clip start at any frame. `reference` does as published VideoSAUR-style pipelines, for
             comparisons: a clip starts at a multiple of its length, resizing does not smooth, `center` cuts the central
             square first in evaluation.
-        backend: `mmap` maps plain local tars into memory; `webdataset` streams, from disk or URLs, packed tars too;
-            `auto` maps what can be mapped.
+        backend: `mmap` reads plain local tars in place; `webdataset` streams, from disk or URLs, packed tars too;
+            `auto` reads in place what can be.
         features: Folder that `ssync-pl data cache-features` wrote for these shards; batches then hold `features`
             (B, T, N, D) float32. Local sets only.
         features_only: Leave the frames out of training batches, for hosts that read nothing but `features`.
         on_bad_sample: `raise`, or `skip`: log the sample once, count it in `bad_samples` and put another in its place
             (in evaluation, one that is not counted). A shard that is cut off is always refused.
+        max_member_bytes: Most bytes of one member of a shard, as it is stored and as it is decoded (pictures, videos
+            and packed arrays); larger ones are bad samples.
+        allow_pipe: Accept `pipe:COMMAND` for shards. The command runs in a shell, so only take it from people you
+            trust.
 
     Raises:
         ConfigError: A setting is out of range, or settings contradict each other.
-
-    Example:
-        >>> import tempfile
-        >>> import numpy as np
-        >>> from ssync_pl.data.shards import ShardWriter
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with ShardWriter(folder, "train") as writer:
-        ...         for index in range(4):
-        ...             writer.write(str(index), {"video.npy": np.zeros((6, 8, 8, 3), np.uint8)})
-        ...     data = ShardDataModule(f"{folder}/train-*.tar", batch_size=2, image_size=16, num_workers=0)
-        ...     data.setup("fit")
-        ...     batch = next(iter(data.train_dataloader()))
-        ...     data.on_after_batch_transfer(batch, 0)["video"].shape
-        torch.Size([2, 4, 3, 16, 16])
     """
 
     def __init__(
@@ -152,6 +140,8 @@ class ShardDataModule(L.LightningDataModule):
         features: str | None = None,
         features_only: bool = False,
         on_bad_sample: Literal["raise", "skip"] = "raise",
+        max_member_bytes: int = MAX_MEMBER_BYTES,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -164,6 +154,7 @@ class ShardDataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
             ("prefetch_factor", prefetch_factor, 1),
             ("shuffle_buffer", shuffle_buffer, 0),
+            ("max_member_bytes", max_member_bytes, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"Expected argument `{name}` to be at least {least}, but got {value}.")
@@ -218,6 +209,8 @@ class ShardDataModule(L.LightningDataModule):
         self.start_method = start_method
         self.shuffle_buffer = shuffle_buffer
         self.on_bad_sample = on_bad_sample
+        self.max_member_bytes = max_member_bytes
+        self.allow_pipe = allow_pipe
         self.bad_samples: dict[str, str] = {}
         self.transform = BatchTransform(
             size,
@@ -254,19 +247,12 @@ class ShardDataModule(L.LightningDataModule):
         wanted = _SPLITS.get(verb, tuple(self.patterns)) if isinstance(verb, str) else tuple(self.patterns)
         for split, pattern in self.patterns.items():
             if pattern is not None and split in wanted:
-                shards, _, _ = find_shards(pattern, split)
+                shards, _, _ = find_shards(pattern, split, allow_pipe=self.allow_pipe)
                 if not is_remote(shards[0]) and not any(is_compressed(shard) for shard in shards):
                     load_shards(shards)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sets of a stage.
-
-        Args:
-            stage: `fit`, `validate`, `test`, `predict`, or `None` for all that are set.
-
-        Raises:
-            ConfigError: The set that the stage needs is not given.
-        """
+        """Open the sets of a stage."""
         if stage is None:
             wanted: tuple[str, ...] = tuple(self.patterns)
         else:
@@ -279,27 +265,20 @@ class ShardDataModule(L.LightningDataModule):
         for split in wanted:
             pattern = self.patterns[split]
             if pattern is not None and split not in self._sources:
-                self._open(split, open_source(pattern, split, self.backend))
+                self._open(split, open_source(pattern, split, self.backend, allow_pipe=self.allow_pipe))
 
     def train_dataloader(self) -> ShardLoader:
-        """Build the training loader of this process.
-
-        Returns:
-            Batches of clips; each pass has equally many on every process.
-
-        Raises:
-            ConfigError: There are fewer clips than one batch on each process.
-        """
+        """Build the training loader of this process."""
         rank, world = self._place()
         source, rules = self._opened("train"), self._rules["train"]
         if source.videos is not None:
             self._require_batch(source.videos * self.clips_per_video, world)
         if "train" not in self._datasets:
-            loader = self._loader(self._stream(source, rules, self.batch_size), Collate(rules), drop_last=True)
+            loader = self._loader(self._stream(source, rules, self.batch_size), training=True)
         else:
             dataset = self._datasets["train"]
             sampler = TrainSampler(len(dataset), rules.seed, rank, world, source.mix(self.clips_per_video))
-            loader = self._loader(dataset, Collate(dataset.rules), sampler=sampler, drop_last=True)
+            loader = self._loader(dataset, training=True, sampler=sampler, drop_last=True)
         if self._train_state:
             loader.load_state_dict(self._train_state)
             self._train_state = {}
@@ -307,11 +286,7 @@ class ShardDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
-        """Build the validation loader of this process.
-
-        Returns:
-            Batches of whole videos, or an empty list when no validation shards are set.
-        """
+        """Build the validation loader of this process."""
         return self._eval_loader("validation") if self.patterns["validation"] is not None else []
 
     def test_dataloader(self) -> ShardLoader:
@@ -323,38 +298,22 @@ class ShardDataModule(L.LightningDataModule):
         return self._eval_loader("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Transform a batch on its device; see `BatchTransform`.
-
-        Args:
-            batch: What a loader of this module gives.
-            dataloader_idx: Not needed: the batch says how it was cut.
-
-        Returns:
-            The batch that hosts see.
-        """
-        if not isinstance(batch, dict) or BAD_SAMPLES not in batch:
+        """Transform a batch on its device; see `BatchTransform`."""
+        if not isinstance(batch, dict) or "crop" not in batch:
             return batch  # a model's `example_input_array` passes here too
-        self._count_bad(batch[BAD_SAMPLES])
-        batch = self.transform({name: value for name, value in batch.items() if name != BAD_SAMPLES})
+        TrainerClock(self).note_epoch()
+        batch = self.transform(batch)
         precision = getattr(self.trainer, "precision_plugin", None)
         # Lightning converts batches before this hook, when frames are bytes still.
         return batch if precision is None else precision.convert_input(batch)
 
     def teardown(self, stage: str | None = None) -> None:
-        """Close the memory maps of this process.
-
-        Args:
-            stage: Not needed.
-        """
+        """Close the shards in this process."""
         for dataset in self._datasets.values():
             dataset.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Say how far the training pass has come, for the checkpoint.
-
-        Returns:
-            The training loader's state; empty when there is none.
-        """
+        """Say how far the training pass has come, for the checkpoint."""
         loader = None if self._train_loader is None else self._train_loader()
         return {} if loader is None else loader.state_dict()
 
@@ -362,14 +321,7 @@ class ShardDataModule(L.LightningDataModule):
         return {**self.__dict__, "_train_loader": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader go on where the checkpoint stopped.
-
-        Lightning hands a loader its state as well, but not when something asked for the number of steps before, as
-        learning-rate schedules do.
-
-        Args:
-            state_dict: What `state_dict` gave.
-        """
+        """Let the next training loader go on where the checkpoint stopped."""
         # Lightning hands the state over for `validate` and `predict` as well: a later `fit` begins afresh.
         fitting = self.trainer is None or self.trainer.state.fn in (None, "fit")
         self._train_state = dict(state_dict) if fitting else {}
@@ -379,8 +331,8 @@ class ShardDataModule(L.LightningDataModule):
         if rules.clip_length is not None:
             kept, short = source.without_short(rules.clip_length, rules.frame_stride)
             for shard, sample in short:
-                self._refuse_short(shard, sample, rules)
-            # Whoever streams a shard meets its short videos anyway, and replaces them there.
+                self._refuse_short(shard, sample.key, sample.frames, rules)
+            # A stream meets the short videos of a shard anyway, and replaces them there.
             source = kept if source.mapped else source
         if self.features is not None and not source.mapped:
             raise ConfigError(
@@ -391,7 +343,15 @@ class ShardDataModule(L.LightningDataModule):
         if source.mapped:
             features = None if self.features is None else self._open_features(source, rules)
             skip = self.on_bad_sample == "skip"
-            dataset = source.map(rules, self.clips_per_video, skip, features)
+            dataset = ShardDataset(
+                source.shards,
+                source.entries or [],
+                rules,
+                self.clips_per_video,
+                skip,
+                features,
+                self.max_member_bytes,
+            )
             if rules.masks:
                 settle_masks(dataset, split, self.mask_format)
             self._datasets[split] = dataset
@@ -412,15 +372,15 @@ class ShardDataModule(L.LightningDataModule):
             flips=rules.training and rules.flip_probability > 0,
         )
 
-    def _refuse_short(self, shard: str, sample: SampleEntry, rules: SampleRules) -> None:
+    def _refuse_short(self, shard: str, key: str, frames: int | None, rules: SampleRules) -> None:
         message = (
-            f"Expected {shard}, key {sample.key} to have enough frames for a clip (clip_length={rules.clip_length}, "
-            f"frame_stride={rules.frame_stride}), but it has {sample.frames}. Shorten the clip, or set "
+            f"Expected {shard}, key {key} to have enough frames for a clip (clip_length={rules.clip_length}, "
+            f"frame_stride={rules.frame_stride}), but it has {frames}. Shorten the clip, or set "
             "on_bad_sample='skip'."
         )
         if self.on_bad_sample == "raise":
             raise ShardError(message)
-        self._count_bad([(f"{shard}, key {sample.key}", message)])
+        self._count_bad([(f"{shard}, key {key}", message)])
 
     def _opened(self, split: str) -> ShardSource:
         if split not in self._sources:
@@ -434,19 +394,14 @@ class ShardDataModule(L.LightningDataModule):
         rank, world = self._place()
         source = self._opened(split)
         if split not in self._datasets:
-            rules = self._rules[split]
-            return self._loader(self._stream(source, rules, self.val_batch_size), Collate(rules), training=False)
+            return self._loader(self._stream(source, self._rules[split], self.val_batch_size), training=False)
         dataset = self._datasets[split]
-        sampler = EvalSampler(len(dataset), rank, world)
-        return self._loader(dataset, Collate(dataset.rules), sampler=sampler, training=False)
+        return self._loader(dataset, training=False, sampler=EvalSampler(len(dataset), rank, world))
 
     def _stream(self, source: ShardSource, rules: SampleRules, batch_size: int) -> ShardStream:
         rank, world = self._place()
-        skip = self.on_bad_sample == "skip"
-        takes = None
-        if rules.training and source.weights:
+        if rules.training:
             source.mix(self.clips_per_video)  # refuses weights that leave a set out
-            takes = partial(mixed_shard_plan, source.clips_by_shard(self.clips_per_video), source.weights, rules.seed)
         return ShardStream(
             source.shards,
             source.entries,
@@ -455,26 +410,37 @@ class ShardDataModule(L.LightningDataModule):
             rank,
             world,
             self.clips_per_video,
-            skip,
+            self.on_bad_sample == "skip",
             self.shuffle_buffer,
-            lanes=max(self.num_workers, 1),
-            takes=takes,
+            list(zip(source.sizes, source.weights, strict=False)),
+            self.max_member_bytes,
         )
 
-    def _loader(self, dataset: Any, collate: Collate, *, training: bool = True, **extra: Any) -> ShardLoader:
-        options = self._options(self.batch_size if training else self.val_batch_size)
+    def _loader(self, dataset: ShardDataset | ShardStream, *, training: bool, **extra: Any) -> ShardLoader:
         device = None if self.trainer is None else self.trainer.strategy.root_device
-        # Only CUDA copies overlap with what the device computes.
-        device = device if device is not None and device.type == "cuda" else None
-        clock = TrainerClock(self) if training else None
-        return ShardLoader(dataset, clock, device, collate_fn=collate, **options, **extra)
+        if isinstance(dataset, ShardDataset):
+            size = self.batch_size if training else self.val_batch_size
+            extra |= {"collate_fn": Collate(dataset.rules), "batch_size": size}
+        else:
+            extra["batch_size"] = None  # a stream emits whole batches
+        return ShardLoader(
+            dataset,
+            clock=TrainerClock(self) if training else None,
+            # Only CUDA copies overlap with what the device computes.
+            device=device if device is not None and device.type == "cuda" else None,
+            on_bad=self._count_bad,
+            # Ranks need equally many batches.
+            leave_out=not training and self._place()[1] == 1,
+            **self._options(),
+            **extra,
+        )
 
-    def _options(self, batch_size: int) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         pin = self.pin_memory
         if pin == "auto":
             on_cuda = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
             pin = torch.cuda.is_available() and on_cuda
-        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": self.num_workers, "pin_memory": pin}
+        options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": pin}
         if self.num_workers > 0:
             options["persistent_workers"] = self.persistent_workers
             options["prefetch_factor"] = self.prefetch_factor

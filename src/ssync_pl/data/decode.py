@@ -101,17 +101,7 @@ def require_size(size: int, what: str, max_bytes: int = MAX_MEMBER_BYTES) -> Non
 def read_npy_header(
     data: bytes | memoryview, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
 ) -> NpyHeader:
-    """Parse the header of a `.npy` or `.npy.gz` member without touching its elements.
-
-    Args:
-        data: The member, or at least its first `HEADER_BYTES` bytes.
-        member: Member name, which says whether it is compressed.
-        where: Shard and key, for messages.
-        max_bytes: Most bytes that the elements may take.
-
-    Raises:
-        ShardError: The header is unreadable, the elements are Python objects, or they take too many bytes.
-    """
+    """Parse the header of a `.npy` or `.npy.gz` member without touching its elements."""
     place = _place(member, where)
     head = bytes(data[:HEADER_BYTES])
     if member_extension(member) == "npy.gz":
@@ -259,18 +249,7 @@ def decode_picture(
 
 
 def to_rgb(picture: Any, where: str) -> np.ndarray:
-    """Turn a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte.
-
-    Args:
-        picture: The picture.
-        where: What it is, for messages.
-
-    Returns:
-        uint8 (h, w, 3).
-
-    Raises:
-        ShardError: The picture holds fractions, or numbers without a known range.
-    """
+    """Turn a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte."""
     from PIL import Image
 
     mode = picture.mode

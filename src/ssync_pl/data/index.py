@@ -1,8 +1,7 @@
-"""The sidecar `index.json`: which samples a folder's shards hold and where their members lie.
+"""Which samples a folder's shards hold and where their members lie; kept in a sidecar file beside the shards.
 
 An uncompressed tar stores each member as one run of bytes, so an offset and a size are enough to read any member, or
-a slice of it, without reading the shard from its start. The index is a cache: it is rebuilt by scanning the tar
-headers wherever it is absent or does not fit the shard.
+a slice of it. The index is a cache: it is built again by scanning the tar headers wherever it does not fit a shard.
 """
 
 from __future__ import annotations
@@ -11,20 +10,22 @@ import json
 import logging
 import lzma
 import os
+import posixpath
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ssync_pl.data.decode import read_npy_header
+from ssync_pl.data.decode import HEADER_BYTES, parse_json, read_npy_header
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError
 
 __all__ = [
     "INDEX_NAME",
+    "INDEX_NAMES",
     "FolderIndex",
     "SampleEntry",
     "ShardEntry",
@@ -32,19 +33,18 @@ __all__ = [
     "load_shards",
     "parse_index",
     "read_index",
-    "scan_packed",
     "scan_shard",
     "split_member_name",
     "write_index",
 ]
 
 INDEX_NAME = "index.json"
-"""File name of the sidecar, beside the shards."""
+INDEX_NAMES = (INDEX_NAME, "ssync_index.json")
+"""File names of the sidecar; the second is taken where `index.json` is somebody else's."""
 
 _FORMAT = "ssync_pl.shards"
 _VERSION = 1
 _BLOCK = tarfile.BLOCKSIZE
-_HEADER_BYTES = 1 << 16
 _VIDEO_MEMBERS = ("video.npy", "video.npy.gz")
 
 _logger = logging.getLogger(__name__)
@@ -57,11 +57,7 @@ class SampleEntry:
     Args:
         key: The sample's key: the member names up to their first dot.
         members: Member name without the key → (offset, size) in bytes.
-        frames: Frames of the video, or `None` when the header does not say (mp4, pictures).
-
-    Example:
-        >>> SampleEntry("7", {"video.npy": (512, 640)}, frames=4).members["video.npy"]
-        (512, 640)
+        frames: Frames of the video, or `None` when no array header says it (mp4, pictures).
     """
 
     key: str
@@ -77,216 +73,129 @@ class ShardEntry:
         name: File name without folder.
         size: Bytes of the file, by which a stale entry is recognised.
         samples: The samples in the order of the file.
-
-    Example:
-        >>> ShardEntry("train-000000.tar", 10240, ()).size
-        10240
+        links: Full names of members that are links → name of the member that they point to.
+        ignored: Escaped names of members that cannot be read: special files, broken links, names that are not UTF-8.
     """
 
     name: str
     size: int
     samples: tuple[SampleEntry, ...]
+    links: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """The content of one `index.json`; it may cover several prefixes (training and validation).
-
-    Args:
-        shards: File name → entry.
-        recipe: How the shards were made: any JSON values.
-
-    Example:
-        >>> FolderIndex({}, {"seed": 0}).recipe
-        {'seed': 0}
-    """
+    """The content of one sidecar: entries by file name, and how the shards were made (any JSON values)."""
 
     shards: dict[str, ShardEntry] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a tar member's name into the sample's key and the member's own name, as webdataset does.
-
-    Args:
-        name: Name in the tar, for example `clips/7.video.npy`.
-
-    Returns:
-        Key and member name, split at the first dot after the last slash; `None` for names that belong to no sample
-        (no dot, leading dot, webdataset's `__meta__` names).
-
-    Example:
-        >>> split_member_name("clips/7.segmentations.npy.gz")
-        ('clips/7', 'segmentations.npy.gz')
-        >>> split_member_name("__info__/7.video.npy") is None
-        True
-    """
-    found = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", name)
+    """Split a tar member's name into the sample's key and the member's own name, as webdataset does."""
+    found = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", name, re.S)
     if found is None or re.match(r"__[^/]*__(?:$|/)", name):
         return None
     return found.group(1), found.group(2).lower()
 
 
-def scan_shard(path: str | os.PathLike[str]) -> ShardEntry:
-    """Build a shard's entry from its tar headers; member contents are not read, except the heads of the videos.
+def escaped(name: str) -> str:
+    """Return a name that can be printed; undecodable bytes come as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-    Args:
-        path: An uncompressed tar.
 
-    Returns:
-        Keys, offsets, sizes and frame counts.
+def is_utf8(name: str) -> bool:
+    """Say whether a tar stores this name as valid UTF-8."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in name)
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ShardError: The tar is truncated, compressed, damaged, or holds a member twice.
 
-    Example:
-        >>> scan_shard("/nowhere/train-000000.tar")
-        Traceback (most recent call last):
-        FileNotFoundError: ...
-    """
+def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
+    """Build a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
     path = Path(path)
     size = path.stat().st_size
-    groups: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    with path.open("rb") as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for info in tar:
-                    if not info.isreg():
-                        continue
-                    if info.issparse():
-                        raise ShardError(f"Expected plain members in {path}, but got the sparse member `{info.name}`.")
-                    _add_member(groups, info, path)
-                end = tar.offset
-            # tarfile takes a file that was cut between two members for a whole one.
-            stream.seek(end)
-            if stream.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError("no end-of-archive mark")
-        except tarfile.TarError as error:
-            raise ShardError(
-                f"Expected {path} to be a whole uncompressed tar, but got a damaged one ({error}; {size} bytes). The "
-                "file is truncated, compressed or no tar: copy it again, or unpack it with gunzip."
-            ) from error
-        samples = tuple(SampleEntry(key, members, _frames(stream, path, key, members)) for key, members in groups)
-    return ShardEntry(path.name, size, samples)
-
-
-def scan_packed(path: str | os.PathLike[str]) -> ShardEntry:
-    """Build the entry of a compressed tar, which can be streamed but not mapped, by unpacking it once in passing.
-
-    Args:
-        path: A tar packed by gzip, bzip2 or xz.
-
-    Returns:
-        Keys, sizes and frame counts; offsets are those of the unpacked tar.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ShardError: The file is truncated or damaged, or holds a member twice.
-
-    Example:
-        >>> scan_packed("/nowhere/train-000000.tar.gz")
-        Traceback (most recent call last):
-        FileNotFoundError: ...
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    groups: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    heads: dict[str, bytes] = {}
+    groups: list[tuple[str, dict[str, tuple[int, int]], list[int | None]]] = []
+    places: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
+    ignored: list[str] = []
+    kind = "compressed" if packed else "uncompressed"
     try:
-        with tarfile.open(path, mode="r|*") as tar:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|*" if packed else "r:") as tar:
             for info in tar:
-                if not info.isreg():
-                    continue
-                _add_member(groups, info, path)
+                target = _link_target(info)
+                if target in places:
+                    places[info.name] = places[target]
+                    links[info.name] = links.get(target, target)
+                elif info.isreg() and not info.issparse():
+                    places[info.name] = (info.offset_data, info.size)
                 parts = split_member_name(info.name)
-                stream = tar.extractfile(info) if parts is not None and parts[1] in _VIDEO_MEMBERS else None
-                if parts is not None and stream is not None and parts[0] not in heads:
-                    heads[parts[0]] = stream.read(min(info.size, _HEADER_BYTES))
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                if info.isdir() or (info.isreg() and parts is None):
+                    continue
+                if info.name not in places or parts is None or not is_utf8(info.name):
+                    ignored.append(escaped(info.name))
+                    continue
+                key, member = parts
+                if not groups or groups[-1][0] != key:
+                    groups.append((key, {}, []))
+                _, members, frames = groups[-1]
+                if member in members:
+                    raise ShardError(
+                        f"Expected each member once, but {path}, key {key} holds `{member}` twice. Build it again."
+                    )
+                members[member] = places[info.name]
+                content = tar.extractfile(info) if member in _VIDEO_MEMBERS and not (packed and target) else None
+                if content is not None:
+                    frames.append(_head_frames(content.read(HEADER_BYTES), member))
+            if not packed:
+                # tarfile takes a file that was cut between two members for a whole one.
+                stream.seek(tar.offset)
+                if stream.read(_BLOCK) != bytes(_BLOCK):
+                    raise tarfile.ReadError("no end-of-archive mark")
+    except FileNotFoundError:
+        raise
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ShardError(
-            f"Expected {path} to be a whole compressed tar, but got a damaged one ({error}; {size} bytes). Copy it "
-            "again."
+            f"Expected {path} to be a whole {kind} tar, but got a damaged one ({error}; {size} bytes). The file is cut "
+            "off, of another kind or no tar: copy it again, or unpack it."
         ) from error
-    samples = []
-    for key, members in groups:
-        member = next((name for name in _VIDEO_MEMBERS if name in members), None)
-        frames = None if member is None else _head_frames(heads[key], member, f"{path}, key {key}")
-        samples.append(SampleEntry(key, members, frames))
-    return ShardEntry(path.name, size, tuple(samples))
+    if ignored:
+        _warn_ignored(path, ignored)
+    samples = tuple(SampleEntry(key, members, frames[0] if frames else None) for key, members, frames in groups)
+    return ShardEntry(path.name, size, samples, links, tuple(ignored))
 
 
 def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
-    """Read a folder's `index.json`.
-
-    Args:
-        directory: The folder.
-
-    Returns:
-        The index, or `None` when there is none or it does not parse (it is only a cache).
-
-    Example:
-        >>> read_index("/nowhere") is None
-        True
-    """
-    path = Path(directory, INDEX_NAME)
-    try:
-        return parse_index(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ShardError) as error:
-        _logger.warning("Ignoring %s: %s", path, error)
-        return None
+    """Read a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
+    for name in INDEX_NAMES:
+        path = Path(directory, name)
+        try:
+            return parse_index(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ShardError) as error:
+            _logger.warning("Leaving %s as it is and reading the shards without it: %s", path, error)
+    return None
 
 
 def parse_index(text: bytes | str) -> FolderIndex:
-    """Parse the text of an `index.json`.
-
-    Args:
-        text: JSON.
-
-    Returns:
-        The index.
-
-    Raises:
-        ShardError: The text is no index of this version.
-
-    Example:
-        >>> parse_index('{"format": "ssync_pl.shards", "version": 1, "recipe": {}, "shards": []}').shards
-        {}
-    """
+    """Parse the text of a sidecar; raises `ShardError` when it is no index of this version."""
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, INDEX_NAME, dict)
         if raw["format"] != _FORMAT or raw["version"] != _VERSION:
             raise ValueError(f"format {raw['format']!r}, version {raw['version']!r}")
         shards = [_entry_from_json(item) for item in raw["shards"]]
         return FolderIndex({entry.name: entry for entry in shards}, dict(raw["recipe"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ShardError(
-            f"Expected `{INDEX_NAME}` to have format {_FORMAT!r}, version {_VERSION}, but got {error!r}. Delete the "
-            "file: it is built again from the shards."
+            f"Expected `{INDEX_NAME}` to have format {_FORMAT!r}, version {_VERSION}, but got {str(error)[:200]!r}. It "
+            "is not ours, or damaged: nothing of it is used."
         ) from error
 
 
 def write_index(
     directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
-) -> Path:
-    """Write a folder's `index.json` in one step (temporary name, then rename).
-
-    Args:
-        directory: The folder of the shards.
-        shards: Entries of all shards of the folder.
-        recipe: How the shards were made: any JSON values.
-
-    Returns:
-        Path of the file.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_index(folder, [], {"seed": 0}).name
-        'index.json'
-    """
+) -> Path | None:
+    """Write a folder's sidecar in one step, never over a file that is not ours."""
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -294,29 +203,27 @@ def write_index(
         "shards": [_entry_to_json(entry) for entry in sorted(shards, key=lambda entry: entry.name)],
     }
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
-    return write_bytes(Path(directory, INDEX_NAME), text.encode())
+    for name in INDEX_NAMES:
+        path = Path(directory, name)
+        if _may_replace(path):
+            return write_bytes(path, text.encode())
+        _logger.warning("Leaving %s as it is: it is not an index of ssync_pl.", path)
+    return None
 
 
 def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -> list[ShardEntry]:
     """Return the entries of some shards: from the sidecars where they fit, by scanning elsewhere.
 
-    An entry is used only if the file still has the recorded size and its first and last sample lie where the entry
-    says; readers check each member's header again when they open it.
-
     Args:
-        paths: Local shards.
-        save: Write what was scanned back to `index.json` (left out silently in read-only folders).
+        paths: Local, uncompressed shards.
+        save: Write what was scanned back to the sidecar (left out silently in read-only folders).
 
     Returns:
-        One entry a path, in the order of `paths`.
+        One entry per path, in the order of `paths`.
 
     Raises:
         FileNotFoundError: A shard is missing.
         ShardError: A shard cannot be scanned.
-
-    Example:
-        >>> load_shards([])
-        []
     """
     resolved = [Path(path) for path in paths]
     known = {folder: read_index(folder) or FolderIndex() for folder in dict.fromkeys(p.parent for p in resolved)}
@@ -328,6 +235,8 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
             entry = scan_shard(path)
             known[path.parent].shards[path.name] = entry
             changed.add(path.parent)
+        elif entry.ignored:
+            _warn_ignored(path, entry.ignored)
         entries.append(entry)
     for folder in changed if save else ():
         index = known[folder]
@@ -340,74 +249,68 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
 
 
 def header_fits(header: bytes | memoryview, name: str, size: int) -> bool:
-    """Say whether the 512 bytes before a member are the tar header of that member.
-
-    Args:
-        header: The 512 bytes before the member's first byte.
-        name: Full name in the tar: key, dot, member name.
-        size: Size that the index gives, in bytes.
-
-    Returns:
-        Whether name and size agree (names of 100 bytes and more are stored elsewhere and are not compared).
-
-    Example:
-        >>> header_fits(tarfile.TarInfo("7.video.npy").tobuf(), "7.video.npy", 0)
-        True
-    """
+    """Say whether the 512 bytes before a member are the tar header of the member with this full name and size."""
     try:
         info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    name_agrees = len(name.encode()) >= 100 or info.name.lower() == name.lower()
-    return name_agrees and (info.size == size or size >= 8**11)  # sizes of 8 GiB and more are stored elsewhere
+    # Long and non-ASCII names, and sizes of 8 GiB and more, are stored elsewhere.
+    name_agrees = len(name) >= 100 or not name.isascii() or info.name.lower() == name.lower()
+    return name_agrees and (info.size == size or size >= 8**11)
 
 
-def _add_member(groups: list[tuple[str, dict[str, tuple[int, int]]]], info: tarfile.TarInfo, path: Path) -> None:
-    parts = split_member_name(info.name)
-    if parts is None:
-        return
-    key, member = parts
-    if not groups or groups[-1][0] != key:
-        groups.append((key, {}))
-    if member in groups[-1][1]:
-        raise ShardError(f"Expected each member once, but {path}, key {key} holds `{member}` twice. Build it again.")
-    groups[-1][1][member] = (info.offset_data, info.size)
+def _link_target(info: tarfile.TarInfo) -> str:
+    if info.issym():
+        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+    return info.linkname if info.islnk() else ""
 
 
-def _frames(stream: BinaryIO, path: Path, key: str, members: Mapping[str, tuple[int, int]]) -> int | None:
-    member = next((name for name in _VIDEO_MEMBERS if name in members), None)
-    if member is None:
-        return None
-    offset, size = members[member]
-    stream.seek(offset)
-    return _head_frames(stream.read(min(size, _HEADER_BYTES)), member, f"{path}, key {key}")
+def _warn_ignored(path: Path, names: Sequence[str]) -> None:
+    _logger.warning(
+        "Leaving out %d members of %s that are no plain files, are broken links or have names that are not UTF-8: %s",
+        len(names),
+        path,
+        ", ".join(names[:5]) + (", …" if len(names) > 5 else ""),
+    )
 
 
-def _head_frames(head: bytes, member: str, where: str) -> int | None:
+def _head_frames(head: bytes, member: str) -> int | None:
     try:
-        shape = read_npy_header(head, member, where).shape
+        shape = read_npy_header(head, member, max_bytes=1 << 62).shape
     except ShardError:
         return None  # the reader refuses the member by name when, and only when, the sample is used
-    return shape[0] if shape else None
+    return shape[0] if len(shape) == 4 else None
 
 
 def _fits(entry: ShardEntry, path: Path) -> bool:
-    if path.stat().st_size != entry.size:
-        return False
-    if not entry.samples:
+    if path.stat().st_size != entry.size or not entry.samples:
         return False
     with path.open("rb") as stream:
         for sample in (entry.samples[0], entry.samples[-1]):
             for member, (offset, size) in sample.members.items():
                 stream.seek(offset - _BLOCK)
-                if not header_fits(stream.read(_BLOCK), f"{sample.key}.{member}", size):
+                name = f"{sample.key}.{member}"
+                if not header_fits(stream.read(_BLOCK), entry.links.get(name, name), size):
                     return False
     return True
 
 
+def _may_replace(path: Path) -> bool:
+    try:
+        found = parse_json(path.read_bytes(), path.name, dict)
+    except FileNotFoundError:
+        return True
+    except (OSError, ShardError):
+        return False
+    return found.get("format") == _FORMAT
+
+
 def _entry_to_json(entry: ShardEntry) -> dict[str, Any]:
     samples = [{"key": s.key, "members": s.members, "frames": s.frames} for s in entry.samples]
-    return {"name": entry.name, "size": entry.size, "samples": samples}
+    content: dict[str, Any] = {"name": entry.name, "size": entry.size, "samples": samples}
+    if entry.links or entry.ignored:
+        content |= {"links": dict(entry.links), "ignored": list(entry.ignored)}
+    return content
 
 
 def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
@@ -420,4 +323,5 @@ def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
             raise ValueError(f"offsets outside of shard {item['name']!r}")
         frames = sample.get("frames")
         samples.append(SampleEntry(str(sample["key"]), members, None if frames is None else int(frames)))
-    return ShardEntry(str(item["name"]), size, tuple(samples))
+    links = {str(name): str(target) for name, target in dict(item.get("links", {})).items()}
+    return ShardEntry(str(item["name"]), size, tuple(samples), links, tuple(map(str, item.get("ignored", ()))))

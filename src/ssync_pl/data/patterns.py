@@ -6,20 +6,33 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from urllib.parse import urlparse
+from urllib.parse import urlparse, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
+from ssync_pl.data.sampling import shares_by_weight
 from ssync_pl.errors import ConfigError, MissingShardError
 
-__all__ = ["expand_braces", "expand_shards", "is_compressed", "is_remote", "shard_name"]
+__all__ = [
+    "Patterns",
+    "expand_braces",
+    "expand_shards",
+    "find_shards",
+    "is_compressed",
+    "is_remote",
+    "masked_url",
+    "shard_name",
+]
 
-_REMOTE_SCHEMES = ("http", "https", "gs", "hf", "sftp", "ftps", "scp", "ais")
+Patterns = str | list[str] | dict[str, float]
+"""One pattern, several, or several with weights, which mixes them."""
+
+_REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000
 
 
-def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> list[str]:
+def expand_shards(pattern: str | Sequence[str], argument: str = "shards", *, allow_pipe: bool = False) -> list[str]:
     """Expand one pattern or a list of patterns to shards that exist.
 
     Braces are expanded first (`{000000..000304}`, `{train,validation}`), then, for local paths, `*`, `?` and `[…]`.
@@ -27,7 +40,8 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
 
     Args:
         pattern: A path, URL or pattern, or several.
-        argument: Name of the user's argument, for the messages.
+        argument: Name of the user's argument, for messages.
+        allow_pipe: Accept `pipe:` commands, which run in a shell.
 
     Returns:
         Local paths or URLs, in the order of the patterns, globs sorted.
@@ -36,10 +50,6 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
         ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
             is a `pipe:` command or another scheme that cannot be read.
         MissingShardError: A named shard does not exist.
-
-    Example:
-        >>> expand_shards("https://host/movi_c-train-{000000..000002}.tar")[-1]
-        'https://host/movi_c-train-000002.tar'
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not patterns or not all(isinstance(item, str) and item for item in patterns):
@@ -47,14 +57,16 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
             f"Expected argument `{argument}` to name at least one shard, but got {pattern!r}. Give a path such as "
             "`data/train-{000000..000009}.tar` or `data/train-*.tar`."
         )
-    shards: list[str] = []
-    for item in patterns:
-        for expanded in expand_braces(item, argument):
-            shards.extend(_resolve(expanded, item, argument))
+    shards = [
+        shard
+        for item in patterns
+        for expanded in expand_braces(item, argument)
+        for shard in _resolve(expanded, item, argument, allow_pipe)
+    ]
     names = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if repeated:
-        raise ConfigError(f"Expected argument `{argument}` to name each shard once, but {repeated[0]} comes twice.")
+    if len(set(names)) < len(names):
+        repeated = next(name for name in sorted(names) if names.count(name) > 1)
+        raise ConfigError(f"Expected argument `{argument}` to name each shard once, but {repeated} comes twice.")
     if len({is_remote(shard) for shard in shards}) > 1:
         raise ConfigError(
             f"Expected argument `{argument}` to be all local or all remote, but got both in {pattern!r}. Copy the "
@@ -63,23 +75,24 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
     return shards
 
 
+def find_shards(
+    patterns: Patterns, argument: str, *, allow_pipe: bool = False
+) -> tuple[list[str], tuple[int, ...], tuple[float, ...]]:
+    """Expand what the user wrote."""
+    if not isinstance(patterns, Mapping):
+        shards = expand_shards(patterns, argument, allow_pipe=allow_pipe)
+        return shards, (len(shards),), ()
+    if not patterns:
+        raise ConfigError(f"Expected argument `{argument}` to name at least one set, but got none.")
+    weights = tuple(float(weight) for weight in patterns.values())
+    shares_by_weight(1, weights)
+    sizes = tuple(len(expand_shards(pattern, argument, allow_pipe=allow_pipe)) for pattern in patterns)
+    # Expanded once more as a whole: a shard of two sets, or local beside remote shards, is refused there.
+    return expand_shards(list(patterns), argument, allow_pipe=allow_pipe), sizes, weights
+
+
 def expand_braces(pattern: str, argument: str = "shards") -> list[str]:
-    """Expand `{first..last}` with equal zero padding, and `{a,b,c}`; several braces give the product.
-
-    Args:
-        pattern: Text with or without braces.
-        argument: Name of the user's argument, for the messages.
-
-    Returns:
-        The texts, leftmost brace slowest.
-
-    Raises:
-        ConfigError: Braces are unbalanced, nested, empty or no range, or a range runs backwards.
-
-    Example:
-        >>> expand_braces("{train,val}-{08..10}.tar")
-        ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar', 'val-09.tar', 'val-10.tar']
-    """
+    """Expand `{first..last}` with equal zero padding, and `{a,b,c}`; several braces give the product."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     if any(brace in text for text in parts[::2] for brace in "{}"):
         raise _bad_brace(pattern, argument, "the braces are unbalanced or nested")
@@ -94,67 +107,48 @@ def expand_braces(pattern: str, argument: str = "shards") -> list[str]:
 
 
 def is_remote(shard: str) -> bool:
-    """Say whether a shard is a URL rather than a local path.
-
-    Args:
-        shard: Path or URL.
-
-    Returns:
-        `True` for `http://…` and the like, `False` for paths.
-
-    Example:
-        >>> is_remote("https://host/a.tar"), is_remote("data/a.tar")
-        (True, False)
-    """
-    return re.match(r"^[a-z][a-z0-9+]+://", shard) is not None
+    """Say whether a shard is a URL or a command rather than a local path."""
+    return re.match(r"^([a-z][a-z0-9+]+://|pipe:)", shard) is not None
 
 
 def is_compressed(shard: str) -> bool:
-    """Say whether a shard is a packed tar, by its name.
-
-    Args:
-        shard: Path or URL.
-
-    Returns:
-        `True` for `.tar.gz`, `.tgz` and the like.
-
-    Example:
-        >>> is_compressed("data/a.tar.gz"), is_compressed("data/a.tar")
-        (True, False)
-    """
+    """Say whether a shard is a packed tar (`.tar.gz`, `.tgz`, …), by its name."""
     return shard_name(shard).lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
 def shard_name(shard: str) -> str:
-    """Return the file name of a shard, without folder or query.
-
-    Args:
-        shard: Path or URL.
-
-    Returns:
-        The last part of the path.
-
-    Example:
-        >>> shard_name("https://host/data/a-000000.tar?token=x")
-        'a-000000.tar'
-    """
+    """Return the file name of a shard, without folder or query."""
     return PurePosixPath(urlparse(shard).path).name if is_remote(shard) else os.path.basename(shard)
 
 
-def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
+def masked_url(url: str) -> str:
+    """Return an address that may be printed: without passwords, and without the values of its query."""
+    if not is_remote(url) or url.startswith("pipe:"):
+        return url
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    user = f"{user.partition(':')[0]}:…" if ":" in user else ("…" if user else "")
+    names = [item.partition("=") for item in parts.query.split("&")] if parts.query else []
+    query = "&".join(f"{name}=…" if equals else "…" for name, equals, _ in names)
+    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query, fragment=""))
+
+
+def _resolve(shard: str, pattern: str, argument: str, allow_pipe: bool) -> list[str]:
     scheme = re.match(r"^([A-Za-z][A-Za-z0-9+]+):", shard)
     if scheme is not None and scheme.group(1).lower() == "file":
         shard = url2pathname(urlparse(shard).path)
     elif scheme is not None and not os.path.exists(shard):
+        if scheme.group(1) == "pipe" and allow_pipe:
+            return [shard]
         if scheme.group(1).lower() == "pipe":
             raise ConfigError(
                 f"Expected argument `{argument}` to be paths or URLs, but got the shell command {pattern!r}. `pipe:` "
-                "runs any command and is refused: give the URL itself, or download the shards."
+                "runs any command: give the URL itself, or set `allow_pipe` if you trust it."
             )
         if scheme.group(1) not in _REMOTE_SCHEMES or not is_remote(shard):
             raise ConfigError(
                 f"Expected argument `{argument}` to be local paths or URLs of {', '.join(_REMOTE_SCHEMES)}, but got "
-                f"{pattern!r}. For s3, give the https address of the bucket, or download the shards."
+                f"{pattern!r}. Download the shards, or give another address."
             )
         if glob.has_magic(urlparse(shard).path):
             raise ConfigError(
@@ -184,7 +178,7 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
 
 
 def _alternatives(text: str, pattern: str, argument: str) -> list[str]:
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", text)
     if span is not None:
         first, last = span.groups()
         if int(first) > int(last):

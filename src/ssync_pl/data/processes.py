@@ -15,31 +15,12 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLI
 
 
 def cpu_count() -> int:
-    """Count the CPUs that this process may use.
-
-    Returns:
-        At least 1.
-
-    Example:
-        >>> cpu_count() >= 1
-        True
-    """
+    """Count the CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def may_start_processes() -> bool:
-    """Say whether this process may have children: a daemon, such as a loader's worker, may not.
-
-    Returns:
-        Whether it may.
-
-    Raises:
-        RuntimeError: This is a spawned process that still imports a main script without main guard.
-
-    Example:
-        >>> may_start_processes()
-        True
-    """
+    """Say whether this process may have children: a daemon, such as a loader's worker, may not."""
     process = multiprocessing.current_process()
     if getattr(process, "_inheriting", False):
         raise RuntimeError(
@@ -51,13 +32,7 @@ def may_start_processes() -> bool:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs.
-
-    Example:
-        >>> with one_thread_each():
-        ...     os.environ["OMP_NUM_THREADS"]
-        '1'
-    """
+    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
@@ -71,13 +46,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Make this worker leave Ctrl-C to its parent, and end when the parent was killed.
-
-    Workers of a killed pool would else wait for work for ever. Does nothing outside of a child process.
-
-    Example:
-        >>> end_with_parent()
-    """
+    """Make this worker leave Ctrl-C to its parent, and end when the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,21 +11,30 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.decode import (
+    HEADER_BYTES,
+    MAX_MEMBER_BYTES,
+    NpyHeader,
     count_frames,
     decode_member,
     decode_video,
+    member_extension,
     read_npy_header,
     require_allowed,
-    view_npy,
+    require_size,
 )
 from ssync_pl.data.sampling import draw_clip
 from ssync_pl.data.transforms import Size, covering_size
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = [
+    "MaskFormat",
+    "Members",
     "SampleRules",
+    "arrange_masks",
+    "check_video",
     "clip_span",
     "count_objects",
+    "crop_offsets",
     "eval_sample",
     "find_member",
     "mask_channels",
@@ -33,7 +42,6 @@ __all__ = [
 ]
 
 MaskFormat = Literal["ids", "channels"]
-Fetch = Callable[[str], "bytes | memoryview"]
 
 # The first that a sample has is used: the cheapest to slice comes first.
 _FIELDS = {
@@ -53,7 +61,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class SampleRules:
-    """How samples are cut; shared by the map-style and the streaming data set.
+    """How samples are cut; shared by mapped and streamed shards.
 
     Args:
         clip_length: Frames of a training clip; `None` takes whole videos, for evaluation.
@@ -62,7 +70,7 @@ class SampleRules:
         crop: `none` resizes to `image_size`; `random` and `center` cover it and crop.
         flip_probability: Probability of a left-right flip in training.
         masks: Whether object masks are read.
-        mask_format: `ids`: (F, h, w, 1), 0 = background (MOVi); `channels`: (F, h, w, N), one an object (YT-VIS).
+        mask_format: `ids`: (F, h, w, 1), 0 = background (MOVi); `channels`: (F, h, w, N), one per object (YT-VIS).
         max_objects: Most objects a mask may have; `None` for no limit.
         seed: Seed of the run.
         reference: Cut clips and crops as published VideoSAUR-style pipelines do: a clip starts at a multiple of its
@@ -71,10 +79,6 @@ class SampleRules:
 
     Raises:
         ConfigError: A value is out of range.
-
-    Example:
-        >>> SampleRules(clip_length=4, frame_stride=2).training
-        True
     """
 
     clip_length: int | None = None
@@ -106,41 +110,76 @@ class SampleRules:
         return self.clip_length is not None
 
 
-def clip_span(clip_length: int, frame_stride: int) -> int:
-    """Frames from the first to the last of a clip, both included.
+@dataclass(frozen=True)
+class Members:
+    """The members of one sample, wherever they lie.
 
     Args:
-        clip_length: Frames of the clip.
-        frame_stride: Distance between them.
-
-    Returns:
-        The number of frames a video needs.
-
-    Example:
-        >>> clip_span(4, 2)
-        7
+        where: Shard and key, for messages.
+        sizes: Bytes of each member.
+        fetch: Returns `length` bytes of a member from `start` on.
+        max_bytes: Most bytes of a member, stored and decoded.
     """
+
+    where: str
+    sizes: Mapping[str, int]
+    fetch: Callable[[str, int, int], bytes | bytearray | memoryview]
+    max_bytes: int = MAX_MEMBER_BYTES
+
+    @classmethod
+    def of_bytes(
+        cls, where: str, members: Mapping[str, bytes | memoryview], max_bytes: int = MAX_MEMBER_BYTES
+    ) -> Members:
+        """Take members that are in memory."""
+        sizes = {name: len(data) for name, data in members.items()}
+        return cls(where, sizes, lambda name, start, length: members[name][start : start + length], max_bytes)
+
+    def name(self, member: str) -> str:
+        """Name a member for messages."""
+        return f"member `{member}` of {self.where}"
+
+    def read(self, member: str) -> bytes | bytearray | memoryview:
+        """Read a whole member; raises `ShardError` when it is too large."""
+        require_size(self.sizes[member], self.name(member), self.max_bytes)
+        return self.fetch(member, 0, self.sizes[member])
+
+    def decode(self, member: str) -> Any:
+        """Decode a whole member."""
+        return decode_member(member, self.read(member), self.where, self.max_bytes)
+
+    def header(self, member: str) -> NpyHeader:
+        """Read the header of an array member; raises `ShardError` when the member is damaged or half written."""
+        head = memoryview(self.fetch(member, 0, min(self.sizes[member], HEADER_BYTES)))
+        header = read_npy_header(head, member, self.where, self.max_bytes)
+        found = self.sizes[member] - header.data_offset
+        if member_extension(member) == "npy" and found != header.nbytes:
+            raise ShardError(
+                f"Expected {self.name(member)} to hold {header.nbytes} bytes of elements for shape {header.shape}, but "
+                f"got {found}. The member is only half written: copy or build the shard again."
+            )
+        return header
+
+    def rows(self, member: str, cut: slice) -> np.ndarray:
+        """Read some rows of an array member, and no others where it is stored plainly."""
+        header = self.header(member)
+        if member_extension(member) != "npy" or header.fortran_order or not header.nbytes:
+            # A copy, so that a batch never keeps a whole video alive.
+            return np.array(self.decode(member)[cut], order="C")
+        start, stop, step = cut.indices(header.shape[0])
+        row = header.nbytes // header.shape[0]
+        data = self.fetch(member, header.data_offset + start * row, max(stop - start, 0) * row)
+        array = np.frombuffer(data, header.dtype).reshape(-1, *header.shape[1:])[::step]
+        # A stream keeps its members in memory: a copy keeps only the clip alive.
+        return array if isinstance(data, bytearray) and step == 1 else np.array(array, order="C")
+
+
+def clip_span(clip_length: int, frame_stride: int) -> int:
+    """Count the frames from the first to the last of a clip, both included."""
     return (clip_length - 1) * frame_stride + 1
 
 
 def find_member(members: Collection[str], field: str, where: str = "") -> str:
-    """Choose the member that holds a field, refusing samples that have it only in a forbidden format.
-
-    Args:
-        members: Names of the sample's members.
-        field: `video` or `segmentations`.
-        where: Shard and key, for the message.
-
-    Returns:
-        Name of the member.
-
-    Raises:
-        ShardError: There is none, or only one that is refused.
-
-    Example:
-        >>> find_member(["segmentations.npy.gz", "video.npy"], "segmentations")
-        'segmentations.npy.gz'
-    """
+    """Choose the member that holds a field, refusing samples that have it only in a forbidden format."""
     found = next((name for name in _FIELDS[field] if name in members), None)
     if found is not None:
         return found
@@ -153,75 +192,66 @@ def find_member(members: Collection[str], field: str, where: str = "") -> str:
     )
 
 
-def mask_channels(member: str, data: bytes | memoryview, where: str = "") -> int:
-    """Number of channels of stored masks, from the header only.
-
-    Args:
-        member: Name of the member.
-        data: Its bytes.
-        where: Shard and key, for the message.
-
-    Returns:
-        N of (F, h, w, N); 1 for pictures.
-
-    Raises:
-        ShardError: The header is unreadable.
-
-    Example:
-        >>> import io
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.zeros((2, 8, 8, 3), np.uint8))
-        >>> mask_channels("segmentations.npy", buffer.getvalue())
-        3
-    """
-    extension = require_allowed(member, where)
-    if extension not in ("npy", "npy.gz"):
+def mask_channels(members: Members) -> int:
+    """Count the channels of a sample's masks, from the header only; 1 for pictures of ids."""
+    member = find_member(members.sizes, "segmentations", members.where)
+    if member_extension(member) not in ("npy", "npy.gz"):
         return 1
-    shape = read_npy_header(memoryview(data), member, where).shape
-    if len(shape) == 3 and shape[0] < shape[-1]:
-        # Fewer rows than columns of numbers: frames of ids (F, h, w), not the channels (h, w, N) of an image.
-        return 1
-    return shape[-1] if len(shape) >= 3 else 1
+    shape = members.header(member).shape
+    if len(shape) == 4:
+        return shape[-1]
+    is_image = find_member(members.sizes, "video", members.where).startswith("image")
+    # Frames of ids (F, h, w) of a video; of an image (N, h, w) or (h, w, N), with fewer objects than rows.
+    return min(shape[0], shape[-1]) if is_image and len(shape) == 3 else 1
 
 
-def count_objects(member: str, data: bytes | memoryview, mask_format: MaskFormat, where: str = "") -> int:
-    """Most objects that one sample's masks can show: the largest id, or the number of channels.
-
-    Args:
-        member: Name of the member.
-        data: Its bytes.
-        mask_format: How the masks are stored.
-        where: Shard and key, for the message.
-
-    Returns:
-        Number of objects without the background.
-
-    Raises:
-        ShardError: The masks are unreadable.
-
-    Example:
-        >>> import io
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.full((2, 8, 8, 1), 5, np.uint8))
-        >>> count_objects("segmentations.npy", buffer.getvalue(), "ids")
-        5
-    """
+def count_objects(members: Members, mask_format: MaskFormat) -> int:
+    """Count the objects that a sample's masks can show: the largest id, or the number of channels."""
     if mask_format == "channels":
-        return mask_channels(member, data, where)
-    ids = _view(member, data, where)
-    return int(ids.max()) if ids.size else 0
+        return mask_channels(members)
+    ids = members.decode(find_member(members.sizes, "segmentations", members.where))
+    return int(ids.max(initial=0))
 
 
-def train_sample(
-    members: Collection[str], fetch: Fetch, key: str, where: str, rules: SampleRules, epoch: int, clip: int
-) -> dict[str, Any]:
+def arrange_masks(masks: np.ndarray, frames: int, size: tuple[int, int], place: str) -> np.ndarray:
+    """View stored masks as (F, h, w, N), whatever their layout."""
+    height, width = size
+
+    def fits(rows: int, columns: int) -> bool:
+        return abs(rows * width - columns * height) <= 0.02 * rows * width
+
+    given = masks
+    if frames == 1 and masks.ndim == 2:
+        masks = masks[None, ..., None]
+    elif frames == 1 and masks.ndim == 3:
+        last = masks.shape[:2] == size or (masks.shape[1:] != size and fits(*masks.shape[:2]))
+        masks = masks[None] if last else np.moveaxis(masks, 0, -1)[None]
+    elif masks.ndim == 3:
+        masks = masks[..., None]
+    if masks.ndim != 4 or 0 in masks.shape[:3] or masks.dtype.kind not in "bui":
+        raise ShardError(
+            f"Expected {place} to be integer masks (F, h, w, N), but got shape {given.shape}, dtype {given.dtype}. "
+            "Convert the masks."
+        )
+    if len(masks) != frames:
+        raise ShardError(
+            f"Expected {place} to have as many frames as the video, {frames}, but got {len(masks)}. Build the sample "
+            "again."
+        )
+    if not fits(*masks.shape[1:3]):
+        raise ShardError(
+            f"Expected {place} to have the video's proportions {height}x{width}, but got "
+            f"{masks.shape[1]}x{masks.shape[2]}. Build the sample again."
+        )
+    return masks
+
+
+def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, clip: int) -> dict[str, Any]:
     """Cut one training clip.
 
     Args:
-        members: Names of the sample's members.
-        fetch: Returns the bytes of a member.
+        members: The sample's members.
         key: Name of the video with its shard: what the random choices hang on.
-        where: Shard and key, for messages.
         rules: How to cut.
         epoch: Number of the pass.
         clip: Number of the clip of this video in this pass.
@@ -233,26 +263,17 @@ def train_sample(
 
     Raises:
         ShardError: The video is shorter than a clip, a member is refused or does not fit.
-
-    Example:
-        >>> import io
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.zeros((6, 8, 8, 3), np.uint8))
-        >>> sample = train_sample(
-        ...     ["video.npy"], lambda name: buffer.getvalue(), "a/7", "a, key 7", SampleRules(clip_length=2), 0, 0
-        ... )
-        >>> sample["video"].shape
-        torch.Size([2, 8, 8, 3])
     """
     if rules.clip_length is None:
         raise ConfigError("Expected argument `rules` to have a `clip_length` for training, but got None.")
-    member = find_member(members, "video", where)
-    data = fetch(member)
-    frames = _count_frames(member, data, where)
+    member = find_member(members.sizes, "video", members.where)
+    # Packed videos and mp4 are read once, for their length and their frames.
+    whole = members.read(member) if member_extension(member) == "mp4" else None
+    frames = _count(members, member, whole)
     span = clip_span(rules.clip_length, rules.frame_stride)
     if frames < span:
         raise ShardError(
-            f"Expected {where} to have at least {span} frames (clip_length={rules.clip_length}, frame_stride="
+            f"Expected {members.where} to have at least {span} frames (clip_length={rules.clip_length}, frame_stride="
             f"{rules.frame_stride}), but got {frames}. Shorten the clip, or set on_bad_sample='skip'."
         )
     if rules.reference:
@@ -262,12 +283,7 @@ def train_sample(
     cut = slice(draw.start, draw.start + span, rules.frame_stride)
     if not rules.video:
         return {"flip": torch.tensor(draw.flip), "crop": torch.zeros(2, dtype=torch.int64), "cut": cut}
-    video = _check_video(_read_frames(member, data, where, cut), member, where)
-    if len(video) != rules.clip_length:
-        raise ShardError(
-            f"Expected member `{member}` of {where} to hold {frames} frames as its header says, but it ends early. The "
-            "member is damaged: copy or build the shard again."
-        )
+    video = check_video(_read_clip(members, member, cut, whole), members.name(member))
     sample: dict[str, Any] = {
         "video": torch.from_numpy(video),
         "flip": torch.tensor(draw.flip),
@@ -275,132 +291,24 @@ def train_sample(
         "cut": cut,
     }
     if rules.masks:
-        sample["segmentations"] = _masks(members, fetch, where, rules, cut, frames, video.shape)
+        sample["segmentations"] = _masks(members, rules, cut, frames, video.shape)
     return sample
 
 
-def eval_sample(members: Collection[str], fetch: Fetch, where: str, rules: SampleRules) -> dict[str, Any]:
-    """Read one whole video for evaluation.
-
-    Args:
-        members: Names of the sample's members.
-        fetch: Returns the bytes of a member.
-        where: Shard and key, for messages.
-        rules: How to read.
-
-    Returns:
-        `video` (F, h, w, 3) uint8, `crop` (2,) int64 of the central crop, `cut` (all frames, a slice), with
-        `rules.masks` also `segmentations` (F, h, w, N) uint8.
-
-    Raises:
-        ShardError: A member is missing, refused or does not fit.
-
-    Example:
-        >>> import io
-        >>> buffer = io.BytesIO()
-        >>> np.save(buffer, np.zeros((6, 8, 8, 3), np.uint8))
-        >>> eval_sample(["video.npy"], lambda name: buffer.getvalue(), "a, key 7", SampleRules())["video"].shape
-        torch.Size([6, 8, 8, 3])
-    """
-    member = find_member(members, "video", where)
-    video = _check_video(_read_frames(member, fetch(member), where, None), member, where)
+def eval_sample(members: Members, rules: SampleRules) -> dict[str, Any]:
+    """Read one whole video for evaluation."""
+    member = find_member(members.sizes, "video", members.where)
+    array = members.decode(member)
+    video = check_video(np.array(array[None] if array.ndim == 3 else array, order="C"), members.name(member))
     offsets = crop_offsets(video, rules, None, None)
     sample: dict[str, Any] = {"video": torch.from_numpy(video), "crop": offsets, "cut": slice(0, len(video), 1)}
     if rules.masks:
-        sample["segmentations"] = _masks(members, fetch, where, rules, slice(None), len(video), video.shape)
+        sample["segmentations"] = _masks(members, rules, slice(None), len(video), video.shape)
     return sample
 
 
-def _read_frames(member: str, data: bytes | memoryview, where: str, cut: slice | None) -> np.ndarray:
-    extension = require_allowed(member, where)
-    if extension == "mp4":
-        place = f"member `{member}` of {where}"
-        return np.stack(list(decode_video(data, place, None if cut is None else range(cut.start, cut.stop, cut.step))))
-    array = _view(member, data, where)
-    array = array[None] if array.ndim == 3 else array
-    # A copy, so that a batch never keeps a whole video or a memory map alive.
-    return np.array(array if cut is None else array[cut], order="C")
-
-
-def _view(member: str, data: bytes | memoryview, where: str) -> np.ndarray:
-    # Only what is cut out is copied from a memory map.
-    if require_allowed(member, where) == "npy":
-        return view_npy(data, member, where)
-    array: np.ndarray = decode_member(member, data, where)
-    return array
-
-
-def _count_frames(member: str, data: bytes | memoryview, where: str) -> int:
-    extension = require_allowed(member, where)
-    if extension == "mp4":
-        return count_frames(data, f"member `{member}` of {where}")
-    if extension not in ("npy", "npy.gz"):
-        return 1
-    shape = read_npy_header(memoryview(data), member, where).shape
-    return shape[0] if len(shape) == 4 else 1
-
-
-def _check_video(video: np.ndarray, member: str, where: str) -> np.ndarray:
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
-        raise ShardError(
-            f"Expected member `{member}` of {where} to be uint8 frames (F, h, w, 3), but got shape {video.shape}, "
-            f"dtype {video.dtype}. Convert the video to RGB bytes."
-        )
-    return video
-
-
-def _masks(
-    members: Collection[str],
-    fetch: Fetch,
-    where: str,
-    rules: SampleRules,
-    cut: slice,
-    frames: int,
-    video_shape: tuple[int, ...],
-) -> Tensor:
-    member = find_member(members, "segmentations", where)
-    masks = _view(member, fetch(member), where)
-    if masks.ndim < 4 and frames == 1 and masks.shape[:2] == video_shape[1:3]:
-        masks = masks[None]  # pictures are stored without the frame axis
-    masks = masks[..., None] if masks.ndim == 3 else masks
-    if (
-        masks.ndim != 4
-        or 0 in masks.shape[:3]
-        or not (np.issubdtype(masks.dtype, np.integer) or masks.dtype == np.bool_)
-    ):
-        raise ShardError(
-            f"Expected member `{member}` of {where} to be integer masks (F, h, w, N), but got shape {masks.shape}, "
-            f"dtype {masks.dtype}. Convert the masks."
-        )
-    if len(masks) != frames:
-        raise ShardError(
-            f"Expected member `{member}` of {where} to have as many frames as the video, {frames}, but got "
-            f"{len(masks)}. Build the sample again."
-        )
-    height, width = masks.shape[1:3]
-    if abs(height * video_shape[2] - width * video_shape[1]) > 0.02 * height * video_shape[2]:
-        raise ShardError(
-            f"Expected member `{member}` of {where} to have the video's proportions {video_shape[1]}x{video_shape[2]}, "
-            f"but got {height}x{width}. Build the sample again."
-        )
-    # The limit holds for the whole video, so that a clip's fate does not hang on where it starts.
-    objects = masks.shape[-1] if rules.mask_format == "channels" else int(masks.max(initial=0))
-    if rules.mask_format == "ids" and (masks.shape[-1] != 1 or masks.min(initial=0) < 0):
-        raise ShardError(
-            f"Expected member `{member}` of {where} to hold ids (F, h, w, 1) from 0 on, but got shape {masks.shape}, "
-            f"least value {int(masks.min(initial=0))}. For one channel an object, set mask_format='channels'."
-        )
-    if objects > (255 if rules.max_objects is None else rules.max_objects):
-        raise ShardError(
-            f"Expected {where} to have at most {rules.max_objects or 255} objects (max_objects), but member `{member}` "
-            f"has {objects}. Raise `max_objects`."
-        )
-    masks = masks[cut]
-    # A copy here too: the masks may lie in a memory map.
-    return torch.from_numpy(np.array(masks != 0 if rules.mask_format == "channels" else masks, np.uint8, order="C"))
-
-
 def crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left: float | None) -> Tensor:
+    """Place the crop in the resized frames."""
     if rules.image_size is None or rules.crop == "none":
         return torch.zeros(2, dtype=torch.int64)
     height, width = covering_size((video.shape[1], video.shape[2]), rules.image_size, floor=rules.reference)
@@ -409,3 +317,50 @@ def crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None, left:
         # published code rounds halves to the even pixel
         return torch.tensor([round(side / 2) if rules.reference else side // 2 for side in room])
     return torch.tensor([int(top * (room[0] + 1)), int(left * (room[1] + 1))])
+
+
+def _count(members: Members, member: str, whole: Any) -> int:
+    if whole is not None:
+        return count_frames(whole, members.name(member))
+    if require_allowed(member, members.where) not in ("npy", "npy.gz"):
+        return 1
+    shape = members.header(member).shape
+    return shape[0] if len(shape) == 4 else 1
+
+
+def _read_clip(members: Members, member: str, cut: slice, whole: Any) -> np.ndarray:
+    if whole is not None:
+        frames = range(cut.start, cut.stop, cut.step)
+        return np.stack(list(decode_video(whole, members.name(member), frames, max_bytes=members.max_bytes)))
+    if member_extension(member) in ("npy", "npy.gz") and len(members.header(member).shape) == 4:
+        return members.rows(member, cut)
+    array = members.decode(member)
+    return np.array((array[None] if array.ndim == 3 else array)[cut], order="C")
+
+
+def check_video(video: np.ndarray, place: str) -> np.ndarray:
+    """Return the video when it is uint8 frames (F, h, w, 3), else raise `ShardError`."""
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
+        raise ShardError(
+            f"Expected {place} to be uint8 frames (F, h, w, 3), but got shape {video.shape}, dtype {video.dtype}. "
+            "Convert the video to RGB bytes."
+        )
+    return video
+
+
+def _masks(members: Members, rules: SampleRules, cut: slice, frames: int, video_shape: tuple[int, ...]) -> Tensor:
+    member = find_member(members.sizes, "segmentations", members.where)
+    place = members.name(member)
+    masks = arrange_masks(members.decode(member), frames, (video_shape[1], video_shape[2]), place)
+    # The limit holds for the whole video, so that a clip's fate does not hang on where it starts.
+    objects = masks.shape[-1] if rules.mask_format == "channels" else int(masks.max(initial=0))
+    if rules.mask_format == "ids" and (masks.shape[-1] != 1 or masks.min(initial=0) < 0):
+        raise ShardError(
+            f"Expected {place} to hold ids (F, h, w, 1) from 0 on, but got shape {masks.shape}, least value "
+            f"{int(masks.min(initial=0))}. For one channel per object, set mask_format='channels'."
+        )
+    limit = 255 if rules.max_objects is None else rules.max_objects
+    if objects > limit:
+        raise ShardError(f"Expected {place} to have at most {limit} objects, but got {objects}. Raise `max_objects`.")
+    masks = masks[cut]
+    return torch.from_numpy(np.array(masks != 0 if rules.mask_format == "channels" else masks, np.uint8, order="C"))

@@ -1,4 +1,7 @@
-"""Writing shards in the field's format: plain tar files, one video a sample, members `<key>.<field>.npy`."""
+"""Local shards in the field's format: random access to their members, and writing them.
+
+Plain tar files, one video per sample, members `<key>.<field>.npy`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import gzip
 import io
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +18,86 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssync_pl.data.decode import require_allowed
-from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
+from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_allowed
+from ssync_pl.data.index import SampleEntry, ShardEntry, header_fits, is_utf8, read_index, scan_shard, write_index
+from ssync_pl.data.samples import Members
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["ShardWriter", "encode_member"]
+__all__ = ["ShardReader", "ShardWriter", "encode_member"]
+
+_BLOCK = 512
+
+
+class ShardReader:
+    """Reads members of local shards, or parts of them, where the index says that they lie."""
+
+    def __init__(self, max_open: int = 64) -> None:
+        self.max_open = max_open
+        self._files: OrderedDict[str, io.FileIO] = OrderedDict()
+
+    def sample(self, path: str, shard: ShardEntry, sample: SampleEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Members:
+        """Return the members of one sample, each read when it is asked for."""
+        sizes = {name: size for name, (_, size) in sample.members.items()}
+
+        def read(member: str, start: int, length: int) -> bytearray:
+            return self._read(path, shard, sample, member, start, length)
+
+        return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
+
+    def member(self, path: str, shard: ShardEntry, sample: SampleEntry, member: str) -> memoryview:
+        """Return the bytes of one member, however many."""
+        return memoryview(self.sample(path, shard, sample, max_bytes=shard.size).read(member))
+
+    def close(self) -> None:
+        """Close all files; the next read opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"max_open": self.max_open, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # a failing finaliser would only print noise at exit
+            self.close()
+
+    def _read(
+        self, path: str, shard: ShardEntry, sample: SampleEntry, member: str, start: int, length: int
+    ) -> bytearray:
+        offset, _ = sample.members[member]
+        file = self._open(path, shard)
+        if start == 0:
+            name = f"{sample.key}.{member}"
+            size = sample.members[member][1]
+            header = _read_at(file, offset - _BLOCK, _BLOCK)
+            if not header_fits(bytes(header), shard.links.get(name, name), size) and len(header) == _BLOCK:
+                raise ShardError(
+                    f"Expected member `{member}` of {path}, key {sample.key} at byte {offset} as its index says, but "
+                    "something else lies there. The shard was replaced: delete its index, it is built again."
+                )
+        data = _read_at(file, offset + start, length)
+        if len(data) != length:
+            raise ShardError(
+                f"Expected {path} to have {shard.size} bytes as its index says, but it was cut off while it was read. "
+                "Copy it again."
+            )
+        return data
+
+    def _open(self, path: str, shard: ShardEntry) -> io.FileIO:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        while len(self._files) >= self.max_open:
+            self._files.popitem(last=False)[1].close()
+        file = io.FileIO(path)
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.size:
+            file.close()
+            raise ShardError(
+                f"Expected {path} to have {shard.size} bytes as its index says, but it has {size}. The shard was "
+                "replaced or is still being copied: wait, or delete its index, it is built again."
+            )
+        self._files[path] = file
+        return self._files[path]
 
 
 class ShardWriter:
@@ -26,7 +105,7 @@ class ShardWriter:
 
     Each shard is written under a temporary name and renamed when it is complete; the index is written when the
     writer closes without an error. Equal samples give equal bytes. Several writers with different prefixes may fill
-    one folder one after the other: they share its `index.json`.
+    one folder one after the other: they share its index.
 
     Args:
         directory: Folder of the shards; made when absent.
@@ -37,15 +116,6 @@ class ShardWriter:
     Raises:
         ConfigError: `samples_per_shard` or `prefix` is out of range.
         ShardError: The folder already holds shards of this prefix.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with ShardWriter(folder, "train", samples_per_shard=2) as writer:
-        ...         for index in range(3):
-        ...             writer.write(str(index), {"video.npy": np.zeros((4, 8, 8, 3), np.uint8)})
-        ...     sorted(path.name for path in Path(folder).iterdir())
-        ['index.json', 'train-000000.tar', 'train-000001.tar']
     """
 
     def __init__(
@@ -85,14 +155,14 @@ class ShardWriter:
             key: Unique name of the sample, without dots and slashes; the field uses decimal numbers.
             members: Member name → array for `.npy` and `.npy.gz`, JSON value for `.json`, bytes for `.jpg`, `.png`
                 and `.mp4` (bytes are accepted for every kind and stored as they are). Videos are (F, h, w, 3) uint8,
-                masks (F, h, w, 1) uint8 ids or (F, h, w, N) uint8, one channel an object.
+                masks (F, h, w, 1) uint8 ids or (F, h, w, N) uint8, one channel per object.
 
         Raises:
             ShardError: The key is taken or unusable, a member is refused, or the writer is closed.
         """
         if self._closed:
             raise ShardError(f"Expected an open writer, but the writer of `{self.prefix}` is closed.")
-        if not key or any(character in key for character in "./\\") or key.startswith("__"):
+        if not key or any(character in key for character in "./\\") or key.startswith("__") or not is_utf8(key):
             raise ShardError(f"Expected argument `key` to be a name without dots and slashes, but got {key!r}.")
         if key in self._keys:
             raise ShardError(f"Expected each key once, but got {key!r} twice for prefix `{self.prefix}`.")
@@ -107,11 +177,7 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Complete the last shard and write the index; a second call does nothing.
-
-        Raises:
-            ShardError: A shard vanished or changed since it was written.
-        """
+        """Complete the last shard and write the index; a second call does nothing."""
         if self._closed:
             return
         self._finish_shard()
@@ -168,23 +234,7 @@ class ShardWriter:
 
 
 def encode_member(member: str, value: Any, where: str = "") -> bytes:
-    """Encode one member by its extension, to the same bytes every time.
-
-    Args:
-        member: Member name without the key, for example `video.npy`.
-        value: Array, JSON value, or bytes that are stored as they are.
-        where: Key, for the message.
-
-    Returns:
-        The member's bytes.
-
-    Raises:
-        ShardError: The extension is refused, the array holds objects, or the value does not fit the extension.
-
-    Example:
-        >>> encode_member("info.json", {"fps": 12})
-        b'{"fps": 12}'
-    """
+    """Encode one member by its extension, to the same bytes every time."""
     extension = require_allowed(member, where)
     if isinstance(value, bytes):
         return value
@@ -201,3 +251,21 @@ def encode_member(member: str, value: Any, where: str = "") -> bytes:
     data = buffer.getvalue()
     # GZIP stamps the time into its header unless told otherwise.
     return gzip.compress(data, compresslevel=6, mtime=0) if extension == "npy.gz" else data
+
+
+def _read_at(file: io.FileIO, offset: int, length: int) -> bytearray:
+    """Read bytes at a place; fewer where the file ends."""
+    data = bytearray(length)
+    view, done = memoryview(data), 0
+    while done < length:
+        if hasattr(os, "preadv"):
+            got = os.preadv(file.fileno(), [view[done:]], offset + done)
+        else:  # Windows: no forked workers, which would share the file's position
+            file.seek(offset + done)
+            got = file.readinto(view[done:])
+        if not got:
+            break
+        done += got
+    view.release()
+    del data[done:]
+    return data

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssync_pl.data import synthetic
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.sources import find_shards
+from ssync_pl.data.patterns import find_shards
 from ssync_pl.errors import ConfigError
 
 __all__ = ["SyntheticDataModule"]

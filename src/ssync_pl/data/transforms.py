@@ -34,20 +34,7 @@ Size = tuple[int, int]
 
 
 def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
-    """Smallest size of the source's proportions that covers the target (short-side resize for square targets).
-
-    Args:
-        source: Height and width of the frames.
-        target: Height and width of the crop.
-        floor: Round the longer side down, as published code does, instead of to the nearest.
-
-    Returns:
-        Height and width, rounded, neither below the target's.
-
-    Example:
-        >>> covering_size((320, 568), (518, 518))
-        (518, 919)
-    """
+    """Smallest size of the source's proportions that covers the target (short-side resize for square targets)."""
     (height, width), (target_height, target_width) = source, target
     if target_height * width >= target_width * height:
         longer = math.floor(width / height * target_height) if floor else round(width * target_height / height)
@@ -57,39 +44,14 @@ def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
 
 
 def central_square(source: Size) -> tuple[slice, slice]:
-    """Largest central square, placed as published code places it (halves round to the even pixel).
-
-    Args:
-        source: Height and width of the frames.
-
-    Returns:
-        Rows and columns of the square.
-
-    Example:
-        >>> central_square((3, 6))
-        (slice(0, 3, None), slice(2, 5, None))
-    """
+    """Largest central square, placed as published code places it (halves round to the even pixel)."""
     side = min(source)
     top, left = round((source[0] - side) / 2), round((source[1] - side) / 2)
     return slice(top, top + side), slice(left, left + side)
 
 
 def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear", *, antialias: bool = True) -> Tensor:
-    """Resize frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped.
-
-    Args:
-        frames: (..., C, h, w) float.
-        size: Height and width of the result.
-        mode: `bilinear` or `bicubic`.
-        antialias: Smooth frames that shrink. Published code does not.
-
-    Returns:
-        (..., C, H, W) float.
-
-    Example:
-        >>> resize_frames(torch.ones(2, 3, 4, 4), (8, 8)).shape
-        torch.Size([2, 3, 8, 8])
-    """
+    """Resize frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped."""
     if frames.shape[-2:] == size:
         return frames
     shrinks = antialias and (frames.shape[-2] > size[0] or frames.shape[-1] > size[1])
@@ -100,23 +62,7 @@ def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear", *, antiali
 
 
 def resize_masks(masks: Tensor, size: Size, *, reference: bool = False) -> Tensor:
-    """Resize masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device.
-
-    Target pixel i reads source pixel ⌊(2i + 1)·h / 2H⌋, the pixel under its centre.
-
-    Args:
-        masks: (..., h, w), any dtype; uint8 with `reference`.
-        size: Height and width of the result.
-        reference: Take torch's float arithmetic, as published code does: it may differ where a centre lies exactly
-            between two pixels.
-
-    Returns:
-        (..., H, W), same dtype.
-
-    Example:
-        >>> resize_masks(torch.tensor([[1, 2]]), (1, 4))
-        tensor([[1, 1, 2, 2]])
-    """
+    """Resize masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device."""
     if reference:
         flat = masks.reshape(-1, 1, *masks.shape[-2:])
         return F.interpolate(flat, size=size, mode="nearest-exact").reshape(*masks.shape[:-2], *size)
@@ -129,22 +75,7 @@ def resize_masks(masks: Tensor, size: Size, *, reference: bool = False) -> Tenso
 
 
 def crop_and_flip(frames: Tensor, offsets: Tensor | None, flip: Tensor | None, size: Size) -> Tensor:
-    """Cut one window a video and mirror some of the videos, without a loop over the batch.
-
-    Args:
-        frames: (B, T, C, h, w), any dtype.
-        offsets: (B, 2) int64, top and left of the windows; `None` for the whole frame.
-        flip: (B,) bool; `None` flips none.
-        size: Height and width of the windows.
-
-    Returns:
-        (B, T, C, H, W).
-
-    Example:
-        >>> frames = torch.arange(6.0).view(1, 1, 1, 2, 3)
-        >>> crop_and_flip(frames, torch.tensor([[1, 0]]), torch.tensor([True]), (1, 2)).flatten()
-        tensor([4., 3.])
-    """
+    """Cut one window a video and mirror some of the videos, without a loop over the batch."""
     if frames.device.type == "cpu" and len(frames) == 1:
         # No wait for a device, so the choices can be looked at, and nothing has to be gathered.
         if offsets is not None and tuple(frames.shape[-2:]) != size:
@@ -174,13 +105,6 @@ def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background:
 
     Returns:
         (B, T, C, H, W) bool with C = `max_objects`, plus 1 with background.
-
-    Example:
-        >>> masks = torch.tensor([0, 2], dtype=torch.uint8).view(1, 1, 1, 1, 2)
-        >>> one_hot_masks(masks, 2, ids=True, has_background=True).flatten(0, 3).int()
-        tensor([[1, 0],
-                [0, 0],
-                [0, 1]], dtype=torch.int32)
     """
     if ids:
         first = 0 if has_background else 1
@@ -209,13 +133,6 @@ class BatchTransform:
 
     Raises:
         ConfigError: A setting is out of range.
-
-    Example:
-        >>> transform = BatchTransform((4, 4), mean=[0.5] * 3, std=[0.5] * 3)
-        >>> batch = {"video": torch.full((1, 2, 8, 8, 3), 255, dtype=torch.uint8), "crop": torch.zeros(1, 2).long()}
-        >>> video = transform(batch)["video"]
-        >>> video.shape, video.max().item()
-        (torch.Size([1, 2, 3, 4, 4]), 1.0)
     """
 
     def __init__(

@@ -17,15 +17,7 @@ Bytes = NDArray[np.uint8]
 
 
 def mp4_available() -> bool:
-    """Tell whether PyAV, which writes the MP4 files, is installed.
-
-    Returns:
-        True when `import av` would find a package.
-
-    Example:
-        >>> isinstance(mp4_available(), bool)
-        True
-    """
+    """Tell whether PyAV, which writes the MP4 files, is installed."""
     return importlib.util.find_spec("av") is not None
 
 
@@ -43,11 +35,6 @@ def encode_mp4(frames: Bytes, *, fps: int = 6) -> bytes:
     Raises:
         ModuleNotFoundError: PyAV is not installed.
         ShapeError: The frames are not (T, H, W, 3) with T of 1 or more.
-
-    Example:
-        >>> clip = np.zeros((2, 16, 16, 3), dtype=np.uint8)
-        >>> not mp4_available() or encode_mp4(clip)[4:8] == b"ftyp"
-        True
     """
     encoder = Mp4Encoder(fps)
     encoder.add(frames)
@@ -55,17 +42,7 @@ def encode_mp4(frames: Bytes, *, fps: int = 6) -> bytes:
 
 
 class Mp4Encoder:
-    """Encodes a video piece by piece, so that a long one need not be in memory as a whole.
-
-    Args:
-        fps: Frames a second.
-
-    Example:
-        >>> encoder = Mp4Encoder(6)
-        >>> if mp4_available():
-        ...     encoder.add(np.zeros((2, 16, 16, 3), dtype=np.uint8))
-        ...     assert encoder.close()[4:8] == b"ftyp"
-    """
+    """Encodes a video piece by piece, so that a long one need not be in memory as a whole."""
 
     def __init__(self, fps: int = 6) -> None:
         self.fps = fps
@@ -74,16 +51,7 @@ class Mp4Encoder:
         self._stream: Any = None
 
     def add(self, frames: Bytes) -> None:
-        """Encode the next frames.
-
-        Args:
-            frames: uint8 array (T, H, W, 3), RGB, of the same size in every call. Odd heights and widths get one white
-                line more: the codec needs even ones.
-
-        Raises:
-            ModuleNotFoundError: PyAV is not installed.
-            ShapeError: The frames are not (T, H, W, 3) with T of 1 or more.
-        """
+        """Encode the next frames."""
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[0] == 0:
             raise ShapeError(f"Expected argument `frames` to be (T, H, W, 3) with T >= 1, but got {frames.shape}.")
         if not mp4_available():
@@ -103,14 +71,7 @@ class Mp4Encoder:
             self._container.mux(self._stream.encode(picture))
 
     def close(self) -> bytes:
-        """Finish the video.
-
-        Returns:
-            The bytes of an MP4 file.
-
-        Raises:
-            ShapeError: There is no frame.
-        """
+        """Finish the video."""
         if self._container is None:
             raise ShapeError("Expected at least one frame before the video is finished, but got none.")
         self._container.mux(self._stream.encode())

@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.sources import find_shards
+from ssync_pl.data.patterns import find_shards, is_remote
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics.table import METRICS, metric_names
 from ssync_pl.tools.baselines import BASELINES_VERSION, Rows, cached_baselines, score_baselines

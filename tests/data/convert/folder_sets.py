@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from ssync_pl.cli.data_commands.convert import add_parser
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 
 __all__ = [
     "MADE_FRAMES",

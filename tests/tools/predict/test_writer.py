@@ -461,7 +461,7 @@ def test_the_command_writes_predictions_by_itself(
 def test_the_command_keeps_no_predictions_in_memory(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssync_pl.tools.trainer_cli import run_trainer
+    from ssync_pl.cli.trainer import run_trainer
 
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     monkeypatch.setattr(predictions, "mp4_available", lambda: False)
@@ -473,7 +473,7 @@ def test_the_command_keeps_no_predictions_in_memory(
 
 
 def test_a_writer_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssync_pl.tools.trainer_cli import SSyncCLI
+    from ssync_pl.cli.trainer import SSyncCLI
 
     def build(callbacks: list[L.Callback], verb: str) -> list[L.Callback]:
         cli = SSyncCLI.__new__(SSyncCLI)

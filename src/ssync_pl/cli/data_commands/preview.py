@@ -60,12 +60,12 @@ def _preview(options: argparse.Namespace) -> int:
     if options.mp4 and not mp4_available():
         raise ConfigError("Expected PyAV for --mp4, but it is not installed. Run `pip install av`, or leave out --mp4.")
     shards = expand_shards(options.patterns, "patterns")
-    picked = pick_videos(shards, options.videos, seed=None if options.first else options.seed)
-    for problem in picked.skipped:
+    videos, skipped = pick_videos(shards, options.videos, seed=None if options.first else options.seed)
+    for problem in skipped:
         sys.stderr.write(f"left out: {problem}\n")
-    write_bytes(targets[0], encode_png(draw_preview(picked.videos, frames=options.frames, cell=options.cell)))
+    write_bytes(targets[0], encode_png(draw_preview(videos, frames=options.frames, cell=options.cell)))
     if options.mp4:
-        write_bytes(targets[1], encode_mp4(compose_preview(picked.videos, cell=options.cell)))
-    count = len(picked.videos)
+        write_bytes(targets[1], encode_mp4(compose_preview(videos, cell=options.cell)))
+    count = len(videos)
     sys.stdout.write(f"{count} video{'s' * (count != 1)}: {', '.join(str(target) for target in targets)}\n")
     return 0

@@ -29,19 +29,9 @@ _FPS, _VERSION = 12, 1
 _NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 
-# Shapes per object or camera; -1 stands for the number of frames.
-_SHAPES: dict[str, tuple[int, ...]] = {
-    "camera/positions": (-1, 3),
-    "camera/quaternions": (-1, 4),
-    "instances/positions": (-1, 3),
-    "instances/quaternions": (-1, 4),
-    "instances/velocities": (-1, 3),
-    "instances/angular_velocities": (-1, 3),
-    "instances/bboxes_3d": (-1, 8, 3),
-    "instances/image_positions": (-1, 2),
-    "instances/visibility": (-1,),
-    "instances/bboxes": (4,),
-}
+# Last sizes of nested lists, per object and frame.
+_SHAPES = {"bboxes_3d": (8, 3), "positions": (3,), "quaternions": (4,), "velocities": (3,), "angular_velocities": (3,),
+           "image_positions": (2,), "bboxes": (4,)}  # fmt: skip
 _FLAT, _LENGTHS = "/ragged_flat_values", "/ragged_row_lengths_0"
 
 _Features = dict[str, Any]  # feature name → list of bytes, or float32 or int64 array (L,)
@@ -83,7 +73,7 @@ class MoviDecoder:
             else:
                 values = _flow(features, field, (frames, height, width, 2), where)
             members[f"{field}.npy"] = values.astype(np.float32)
-        members["info.json"] = {**_describe(features, frames, where), "fps": _FPS, "record": [name, offset]}
+        members["info.json"] = {**_describe(features, where), "fps": _FPS, "record": [name, offset]}
         return members
 
 
@@ -332,75 +322,50 @@ def _same_size(name: str, values: np.ndarray, video: np.ndarray, where: str) -> 
     return values
 
 
-def _describe(features: _Features, frames: int, where: str) -> dict[str, Any]:
-    """Collect all that a record says beside its pictures: `metadata`, `camera`, `instances`, `collisions`, texts.
+def _describe(features: _Features, where: str) -> dict[str, Any]:
+    """Nest what a record says beside its pictures by the slashes of its names, with one entry per object and collision.
 
     TensorFlow Datasets flattens nested features: `instances/mass` holds one number per object, `instances/positions`
     frames x 3 numbers per object, and ragged lists are split into values and row lengths.
     """
     found: dict[str, Any] = {}
-    groups: dict[str, _Features] = {"metadata": {}, "camera": {}, "instances": {}, "collisions": {}}
-    for name, values in features.items():
+    rows: dict[str, _Features] = {"instances": {}, "collisions": {}}
+    for name, values in sorted(features.items()):
         group, _, inner = name.removeprefix("events/").partition("/")
-        if group in groups and inner:
-            groups[group][inner] = values
-        elif not inner and isinstance(values, list) and len(values) == 1 and name not in _MODES:
-            found[name] = _plain(values)
-    for group in ("metadata", "camera"):
-        if groups[group]:
-            found[group] = {
-                inner: _shaped(values, _SHAPES.get(f"{group}/{inner}"), frames, f"`{group}/{inner}` of {where}")
-                for inner, values in sorted(groups[group].items())
-            }
-    counts = {"instances": groups["instances"].get("mass"), "collisions": groups["collisions"].get("frame")}
-    for group, values in counts.items():
-        stated = groups["metadata"].get("num_instances") if group == "instances" else None
-        if values is not None or stated is not None:
-            count = int(stated[0]) if stated is not None else len(values)  # type: ignore[arg-type]
-            found[group] = _rows(groups[group], count, frames, group, where)
+        if group in rows:
+            rows[group][inner] = values
+        elif inner:
+            found.setdefault(group, {})[inner] = _nested(inner, values, where)
+        elif isinstance(values, list) and len(values) == 1 and name not in _MODES:
+            found[name] = _nested(name, values, where)
+    for group, own in rows.items():
+        stated = features.get("metadata/num_instances") if group == "instances" else None
+        counted: Any = own.get("frame" if group == "collisions" else "mass", [])
+        count = len(counted) if stated is None else int(stated[0])
+        if own or stated is not None:
+            found[group] = [{} for _ in range(count)]
+        for name, values in own.items():
+            plain = name.removesuffix(_FLAT)
+            if name.endswith(_LENGTHS):
+                continue
+            ragged = own.get(plain + _LENGTHS, ()) if plain != name else [len(values) // max(count, 1)] * count
+            sizes = [int(size) * (math.prod(_SHAPES.get(plain, ())) if plain != name else 1) for size in ragged]
+            if len(sizes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(values):
+                raise _misfit(f"`{group}/{name}` of {where}", f"{sum(sizes)} values of {count} objects", len(values))
+            for row, (start, end) in zip(found[group], pairwise(np.cumsum([0, *sizes]).tolist()), strict=True):
+                row[plain] = _nested(plain, values[start:end], where, scalar=plain == name)
     return found
 
 
-def _rows(features: _Features, count: int, frames: int, group: str, where: str) -> list[dict[str, Any]]:
-    """Turn lists over all objects into one dictionary per object."""
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
-    for name, values in sorted(features.items()):
-        if name.endswith(_LENGTHS):
-            continue
-        plain = name.removesuffix(_FLAT)
-        place, shape = f"`{group}/{name}` of {where}", _SHAPES.get(f"{group}/{plain}")
-        if plain != name:
-            sizes = [int(size) * math.prod(shape or ()) for size in features.get(plain + _LENGTHS, [])]
-            if len(sizes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(values):
-                raise _misfit(place, f"{sum(sizes)} values in {count} rows", f"{len(values)} in {len(sizes)}")
-        elif len(values) % max(count, 1) or (not count and len(values)):
-            raise _misfit(place, f"a multiple of {count} values, one set per object", len(values))
-        else:
-            sizes = [len(values) // count for _ in rows]
-        for row, (start, end) in zip(rows, pairwise(np.cumsum([0, *sizes]).tolist()), strict=True):
-            part = values[start:end]
-            if plain == name:
-                row[plain] = _shaped(part, shape, frames, place)
-            else:
-                row[plain] = (
-                    [_text(v) for v in part] if isinstance(part, list) else _numbers(part.reshape(-1, *shape or ()))
-                )
-    return rows
-
-
-def _shaped(values: Any, shape: tuple[int, ...] | None, frames: int, place: str) -> Any:
-    if shape is None or isinstance(values, list):
-        return _plain(values)
-    full = tuple(frames if size == -1 else size for size in shape)
-    if math.prod(full) != len(values):
-        raise _misfit(place, f"{math.prod(full)} values for shape {full}", len(values))
-    return _numbers(values.reshape(full))
-
-
-def _plain(values: Any) -> Any:
-    """A single value becomes a scalar."""
-    plain = [_text(value) for value in values] if isinstance(values, list) else _numbers(values)
-    return plain[0] if len(plain) == 1 else plain
+def _nested(name: str, values: Any, where: str, scalar: bool = True) -> Any:
+    """Return nested lists of numbers or texts; a single value becomes a scalar."""
+    if isinstance(values, list):
+        plain: Any = [value.decode("utf-8", errors="replace") for value in values]
+    elif len(values) % math.prod(_SHAPES.get(name, ())):
+        raise _misfit(f"`{name}` of {where}", f"a multiple of {_SHAPES[name]} values", len(values))
+    else:
+        plain = _numbers(values.reshape(-1, *_SHAPES.get(name, ())))
+    return plain[0] if scalar and len(values) == 1 else plain
 
 
 def _numbers(values: np.ndarray) -> Any:
@@ -413,10 +378,6 @@ def _numbers(values: np.ndarray) -> Any:
     anything = exact.astype(object)
     anything[~np.isfinite(exact)] = None
     return anything.tolist()
-
-
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", errors="replace")
 
 
 def _misfit(place: str, expected: str, found: Any) -> ShardError:

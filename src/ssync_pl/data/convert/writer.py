@@ -21,15 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssync_pl.data.decode import decode_member
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
-from ssync_pl.data.reader import ShardReader
-from ssync_pl.data.shards import ShardWriter
+from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["ConversionReport", "Decode", "Item", "convert", "record_path", "verify_shard"]
+__all__ = ["ConversionReport", "Decode", "Item", "convert", "record_path"]
 
 _VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
 _LOCK = ".convert.lock"
@@ -195,29 +193,17 @@ def convert(
         raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
-def verify_shard(path: Path, keys: Sequence[str] | None = None) -> tuple[ShardEntry, int]:
-    """Decode every member of a shard; return its index entry and the frames of all its videos.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ShardError: The tar or a member is damaged, masks do not fit their video, or keys differ from the expected ones.
-    """
+def _verify(path: Path, keys: Sequence[str]) -> tuple[ShardEntry, int]:
+    """Decode every member of a shard with these keys; return its index entry and the frames of all its videos."""
     entry = scan_shard(path)
-    found = [sample.key for sample in entry.samples]
-    if keys is not None and found != list(keys):
-        odd = sorted(set(keys) ^ set(found))
-        raise ShardError(f"Expected {path} to hold {len(keys)} videos, but got {len(found)}; first difference: {odd}.")
+    odd = sorted(set(keys) ^ {sample.key for sample in entry.samples})
+    if odd or len(entry.samples) != len(keys):
+        raise ShardError(f"Expected {path} to hold {len(keys)} videos, but got {len(entry.samples)}: {odd[:3]} differ.")
     frames = 0
     with contextlib.closing(ShardReader()) as reader:
         for sample in entry.samples:
-            where = f"{path}, key {sample.key}"
-            frames += _count_frames(
-                {
-                    name: decode_member(name, reader.member(str(path), entry, sample, name), where)
-                    for name in sample.members
-                },
-                where,
-            )
+            members = reader.sample(str(path), entry, sample, max_bytes=1 << 40)
+            frames += _count_frames({name: members.decode(name) for name in sample.members}, members.where)
     return entry, frames
 
 
@@ -246,16 +232,19 @@ def _count_frames(members: Mapping[str, Any], where: str) -> int:
 def _check_arguments(
     items: Sequence[Item], prefix: str, samples_per_shard: int, num_workers: int | None, on_bad_sample: str
 ) -> None:
-    if not prefix or prefix.startswith(".") or any(character in prefix for character in "/\\{}*?[]"):
-        raise ConfigError(f"Expected the prefix to be a plain file name part, but got {prefix!r}.")
-    if isinstance(samples_per_shard, bool) or not isinstance(samples_per_shard, int) or samples_per_shard < 1:
-        raise ConfigError(f"Expected samples_per_shard to be at least 1, but got {samples_per_shard!r}.")
-    if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 0):
-        raise ConfigError(f"Expected num_workers to be 0 or more, or None, but got {num_workers!r}.")
-    if on_bad_sample not in ("raise", "skip"):
-        raise ConfigError(f"Expected on_bad_sample to be 'raise' or 'skip', but got {on_bad_sample!r}.")
-    if not items:
-        raise ConfigError(f"Expected at least one video for `{prefix}`, but got none.")
+    plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
+    whole = isinstance(samples_per_shard, int) and not isinstance(samples_per_shard, bool) and samples_per_shard >= 1
+    workers = num_workers is None or (not isinstance(num_workers, bool) and num_workers >= 0)
+    checks = (
+        (plain, "the prefix to be a plain file name part", prefix),
+        (whole, "samples_per_shard to be at least 1", samples_per_shard),
+        (workers, "num_workers to be 0 or more, or None", num_workers),
+        (on_bad_sample in ("raise", "skip"), "on_bad_sample to be 'raise' or 'skip'", on_bad_sample),
+        (bool(items), f"at least one video for `{prefix}`", "none"),
+    )
+    for good, expected, got in checks:
+        if not good:
+            raise ConfigError(f"Expected {expected}, but got {got!r}.")
     keys = [item.key for item in items]
     odd = [key for key in keys if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or key.startswith("__")]
     if odd or len(set(keys)) < len(keys):
@@ -381,7 +370,7 @@ def _start(stop: Any) -> None:
 def _do(job: _Job, tick: Callable[[], object] = lambda: None) -> _Made:
     """Read a finished shard back, or make it."""
     try:
-        entry, frames = verify_shard(job.path, [item.key for item in job.items])
+        entry, frames = _verify(job.path, [item.key for item in job.items])
         for _ in job.items:
             tick()
         return _Made(entry, frames, kept=True)
@@ -413,7 +402,7 @@ def _do(job: _Job, tick: Callable[[], object] = lambda: None) -> _Made:
             job.path.unlink(missing_ok=True)
             return _Made(None, 0, skipped)
         made = (scratch / "made-000000.tar").rename(scratch / job.path.name)
-        entry, frames = verify_shard(made, keys)
+        entry, frames = _verify(made, keys)
         with made.open("rb+") as stream:
             os.fsync(stream.fileno())  # content before the name: a power cut must not leave an empty file under it
         os.replace(made, job.path)

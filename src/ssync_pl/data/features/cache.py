@@ -30,9 +30,8 @@ from ssync_pl.data.features.recipe import (
 from ssync_pl.data.features.settle import settle_projection
 from ssync_pl.data.files import exclusive
 from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, write_index
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import SampleRules
-from ssync_pl.data.shards import encode_member
+from ssync_pl.data.shards import ShardReader, encode_member
 from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ConfigError, ShardError
 

@@ -15,8 +15,8 @@ from ssync_pl.data.features.codec import FeatureType, encode_features
 from ssync_pl.data.features.projection import Projection
 from ssync_pl.data.features.recipe import FeatureRecipe
 from ssync_pl.data.index import ShardEntry
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import SampleRules, eval_sample
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ShardError
 
@@ -124,8 +124,7 @@ def _read_samples(
     for sample in entry.samples:
         where = f"{path}, key {sample.key}"
         try:
-            fetch = lambda member, sample=sample: reader.member(path, entry, sample, member)  # noqa: E731
-            yield sample.key, eval_sample(sample.members, fetch, where, run.rules)
+            yield sample.key, eval_sample(reader.sample(path, entry, sample), run.rules)
         except ShardError as error:
             if not run.skip:
                 raise

@@ -21,8 +21,8 @@ from ssync_pl.data.features.codec import stored_dtype
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
 from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import find_member
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ssync_pl.data.features.projection import (
 from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe, source_facts
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["settle_projection"]

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ssync_pl.data.decode import view_npy
 from ssync_pl.data.features.codec import array_to_tensor, member_names, stored_dtype
 from ssync_pl.data.features.recipe import find_shard, read_recipe, require_crop, require_local, source_facts
 from ssync_pl.data.index import ShardEntry, load_shards
-from ssync_pl.data.reader import ShardReader
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["FeatureStore"]
@@ -120,8 +119,7 @@ class FeatureStore:
             flip: Whether the frames are mirrored.
 
         Returns:
-            `features` (T, N, D) bfloat16 or int8; for int8 also `features_scale` (T, D) float32. Copies: nothing
-            refers to the memory map.
+            `features` (T, N, D) bfloat16 or int8; for int8 also `features_scale` (T, D) float32.
 
         Raises:
             ConfigError: Mirrored features were not stored.
@@ -143,15 +141,17 @@ class FeatureStore:
             dtype = stored_dtype(self._dtype) if field == "features" else np.dtype("<f4")
             if name not in sample.members:
                 raise _damaged(where, f"it has no `{name}`")
-            array = view_npy(self._reader.member(path, entry, sample, name), name, where)
-            if array.shape[1:] != shape or array.dtype != dtype:
-                raise _damaged(where, f"`{name}` is {array.shape} {array.dtype}, not (T, {shape}) {dtype}")
-            if (frames.stop is not None and frames.stop > len(array)) or (frames.start or 0) >= len(array):
+            members = self._reader.sample(path, entry, sample, max_bytes=entry.size)
+            header = members.header(name)
+            if not header.shape or header.shape[1:] != shape or header.dtype != dtype:
+                raise _damaged(where, f"`{name}` is {header.shape} {header.dtype}, not (T, {shape}) {dtype}")
+            count = header.shape[0]
+            if (frames.stop is not None and frames.stop > count) or (frames.start or 0) >= count:
                 raise ShardError(
-                    f"Expected frames {frames.start or 0} to {frames.stop or len(array)} of {shard}, key {key}, but "
-                    f"there are features of {len(array)} only."
+                    f"Expected frames {frames.start or 0} to {frames.stop or count} of {shard}, key {key}, but "
+                    f"there are features of {count} only."
                 )
-            out[field] = array_to_tensor(np.array(array[frames], order="C"))
+            out[field] = array_to_tensor(members.rows(name, frames))
         return out
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, read_frames, read_time
 from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, is_mask_folder, list_frames, natural_key
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.patterns import expand_braces, is_remote
-from ssync_pl.data.reader import ShardReader
 from ssync_pl.data.samples import SampleRules, eval_sample
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 __all__ = ["InputVideo", "find_videos"]
@@ -184,10 +184,6 @@ def _shard(path: Path) -> list[InputVideo]:
 def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:
     reader = ShardReader()
     try:
-        where = f"{path}, key {sample.key}"
-        read = eval_sample(
-            sample.members, lambda member: reader.member(path, shard, sample, member), where, SampleRules()
-        )
-        yield from read["video"].numpy()
+        yield from eval_sample(reader.sample(path, shard, sample), SampleRules())["video"].numpy()
     finally:
         reader.close()

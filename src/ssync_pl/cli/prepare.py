@@ -10,23 +10,14 @@ __all__ = ["prepare"]
 
 
 def prepare(words: list[str]) -> int:
-    """Builds the data module of a configuration and lets it make its files.
-
-    Args:
-        words: as after `ssync-pl fit`.
-
-    Returns:
-        The exit status.
-    """
-    from ssync_pl.tools.doctor.configured import from_configuration  # Lightning takes seconds to import
+    """Lets the data module of a configuration make its files; takes the words of `ssync-pl fit`."""
+    from ssync_pl.cli.configured import from_configuration  # Lightning takes seconds to import
 
     try:
         data = from_configuration(words).data
         if data is not None:
             data.prepare_data()
             data.setup("fit")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
     except (SSyncError, OSError) as error:
         sys.stderr.write(f"ssync-pl compare: error: {error}\n")
         return 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.prefetch import DevicePrefetcher
+from ssync_pl.data.to_device import DevicePrefetcher
 
 
 def _batches(count: int) -> list[dict]:

@@ -22,14 +22,14 @@ import ssync_pl.plugin.callback
 import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
+from ssync_pl.cli.checkpoint_errors import bad_checkpoint, other_checkpoint
+from ssync_pl.cli.predict_words import INPUT_OPTIONS, describe_windows, gather_inputs, refuse_alone, with_config
+from ssync_pl.cli.progress import progress_bar
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.plugin.step_seed import StepSeed
-from ssync_pl.tools.checkpoint_errors import bad_checkpoint, other_checkpoint
 from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
 from ssync_pl.tools.predict.writer import SlotPredictions
-from ssync_pl.tools.predict_words import INPUT_OPTIONS, describe_windows, gather_inputs, refuse_alone, with_config
-from ssync_pl.tools.progress import progress_bar
 
 __all__ = ["SSyncArgumentParser", "SSyncCLI", "run_trainer"]
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ssync_pl.cli.trainer import SSyncArgumentParser, SSyncCLI
 from ssync_pl.errors import ConfigError
 from ssync_pl.tools.doctor.steps import quiet
-from ssync_pl.tools.trainer_cli import SSyncArgumentParser, SSyncCLI
 
 __all__ = ["Configured", "from_configuration"]
 

@@ -10,8 +10,8 @@ import yaml
 from ssync_pl import __version__
 from ssync_pl.cli import main
 from ssync_pl.cli.config_command import packaged_config
+from ssync_pl.cli.progress import progress_bar
 from ssync_pl.data import load_shards
-from ssync_pl.tools.progress import progress_bar
 
 HOST = {
     "num_slots": 3,

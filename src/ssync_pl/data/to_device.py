@@ -16,17 +16,10 @@ class DevicePrefetcher:
 
     On CUDA the copy of the next batch is queued on a stream of its own before the current batch is handed out, so it
     runs while the current step computes; the computing stream waits for an event, never the host. On a CPU batches pass
-    through as they are.
-
-    Copies only overlap from page-locked memory (`pin_memory`). At any time two batches are on the device.
+    through as they are. Copies only overlap from page-locked memory (`pin_memory`).
 
     Args:
-        device: Where the batches go.
-
-    Example:
-        >>> batches = [{"video": torch.zeros(2)}, {"video": torch.ones(2)}]
-        >>> [batch["video"].sum().item() for batch in DevicePrefetcher(torch.device("cpu"))(iter(batches))]
-        [0.0, 2.0]
+        device: Where the batches go: dicts of tensors, lists of tensors and anything else.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -34,14 +27,7 @@ class DevicePrefetcher:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Iterate over batches on the device.
-
-        Args:
-            batches: Batches in host memory: dicts of tensors, lists of tensors and anything else.
-
-        Yields:
-            The same batches, their tensors on the device.
-        """
+        """Iterate over the same batches, their tensors on the device."""
         if self.device.type != "cuda":
             yield from batches
             return
@@ -76,7 +62,4 @@ def _move(value: Any, device: torch.device) -> Any:
 
 def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     for value in batch.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, Tensor))
+        yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor))

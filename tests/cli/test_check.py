@@ -58,9 +58,12 @@ def test_quick_finds_no_leak_and_deep_does(folder: Path, capsys: pytest.CaptureF
 def test_rebuild_index_and_max_objects(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "index.json").write_text("{")
     words = ["data", "check", str(folder / "*.tar")]
-    assert main(words) == 1
+    assert main(words) == 0
+    assert "left as it is" in capsys.readouterr().out
     assert main([*words, "--rebuild-index"]) == 0
     assert main(words) == 0
+    assert (folder / "index.json").read_text() == "{"
+    assert (folder / "ssync_index.json").exists()
     capsys.readouterr()
     with ShardWriter(folder / "o", "objects") as writer:
         video, masks = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 1), 4, np.uint8)

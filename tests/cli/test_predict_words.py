@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from ssync_pl.cli.predict_words import find_config, gather_inputs, with_config
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.predict_words import find_config, gather_inputs, with_config
 
 
 def test_other_verbs_and_calls_without_input_are_left_alone() -> None:
