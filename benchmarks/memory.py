@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssync_pl.hosts import SOLV, SlotContrast
-from ssync_pl.hosts.nn import MLPDecoder
+from ssync_pl.hosts.nn.decoders import MLPDecoder
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUBJECTS = ("decoder", "slotcontrast", "solv")

@@ -407,7 +407,7 @@ def test_options_of_videos_are_none_of_an_image_host(tiny_host: Build) -> None:
     defaults = vars(parser.get_defaults().model)
     assert defaults["decay_steps"] == 100_000
     assert defaults["grid"] == (14, 14)
-    assert not {"similarity_weight", "predictor_blocks", "compile_scan", "iterations_first"} & set(defaults)
+    assert not {"similarity_weight", "predictor_blocks", "iterations_first"} & set(defaults)
     assert set(tiny_host(DINOSAUR).hparams) == set(defaults)
     with pytest.raises(TypeError, match="similarity_weight"):
         tiny_host(DINOSAUR, similarity_weight=1.0)
@@ -514,23 +514,6 @@ def test_a_training_step_with_ssync_is_the_same(kind: Any, tiny_host: Build, fea
         torch.testing.assert_close(
             efficient[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
         )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attached_first", [True, False])
-def test_a_compiled_scan_trains_as_before(
-    attached_first: bool, tiny_host: Build, feature_batch: dict[str, Tensor]
-) -> None:
-    torch.compiler.reset()
-    plain = _train(tiny_host(SlotContrast), feature_batch)
-    host = tiny_host(SlotContrast, compile_scan=True)
-    if not attached_first:
-        host.training_step(feature_batch, 0).backward()
-        host.zero_grad()
-    compiled = _train(host, feature_batch)
-    assert plain.keys() == compiled.keys()
-    for name, value in plain.items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ssync_pl.errors import ConfigError
+from torch import Tensor
 
-__all__ = ["choose", "require"]
+from ssync_pl.errors import ConfigError, ShapeError
+
+__all__ = ["choose", "require", "require_shape"]
 
 
 def require(ok: bool, expected: str, *got: object, advice: str = "") -> None:
@@ -12,6 +14,13 @@ def require(ok: bool, expected: str, *got: object, advice: str = "") -> None:
     if not ok:
         found = " and ".join(map(str, got))
         raise ConfigError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_shape(ok: bool, expected: str, *got: Tensor | tuple[int, ...], advice: str = "") -> None:
+    """Raise `ShapeError` unless tensors are as expected, with their shapes and what to do."""
+    if not ok:
+        found = " and ".join(str(tuple(x.shape if isinstance(x, Tensor) else x)) for x in got)
+        raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
 
 
 def choose(argument: str, value: object, *choices: str) -> None:

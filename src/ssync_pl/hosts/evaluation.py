@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import require_shape
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import used_slots
 
@@ -18,15 +19,7 @@ __all__ = ["SlotEvaluation", "frame_validity", "mean_over_frames", "resize_masks
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
-    """Frames of a batch that count: real samples, and in them real frames.
-
-    Args:
-        batch: holds `video` `(B, T, C, H, W)` or, without it, cached `features` `(B, T, N, D)`; where there is padding
-            `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, both True for what is real.
-
-    Returns:
-        Bool `(B, T)`.
-    """
+    """Frames of a batch that count: real samples, and in them real frames."""
     clips = batch["video"] if "video" in batch else batch["features"]
     valid = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device)
     if batch.get("frame_mask") is not None:
@@ -43,15 +36,7 @@ def mean_over_frames(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize soft masks bilinearly, as published results do before the argmax.
-
-    Args:
-        masks: probabilities `(B, T, S, h, w)`.
-        size: `(H, W)` wanted.
-
-    Returns:
-        `(B, T, S, H, W)`; each pixel still sums to 1 over S.
-    """
+    """Resize soft masks bilinearly, as published results do before the argmax."""
     if masks.shape[-2:] == tuple(size):
         return masks
     flat = rearrange(masks, "b t s h w -> (b t) s h w")
@@ -63,11 +48,6 @@ class SlotEvaluation(nn.Module):
     """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
 
     It is a submodule of the host so that its metrics follow the host's device; it adds no state-dict keys.
-
-    Args:
-        prefix: put before every name, for example `"val/"`.
-        has_background: channel 0 of `segmentations` is the background.
-        ignore_overlaps: leave out pixels with several true masks instead of refusing them.
     """
 
     def __init__(self, prefix: str = "val/", has_background: bool = True, ignore_overlaps: bool = False) -> None:
@@ -81,29 +61,12 @@ class SlotEvaluation(nn.Module):
 
     @torch.no_grad()
     def update(self, masks: Tensor, batch: Mapping[str, Any], loss: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            masks: object-mask probabilities `(B, T, S, h, w)`.
-            batch: holds `video`, `segmentations` bool `(B, T, C, H, W)` and, where there is padding,
-                `batch_padding_mask` and `frame_mask`.
-            loss: the host's loss on the batch, averaged over frames that count.
-
-        Raises:
-            ConfigError: the batch has no `segmentations`.
-            ShapeError: masks and segmentations differ in videos or frames.
-        """
+        """Add a batch."""
         truth = batch.get("segmentations")
         if truth is None:
-            raise ConfigError(
-                f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}. "
-                "Use a data module that reads masks in validation and test."
-            )
-        if truth.ndim != 5 or truth.shape[:2] != masks.shape[:2]:
-            raise ShapeError(
-                f"Expected `segmentations` to be (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}, "
-                f"but got {tuple(truth.shape)}. Give one mask per frame."
-            )
+            raise ConfigError(f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}.")
+        fits = truth.ndim == 5 and truth.shape[:2] == masks.shape[:2]
+        require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
         # Upsampled once here instead of once in each metric.
         labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices

@@ -21,19 +21,6 @@ def link_slots(slots: Tensor, valid: Tensor, linking: Linking = "memory") -> Ten
 
     Slots of a frame are matched one to one with those that came before, by the largest total cosine (Hungarian
     matching).
-
-    Args:
-        slots: `(B, T, S, D)`.
-        valid: bool `(B, T, S)`; other slots keep their index and nothing is compared with them.
-        linking: `"previous"` matches with the frame before, as SOLV's public evaluation does: an identity that a frame
-            lacks is gone for good, and a slot that is left over joins the identity that it is most alike. `"memory"`
-            matches with every identity's last slot, so that it may come back, and a slot that is left over is a new
-            identity. `"index"` takes a slot's index for its identity.
-
-    Returns:
-        Int64 `(B, T, S)`, identities in [0, S).
-
-    Source: Aydemir et al. 2023 (arXiv 2310.06907), section 4.
     """
     index = torch.arange(slots.shape[2], device=slots.device).expand(valid.shape)
     if linking == "index":

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts.checks import require, require_shape
 from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["slot_contrast_loss", "temporal_similarity", "temporal_similarity_loss"]
@@ -16,30 +16,10 @@ __all__ = ["slot_contrast_loss", "temporal_similarity", "temporal_similarity_los
 def slot_contrast_loss(
     slots: Tensor, *, temperature: float = 0.1, across_batch: bool = True, valid: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of finding each slot of frame t + 1 among the slots of frame t, by cosine similarity.
-
-    Args:
-        slots: `(B, T, S, D)` of T >= 2 frames. Gradient flows to both frames.
-        temperature: divides the cosine similarities.
-        across_batch: look among the slots of all clips of the batch (as published), not only of the own clip.
-        valid: bool `(B, T)`, frames that count; None counts all.
-
-    Returns:
-        0-dim mean over slots, clips and pairs of frames; 0 when no pair counts.
-
-    Raises:
-        ShapeError: `slots` is not 4-D, or has a single frame.
-        ConfigError: `temperature` is not above 0.
-
-    Source: SlotContrast (arXiv 2412.14295), section 3, the slot-slot contrastive loss.
-    """
-    if slots.ndim != 4 or slots.shape[1] < 2:
-        raise ShapeError(
-            f"Expected argument `slots` to be (B, T, S, D) with T >= 2, but got {tuple(slots.shape)}. Raise "
-            "`clip_length`: the loss compares neighbouring frames."
-        )
-    if temperature <= 0:
-        raise ConfigError(f"Expected argument `temperature` to be above 0, but got {temperature}. Use 0.1.")
+    """Cross-entropy of finding each slot of frame t + 1 among the slots of frame t, by cosine similarity."""
+    fits = slots.ndim == 4 and slots.shape[1] >= 2
+    require_shape(fits, "argument `slots` to be (B, T, S, D) with T >= 2", slots, advice="Raise `clip_length`.")
+    require(temperature > 0, "argument `temperature` to be above 0", temperature, advice="Use 0.1.")
     groups = "1 t (b s)" if across_batch else "b t s"
     # Similarities are divided by a small number: half precision would show.
     with torch.autocast(slots.device.type, enabled=False):
@@ -64,32 +44,11 @@ def temporal_similarity(
 
     Cosine similarities below the threshold are left out, the others divided by the temperature and put through a
     softmax over the later frame's patches. A patch that resembles nothing there is spread evenly.
-
-    Args:
-        features: `(B, T, N, K)` frozen features; published ones are a ViT's keys.
-        shift: frames between the two.
-        temperature: divides the similarities.
-        threshold: smallest similarity that counts; None counts all.
-
-    Returns:
-        `(B, T - shift, N, N)` without gradient: row = patch in the earlier frame, probabilities over the later one.
-
-    Raises:
-        ShapeError: `features` is not 4-D, or too short for the shift.
-        ConfigError: `shift` or `temperature` is out of range.
-
-    Source: VideoSAUR (arXiv 2306.04829), section 3, the temporal feature similarities.
     """
-    if shift < 1 or temperature <= 0:
-        raise ConfigError(
-            f"Expected arguments `shift` to be at least 1 and `temperature` to be above 0, but got {shift} and "
-            f"{temperature}. Use 1 and 0.075."
-        )
-    if features.ndim != 4 or features.shape[1] <= shift:
-        raise ShapeError(
-            f"Expected argument `features` to be (B, T, N, K) with T > {shift}, but got {tuple(features.shape)}. Raise "
-            "`clip_length`: the loss compares frames that are `shift` apart."
-        )
+    require(shift >= 1 and temperature > 0, "`shift` from 1 and `temperature` to be above 0", shift, temperature)
+    fits = features.ndim == 4 and features.shape[1] > shift
+    expected = f"argument `features` to be (B, T, N, K) with T > {shift}"
+    require_shape(fits, expected, features, advice="Raise `clip_length`.")
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.to(compute_dtype(features.dtype)), dim=-1)
         similarity = torch.einsum("btnk,btmk->btnm", unit[:, :-shift], unit[:, shift:])
@@ -101,26 +60,9 @@ def temporal_similarity(
 
 
 def temporal_similarity_loss(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross-entropy between predicted logits and the target's distribution over a later frame's patches.
-
-    Args:
-        prediction: `(B, T - shift, N, N)` logits, of the earlier frames. Gradient flows.
-        target: the same shape, from `temporal_similarity`.
-        valid: bool `(B, T - shift)`, pairs of frames that count; None counts all.
-
-    Returns:
-        0-dim mean over patches of frames that count; 0 when none does.
-
-    Raises:
-        ShapeError: the shapes differ.
-
-    Source: VideoSAUR (arXiv 2306.04829), section 3, the temporal feature similarity loss.
-    """
-    if prediction.shape != target.shape:
-        raise ShapeError(
-            f"Expected argument `prediction` to have the shape of the target, {tuple(target.shape)}, but got "
-            f"{tuple(prediction.shape)}. Leave out the last `shift` frames of the prediction."
-        )
+    """Cross-entropy between predicted logits and the target's distribution over a later frame's patches."""
+    expected = f"argument `prediction` to have the shape of the target, {tuple(target.shape)}"
+    require_shape(prediction.shape == target.shape, expected, prediction)
     # Distributions and not classes: PyTorch takes both, the classes' axis being the second.
     logits = prediction.flatten(0, 2).to(compute_dtype(prediction.dtype))
     per_patch = F.cross_entropy(logits, target.flatten(0, 2).to(logits.dtype), reduction="none")

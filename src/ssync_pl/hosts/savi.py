@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
@@ -43,10 +42,9 @@ class SAViOutput(NamedTuple):
 class SAVi(SlotHost):
     """Slot Attention for Video with RGB reconstruction (Kipf et al. 2022), unconditional or conditioned.
 
-    The defaults are SAVi-small for frames of 64x64. Clip gradients in the Trainer: `gradient_clip_val=0.05` as in the
-    paper. A frame is compared with the reconstruction at the decoder's size, `decoder_broadcast * prod(strides)`,
-    after resizing by area. An image is a clip of one frame. Blocks of the predictor and the corrector's residual MLP
-    normalise their input (pre-norm), as in later work; the paper's predictor normalises its output.
+    The defaults are SAVi-small for frames of 64x64, with a pre-norm predictor as in later work. Clip gradients in the
+    Trainer: `gradient_clip_val=0.05`. Frames are compared, resized by area, at the decoder's size
+    `decoder_broadcast * prod(strides)`. An image is a clip of one frame.
 
     Args:
         num_slots: number S of slots.
@@ -63,8 +61,8 @@ class SAVi(SlotHost):
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; 0 for none.
         corrector_eps: added to the attention before it is normalised over patches.
-        corrector_sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`;
-            None keeps PyTorch's initialisation (0.58). Larger lets slots differ from the start.
+        corrector_sharpness: spread of the initial query and key weights in units of `1 / sqrt(inputs)`; None is
+            PyTorch's 0.58. Larger lets slots differ from the start.
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP.
@@ -73,8 +71,7 @@ class SAVi(SlotHost):
         decoder_strides: stride of each transposed convolution.
         decoder_kernel: size of the decoder's kernels, odd.
         decoder_position_std: with `init: fan_in`, standard deviation of the decoder's initial position weights.
-        init: initialisation of encoder and decoder convolutions: `"default"` is PyTorch's, `"fan_in"` keeps the
-            signal's variance, with which small models learn objects.
+        init: of the convolutions; `"fan_in"` keeps the signal's variance, with which small models learn objects.
         learning_rate: peak rate of Adam.
         warmup_steps: linear warm-up in optimizer steps.
         decay: `"cosine"` to 0, `"exponential"` (`0.5 ** (halvings * progress)`) or `"constant"`.
@@ -150,35 +147,18 @@ class SAVi(SlotHost):
         self.corrector = SlotAttention(
             slot_dim, feature_dim, iterations_first, corrector_mlp_hidden, corrector_eps, corrector_sharpness
         )
-        self.predictor = SlotTransformer(
-            slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden, published=False
-        )
-        self.decoder = SpatialBroadcastDecoder(
-            slot_dim,
-            decoder_channels,
-            decoder_strides,
-            decoder_broadcast,
-            decoder_kernel,
-            init=init,
-            position_std=decoder_position_std,
-        )
+        self.predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden, False)
+        shape = (decoder_channels, decoder_strides, decoder_broadcast, decoder_kernel)
+        self.decoder = SpatialBroadcastDecoder(slot_dim, *shape, init, decoder_position_std)
 
     def forward(self, video: Tensor, conditioning: Tensor | None = None) -> SAViOutput:
-        """Decompose a clip into slots.
-
-        Args:
-            video: normalised frames `(B, T, 3, H, W)`.
-            conditioning: with `slot_init` `"boxes"` `(B, S, 4)` or `"centres"` `(B, S, 2)` in [0, 1], rows of -1
-                for slots without an object; else `None`.
-        """
-        if video.ndim != 5:
-            raise ShapeError(f"Expected argument `video` to be (B, T, 3, H, W), but got {tuple(video.shape)}.")
-        frames = video.shape[1]
-        features, grid = self.encoder(rearrange(video, "b t c h w -> (b t) c h w"))
-        features = rearrange(features, "(b t) n c -> b t n c", t=frames)
+        """Decompose a clip into slots."""
+        require_shape(video.ndim == 5, "argument `video` to be (B, T, 3, H, W)", video)
+        features, grid = self.encoder(video.flatten(0, 1))
+        features = features.unflatten(0, video.shape[:2])
         state = self._first_slots(video.shape[0], conditioning)
         slots, logits = [], []
-        for frame in range(frames):
+        for frame in range(video.shape[1]):
             first = frame == 0
             state = state if first else self.predictor(state)
             bound = self.corrector(state, features[:, frame], self.iterations_first if first else self.iterations_later)
@@ -200,9 +180,8 @@ class SAVi(SlotHost):
         """Run a batch; returns the output and the mean squared error over the frames that count."""
         video = batch["video"]
         out: SAViOutput = self(video, self._conditioning(batch))
-        frames = rearrange(video, "b t c h w -> (b t) c h w")
-        target = nn.functional.interpolate(frames, size=self.decoder.size, mode="area")
-        target = rearrange(target, "(b t) c h w -> b t c h w", b=video.shape[0])
+        target = nn.functional.interpolate(video.flatten(0, 1), size=self.decoder.size, mode="area")
+        target = target.unflatten(0, video.shape[:2])
         error = (out.reconstruction.float() - target.float()).square().mean(dim=(2, 3, 4))
         return out, mean_over_frames(error, frame_validity(batch))
 
@@ -214,12 +193,9 @@ class SAVi(SlotHost):
                 f"Expected key `segmentations` in the batch for slot_init {self.slot_init!r}, but got the keys "
                 f"{sorted(batch)}. Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
             )
-        return first_frame_hints(
-            batch["segmentations"],
-            self.num_slots,
-            "boxes" if self.slot_init == "boxes" else "centres",
-            has_background=self.evaluation.has_background,
-        )
+        kind: Any = self.slot_init
+        background = self.evaluation.has_background
+        return first_frame_hints(batch["segmentations"], self.num_slots, kind, has_background=background)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Reconstruct a batch that holds `video`, and `segmentations` too when conditioned; returns the error."""

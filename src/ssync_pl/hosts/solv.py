@@ -15,7 +15,7 @@ from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
 from ssync_pl.hosts.nn.backbones import Weights
-from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder, attention_pose, frame_windows
+from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
 from ssync_pl.hosts.nn.decoders import RelativeMixtureDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.slot_merger import Linkage, MergedSlots, SlotMerger
@@ -62,19 +62,15 @@ class SOLVOutput(NamedTuple):
 class SOLV(SlotHost):
     """Self-supervised Object-centric Learning for Videos (Aydemir et al. 2023) on frozen features.
 
-    A training clip has `clip_length` frames. Slots bind to a random part of each frame's patches, in coordinates of
-    their own; slots of the same index inform each other over the frames; those of the centre frame that are alike are
-    merged, and predict that frame's features. Set `clip_length` of the data module to the same number. Evaluation takes
-    every frame of a video as the centre once, with all patches, and links the slots over time.
+    Slots bind to a random part of each frame's patches, in coordinates of their own; slots of the same index inform
+    each other over the frames of a clip; those of the centre frame that are alike are merged, and predict that frame's
+    features. Evaluation takes every frame of a video as the centre once, and links the slots over time. Set
+    `clip_length` of the data module to the same number.
 
-    The defaults are the published configuration but for the backbone, whose published choice is
-    `backbone: vit_base_patch14_dinov2.lvd142m`, `grid: [24, 36]` on frames of 336x504, trained 180 passes at 48 clips a
-    batch with a warm-up over a twentieth of all steps; give the Trainer `gradient_clip_val: 1.0`. With cached features
-    (`features` in the data module) set `backbone: null`, `feature_dim` and `grid`.
-
-    Unlike in the public code, tokens are dropped behind the backbone instead of inside it, so that features can
-    be cached; the attention that places merged slots is read at the patches of the centre frame; spreads of slots stay
-    above 0.
+    The defaults are the published configuration but for the backbone: `vit_base_patch14_dinov2.lvd142m` with
+    `grid: [24, 36]` on frames of 336x504. Give the Trainer `gradient_clip_val: 1.0`. With cached features (`features`
+    in the data module) set `backbone: null`, `feature_dim` and `grid`. Unlike in the public code, tokens are dropped
+    behind the backbone, so that features can be cached.
 
     Args:
         num_slots: number S of slots before merging.
@@ -87,35 +83,30 @@ class SOLV(SlotHost):
         grid: rows and columns of the patches.
         clip_length: frames of a window, odd.
         iterations: slot-attention updates.
-        corrector_init: initialisation of slot attention: `"default"` is PyTorch's, `"kmeans"` starts as soft k-means,
-            from which small models learn objects sooner.
-        corrector_sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`;
-            None is PyTorch's 0.58, or 1.5 with `"kmeans"`. Larger lets slots differ from the start.
+        corrector_init: `"kmeans"` starts as soft k-means, from which small models learn objects sooner.
+        corrector_sharpness: spread of the initial query and key weights in units of `1 / sqrt(inputs)`; None is
+            PyTorch's 0.58, or 1.5 with `"kmeans"`. Larger lets slots differ from the start.
         token_drop: share of the patches that slots do not see in training, in [0, 1).
-        edge_probability: share of training clips that are treated as the start or the end of their video: neighbours
-            on one side are hidden, as they are missing in evaluation. The public code samples such clips.
+        edge_probability: share of training clips whose neighbours on one side are hidden, as at the ends of videos.
         temporal_blocks: transformer blocks over the frames of a window.
         temporal_heads: heads of each block.
         merge_threshold: cosine distance below which slots are merged; None never merges.
         merge_linkage: distance of clusters, `"complete"` or `"average"`.
         merge_min_slots: a frame that would keep fewer slots than this keeps them all.
-        merge_rise: the share of training clips that are merged rises to 1 as `log(1 + (rise - 1) * progress) /
-            log(rise)`; 1 merges from the start. Published: the number of passes, 180.
+        merge_rise: the share of clips that are merged rises to 1 as `log(1 + (rise - 1) * progress) / log(rise)`; 1
+            merges from the start. Published: the number of passes, 180.
         linking: how evaluation links slots over time, see `link_slots`. Published: `"previous"` when slots are merged,
             else `"index"`.
-        link_by: what is compared: `"slots"` (published), or the mean of the frozen `"features"` under each mask, less
-            the video's mean, which knows nothing of a slot's index.
+        link_by: what is compared: `"slots"` (published), or the mean of the frozen `"features"` under each mask.
         decoder_hidden: output channels of the decoder's hidden layers.
-        init: initialisation of the decoder: `"default"` is PyTorch's, `"fan_in"` keeps the signal's variance, with
-            which small models learn objects sooner.
+        init: of the decoder; `"fan_in"` keeps the signal's variance, with which small models learn objects sooner.
         dropout: in slot attention's MLP and the temporal transformer.
         learning_rate: peak rate of Adam.
         warmup_steps: linear warm-up in optimizer steps.
         decay: `"cosine"` to 0, `"exponential"` (`0.5 ** (halvings * progress)`) or `"constant"`.
         halvings: how often `"exponential"` halves the rate over the training.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-        memory_efficient: the decoder keeps fewer activations for the backward pass and computes them again: the same
-            result and gradients in less memory.
+        memory_efficient: the decoder computes activations again in the backward pass: same result, less memory.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -205,19 +196,11 @@ class SOLV(SlotHost):
         self._total_steps = math.inf
 
     def forward(self, inputs: Tensor, valid: Tensor | None = None, merge: Tensor | None = None) -> SOLVOutput:
-        """Decompose clips into slots: the centre frame in training mode, every frame in evaluation mode.
-
-        Args:
-            inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
-                knows it); or their cached features `(B, T, N, C)`. In training mode, T is `clip_length`.
-            valid: bool `(B, T)`, frames that exist; None for all.
-            merge: bool `(B, P)`, predicted frames whose slots may be merged; None for all.
-        """
+        """Decompose clips into slots: the centre frame in training mode, every frame in evaluation mode."""
         if inputs.ndim not in (4, 5) or (self.training and inputs.shape[1] != self.clip_length):
             raise ShapeError(
                 "Expected argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C), in training "
-                f"with T = {self.clip_length}, but got {tuple(inputs.shape)}. Set `clip_length` of the model and of "
-                "the data module to the same odd number."
+                f"with T = `clip_length` = {self.clip_length}, but got {tuple(inputs.shape)}."
             )
         if valid is None:
             valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
@@ -257,11 +240,10 @@ class SOLV(SlotHost):
         points = self.spatial_binder.points
         pose = attention_pose(merged.merge_attention(attention), torch.nn.functional.embedding(places, points))
         size = self._frames_at_a_time(merged.slots)
+        pieces = (x.split(size, dim=1) for x in (merged.slots, merged.valid, *pose))
         parts = [
-            self.decoder(slots, pose_of.relative(points), valid)
-            for slots, valid, pose_of in zip(
-                merged.slots.split(size, dim=1), merged.valid.split(size, dim=1), pose.split(size, dim=1), strict=True
-            )
+            self.decoder(slots, SlotPose(*pose_of).relative(points), valid)
+            for slots, valid, *pose_of in zip(*pieces, strict=True)
         ]
         reconstruction, mask_logits = zip(*parts, strict=True)
         return torch.cat(reconstruction, dim=1), torch.cat(mask_logits, dim=1)

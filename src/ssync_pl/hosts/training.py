@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require
 from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
 
 __all__ = ["Decay", "SlotHost", "exponential_for", "inputs_of", "schedule_for"]
@@ -23,11 +24,7 @@ Decay = Literal["cosine", "exponential", "constant"]
 
 
 class SlotHost(L.LightningModule, ABC):
-    """Base of the hosts. A subclass says how a batch becomes object masks and a loss.
-
-    Args:
-        has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-    """
+    """Base of the hosts. A subclass says how a batch becomes object masks and a loss."""
 
     carries_slots: bool = False
     """Whether a clip can start from given slots: `initializer` gives the first ones, `forward(...).slots` all."""
@@ -38,32 +35,14 @@ class SlotHost(L.LightningModule, ABC):
 
     @abstractmethod
     def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch.
-
-        Args:
-            batch: of the data module.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)`.
-        """
+        """Decompose a batch."""
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Decompose a batch and say how well it is explained.
-
-        Args:
-            batch: of the data module.
-
-        Returns:
-            Object-mask probabilities `(B, T, S, h, w)` and the loss over frames that count, 0-dim.
-        """
+        """Decompose a batch and say how well it is explained."""
 
     def setup(self, stage: str) -> None:
-        """Ask the data module whether its masks have a background channel and may overlap.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
+        """Ask the data module whether its masks have a background channel and may overlap."""
         data = getattr(self.trainer, "datamodule", None)
         has_background = getattr(data, "has_background", None)
         prefix = "test/" if stage == "test" else "val/"
@@ -94,15 +73,7 @@ class SlotHost(L.LightningModule, ABC):
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Segment a batch at the size of its frames.
-
-        Args:
-            batch: of the data module; without `video`, the masks keep the size of the patches.
-            batch_idx: number of the batch.
-
-        Returns:
-            `labels` long `(B, T, H, W)` and `masks` `(B, T, S, H, W)`, probabilities over slots.
-        """
+        """Segment a batch at the size of its frames."""
         masks = self.segment(batch)
         if "video" in batch:
             height, width = batch["video"].shape[-2:]
@@ -120,10 +91,7 @@ def inputs_of(batch: Mapping[str, Any]) -> Tensor:
     for name in ("features", "video"):
         if isinstance(batch.get(name), Tensor):
             return batch[name]
-    raise ConfigError(
-        f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}. Use ShardDataModule or a "
-        "data module that gives one of them."
-    )
+    raise ConfigError(f"Expected key `features` or `video` in the batch, but got the keys {sorted(batch)}.")
 
 
 def schedule_for(
@@ -133,27 +101,13 @@ def schedule_for(
 
     The warm-up rises linearly to 1 and multiplies the decay, which runs over all steps. A training that is too short
     for its warm-up gets a tenth of its steps as warm-up.
-
-    Args:
-        estimated_steps: `trainer.estimated_stepping_batches`.
-        warmup_steps: steps of the warm-up; 0 for none.
-        decay: `"cosine"` falls to 0, `"exponential"` halves `halvings` times in all, `"constant"` stays at 1.
-        halvings: how often `"exponential"` halves the rate.
-
-    Returns:
-        Factor at a number of optimizer steps.
-
-    Raises:
-        ConfigError: a value is out of range, or the training has no end and the decay needs one.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
-    if decay not in ("cosine", "exponential", "constant"):
-        raise ConfigError(f"Expected argument `decay` to be 'cosine', 'exponential' or 'constant', but got {decay!r}.")
-    if math.isinf(total) and decay != "constant":
-        raise ConfigError(
-            f"Expected a training with an end for decay {decay!r}, but it has none. Give the Trainer `max_steps` or "
-            "`max_epochs`, or use decay 'constant'."
-        )
+    choose("decay", decay, "cosine", "exponential", "constant")
+    advice = "Give the Trainer `max_steps` or `max_epochs`, or use decay 'constant'."
+    require(
+        total < math.inf or decay == "constant", f"a training with an end for decay {decay!r}", "none", advice=advice
+    )
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
@@ -173,33 +127,14 @@ def exponential_for(
     """Build the factor of the VideoSAUR family: linear from 0 to 1 in the warm-up, then an exponential decay.
 
     The decay goes on after `decay_steps`, where the factor is `rate`. The warm-up is cut as in `schedule_for`.
-
-    Args:
-        estimated_steps: `trainer.estimated_stepping_batches`.
-        warmup_steps: steps of the warm-up; 0 for none.
-        decay_steps: step at which the factor is `rate`; None takes the end of the training.
-        rate: in (0, 1]; 1 does not decay.
-
-    Returns:
-        Factor at a number of optimizer steps.
-
-    Raises:
-        ConfigError: a value is out of range, or the training has no end and the decay needs one.
     """
     total, warmup_steps = _fit(estimated_steps, warmup_steps)
-    if not 0 < rate <= 1:
-        raise ConfigError(f"Expected argument `decay_rate` to be in (0, 1], but got {rate}. Use 0.5.")
-    if math.isinf(total) and decay_steps is None and rate != 1:
-        raise ConfigError(
-            "Expected a training with an end, or argument `decay_steps`, for a rate that decays, but got neither. Give "
-            "the Trainer `max_steps` or `max_epochs`, set `decay_steps`, or use decay_rate=1."
-        )
+    require(0 < rate <= 1, "argument `decay_rate` to be in (0, 1]", rate, advice="Use 0.5.")
     end = total if decay_steps is None else decay_steps
-    if end <= warmup_steps:
-        raise ConfigError(
-            f"Expected argument `decay_steps` to be above `warmup_steps` = {warmup_steps}, but got {end}. Leave "
-            "`decay_steps` out to decay over the whole training."
-        )
+    advice = "Give the Trainer `max_steps`, or use decay_rate=1."
+    require(end < math.inf or rate == 1, "an end of the training or argument `decay_steps`", "neither", advice=advice)
+    expected = f"argument `decay_steps` to be above `warmup_steps` = {warmup_steps}"
+    require(end > warmup_steps, expected, end, advice="Leave it out to decay over the whole training.")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -210,8 +145,7 @@ def exponential_for(
 
 
 def _fit(estimated_steps: float, warmup_steps: int) -> tuple[float, int]:
-    if warmup_steps < 0:
-        raise ConfigError(f"Expected argument `warmup_steps` to be at least 0, but got {warmup_steps}. Use 0.")
+    require(warmup_steps >= 0, "argument `warmup_steps` to be at least 0", warmup_steps)
     if estimated_steps < 0 or math.isinf(estimated_steps):  # Lightning gives -1 where nobody knows
         return math.inf, warmup_steps
     if warmup_steps >= estimated_steps:

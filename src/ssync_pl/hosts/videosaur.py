@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.checks import choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
@@ -58,15 +58,9 @@ class FeatureHost(SlotHost):
     Three losses, each with a weight: reconstruction of the features (mean squared error), prediction of where in a
     later frame the features of each patch are found again (VideoSAUR), and contrast between slots of neighbouring
     frames (SlotContrast). The defaults are VideoSAUR's published sizes on the packaged EfficientNet-lite0 at 224
-    pixels, which needs no network; published models use a ViT, for example
-    `backbone: vit_base_patch14_dinov2.lvd142m`, `layer: vit_block12`, `similarity_layer: vit_block_keys12`,
-    `grid: [37, 37]` for frames of 518 pixels.
-
-    With cached features (`features` in the data module) set `backbone: null`, `feature_dim` and `grid`; with a backbone
-    as well, batches that hold features are not run through it. Frames may be normalised in any way the data module
-    states: they are normalised again for the backbone. Modules and parameters are named as in the public code, so that
-    its checkpoints load: for videos `encoder.module`, `processor.module`, `decoder.module`; for images the same without
-    `module`. Of the backbone only a fingerprint is saved.
+    pixels; published models use a ViT, for example `backbone: vit_base_patch14_dinov2.lvd142m`, `layer: vit_block12`,
+    `similarity_layer: vit_block_keys12`, `grid: [37, 37]` for frames of 518 pixels. With cached features (`features` in
+    the data module) set `backbone: null`, `feature_dim` and `grid`. Parameters are named as in the public checkpoints.
 
     Args:
         num_slots: number S of slots.
@@ -75,41 +69,34 @@ class FeatureHost(SlotHost):
         slot_init_std: their spread at the start of the training; None for `slot_dim ** -0.5`, as published.
         backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
-        similarity_layer: layer of the features that the similarity loss compares, for example a ViT's keys,
-            `vit_block_keys12`; None takes the reconstructed features.
+        similarity_layer: layer that the similarity loss compares, as `vit_block_keys12`; None takes `layer`.
         backbone_weights: `pretrained`, or `none` for random ones.
         backbone_checkpoint: file of weights instead.
         feature_dim: without a backbone, channels of the cached features.
-        similarity_dim: without a backbone, further channels behind them, for the similarity loss: a cache made with
-            `vit_block12+vit_block_keys12` holds both.
+        similarity_dim: without a backbone, further cached channels behind them, for the similarity loss.
         grid: rows and columns of the patches, each of which has a position embedding in the decoder.
-        encoder_hidden: hidden size of the MLP from features to what slots attend to; None for twice the channels of the
-            features, as published; 0 for no MLP.
-        encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Features of
-            convolutional backbones do not say where a patch lies: set 0.5 with them. The state dict gets one more key.
+        encoder_hidden: hidden size of the MLP in front of slot attention; None for twice the channels, 0 for no MLP.
+        encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Set 0.5 with
+            convolutional backbones, whose features do not say where a patch lies.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
         corrector_eps: added to the attention before it is normalised over patches.
         corrector_init: `"default"`, as published, or `"kmeans"`: slot attention starts as soft k-means, so that it
-            groups alike patches from the first step. The features that slots attend to must have `slot_dim` channels,
-            as they do with `encoder_hidden` above 0.
-        corrector_sharpness: with `"kmeans"`, how decided the first assignments are: the logits start at its square
-            times those of the normalised slots and features.
+            groups alike patches from the first step.
+        corrector_sharpness: with `"kmeans"`, how decided the first assignments are.
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP; None for `4 * slot_dim`.
-        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, which costs
-            much less with many slots.
+        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less.
         decoder_hidden: sizes of the decoder's hidden layers.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
-        init: `"default"`, as published, or `"fan_in"`: the layers of the encoder's MLP and of an MLP decoder start with
-            variances that keep the signal's; a mixer stays as it is. For short trainings of small models.
+        init: `"default"`, as published, or `"fan_in"`: MLPs of encoder and decoder start with variances that keep the
+            signal's, for short trainings of small models.
         reconstruction_weight: weight of the reconstruction loss; 0 leaves its channels out of the decoder.
         similarity_weight: weight of the similarity loss; 0 leaves its channels, one per patch, out of the decoder.
-        similarity_temperature: divides the similarities before their softmax; published: 0.075 (MOVi), 0.15 and 0.25
-            (YT-VIS with DINOv2 and DINO).
+        similarity_temperature: divides the similarities; published: 0.075 (MOVi), 0.15 (YT-VIS, DINOv2), 0.25 (DINO).
         similarity_threshold: smallest similarity that counts; None counts all.
         similarity_shift: frames between the two that are compared.
         contrast_weight: weight of the slot-slot contrastive loss; 0 leaves it out.
@@ -117,14 +104,10 @@ class FeatureHost(SlotHost):
         contrast_across_batch: contrast with the slots of all clips of the batch, not only of the own clip.
         learning_rate: peak rate of Adam; published: 1e-4 per 32 clips of the batch.
         warmup_steps: linear warm-up in optimizer steps.
-        decay_steps: step at which the rate has fallen to `decay_rate` of its peak, and falls on; None is the end of
-            the training.
+        decay_steps: step at which the rate has fallen to `decay_rate`, and falls on; None is the end of the training.
         decay_rate: see `decay_steps`; 1 does not decay.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
-        memory_efficient: an MLP decoder keeps fewer activations for the backward pass and computes them again: the same
-            result and gradients in less than half of the memory.
-        compile_scan: run the recurrence over frames, many small operations, by `torch.compile`. It takes a minute to
-            start, and needs what `torch.compile` needs (a compiler on CPU, Triton on a GPU).
+        memory_efficient: an MLP decoder computes activations again in the backward pass: same result, half the memory.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -179,14 +162,11 @@ class FeatureHost(SlotHost):
         decay_rate: float = 0.5,
         has_background: bool = True,
         memory_efficient: bool = True,
-        compile_scan: bool = False,
     ) -> None:
         super().__init__(has_background)
         self.save_hyperparameters(ignore=list(self.fixed))
         weights = (reconstruction_weight, similarity_weight, contrast_weight)
-        expected = (
-            "`reconstruction_weight`, `similarity_weight` and `contrast_weight` from 0, one of the first two above"
-        )
+        expected = "weights of losses from 0, and `reconstruction_weight` or `similarity_weight` above"
         require(min(weights) >= 0 < reconstruction_weight + similarity_weight, expected, *weights)
         temperatures = (similarity_temperature, contrast_temperature)
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
@@ -229,9 +209,8 @@ class FeatureHost(SlotHost):
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
         first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
-        self.initializer: nn.Module = first_slots(
-            num_slots, slot_dim, slot_dim**-0.5 if slot_init_std is None else slot_init_std
-        )
+        spread = slot_dim**-0.5 if slot_init_std is None else slot_init_std
+        self.initializer: nn.Module = first_slots(num_slots, slot_dim, spread)
         corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
         processor = SlotProcessor(corrector, predictor, iterations_first)
         patch_decoder: nn.Module
@@ -245,28 +224,19 @@ class FeatureHost(SlotHost):
             expected = "argument `corrector_sharpness` only with corrector_init='kmeans'"
             require(corrector_sharpness == _SHARPNESS, expected, corrector_sharpness, advice="Leave it out.")
         if init == "fan_in":
-            stacks = [encoder.output_transform, getattr(patch_decoder, "mlp", None)]
-            expected = "init='fan_in' only with `encoder_hidden` above 0 or decoder='mlp'"
-            require(any(stack is not None for stack in stacks), expected, "neither", advice="Leave `init` out.")
+            found = (encoder.output_transform, getattr(patch_decoder, "mlp", None))
+            stacks = [stack for stack in found if stack is not None]
+            require(bool(stacks), "init='fan_in' only with `encoder_hidden` above 0 or decoder='mlp'", "neither")
             for stack in stacks:
-                if stack is not None:
-                    init_fan_in_(stack)
+                init_fan_in_(stack)
         self.encoder: nn.Module = MapOverTime(encoder) if self.is_video else encoder
-        self.processor: nn.Module = ScanOverTime(processor, compile_scan) if self.is_video else processor
+        self.processor: nn.Module = ScanOverTime(processor) if self.is_video else processor
         self.decoder: nn.Module = MapOverTime(patch_decoder) if self.is_video else patch_decoder
 
     def forward(self, inputs: Tensor) -> FeatureHostOutput:
-        """Decompose clips into slots.
-
-        Args:
-            inputs: frames `(B, T, 3, H, W)`, normalised for the backbone (or as the data module says, once a Trainer
-                knows it); or their cached features `(B, T, N, F)`.
-        """
-        if inputs.ndim not in (4, 5):
-            raise ShapeError(
-                "Expected argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C), but got "
-                f"{tuple(inputs.shape)}. Use T = 1 for images."
-            )
+        """Decompose clips into slots."""
+        expected = "argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C)"
+        require_shape(inputs.ndim in (4, 5), expected, inputs, advice="Use T = 1 for images.")
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)
@@ -277,31 +247,15 @@ class FeatureHost(SlotHost):
                 {name: value.unflatten(0, clips) for name, value in part.items()}
                 for part in (encoded, processed, decoded)
             )
-        return FeatureHostOutput(
-            processed["slots"],
-            processed["dots"],
-            self.grid,
-            decoded["reconstruction"],
-            decoded["dots"].unflatten(-1, self.grid),
-            encoded["backbone_features"],
-            encoded["similarity_features"],
-        )
+        features, similarity = encoded["backbone_features"], encoded["similarity_features"]
+        masks = decoded["dots"].unflatten(-1, self.grid)
+        slots, logits, reconstruction = processed["slots"], processed["dots"], decoded["reconstruction"]
+        return FeatureHostOutput(slots, logits, self.grid, reconstruction, masks, features, similarity)
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Reconstruction, similarity and contrast, as far as their weights are above 0.
-
-        Args:
-            output: of `forward`.
-            valid: bool `(B, T)`, frames that count.
-
-        Returns:
-            Weight and 0-dim loss by name. Videos too short to compare frames have 0 in evaluation.
-
-        Raises:
-            ConfigError: training clips are too short to compare frames.
-        """
+        """Reconstruction, similarity and contrast, as far as their weights are above 0."""
         losses: dict[str, tuple[float, Tensor]] = {}
-        zero = output.slots.new_zeros(())
+        zero = output.slots.new_zeros(())  # in evaluation, of videos too short to compare frames
         if self.reconstruction_weight > 0:
             rebuilt = output.reconstruction[..., : output.targets.shape[-1]]
             error = rebuilt.to(compute_dtype(rebuilt.dtype)) - output.targets
@@ -314,23 +268,15 @@ class FeatureHost(SlotHost):
         if self.contrast_weight > 0:
             loss = zero
             if self._comparable(output, 1, "contrast"):
-                loss = slot_contrast_loss(
-                    output.slots,
-                    temperature=self.contrast_temperature,
-                    across_batch=self.contrast_across_batch,
-                    valid=valid,
-                )
+                options = {"temperature": self.contrast_temperature, "across_batch": self.contrast_across_batch}
+                loss = slot_contrast_loss(output.slots, valid=valid, **options)  # type: ignore[arg-type]
             losses["contrast"] = (self.contrast_weight, loss)
         return losses
 
     def _similarity(self, output: FeatureHostOutput, valid: Tensor) -> Tensor:
         shift = self.similarity_shift
-        target = temporal_similarity(
-            output.similarity_features,
-            shift=shift,
-            temperature=self.similarity_temperature,
-            threshold=self.similarity_threshold,
-        )
+        options = {"temperature": self.similarity_temperature, "threshold": self.similarity_threshold}
+        target = temporal_similarity(output.similarity_features, shift=shift, **options)  # type: ignore[arg-type]
         prediction = output.reconstruction[:, :-shift, :, -target.shape[-1] :]
         return temporal_similarity_loss(prediction, target, valid[:, :-shift] & valid[:, shift:])
 
@@ -340,7 +286,7 @@ class FeatureHost(SlotHost):
             return frames > shift
         raise ConfigError(
             f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
-            f"`clip_length` in the data module, or set {loss}_weight=0."
+            f"`clip_length`, or set {loss}_weight=0."
         )
 
     def setup(self, stage: str) -> None:
@@ -398,9 +344,8 @@ class VideoSAUR(FeatureHost):
 class SlotContrast(FeatureHost):
     """SlotContrast (arXiv 2412.14295): feature reconstruction and slot-slot contrast.
 
-    The architecture and all options are those of VideoSAUR, with the defaults that were published for SlotContrast:
-    learned first slots, a residual MLP in slot attention, an MLP decoder, the contrastive loss instead of the
-    similarity loss. SSync was published on this host. Clip gradients in the Trainer: `gradient_clip_val=0.05`.
+    VideoSAUR with the defaults published for SlotContrast. SSync was published on this host. Clip gradients in the
+    Trainer: `gradient_clip_val=0.05`.
 
     Args:
         slot_dim: size D of a slot.
@@ -436,10 +381,9 @@ class SlotContrast(FeatureHost):
 class DINOSAUR(FeatureHost):
     """DINOSAUR (arXiv 2209.14860): slots of single images that reconstruct frozen features.
 
-    Every frame of a clip is an image of its own: train with `clip_length: 1`; slots keep no identity over time, which
-    the video metrics show. The defaults are the published sizes on the packaged EfficientNet-lite0 at 224 pixels;
-    published models use a ViT, for example `backbone: vit_base_patch14_dinov2.lvd142m`, `layer: vit_block12`,
-    `grid: [16, 16]`. Clip gradients in the Trainer: `gradient_clip_val=1.0`, as published.
+    Every frame of a clip is an image of its own, and slots keep no identity over time: train with `clip_length: 1`. The
+    defaults are the published sizes on the packaged EfficientNet-lite0. Clip gradients in the Trainer:
+    `gradient_clip_val=1.0`, as published.
 
     Args:
         num_slots: number S of slots.
@@ -449,8 +393,7 @@ class DINOSAUR(FeatureHost):
         decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first.
         decoder_hidden: sizes of the decoder's hidden layers.
         warmup_steps: linear warm-up in optimizer steps.
-        decay_steps: step at which the rate has fallen to `decay_rate` of its peak, and falls on; None is the end of
-            the training.
+        decay_steps: step at which the rate has fallen to `decay_rate`, and falls on; None is the end of the training.
         **options: all other options of `FeatureHost` that make sense for images.
     """
 
@@ -459,7 +402,7 @@ class DINOSAUR(FeatureHost):
         *("iterations_first", "iterations_later", "predictor_blocks", "predictor_heads", "predictor_mlp_hidden"),
         *("similarity_layer", "similarity_dim", "similarity_weight", "similarity_temperature", "similarity_threshold"),
         *("similarity_shift", "contrast_weight", "contrast_temperature", "contrast_across_batch"),
-        *("reconstruction_weight", "compile_scan"),
+        "reconstruction_weight",
     )
 
     def __init__(
@@ -497,6 +440,5 @@ class DINOSAUR(FeatureHost):
             contrast_across_batch=False,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
-            compile_scan=False,
             **options,
         )

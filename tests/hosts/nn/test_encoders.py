@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.over_time import ScanOverTime, SlotProcessor
-from ssync_pl.hosts.nn.slot_attention import SlotCorrector
 
 
 def _build(**changes: Any) -> FeatureEncoder:
@@ -163,29 +160,6 @@ def test_scan_predicts_between_frames_only() -> None:
     assert output["slots"][0, :, 0, 0].tolist() == [1.0, 12.0, 124.0]
     assert output["dots"][0, :, 0, 0].tolist() == [0.0, 2.0, 24.0]
     assert corrector.iterations == [3, None, None]
-
-
-def test_a_compiled_scan_is_the_same_and_hears_hooks_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    plain = ScanOverTime(SlotProcessor(SlotCorrector(5, 8, iterations=1, mlp_hidden=0), nn.Linear(8, 8)))
-    compiled = ScanOverTime(copy.deepcopy(plain.module), compiled=True)
-    assert list(plain.state_dict()) == list(compiled.state_dict())
-    slots, features = torch.randn(2, 3, 8), torch.randn(2, 4, 6, 5)
-    heard: list[Tensor] = []
-    for count in (0, 4):
-        expected, found = plain(slots, features), compiled(slots, features)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value)
-        assert len(heard) == count
-        compiled.module.corrector.to_q.register_forward_hook(lambda module, args, output: heard.append(output))
-    gradients = []
-    for scan in (plain, compiled):
-        scan(slots, features)["dots"].square().sum().backward()
-        gradients.append([parameter.grad for parameter in scan.parameters()])
-    torch.testing.assert_close(*gradients)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_autocast_keeps_logits_in_float32() -> None:
     ("call", "error", "match"),
     [
         (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 5, 8), 0), ConfigError, "iterations"),
-        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 2, 5, 8)), ShapeError, "Flatten"),
+        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 2, 5, 8)), ShapeError, "slots"),
         (lambda: SlotAttention(8, sharpness=0.0), ConfigError, "sharpness"),
         (lambda: SlotCorrector(8, 8, iterations=0), ConfigError, "iterations"),
         (lambda: SlotCorrector(8, 8, eps=0), ConfigError, "corrector_eps"),

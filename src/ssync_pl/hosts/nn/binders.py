@@ -44,11 +44,6 @@ class SlotPose(NamedTuple):
         offset = points.unsqueeze(-3) - self.position.unsqueeze(-2)
         return offset / (_REACH * self.spread.unsqueeze(-2))
 
-    def split(self, size: int, dim: int) -> list[SlotPose]:
-        """Cut into pieces of a size along an axis."""
-        pieces = zip(self.position.split(size, dim), self.spread.split(size, dim), strict=True)
-        return [SlotPose(position, spread) for position, spread in pieces]
-
 
 def attention_pose(attention: Tensor, points: Tensor) -> SlotPose:
     """Mean and deviation of the points `(..., N, 2)` that slots attend to by `(..., S, N)`, which sums to 1 over N."""
@@ -66,11 +61,8 @@ class RelativeSlotAttention(nn.Module):
     and the relative position `r_sn` of SlotPose. A slot's pose is learned at first and then the mean and spread of its
     attention. The attention is computed once more after the last update.
 
-    The published network is evaluated in another order, with the same result: `f`'s first layer is linear before its
-    ReLU, so that patches and positions pass it apart; its second layer comes after the sum over patches (values) or is
-    moved to the query (keys). That leaves no matrix product on the S x N' pairs, a hundredth of the multiplications.
-
-    With `init="kmeans"` the untrained module is soft k-means on the embedded patches, `f` being nearly linear.
+    Linear layers are moved out of the S x N' pairs, with the same result: patches and positions pass `f`'s first layer
+    apart; its second comes after the sum over patches (values) or is moved to the query (keys).
 
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.2; Biza et al. 2023 (arXiv 2302.04973).
     """
@@ -183,8 +175,6 @@ def frame_windows(values: Tensor, radius: int) -> Tensor:
 
 class TemporalBinder(nn.Module):
     """A transformer over the frames of a window, for each slot index by itself, read at the centre.
-
-    Blocks are PyTorch's: normalisation after each residual sum, ReLU, hidden size four times the slot's.
 
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.2.
     """

@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssync_pl.hosts.checks import choose, require
-from ssync_pl.hosts.nn.layers import MLP, init_fan_in_
+from ssync_pl.hosts.nn.layers import MLP, has_hooks, init_fan_in_
+from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["FeatureMixture", "MLPDecoder", "RelativeMixtureDecoder", "SlotMixerDecoder", "mix_patches"]
+__all__ = [
+    "FeatureMixture",
+    "MLPDecoder",
+    "RelativeMixtureDecoder",
+    "SlotMixerDecoder",
+    "SpatialBroadcastDecoder",
+    "mix_patches",
+]
 
-# Bytes of one layer's activations that the backward pass makes anew at a time.
-_CHUNK_BYTES = 64 << 20
+# Bytes of one layer's activations that are made at a time: in a CPU's cache, or enough to keep an accelerator busy.
+_CHUNK_BYTES = {"cpu": 3 << 20}
+_ACCELERATOR_CHUNK_BYTES = 64 << 20
 
 
 def mix_patches(
@@ -36,26 +45,12 @@ def mix_patches(
 ) -> tuple[Tensor, Tensor]:
     """Decode every slot at every patch by an MLP with ReLUs, and mix over slots.
 
-    The result is that of decoding all pairs `(M, S, N)` and then mixing, up to rounding. The first layer is linear, so
-    that slots and places pass it apart; the last layer is linear and masks sum to 1, so that hidden activations are
-    mixed, and only the mixture becomes features. With `memory_efficient`, some frames are decoded at a time, of which
-    the backward pass finds the inputs of the last hidden layer and computes the rest again.
-
-    Args:
-        slots: `(M, S, H)`, the first layer's share of slots, bias included.
-        places: `(N, H)`, its share of places.
-        hidden: all further hidden layers.
-        features: weight `(C, H)` and bias `(C,)` of the features.
-        alpha: weight `(1, H)` and bias `(1,)` of the mask logit.
-        offsets: positions `(M, S, N, P)` relative to slots, and the first layer's weight for them `(H, P)`.
-        valid: bool `(M, S)`; other slots take no part in mixtures.
-        memory_efficient: see above. Under `torch.compile`, which saves memory in its own way, it has no effect.
-
-    Returns:
-        Features `(M, N, C)` and mask logits `(M, S, N)`, the latter in at least float32.
+    The first layer is linear, so that slots `(M, S, H)` and places `(N, H)` pass it apart; the last is linear and masks
+    sum to 1, so that hidden activations are mixed first. With `memory_efficient`, some patches are decoded at a time,
+    of which the backward pass finds the inputs of the last hidden layer and computes the rest again.
     """
 
-    def begin(slots: Tensor, positions: Tensor | None) -> Tensor:
+    def begin(slots: Tensor, places: Tensor, positions: Tensor | None) -> Tensor:
         values = slots.unsqueeze(2) + places
         if positions is not None and offsets is not None:
             values = values + F.linear(positions, offsets[1])
@@ -67,48 +62,40 @@ def mix_patches(
         values = values.relu()
         for layer in hidden[-1:]:
             values = layer(values).relu()
-        logits = F.linear(values, *alpha).squeeze(-1)
-        logits = logits.to(compute_dtype(logits.dtype))
-        seen = logits if valid is None else logits.masked_fill(~valid.unsqueeze(-1), float("-inf"))
-        mixed = torch.einsum("msnh,msn->mnh", values, seen.softmax(dim=1).to(values.dtype))
+        mixed, logits = _mix(values, F.linear(values, *alpha), valid)
         return F.linear(mixed, *features), logits
 
     positions = None if offsets is None else offsets[0]
     if not memory_efficient or torch.compiler.is_compiling():
-        return finish(begin(slots, positions), valid)
+        return finish(begin(slots, places, positions), valid)
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    frame_bytes = slots.shape[1] * len(places) * slots.shape[2] * slots.element_size()
-    size = max(1, _CHUNK_BYTES // max(1, frame_bytes))
-    parts = [
-        run(finish, run(begin, slots[at : at + size], _part(positions, at, size)), _part(valid, at, size))
-        for at in range(0, len(slots), size)
-    ]
+    size = _CHUNK_BYTES.get(slots.device.type, _ACCELERATOR_CHUNK_BYTES)
+    count = max(1, size // max(1, slots.shape[1] * slots.shape[2] * slots.element_size()))
+    frames, patches = max(1, count // len(places)), min(count, len(places))
+    parts = []
+    for at in range(0, len(slots), frames):
+        some, seen = slots[at : at + frames], None if valid is None else valid[at : at + frames]
+        pieces = []
+        for first in range(0, len(places), patches):
+            those = slice(first, first + patches)
+            moved = None if positions is None else positions[at : at + frames, :, those]
+            pieces.append(run(finish, run(begin, some, places[those], moved), seen))
+        parts.append((torch.cat([piece[0] for piece in pieces], 1), torch.cat([piece[1] for piece in pieces], 2)))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _part(values: Tensor | None, start: int, size: int) -> Tensor | None:
-    return None if values is None else values[start : start + size]
+def _mix(values: Tensor, logits: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Values `(M, S, N, H)`, mixed over slots by logits `(M, S, N, 1)`; and these as `(M, S, N)`."""
+    logits = logits.squeeze(-1)
+    logits = logits.to(compute_dtype(logits.dtype))
+    seen = logits if valid is None else logits.masked_fill(~valid.unsqueeze(-1), float("-inf"))
+    return torch.einsum("msnh,msn->mnh", values, seen.softmax(dim=1).to(values.dtype)), logits
 
 
 class MLPDecoder(nn.Module):
     """Decodes every slot at every patch by an MLP and mixes over slots (DINOSAUR, arXiv 2209.14860, section 3).
 
     The MLP's last channel is the mask logit. Parameters have the public checkpoints' names and shapes.
-
-    Args:
-        slot_dim: size D of a slot.
-        output_dim: channels C of a reconstructed patch.
-        hidden: hidden sizes of the MLP.
-        patches: number N of patches.
-        memory_efficient: keep fewer activations for the backward pass, see `mix_patches`.
-
-    Raises:
-        ConfigError: a size is below 1 or there is no hidden layer.
-
-    Example:
-        >>> output = MLPDecoder(16, 24, [32], patches=9)(torch.randn(2, 5, 16))
-        >>> {name: tuple(value.shape) for name, value in output.items()}
-        {'reconstruction': (2, 9, 24), 'masks': (2, 5, 9), 'dots': (2, 5, 9)}
     """
 
     returns_logits: ClassVar[bool] = True  # as `dots`, so that adapters need not listen to the MLP
@@ -123,15 +110,10 @@ class MLPDecoder(nn.Module):
         self.pos_emb = nn.Parameter(torch.randn(1, 1, patches, slot_dim) * slot_dim**-0.5)
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        """Decode the slots of some frames.
-
-        Args:
-            slots: `(M, S, D)`.
-
-        Returns:
-            `reconstruction` `(M, N, C)`; `dots` `(M, S, N)`, the mask logits in at least float32; `masks`, their
-            softmax over slots.
-        """
+        """Decode the slots of some frames."""
+        if has_hooks(self.mlp):
+            mixed, dots = _mix(*self.mlp(slots.unsqueeze(2) + self.pos_emb).tensor_split([-1], dim=-1))
+            return {"reconstruction": mixed, "masks": dots.softmax(dim=1), "dots": dots}
         first, *hidden, last = (layer for layer in self.mlp.layers if isinstance(layer, nn.Linear))
         mixed, dots = mix_patches(
             first(slots),
@@ -147,17 +129,8 @@ class MLPDecoder(nn.Module):
 class SlotMixerDecoder(nn.Module):
     """Mixes the slots at every patch, then decodes the mixture once (VideoSAUR, arXiv 2306.04829, section 3).
 
-    Patches ask by their position which slots they belong to (`allocator`, `to_q`, `to_k`), and an MLP turns the mixed
-    slots into features (`renderer`, `output_transform`): the cost hardly grows with the number of slots. The idea is
-    that of the slot mixer of OSRT (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
-
-    Args:
-        slot_dim: size D of a slot.
-        output_dim: channels C of a reconstructed patch.
-        hidden: sizes of the renderer's layers, each with a ReLU.
-        patches: number N of patches.
-        blocks: blocks of the allocator.
-        heads: attention heads of the allocator.
+    Patches ask by their position which slots they belong to, and an MLP turns the mixed slots into features, as in OSRT
+    (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
     """
 
     def __init__(
@@ -237,6 +210,13 @@ class RelativeMixtureDecoder(nn.Module):
 
     def forward(self, slots: Tensor, positions: Tensor, valid: Tensor) -> FeatureMixture:
         """Decode slots `(B, P, S, D)` that see patches at `(B, P, S, N, 2)`; others than `valid` take no part."""
+        videos = slots.shape[:2]
+        if has_hooks(self):
+            places = self.place + self.from_position(positions)
+            values = self.mlp(self.first(slots.unsqueeze(3) + places))
+            parts = (self.to_features(values).flatten(0, 1), self.to_alpha(values).flatten(0, 1))
+            mixed, logits = _mix(*parts, valid.flatten(0, 1))
+            return FeatureMixture(mixed.unflatten(0, videos), logits.unflatten(0, videos))
         width = self.first.weight
         reconstruction, mask_logits = mix_patches(
             self.first(slots.flatten(0, 1)),
@@ -248,7 +228,6 @@ class RelativeMixtureDecoder(nn.Module):
             valid=valid.flatten(0, 1),
             memory_efficient=self.memory_efficient,
         )
-        videos = slots.shape[:2]
         return FeatureMixture(reconstruction.unflatten(0, videos), mask_logits.unflatten(0, videos))
 
 

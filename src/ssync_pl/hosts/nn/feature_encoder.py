@@ -22,16 +22,6 @@ class FeatureEncoder(nn.Module):
     The leading `feature_dim` channels are the features that slots attend to and that hosts reconstruct; further
     channels, if there are any, serve the similarity loss (a ViT's keys). Arguments are those of `FeatureHost`; the
     projection to `slot_dim` channels is a normalised two-layer MLP with the hidden size `encoder_hidden`.
-
-    Attributes:
-        feature_dim: channels of the features.
-        similarity_dim: channels behind them; 0 where the features themselves serve the similarity loss.
-        output_dim: channels of what slots attend to.
-        frame_mean: per-channel mean that frames are normalised with; None is the backbone's own.
-        frame_std: the same for the standard deviation.
-
-    Raises:
-        ConfigError: options contradict each other, or the backbone cannot be built.
     """
 
     def __init__(
@@ -53,9 +43,8 @@ class FeatureEncoder(nn.Module):
         network: FrozenBackbone | None = None
         if backbone is not None:
             cached = feature_dim is not None or similarity_dim is not None
-            require(
-                not cached, "`feature_dim` and `similarity_dim` only without a backbone", feature_dim, similarity_dim
-            )
+            expected = "`feature_dim` and `similarity_dim` only without a backbone"
+            require(not cached, expected, feature_dim, similarity_dim)
             named = similarity_layer is None or layer is not None
             require(named, "argument `layer` to be named where `similarity_layer` is", similarity_layer)
             layers = layer if similarity_layer is None else f"{layer}+{similarity_layer}"
@@ -69,10 +58,7 @@ class FeatureEncoder(nn.Module):
             expected = "`layer`, `similarity_layer` and `backbone_checkpoint` only with a backbone"
             require(all(option is None for option in of_backbone), expected, *of_backbone)
         if feature_dim is None:
-            raise ConfigError(
-                "Expected argument `feature_dim` to be the channels of the cached features when there is no backbone, "
-                "but got None. `recipe` of the cache says it, or name a `backbone`."
-            )
+            raise ConfigError("Expected argument `feature_dim` or `backbone`, but got neither. Name one of them.")
         hidden = 2 * feature_dim if hidden is None else hidden
         similarity_dim = similarity_dim or 0
         require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be rows and columns", grid)
@@ -98,19 +84,7 @@ class FeatureEncoder(nn.Module):
         self.frame_mean, self.frame_std = (mean, std) if known else (None, None)
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Encode frames, or project features that are there already.
-
-        Args:
-            inputs: frames `(M, 3, H, W)`, normalised; or the backbone's features `(M, N, D + K)`.
-
-        Returns:
-            `features` `(M, N, C)`; without gradient `backbone_features` `(M, N, D)` and `similarity_features`
-            `(M, N, K)`, where K = D when the features serve both ends.
-
-        Raises:
-            ShapeError: the patches are not on the grid, or the channels are others.
-            ConfigError: frames came and there is no backbone.
-        """
+        """Encode frames, or project features that are there already."""
         raw = inputs.detach() if inputs.ndim == 3 else self._extract(inputs)
         channels = self.feature_dim + self.similarity_dim
         if raw.shape[1:] != (math.prod(self.grid), channels):
@@ -135,14 +109,13 @@ class FeatureEncoder(nn.Module):
     def _extract(self, frames: Tensor) -> Tensor:
         if self.backbone is None:
             raise ConfigError(
-                "Expected cached `features` in the batch, as this model has no backbone, but got frames. Set "
-                "`features` in the data module, or name a `backbone`."
+                "Expected cached `features` in the batch, as this model has no `backbone`, but got frames. Name one."
             )
         features, grid = self.backbone(frames, self.frame_mean, self.frame_std)
         if tuple(grid) != self.grid:
             raise ShapeError(
-                f"Expected frames that backbone {self.backbone.name} cuts into {self.grid[0]} x {self.grid[1]} patches "
-                f"(`grid`), but {frames.shape[-2]} x {frames.shape[-1]} pixels give {grid[0]} x {grid[1]}. Set `grid` "
-                f"of the model to [{grid[0]}, {grid[1]}], or change `image_size` of the data module."
+                f"Expected {self.grid[0]} x {self.grid[1]} patches (`grid`) of backbone {self.backbone.name}, but "
+                f"{frames.shape[-2]} x {frames.shape[-1]} pixels give {grid[0]} x {grid[1]}. Set `grid` of the model "
+                f"to [{grid[0]}, {grid[1]}], or change `image_size`."
             )
         return torch.as_tensor(features)

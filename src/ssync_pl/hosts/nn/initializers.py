@@ -8,23 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.hosts.checks import require
+from ssync_pl.hosts.checks import require, require_shape
 
 __all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hints"]
 
 
 class GaussianSlots(nn.Module):
-    """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020).
-
-    Args:
-        num_slots: number S of slots.
-        slot_dim: size D of a slot.
-        initial_std: standard deviation that learning starts from.
-
-    Raises:
-        ConfigError: `initial_std` is not above 0.
-    """
+    """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020)."""
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
@@ -35,17 +25,12 @@ class GaussianSlots(nn.Module):
 
     def forward(self, batch_size: int) -> Tensor:
         """Draw slots `(B, S, D)` for a number of clips."""
-        noise = torch.randn(
-            batch_size, self.num_slots, self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device
-        )
-        return self.mean + self.log_std.exp() * noise
+        mean = self.mean.expand(batch_size, self.num_slots, -1)
+        return mean + self.log_std.exp() * torch.randn_like(mean)
 
 
 class LearnedSlots(nn.Module):
-    """One learned vector per slot, the same for every clip.
-
-    Arguments are those of `GaussianSlots`.
-    """
+    """One learned vector per slot, the same for every clip."""
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
@@ -72,11 +57,9 @@ class ConditionedSlots(nn.Module):
 
     def forward(self, hints: Tensor) -> Tensor:
         """Turn hints `(B, S, hint_dim)` in [0, 1] into slots; a row with a negative entry is a slot without a hint."""
-        if hints.ndim != 3 or hints.shape[1:] != (self.num_slots, self.hint_dim):
-            raise ShapeError(
-                f"Expected argument `conditioning` to be (B, {self.num_slots}, {self.hint_dim}), "
-                f"but got {tuple(hints.shape)}. Give one row per slot, filled with -1 where there is no object."
-            )
+        fits = hints.ndim == 3 and hints.shape[1:] == (self.num_slots, self.hint_dim)
+        expected = f"argument `conditioning` to be (B, {self.num_slots}, {self.hint_dim})"
+        require_shape(fits, expected, hints, advice="Fill rows of slots without an object with -1.")
         known = (hints >= 0).all(dim=-1, keepdim=True)
         return torch.where(known, self.mlp(hints.to(self.empty.dtype)), self.empty)
 
@@ -92,21 +75,8 @@ def first_frame_hints(
 
     Objects that are not in the first frame are skipped; the others keep their order, and those beyond `num_slots`
     are dropped.
-
-    Args:
-        segmentations: bool `(B, T, C, H, W)`, one channel per object.
-        num_slots: number S of rows.
-        kind: `"boxes"` for `(top, left, bottom, right)`, `"centres"` for the box's `(y, x)`; fractions of the frame.
-        has_background: channel 0 is the background and gets no row.
-
-    Returns:
-        Float `(B, S, 4)` or `(B, S, 2)` in [0, 1]; rows without an object are -1.
     """
-    if segmentations.ndim != 5:
-        raise ShapeError(
-            f"Expected argument `segmentations` to be (B, T, C, H, W), but got {tuple(segmentations.shape)}. "
-            "Use T = 1 for images."
-        )
+    require_shape(segmentations.ndim == 5, "argument `segmentations` to be (B, T, C, H, W)", segmentations)
     masks = segmentations[:, 0, int(has_background) :].bool()
     top, bottom = _extent(masks.any(dim=-1))
     left, right = _extent(masks.any(dim=-2))

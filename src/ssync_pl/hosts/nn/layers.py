@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssync_pl.hosts.checks import require
 
-__all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "init_fan_in_"]
+__all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "has_hooks", "init_fan_in_"]
 
 
 class MLP(nn.Module):
@@ -47,6 +47,12 @@ def coordinate_grid(height: int, width: int, *, device: torch.device | None = No
     x = torch.linspace(0.0, 1.0, width, device=device)
     yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
     return torch.cat([yx, 1.0 - yx], dim=-1)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a linear layer has hooks (pruning, weight norm): it has to be called, as its weight may be stale."""
+    layers = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
 
 
 class SoftPositionEmbedding(nn.Module):

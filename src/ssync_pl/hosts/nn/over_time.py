@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -43,28 +41,16 @@ class SlotProcessor(nn.Module):
 
 
 class ScanOverTime(nn.Module):
-    """Runs a processor frame by frame, handing the slots on; `compiled` runs it by `torch.compile`."""
+    """Runs a processor frame by frame, handing the slots on."""
 
-    def __init__(self, module: nn.Module, compiled: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.compiled = compiled
-        if compiled:
-            module.compile()
 
     def forward(self, slots: Tensor, features: Tensor) -> dict[str, Tensor]:
         """Process clips: initial slots `(B, S, D)` and features `(B, T, N, C)` to results `(B, T, ...)`."""
         outputs: list[dict[str, Tensor]] = []
-        with _hook_guards() if self.compiled else contextlib.nullcontext():
-            for step, frame in enumerate(features.unbind(dim=1)):
-                outputs.append(self.module(slots, frame, step))
-                slots = outputs[-1]["slots"]
+        for step, frame in enumerate(features.unbind(dim=1)):
+            outputs.append(self.module(slots, frame, step))
+            slots = outputs[-1]["slots"]
         return {name: torch.stack([output[name] for output in outputs], dim=1) for name in outputs[0]}
-
-
-def _hook_guards() -> contextlib.AbstractContextManager[None]:
-    """Compile so that graphs know the hooks they contain: SSync's may be attached after the first step."""
-    import torch._dynamo
-
-    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
-    return patch

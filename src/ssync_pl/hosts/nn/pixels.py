@@ -10,8 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.hosts.checks import choose, require, require_shape
 from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
 
 __all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]
@@ -75,9 +74,6 @@ class SpatialBroadcastDecoder(nn.Module):
     Arguments are those of `SAVi` that start with `decoder_`.
     """
 
-    rows_taps: Tensor
-    columns_taps: Tensor
-
     def __init__(
         self,
         slot_dim: int,
@@ -110,39 +106,16 @@ class SpatialBroadcastDecoder(nn.Module):
             init_fan_in_(self.layers)
             # Coordinates span [0, 1] only: with the default weights, slots look alike at every place for long.
             nn.init.normal_(self.position.projection.weight, std=position_std)
-        for axis, length in zip(("rows", "columns"), self.broadcast_size, strict=True):
-            self.register_buffer(f"{axis}_taps", _taps(length, strides[0], kernel_size), persistent=False)
 
     def forward(self, slots: Tensor) -> DecoderOutput:
         """Decode the slots `(B, T, S, D)` of all frames at once."""
-        if slots.ndim != 4:
-            raise ShapeError(
-                f"Expected argument `slots` to be (B, T, S, D), but got {tuple(slots.shape)}. Use T = 1 for images."
-            )
-        maps = self.layers[1:](self._first_layer(slots.flatten(0, 2)))
+        require_shape(slots.ndim == 4, "argument `slots` to be (B, T, S, D)", slots, advice="Use T = 1 for images.")
+        copies = slots.flatten(0, 2)[:, :, None, None].expand(-1, -1, *self.broadcast_size)
+        maps = self.layers(self.position(copies))
         maps = rearrange(maps, "(b t s) c h w -> b t s c h w", b=slots.shape[0], t=slots.shape[1])
         pictures, mask_logits = maps[:, :, :, :-1], maps[:, :, :, -1].float()
         masks = mask_logits.softmax(dim=2).to(pictures.dtype)
         return DecoderOutput(torch.einsum("btschw,btshw->btchw", pictures, masks), mask_logits)
-
-    def _first_layer(self, slots: Tensor) -> Tensor:
-        """Convolve the broadcast slots `(M, D)` to `(M, C, H, W)`.
-
-        The layer is linear, and a slot is the same everywhere: its share is one matrix per output pixel, the sum of
-        the kernel taps that fall inside the grid, and the position's share is the same for every slot. Same result,
-        with a multiple fewer operations than convolving every copy.
-        """
-        layer = self.layers[0]
-        taps = torch.einsum("dckl,yk,xl->dcyx", layer.weight, self.rows_taps, self.columns_taps)
-        place = layer(self.position(slots.new_zeros(1, slots.shape[-1], *self.broadcast_size)))
-        return (slots @ taps.flatten(1)).unflatten(1, taps.shape[1:]) + place
-
-
-def _taps(length: int, stride: int, kernel_size: int) -> Tensor:
-    """Float `(length * stride, kernel_size)`: 1 where a tap of the transposed convolution meets the grid."""
-    reach = torch.arange(length * stride).unsqueeze(1) + kernel_size // 2 - torch.arange(kernel_size)
-    source = torch.div(reach, stride, rounding_mode="floor")
-    return ((reach % stride == 0) & (source >= 0) & (source < length)).float()
 
 
 def _check_stack(name: str, channels: Sequence[int], strides: Sequence[int], kernel_size: int, init: str) -> None:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.hosts.checks import require
+from ssync_pl.hosts.checks import require, require_shape
 from ssync_pl.hosts.nn.layers import MLP
 from ssync_pl.method.labels import compute_dtype
 
@@ -20,12 +19,7 @@ _SHRINK = 0.1
 
 
 class SlotAttentionOutput(NamedTuple):
-    """What one call of `SlotAttention` returns.
-
-    Args:
-        slots: `(B, S, D)`, after the last iteration.
-        logits: float32 `(B, S, N)`, query · key · scale of the last iteration, before the softmax over slots.
-    """
+    """What one call of `SlotAttention` returns."""
 
     slots: Tensor
     logits: Tensor
@@ -36,24 +30,6 @@ class SlotAttention(nn.Module):
 
     Slots and features are normalised before they are projected (pre-norm). The softmax runs in float32, as half
     precision ties patches between slots.
-
-    Args:
-        slot_dim: size D of a slot; queries, keys and values have it too.
-        feature_dim: channels C of the features; `None` for `slot_dim`.
-        iterations: default number of iterations of a call, at least 1.
-        mlp_hidden: hidden size of the residual MLP after the GRU; 0 leaves the MLP out.
-        eps: added to the attention before it is normalised over patches, so that an empty slot stays finite.
-        sharpness: standard deviation of the initial query and key weights in units of `1 / sqrt(inputs)`; None keeps
-            PyTorch's uniform initialisation, whose value is 0.58. A larger one lets slots differ from the start.
-
-    Raises:
-        ConfigError: `iterations`, `eps` or `sharpness` is out of range.
-
-    Example:
-        >>> attention = SlotAttention(slot_dim=16, feature_dim=8)
-        >>> out = attention(torch.randn(2, 3, 16), torch.randn(2, 25, 8))
-        >>> out.slots.shape, out.logits.shape
-        (torch.Size([2, 3, 16]), torch.Size([2, 3, 25]))
     """
 
     normalized_state = False
@@ -98,25 +74,9 @@ class SlotAttention(nn.Module):
         )
 
     def forward(self, slots: Tensor, features: Tensor, iterations: int | None = None) -> Any:
-        """Bind slots to the patches of one frame.
-
-        Args:
-            slots: `(B, S, D)`, the state to correct.
-            features: `(B, N, C)`.
-            iterations: overrides the number given at construction.
-
-        Returns:
-            `SlotAttentionOutput`: corrected slots and the logits of the last iteration.
-
-        Raises:
-            ShapeError: the inputs are not 3-D or have different batch sizes.
-            ConfigError: `iterations` is below 1.
-        """
-        if slots.ndim != 3 or features.ndim != 3 or slots.shape[0] != features.shape[0]:
-            raise ShapeError(
-                "Expected arguments `slots` and `features` to be (B, S, D) and (B, N, C) with one B, "
-                f"but got {tuple(slots.shape)} and {tuple(features.shape)}. Flatten the grid and call once per frame."
-            )
+        """Bind slots to the patches of one frame."""
+        fits = slots.ndim == features.ndim == 3 and slots.shape[0] == features.shape[0]
+        require_shape(fits, "arguments `slots` (B, S, D) and `features` (B, N, C) with one B", slots, features)
         count = self.iterations if iterations is None else iterations
         _check_iterations(count)
         features = self.norm_features(features)
@@ -147,16 +107,6 @@ class SlotCorrector(SlotAttention):
 
     Parameters have the names, order and shapes of the public checkpoints. A call returns a dict: `slots` `(B, S, D)`;
     of the last iteration `dots` `(B, S, N)`, the logits in at least float32, and `masks`, their softmax over slots.
-
-    Args:
-        input_dim: channels of a feature.
-        slot_dim: size D of a slot, of keys, queries and values.
-        iterations: iterations unless a call says otherwise.
-        mlp_hidden: hidden size of the residual MLP behind the GRU; None for `4 * slot_dim`, 0 for no MLP.
-        eps: added to the attention before it is normalised over patches.
-
-    Raises:
-        ConfigError: `iterations` or `eps` is out of range.
     """
 
     normalized_state = True
@@ -187,19 +137,11 @@ def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
     starts out putting the mean of a slot's patches in the place of the slot. With independent random weights, slots
     and patches begin in unrelated spaces, and many steps go by until attention groups anything. Weights are changed
     in place; names, shapes and what can be learned stay.
-
-    Args:
-        corrector: slot attention (`to_q`, `to_k`, `to_v`, `gru`) whose features have as many channels as its slots.
-        sharpness: how decided the first assignments are; above 0.
-
-    Raises:
-        ConfigError: features and slots have different sizes, or `sharpness` is not above 0.
     """
     require(0 < sharpness < math.inf, "argument `corrector_sharpness` to be above 0", sharpness, advice="Use 1.5.")
     channels, dim = corrector.to_k.in_features, corrector.to_q.in_features
     expected = "features of as many channels as a slot for corrector_init='kmeans'"
-    advice = "Set `encoder_hidden` above 0, which projects features to the size of a slot."
-    require(channels == dim, expected, channels, dim, advice=advice)
+    require(channels == dim, expected, channels, dim, advice="Set `encoder_hidden` above 0.")
     nn.init.orthogonal_(corrector.to_q.weight, gain=sharpness)
     corrector.to_k.weight.copy_(corrector.to_q.weight)
     nn.init.eye_(corrector.to_v.weight)

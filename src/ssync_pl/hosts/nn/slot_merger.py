@@ -45,14 +45,6 @@ def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complet
 
     S - 1 rounds of a masked minimum for the whole batch at once: no loop over samples, and the device is never waited
     for. Where distances tie, the pair with the lowest indices comes first.
-
-    Args:
-        distances: `(..., S, S)`, symmetric.
-        threshold: clusters at this distance or farther stay apart.
-        linkage: `"complete"` or `"average"`.
-
-    Returns:
-        Int64 `(..., S)`, for each item the lowest index in its cluster.
     """
     count = distances.shape[-1]
     flat = distances.detach().float().reshape(-1, count, count)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_pl.hosts.checks import require
+from ssync_pl.hosts.nn.layers import has_hooks
 
 __all__ = ["SlotTransformer", "SlotTransformerBlock"]
 
@@ -33,6 +34,10 @@ class _Attention(nn.Module):
     def forward(self, inputs: Tensor, memory: Tensor | None) -> Tensor:
         if memory is None:
             query, key, value = self.qkv(inputs).chunk(3, dim=-1)
+        elif has_hooks(self.qkv):
+            dim = inputs.shape[-1]
+            query = self.qkv(inputs)[..., :dim]
+            key, value = self.qkv(memory)[..., dim:].chunk(2, dim=-1)
         else:
             dim = inputs.shape[-1]
             query = F.linear(inputs, self.qkv.weight[:dim], self.qkv.bias[:dim])
@@ -61,19 +66,7 @@ class SlotTransformerBlock(nn.Module):
 
 
 class SlotTransformer(nn.Module):
-    """A stack of `SlotTransformerBlock`.
-
-    Args:
-        dim: size of inputs and memory.
-        blocks: number of blocks; 0 passes inputs on unchanged.
-        heads: attention heads of each.
-        mlp_hidden: hidden size of each MLP; None for `4 * dim`.
-        published: scale and initialise attention as the VideoSAUR family does: logits are query · key · sqrt(d) (not
-            divided by sqrt(d)). False is the usual scale, with PyTorch's initialisation.
-
-    Raises:
-        ConfigError: `blocks` is negative, or `heads` does not divide `dim`.
-    """
+    """A stack of `SlotTransformerBlock`."""
 
     def __init__(
         self, dim: int, blocks: int, heads: int, mlp_hidden: int | None = None, published: bool = True
