@@ -11,7 +11,6 @@ from ssync_pl.adapters.capture import Capture, has_modules
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-_CROSS_ATTENTION = "encoder_decoder_attn"
 _ALL_FRAMES = "steve_encoder.savi"
 
 
@@ -53,4 +52,4 @@ def _slot_attention(host: nn.Module) -> str | None:
 
 
 def _cross_attention(host: nn.Module) -> list[str]:
-    return [name for name, _ in host.named_modules() if name.rsplit(".", 1)[-1] == _CROSS_ATTENTION]
+    return [name for name, _ in host.named_modules() if name.rsplit(".", 1)[-1] == "encoder_decoder_attn"]

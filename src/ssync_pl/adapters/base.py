@@ -47,6 +47,7 @@ class HostAdapter(ABC):
 
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         """Compares what was recomputed with what the host itself used; called in the first step, raises HostError."""
+        return
 
 
 _REGISTRY: dict[str, type[HostAdapter]] = {}

@@ -27,7 +27,6 @@ class Projection(NamedTuple):
     autocast: tuple[bool, torch.dtype] | None
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The autocast under which the host went on with this value."""
         if self.autocast is None:
             return nullcontext()
         enabled, dtype = self.autocast

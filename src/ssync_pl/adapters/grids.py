@@ -7,8 +7,7 @@ What the softmax of the host normalises decides how several heads of slot attent
 * One softmax over slots in each head (SAVi, slot attention with ``heads``): the attention of a slot is its mean over
   heads. No raw logits have this softmax, since that of a logsumexp weighs each head by its own normaliser. The loss
   needs the mean of the probabilities, merging takes the mean of the logits. Use `separate_heads`.
-
-With one head both are the host's logits, to the bit.
+  With one head both are the host's logits, to the bit.
 """
 
 from __future__ import annotations

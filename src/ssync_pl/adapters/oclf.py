@@ -25,8 +25,7 @@ class OclfAdapter(GridAdapter):
 
     Slot attention takes one softmax over slots and heads, merged by `joint_heads`, and runs once for images (T = 1) or
     once per frame. Slots that the host masks in a frame do not exist in the clip. Decoders are those whose inner
-    ``decoder`` ends in an alpha channel (patch, spatial broadcast, optical flow, amodal), run once on the clip or once
-    per frame; autoregressive ones, and those that render densities, are refused.
+    ``decoder`` ends in an alpha channel; autoregressive ones, and those that render densities, are refused.
 
     Source: DINOSAUR (arXiv 2209.14860), SAVi (arXiv 2111.12594).
     """
@@ -68,9 +67,8 @@ class OclfAdapter(GridAdapter):
 class AdaSlotAdapter(OclfAdapter):
     """Hosts of `OclfAdapter` whose slot attention has a ``single_gumbel_score_network``, which drops slots per image.
 
-    Dropped slots do not exist; an image that keeps none is left out. SSync gives no gradient to the decision itself:
-    it moves the maps, the host's own losses move the number of slots. Where the decoder ignores the decision
-    (``mask_type="none"``), so does this adapter.
+    Dropped slots do not exist; an image that keeps none is left out. SSync gives no gradient to the decision itself.
+    Where the decoder ignores the decision (``mask_type="none"``), so does this adapter.
 
     Source: AdaSlot (arXiv 2406.09196).
     """

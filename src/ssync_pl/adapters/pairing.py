@@ -32,7 +32,6 @@ class Seen(NamedTuple):
     inside: int = 1
 
     def describe(self) -> str:
-        """Says in words what was seen."""
         last = f", the last of {self.inside} in each" if self.inside > 1 else ""
         return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {len(self.values)} call(s){last}"
 
@@ -53,12 +52,10 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """N."""
         return math.prod(self.patches)
 
     @property
     def grid(self) -> Grid | None:
-        """``(H, W)`` where the map has rows and columns."""
         return (self.patches[0], self.patches[1]) if len(self.patches) == 2 else None
 
 

@@ -91,8 +91,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
     """``Savi`` of Genera1Z's SAVi-PyTorch, alone or inside its ``ModelHelper``.
 
     Note:
-        Slots start from boxes, and boxes of zeros fill up the list: their slots are equal to the background's up to
-        rounding. Keep merging on, and give a lower `merge_threshold` where they stay apart.
+        Slots that start from boxes of zeros are equal up to rounding: keep merging on.
 
     Source: https://github.com/Genera1Z/SAVi-PyTorch, SAVi (arXiv 2111.12594).
     """

@@ -37,9 +37,6 @@ class SlotAttentionPackageAdapter(GridAdapter):
         grid: ``(H, W)`` patches of the attention; None takes it from the masks or the size of the batch's frames, or a
             square.
 
-    Raises:
-        ConfigError: An argument is not understood, or they contradict each other.
-
     Source: Object-Centric Learning with Slot Attention (arXiv 2006.15055); adaptive slots: AdaSlot (arXiv 2406.09196).
     """
 

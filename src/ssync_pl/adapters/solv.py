@@ -33,8 +33,7 @@ class SolvAdapter(HostAdapter):
 
     * Slots are merged. The logits of a merged slot are the logsumexp of its members': its softmax over slots is the
       members' summed attention. Slots that are left over count as invalid (``slot_valid``).
-    * A part of the tokens is dropped. Their patches have masks but no attention, so they count as invalid
-      (``patch_valid``).
+    * A part of the tokens is dropped: patches without attention count as invalid (``patch_valid``).
 
     The public model's merger keeps the assignment to itself, which is read off the gradient of its result; where there
     is none (validation), the merger is run once more on the same slots with the same random numbers. When this
