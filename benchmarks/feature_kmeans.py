@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from ssync_pl.cli.configured import from_configuration
+from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics, metric_names

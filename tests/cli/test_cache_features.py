@@ -69,9 +69,9 @@ def test_stores_features_and_says_what_it_did(pattern, means, tmp_path, capsys):
     ("words", "message"),
     [
         (("--crop", "random"), "random crop moves the picture"),
-        (("--image-size", "0"), "--image-size to be a number of pixels"),
+        (("--image-size", "0"), "expected a number of pixels"),
         (("--image-size", "8x"), "but got '8x'"),
-        (("--device", "nowhere"), "--device to be a device of this machine"),
+        (("--device", "nowhere"), "Expected --device"),
         (("--batch-size", "0"), "`batch_size` to be at least 1"),
     ],
 )

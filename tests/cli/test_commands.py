@@ -1,4 +1,5 @@
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ import yaml
 
 from ssync_pl import __version__
 from ssync_pl.cli import main
-from ssync_pl.cli.config_command import packaged_config
-from ssync_pl.cli.progress import progress_bar
+from ssync_pl.cli.official import packaged_config
+from ssync_pl.cli.trainer import SSyncCLI, progress_bar, run_trainer
 from ssync_pl.data import load_shards
 
 HOST = {
@@ -109,8 +110,39 @@ def test_python_dash_m_is_the_same() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_terminal_that_cannot_show_a_name_stops_nothing() -> None:
+    words = [sys.executable, "-m", "ssync_pl", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "`? config convert`" in done.stdout
+
+
+def test_a_package_that_a_logger_lacks_is_one_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "needy_logger.py").write_text(
+        "from lightning.pytorch.loggers import CSVLogger\n\nclass Needy(CSVLogger):\n"
+        "    def __init__(self, save_dir: str = '.'):\n        import a_module_that_is_not_there\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["fit", "--config", str(config), "--trainer.logger=needy_logger.Needy"]) == 2
+    error = capsys.readouterr().err
+    assert "a_module_that_is_not_there" in error
+    assert "Traceback" not in error
+
+
+def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SSyncCLI, "_run_subcommand", lambda self, verb: None)
+    cli = run_trainer(["fit", "--config", str(config)])
+    # ddp_spawn pickles the trainer with its callbacks.
+    saver = next(one for one in cli.trainer.callbacks if type(one).__name__ == "SaveConfigCallback")
+    assert type(pickle.loads(pickle.dumps(saver.parser))) is type(cli.parser)
+
+
 def test_light_commands_do_not_import_lightning() -> None:
-    code = "import sys; from ssync_pl.cli import main; main(['config', 'ssync']); assert 'lightning' not in sys.modules"
+    code = "import sys; from ssync_pl.cli import main\n"
+    code += "for verb in ('config', 'data', 'doctor', 'checkpoint'): main([verb, '--help'])\n"
+    code += "main(['fit']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -188,10 +220,10 @@ def test_configuration_errors_name_the_key(
     assert message in streams.err
 
 
-def test_what_is_missing_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit"]) == 2
+    assert "Expected --config FILE" in capsys.readouterr().err
+    assert main(["fit", "--trainer.max_steps=1"]) == 2
     assert "the following arguments are required" in capsys.readouterr().err
 
 
@@ -266,10 +298,10 @@ def test_data_generate_prints_patterns_that_load(tmp_path: Path, capsys: pytest.
     ("words", "message"),
     [
         (["--set", "zoo=3"], "got ['zoo']"),
-        (["--set", "zoom"], "Expected --set KEY=VALUE, but got 'zoom'"),
+        (["--set", "zoom"], "Expected --set NAME=VALUE"),
         (["--preset", "z"], "['a', 'a_zoom', 'c'"),
         (["--train", "-1"], "Expected --train"),
-        (["--train", "0", "--validation", "0"], "both are 0"),
+        (["--train", "0", "--validation", "0"], "to be above 0"),
     ],
 )
 def test_data_generate_refuses_early(
@@ -332,7 +364,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def stop(words: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssync_pl.cli.data_commands.run_data", stop)
+    monkeypatch.setattr("ssync_pl.cli.data.run_data", stop)
     assert main(["data", "convert", "videos"]) == 130
     assert "The same command goes on" in capsys.readouterr().err
     assert main(["data", "check"]) == 130

@@ -1,19 +1,27 @@
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.cli import LightningArgumentParser
 
-from ssync_pl.cli.predict_words import find_config, gather_inputs, with_config
+from ssync_pl.cli.predict import add_input_options, with_config
 from ssync_pl.errors import ConfigError
 
 
 def test_other_verbs_and_calls_without_input_are_left_alone() -> None:
-    for words in (["fit", "--input", "a"], ["predict", "--config", "a.yaml", "--x=1"], []):
-        assert gather_inputs(words) == words
+    for words in (
+        ["fit", "--input", "a"],
+        ["predict", "--config", "a.yaml", "--x=1"],
+        ["predict", "--input", "-h"],
+        [],
+    ):
         assert with_config(words) == words
 
 
-def test_inputs_with_commas_and_quotes_stay_whole() -> None:
-    assert gather_inputs(["predict", "--input", 'a,"b".mp4'])[-1] == '--input=["a,\\"b\\".mp4"]'
+def test_inputs_come_several_times_and_stay_whole() -> None:
+    parser = LightningArgumentParser()
+    add_input_options(parser)
+    options = parser.parse_args(["--input", "a.mp4", 'b,"c".mp4', "--clip-frames", "8", "--input=null"])
+    assert (options.input, options.clip_frames) == (["a.mp4", 'b,"c".mp4', "null"], 8)
 
 
 @pytest.mark.parametrize("below", [".", "checkpoints"])
@@ -22,18 +30,19 @@ def test_the_configuration_beside_the_run(tmp_path: Path, below: str, capsys: py
     (tmp_path / "config.yaml").write_text("")
     checkpoint = tmp_path / below / "last.ckpt"
     checkpoint.write_text("")
-    words = ["predict", f"--ckpt_path={checkpoint}", '--input=["a"]']
-    assert with_config(words) == ["predict", f"--config={tmp_path / 'config.yaml'}", *words[1:]]
-    assert f"configuration: {tmp_path / 'config.yaml'}" in capsys.readouterr().err
-    named = [*words, "--config", "mine.yaml"]
-    assert with_config(named) == named
+    for way in ([f"--ckpt_path={checkpoint}"], ["--ckpt_path", str(checkpoint)]):
+        words = ["predict", *way, "--input", "a"]
+        assert with_config(words) == ["predict", f"--config={tmp_path / 'config.yaml'}", *words[1:]]
+        assert f"configuration: {tmp_path / 'config.yaml'}" in capsys.readouterr().err
+        assert with_config([*words, "--config", "mine.yaml"]) == [*words, "--config", "mine.yaml"]
 
 
 def test_what_to_pass_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--ckpt_path beside --input, or --config FILE"):
-        with_config(["predict", "--input=[]"])
     (tmp_path / "a.ckpt").write_text("")
-    with pytest.raises(ConfigError, match=r"there is none\. Pass the configuration .* --config FILE"):
-        find_config(str(tmp_path / "a.ckpt"))
-    with pytest.raises(ConfigError, match=r"gone\.ckpt does not exist"):
-        with_config(["predict", "--config=a.yaml", "--input=[]", f"--ckpt_path={tmp_path / 'gone.ckpt'}"])
+    for words, message in (
+        ([], "--ckpt_path beside --input, or --config FILE"),
+        ([f"--ckpt_path={tmp_path / 'a.ckpt'}"], "config.yaml in .* --config FILE"),
+        (["--config=a.yaml", f"--ckpt_path={tmp_path / 'gone.ckpt'}"], r"gone\.ckpt does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_config(["predict", "--input=a", *words])

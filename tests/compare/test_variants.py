@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ssync_pl import SSyncConfig, hosts
-from ssync_pl.cli.configured import from_configuration
+from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.compare.matrix import Asked, build_matrix
 from ssync_pl.compare.variants import CONTRAST_DEFAULTS, make_variant, ssync_options

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 __all__ = ["main"]
 
-TRAINER_VERBS = ("fit", "validate", "test", "predict")
-SDK = "lightning-sdk"
-
+_VERBS = ("fit", "validate", "test", "predict")
 _HELP = """usage: lightning {fit,validate,test,predict} [OPTIONS]
 
 These verbs are those of ssync-pl: `lightning fit --config FILE` is `ssync-pl fit --config FILE`.
@@ -19,33 +16,21 @@ All other commands belong to the package lightning-sdk, which is not installed: 
 """
 
 
-def _sdk_command() -> Callable[[], Any] | None:
-    try:
-        entry_points = metadata.distribution(SDK).entry_points
-    except metadata.PackageNotFoundError:
-        return None
-    for entry_point in entry_points:
-        if entry_point.group == "console_scripts" and entry_point.name == "lightning":
-            command: Callable[[], Any] = entry_point.load()
-            return command
-    return None
-
-
 def main() -> Any:
-    """Run `lightning WORDS...`, with the words of `sys.argv`."""
+    """Runs `lightning WORDS...`, with the words of `sys.argv`."""
     words = sys.argv[1:]
-    if words and words[0] in TRAINER_VERBS:
+    if words and words[0] in _VERBS:
         from ssync_pl import cli
 
         return cli.main(words)
-    command = _sdk_command()
-    if command is not None:
-        return command()
-    if not words or words[0] in ("-h", "--help"):
-        sys.stdout.write(_HELP)
-        return 0
-    sys.stderr.write(
-        f"lightning: error: `lightning {words[0]}` belongs to the package {SDK}, which is not installed. "
-        f"Run `pip install {SDK}`. This command is ssync-pl's and runs {', '.join(TRAINER_VERBS)}.\n"
-    )
-    return 2
+    try:
+        entries = metadata.distribution("lightning-sdk").entry_points
+    except metadata.PackageNotFoundError:
+        entries = metadata.EntryPoints()
+    for entry in entries:
+        if (entry.group, entry.name) == ("console_scripts", "lightning"):
+            return entry.load()()
+    asks = not words or words[0] in ("-h", "--help")
+    error = f"lightning: error: Expected a verb ({', '.join(_VERBS)}), but got {' '.join(words)!r}.\n"
+    (sys.stdout if asks else sys.stderr).write(_HELP if asks else error + _HELP)
+    return 0 if asks else 2

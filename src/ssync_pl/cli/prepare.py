@@ -1,28 +1,23 @@
-"""Makes the data of a comparison before its runs start, so that parallel runs do not render or cache twice."""
+"""`python -m ssync_pl.cli.prepare WORDS OF fit`: makes the data of a comparison before its runs start in parallel."""
 
 from __future__ import annotations
 
 import sys
 
+from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.errors import SSyncError
 
-__all__ = ["prepare"]
 
-
-def prepare(words: list[str]) -> int:
-    """Lets the data module of a configuration make its files; takes the words of `ssync-pl fit`."""
-    from ssync_pl.cli.configured import from_configuration  # Lightning takes seconds to import
-
+def prepare(words: list[str]) -> None:
+    """Builds the data module of a configuration and lets it make its files."""
     try:
         data = from_configuration(words).data
         if data is not None:
             data.prepare_data()
             data.setup("fit")
     except (SSyncError, OSError) as error:
-        sys.stderr.write(f"ssync-pl compare: error: {error}\n")
-        return 2
-    return 0
+        raise SystemExit(f"ssync-pl compare: error: {error}") from error
 
 
 if __name__ == "__main__":
-    raise SystemExit(prepare(sys.argv[1:]))
+    prepare(sys.argv[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from ssync_pl.cli.data_commands.convert import add_parser
+from ssync_pl.cli.data import run_data
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
 from ssync_pl.data.shards import ShardReader
@@ -35,12 +34,9 @@ MADE_FRAMES = 4
 
 def run_convert(*words: object) -> int:
     """Run `ssync-pl data convert WORDS`, quietly and without processes unless the words ask for some."""
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
     texts = [str(word) for word in words]
     workers = [] if "--workers" in texts else ["--workers", "0"]
-    options = parser.parse_args(["convert", *texts, "--no-progress", *workers])
-    return options.run(options)
+    return run_data(["convert", *texts, "--no-progress", *workers])
 
 
 def load_back(out: Path, prefix: str) -> list[dict[str, Any]]:

@@ -78,6 +78,11 @@ class Host(L.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
+class Bare(Host):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+
 class Skips(Host):
     def training_step(self, batch):
         return None

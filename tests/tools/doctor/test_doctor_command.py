@@ -67,6 +67,15 @@ def test_a_lightning_module(user_folder: Path, capsys: pytest.CaptureFixture[str
     assert not list(user_folder.glob("lightning_logs"))
 
 
+def test_a_lightning_module_whose_batch_is_a_tensor(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor("user_code:Bare", "--batch", BATCH) == 0
+    out = capsys.readouterr().out
+    assert "batch         a tensor (2, 2, 3, 4, 4)" in out
+    assert "masks='softmax:net.painter'" in out
+    assert doctor("user_code:Bare", "--batch", "2,2,3,5,5") == 2
+    assert "it raised RuntimeError" in capsys.readouterr().err
+
+
 def test_what_it_says_to_write_can_be_written(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import lightning.pytorch as L
 
@@ -89,23 +98,19 @@ def test_what_it_says_to_write_can_be_written(user_folder: Path, capsys: pytest.
 def test_json(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor("user_code:Host", "--batch", BATCH, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ready"]
-    assert report["maps"][1]["places"] == ["softmax:net.painter"]
+    assert report["ready"] is True
+    assert report["shape"] == [2, 2, 3, 16]
+    assert (report["maps"][1]["places"], report["maps"][1]["has_gradient"]) == (["softmax:net.painter"], True)
+    assert report["cost"]["bytes"] == 28 * 2 * 2 * 3 * 16
+    assert report["cost"]["share"] > 0
+    assert "No adapter knows this host" in report["hints"][0]
 
 
 def test_named_places_and_weights(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with working_folder_first():
         torch.save(build_model("user_code:Host").state_dict(), user_folder / "weights.pt")
-    words = [
-        "user_code:Host",
-        "--batch",
-        BATCH,
-        "--attention",
-        "softmax:net.binder",
-        "--masks",
-        "softmax:net.painter:1",
-    ]
-    assert doctor(*words, "--grid", "2,8", "--ckpt_path", "weights.pt") == 0
+    places = "--attention softmax:net.binder --masks softmax:net.painter:1 --grid 2,8 --ckpt_path weights.pt"
+    assert doctor("user_code:Host", "--batch", BATCH, *places.split()) == 0
     out = capsys.readouterr().out
     assert "grid 2 x 8" in out
     assert "masks='softmax:net.painter:1', grid=(2, 8)" in out
@@ -153,7 +158,7 @@ def test_a_host_that_has_ssync_already(user_folder: Path, capsys: pytest.Capture
         (["user_code:Net", "--batch", BATCH, "--attention", "binder"], "`attention` and `masks` to come together"),
         (["user_code:Net", "--batch", BATCH, "--adapter", "savvy"], "`adapter` to be 'auto' or one of"),
         (["user_code:Net", "--batch", BATCH, "--attention", "softmax:", "--masks", "b"], "place as 'path'"),
-        (["user_code:Net", "--batch", BATCH, "--ckpt_path", "no.pt"], "checkpoint at no.pt, but there is none"),
+        (["user_code:Net", "--batch", BATCH, "--ckpt_path", "no.pt"], "checkpoint at 'no.pt'"),
         (["user_code:Net", "--batch", BATCH, "--grid", "4"], "--grid: Expected H,W, but got '4'"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch, parse_settings, working_folder_first
+from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch, working_folder_first
 
 
 def test_a_class_a_function_or_a_model(user_folder: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_class_a_function_or_a_model(user_folder: Path) -> None:
         ("needy_code:Net", {}, "needs 'a_module_that_is_not_there', which is not installed"),
         ("broken_code:Net", {}, "import 'broken_code', but it raised RuntimeError: at import"),
         ("user_code:Nett", {}, "'Nett' in 'user_code'.*Its names: .*Net"),
-        ("user_code:number", {}, "'user_code:number' to be a class, a function or a model, but got int"),
+        ("user_code:number", {}, "'user_code:number' to be .*, but got int"),
         (
             "user_code:fails",
             {"message": "bad"},
@@ -38,7 +38,7 @@ def test_a_class_a_function_or_a_model(user_folder: Path) -> None:
         ),
         ("user_code:Net", {"slot": 3}, "raised TypeError: .*slot"),
         ("user_code:model", {"slots": 3}, "no --init for 'user_code:model', which is a model already"),
-        ("builtins:dict", {}, "to give a torch.nn.Module, but got dict"),
+        ("builtins:dict", {}, "torch.nn.Module, .* but got dict"),
     ],
 )
 def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: dict, message: str) -> None:
@@ -47,50 +47,34 @@ def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: d
 
 
 def test_batches() -> None:
-    assert parse_batch(["2,4,3,8,8"], as_dict=False).shape == (2, 4, 3, 8, 8)
-    assert parse_batch(["2,3,8,8"], as_dict=True)["image"].shape == (2, 3, 8, 8)
-    assert parse_batch(["2,8"], as_dict=True).shape == (2, 8)
-    named = parse_batch(["img=1,2,3,8,8", "boxes=1,2,5,4"], as_dict=False)
+    assert parse_batch(["2,4,3,8,8"]).shape == (2, 4, 3, 8, 8)
+    assert parse_batch(["2,8"]).shape == (2, 8)
+    named = parse_batch(["img=1,2,3,8,8", "boxes=1,2,5,4"])
     assert {name: tuple(value.shape) for name, value in named.items()} == {
         "img": (1, 2, 3, 8, 8),
         "boxes": (1, 2, 5, 4),
     }
-    first, second = parse_batch(["2,3", "4"], as_dict=True)
+    first, second = parse_batch(["2,3", "4"])
     assert (first.shape, second.shape) == ((2, 3), (4,))
-    assert torch.equal(parse_batch(["4"], as_dict=False), parse_batch(["4"], as_dict=False))
+    assert torch.equal(parse_batch(["4"]), parse_batch(["4"]))
 
 
-@pytest.mark.parametrize("word", ["a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", ""])
-def test_shapes_that_are_none(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"--batch as sizes, e.g. 2,4,3,64,64"):
-        parse_batch([word], as_dict=False)
-
-
-def test_names_for_all_or_for_none() -> None:
-    with pytest.raises(ConfigError, match="names for all shapes of --batch or for none"):
-        parse_batch(["img=2,3", "4"], as_dict=False)
+SIZES = "--batch as sizes"
 
 
 @pytest.mark.parametrize(
-    ("word", "message"), [("slots", "name=value, but got 'slots'"), ("a=[1", "of --init a to be YAML")]
+    ("words", "message"),
+    [
+        *(([word], SIZES) for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
+        (["img=2,3", "4"], "names for all shapes of --batch or for none"),
+        (["a=2,3", "a=2"], "each name of --batch once, but got 'a' again"),
+        (["100000000,2,3,224,224,1000"], "to fit into memory"),
+        (["99999999999999999999999,2"], "to fit into memory"),
+    ],
 )
-def test_settings_that_are_none(word: str, message: str) -> None:
+def test_shapes_that_are_none(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_settings([word])
-
-
-def test_weights(tmp_path: Path) -> None:
-    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    torch.save(layer.state_dict(), tmp_path / "plain.pt")
-    load_weights(other, tmp_path / "plain.pt")
-    assert torch.equal(layer.weight, other.weight)
-    with pytest.raises(ConfigError, match=r"checkpoint at .*, but there is none"):
-        load_weights(other, tmp_path / "nothing.pt")
-    with pytest.raises(ConfigError, match=r"weights of Linear, but RuntimeError.*size mismatch"):
-        load_weights(nn.Linear(2, 3), tmp_path / "plain.pt")
-    (tmp_path / "text.pt").write_text("nothing")
-    with pytest.raises(ConfigError, match=r"text.pt to hold tensors and plain values only"):
-        load_weights(other, tmp_path / "text.pt")
+        parse_batch(words)
 
 
 class _Bomb:
@@ -98,24 +82,21 @@ class _Bomb:
         return Path.touch, ("never",)
 
 
-def test_weights_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {}, "more": _Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(ConfigError, match="tensors and plain values only") as caught:
-        load_weights(nn.Linear(2, 2), tmp_path / "bomb.pt")
-    assert "weights_only" not in str(caught.value)
-    assert not (tmp_path / "never").exists()
-
-
-@pytest.mark.parametrize("word", ["100000000,2,3,224,224,1000", "99999999999999999999999,2"])
-def test_a_batch_that_does_not_fit(word: str) -> None:
-    with pytest.raises(ConfigError, match="to fit into memory"):
-        parse_batch([word], as_dict=False)
-
-
-def test_a_name_of_a_batch_comes_once() -> None:
-    with pytest.raises(ConfigError, match="each name of --batch once, but got 'a' again"):
-        parse_batch(["a=2,3", "a=2"], as_dict=False)
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save(layer.state_dict(), "plain.pt")
+    load_weights(other, Path("plain.pt"))
+    assert torch.equal(layer.weight, other.weight)
+    Path("text.pt").write_text("nothing")
+    torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
+    for name, message in (("nothing", "no such file"), ("text", "plain values only"), ("bomb", "plain values only")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_weights(other, Path(f"{name}.pt"))
+        assert "weights_only" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"weights of Linear.*size mismatch"):
+        load_weights(nn.Linear(2, 3), Path("plain.pt"))
+    assert not Path("never").exists()
 
 
 def test_scripts_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

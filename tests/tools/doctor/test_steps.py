@@ -103,7 +103,7 @@ def test_hosts_of_the_other_namespace() -> None:
 
     seen: list[float] = []
     assert is_lightning(Other())
-    in_trainer(Other(), [torch.ones(1, 2)], lambda run, batch: seen.append(float(run().detach())))
+    in_trainer(Other(), torch.ones(1, 2), lambda run, batch: seen.append(float(run().detach())))
     assert len(seen) == 1
 
 
@@ -112,10 +112,10 @@ def test_a_trainer_that_does_not_get_there_is_explained(user_folder: Path) -> No
         host = build_model("user_code:Host")
     host.configure_optimizers = lambda: 1 / 0
     with pytest.raises(HostError, match="Trainer to bring Host to its first step, but it raised ZeroDivisionError"):
-        in_trainer(host, [{"video": torch.rand(1, 1, 3, 4, 4)}], lambda run, batch: None)
+        in_trainer(host, {"video": torch.rand(1, 1, 3, 4, 4)}, lambda run, batch: None)
     host = sys.modules["user_code"].Host()
     with pytest.raises(HostError, match="training data of Host to have a batch, but there was none"):
-        in_trainer(host, [], lambda run, batch: None)
+        in_trainer(host, L.LightningDataModule.from_datasets([]), lambda run, batch: None)
 
 
 def test_batches_in_words() -> None:

@@ -1,7 +1,6 @@
 """`ssync-pl doctor`: whether SSync can be used with a model, and what to write."""
 
-from ssync_pl.tools.doctor.examine import examine
-from ssync_pl.tools.doctor.render import render_report
-from ssync_pl.tools.doctor.report import CostReport, DoctorReport, MapReport
+from ssync_pl.tools.doctor.examine import diagnose, examine
+from ssync_pl.tools.doctor.report import DoctorReport, render_report
 
-__all__ = ["CostReport", "DoctorReport", "MapReport", "examine", "render_report"]
+__all__ = ["DoctorReport", "diagnose", "examine", "render_report"]

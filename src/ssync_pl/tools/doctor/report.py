@@ -1,16 +1,22 @@
-"""What the doctor found, as plain data."""
+"""What the doctor found, what it advises, and both as text."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CostReport", "DoctorReport", "MapReport"]
+__all__ = ["CostReport", "DoctorReport", "MapReport", "hints", "lines", "manual_lines", "render_report"]
+
+_LOSS_RANGE = (0.2, 5.0)  # the published weights go with a host loss near 1
+_LOW_AGREEMENT = 0.5
 
 
 @dataclass(frozen=True)
 class MapReport:
-    """One of the two maps."""
+    """One of the two maps: where it was found, range of its sums over slots, what its gradient reaches."""
 
     side: str
     places: tuple[str, ...]
@@ -47,28 +53,24 @@ class DoctorReport:
 
     Args:
         host: Class of the model.
-        kind: ``"lightning"`` or ``"plain"``.
+        kind: `"lightning"` or `"plain"`.
         adapter: Name of the adapter that serves it; None when there is none.
         part: Path of the part of the host that the adapter listens to; empty for the host itself.
         batch: Shapes of the batch, in words.
-        shape: ``(B, T, S, N)`` of the maps.
-        grid: ``(H, W)`` patches.
+        shape: `(B, T, S, N)` of the maps.
+        grid: `(H, W)` patches.
         maps: Attention and masks.
         loss: The host's own loss; None where the step gave none.
-        boundary_loss: Of SSync, decoder side.
-        interior_loss: Of SSync, encoder side.
+        boundary_loss: SSync's loss of the decoder.
+        interior_loss: SSync's loss of the encoder.
         boundary_fraction: Share of boundary patches.
         agreement: Share of patches that both maps give to the same slot.
         merged_slots: Mean number of slots that took the label of another one.
         cost: Time and memory.
         problems: Why SSync cannot be used; empty when it can.
-        hints: What to think of.
-        candidates: What was looked at, where no map was found.
+        hints: What to consider.
+        candidates: Softmaxes that were looked at, where no map was found.
         lines: What to add to the user's script.
-
-    Example:
-        >>> DoctorReport(host="Net", kind="plain", problems=("no slots",)).ready
-        False
     """
 
     host: str
@@ -89,7 +91,7 @@ class DoctorReport:
     problems: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
-    lines: tuple[str, ...] = field(default=())
+    lines: tuple[str, ...] = ()
 
     @property
     def ready(self) -> bool:
@@ -97,10 +99,133 @@ class DoctorReport:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The report for other programs."""
+        """Returns the report for other programs."""
         values = {"ready": self.ready, **asdict(self)}
-        for entry, one in zip(values["maps"], self.maps, strict=True):
-            entry["has_gradient"] = one.has_gradient
+        values["maps"] = [asdict(one) | {"has_gradient": one.has_gradient} for one in self.maps]
         if self.cost is not None:
             values["cost"]["share"] = self.cost.share
         return values
+
+
+def lines(kind: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the lines that add SSync to a script, with `settings` of `SSyncCallback`."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    if kind != "lightning":
+        return (
+            "from ssync_pl import attach",
+            f"with attach({', '.join(filter(None, ('model', arguments, 'total_steps=...')))}) as ssync:",
+            "    ...  # your training loop, and in each step, after the forward pass:",
+            "    total = ssync.add(loss)",
+            "    total.backward()",
+        )
+    yaml = ["      init_args:"] if settings else []
+    for name, value in settings.items():
+        text = str(list(value)) if isinstance(value, tuple) else f'"{value}"' if ":" in str(value) else str(value)
+        yaml.append(f"        {name}: {text}")
+    return (
+        "from ssync_pl import SSyncCallback",
+        f"trainer = L.Trainer(..., callbacks=[SSyncCallback({arguments})])",
+        "",
+        "# or, in the configuration of a LightningCLI:",
+        "trainer:",
+        "  callbacks+:",
+        "    - class_path: ssync_pl.SSyncCallback",
+        *yaml,
+    )
+
+
+def manual_lines() -> tuple[str, ...]:
+    """Returns the lines for a LightningModule that calls backward itself."""
+    return (
+        "from ssync_pl import SSyncMaps, SSyncRegularizer",
+        "class MyModel(SSyncRegularizer, L.LightningModule):",
+        "    def training_step(self, batch, batch_idx):",
+        "        loss, dots, alpha = ...  # yours, with both maps as (B, T, S, N)",
+        "        maps = SSyncMaps(attention_logits=dots, mask_logits=alpha, grid=(H, W))",
+        "        self.manual_backward(self.ssync(loss, maps))",
+    )
+
+
+def hints(report: DoctorReport) -> tuple[str, ...]:
+    """Returns what the numbers of a host that can be used suggest."""
+    found = []
+    slots = report.shape[2] if report.shape is not None else 0
+    if report.loss is not None and not math.isfinite(report.loss):
+        found.append(f"The host's own loss is {report.loss}: nothing can be trained. Check the host and the batch.")
+    elif report.loss is not None and not _LOSS_RANGE[0] <= abs(report.loss) <= _LOSS_RANGE[1]:
+        found.append(
+            f"The host's own loss is {report.loss:.3g}, and the published weights go with one near 1: "
+            "relative_weight=0.1 adds a tenth of the host's loss instead."
+        )
+    if slots == 1:
+        found.append("There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing.")
+    found += [
+        f"In the {one.side}, {one.used_slots:.1f} of {slots} slots win a patch: the host is not trained, or has "
+        "collapsed. SSync pulls further in that direction: switch it on late (warmup_ratio), and use "
+        "on_collapse='backoff'."
+        for one in report.maps
+        if one.used_slots < 0.5 * slots
+    ]
+    if report.agreement is not None and report.agreement < _LOW_AGREEMENT:
+        found.append(
+            f"Both maps name the same slot in {report.agreement:.0%} of the patches only, as in an untrained host: "
+            "leave the warm-up on (warmup_ratio=0.3 or more). With trained weights this number tells more."
+        )
+    if report.maps and report.maps[0].kind == "probs":
+        found.append(
+            "The attention comes as probabilities, so redundant slots are not merged: that needs logits. "
+            "attention='softmax:path' takes them from the softmax inside a module."
+        )
+    return tuple(found)
+
+
+def render_report(report: DoctorReport) -> str:
+    """Writes a report for people."""
+    kind = "LightningModule" if report.kind == "lightning" else "plain PyTorch"
+    text = [_row("host", f"{report.host} ({kind})")]
+    text.append(_row("adapter", (report.adapter or "none") + (f", at {report.part}" if report.part else "")))
+    if report.batch:
+        text.append(_row("batch", report.batch))
+    if report.shape is not None:
+        sizes = " ".join(f"{name}={size}" for name, size in zip("BTSN", report.shape, strict=True))
+        text.append(_row("maps", f"{sizes}, grid {report.grid[0]} x {report.grid[1]}" if report.grid else sizes))
+    for one in report.maps:
+        low, high = one.sums
+        sums = "sums are 1" if max(abs(low - 1), abs(high - 1)) < 0.01 else f"sums from {low:.3g} to {high:.3g}"
+        reach = f"gradient reaches {one.parameters} parameters in {', '.join(one.reaches)}"
+        text.append(_row("object masks" if one.side == "masks" else one.side, ", ".join(one.places)))
+        text.append(
+            _row(
+                "", f"{one.kind}, {sums}, {one.used_slots:.1f} slots in use, {reach if one.reaches else 'NO gradient'}"
+            )
+        )
+    if report.cost is not None:  # then all numbers are there
+        losses = f"SSync {report.boundary_loss:.4g} (boundary) + {report.interior_loss:.4g} (interior)"
+        text.append(_row("losses", f"host {report.loss:.4g}, {losses}"))
+        shares = f"{report.agreement:.0%} of patches, {report.boundary_fraction:.0%} of patches at boundaries"
+        text.append(
+            _row("agreement", f"both maps name the same slot in {shares}, {report.merged_slots:.1f} slots merged")
+        )
+        cost = f"{report.cost.ssync_seconds:.3g} s beside {report.cost.step_seconds:.3g} s of the host's own step"
+        size = f"{report.cost.bytes / 2**20:.3g} MiB, on {report.cost.device}"
+        text.append(_row("cost", f"{cost} ({report.cost.share:.1%}), {size}"))
+    if report.candidates:
+        text += ["", "what was looked at:", *(f"  {one}" for one in report.candidates)]
+    if report.problems:
+        text += ["", "SSync cannot be used as it is:", *map(_item, report.problems)]
+    if report.hints:
+        text += ["", "to consider:", *map(_item, report.hints)]
+    if report.lines:
+        text += ["", "ready. Add:" if report.ready else "once that is settled:"]
+        text += [f"  {line}".rstrip() for line in report.lines]
+    elif report.ready:
+        text += ["", "ready: nothing to add."]
+    return "\n".join(text)
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<13} {text}"
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)

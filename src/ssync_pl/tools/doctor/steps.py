@@ -1,4 +1,4 @@
-"""One training step of any model, to be run as often as it takes."""
+"""One training step of any model, plain or in a Trainer, to be run as often as it takes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ from torch.utils.data import DataLoader
 
 from ssync_pl.errors import HostError, SSyncError
 
-__all__ = ["Run", "describe_batch", "in_trainer", "is_lightning", "plain_step", "quiet"]
+__all__ = ["Run", "StepError", "describe_batch", "in_trainer", "is_lightning", "plain_step", "quiet"]
 
 Run = Callable[[], Tensor | None]
 
 _LONG_TRAINING = 100_000
-_LISTENING = (str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
+_FOREIGN = ("site-packages", str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
+
+
+class StepError(HostError):
+    """The model itself fails in its step."""
+
+
+class _DoneError(Exception):
+    """Ends a training that has served its purpose."""
 
 
 def is_lightning(host: nn.Module) -> bool:
-    """Whether a model is a LightningModule of either namespace."""
+    """Tells whether a model is a LightningModule of either namespace."""
     return any(
         cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
         for cls in type(host).__mro__
@@ -35,7 +43,7 @@ def is_lightning(host: nn.Module) -> bool:
 
 
 def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
-    """A step of a model that is trained by a loop of its user's own."""
+    """Makes a step of a model that is trained by a loop of its user's own."""
     call = getattr(host, method, None) if method else host
     if not callable(call):
         raise HostError(f"Expected {type(host).__name__} to have a method '{method}', but it has none. Check --call.")
@@ -49,10 +57,10 @@ def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
     return run
 
 
-def in_trainer(host: Any, data: Any, examine: Callable[[Run, Any], None]) -> None:
-    """Bring a LightningModule to its first training step, in a real Trainer, and stop there.
+def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
+    """Brings a LightningModule to its first training step, in a real Trainer, hands the step to `look`, and stops.
 
-    No optimizer step is taken, and nothing is written.
+    `data` is a data module or a batch. No optimizer step is taken, and nothing is written.
     """
     # The host's own namespace: a Trainer of the other one refuses it.
     other = any(cls.__module__.startswith("pytorch_lightning") for cls in type(host).__mro__)
@@ -64,7 +72,7 @@ def in_trainer(host: Any, data: Any, examine: Callable[[Run, Any], None]) -> Non
                 with _explained(host, batch):
                     return _loss(host.training_step(*_arguments(host, batch)), stand_in=False)
 
-            examine(run, batch)
+            look(run, batch)
             raise _DoneError
 
     with quiet():
@@ -79,11 +87,9 @@ def in_trainer(host: Any, data: Any, examine: Callable[[Run, Any], None]) -> Non
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
+        source = data if hasattr(data, "train_dataloader") else DataLoader([data], batch_size=None)  # type: ignore[arg-type]
         try:
-            if isinstance(data, list):
-                trainer.fit(host, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
-            else:
-                trainer.fit(host, datamodule=data)
+            trainer.fit(host, source)  # takes a data module in the place of a loader, too
         except _DoneError:
             return
         except SSyncError:
@@ -98,10 +104,6 @@ def in_trainer(host: Any, data: Any, examine: Callable[[Run, Any], None]) -> Non
     )
 
 
-class _DoneError(Exception):
-    """Ends a training that has served its purpose."""
-
-
 def _arguments(host: Any, batch: Any) -> tuple[Any, ...]:
     parameters = inspect.signature(host.training_step).parameters.values()
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
@@ -110,19 +112,18 @@ def _arguments(host: Any, batch: Any) -> tuple[Any, ...]:
 
 
 def _loss(output: Any, stand_in: bool = True) -> Tensor | None:
-    if output is None:
-        return None
-    if isinstance(output, Tensor) and output.ndim == 0:
+    """Finds the loss in what a step gives; `stand_in` allows the mean square of any tensors to take its place."""
+    if output is None or (isinstance(output, Tensor) and output.ndim == 0):
         return output
     if isinstance(output, Mapping):
-        named = [value for key, value in output.items() if "loss" in str(key) and _is_scalar(value)]
+        named = {key: value for key, value in output.items() if "loss" in str(key) and _is_scalar(value)}
         if named:
-            total = output.get("loss")
-            return total if _is_scalar(total) else torch.stack(named).sum()
+            total = named.get("loss")
+            return torch.stack([*named.values()]).sum() if total is None else total
     values = [value for value in _tensors(output) if value.is_floating_point()]
     values = [value for value in values if value.requires_grad] or values
     if not stand_in or not values:
-        wanted = "a 0-dim tensor or a dict with 'loss'" if not stand_in else "a loss, or tensors"
+        wanted = "a loss, or tensors" if stand_in else "a 0-dim tensor or a dict with 'loss'"
         raise HostError(f"Expected the step to give {wanted}, but got {type(output).__name__}.")
     return torch.stack([value.float().square().mean() for value in values]).sum()
 
@@ -134,11 +135,8 @@ def _is_scalar(value: Any) -> bool:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for one in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(one)
 
 
@@ -149,7 +147,7 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
     except SSyncError:
         raise
     except (Exception, SystemExit) as error:
-        raise HostError(
+        raise StepError(
             f"Expected {type(host).__name__} to run a training step on {describe_batch(batch)}, but {_reason(error)}. "
             "Give a batch as the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD where "
             "its loss has a method of its own."
@@ -159,14 +157,13 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # The deepest line of the user's own code says more than one of a library, or of what listens.
-    foreign = ("site-packages", *_LISTENING)
-    frame = next((one for one in reversed(frames) if not any(part in one.filename for part in foreign)), frames[-1])
+    frame = next((one for one in reversed(frames) if not any(part in one.filename for part in _FOREIGN)), frames[-1])
     text = str(error).strip().split("\n")[0] or "no message"
     return f"it raised {type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def describe_batch(batch: Any) -> str:
-    """Shapes of a batch."""
+    """Describes the shapes of a batch."""
     if isinstance(batch, Tensor):
         return f"a tensor {tuple(batch.shape)}"
     if isinstance(batch, Mapping):
@@ -179,7 +176,7 @@ def describe_batch(batch: Any) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's notes on seeds, devices and workers back: they are about trainings."""
+    """Keeps back Lightning's notes on seeds, devices and workers, which are about trainings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
