@@ -43,9 +43,6 @@ def decoder_consistency(
     Returns:
         0-dim loss.
 
-    Raises:
-        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
-
     Source: SRL, dense synergistic learning for video object-centric models: the decoder's consistency loss.
     """
     _check(decoder_features, encoder_features, encoder_labels, group_frames, temperature, base_temperature)
@@ -78,14 +75,6 @@ def encoder_consistency(
         decoder_labels: ``(B, T, N)`` int64, the slot that wins each patch in the decoder's masks.
         neighbours: Nearest patches per frame of a group, in [1, N]; the patch itself is among them.
         group_frames, temperature, base_temperature: As for `decoder_consistency`.
-
-    Returns:
-        0-dim loss.
-
-    Raises:
-        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
-
-    Source: SRL: the encoder's consistency loss.
     """
     _check(features, reference_features, decoder_labels, group_frames, temperature, base_temperature)
     if not 1 <= neighbours <= features.shape[2]:
