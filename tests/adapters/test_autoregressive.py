@@ -30,7 +30,7 @@ def test_recognised_and_refused_with_the_way_out(name: str) -> None:
     message = str(error.value)
     assert "decoder draws object masks, but TokenHost predicts tokens" in message
     if name == "steve":
-        assert "'steve_encoder.savi' runs once for all frames: call an nn.Identity of your own" in message
+        assert "'steve_encoder.savi' runs once for all frames, call an nn.Identity" in message
         attention = "path.of.your_identity', attention_kind='logits"
     else:
         attention = f"softmax:{attention}"

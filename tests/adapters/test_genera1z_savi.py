@@ -26,7 +26,7 @@ def test_a_decoder_with_another_number_of_channels_is_refused() -> None:
     host = Genera1zHelper(Genera1zHost(channels=5))
     capture = Genera1zSaviAdapter().attach(host.model)
     capture.open()
-    with pytest.raises(HostError, match=r"decoder\.readout to give 4 channels, three colours and alpha, but got 5"):
+    with pytest.raises(HostError, match=r"decoder\.readout to give 3 colours and alpha, but got 5"):
         training_loss(host)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ssync_pl.adapters.heads import joint_heads, separate_heads
-from ssync_pl.errors import ShapeError
 from ssync_pl.method.merging import slot_coverage
 
 B, S, HEADS, N = 2, 4, 3, 5
@@ -89,12 +88,3 @@ def test_absent_slots_stay_absent_without_a_nan(added: bool) -> None:
         assert grad.isfinite().all()
         assert (grad[absent] == 0).all()
         assert (grad[~absent] != 0).any()
-
-
-def test_wrong_axes_are_refused() -> None:
-    with pytest.raises(ShapeError, match="logits with an axis 3"):
-        joint_heads(torch.zeros(2, 4, 5), 3)
-    with pytest.raises(ShapeError, match="axis 1 of at least one entry"):
-        joint_heads(torch.zeros(2, 0, 5), 1)
-    with pytest.raises(ShapeError, match="two axes for heads and slots"):
-        separate_heads(torch.zeros(2, 4, 3, 5), 1, -3)

@@ -104,7 +104,7 @@ def test_slot_masks_that_change_between_frames_are_refused() -> None:
 def test_decoders_without_masks_are_refused_with_the_way_out() -> None:
     wanted = {
         "randsfq_step_by_step": r"StepByStepDecode predicts patches one.* of its last block \(need_weights=True\)",
-        "randsfq_diffusion": r"DiffusionDecode is a diffusion model.* on the slots of its denoiser: add an nn.Identity",
+        "randsfq_diffusion": r"DiffusionDecode is a diffusion model.* an nn.Identity .* of its denoiser",
     }
     for name, message in wanted.items():
         located = locate("auto", REFUSED[name]())

@@ -325,7 +325,7 @@ def test_a_module_around_the_wrong_loop_is_refused() -> None:
             self.inner = nn.Softmax(1)
             self.softmax = lambda x, axis: self.inner(x)
 
-    with pytest.raises(ShapeError, match=r"\(2, 3, 16\) with slots on axis 1 in 4 calls and 'softmax:painter' gave"):
+    with pytest.raises(ShapeError, match=r"\(2, 3, 16\) with slots on axis 1 in 4 call\(s\) and 'softmax:painter'"):
         tapped(make_unknown(Looped()), PathAdapter("softmax:binder.inner", "softmax:painter"))
 
 
@@ -337,7 +337,7 @@ def test_slots_that_grow_inside_a_step_are_refused() -> None:
     for slots in (2, 3):
         host["a"](torch.zeros(1, slots, 4))
     host["b"](torch.zeros(2, 3, 4))
-    with pytest.raises(HostError, match="to have one shape in all of its calls"):
+    with pytest.raises(HostError, match="to have one shape in all calls"):
         adapter.collect(capture)
 
 

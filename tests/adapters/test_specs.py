@@ -10,7 +10,7 @@ import torch
 from spec_cases import CASES, FAMILIES, OWN, hear, own_maps
 
 from ssync_pl import attach, ssync_loss
-from ssync_pl.adapters import registered_adapter
+from ssync_pl.adapters import base
 from ssync_pl.errors import HostError
 
 EVERY = pytest.mark.parametrize("name", CASES)
@@ -152,7 +152,7 @@ def test_a_second_pass_is_refused(name: str) -> None:
     if case.adapter in ("oclf", "adaslot"):
         pytest.skip("two passes of images are two frames there")
     host = case.host()
-    adapter = registered_adapter(case.adapter)()
+    adapter = base._REGISTRY[case.adapter]()
     capture = adapter.attach(next(module for module in host.modules() if adapter.match(module)))
     capture.open()
     case.hosts.training_loss(host)
@@ -164,7 +164,7 @@ def test_a_second_pass_is_refused(name: str) -> None:
 @pytest.mark.parametrize("adapter", FAMILIES)
 def test_what_a_host_needs_is_named(adapter: str) -> None:
     with pytest.raises(HostError, match=r"Expected Linear to have .* Name the modules yourself"):
-        registered_adapter(adapter)().attach(torch.nn.Linear(1, 1))
+        base._REGISTRY[adapter]().attach(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

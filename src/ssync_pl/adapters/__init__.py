@@ -8,7 +8,6 @@ from ssync_pl.adapters.base import (
     find_adapter,
     locate,
     register_adapter,
-    registered_adapter,
 )
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import Capture, submodule
@@ -33,7 +32,6 @@ __all__ = [
     "locate",
     "maps_on_common_grid",
     "register_adapter",
-    "registered_adapter",
     "resolve_grid",
     "stack_frames",
     "submodule",

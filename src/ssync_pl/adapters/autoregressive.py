@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.capture import Capture, has_modules
@@ -13,8 +12,7 @@ from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
 _CROSS_ATTENTION = "encoder_decoder_attn"
-_ONCE_PER_FRAME = ("slot_attention", "slot_attn")
-_ALL_FRAMES = ("steve_encoder.savi",)
+_ALL_FRAMES = "steve_encoder.savi"
 
 
 @register_adapter
@@ -29,35 +27,30 @@ class AutoregressiveAdapter(HostAdapter):
 
     name: ClassVar[str] = "autoregressive"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return has_modules(host, "dvae") and _slot_attention(host) is not None and bool(_cross_attention(host))
 
-    @override
     def attach(self, host: nn.Module) -> Capture:
         attention = _slot_attention(host) or "path.of.slot_attention"
         masks = f"masks='softmax:{(_cross_attention(host) or ['path.of.cross_attention'])[-1]}'"
         where = f"Name both maps: SSyncCallback(attention='softmax:{attention}', {masks})"
-        if attention in _ALL_FRAMES:
+        if attention == _ALL_FRAMES:
             where = (
-                f"Its slot attention '{attention}' runs once for all frames: call an nn.Identity of your own with the "
-                "attention logits (B, S, N) of each frame's last iteration, and name it: SSyncCallback("
-                f"attention='path.of.your_identity', attention_kind='logits', {masks})"
+                f"As '{attention}' runs once for all frames, call an nn.Identity with the logits (B, S, N) of each "
+                "frame's last iteration: SSyncCallback(attention='path.of.your_identity', "
+                f"attention_kind='logits', {masks})"
             )
         raise HostError(
             f"Expected a host whose decoder draws object masks, but {type(host).__name__} predicts tokens with a "
-            "transformer, as STEVE and SLATE do, and has none. Its cross-attention, a softmax over slots for each "
-            f"token, can take their place. {where}, or the same with attach(model, ...). 'softmax:' reads what a "
-            "module feeds to its last softmax over slots in each call."
+            f"transformer; its cross-attention can take their place. {where}, or the same with attach(model, ...)."
         )
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         raise HostError("Expected a host whose decoder draws object masks, but this one predicts tokens.")
 
 
 def _slot_attention(host: nn.Module) -> str | None:
-    return next((path for path in (*_ONCE_PER_FRAME, *_ALL_FRAMES) if has_modules(host, path)), None)
+    return next((path for path in ("slot_attention", "slot_attn", _ALL_FRAMES) if has_modules(host, path)), None)
 
 
 def _cross_attention(host: nn.Module) -> list[str]:

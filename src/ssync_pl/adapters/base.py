@@ -28,16 +28,9 @@ class HostAdapter(ABC):
 
     @abstractmethod
     def attach(self, host: nn.Module) -> Capture:
-        """Puts hooks on the host.
+        """Puts hooks on the host and returns their closed capture, whose ``remove()`` takes them off again.
 
-        Args:
-            host: The model that is trained.
-
-        Returns:
-            A closed capture; its ``remove()`` takes the hooks off again.
-
-        Raises:
-            HostError: The host has no such modules, or draws no object masks.
+        Raises HostError where the host has no such modules, or draws no object masks.
         """
 
     @abstractmethod
@@ -74,11 +67,6 @@ def adapter_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def registered_adapter(name: str) -> type[HostAdapter] | None:
-    """Returns the adapter class of a name, or None."""
-    return _REGISTRY.get(name)
-
-
 class Located(NamedTuple):
     """An adapter, the module that it listens to, which is the host or a model inside it, and its path, or ``""``."""
 
@@ -105,34 +93,29 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     if isinstance(spec, HostAdapter):
         if grid is not None:
             raise ConfigError(f"Expected no `grid` beside an adapter object, but got {grid}. Give it to the adapter.")
-        found = _search(host, [spec])
-        # Its own `attach` says best what it misses.
-        return found[0] if found else Located(spec, host, "")
+        # Where it does not match, its own `attach` says best what it misses.
+        return next(iter(_search(host, [spec])), Located(spec, host, ""))
+    known = ", ".join(adapter_names())
     if spec != "auto" and spec not in _REGISTRY:
-        raise ConfigError(
-            f"Expected argument `adapter` to be 'auto' or one of {', '.join(adapter_names())}, but got {spec!r}."
-        )
+        raise ConfigError(f"Expected argument `adapter` to be 'auto' or one of {known}, but got {spec!r}.")
     found = _search(host, [_REGISTRY[name]() for name in (adapter_names() if spec == "auto" else [spec])])
     if len(found) == 1:
         return found[0]._replace(adapter=_with_grid(found[0].adapter, grid))
-    name = type(host).__name__
+    name, words = type(host).__name__, ("attention", "attn", "corrector", "grouping", "decoder", "mask", "slot")
     if found:
         places = ", ".join(sorted(f"{one.adapter.name} (at {one.path or 'the host'})" for one in found))
         raise HostError(
             f"Expected one adapter to know {name}, but {places} all do. Pass adapter='...', or name the modules of one "
             "model: SSyncCallback(attention='path.of.attention', masks='path.of.decoder')."
         )
-    candidates = _candidates(host)
+    paths = [path for path, _ in host.named_modules() if any(word in path.rpartition(".")[2] for word in words)]
+    candidates = f"Candidates: {', '.join([*paths[:12], *(['...'] if paths[12:] else [])]) or 'none found by name'}."
     if spec != "auto":
-        raise HostError(
-            f"Expected a host that the adapter '{spec}' knows, but {name} lacks its modules. "
-            f"Candidates in this host: {candidates}."
-        )
+        raise HostError(f"Expected a host that the adapter '{spec}' knows, but {name} lacks its modules. {candidates}")
     raise HostError(
-        f"Expected a host that one of the adapters knows ({', '.join(adapter_names())}), but {name} is none. Name the "
-        "modules yourself: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where an output with "
-        "several entries is picked with 'path:key', and what a module's softmax reads with 'softmax:path'. "
-        f"`ssync-pl doctor` helps to find them. Candidates: {candidates}."
+        f"Expected a host that one of the adapters knows ({known}), but {name} is none. Name the modules yourself, as "
+        "`ssync-pl doctor` finds them: SSyncCallback(attention='path.of.attention', masks='path.of.decoder'), where "
+        f"'path:key' picks an entry of an output and 'softmax:path' what a softmax reads. {candidates}"
     )
 
 
@@ -158,17 +141,13 @@ def _search(host: nn.Module, adapters: list[HostAdapter]) -> list[Located]:
 
 def _unwrapped(module: nn.Module, path: str) -> tuple[str, nn.Module]:
     """The module inside `torch.compile` and data-parallel wrappers, whose only child it is."""
-    while True:
+    while type(module).__module__.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed")):
         children = dict(module.named_children())
         (name,) = children if len(children) == 1 else ("",)
-        if name not in ("_orig_mod", "module") or not _wraps(module):
-            return path, module
-        path = f"{path}.{name}" if path else name
-        module = children[name]
-
-
-def _wraps(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed"))
+        if name not in ("_orig_mod", "module"):
+            break
+        path, module = f"{path}.{name}" if path else name, children[name]
+    return path, module
 
 
 def _with_grid(adapter: HostAdapter, grid: tuple[int, int] | None) -> HostAdapter:
@@ -176,13 +155,5 @@ def _with_grid(adapter: HostAdapter, grid: tuple[int, int] | None) -> HostAdapte
         return adapter
     kind = type(adapter)
     if "grid" not in inspect.signature(kind).parameters:
-        raise ConfigError(
-            f"Expected no `grid` with the adapter '{kind.name}', which reads it off the host. Leave it out."
-        )
+        raise ConfigError(f"Expected no `grid` with '{kind.name}', which reads it off the host. Leave it out.")
     return kind(grid=grid)  # type: ignore[call-arg]
-
-
-def _candidates(host: nn.Module) -> str:
-    words = ("attention", "attn", "corrector", "grouping", "decoder", "mask", "slot")
-    names = [name for name, _ in host.named_modules() if name and any(w in name.rsplit(".", 1)[-1] for w in words)]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none found by name"

@@ -50,8 +50,7 @@ class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
     Args:
-        logits: Before the softmax over slots; minus infinity marks slots that do not exist. None where a host gives
-            probabilities only.
+        logits: Before the softmax over slots, minus infinity for absent slots; None where there are only probabilities.
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
@@ -122,9 +121,7 @@ def watch_attention(
     kept: Own | None = None,
     axis: int = 1,
 ) -> None:
-    """Records a `MapCall` under ``key`` whenever a module that attends to slots returns.
-
-    The keys are projected once per call, the queries in each iteration: the last query is the final one.
+    """Records a `MapCall` under ``key`` whenever a module that attends to slots returns: its last query counts.
 
     Args:
         capture: Receives the records.
@@ -197,12 +194,7 @@ def watch_alpha(
 
 
 def entry(key: str, squeeze: int | None = None) -> Own:
-    """Makes an ``own`` that reads an entry of a module's output.
-
-    Args:
-        key: A dict's key, an attribute or a position.
-        squeeze: Axis of one entry to leave out.
-    """
+    """Makes an ``own`` that reads a key, an attribute or a position of an output, without the axis ``squeeze``."""
 
     def pick(module: nn.Module, output: Any) -> Tensor:
         value = output_entry(output, key)
@@ -220,15 +212,13 @@ def in_shape_of(logits: Tensor, own: Tensor, module: nn.Module) -> tuple[Tensor,
         return logits, own
     ends, folds = ([*itertools.accumulate(value.shape, operator.mul)] for value in (logits, own))
     if ends[-1] != folds[-1] or not {*ends} <= {*folds}:
-        raise HostError(
-            f"Expected the logits inside {type(module).__name__} to have the shape of its masks, {tuple(own.shape)}, "
-            f"but got {tuple(logits.shape)}. {NAME_THEM}"
-        )
+        shapes = f"{tuple(own.shape)}, but got {tuple(logits.shape)}"
+        raise HostError(f"Expected logits inside {type(module).__name__} to have the shape of its masks, {shapes}.")
     return logits.reshape(own.shape), own
 
 
 def scaled_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Logits of slot attention with a ``scale``: query · key · scale, ``(B, S, N)``."""
+    """Logits of slot attention with a ``scale``, ``(B, S, N)``."""
     return torch.einsum("bsd,bnd->bsn", query, key) * module.scale
 
 
@@ -236,6 +226,11 @@ def token_weights(logits: Tensor, eps: float) -> Tensor:
     """Weights over patches: the softmax over slots ``(..., S, N)``, plus ``eps``, normalised over patches."""
     weights = logits.softmax(-2) + eps
     return weights / weights.sum(-1, keepdim=True)
+
+
+def weigh_with_eps(module: Any, logits: Tensor) -> Tensor:
+    """Weights over patches of a module that has ``eps``."""
+    return token_weights(logits, module.eps)
 
 
 def check_close(

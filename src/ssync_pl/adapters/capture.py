@@ -79,14 +79,10 @@ class Capture:
         )
 
     def tap(self, key: str, module: nn.Module, axis: int | None = None, step: bool = False) -> None:
-        """Records the softmaxes inside a module: one `Softmaxes` per call.
+        """Records the softmaxes inside a module, over ``axis`` where that is given: one `Softmaxes` per call.
 
-        Args:
-            key: Name under which they are kept.
-            module: The module to listen to.
-            axis: The axis that they normalise; None hears all.
-            step: The whole window counts, also outside of any forward pass, unless it is open for training only: then
-                it also spans code that is not the host's.
+        With ``step`` the whole window counts, also outside of any forward pass, unless it is open for training only:
+        then it also spans code that is not the host's.
         """
         bracket = _Bracket(self, axis)
         self._handles.append(module.register_forward_pre_hook(bracket.enter))
@@ -98,11 +94,7 @@ class Capture:
 
     @property
     def is_open(self) -> bool:
-        """Whether hooks record now.
-
-        Never inside a backward pass, where activation checkpointing runs modules a second time, nor under
-        `torch.no_grad` where `open` asked for training only.
-        """
+        """Whether hooks record now: never in a backward pass, where checkpointing runs modules a second time."""
         # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
         backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         return self._open and not backward and (not self._training_only or torch.is_grad_enabled())
@@ -153,8 +145,7 @@ class Capture:
 
     def last(self, key: str) -> Any:
         """Returns the latest value of a key, or None."""
-        values = self._records.get(key)
-        return values[-1] if values else None
+        return (self._records.get(key) or [None])[-1]
 
     @property
     def silent(self) -> list[str]:
@@ -175,9 +166,6 @@ class Capture:
                     f"Expected the hooks on '{key}' to run, but the step calls the method forward of "
                     f"{type(self._modules[key]).__name__}, past all hooks. Call the module itself: self(...)."
                 )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
-        return Capture()
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
         return (Capture, ())

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.capture import Capture, SoftmaxCall, SoftmaxRecorder
 from ssync_pl.adapters.pairing import Pair, Seen, find_pair
@@ -19,7 +19,7 @@ class Spot:
     """A softmax as ``"softmax:path"`` would hear it.
 
     ``calls`` counts the calls of the module with a softmax of this ``shape`` inside; ``innermost`` is whether no module
-    further inside runs it.
+    further inside runs it; ``first`` and ``last`` are its places among all softmaxes.
     """
 
     path: str
@@ -28,6 +28,10 @@ class Spot:
     axis: int
     has_gradient: bool
     innermost: bool
+    first: int
+    last: int
+    has_parameters: bool
+    seen: Seen
 
     @property
     def slots(self) -> int:
@@ -58,17 +62,6 @@ class Discovery:
     spots: tuple[Spot, ...]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A spot with what ranks it: its first and last place among all softmaxes, and whether its module has weights."""
-
-    spot: Spot
-    seen: Seen
-    first: int
-    last: int
-    has_parameters: bool
-
-
 class _Order(SoftmaxRecorder):
     """Keeps the input of every softmax, in their order."""
 
@@ -76,25 +69,16 @@ class _Order(SoftmaxRecorder):
         super().__init__()
         self.heard: list[Tensor] = []
 
-    @override
     def keep(self, logits: Tensor, axis: int) -> None:
-        """Keeps it beside those before."""
         self.heard.append(logits)
 
 
 def discover(host: nn.Module, run: Callable[[], Any]) -> Discovery:
-    """Runs a host once and looks for softmaxes that can be its two maps.
+    """Runs a training step or forward pass of a host once and looks for softmaxes that can be its two maps.
 
     Two softmaxes belong together when they are over as many slots, over more patches than slots, on the same videos and
     frames, and the attention comes first. Of several modules around a softmax, one that runs once per frame is meant:
     the innermost one with parameters.
-
-    Args:
-        host: The model.
-        run: Runs one training step or forward pass of it.
-
-    Returns:
-        Candidates, and all that was heard.
     """
     capture, order = Capture(), _Order()
     modules = {path or ".": module for path, module in host.named_modules()}
@@ -105,13 +89,13 @@ def discover(host: nn.Module, run: Callable[[], Any]) -> Discovery:
             capture.open()
             run()
             capture.close()
-        found = _candidates(capture, modules, order.heard)
+        spots = _spots(capture, modules, order.heard)
     finally:
         capture.remove()
-    return Discovery(_rank(found), tuple(one.spot for one in found if one.spot.innermost))
+    return Discovery(_rank(spots), tuple(spot for spot in spots if spot.innermost))
 
 
-def _candidates(capture: Capture, modules: dict[str, nn.Module], heard: list[Tensor]) -> list[_Candidate]:
+def _spots(capture: Capture, modules: dict[str, nn.Module], heard: list[Tensor]) -> list[Spot]:
     """Every kind of softmax, as each module around it hears it."""
     place = {id(logits): number for number, logits in enumerate(heard)}
     kinds: dict[tuple[str, tuple[int, ...], int], list[SoftmaxCall]] = {}
@@ -119,24 +103,24 @@ def _candidates(capture: Capture, modules: dict[str, nn.Module], heard: list[Ten
         for (shape, axis), call in itertools.chain.from_iterable(calls.items() for calls in capture[path]):
             kinds.setdefault((path, shape, axis), []).append(call)
     inner = {id(call.logits): path for (path, _, _), calls in kinds.items() for call in calls}
-    found = []
+    spots = []
     for (path, shape, axis), calls in kinds.items():
         values = [call.logits for call in calls]
-        innermost = any(inner[id(value)] == path for value in values)
-        spot = Spot(path, len(calls), shape, axis, all(call.trains for call in calls), innermost)
+        trains, innermost = all(call.trains for call in calls), any(inner[id(value)] == path for value in values)
         numbers = [place[id(value)] for value in values]
         weights = path != "." and next(modules[path].parameters(), None) is not None
-        found.append(_Candidate(spot, Seen(values, axis, "logits", path), min(numbers), max(numbers), weights))
-    return found
+        seen = Seen([torch.empty(shape, device="meta")] * len(calls), axis, "logits", path)
+        spots.append(Spot(path, len(calls), shape, axis, trains, innermost, min(numbers), max(numbers), weights, seen))
+    return spots
 
 
-def _rank(candidates: list[_Candidate]) -> tuple[FoundPair, ...]:
+def _rank(spots: list[Spot]) -> tuple[FoundPair, ...]:
     ranked: list[tuple[tuple[Any, ...], FoundPair]] = []
-    for one, two in itertools.permutations(candidates, 2):
-        if one.first < two.first and one.spot.slots == two.spot.slots:
+    for one, two in itertools.permutations(spots, 2):
+        if one.first < two.first and one.slots == two.slots:
             pair = find_pair([one.seen], [two.seen])
-            if pair is not None and all(layout.count > layout.slots for _, layout in pair.sides):
-                ranked.append((_score(one, two, pair), FoundPair(one.spot, two.spot, pair.batch, pair.frames)))
+            if pair is not None and all(layout.count > layout.slots for layout in pair.layouts):
+                ranked.append((_score(one, two, pair), FoundPair(one, two, pair.batch, pair.frames)))
     ranked.sort(key=lambda entry: entry[0], reverse=True)
     # The same two softmaxes are heard from every module around them: only the best place of each is told.
     best: dict[tuple[Any, ...], FoundPair] = {}
@@ -145,10 +129,10 @@ def _rank(candidates: list[_Candidate]) -> tuple[FoundPair, ...]:
     return tuple(best.values())
 
 
-def _score(one: _Candidate, two: _Candidate, pair: Pair) -> tuple[Any, ...]:
-    first, second = (layout for _, layout in pair.sides)
+def _score(one: Spot, two: Spot, pair: Pair) -> tuple[Any, ...]:
+    first, second = pair.layouts
     return (
-        one.spot.has_gradient and two.spot.has_gradient,
+        one.has_gradient and two.has_gradient,
         pair.batch * pair.frames,
         first.count == second.count,
         -(first.heads > 1) - (second.heads > 1),
@@ -156,5 +140,5 @@ def _score(one: _Candidate, two: _Candidate, pair: Pair) -> tuple[Any, ...]:
         -one.first,
         pair.frames,
         one.has_parameters + two.has_parameters,
-        sum(0 if at.spot.path == "." else at.spot.path.count(".") + 1 for at in (one, two)),
+        sum(0 if spot.path == "." else spot.path.count(".") + 1 for spot in (one, two)),
     )

@@ -62,19 +62,14 @@ def resolve_grid(
         if explicit[0] * explicit[1] != patches:
             raise HostError(f"Expected argument `grid` to have {patches} patches, but got {tuple(explicit)}.")
         return int(explicit[0]), int(explicit[1])
-    if frame is not None:
-        rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size or (0, 0)
-        if rows and columns and (frame[0] // rows) * (frame[1] // columns) == patches:
-            return frame[0] // rows, frame[1] // columns
-        if frame[0] != frame[1]:
-            return _oblong_grid(patches, frame)
+    rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size or (0, 0)
+    if frame is not None and rows and columns and (frame[0] // rows) * (frame[1] // columns) == patches:
+        return frame[0] // rows, frame[1] // columns
     side = math.isqrt(patches)
-    if side * side == patches:
-        return side, side
-    raise HostError(f"Expected a grid for {patches} patches, which is no square. Pass grid=(H, W).")
-
-
-def _oblong_grid(patches: int, frame: tuple[int, int]) -> Grid:
+    if frame is None or frame[0] == frame[1]:
+        if side * side == patches:
+            return side, side
+        raise HostError(f"Expected a grid for {patches} patches, which is no square. Pass grid=(H, W).")
     # Smaller patches are more patches, so the search ends at the first size that gives too many.
     for size in range(math.isqrt(frame[0] * frame[1] // patches), 0, -1):
         grid = (frame[0] // size, frame[1] // size)
@@ -82,10 +77,7 @@ def _oblong_grid(patches: int, frame: tuple[int, int]) -> Grid:
             return grid
         if grid[0] * grid[1] > patches:
             break
-    raise HostError(
-        f"Expected a grid for {patches} patches, but no patch size cuts {frame[0]} x {frame[1]} pixels into that many. "
-        "Pass grid=(H, W)."
-    )
+    raise HostError(f"Expected square patches, but none cut {frame} pixels into {patches}. Pass grid=(H, W).")
 
 
 def finer_grid(grid: Grid, patches: int) -> Grid:
@@ -94,8 +86,8 @@ def finer_grid(grid: Grid, patches: int) -> Grid:
     finer = (round(grid[0] * ratio), round(grid[1] * ratio))
     if finer[0] * finer[1] != patches:
         raise HostError(
-            f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}, but "
-            "they do not. Pass grid=(H, W) if that grid is wrong."
+            f"Expected the decoder's {patches} patches to have the proportions of the attention's grid {grid}. Pass "
+            "grid=(H, W) if that grid is wrong."
         )
     return finer
 
@@ -117,27 +109,19 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
     if isinstance(batch, Mapping):
         # Stored features (B, T, N, D) of a short clip would pass for frames of T colours.
         values = [*map(batch.get, ("video", "image")), *(value for key, value in batch.items() if key != "features")]
-    colours = (1, 3, 4)
     for value in values:
-        if not isinstance(value, Tensor) or value.ndim not in (4, 5):
-            continue
-        if value.shape[-3] in colours:
-            return int(value.shape[-2]), int(value.shape[-1])
-        if value.shape[-1] in colours:
-            return int(value.shape[-3]), int(value.shape[-2])
+        if isinstance(value, Tensor) and value.ndim in (4, 5):
+            for rows, columns, colours in ((-2, -1, -3), (-3, -2, -1)):
+                if value.shape[colours] in (1, 3, 4):
+                    return int(value.shape[rows]), int(value.shape[columns])
     return None
 
 
 def maps_on_common_grid(attention_logits: Tensor, grid: Grid, mask_logits: Tensor) -> SSyncMaps:
-    """Makes maps of a host whose decoder draws on another grid than its attention reads.
+    """Makes maps of attention logits ``(B, T, S, N)`` and mask logits ``(B, T, S, h, w)`` on another grid.
 
     The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
     averaged too, for merging only. Raises HostError where the grids do not divide each other.
-
-    Args:
-        attention_logits: ``(B, T, S, N)``.
-        grid: ``(H, W)`` of the attention.
-        mask_logits: ``(B, T, S, h, w)`` of the decoder.
     """
     size = (int(mask_logits.shape[-2]), int(mask_logits.shape[-1]))
     return join_sides(SlotMap(attention_logits), grid, SlotMap(mask_logits.flatten(3)), size)
@@ -182,10 +166,10 @@ def _pool(side: SlotMap, fine: Grid, coarse: Grid) -> SlotMap:
     logits, probs = side
     if probs is None and logits is not None:
         probs = logits.to(compute_dtype(logits.dtype)).softmax(2)
-    return SlotMap(*(None if value is None else _average(value, fine, coarse) for value in (logits, probs)))
 
+    def average(value: Tensor) -> Tensor:
+        pixels = value.to(compute_dtype(value.dtype)).unflatten(3, fine).flatten(0, 1)
+        kernel = (fine[0] // coarse[0], fine[1] // coarse[1])
+        return F.avg_pool2d(pixels, kernel).unflatten(0, value.shape[:2]).flatten(3)
 
-def _average(value: Tensor, fine: Grid, coarse: Grid) -> Tensor:
-    value = value.to(compute_dtype(value.dtype)).unflatten(3, fine)
-    kernel = (fine[0] // coarse[0], fine[1] // coarse[1])
-    return F.avg_pool2d(value.flatten(0, 1), kernel).unflatten(0, value.shape[:2]).flatten(3)
+    return SlotMap(*(None if value is None else average(value) for value in (logits, probs)))

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import ShapeError
 from ssync_pl.method.labels import compute_dtype
 
 
@@ -37,7 +36,6 @@ def joint_heads(logits: Tensor, heads_dim: int) -> Tensor:
 
     Returns logits without that axis, float32 at least where there are several heads; minus infinity marks absent slots.
     """
-    heads_dim = _axis(logits, heads_dim)
     if logits.shape[heads_dim] == 1:
         return logits.squeeze(heads_dim)
     logits = logits.to(compute_dtype(logits.dtype))
@@ -52,16 +50,7 @@ def separate_heads(logits: Tensor, heads_dim: int, slots_dim: int) -> SlotMap:
 
     Returns means over heads of the logits and of the probabilities, float32 at least; of one head, its logits alone.
     """
-    heads_dim, slots_dim = _axis(logits, heads_dim), _axis(logits, slots_dim)
-    if heads_dim == slots_dim:
-        raise ShapeError(f"Expected two axes for heads and slots, but both are axis {heads_dim}.")
     if logits.shape[heads_dim] == 1:
         return SlotMap(logits.squeeze(heads_dim))
     logits = logits.to(compute_dtype(logits.dtype))
     return SlotMap(logits.mean(heads_dim), logits.softmax(slots_dim).mean(heads_dim))
-
-
-def _axis(logits: Tensor, dim: int) -> int:
-    if not -logits.ndim <= dim < logits.ndim or logits.shape[dim] == 0:
-        raise ShapeError(f"Expected logits with an axis {dim} of at least one entry, but got {tuple(logits.shape)}.")
-    return dim % logits.ndim

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
@@ -25,12 +24,10 @@ _SLOT_ATTENTION = ("to_q", "to_k", "to_v", "n_heads", "dims_per_head", "scale")
 class OclfAdapter(GridAdapter):
     """Hosts with ``models.perceptual_grouping[.module].slot_attention`` and ``models.object_decoder`` (or ``decoder``).
 
-    Slot attention takes one softmax over slots and heads, and returns the mean over heads, which sums to 1 / heads; its
-    heads are merged by `joint_heads`, which is exact. It runs once for images (T = 1) and once per frame where the host
-    wraps it to go through time. Slots that the host masks do not exist: both maps are normalised over the others. A
-    slot masked in one frame counts as masked in the clip. Decoders are those whose inner ``decoder`` ends in an alpha
-    channel (patch, spatial broadcast, optical flow, amodal), run once on the clip or once per frame. Decoders without
-    object masks of their own are refused: autoregressive ones, and those that render densities.
+    Slot attention takes one softmax over slots and heads, merged by `joint_heads`, and runs once for images (T = 1) or
+    once per frame. Slots that the host masks in a frame do not exist in the clip. Decoders are those whose inner
+    ``decoder`` ends in an alpha channel (patch, spatial broadcast, optical flow, amodal), run once on the clip or once
+    per frame; autoregressive ones, and those that render densities, are refused.
 
     Source: DINOSAUR (arXiv 2209.14860), SAVi (arXiv 2111.12594).
     """
@@ -41,19 +38,16 @@ class OclfAdapter(GridAdapter):
     drops_slots: ClassVar[bool] = False
     """Whether slot attention decides which slots to keep, with a score network."""
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return self._slot_attention(host) is not None and _decoder(host) is not None
 
-    @override
     def needs(self) -> str:
         score = ", `single_gumbel_score_network`" if self.drops_slots else ""
         return (
-            "slot attention at 'models.perceptual_grouping.slot_attention' (with `to_q`, `to_k`, `n_heads`, "
-            f"`scale`{score}) and a decoder with a `decoder` of its own at 'models.object_decoder' or 'models.decoder'"
+            f"slot attention at 'models.perceptual_grouping.slot_attention' (with {', '.join(_SLOT_ATTENTION)}{score}) "
+            "and a decoder with a `decoder` of its own at 'models.object_decoder' or 'models.decoder'"
         )
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         attention, decoder = self._slot_attention(host), _decoder(host)
         _refuse_without_masks(host, attention, decoder)
@@ -74,10 +68,9 @@ class OclfAdapter(GridAdapter):
 class AdaSlotAdapter(OclfAdapter):
     """Hosts of `OclfAdapter` whose slot attention has a ``single_gumbel_score_network``, which drops slots per image.
 
-    It returns a fourth value, the decision ``(B, S)`` which slots to keep. Dropped slots do not exist, and both maps
-    are normalised over those that were kept; an image that keeps none is left out. SSync gives no gradient to the
-    decision itself: it moves the maps, the host's own losses move the number of slots. Where the decoder ignores the
-    decision (``mask_type="none"``), so does this adapter.
+    Dropped slots do not exist; an image that keeps none is left out. SSync gives no gradient to the decision itself:
+    it moves the maps, the host's own losses move the number of slots. Where the decoder ignores the decision
+    (``mask_type="none"``), so does this adapter.
 
     Source: AdaSlot (arXiv 2406.09196).
     """
@@ -85,21 +78,16 @@ class AdaSlotAdapter(OclfAdapter):
     name: ClassVar[str] = "adaslot"
     drops_slots: ClassVar[bool] = True
 
-    @override
     def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
         logits, own, valid = call.logits, call.own, maps.slot_valid
         if call.valid is not None or valid is None or logits is None or own is None:
             return logits, own, 0.0
-        batch, slots = valid.shape
-        kept = valid.view(batch, *[1] * (call.axis - 1), slots, *[1] * (logits.ndim - call.axis - 1))
-        with torch.no_grad():
-            some = kept.any(call.axis, keepdim=True)
-            total = own.sum(call.axis, keepdim=True)
-            # An image without slots has nothing to compare: both sides become uniform.
-            logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
-            own = torch.where(some, own / total, 1 / slots)
-        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 make
-        # visible.
+        kept = valid.view(len(valid), *[1] * (call.axis - 1), -1, *[1] * (logits.ndim - call.axis - 1))
+        # An image without slots has nothing to compare: both sides become uniform.
+        some, own = kept.any(call.axis, keepdim=True), own.detach()
+        logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
+        own = torch.where(some, own / own.sum(call.axis, keepdim=True), 1 / valid.shape[1])
+        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 show.
         return logits, own, 1e-2
 
 
@@ -110,8 +98,7 @@ def _joint_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _summed(module: Any, output: Any) -> Tensor:
-    attention = entry("1")(module, output)
-    return attention * module.n_heads
+    return entry("1")(module, output) * module.n_heads
 
 
 def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -122,10 +109,8 @@ def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 def _kept(module: Any, output: Any) -> Tensor:
     kept = entry("3")(module, output)
     if kept.ndim != 2:
-        raise HostError(
-            f"Expected {type(module).__name__} to return slots, attention, probabilities and decisions (B, S), but "
-            f"got decisions {tuple(kept.shape)}. {NAME_THEM}"
-        )
+        name, shape = type(module).__name__, tuple(kept.shape)
+        raise HostError(f"Expected {name} to return decisions (B, S) as '3', but got {shape}. {NAME_THEM}")
     return kept.detach() > 0.5
 
 
@@ -136,10 +121,8 @@ def _masks(module: nn.Module, output: Any) -> Tensor:
 
 def _alpha(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-        raise HostError(
-            f"Expected the decoder's inner network to give (B * S, N, C) or (B * S, C, h, w), but got "
-            f"{describe(output)}. {NAME_THEM}"
-        )
+        given = describe(output)
+        raise HostError(f"Expected the inner network to give (B * S, N, C) or (B * S, C, h, w), but got {given}.")
     return output.select(-1 if output.ndim == 3 else 1, -1)
 
 
@@ -148,30 +131,21 @@ def _refuse_without_masks(host: nn.Module, attention: nn.Module, decoder: nn.Mod
     if hasattr(decoder, "use_decoder_masks"):
         paths = {module: path for path, module in host.named_modules()}
         raise HostError(
-            f"Expected {name} to draw object masks, but it predicts patches one after another; the `masks` it returns "
-            "are those of the slot attention, or its cross-attention. To use the cross-attention, build it with "
-            "use_decoder_masks=True and a transformer with return_attention_weights=True, and, for slot attention with "
-            f"one head, name both maps: SSyncCallback(attention='softmax:{paths[attention]}', "
-            f"masks='{paths[decoder]}:masks')."
+            f"Expected {name} to draw object masks, but it predicts patches one after another. Build it with "
+            "use_decoder_masks=True and a transformer with return_attention_weights=True, and name that attention: "
+            f"SSyncCallback(attention='softmax:{paths[attention]}', masks='{paths[decoder]}:masks') (one head)."
         )
     if hasattr(decoder, "depth_positions"):
-        raise HostError(
-            f"Expected {name} to draw object masks with a softmax over slots, but it renders densities and detaches "
-            "its masks. Use a decoder with an alpha channel."
-        )
+        raise HostError(f"Expected {name} to have an alpha channel, but it renders densities and detaches its masks.")
 
 
 def _root(host: nn.Module) -> nn.Module:
-    models = _child(host, "models")
-    return host if models is None else models
+    return _child(host, "models") or host
 
 
 def _decoder(host: nn.Module) -> Any:
-    for name in _DECODERS:
-        module = _inside(_child(_root(host), name), "decoder")
-        if module is not None and (hasattr(module, "num_patches") or hasattr(module, "initial_conv_size")):
-            return module
-    return None
+    found = (_inside(_child(_root(host), name), "decoder") for name in _DECODERS)
+    return next((one for one in found if hasattr(one, "num_patches") or hasattr(one, "initial_conv_size")), None)
 
 
 def _inside(module: nn.Module | None, name: str) -> Any:

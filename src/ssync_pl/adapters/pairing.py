@@ -20,10 +20,9 @@ MapKind = Literal["logits", "probs"]
 
 
 class Seen(NamedTuple):
-    """One map as a host computes it: what each call gave, in their order, and the axis of the slots in one of them.
+    """What each call gave, in their order, and the axis of the slots in one of them.
 
-    ``heads`` is whether there may be an axis of heads, ``inside`` how many softmaxes of this shape ran inside of a
-    call, of which the last counts.
+    ``heads`` is whether there may be an axis of heads, ``inside`` how many such softmaxes ran in a call at most.
     """
 
     values: list[Tensor]
@@ -35,9 +34,8 @@ class Seen(NamedTuple):
 
     def describe(self) -> str:
         """Says in words what was seen."""
-        calls = f"{len(self.values)} call{'s' if len(self.values) != 1 else ''}"
-        inside = f", the last of {self.inside} in each" if self.inside > 1 else ""
-        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {calls}{inside}"
+        last = f", the last of {self.inside} in each" if self.inside > 1 else ""
+        return f"{tuple(self.values[0].shape)} with slots on axis {self.axis} in {len(self.values)} call(s){last}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Returns N."""
         return math.prod(self.patches)
 
     @property
@@ -67,19 +65,13 @@ class Layout:
 
 
 class Pair(NamedTuple):
-    """Attention and masks of one clip, read alike: what was seen of each and how to read it, B videos of T frames."""
+    """Attention and masks of one clip and how to read each, B videos of T frames."""
 
     attention: Seen
     masks: Seen
-    attention_layout: Layout
-    masks_layout: Layout
+    layouts: tuple[Layout, Layout]
     batch: int
     frames: int
-
-    @property
-    def sides(self) -> tuple[tuple[Seen, Layout], tuple[Seen, Layout]]:
-        """What was seen and how to read it: attention, masks."""
-        return (self.attention, self.attention_layout), (self.masks, self.masks_layout)
 
 
 def layouts(shape: tuple[int, ...], axis: int, stacked: bool) -> tuple[Layout, ...]:
@@ -106,42 +98,36 @@ def layouts(shape: tuple[int, ...], axis: int, stacked: bool) -> tuple[Layout, .
 
 
 def _roles(count: int, stacked: bool) -> list[tuple[str, ...]]:
-    if count == 1:
-        return [] if stacked else [("batch",)]
-    if count == 2:
-        return [("batch", "frames")] if stacked else [("batch", "frames"), ("batch", "heads")]
-    return [("batch", "frames", "heads")] if count == 3 else []
+    folded: list[tuple[str, ...]] = [("batch",), ("batch", "heads")]
+    known: list[tuple[str, ...]] = [("batch", "frames"), ("batch", "frames", "heads")]
+    return [roles for roles in (known if stacked else [*known, *folded]) if len(roles) == count]
 
 
 def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
     """Finds the two maps that belong together: the same slots, the same videos and frames, patches that fit.
 
-    Of several candidates, given in the order in which the host computed them, one with more patches than slots, then
-    one whose grids divide each other as far as that can be told, then equal numbers of patches, then one without heads,
-    then the last.
+    Of several candidates, given in the order of the host: one with more patches than slots, then one whose grids divide
+    each other, then equal numbers of patches, then one without heads, then the last.
     """
     best: tuple[tuple[int, ...], Pair] | None = None
     for (i, one), (j, two) in itertools.product(enumerate(attention), enumerate(masks)):
         if (one.name, one.axis, one.values[0].shape) == (two.name, two.axis, two.values[0].shape):
             continue  # one softmax is not both maps
         for a, m in itertools.product(_layouts(one), _layouts(two)):
-            sizes = _clip(a, m)
-            if sizes is None or a.slots != m.slots or max(a.count, m.count) % min(a.count, m.count):
-                continue
-            more = min(a.count, m.count) > a.slots
-            rank = (int(more), int(_nest(a, m)), int(a.count == m.count), -(a.heads > 1) - (m.heads > 1), j, i)
-            if best is None or rank > best[0]:
-                best = (rank, Pair(one, two, a, m, *sizes))
+            sizes, (few, many) = _clip(a, m), sorted((a.count, m.count))
+            if sizes is not None and a.slots == m.slots and many % few == 0:
+                heads = (a.heads > 1) + (m.heads > 1)
+                rank = (int(few > a.slots), int(_nest(a, m)), int(few == many), -heads, j, i)
+                if best is None or rank > best[0]:
+                    best = (rank, Pair(one, two, (a, m), *sizes))
     return None if best is None else best[1]
 
 
 def _layouts(seen: Seen) -> list[Layout]:
-    shape, axis, stacked = tuple(seen.values[0].shape), seen.axis, len(seen.values) > 1
-    if stacked:
-        shape, axis = (shape[0], len(seen.values), *shape[1:]), axis + 1
-    if seen.axis == 0:
-        return []  # no batch
-    return [one for one in layouts(shape, axis, stacked) if seen.heads or one.heads == 1]
+    shape, calls = tuple(seen.values[0].shape), len(seen.values)
+    stacked = (shape[0], calls, *shape[1:]) if calls > 1 else shape
+    found = layouts(stacked, seen.axis + (calls > 1), calls > 1) if seen.axis else ()  # without a batch, none
+    return [one for one in found if seen.heads or one.heads == 1]
 
 
 def _clip(a: Layout, m: Layout) -> tuple[int, int] | None:
@@ -156,16 +142,13 @@ def _clip(a: Layout, m: Layout) -> tuple[int, int] | None:
 
 def _nest(a: Layout, m: Layout) -> bool:
     """Whether the patches of one make up those of the other; a flat axis counts as a square where it can be one."""
-    one, two = (_likely_grid(layout) for layout in (a, m))
+    sides = [math.isqrt(layout.count) for layout in (a, m)]
+    squares = [(side, side) if side * side == one.count else None for side, one in zip(sides, (a, m), strict=True)]
+    one, two = a.grid or squares[0], m.grid or squares[1]
     if one is None or two is None:
         return True
     coarse, fine = sorted((one, two))
-    return all(side % small == 0 for side, small in zip(fine, coarse, strict=True))
-
-
-def _likely_grid(layout: Layout) -> Grid | None:
-    side = math.isqrt(layout.count)
-    return layout.grid or ((side, side) if side * side == layout.count else None)
+    return fine[0] % coarse[0] == 0 and fine[1] % coarse[1] == 0
 
 
 def _arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> SlotMap:
@@ -188,27 +171,24 @@ def join_maps(
 
     ``mark_absent`` puts slots whose logits are minus infinity, or nearly so, in the whole clip to ``slot_valid``.
     """
-    attention, masks = (_arrange(seen, layout, pair.batch, pair.frames) for seen, layout in pair.sides)
-    first, second = _grids(pair, grid, frame)
+    sides = zip((pair.attention, pair.masks), pair.layouts, strict=True)
+    attention, masks = (_arrange(seen, layout, pair.batch, pair.frames) for seen, layout in sides)
+    first, second = _grids(pair.layouts, grid, frame)
     return join_sides(attention, first, masks, second, _present(attention, masks) if mark_absent else None)
 
 
-def _grids(pair: Pair, explicit: Grid | None, frame: tuple[int, int] | None) -> list[Grid]:
+def _grids(sides: tuple[Layout, Layout], explicit: Grid | None, frame: tuple[int, int] | None) -> list[Grid]:
     """Grids of attention and masks: their own rows and columns, what the user says, or what the frames tell."""
-    sides = (pair.attention_layout, pair.masks_layout)
     counts = [side.count for side in sides]
     if explicit is not None and math.prod(explicit) not in counts:
         numbers = " or ".join(map(str, sorted({*counts})))
         raise HostError(f"Expected argument `grid` to have {numbers} patches, but got {explicit}.")
-    stated = [explicit if explicit is not None and math.prod(explicit) == count else None for count in counts]
     if counts[0] == counts[1]:
         known = {size for size in (explicit, *(side.grid for side in sides)) if size is not None}
         if len(known) > 1:
-            raise HostError(
-                f"Expected one grid of patches, but got {', '.join(map(str, sorted(known)))} from argument `grid` and "
-                "the maps' own rows and columns. Leave `grid` out, or make the maps agree."
-            )
+            raise HostError(f"Expected one `grid`, as the maps' own rows and columns, but got {sorted(known)}.")
         return [resolve_grid(counts[0], next(iter(known), None), frame=frame)] * 2
+    stated = [explicit if explicit is not None and math.prod(explicit) == count else None for count in counts]
     return [
         side.grid or resolve_grid(side.count, size, frame=frame or other.grid)
         for side, size, other in zip(sides, stated, reversed(sides), strict=True)

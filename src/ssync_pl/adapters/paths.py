@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter
 from ssync_pl.adapters.capture import Capture, Softmaxes, describe, has_modules, output_entry, submodule
@@ -32,25 +31,12 @@ def parse_place(text: str) -> Place:
     softmax = first == "softmax" and bool(colon)
     path, _, key = rest.partition(":") if softmax else (first, colon, rest)
     if not path:
-        raise ConfigError(
-            f"Expected a place as 'path', 'path:key' or 'softmax:path', but got {text!r}. Name a module of the host by "
-            "its dotted path; '.' is the host itself."
-        )
+        raise ConfigError(f"Expected a place as 'path', 'path:key' or 'softmax:path', but got {text!r}.")
     if not softmax:
         return Place(text, False, path, key)
     if key and not key.removeprefix("-").isdecimal():
-        raise ConfigError(
-            f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. Leave it out, or give the "
-            "number of the slot axis."
-        )
+        raise ConfigError(f"Expected the axis of the softmax behind 'softmax:{path}:', but got {key!r}. Give a number.")
     return Place(text, True, path, axis=int(key) if key else None)
-
-
-def check_kind(name: str, kind: MapKind) -> MapKind:
-    """Returns a kind of map, or refuses it with a ConfigError that names the argument."""
-    if kind not in ("logits", "probs"):
-        raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
-    return kind
 
 
 class PathAdapter(HostAdapter):
@@ -59,14 +45,11 @@ class PathAdapter(HostAdapter):
     Each side is named on its own, in one of two ways:
 
     * ``"path"`` or ``"path:key"``: the module's output is the map, or has it under a key (a dict's key, an attribute,
-      or a position), as in ``"processor.corrector:masks"``. Shapes understood: ``(B, S, N)`` for one frame of a call,
-      stacked over the calls of a step; ``(B, T, S, N)``; ``(B, T, S, H, W)``; ``(B * T, S, N)`` where the other side
-      tells T.
-    * ``"softmax:path"``: the map is what the module feeds to a softmax over the slots; its input are the host's own
-      logits, so that merging works, and the module may return whatever it likes. The last such softmax of each call
-      counts, so name a module that runs once per frame, or once per step, around the iterations. ``"softmax:."``
-      listens to the whole training step. The axis of the slots is the one that both sides can share;
-      ``"softmax:path:axis"`` names it.
+      or a position): ``(B, S, N)`` for one frame of a call, stacked over the calls of a step; ``(B, T, S, N)``;
+      ``(B, T, S, H, W)``; ``(B * T, S, N)`` where the other side tells T.
+    * ``"softmax:path"``: the map is what the module feeds to its last softmax over the slots in each call: the host's
+      own logits, so that merging works. Name a module that runs once per frame or per step, around the iterations.
+      ``"softmax:."`` listens to the whole training step; ``"softmax:path:axis"`` names the axis of the slots.
 
     ``"."`` is the host itself. Where the two grids differ, the finer map is averaged to the coarser one. Heads with a
     softmax each count as their mean.
@@ -92,25 +75,23 @@ class PathAdapter(HostAdapter):
         masks_kind: MapKind = "probs",
         grid: Grid | None = None,
     ) -> None:
-        self.attention = attention
-        self.masks = masks
-        self.attention_kind = check_kind("attention_kind", attention_kind)
-        self.masks_kind = check_kind("masks_kind", masks_kind)
-        self.grid = check_grid(grid)
+        for name, kind in (("attention_kind", attention_kind), ("masks_kind", masks_kind)):
+            if kind not in ("logits", "probs"):
+                raise ConfigError(f"Expected argument `{name}` to be 'logits' or 'probs', but got {kind!r}.")
+        self.attention, self.masks = attention, masks
+        self.attention_kind, self.masks_kind = attention_kind, masks_kind
         self.places = (parse_place(attention), parse_place(masks))
+        self.grid = check_grid(grid)
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return has_modules(host, *(place.path for place in self.places))
 
-    @override
     def attach(self, host: nn.Module) -> Capture:
         capture = Capture()
         for place, module in {place: submodule(host, place.path) for place in self.places}.items():
             watch_place(capture, place.text, module, place, step=module is host)
         return capture
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         pair, frame, facts = self.pair(capture), frame_size(batch), capture.facts
         if not any(place.softmax for place in self.places):
@@ -126,27 +107,32 @@ class PathAdapter(HostAdapter):
 
     def pair(self, capture: Capture) -> Pair:
         """Finds the two tensors that were seen, and how they are read, or raises HostError or ShapeError."""
-        sides = [
+        first, second = (
             _softmaxes(capture[place.text], place) if place.softmax else _outputs(capture[place.text], place, kind)
             for place, kind in zip(self.places, (self.attention_kind, self.masks_kind), strict=True)
-        ]
-        pair = pair_sides(self.attention, sides[0], self.masks, sides[1])
-        drawn = self._drawn(pair)
+        )
+        pair = find_pair(first, second)
+        if pair is None:
+            gave = [
+                f"'{place.text}' gave {'; '.join(one.describe() for one in side)}"
+                for place, side in zip(self.places, (first, second), strict=True)
+            ]
+            raise ShapeError(
+                "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
+                f"{' and '.join(gave)}. Name modules that run once per frame or per step, around the iterations."
+            )
+        one, two = pair.attention, pair.masks
+        drawn, (inner, outer) = two.inside, (place.path for place in self.places)
+        if self.places[0].softmax and inner != outer and (outer == "." or inner.startswith(f"{outer}.")):
+            # The softmaxes of the attention ran inside of the masks' module too.
+            drawn -= one.inside if (one.axis, one.values[0].shape) == (two.axis, two.values[0].shape) else 0
         if pair.frames == 1 and drawn > 1:
             raise HostError(
-                f"Expected one softmax over slots in each call of '{self.places[1].path}', but {drawn} of the shape "
-                f"{tuple(pair.masks.values[0].shape)} ran, of which the last alone would count. Let a module of its "
-                "own draw the masks of a frame, such as an nn.Softmax: masks='softmax:path.of.that_module'."
+                f"Expected one softmax over slots in each call of '{outer}', but {drawn} of the shape "
+                f"{tuple(two.values[0].shape)} ran, of which the last alone would count. Let a module of its own, such "
+                "as an nn.Softmax, draw the masks of a frame: masks='softmax:path.of.that_module'."
             )
         return pair
-
-    def _drawn(self, pair: Pair) -> int:
-        """How many softmaxes ran in a call of the masks' module, without those of the attention inside of it."""
-        inner, outer = (place.path for place in self.places)
-        one, two = pair.attention, pair.masks
-        inside = self.places[0].softmax and inner != outer and (outer == "." or inner.startswith(f"{outer}."))
-        same = (one.axis, one.values[0].shape) == (two.axis, two.values[0].shape)
-        return two.inside - (one.inside if inside and same else 0)
 
 
 class Pick:
@@ -174,22 +160,6 @@ def watch_place(capture: Capture, key: str, module: nn.Module, place: Place, ste
         capture.watch(key, module, Pick(place))
 
 
-def pair_sides(attention: str, first: list[Seen], masks: str, second: list[Seen]) -> Pair:
-    """Finds the pair among what was seen at two places, or raises ShapeError."""
-    pair = find_pair(first, second)
-    if pair is None:
-        gave = [
-            f"'{name}' gave {'; '.join(one.describe() for one in side) or 'no such map'}"
-            for name, side in ((attention, first), (masks, second))
-        ]
-        raise ShapeError(
-            "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
-            f"{' and '.join(gave)}. Name modules that run once per frame or once per step, around the iterations of "
-            "slot attention."
-        )
-    return pair
-
-
 def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
     check_frames(values, place.text)
     ndim = values[0].ndim
@@ -197,33 +167,22 @@ def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
         return [Seen(values, 1 if ndim == 3 else 2, kind, place.text, heads=False)]
     raise HostError(
         f"Expected '{place.text}' to give (B, S, N) once per frame, (B, T, S, N) or (B, T, S, H, W), but it gave "
-        f"{tuple(values[0].shape)} in {len(values)} call(s). Where a softmax over the slots is inside of it, use "
-        f"'softmax:{place.path}'."
+        f"{tuple(values[0].shape)} in {len(values)} call(s). A softmax over slots inside is 'softmax:{place.path}'."
     )
 
 
 def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
-    if not any(calls):
-        raise HostError(
-            f"Expected a softmax to run inside '{place.path}' in the training step, but none did. The map may be in "
-            "another module, or normalised without a softmax: `ssync-pl doctor` lists what it finds."
-        )
-    found = common_softmaxes(calls, place.text)
-    if not found:
-        shapes = sorted({shape for call in calls for shape, _ in call})
-        raise HostError(
-            f"Expected the softmax inside '{place.path}' to have one shape in all of its calls, but got {shapes}."
-        )
-    return found
-
-
-def common_softmaxes(calls: list[Softmaxes], name: str) -> list[Seen]:
     """The softmaxes of one shape and axis that ran in every call of a module that heard any, in their last order."""
     calls = [call for call in calls if call]
-    common = [key for key in calls[-1] if all(key in call for call in calls)] if calls else []
+    if not calls:
+        where = f"'{place.path}' in the training step"
+        raise HostError(f"Expected a softmax to run inside {where}, but none did. See `ssync-pl doctor`.")
+    common = [key for key in calls[-1] if all(key in call for call in calls)]
+    if not common:
+        shapes = sorted({shape for call in calls for shape, _ in call})
+        raise HostError(f"Expected the softmax inside '{place.path}' to have one shape in all calls, but got {shapes}.")
+    heard = [(key[1], [call[key] for call in calls]) for key in common]
     return [
-        Seen(
-            [call[key].logits for call in calls], key[1], "logits", name, inside=max(call[key].times for call in calls)
-        )
-        for key in common
+        Seen([one.logits for one in ones], axis, "logits", place.text, inside=max(one.times for one in ones))
+        for axis, ones in heard
     ]

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
@@ -18,12 +17,10 @@ from ssync_pl.method.maps import SSyncMaps
 
 @register_adapter
 class RandSFQAdapter(SlotModelAdapter):
-    """Hosts with ``encode_backbone``, ``aggregat`` and ``decode``, for videos and for images, in plain PyTorch.
+    """Hosts with ``encode_backbone``, ``aggregat`` and ``decode``, for videos and for images (T = 1), in plain PyTorch.
 
-    The decoder's map is, with a broadcast MLP decoder, the last channel of its ``backbone`` as logits; with a slot
-    mixer or a transformer decoder over random orders of patches, the object masks that it returns beside the
-    reconstruction: its attention over slots, averaged over heads, as probabilities. Decoders without object masks are
-    refused. A mask of slots that ``aggregat`` gets becomes ``slot_valid``. Image models give T = 1.
+    The decoder's map is, with a broadcast MLP decoder, the last channel of its ``backbone`` as logits; else the object
+    masks that it returns, as probabilities. Decoders without object masks are refused.
 
     Source: RandSF.Q (arXiv 2508.01345), VQ-VFM-OCL (arXiv 2502.20263), DINOSAUR (arXiv 2209.14860).
     """
@@ -32,7 +29,6 @@ class RandSFQAdapter(SlotModelAdapter):
     modules = "encode_backbone aggregat.proj_q aggregat.proj_k decode"
     attention, decoder, features = "aggregat", "decode", "encode_backbone"
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         masks = entry("1")
         names = ("proj_q", "proj_k")
@@ -46,7 +42,6 @@ class RandSFQAdapter(SlotModelAdapter):
             take = lambda module, args, output: MapCall(None, masks(module, output))  # noqa: E731
             capture.watch("decode", host.decode, take)
 
-    @override
     def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
         if call.logits is None or maps.slot_valid is None:
             return call.logits, call.own, 0.0
@@ -72,8 +67,6 @@ def _refuse_without_masks(host: Any) -> None:
         return
     raise HostError(
         f"Expected the decoder of {type(host).__name__} to return object masks, but {type(host.decode).__name__} "
-        f"{kind}, and has none. In their place you can use the cross-attention on the slots of {attention}: add an "
-        "nn.Identity to the host, call it in the forward pass with that softmax over slots, averaged over heads, as "
-        "(B, T, S, N) on the grid of the slot attention, and name both: attach(model, attention='aggregat:1', "
-        "masks='...')."
+        f"{kind}. In their place you can call an nn.Identity with the attention over slots of {attention}, averaged "
+        "over heads, as (B, T, S, N), and name both: attach(model, attention='aggregat:1', masks='...')."
     )

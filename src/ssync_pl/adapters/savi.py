@@ -5,17 +5,15 @@ In all of them slot attention runs once per frame, and the decoder draws all fra
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_attention
-from ssync_pl.adapters.capture import Capture, output_entry
+from ssync_pl.adapters.capture import NAME_THEM, Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
@@ -30,17 +28,14 @@ class SaviAdapter(SlotModelAdapter):
     modules = "encoder corrector decoder"
     attention, decoder, features = "corrector", "decoder", "encoder"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         kinds = [cls for cls in type(host).__mro__ if cls.__module__.startswith("ssync_pl.hosts")]
         return any(cls.__name__ == "SAVi" for cls in kinds) and super().match(host)
 
-    @override
     @staticmethod
     def feature_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> Grid:
         return output[1]
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         capture.watch("corrector", host.corrector, lambda module, args, output: MapCall(output.logits))
         capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output.mask_logits, axis=2))
@@ -50,56 +45,43 @@ class SaviAdapter(SlotModelAdapter):
 class SoldAdapter(SlotModelAdapter):
     """The autoencoder ``SAVi`` of SOLD, in the LightningModule that trains it.
 
-    The corrector has more iterations in the first frame and keeps attention that was normalised over patches; the
-    logits before are taken. SOLD's second stage optimizes by hand, which `SSyncCallback` refuses: train the autoencoder
-    with SSync in the first stage.
+    SOLD's second stage optimizes by hand, which `SSyncCallback` refuses: train the autoencoder with SSync in the first.
 
     Source: SOLD (arXiv 2410.08822), SAVi (arXiv 2111.12594).
     """
 
     name: ClassVar[str] = "sold"
-    modules = (
-        "encoder.encoder initializer predictor corrector.to_q corrector.to_k corrector.to_v corrector.gru "
-        "decoder.encoder decoder.positional_embedding"
-    )
+    modules = "encoder.encoder initializer predictor corrector.to_q decoder.encoder decoder.positional_embedding"
     attributes = "corrector.scale corrector.epsilon"
     attention, decoder, features = "corrector", "decoder", "encoder.encoder"
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("to_q", "to_k", "to_v"), partial(_weigh, eps="epsilon")
+        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: calls.token_weights(logits, module.epsilon)
         watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
-        watch_alpha(capture, "decoder", host.decoder, "encoder", _last_channel, entry("1", squeeze=2))
+        watch_alpha(capture, "decoder", host.decoder, "encoder", lambda out: out[:, -1], entry("1", squeeze=2))
 
 
 @register_adapter
 class SlotFormerAdapter(SlotModelAdapter):
     """``StoSAVi`` of SlotFormer, with sampled or fixed kernels, from which SlotFormer's slots come.
 
-    Its softmax of ``attn_scale`` · key · query ``(B, N, S)`` is over the last axis. This adapter draws no random
-    numbers, so that a training without SSync's weight is the same to the bit. SlotFormer's trainer calls the model or,
-    with ``nerv`` before 0.4, its ``loss_function``; both work. The rollout models of the second stage have no slot
-    attention, and its STEVE no object masks.
+    Its trainer calls the model or, with ``nerv`` before 0.4, its ``loss_function``; both work. The rollout models of
+    the second stage have no slot attention, and its STEVE no object masks.
 
     Source: SlotFormer (arXiv 2210.05861), SAVi (arXiv 2111.12594).
     """
 
     name: ClassVar[str] = "slotformer"
-    modules = (
-        "encoder encoder_pos_embedding slot_attention.project_q slot_attention.project_k slot_attention.project_v "
-        "slot_attention.gru decoder decoder_pos_embedding"
-    )
+    modules = "encoder encoder_pos_embedding slot_attention.project_q decoder decoder_pos_embedding"
     attributes = "slot_attention.attn_scale slot_attention.eps"
     attention, decoder, features = "slot_attention", "decoder", "encoder"
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("project_q", "project_k", "project_v"), partial(_weigh, eps="eps")
-        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=weigh)
-        capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(_last_channel(output), axis=0))
+        names = ("project_q", "project_k", "project_v")
+        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=calls.weigh_with_eps)
+        capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output[:, -1], axis=0))
         capture.watch("output", host, lambda module, args, output: output_entry(output, "post_masks"), optional=True)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         super().verify(capture, maps)
         masks = capture.last("output")
@@ -113,21 +95,16 @@ class Genera1zSaviAdapter(SlotModelAdapter):
     """``Savi`` of Genera1Z's SAVi-PyTorch, alone or inside its ``ModelHelper``.
 
     Note:
-        Slots start from the boxes of the first frame, and boxes of zeros fill up the list: their slots are equal to the
-        background's up to rounding, and which of them wins a patch means nothing. Keep merging on, which joins slots
-        that cover the same patches, and give a lower `merge_threshold` where they stay apart.
+        Slots start from boxes, and boxes of zeros fill up the list: their slots are equal to the background's up to
+        rounding. Keep merging on, and give a lower `merge_threshold` where they stay apart.
 
     Source: https://github.com/Genera1Z/SAVi-PyTorch, SAVi (arXiv 2111.12594).
     """
 
     name: ClassVar[str] = "genera1z-savi"
-    modules = (
-        "encoder.backbone processor.initialize processor.correct.proj_q processor.correct.proj_k "
-        "processor.correct.proj_v processor.correct.gru processor.predict decoder.backbone decoder.readout"
-    )
+    modules = "encoder.backbone processor.correct.proj_q processor.predict decoder.backbone decoder.readout"
     attention, decoder, features = "processor.correct", "decoder.readout", "encoder.backbone"
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         names = ("proj_q", "proj_k", "proj_v")
         watch_attention(capture, self.attention, host.processor.correct, _root, names, weigh=_weigh_inside)
@@ -135,7 +112,6 @@ class Genera1zSaviAdapter(SlotModelAdapter):
         capture.watch("colours", host.decoder.readout, lambda module, args, output: output[:, :3])
         capture.watch("output", host, lambda module, args, output: output_entry(output, "0"), optional=True)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         super().verify(capture, maps)
         picture = capture.last("output")
@@ -153,39 +129,29 @@ class Genera1zSaviAdapter(SlotModelAdapter):
 class JunkeunYiSaviAdapter(SlotModelAdapter):
     """``SAVi`` of junkeun-yi's SAVi-pytorch, after the JAX original, with one or several heads.
 
-    The corrector is registered twice, as ``corrector`` and as ``processor.corrector``; its hooks fire once per frame.
-    With ``decode_predicted``, only the masks of the corrected slots count.
-
-    Note:
-        The host's loss is a sum over pixels, in the thousands, beside which SSync's is nothing: give
-        ``relative_weight``. ``torch.nn.DataParallel``, which the host's trainer uses, works with one device only.
+    With ``decode_predicted``, only the masks of the corrected slots count. The host's loss is a sum over pixels, in the
+    thousands, beside which SSync's is nothing: give ``relative_weight``.
 
     Source: https://github.com/junkeun-yi/SAVi-pytorch, SAVi (arXiv 2111.12594).
     """
 
     name: ClassVar[str] = "junkeun-yi-savi"
-    modules = (
-        "encoder corrector.dense_q corrector.dense_k corrector.inverted_attention.attn_fn processor.corrector "
-        "decoder.mask_pred"
-    )
+    modules = "encoder corrector.dense_q corrector.inverted_attention.attn_fn processor.corrector decoder.mask_pred"
     attention, decoder, features = "corrector", "decoder", "encoder"
     decoder_calls = "first"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return super().match(host) and host.processor.corrector is host.corrector  # type: ignore[union-attr]
 
-    @override
     @staticmethod
     def feature_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> Grid:
         return int(output.shape[-3]), int(output.shape[-2])  # channels last
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         if not getattr(host, "decode_corrected", True):
             raise HostError(
-                f"Expected {type(host).__name__} to decode the corrected slots, but it has decode_corrected=False: "
-                "masks of predicted slots show the next frame, not the one that the attention sees. Set it to True."
+                f"Expected {type(host).__name__} to decode the corrected slots, but decode_corrected is False. Set it "
+                "to True, since masks of predicted slots show the next frame."
             )
         attention, own = "inverted_attention.attn_fn", entry("1")
         take = lambda module, args, output: own(module, output)  # noqa: E731
@@ -208,16 +174,9 @@ def _per_head(module: nn.Module, output: Any, part: Part) -> MapCall:
     return MapCall(*calls.in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
 
 
-def _last_channel(output: Tensor) -> Tensor:
-    return output[:, -1]
-
-
 def _four_channels(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> MapCall:
     if output.shape[1] != 4:
-        raise HostError(
-            f"Expected decoder.readout to give 4 channels, three colours and alpha, but got {output.shape[1]}. Name "
-            "the modules yourself: attach(model, attention=..., masks=...)."
-        )
+        raise HostError(f"Expected decoder.readout to give 3 colours and alpha, but got {output.shape[1]}. {NAME_THEM}")
     return MapCall(output[:, 3], axis=0)
 
 
@@ -227,10 +186,6 @@ def _key_query(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return torch.einsum("bsd,bnd->bsn", query / query.shape[-1] ** 0.5, key)
-
-
-def _weigh(module: Any, logits: Tensor, eps: str) -> Tensor:
-    return calls.token_weights(logits, getattr(module, eps))
 
 
 def _weigh_inside(module: Any, logits: Tensor) -> Tensor:

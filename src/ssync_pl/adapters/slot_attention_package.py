@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, token_weights, watch_attention
+from ssync_pl.adapters.calls import MapCall, watch_attention, weigh_with_eps
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_frames
 from ssync_pl.adapters.paths import parse_place, watch_place
@@ -22,15 +21,13 @@ from ssync_pl.errors import ConfigError, HostError
 class SlotAttentionPackageAdapter(GridAdapter):
     """Models around one ``SlotAttention`` or ``MultiHeadSlotAttention`` of the package, with any decoder.
 
-    The package returns slots and no map. Logits are computed again from its last query and its keys; several heads,
-    which have a softmax over slots each, count as their mean. The decoder is the user's own: by default, the last
-    softmax over these slots in the training step gives its masks; a decoder that runs once per frame has to be named.
-    In an ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
+    Several heads, which have a softmax over slots each, count as their mean. By default, the last softmax over these
+    slots in the training step gives the masks; a decoder that runs once per frame has to be named. In an
+    ``AdaptiveSlotWrapper``, slots that are not kept do not exist, and an image that keeps none is left out.
 
     Note:
         The package samples new slots in every call: slot 3 of one frame is not slot 3 of the next. Every frame is
-        therefore a clip of its own (T = 1), also where frames of a video are folded into the batch or come one after
-        another; labels are compared and merged inside a frame.
+        therefore a clip of its own (T = 1).
 
     Args:
         attention: Dotted path of the module; None finds it, where there is exactly one.
@@ -69,7 +66,6 @@ class SlotAttentionPackageAdapter(GridAdapter):
                 "masks='path'."
             )
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return len(self._found(host)) == 1 and has_modules(host, self.masks.path)
 
@@ -78,26 +74,25 @@ class SlotAttentionPackageAdapter(GridAdapter):
         places = named if self.path is None else [path for path in (self.path,) if path in named]
         return [*dict.fromkeys(named[path] for path in places if _is_package(named[path]))]
 
-    @override
     def needs(self) -> str:
         return (
             f"one module of the `slot-attention` package at {self.path or 'some path'} and a module at "
             f"'{self.masks.path}', as SlotAttentionPackageAdapter(attention='path', masks='path') names them"
         )
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
         (module,) = self._found(host)
         if _parent(host, module, "slot_attention", "vq") is not None:
             raise HostError(
                 "Expected the decoder's slots to be those of the slot attention, but MetaSlotAttention averages slots "
-                "of one code and packs the rest to the front. Leave it out, or name maps over its own slots: "
-                "attention=... and masks=..."
+                "of one code and packs the rest to the front. Leave it out, or name maps over its own slots."
             )
         # With several heads, the update passes through a projection before it reaches the cell.
         cell, axis = ("combine_heads", 2) if _heads(module) else ("gru", 1)
         names = ("to_q", "to_k", "to_v")
-        watch_attention(capture, "attention", module, _per_head_product, names, weigh=_weigh, cell=cell, axis=axis)
+        watch_attention(
+            capture, "attention", module, _per_head_product, names, weigh=weigh_with_eps, cell=cell, axis=axis
+        )
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
             capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
@@ -106,7 +101,6 @@ class SlotAttentionPackageAdapter(GridAdapter):
         if self.masks.softmax:
             capture.tap("own softmax", module)
 
-    @override
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
         calls: list[MapCall] = capture["attention"]
         logits = [call.logits for call in calls if call.logits is not None]
@@ -115,20 +109,18 @@ class SlotAttentionPackageAdapter(GridAdapter):
             calls = [call._replace(valid=kept) for call, kept in zip(calls, capture["kept"], strict=True)]
         candidates, slots = self._candidates(capture), logits[0].shape[-2]
         images = len(calls) * len(logits[0]) // max(len(candidates), 1)
-        maps = [[_as_map(value, axis, images, slots) for value, axis in reversed(one)] for one in candidates]
-        drawn = [found for one in maps for found in [found for found in one if found is not None][:1]]
+        maps = [[_as_map(value, axis, images, slots) for value, axis in one] for one in candidates]
+        drawn = [found for one in maps for found in [found for found in one if found is not None][-1:]]
         if not drawn or len(drawn) != len(candidates):
             seen = sorted({tuple(value.shape) for one in candidates for value, _ in one})
             raise HostError(
                 f"Expected '{self.masks.text}' to give masks over the slots of attention maps {tuple(logits[0].shape)} "
-                f"in {len(calls)} call(s), but it gave {seen}. Name the decoder, which has to run as "
-                "often as the slot attention: SlotAttentionPackageAdapter(masks='path:key')."
+                f"in {len(calls)} call(s), but it gave {seen}. Name a decoder that runs as often: masks='path:key'."
             )
         if len(calls) > 1 and len(drawn) == 1 and drawn[0].axis == 1:
             raise HostError(
                 f"Expected to know which frame is which, but the slot attention ran {len(calls)} times and the decoder "
-                "once, on frames folded into its batch. Call the slot attention once on the folded frames, or the "
-                "decoder once per frame."
+                "once, on frames folded into its batch. Call both once per frame, or both once."
             )
         if self.alpha_axis is None and not self.masks.softmax:
             drawn = [MapCall(None, own=call.logits, axis=call.axis) for call in drawn]
@@ -165,10 +157,6 @@ def _as_map(value: Tensor, axis: int, images: int, slots: int) -> MapCall | None
 def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     split = module.split_heads if _heads(module) else nn.Identity()
     return torch.einsum("...sd,...nd->...sn", split(query), split(key)) * module.scale
-
-
-def _weigh(module: Any, logits: Tensor) -> Tensor:
-    return token_weights(logits, module.eps)
 
 
 def _parent(host: nn.Module, module: nn.Module, place: str, other: str) -> nn.Module | None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter
 from ssync_pl.adapters.calls import MapCall, check_close, check_update
@@ -44,7 +43,6 @@ class SlotModelAdapter(HostAdapter):
     """Whether slots have no identity in time, so that each frame is a clip of its own."""
     grid: Grid | None = None
 
-    @override
     def match(self, host: nn.Module) -> bool:
         if not has_modules(host, *self.modules.split()):
             return False
@@ -59,14 +57,8 @@ class SlotModelAdapter(HostAdapter):
 
     @abstractmethod
     def listen(self, host: Any, capture: Capture) -> None:
-        """Puts the hooks of the spec on a host that matches.
+        """Puts the hooks of the spec on a host: they record `MapCall` under the keys ``attention`` and ``decoder``."""
 
-        Args:
-            host: The model that is trained.
-            capture: Receives `MapCall` under the keys ``attention`` and ``decoder``.
-        """
-
-    @override
     def attach(self, host: nn.Module) -> Capture:
         if not self.match(host):
             raise HostError(f"Expected {type(host).__name__} to have {self.needs()}, but it does not. {NAME_THEM}")
@@ -88,7 +80,6 @@ class SlotModelAdapter(HostAdapter):
         """Calls of the slot attention and of the decoder."""
         return capture[self.attention], capture[self.decoder]
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         calls, drawn = self.calls(capture)
         logits = stack_frames([call.logits for call in calls if call.logits is not None], self.attention)
@@ -111,11 +102,10 @@ class SlotModelAdapter(HostAdapter):
                 absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
                 logits = logits.masked_fill(absent, float("-inf"))
                 masks = masks.masked_fill(absent, 0.0 if probs else float("-inf"))
-                masks = masks / masks.sum(2, keepdim=True) if probs else masks
+                masks = masks / masks.sum(2, keepdim=True).clamp_min(torch.finfo(masks.dtype).tiny) if probs else masks
         attention = separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)
         return join_sides(attention, grid, SlotMap(None, masks) if probs else SlotMap(masks), size, valid, some)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         for key, calls in zip((self.attention, self.decoder), self.calls(capture), strict=True):
             what, expected = f"masks that '{key}' returns", "the softmax over slots of its logits"
@@ -145,8 +135,8 @@ class SlotModelAdapter(HostAdapter):
         if rows != math.prod(shape[:3]) or (axis and value.shape[axis] != shape[2]):
             raise HostError(
                 f"Expected '{self.decoder}' to draw the {' x '.join(map(str, shape[:3]))} slots (B, T, S) that the "
-                f"slot attention saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}. Either may run "
-                "more than once per frame: write a HostAdapter that picks the calls."
+                f"slot attention saw, but it ran on {' x '.join(map(str, value.shape[: axis + 1]))}, so either may run "
+                "more than once per frame. Write a HostAdapter that picks the calls."
             )
         return value.reshape(*shape[:3], *value.shape[axis + 1 :])
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
 from ssync_pl.adapters.calls import Part, check_close, take_projection, token_weights, watch_joined
@@ -28,50 +27,37 @@ class _Bound(NamedTuple):
     indices: Tensor | None
 
 
-class _Merged(NamedTuple):
-    """What went into the merger and came out, ``(B, T, S, D)``, and the members ``(B, T, S, S)``."""
-
-    given: Tensor
-    slots: Tensor
-    members: Tensor
-
-
 @register_adapter
 class SolvAdapter(HostAdapter):
     """SOLV looks at a window of frames, and decodes the frame in its centre: T = 1.
 
-    The encoder's map is the centre frame's slot attention, last query · key · ``scale`` of the spatial binder. Two
-    things lie between it and the decoder's masks:
+    The encoder's map is the centre frame's slot attention, last query · key · ``scale`` of the spatial binder.
 
     * Slots are merged. The logits of a merged slot are the logsumexp of its members': its softmax over slots is the
       members' summed attention. Slots that are left over count as invalid (``slot_valid``).
     * A part of the tokens is dropped. Their patches have masks but no attention, so they count as invalid
-      (``patch_valid``); the attention of the others is put in its place on the grid.
+      (``patch_valid``).
 
     The public model's merger keeps the assignment to itself, which is read off the gradient of its result; where there
-    is none (validation), the merger is run once more on the same slots with the same random numbers. This package's
-    host says everything; when it is evaluated, all frames come, as probabilities.
+    is none (validation), the merger is run once more on the same slots with the same random numbers. When this
+    package's host is evaluated, all frames come, as probabilities.
 
     Source: Self-supervised Object-Centric Learning for Videos (arXiv 2310.06907).
     """
 
     name: ClassVar[str] = "solv"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return _is_packaged(host) or _is_public(host)
 
-    @override
     def attach(self, host: Any) -> Capture:
         capture = Capture()
         if _is_packaged(host):
             capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
-            capture.watch(
-                "binder",
-                host.spatial_binder,
-                lambda module, args, out: _Bound(out.logits, out.attention, args[1] if len(args) > 1 else None),
-            )
-            capture.watch("merger", host.merger, lambda module, args, out: _Merged(args[0], out.slots, out.members))
+            indices = lambda args: args[1] if len(args) > 1 else None  # noqa: E731
+            bound = lambda module, args, out: _Bound(out.logits, out.attention, indices(args))  # noqa: E731
+            capture.watch("binder", host.spatial_binder, bound)
+            capture.watch("merger", host.merger, lambda module, args, out: (args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
             return capture
         if not _is_public(host):
@@ -81,8 +67,8 @@ class SolvAdapter(HostAdapter):
             )
         binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        indices = lambda module, args, kwargs: args[1]  # noqa: E731
-        parts = {"Q": take_projection, "f": take_projection, ". input": indices}
+        tokens = lambda module, args, kwargs: args[1]  # noqa: E731
+        parts = {"Q": take_projection, "f": take_projection, ". input": tokens}
         watch_joined(capture, "binder", binder, _bound_centre, parts)
         if getattr(host, "merge_slots", False):
             before = {". input": lambda module, args, kwargs: (args[0], random.getstate())}
@@ -91,7 +77,6 @@ class SolvAdapter(HostAdapter):
         capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
 
-    @override
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         bound: _Bound = capture.only("binder")
         masks = torch.cat(capture["decoder"], dim=1) if capture["decoder"] else torch.empty(0)
@@ -102,11 +87,11 @@ class SolvAdapter(HostAdapter):
         videos, frames, slots, _ = bound.logits.shape
         patches = grid[0] * grid[1]
         if masks.shape != (videos, frames, slots, patches):
+            wanted, calls = (videos, frames, slots, patches), len(capture["decoder"])
             raise HostError(
-                f"Expected the decoder to give masks {(videos, frames, slots, patches)} of the frames in the centre of "
-                f"their windows, but got {tuple(masks.shape)} in {len(capture['decoder'])} call(s)."
+                f"Expected the decoder to give masks {wanted}, but got {tuple(masks.shape)}, {calls} call(s)."
             )
-        members = capture.only("merger").members if "merger" in capture else None
+        members = capture.only("merger")[2] if "merger" in capture else None
         logits = bound.logits if members is None else merge_member_logits(bound.logits, members)
         valid = None if members is None else members.any(3)
         logits, patch_valid = scatter_tokens(logits, bound.indices, patches)
@@ -116,16 +101,14 @@ class SolvAdapter(HostAdapter):
         slot_valid = None if valid is None else valid[:, 0]
         return SSyncMaps(logits, masks, grid=grid, slot_valid=slot_valid, patch_valid=patch_valid)
 
-    @override
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         bound: _Bound = capture.only("binder")
         mine = token_weights(bound.logits.double(), _EPSILON)
         _check("attention of the binder", mine, bound.attention, bound.logits)
         if "merger" in capture:
-            merged: _Merged = capture.only("merger")
-            share = merged.members.double()
-            share = share / share.sum(3, keepdim=True).clamp_min(1)
-            _check("slots of the merger", share @ merged.given.double(), merged.slots, merged.given)
+            given, slots, members = capture.only("merger")
+            share = members.double() / members.sum(3, keepdim=True).clamp_min(1)
+            _check("slots of the merger", share @ given.double(), slots, given)
         own = capture.last("host masks")
         if own is not None and maps.mask_logits is not None:
             valid = None if maps.slot_valid is None else maps.slot_valid[:, None]
@@ -173,23 +156,21 @@ def _bound_centre(module: Any, output: Any, part: Part) -> _Bound:
     return _Bound(logits, output[1].unsqueeze(1), indices)
 
 
-def _merged(module: nn.Module, output: Any, part: Part) -> _Merged:
-    """Which slots the merger put together; it returns their means only."""
+def _merged(module: nn.Module, output: Any, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """What went into the merger and came out, ``(B, T, S, D)``, and which slots it put together, ``(B, T, S, S)``."""
     (given, state), slots = part(". input"), output[0]
     members = _members_by_gradient(given, slots)
     if members is None:
         members = _members_by_repetition(module, given, state)
-    return _Merged(given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1))
+    return given.unsqueeze(1), slots.unsqueeze(1), members.unsqueeze(1)
 
 
 def _members_by_gradient(given: Tensor, slots: Tensor) -> Tensor | None:
-    """Merged slots are means, so that their derivative by the given slots is positive exactly for members.
-
-    A probe of one channel for each merged slot reads the whole assignment in one backward pass through the merger.
-    """
+    """Merged slots are means, so that their derivative by the given slots is positive exactly for members."""
     videos, count, channels = slots.shape
     if count > channels or not (slots.requires_grad and given.requires_grad):
         return None
+    # One channel for each merged slot reads the whole assignment in one backward pass through the merger.
     probe = torch.eye(count, channels, device=slots.device, dtype=slots.dtype).expand(videos, -1, -1)
     (share,) = torch.autograd.grad(slots, given, probe, retain_graph=True, allow_unused=True)
     return None if share is None else share[..., :count].transpose(1, 2) > 0

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from ssync_pl.adapters.base import register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, in_shape_of, scaled_product, watch_alpha, watch_attention
@@ -23,13 +22,12 @@ _MASKS = entry("masks")
 
 @register_adapter
 class VideosaurAdapter(GridAdapter):
-    """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images.
+    """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images (T = 1).
 
     These are VideoSAUR with its SAVi, SAVi++ and DINOSAUR configurations, SlotContrast, SRL, SlotCurri, and SSync's own
     code, whose two losses should be off then: a warning says so. Logits are computed again from the host's own
     projections, or read where a fork returns them as ``dots``. Decoders: an ``mlp`` whose last channel is alpha; a slot
-    mixer with ``to_q``, ``to_k`` and ``scale``; a spatial broadcast decoder whose ``output_transform`` ends in alpha;
-    any whose ``returns_logits`` is true, which returns its mask logits as ``dots``. Image models give T = 1.
+    mixer; a spatial broadcast decoder; any whose ``returns_logits`` is true.
 
     Source: VideoSAUR (arXiv 2306.04829), SlotContrast (arXiv 2412.14295).
     """
@@ -37,20 +35,20 @@ class VideosaurAdapter(GridAdapter):
     name: ClassVar[str] = "videosaur"
     attention, decoder = "corrector", "decoder"
 
-    @override
     def match(self, host: nn.Module) -> bool:
         return _corrector(host) is not None and _decoder(host) is not None
 
-    @override
     def needs(self) -> str:
         return (
             f"a corrector with `to_q`, `to_k` and `scale` at {' or '.join(map(repr, _CORRECTORS))} and a decoder with "
             f"object masks at {' or '.join(map(repr, _DECODERS))}"
         )
 
-    @override
     def listen(self, host: Any, capture: Capture) -> None:
-        _warn_of_own_losses(host)
+        losses, name = getattr(host, "loss_fns", None), type(host).__name__
+        own = ", ".join(one for one in _OWN_LOSSES if isinstance(losses, nn.ModuleDict) and one in losses)
+        if own:
+            warnings.warn(f"{name} has SSync's losses itself ({own}): weigh them 0, or they count twice.", stacklevel=2)
         corrector, decoder = _corrector(host), _decoder(host)
         capture.facts["patch_size"] = patch_stride(getattr(host, "encoder", None))
         capture.facts["grid"] = _stated_grid(host)
@@ -72,17 +70,6 @@ def _mixer_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
 
 def _returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
     return MapCall(*in_shape_of(entry("dots")(module, output), _MASKS(module, output), module))
-
-
-def _warn_of_own_losses(host: nn.Module) -> None:
-    losses = getattr(host, "loss_fns", None)
-    found = [name for name in _OWN_LOSSES if isinstance(losses, nn.ModuleDict) and name in losses]
-    if found:
-        warnings.warn(
-            f"{type(host).__name__} has SSync's losses itself ({', '.join(found)}), so they would count twice. Give "
-            "them weight 0 in the host's `loss_weights`.",
-            stacklevel=2,
-        )
 
 
 def _corrector(host: nn.Module) -> Any:
