@@ -43,9 +43,6 @@ def decoder_consistency(
     Returns:
         0-dim loss.
 
-    Raises:
-        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
-
     Source: SRL, dense synergistic learning for video object-centric models: the decoder's consistency loss.
     """
     _check(decoder_features, encoder_features, encoder_labels, group_frames, temperature, base_temperature)
@@ -78,14 +75,6 @@ def encoder_consistency(
         decoder_labels: ``(B, T, N)`` int64, the slot that wins each patch in the decoder's masks.
         neighbours: Nearest patches per frame of a group, in [1, N]; the patch itself is among them.
         group_frames, temperature, base_temperature: As for `decoder_consistency`.
-
-    Returns:
-        0-dim loss.
-
-    Raises:
-        ShapeError, ConfigError: Shapes do not fit, or a number is out of range.
-
-    Source: SRL: the encoder's consistency loss.
     """
     _check(features, reference_features, decoder_labels, group_frames, temperature, base_temperature)
     if not 1 <= neighbours <= features.shape[2]:
@@ -113,19 +102,6 @@ def slot_redundancy(attention: Tensor, slots: Tensor, redundant: int = 5) -> Ten
     In each video the two slots that are most alike at the last frame are found, and of them the one whose attention
     is nearer to uniform; then the next pair among the others, and so on. The loss is the mean divergence of those
     slots' attention from the uniform one. SRL uses it during its first steps only.
-
-    Args:
-        attention: ``(B, T, S, N)``, normalised over the patches of a frame.
-        slots: ``(B, T, S, D)``; no gradient flows into them.
-        redundant: Number of slots to find, at least 1; fewer are found where S is smaller.
-
-    Returns:
-        0-dim loss, in [0, log N].
-
-    Raises:
-        ShapeError, ConfigError: Shapes do not fit, or ``redundant`` is out of range.
-
-    Source: SRL: the warm-up against slot redundancy.
     """
     if attention.ndim != 4 or slots.ndim != 4 or attention.shape[:3] != slots.shape[:3]:
         raise ShapeError(
@@ -164,19 +140,7 @@ class DenseAlignmentOutput(NamedTuple):
 
 
 class DenseAlignment(nn.Module):
-    """The three losses with their projections, as a regulariser of a host that rebuilds features.
-
-    Args:
-        feature_dim: Size of the backbone's and the rebuilt features.
-        encoder_dim: Size of the features that slot attention reads; None for ``feature_dim``.
-        projection_dim, group_frames, neighbours, redundant, weight, redundancy_weight: As for `DenseAlignmentCallback`.
-        redundancy_steps: The redundancy loss is on before this step.
-        start_step: The consistency losses are on from this step.
-
-    Source: SRL; its published run groups 4 frames, weights 0.1, starts after step 20 000 and ends the redundancy loss
-    after step 10 000, counted in batches of an epoch. Its redundancy loss reads the mean over iterations of the softmax
-    of slot attention's logits over patches, here it is the last attention over slots, normalised over patches.
-    """
+    """The three losses with their projections, as a regulariser of a host that rebuilds features."""
 
     def __init__(
         self,

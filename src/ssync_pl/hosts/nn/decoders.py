@@ -47,7 +47,7 @@ def mix_patches(
 
     The first layer is linear, so that slots `(M, S, H)` and places `(N, H)` pass it apart; the last is linear and masks
     sum to 1, so that hidden activations are mixed first. With `memory_efficient`, some patches are decoded at a time,
-    of which the backward pass finds the inputs of the last hidden layer and computes the rest again.
+    of which the backward pass finds the inputs of the last hidden layer and computes most of the rest again.
     """
 
     def begin(slots: Tensor, places: Tensor, positions: Tensor | None) -> Tensor:
@@ -79,7 +79,9 @@ def mix_patches(
         for first in range(0, len(places), patches):
             those = slice(first, first + patches)
             moved = None if positions is None else positions[at : at + frames, :, those]
-            pieces.append(run(finish, run(begin, some, places[those], moved), seen))
+            values = run(begin, some, places[those], moved)
+            # Every other piece keeps the last activations: half of that work is not done again.
+            pieces.append(finish(values, seen) if len(pieces) % 2 else run(finish, values, seen))
         parts.append((torch.cat([piece[0] for piece in pieces], 1), torch.cat([piece[1] for piece in pieces], 2)))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 

@@ -52,18 +52,10 @@ _LOOKED_FOR = (
 
 
 def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: str = "") -> DoctorReport:
-    """Examines a LightningModule in a Trainer, another model, or the `method` that gives its loss, by itself.
+    """Examines a LightningModule in a Trainer, and any other model, or its `method` that gives the loss, by itself.
 
-    Args:
-        host: The model.
-        data: A batch, or the data module of a LightningModule. A LightningModule gets a tensor of videos or images as
-            a dict with `"video"` or `"image"` first.
-        settings: How the host is read, as arguments of `SSyncCallback`.
-        method: Method that gives the loss; empty to call the model.
-
-    Raises:
-        ConfigError: The settings contradict each other.
-        HostError: The model fails.
+    `data` is a batch, or the data module of a LightningModule, which gets a tensor of videos or images as a dict with
+    `"video"` or `"image"` first. `settings` are arguments of `SSyncCallback` that say how the host is read.
     """
     name = type(host).__name__
     if method or not is_lightning(host):
@@ -123,22 +115,10 @@ def examine(
     kind: str = "plain",
     batch_text: str = "",
 ) -> DoctorReport:
-    """Finds a host's maps, uses them once, and says what to write.
+    """Finds a host's maps, uses them once, and says what to write; a host that cannot be used has `problems`.
 
-    Args:
-        host: The model.
-        run: Runs one training step, in training mode, and gives the host's own loss; None for a skipped one.
-        batch: The batch of that step, for hosts whose grid follows from the size of the frames.
-        settings: How the host is read, as arguments of `SSyncCallback`; None recognises it.
-        kind: `"lightning"` or `"plain"`.
-        batch_text: Shapes of the batch, in words.
-
-    Returns:
-        The report; a host that cannot be used has problems in it.
-
-    Raises:
-        ConfigError: The settings contradict each other.
-        HostError: The model fails in its step.
+    `run` makes one training step, in training mode, and gives the host's own loss, None for a skipped one; `batch` is
+    the batch of that step, for hosts whose grid follows from the size of the frames; `settings` as in `diagnose`.
     """
     settings = dict(settings or {})
     report = DoctorReport(type(host).__name__, kind, batch=batch_text)

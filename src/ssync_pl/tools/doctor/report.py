@@ -49,48 +49,26 @@ class CostReport:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """Everything that `ssync-pl doctor` says.
-
-    Args:
-        host: Class of the model.
-        kind: `"lightning"` or `"plain"`.
-        adapter: Name of the adapter that serves it; None when there is none.
-        part: Path of the part of the host that the adapter listens to; empty for the host itself.
-        batch: Shapes of the batch, in words.
-        shape: `(B, T, S, N)` of the maps.
-        grid: `(H, W)` patches.
-        maps: Attention and masks.
-        loss: The host's own loss; None where the step gave none.
-        boundary_loss: SSync's loss of the decoder.
-        interior_loss: SSync's loss of the encoder.
-        boundary_fraction: Share of boundary patches.
-        agreement: Share of patches that both maps give to the same slot.
-        merged_slots: Mean number of slots that took the label of another one.
-        cost: Time and memory.
-        problems: Why SSync cannot be used; empty when it can.
-        hints: What to consider.
-        candidates: Softmaxes that were looked at, where no map was found.
-        lines: What to add to the user's script.
-    """
+    """Everything that `ssync-pl doctor` says; `kind` is `"lightning"` or `"plain"`."""
 
     host: str
     kind: str
     adapter: str | None = None
-    part: str = ""
+    part: str = ""  # path of the part of the host that the adapter listens to
     batch: str = ""
-    shape: tuple[int, int, int, int] | None = None
-    grid: tuple[int, int] | None = None
+    shape: tuple[int, int, int, int] | None = None  # (B, T, S, N)
+    grid: tuple[int, int] | None = None  # (H, W) patches
     maps: tuple[MapReport, ...] = ()
     loss: float | None = None
     boundary_loss: float | None = None
     interior_loss: float | None = None
     boundary_fraction: float | None = None
-    agreement: float | None = None
+    agreement: float | None = None  # share of patches that both maps give to the same slot
     merged_slots: float | None = None
     cost: CostReport | None = None
     problems: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
-    candidates: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()  # softmaxes that were looked at, where no map was found
     lines: tuple[str, ...] = ()
 
     @property
