@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_config, write_tiny
 from filelock import FileLock
+from tiny_comparison import tiny_config, write_tiny
 
 from ssync_pl.cli import main
 from ssync_pl.cli.trainer import run_trainer

@@ -75,7 +75,7 @@ def mix_patches(
     parts = []
     for at in range(0, len(slots), frames):
         some, seen = slots[at : at + frames], None if valid is None else valid[at : at + frames]
-        pieces = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(places), patches):
             those = slice(first, first + patches)
             moved = None if positions is None else positions[at : at + frames, :, those]
