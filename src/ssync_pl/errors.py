@@ -1,59 +1,61 @@
-"""Exceptions of the package: each names what was expected, what came and what to do."""
+"""Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "HostError", "MissingShardError", "SSyncError", "ShapeError", "ShardError"]
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "HostError",
+    "MissingShardError",
+    "SSyncError",
+    "ShapeError",
+    "ShardError",
+    "choose",
+    "require",
+    "require_shape",
+]
 
 
 class SSyncError(Exception):
-    """Base of every exception that this package raises on purpose.
-
-    Example:
-        >>> issubclass(ShardError, SSyncError)
-        True
-    """
+    """Base of every exception that this package raises on purpose."""
 
 
 class ShapeError(SSyncError, ValueError):
-    """A tensor's shape, dtype or values do not fit.
-
-    Example:
-        >>> issubclass(ShapeError, ValueError)
-        True
-    """
+    """A tensor's shape, dtype or values do not fit."""
 
 
 class ConfigError(SSyncError, ValueError):
-    """A setting is out of range, or settings contradict each other.
-
-    Example:
-        >>> issubclass(ConfigError, ValueError)
-        True
-    """
+    """A setting is out of range, or settings contradict each other."""
 
 
 class MissingShardError(ConfigError, FileNotFoundError):
-    """A named shard does not exist.
-
-    Example:
-        >>> issubclass(MissingShardError, FileNotFoundError)
-        True
-    """
+    """A named shard does not exist."""
 
 
 class HostError(SSyncError, RuntimeError):
-    """The host model is not recognised, or its maps cannot be used.
-
-    Example:
-        >>> issubclass(HostError, RuntimeError)
-        True
-    """
+    """The host model is not recognised, or its maps cannot be used."""
 
 
 class ShardError(SSyncError, RuntimeError):
-    """A shard, a member or a data set on disk cannot be read or written.
+    """A shard, a member or a data set on disk cannot be read or written."""
 
-    Example:
-        >>> issubclass(ShardError, RuntimeError)
-        True
-    """
+
+def require(ok: bool, expected: str, *got: object, advice: str = "") -> None:
+    """Raises `ConfigError` unless options are as expected, with what came and what to do."""
+    if not ok:
+        found = " and ".join(map(str, got))
+        raise ConfigError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:
+    """Raises `ShapeError` unless tensors are as expected, with their shapes and what to do."""
+    if not ok:
+        found = " and ".join(str(tuple(getattr(x, "shape", x))) for x in got)
+        raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def choose(argument: str, value: object, *choices: str) -> None:
+    """Raises `ConfigError` unless an argument is one of some words."""
+    words = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    require(value in choices, f"argument `{argument}` to be {words}", repr(value))

@@ -7,10 +7,10 @@ from torch import nn
 
 from ssync_pl.cli import main
 from ssync_pl.data.features import FeatureStore, decode_features, verify_backbone
+from ssync_pl.data.features.backbones import FrozenBackbone
 from ssync_pl.data.index import load_shards
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.hosts.nn import backbones
-from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 
 class Means(FrozenBackbone):

@@ -318,7 +318,7 @@ def test_synthetic_set_is_made_once(tmp_path):
 
 
 def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
-    import ssync_pl.hosts.nn.backbones as backbones
+    import ssync_pl.data.features.backbones as backbones
 
     class Means(backbones.FrozenBackbone):
         layer_dims = (3,)

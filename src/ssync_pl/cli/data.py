@@ -190,11 +190,11 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
 
 
 def _cache_features(options: argparse.Namespace) -> int:
+    from ssync_pl.data.features.backbones import load_backbone
     from ssync_pl.data.features.cache import cache_features
     from ssync_pl.data.features.projection import PROJECTION_FILE, describe_projection, read_projection
     from ssync_pl.data.features.recipe import require_crop
     from ssync_pl.data.patterns import expand_shards
-    from ssync_pl.hosts.nn.backbones import load_backbone
 
     require_crop(options.crop)
     device = _device(options.device)

@@ -118,8 +118,8 @@ class SyntheticDataModule(ShardDataModule):
         if _all_there(Path(self.features), [Path(shard).name for shards in parts for shard in shards]):
             return
         # Deferred: the backbone's packages are extras.
+        from ssync_pl.data.features.backbones import load_backbone
         from ssync_pl.data.features.cache import cache_features
-        from ssync_pl.hosts.nn.backbones import load_backbone
 
         backbone = load_backbone(name, layer)
         size = self.transform.image_size or (self.config.resolution, self.config.resolution)

@@ -10,8 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.checks import require_shape
+from ssync_pl.errors import ConfigError, require_shape
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import used_slots
 

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_pl.hosts.checks import require, require_shape
+from ssync_pl.errors import require, require_shape
 from ssync_pl.method.labels import compute_dtype
 
 __all__ = ["slot_contrast_loss", "temporal_similarity", "temporal_similarity_loss"]

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.checks import choose, require, require_shape
+from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import ConfigError, choose, require
 from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
 
 __all__ = ["Decay", "SlotHost", "exponential_for", "inputs_of", "schedule_for"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from ssync_pl.data.features.backbones import FrozenBackbone
 from ssync_pl.data.index import load_shards
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 
 class _Corners(FrozenBackbone):

@@ -36,7 +36,7 @@ from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:
-    from ssync_pl.hosts.nn.backbones import FrozenBackbone
+    from ssync_pl.data.features.backbones import FrozenBackbone
 
 __all__ = ["CacheReport", "cache_features"]
 

@@ -21,7 +21,7 @@ from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ShardError
 
 if TYPE_CHECKING:
-    from ssync_pl.hosts.nn.backbones import FrozenBackbone
+    from ssync_pl.data.features.backbones import FrozenBackbone
 
 __all__ = ["FeatureRun", "frames_of", "in_batches", "sample_features"]
 

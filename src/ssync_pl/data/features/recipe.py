@@ -26,7 +26,7 @@ from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:
-    from ssync_pl.hosts.nn.backbones import FrozenBackbone
+    from ssync_pl.data.features.backbones import FrozenBackbone
 
 __all__ = ["FeatureRecipe", "SourceFacts", "find_shard", "read_recipe", "require_crop", "source_facts"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import MLP, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import require, require_shape
+from ssync_pl.errors import require, require_shape
 
 __all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hints"]
 

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import require
+from ssync_pl.errors import require
 
 __all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "has_hooks", "init_fan_in_"]
 

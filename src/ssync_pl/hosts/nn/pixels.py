@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import choose, require, require_shape
+from ssync_pl.errors import choose, require, require_shape
 from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
 
 __all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import require, require_shape
+from ssync_pl.errors import require, require_shape
 from ssync_pl.hosts.nn.layers import MLP
 from ssync_pl.method.labels import compute_dtype
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.hosts.checks import choose, require
+from ssync_pl.errors import choose, require
 
 __all__ = ["Linkage", "MergedSlots", "SlotMerger", "agglomerate", "cosine_distances"]
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssync_pl.hosts.checks import require
+from ssync_pl.errors import require
 from ssync_pl.hosts.nn.layers import has_hooks
 
 __all__ = ["SlotTransformer", "SlotTransformerBlock"]

@@ -18,7 +18,7 @@ from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ssync_pl.hosts.nn.backbones import FrozenBackbone
+    from ssync_pl.data.features.backbones import FrozenBackbone
 
 __all__ = ["FeatureMaker", "FeatureSource", "find_features"]
 
@@ -149,7 +149,7 @@ def _source(recipe: FeatureRecipe, projection: Projection | None) -> FeatureSour
 
 
 def _backbone(source: FeatureSource, checkpoint: str | None) -> FrozenBackbone:
-    from ssync_pl.hosts.nn.backbones import load_backbone
+    from ssync_pl.data.features.backbones import load_backbone
 
     tried = [(None, checkpoint)] if checkpoint is not None else [("pretrained", None), ("none", None)]
     for weights, file in tried:

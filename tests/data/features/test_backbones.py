@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ssync_pl.data.features.backbones import FrozenBackbone, load_backbone, weights_fingerprint
 from ssync_pl.errors import ConfigError, HostError, ShapeError
-from ssync_pl.hosts.nn.backbones import FrozenBackbone, load_backbone, weights_fingerprint
 
 
 class Patches(FrozenBackbone):

