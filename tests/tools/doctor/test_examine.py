@@ -70,6 +70,16 @@ def test_a_host_of_the_videosaur_family_inside_a_wrapper() -> None:
     assert report.maps[1].places == ("model.decoder.module",)
 
 
+def test_what_an_adapter_says_of_a_host_is_a_hint() -> None:
+    sizes = {"num_slots": 2, "slot_dim": 8, "backbone": None, "feature_dim": 4, "grid": (2, 2), "decoder_hidden": (8,)}
+    model = VideoSAUR(**sizes, decoder="mlp", similarity_weight=0.0)
+    model.loss_fns = torch.nn.ModuleDict({"loss_grp2deccls": torch.nn.Identity()})  # as SSync's own code has it
+    features = torch.rand(1, 2, 4, 4)
+    report = examine(model, lambda: model(features).reconstruction.square().mean())
+    assert report.ready
+    assert any("count twice" in hint for hint in report.hints)
+
+
 def test_the_numbers_are_those_of_the_loss(make: Any) -> None:
     host = make("Net")
     report = look(host)

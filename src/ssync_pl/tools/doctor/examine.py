@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -136,7 +137,9 @@ def examine(
 def _listen(host: nn.Module, run: Run, batch: Any, settings: dict[str, Any], report: DoctorReport) -> DoctorReport:
     session = None
     try:
-        session = HostSession(host, *adapter_from(**{**_DEFAULTS, **settings}))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            session = HostSession(host, *adapter_from(**{**_DEFAULTS, **settings}))
         session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
         loss = run()
         if loss is None:
@@ -168,7 +171,8 @@ def _listen(host: nn.Module, run: Run, batch: Any, settings: dict[str, Any], rep
             f"No gradient reaches a parameter through the {one.side}." for one in sides if not one.has_gradient
         ),
     )
-    return replace(report, hints=hints(report))
+    own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host
+    return replace(report, hints=(*own, *hints(report)))
 
 
 def _search(host: nn.Module, run: Run, batch: Any, settings: dict[str, Any], report: DoctorReport) -> DoctorReport:

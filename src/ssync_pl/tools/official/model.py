@@ -36,7 +36,7 @@ def translate_model(model: Section, max_steps: int, image_size: int | None = Non
     why = "Hosts of this package take images or videos."
     image = model.need("input_type", "image", "video", default="image", why=why) == "image"
     why = "Hosts of this package rebuild the features that they attend to."
-    model.fixed(f"{why[:-1]}; they rebuild features.", target_type="features")
+    model.fixed("Hosts of this package rebuild features.", target_type="features")
     model.fixed(why, target_encoder=None, target_encoder_input=None)
     slots = model.section("initializer")
     why = "Slots of this package's hosts start at random or learned places."
