@@ -20,7 +20,10 @@ RECORD = Path(__file__).with_name("pinned_examples.json")
 EXAMPLES = ("savi_synthetic", "slotcontrast_synthetic", "videosaur_synthetic", "solv_synthetic")
 COLUMNS = ("train/loss", "ssync/boundary_loss", "ssync/interior_loss", "ssync/agreement")
 STEPS = (0, 9, 19, 29, 39, 49)
-TOLERANCE = 2e-3  # sums in another order grow apart over fifty steps of a training
+# Sums in another order, as on other processors or with other numbers of threads, grow apart tenfold every few steps.
+LOSSES = {0: 1e-4, 9: 1e-2}
+LATER = 3e-2
+SHARES = 0.15  # absolute, of the numbers of SSync after its first step
 
 
 def losses_of(name: str, data: Path, folder: Path) -> dict[str, list[float | None]]:
@@ -49,9 +52,11 @@ def test_fifty_steps_give_the_recorded_losses(name, data, tmp_path):
     recorded = json.loads(RECORD.read_text("utf-8"))[name]
     found = losses_of(name, data, tmp_path)
     for column, values in recorded.items():
-        assert found[column] == [None if v is None else pytest.approx(v, rel=TOLERANCE, abs=1e-4) for v in values], (
-            column
-        )
+        assert [value is None for value in found[column]] == [value is None for value in values], column
+        for step, value, expected in zip(STEPS, found[column], values, strict=True):
+            if expected is not None:
+                loose = {"rel": LOSSES.get(step, LATER)} if column == "train/loss" else {"abs": SHARES}
+                assert value == pytest.approx(expected, **loose), (column, step)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from ssync_pl.cli import main
-from ssync_pl.data.features import FeatureStore, decode_features, verify_backbone
+from ssync_pl.data.features import FeatureStore, backbones, decode_features, verify_backbone
 from ssync_pl.data.features.backbones import FrozenBackbone
 from ssync_pl.data.index import load_shards
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.hosts.nn import backbones
 
 
 class Means(FrozenBackbone):

@@ -68,6 +68,7 @@ def attach(
 
     Example:
         >>> from ssync_pl.hosts import SAVi
+        >>> _ = torch.manual_seed(0)
         >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
         ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
         >>> with attach(model, warmup_steps=0) as ssync:

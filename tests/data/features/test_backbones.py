@@ -156,9 +156,7 @@ def test_weights_and_checkpoint_exclude_each_other():
         load_backbone("efficientnet_lite0", weights="none", checkpoint="a.pth")
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("vit_tiny_patch16_224", "dinov2"), ("efficientnet_lite0", "efficientnet")]
-)
+@pytest.mark.parametrize(("name", "extra"), [("vit_tiny_patch16_224", "timm"), ("efficientnet_lite0", "timm")])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, extra):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=rf'pip install "ssync-pl\[{extra}\]"'):

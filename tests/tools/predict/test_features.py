@@ -7,10 +7,10 @@ from input_files import moving, write_shard
 from torch import nn
 
 from ssync_pl.data import ShardDataModule
+from ssync_pl.data.features import backbones
 from ssync_pl.data.features.backbones import FrozenBackbone
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError
-from ssync_pl.hosts.nn import backbones
 from ssync_pl.tools.predict.datamodule import InputDataModule
 from ssync_pl.tools.predict.features import find_features
 
