@@ -89,3 +89,14 @@ def test_wrong_usage_exits_with_2(
     monkeypatch.chdir(folder)
     assert main(["data", "check", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_report_replaces_no_file_of_another_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = folder / "mine.json"
+    mine.write_text('{"mine": 1}')
+    words = ["data", "check", str(folder / "*.tar"), "--quick", "--workers", "0", "--json"]
+    assert main([*words, str(mine)]) == 2
+    assert "mine.json" in capsys.readouterr().err
+    assert mine.read_text() == '{"mine": 1}'
+    for _ in range(2):  # a report of ours is replaced
+        assert main([*words, str(folder / "report.json")]) == 0

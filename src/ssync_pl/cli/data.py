@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import replace
@@ -108,8 +107,10 @@ def _add_check(commands: Any, name: str, **texts: str) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.data.files import write_bytes
+    from ssync_pl.tools.owned import read_owned_json, write_owned_json
 
+    if options.json is not None:
+        read_owned_json(options.json)  # refuses a file of another program before work begins
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,
@@ -121,7 +122,7 @@ def _check(options: argparse.Namespace) -> int:
     )
     report = replace(report, problems=(*missing, *report.problems))
     if options.json is not None:
-        write_bytes(options.json, (json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_owned_json(options.json, report.to_json())
     sys.stdout.write(render_report(report) + "\n")
     return 0 if report.clean else 1
 
