@@ -47,7 +47,7 @@ def test_one_that_fails_leaves_the_others_and_the_end_of_its_log(tmp_path):
     assert max(len(running) for _, _, running in shown) == 2
     facts = json.loads((tmp_path / "seed_0" / "run.json").read_text())
     assert (facts["variant"], facts["seed"], facts["recipe"]) == ("with", 0, "r")
-    assert facts["wall_seconds"] > 0
+    assert 0 <= facts["wall_seconds"] < 60  # rounded: such a run may take no time
 
 
 def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_path):
