@@ -46,7 +46,7 @@ def test_savi_on_the_packaged_set(tmp_path: Path, root: Path) -> None:
     strips = {title: strip_of(strip) for title, strip in pictures[0]["columns"].items()}
     assert list(strips) == ["frame", "truth", "encoder", "decoder", "regions"]
     assert {strip.shape for strip in strips.values()} == {(2 * 112 + 3, 112, 3)}  # two frames and a gap
-    stored = data._datasets["validation"][0]
+    stored = data._datasets["validation"].sample(0)
     background = (stored["segmentations"].numpy()[2, ..., 0] == 0).repeat(7, 0).repeat(7, 1)
     assert (strips["truth"][115:][background] == 70).all()
     assert not (strips["truth"][115:][~background] == 70).all(-1).any()

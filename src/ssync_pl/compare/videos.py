@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ssync_pl.data.dataset import ShardDataset
+from ssync_pl.data.dataset import ShardBatches, ShardDataset
 from ssync_pl.data.patterns import is_remote
-from ssync_pl.data.stream import ShardStream
 from ssync_pl.errors import ConfigError
 
 __all__ = ["ShapeTable", "flat_loaders", "refuse_shared_videos"]
@@ -70,11 +69,8 @@ class ShapeTable:
 
 def _names(dataset: Any) -> list[str]:
     """Shard and key where shards are read, else the set itself and the places in it, in the order of its indices."""
-    if isinstance(dataset, ShardDataset):
-        return [_shard_name(dataset.paths[shard], sample.key) for shard, sample in dataset.samples]
-    if isinstance(dataset, ShardStream):
-        pairs = zip(dataset.urls, dataset.shards or [])  # noqa: B905 (shards are None until they are known)
-        return [_shard_name(url, sample.key) for url, entry in pairs for sample in entry.samples]
+    if isinstance(dataset, ShardBatches):
+        return [_shard_name(dataset.source.shards[shard], sample.key) for shard, sample in dataset.samples]
     if isinstance(dataset, Subset):
         whole = _names(dataset.dataset)
         return [whole[index] for index in dataset.indices if index < len(whole)]
