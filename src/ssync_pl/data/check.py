@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.decode import ALLOWED_EXTENSIONS, decode_video, member_extension, require_allowed
+from ssync_pl.data.decode import ALLOWED_EXTENSIONS, member_extension
 from ssync_pl.data.index import INDEX_NAMES, ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.patterns import expand_braces, expand_shards, is_compressed, is_remote, masked_url, shard_name
 from ssync_pl.data.remote import fetch_index, stream_shard
-from ssync_pl.data.samples import Members, arrange_masks, check_video, find_member
+from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import MissingShardError, ShardError, require, require_shard
 
@@ -30,12 +30,10 @@ _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes long
 _KINDS = {
     "missing": "missing shards",
     "shard": "damaged shards",
-    "member": "damaged members",
-    "refused": "refused members",
+    "member": "damaged or refused members",
     "sample": "samples that loaders refuse",
     "key": "duplicate keys",
     "content": "duplicate videos",
-    "name": "shards that share a name",
     "index": "index.json that does not fit",
 }
 Spread = tuple[int, float, int]
@@ -84,29 +82,41 @@ class CheckReport:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON values: `clean`, `deep`, `sets`, `problems` and `notes`."""
+        """Returns the report as JSON values."""
         return {"clean": self.clean, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class _Sample:
+    """What one sample holds; what needs decoding is None where it was not decoded or cannot be."""
+
     key: str
     members: dict[str, int]
-    shape: tuple[int, int, int] | None = None  # (F, h, w)
+    frames: int | None = None
+    size: tuple[int, int] | None = None  # height, width
     channels: int = 0  # of the masks
-    objects: tuple[int, int] | None = None  # distinct ids, channels that are not empty; None when not decoded
+    objects: int | None = None  # distinct ids, or channels that are not empty
     digest: str | None = None  # of the decoded frames
 
 
 @dataclass
 class _Shard:
+    """What one shard holds, and what is wrong with it."""
+
     path: str
     samples: list[_Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     entry: ShardEntry | None = None
-    size: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file; of a remote one, of what was read."""
+        if not is_remote(self.path) and os.path.exists(self.path):
+            return os.path.getsize(self.path)
+        return sum(sum(sample.members.values()) for sample in self.samples)
 
     def add(self, kind: str, key: str | None, message: str) -> None:
+        """Notes a problem."""
         self.problems.append(Problem(kind, masked_url(self.path), key, message))
 
 
@@ -126,7 +136,7 @@ def check_shards(
 
     Args:
         paths: Shards (paths or URLs), or several sets of them by name. Keys must be unique in a set, videos in all.
-        deep: Decode every member and compare the videos' contents, rather than read headers only.
+        deep: Decode every member and compare the videos' contents, rather than list the members only.
         max_objects: Most objects a video may have, counted as loaders do: the largest id, or the number of channels.
         num_workers: Processes; 0 reads in this one. `None` takes one per core where there is enough to read.
         rebuild_index: Write the index of the local folders anew instead of comparing it.
@@ -143,15 +153,15 @@ def check_shards(
     given = paths if isinstance(paths, Mapping) else {_prefix(str(paths[0])): [str(path) for path in paths]}
     sets, problems = _drop_repeated(given)
     jobs = [(shard, deep, max_objects) for shards in sets.values() for shard in shards]
-    found = dict(zip((shard for shard, *_ in jobs), _inspect_all(jobs, num_workers, progress), strict=True))
+    found = {facts.path: facts for facts in _inspect_all(jobs, num_workers, progress)}
     by_set = {name: [found[shard] for shard in shards] for name, shards in sets.items()}
     problems += [problem for facts in found.values() for problem in facts.problems]
     problems += _duplicates(by_set)
     notes: list[str] = []
-    local = [facts for facts in found.values() if facts.entry is not None]
+    local = [facts for facts in found.values() if not is_remote(facts.path) and not is_compressed(facts.path)]
     for folder in dict.fromkeys(Path(facts.path).parent for facts in local):
-        entries = [facts.entry for facts in local if Path(facts.path).parent == folder and facts.entry is not None]
-        problems += _compare_index(folder, entries, rebuild_index, notes)
+        here = [facts for facts in local if Path(facts.path).parent == folder]
+        problems += _rebuild(folder, here, notes) if rebuild_index else _compare_local(folder, here, notes)
     for name, shards in by_set.items():
         problems += _compare_remote(name, [facts for facts in shards if is_remote(facts.path)], notes)
         read = Counter(member for facts in shards for sample in facts.samples for member in sample.members)
@@ -219,16 +229,17 @@ def _inspect_all(jobs: list[tuple[str, bool, int | None]], workers: int | None, 
     from tqdm import tqdm
 
     if workers is None:
-        size = sum(os.path.getsize(shard) if os.path.exists(shard) else _ENOUGH_FOR_PROCESSES for shard, *_ in jobs)
-        workers = (os.cpu_count() or 1) if size >= _ENOUGH_FOR_PROCESSES else 0
+        size = sum(os.path.getsize(shard) for shard, *_ in jobs if os.path.exists(shard))
+        enough = size >= _ENOUGH_FOR_PROCESSES or any(is_remote(shard) for shard, *_ in jobs)
+        workers = (os.cpu_count() or 1) if enough else 0
     with contextlib.ExitStack() as stack:
         run: Any = map
         if min(workers, len(jobs)) > 1:
             context = multiprocessing.get_context("spawn")  # forked processes can hang on the parent's threads
             run = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)).map
-        bar = {"desc": "checking", "total": len(jobs), "unit": "shard", "leave": False, "disable": not progress}
         try:
-            return list(tqdm(run(_inspect, jobs), **bar))
+            bar = tqdm(run(_inspect, jobs), "checking", len(jobs), unit="shard", leave=False, disable=not progress)
+            return list(bar)
         except BrokenProcessPool as error:
             advice = "Most often memory ran out: use fewer with `--workers`."
             raise ShardError(
@@ -239,118 +250,85 @@ def _inspect_all(jobs: list[tuple[str, bool, int | None]], workers: int | None, 
 def _inspect(job: tuple[str, bool, int | None]) -> _Shard:
     """Looks through one shard; of a damaged one, what lies before the damage."""
     path, deep, max_objects = job
-    facts, local = _Shard(path), not is_remote(path) and not is_compressed(path)
-    for read in (_scanned, _streamed) if local else (_streamed,):
+    facts = _Shard(path)
+    if not is_remote(path) and not is_compressed(path):
         try:
-            for key, members in read(facts):
-                facts.samples.append(_inspect_sample(key, members, deep, max_objects, facts))
-            break
-        except (OSError, MemoryError, ShardError) as error:  # what can still be read of it is streamed
-            if not any(problem.kind == "shard" for problem in facts.problems):
-                facts.add("shard", None, str(error))
-            if facts.entry is not None:
-                break
+            facts.entry = scan_shard(path)
+        except (OSError, ShardError) as error:
+            facts.add("shard", None, str(error))
+    try:
+        for key, members in _members(facts):
+            sizes = dict(sorted(members.sizes.items()))
+            facts.samples.append(_decode(key, members, sizes, max_objects, facts) if deep else _Sample(key, sizes))
+    except (OSError, MemoryError, ShardError) as error:
+        if not facts.problems:
+            facts.add("shard", None, str(error))
     for name in facts.entry.ignored if facts.entry else ():
         facts.add("member", None, f"Expected plain files with UTF-8 names, but got {name}. Pack the shard again.")
     if not facts.samples and not facts.problems:
         facts.add("shard", None, "Expected at least one sample, but got none. Name members `<key>.video.npy`.")
-    members_size = sum(sum(sample.members.values()) for sample in facts.samples)
-    facts.size = os.path.getsize(path) if not is_remote(path) and os.path.exists(path) else members_size
     return facts
 
 
-def _scanned(facts: _Shard) -> Iterator[tuple[str, Members]]:
-    facts.entry = scan_shard(facts.path)
+def _members(facts: _Shard) -> Iterator[tuple[str, Members]]:
+    if facts.entry is None:
+        yield from stream_shard(facts.path, fields=None)
+        return
     with contextlib.closing(ShardReader()) as reader:
         for sample in facts.entry.samples:
             yield sample.key, reader.sample(facts.path, facts.entry, sample)
 
 
-def _streamed(facts: _Shard) -> Iterator[tuple[str, Members]]:
-    return stream_shard(facts.path, fields=None)
-
-
-def _inspect_sample(key: str, members: Members, deep: bool, max_objects: int | None, facts: _Shard) -> _Sample:
-    found = _Sample(key, dict(sorted(members.sizes.items())))
-    before, arrays = len(facts.problems), {}
-    for name in found.members:
+def _decode(key: str, members: Members, sizes: dict[str, int], max_objects: int | None, facts: _Shard) -> _Sample:
+    """Decodes every member, then reads the sample as evaluation does."""
+    before = len(facts.problems)
+    for name in sizes:
         try:
-            array = _look(name, members, deep)
+            if member_extension(name) == "mp4":
+                _require_whole_mp4(members.read(name), members.name(name))
+            members.decode(name)
         except (ShardError, MemoryError) as error:
-            refused = "can execute code" in str(error)
-            # Other extensions are never read and harm nobody; they are only counted.
-            if refused or member_extension(name) in ALLOWED_EXTENSIONS:
-                facts.add("refused" if refused else "member", key, str(error) or f"`{name}` does not fit in memory.")
-            continue
-        if isinstance(array, np.ndarray) and array.dtype.kind in "buif":
-            arrays[name] = array
-        elif isinstance(array, np.ndarray):
-            facts.add("sample", key, f"Expected {members.name(name)} to hold numbers, but got {array.dtype}.")
+            # Other extensions are never read and harm nobody, unless they can execute code.
+            if member_extension(name) in ALLOWED_EXTENSIONS or "can execute code" in str(error):
+                facts.add("member", key, str(error) or f"Expected `{name}` to fit in memory, but it does not.")
+    if len(facts.problems) > before:
+        return _Sample(key, sizes)
     try:
-        name = find_member(members.sizes, "video", members.where)
-        if name in arrays:
-            video = check_video(arrays[name][None] if arrays[name].ndim == 3 else arrays[name], members.name(name))
-            found = replace(found, shape=video.shape[:3], digest=_digest(video) if deep else None)
-        if found.shape is not None and any(name.split(".")[0] == "segmentations" for name in members.sizes):
-            name = find_member(members.sizes, "segmentations", members.where)
-            if name in arrays:
-                masks = arrange_masks(arrays[name], found.shape[0], found.shape[1:], members.name(name))
-                distinct = int((np.unique(masks) > 0).sum()) if deep and masks.shape[-1] == 1 else 0
-                counted = (distinct, int((masks != 0).any(axis=(0, 1, 2)).sum())) if deep else None
-                found = replace(found, channels=masks.shape[-1], objects=counted)
-                least, most = int(masks.min(initial=0)), int(masks.max(initial=0))
-                count = most if found.channels == 1 else found.channels
-                fits = least >= 0 and (max_objects is None or count <= max_objects)
-                limit = "" if max_objects is None else f", at most {max_objects} objects (max_objects)"
-                got = f"{count}, least id {least}"
-                require_shard(fits, f"{members.name(name)} to hold ids from 0 on{limit}", got, advice="Renumber them.")
+        masked = any(name.split(".")[0] == "segmentations" for name in sizes)
+        channels = count_objects(members, "channels") if masked else 0
+        rules = SampleRules(masks=masked, mask_format="channels" if channels > 1 else "ids", max_objects=max_objects)
+        sample = eval_sample(members, rules)
     except ShardError as error:
-        if len(facts.problems) == before:
-            facts.add("sample", key, str(error))
-    return found
-
-
-def _look(name: str, members: Members, deep: bool) -> Any:
-    """Decodes a member, or gives an array of its shape and type that takes no memory."""
-    extension = require_allowed(name, members.where)
-    if extension == "mp4":
-        data, place = members.read(name), members.name(name)
-        # Decoders forgive a lost end; the boxes of the format (ISO 14496-12) say how long the file was.
-        end = 0
-        while end + 8 <= len(data):
-            size = int.from_bytes(data[end : end + 4], "big")
-            size = int.from_bytes(data[end + 8 : end + 16], "big") if size == 1 else size
-            end = end + max(size, 8) if size else len(data)  # 0: up to the end
-        require_shard(end == len(data), f"{place} to be a whole mp4 file of {end} bytes", len(data))
-        if not deep:
-            first = next(decode_video(data, place, [0]))
-            return np.broadcast_to(first, (members.count_frames(name), *first.shape))
-    if not deep and extension in ("npy", "npy.gz"):
-        header = members.header(name)
-        return np.broadcast_to(np.zeros((), header.dtype), header.shape)
-    return members.decode(name)
-
-
-def _digest(video: np.ndarray) -> str:
+        facts.add("sample", key, str(error))
+        return _Sample(key, sizes)
+    video, objects = sample["video"].numpy(), None
+    if masked:
+        masks = sample["segmentations"].numpy()
+        objects = int(masks.any(axis=(0, 1, 2)).sum() if channels > 1 else (np.unique(masks) > 0).sum())
     # Of the frames rather than the stored bytes, so that `.npy` and `.npy.gz` of one video are told to be the same.
-    state = hashlib.blake2b(repr(video.shape).encode(), digest_size=16)
-    for frame in video:
-        state.update(np.ascontiguousarray(frame).tobytes())
-    return state.hexdigest()
+    digest = hashlib.blake2b(repr(video.shape).encode() + video.tobytes(), digest_size=16).hexdigest()
+    return _Sample(key, sizes, len(video), video.shape[1:3], channels, objects, digest)
+
+
+def _require_whole_mp4(data: Any, place: str) -> None:
+    # Decoders forgive a lost end; the boxes of the format (ISO 14496-12) say how long the file was.
+    end = 0
+    while end + 8 <= len(data):
+        size = int.from_bytes(data[end : end + 4], "big")
+        size = int.from_bytes(data[end + 8 : end + 16], "big") if size == 1 else size
+        end = end + max(size, 8) if size else len(data)  # 0: up to the end
+    require_shard(
+        end == len(data), f"{place} to be a whole mp4 file of {end} bytes", len(data), advice="Copy it again."
+    )
 
 
 def _duplicates(by_set: Mapping[str, Sequence[_Shard]]) -> Iterator[Problem]:
-    """Finds shards of a set that share their name, keys that come twice in a set, and videos that do so anywhere."""
+    """Finds keys that come twice in a set, and videos that come twice anywhere."""
     videos: dict[str, tuple[str, str, str]] = {}
     for name, shards in by_set.items():
         keys: dict[str, str] = {}
-        names: dict[str, str] = {}
         for facts in shards:
             shown = masked_url(facts.path)
-            before = names.setdefault(shard_name(facts.path), shown)
-            if before != shown:
-                message = f"Expected shards of one set to have other names, but {before} has the same. Rename one."
-                yield Problem("name", shown, None, message)
             for key, count in Counter(sample.key for sample in facts.samples).items():
                 before = keys.setdefault(key, shown)
                 if before != shown or count > 1:
@@ -361,38 +339,37 @@ def _duplicates(by_set: Mapping[str, Sequence[_Shard]]) -> Iterator[Problem]:
                 first = here if sample.digest is None else videos.setdefault(sample.digest, here)
                 if first != here:
                     leak = f", which is of another set ({first[0]}, here {name}): scores on one leak from the other"
-                    leak = leak if first[0] != name else ""
-                    message = f"Expected each video once, but its frames are those of {first[1]}, key {first[2]}{leak}."
-                    yield Problem("content", shown, sample.key, f"{message} Leave one out.")
+                    message = f"Expected each video once, but its frames are those of {first[1]}, key {first[2]}"
+                    message += f"{leak if first[0] != name else ''}. Leave one out."
+                    yield Problem("content", shown, sample.key, message)
 
 
-def _compare_index(folder: Path, entries: list[ShardEntry], rebuild: bool, notes: list[str]) -> Iterator[Problem]:
+def _rebuild(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> list[Problem]:
     index = read_index(folder)
-    known = dict(index.shards) if index else {}
-    foreign = [path for path in (folder / name for name in INDEX_NAMES) if index is None and path.exists()]
-    if rebuild:
-        known |= {entry.name: entry for entry in entries}
-        present = [entry for entry in known.values() if (folder / entry.name).exists()]
-        try:
-            written = write_index(folder, present, index.recipe if index else {})
-        except OSError as error:
-            raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
-        notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
-        return
-    notes += [f"{path} is left as it is, and the shards are read without it: it is not our index." for path in foreign]
+    read = {Path(facts.path).name: facts.entry for facts in shards}
+    known = {name: entry for name, entry in (index.shards if index else {}).items() if (folder / name).exists()}
+    present = [entry for entry in (known | read).values() if entry is not None]
+    try:
+        written = write_index(folder, present, index.recipe if index else {})
+    except OSError as error:
+        raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
+    notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
+    return []
+
+
+def _compare_local(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
+    index, path = read_index(folder), folder / INDEX_NAMES[0]
     if index is None:
-        notes.append(f"{folder}: no {INDEX_NAMES[0]} of ours; it is written when the shards are first used.")
-    for entry in entries:
-        before = known.get(entry.name, entry)
-        if before != entry:
+        there = "is another program's and left as it is" if path.exists() else "is written when shards are first used"
+        notes.append(f"{path} {there}.")
+    for entry in (facts.entry for facts in shards):
+        before = index.shards.get(entry.name, entry) if index and entry else entry
+        if entry and before and before != entry:
             message = (
                 f"Expected {entry.name} as the index says ({len(before.samples)} samples, {before.size} bytes), but it "
                 f"has {len(entry.samples)}, {entry.size}. Run `ssync-pl data check --rebuild-index`."
             )
-            yield Problem("index", str(folder / INDEX_NAMES[0]), None, message)
-    gone = sorted(name for name in known if not (folder / name).exists())
-    if gone:  # a part of a set, copied with its index, reads well
-        notes.append(f"{folder / INDEX_NAMES[0]}: names {len(gone)} shards that are not there ({gone[0]}, …).")
+            yield Problem("index", str(path), None, message)
 
 
 def _compare_remote(name: str, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
@@ -405,29 +382,26 @@ def _compare_remote(name: str, shards: Sequence[_Shard], notes: list[str]) -> It
         notes.append(f"{name}: no index beside the remote shards; only one process can read them.")
     for facts, entry in zip(shards, entries or (), strict=False):
         said = [(sample.key, {m: size for m, (_, size) in sample.members.items()}) for sample in entry.samples]
-        read = [(sample.key, sample.members) for sample in facts.samples]
-        if said != read and not any(problem.kind == "shard" for problem in facts.problems):
+        if said != [(sample.key, sample.members) for sample in facts.samples] and not facts.problems:
             message = "Expected the samples that the index names, but the shard differs. Upload both again."
             yield Problem("index", masked_url(facts.path), None, message)
 
 
 def _summary(name: str, shards: Sequence[_Shard]) -> SetSummary:
     samples = [sample for facts in shards for sample in facts.samples]
-    shapes = [sample.shape for sample in samples if sample.shape is not None]
+    frames = [sample.frames for sample in samples if sample.frames is not None]
+    sizes = Counter("{}x{}".format(*sample.size) for sample in samples if sample.size is not None)
     masked = [sample for sample in samples if sample.channels]
     channels = max((sample.channels for sample in masked), default=0) > 1
-    objects = [sample.objects[channels] for sample in masked if sample.objects is not None]
-    if channels and not objects:
-        objects = [sample.channels for sample in masked]
     return SetSummary(
         name=name,
         shards=len(shards),
         videos=len(samples),
-        frames=sum(shape[0] for shape in shapes),
-        bytes=sum(facts.size for facts in shards),
-        frame_sizes=dict(Counter(f"{shape[1]}x{shape[2]}" for shape in shapes).most_common()),
-        frames_a_video=_spread([shape[0] for shape in shapes]),
-        objects_a_video=_spread(objects),
+        frames=sum(frames),
+        bytes=sum(facts.bytes for facts in shards),
+        frame_sizes=dict(sizes.most_common()),
+        frames_a_video=_spread(frames),
+        objects_a_video=_spread([sample.objects for sample in masked if sample.objects is not None]),
         mask_format=("channels" if channels else "ids") if masked else None,
         members=dict(sorted(Counter(member for sample in samples for member in sample.members).items())),
         without_masks=sum(not any(m.startswith("segmentations.") for m in sample.members) for sample in samples),
@@ -462,7 +436,7 @@ def render_report(report: CheckReport, *, most: int = 20) -> str:
         lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found[:most]]
         lines += [f"  … and {len(found) - most} more; --json lists all"] if len(found) > most else []
     lines += [f"note: {note}" for note in report.notes]
-    read = "every member decoded" if report.deep else "headers only (--quick): contents were not compared"
+    read = "every member decoded" if report.deep else "members listed only (--quick)"
     count = sum(item.videos for item in report.sets)
     verdict = "clean" if report.clean else f"{_many(len(report.problems), 'problem')} found"
     lines.append(f"{verdict}: {_many(len(report.sets), 'set')}, {_many(count, 'video')}, {read}")

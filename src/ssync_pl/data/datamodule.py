@@ -18,7 +18,7 @@ from ssync_pl.data.patterns import Patterns, find_shards, is_compressed, is_remo
 from ssync_pl.data.samples import SampleRules
 from ssync_pl.data.stream import ShardStream
 from ssync_pl.data.transforms import BatchTransform
-from ssync_pl.errors import choose, require, require_shard
+from ssync_pl.errors import choose, require
 
 _logger = logging.getLogger(__name__)
 
@@ -288,14 +288,7 @@ class ShardDataModule(L.LightningDataModule):
         advice = "Download and unpack the shards, or leave `features` out."
         require(self.features is None or source.mapped, expected, source.shards[0], advice=advice)
         options: dict[str, Any] = {"clips_per_video": self.clips_per_video, "max_bytes": self.max_member_bytes}
-        kept, short = source.without_short(rules.span)
-        for shard, sample in short:
-            expected = f"{shard}, key {sample.key} to have {rules.span} frames or more (clip_length, frame_stride)"
-            advice = "Shorten the clip, or set on_bad_sample='skip'."
-            require_shard(self.skip_bad, expected, sample.frames, advice=advice)
-            self._count_bad([(f"{shard}, key {sample.key}", f"{expected}, but got {sample.frames}.")])
         if not source.mapped:
-            # A stream meets the short videos of a shard anyway, and replaces them there.
             stored = self.mask_format
             if stored == "auto":
                 stored = "ids" if self.has_background else "channels"
@@ -307,13 +300,13 @@ class ShardDataModule(L.LightningDataModule):
 
             store = FeatureStore(
                 str(self.features),
-                list(zip(kept.shards, kept.entries or [], strict=True)),
+                list(zip(source.shards, source.entries or [], strict=True)),
                 image_size=self.transform.image_size,
                 resize_mode=self.transform.resize_mode,
                 crop=self.transform.crop,
                 flips=rules.training and rules.flip_probability > 0,
             )
-        dataset = ShardDataset(kept, rules, store, skip_bad=self.skip_bad, **options)
+        dataset = ShardDataset(source, rules, store, skip_bad=self.skip_bad, **options)
         if rules.masks:
             dataset.settle_masks(split, self.mask_format)
         return dataset

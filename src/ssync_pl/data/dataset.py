@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards, scan_shard
+from ssync_pl.data.index import ShardEntry, load_shards, scan_shard
 from ssync_pl.data.patterns import Patterns, find_shards, is_compressed, is_remote
 from ssync_pl.data.remote import fetch_index
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample, train_sample
@@ -34,29 +34,13 @@ _SET_SEED = 0x9E3779B97F4A7C15  # each mixed set has an order of its own, or equ
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Opened shards of one split.
-
-    Args:
-        shards: Paths or URLs.
-        entries: Their index entries in the same order, or `None` when remote shards have no index.
-        mapped: Whether they are read in place rather than streamed.
-        sizes: Shards of each mixed set, in order; one number when nothing is mixed.
-        weights: Weight of each mixed set; empty when nothing is mixed.
-    """
+    """Opened shards of one split."""
 
     shards: list[str]
-    entries: list[ShardEntry] | None
-    mapped: bool = True
-    sizes: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
-
-    def without_short(self, span: int) -> tuple[ShardSource, list[tuple[str, SampleEntry]]]:
-        """Returns the source without videos that are known to have fewer frames, and them with their shards."""
-        pairs = list(zip(self.shards, self.entries or [], strict=self.entries is not None))
-        short = [(shard, one) for shard, entry in pairs for one in entry.samples if (one.frames or span) < span]
-        gone = {(shard, one.key) for shard, one in short}
-        kept = [replace(e, samples=tuple(s for s in e.samples if (shard, s.key) not in gone)) for shard, e in pairs]
-        return replace(self, entries=None if self.entries is None else kept), short
+    entries: list[ShardEntry] | None  # in the same order; None when remote shards have no index
+    mapped: bool = True  # whether they are read in place rather than streamed
+    sizes: tuple[int, ...] = ()  # shards of each mixed set, in order
+    weights: tuple[float, ...] = ()  # of the mixed sets; empty when nothing is mixed
 
 
 def open_source(patterns: Patterns, argument: str, backend: Backend = "auto") -> ShardSource:
@@ -86,16 +70,7 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
 
     All ranks emit equally many batches, and evaluation sees each video once, at any number of ranks and workers. What
     a pass holds is a function of (seed, pass). Without an index the length is unknown, and only one process may read.
-
-    Args:
-        source: The shards.
-        rules: How samples are cut.
-        batch_size: Clips per batch.
-        clips_per_video: Clips of each video per pass, in training.
-        skip_bad: Put a readable sample in place of one that is not, instead of raising.
-        max_bytes: Most bytes of a member, stored and decoded.
-        rank: This process.
-        world: Number of processes.
+    `skip_bad` puts a readable sample in place of one that is not, instead of raising.
     """
 
     together = False  # whether a rank reads the pass in one piece
@@ -198,14 +173,7 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
 
 
 class ShardDataset(ShardBatches):
-    """Batches of clips or videos of plain local shards, read in place; they do not depend on the number of workers.
-
-    Args:
-        source: The shards.
-        rules: How samples are cut.
-        features: Cached features of the same shards, which then come with every sample.
-        **options: Further arguments of `ShardBatches`.
-    """
+    """Batches of clips or videos of plain local shards, read in place; they do not depend on the number of workers."""
 
     def __init__(
         self, source: ShardSource, rules: SampleRules, features: FeatureStore | None = None, **options: Any

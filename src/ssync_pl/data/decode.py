@@ -114,20 +114,10 @@ def view_npy(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMB
 
 
 def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> Any:
-    """Decodes one member by its extension.
+    """Decodes one member by its extension, or raises `ShardError`.
 
-    Args:
-        member: Member name without the sample's key, for example `video.npy`.
-        data: The member's bytes.
-        where: Shard and key, for messages.
-        max_bytes: Most bytes of the result.
-
-    Returns:
-        An array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that are
-        called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
-
-    Raises:
-        ShardError: The extension is refused, the bytes do not decode, or the result takes too many bytes.
+    Returns an array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that
+    are called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
     """
     extension = require_allowed(member, where)
     place = _place(member, where)
@@ -171,25 +161,12 @@ def decode_picture(
     where: str,
     *,
     ids: bool = False,
-    upright: bool = True,
     formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> np.ndarray:
-    """Decodes one picture, the same way for shards, converters, predictions and previews.
+    """Decodes one picture from its bytes or its path to uint8 (h, w, 3), turned as its EXIF orientation says.
 
-    Args:
-        source: Its bytes, or its path.
-        where: What it is, for messages.
-        ids: Return the stored numbers of a grey or palette picture, which are object ids.
-        upright: Turn frames as their EXIF orientation says; leave it off where masks count stored pixels.
-        formats: Pillow's names of the formats that are accepted.
-        max_bytes: Most bytes of the result.
-
-    Returns:
-        uint8 (h, w, 3); with `ids` (h, w) uint8, or int64 for pictures of more than 8 bits.
-
-    Raises:
-        ShardError: The picture is missing, damaged, too large or of another kind.
+    With `ids`, returns the stored numbers of a grey or palette picture (h, w): uint8, or int64 above 8 bits.
     """
     from PIL import Image, ImageOps
 
@@ -198,7 +175,7 @@ def decode_picture(
         with Image.open(opened, formats=list(formats)) as picture:
             require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
             if not ids:
-                return to_rgb(ImageOps.exif_transpose(picture) if upright else picture, where)
+                return to_rgb(ImageOps.exif_transpose(picture), where)
             grey = picture.mode in ("1", "L", "P", "I", "I;16", "I;16B")
             expected = f"{where} to be a grey or palette picture whose numbers are object ids"
             require_shard(grey, expected, f"mode {picture.mode!r}", advice="Save the ids as a grey or palette PNG.")
@@ -209,7 +186,7 @@ def decode_picture(
     except FileNotFoundError as error:
         raise _damaged(where, "a file that is there", "none") from error
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
-        raise _damaged(where, f"a whole picture ({', '.join(formats)})", _or_empty(source, error)) from error
+        raise _damaged(where, f"a whole picture ({', '.join(formats)})", error) from error
 
 
 def to_rgb(picture: Any, where: str) -> np.ndarray:
@@ -259,7 +236,7 @@ def open_video(
     except (ShardError, ConfigError, MemoryError):
         raise
     except Exception as error:
-        raise _damaged(where, "a whole video file", _or_empty(source, error)) from error
+        raise _damaged(where, "a whole video file", error) from error
 
 
 def count_frames(source: Data | str | os.PathLike[str], where: str) -> int:
@@ -279,10 +256,8 @@ def decode_video(
     stamp: int | None = None,
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[np.ndarray]:
-    """Decodes frames one after the other, the same way for shards, converters, predictions and previews.
-
-    Frames are shown as a player shows them: turned and mirrored by the display matrix, without what an edit list cuts
-    off, transparency over black.
+    """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
+    what an edit list cuts off, transparency over black.
 
     Args:
         source: Bytes of an mp4 file, or the path of a video file.
@@ -290,13 +265,6 @@ def decode_video(
         frames: Frame numbers, not falling; `None` for all.
         stamp: The container's time stamp of the first wanted frame, to seek to; `None` decodes from the start.
         max_bytes: Most bytes of one frame.
-
-    Yields:
-        uint8 (h, w, 3) each, all of one size.
-
-    Raises:
-        ConfigError: PyAV is not installed.
-        ShardError: The file is damaged, ends early, holds too large frames, or their size changes.
     """
     size: tuple[int, ...] | None = None
     place = seen = 0
@@ -388,11 +356,6 @@ def _parse_header(head: bytes) -> NpyHeader:
         stream.seek(8)
         shape, fortran_order, dtype = read(stream)
     return NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
-
-
-def _or_empty(source: Any, error: Exception) -> Exception | str:
-    empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0
-    return "an empty file" if empty else error
 
 
 def _damaged(place: str, expected: str, got: Exception | str) -> ShardError:

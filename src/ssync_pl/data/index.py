@@ -37,36 +37,22 @@ _told: set[Path] = set()  # indices of other programs that were named in the log
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """One sample of a shard.
+    """One sample of a shard."""
 
-    Args:
-        key: The sample's key: the member names up to their first dot.
-        members: Member name without the key → (offset, size) in bytes.
-        frames: Frames of the video, or `None` when no array header says it (mp4, pictures).
-    """
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    frames: int | None = None
+    key: str  # the member names up to their first dot
+    members: dict[str, tuple[int, int]]  # name without the key → (offset, size) in bytes
+    frames: int | None = None  # None when no array header says it (mp4, pictures)
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard and its samples.
-
-    Args:
-        name: File name without folder.
-        size: Bytes of the file, by which a stale entry is recognised.
-        samples: The samples in the order of the file.
-        links: Full names of members that are links → name of the member that they point to.
-        ignored: Escaped names of members that cannot be read: special files, broken links, names that are not UTF-8.
-    """
+    """One shard and its samples, in the order of the file."""
 
     name: str
-    size: int
+    size: int  # bytes of the file, by which a stale entry is recognised
     samples: tuple[SampleEntry, ...]
-    links: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    links: Mapping[str, str] = field(default_factory=dict)  # members that are links → what they point to
+    ignored: tuple[str, ...] = ()  # members that cannot be read: special files, broken links, names not UTF-8
 
 
 @dataclass(frozen=True)
@@ -136,7 +122,9 @@ def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEn
     ignored: list[str] = []
     with path.open("rb") as stream, open_tar(stream, "r|*" if packed else "r:", str(path)) as tar:
         for info in tar:
-            target = _link_target(info)
+            target = info.linkname if info.islnk() else ""
+            if info.issym():
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
             if target in places:
                 places[info.name] = places[target]
                 links[info.name] = links.get(target, target)
@@ -156,7 +144,10 @@ def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEn
             members[member] = places[info.name]
             if member in ("video.npy", "video.npy.gz") and not (packed and target):
                 content: Any = tar.extractfile(info)
-                samples[-1] = SampleEntry(key, members, _head_frames(content.read(HEADER_BYTES), member))
+                # The reader refuses a damaged member by name when, and only when, the sample is used.
+                with contextlib.suppress(ShardError):
+                    shape = read_npy_header(content.read(HEADER_BYTES), member, max_bytes=1 << 62).shape
+                    samples[-1] = SampleEntry(key, members, shape[0] if len(shape) == 4 else None)
     warn_ignored(str(path), ignored)
     return ShardEntry(path.name, path.stat().st_size, tuple(samples), links, tuple(ignored))
 
@@ -205,14 +196,11 @@ def write_index(
 
 
 def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -> list[ShardEntry]:
-    """Returns the entries of some shards: from the sidecars where they fit, by scanning elsewhere.
+    """Returns the entries of local, uncompressed shards, in their order: from the sidecars, or by scanning them.
 
     Args:
-        paths: Local, uncompressed shards.
+        paths: The shards.
         save: Write what was scanned back to the sidecar (left out silently in read-only folders).
-
-    Returns:
-        One entry per path, in the order of `paths`.
 
     Raises:
         FileNotFoundError: A shard is missing.
@@ -248,20 +236,6 @@ def header_fits(header: bytes | memoryview, name: str, size: int) -> bool:
     # Long and non-ASCII names, and sizes of 8 GiB and more, are stored elsewhere.
     name_agrees = len(name) >= 100 or not name.isascii() or info.name.lower() == name.lower()
     return name_agrees and (info.size == size or size >= 8**11)
-
-
-def _link_target(info: tarfile.TarInfo) -> str:
-    if info.issym():
-        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-    return info.linkname if info.islnk() else ""
-
-
-def _head_frames(head: bytes, member: str) -> int | None:
-    try:
-        shape = read_npy_header(head, member, max_bytes=1 << 62).shape
-    except ShardError:
-        return None  # the reader refuses the member by name when, and only when, the sample is used
-    return shape[0] if len(shape) == 4 else None
 
 
 def _fits(entry: ShardEntry, path: Path) -> bool:

@@ -88,15 +88,9 @@ class ShardLoader(DataLoader[dict[str, Any]]):
     Batch k of pass e of mapped shards is a function of (seed, rank, world, e, k), so all that a checkpoint has to hold
     are two numbers; Lightning saves and restores them by `state_dict` and `load_state_dict`. Batches that were fetched
     ahead but never trained on are not counted. A stream goes on at the start of a shard. Without a trainer, each loop
-    over the loader is another pass.
-
-    Args:
-        dataset: The batches.
-        clock: Who counts passes and batches; `None` lets the loader count by itself.
-        device: Where batches are copied to, one ahead of their use; `None` leaves that to the caller.
-        on_bad: Called with the bad samples of each batch, as (place, message).
-        leave_out: Leave out batches that hold nothing but stand-ins of bad samples: only where one process reads.
-        **options: Options of `torch.utils.data.DataLoader`.
+    over the loader is another pass. `device` is where batches are copied to, one ahead of their use; `on_bad` is called
+    with the bad samples of each batch; `leave_out` leaves out batches that hold nothing but stand-ins of bad samples,
+    which only works where one process reads.
     """
 
     dataset: ShardBatches

@@ -42,37 +42,19 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class SampleRules:
-    """How samples are cut; shared by mapped and streamed shards.
+    """How samples are cut; see `ShardDataModule` for what the settings mean."""
 
-    Args:
-        clip_length: Frames of a training clip; `None` takes whole videos, for evaluation.
-        frame_stride: Distance between the frames of a clip, in frames.
-        image_size: Height and width of the batch, or `None` for the stored size.
-        crop: `none` resizes to `image_size`; `random` and `center` cover it and crop.
-        flip_probability: Probability of a left-right flip in training.
-        masks: Whether object masks are read.
-        mask_format: `ids`: (F, h, w, 1), 0 = background (MOVi); `channels`: (F, h, w, N), one per object (YT-VIS).
-        max_objects: Most objects a mask may have; `None` for no limit.
-        seed: Seed of the run.
-        reference: Cut clips and crops as published VideoSAUR-style pipelines do: a clip starts at a multiple of its
-            length.
-        video: Whether training clips hold their frames; without them only what is cached is read.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    clip_length: int | None = None
+    clip_length: int | None = None  # None takes whole videos, for evaluation
     frame_stride: int = 1
     image_size: Size | None = None
     crop: str = "none"
     flip_probability: float = 0.0
     masks: bool = False
     mask_format: MaskFormat = "ids"
-    max_objects: int | None = None
+    max_objects: int | None = None  # None sets no limit
     seed: int = 0
     reference: bool = False
-    video: bool = True
+    video: bool = True  # whether training clips hold their frames, or only what is cached
 
     def __post_init__(self) -> None:
         for name, value in (("clip_length", self.clip_length), ("frame_stride", self.frame_stride)):
@@ -95,19 +77,12 @@ class SampleRules:
 
 @dataclass(frozen=True)
 class Members:
-    """The members of one sample, wherever they lie.
+    """The members of one sample, wherever they lie."""
 
-    Args:
-        where: Shard and key, for messages.
-        sizes: Bytes of each member.
-        fetch: Returns `length` bytes of a member from `start` on.
-        max_bytes: Most bytes of a member, stored and decoded.
-    """
-
-    where: str
-    sizes: Mapping[str, int]
-    fetch: Callable[[str, int, int], Data]
-    max_bytes: int = MAX_MEMBER_BYTES
+    where: str  # shard and key, for messages
+    sizes: Mapping[str, int]  # in bytes
+    fetch: Callable[[str, int, int], Data]  # returns so many bytes of a member from a place on
+    max_bytes: int = MAX_MEMBER_BYTES  # of a member, stored and decoded
 
     def name(self, member: str) -> str:
         """Names a member for messages."""
@@ -230,22 +205,11 @@ def arrange_masks(masks: np.ndarray, frames: int, size: tuple[int, int], place: 
 
 
 def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, clip: int) -> dict[str, Any]:
-    """Cuts one training clip.
+    """Cuts one training clip; the random choices hang on the key (with its shard), the pass and the clip's number.
 
-    Args:
-        members: The sample's members.
-        key: Name of the video with its shard: what the random choices hang on.
-        rules: How to cut.
-        epoch: Number of the pass.
-        clip: Number of the clip of this video in this pass.
-
-    Returns:
-        `video` (T, h, w, 3) uint8 unless `rules.video` is off, `flip` bool scalar, `crop` (2,) int64 (top and left in
-        the resized picture), `cut` (the frames taken, a slice), with `rules.masks` also `segmentations` (T, h, w, N)
-        uint8.
-
-    Raises:
-        ShardError: The video is shorter than a clip, a member is refused or does not fit.
+    Returns `video` (T, h, w, 3) uint8 unless `rules.video` is off, `flip` bool scalar, `crop` (2,) int64 (top and left
+    in the resized picture), `cut` (the frames taken, a slice), and with `rules.masks` `segmentations` (T, h, w, N)
+    uint8. Raises `ShardError` when the video is shorter than a clip, or a member is refused or does not fit.
     """
     member = find_member(members.sizes, "video", members.where)
     frames, span = members.count_frames(member), rules.span

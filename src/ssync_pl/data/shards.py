@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -122,8 +122,8 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._entries: list[ShardEntry] = []
         self._tar: Any = None
-        self._file: BinaryIO | None = None
-        self._temporary: Path | None = None
+        self._file: Any = None
+        self._temporary = Path()
         self._in_shard = 0
         self._closed = False
 
@@ -168,13 +168,11 @@ class ShardWriter:
     def abort(self) -> None:
         """Removes the unfinished shard and closes without writing an index; finished shards stay."""
         self._closed = True
-        if self._file is not None and self._temporary is not None:
-            try:
-                with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
-                    self._tar.close()
-            finally:
-                self._temporary.unlink(missing_ok=True)
-        self._tar = self._file = self._temporary = None
+        if self._tar is not None:
+            with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
+                self._tar.close()
+            self._temporary.unlink(missing_ok=True)
+        self._tar = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -193,20 +191,19 @@ class ShardWriter:
         if self._tar is None:
             name = f"{self.prefix}-{len(self._entries):06d}.tar"
             self._temporary = self.directory / f".{name}.{os.getpid()}.tmp"
-            self._file = self._temporary.open("wb")
             # Members are bytes already; a fixed time and no names make equal samples equal files.
+            self._file = self._temporary.open("wb")
             self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         return self._tar
 
     def _finish_shard(self) -> None:
-        if self._file is None or self._temporary is None:
+        if self._tar is None:
             return
-        self._tar.close()
-        self._file.close()
+        with self._file:
+            self._tar.close()
         final = self.directory / f"{self.prefix}-{len(self._entries):06d}.tar"
         os.replace(self._temporary, final)
-        self._tar = self._file = self._temporary = None
-        self._in_shard = 0
+        self._tar, self._in_shard = None, 0
         self._entries.append(scan_shard(final))
 
 

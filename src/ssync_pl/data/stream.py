@@ -41,12 +41,6 @@ class ShardStream(ShardBatches):
     """Batches of shards that are read from start to end, each by one worker of one rank.
 
     A resumed pass goes on at the start of the shard that each worker was in.
-
-    Args:
-        source: The shards.
-        rules: How samples are cut.
-        shuffle_buffer: Clips that each worker holds back to be mixed, in training.
-        **options: Further arguments of `ShardBatches`.
     """
 
     together = True
