@@ -29,7 +29,7 @@ BUDGETS = {
     "data": 10_580,
     "compare": 2620,
     "tools": 4550,
-    "cli": 1250,
+    "cli": 1265,
 }
 TOTAL = 29_450  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

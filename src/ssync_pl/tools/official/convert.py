@@ -84,7 +84,7 @@ def convert_config(path: str | Path, *, root: str | None = None, changes: Iterab
     """
     keys = Keys(read_config(path, changes))
     for part in ("model", "optimizer", "dataset"):
-        require(keys.below(part), f"{path} to have the sections model, optimizer and dataset", f"no {part}")
+        require(bool(keys.below(part)), f"{path} to have the sections model, optimizer and dataset", f"no {part}")
     keys.check(_FIXED)
     ignored = [keys.values.get(f"val_metrics.{name}.ignore_overlaps", False) for name in keys.below("val_metrics")]
     for pattern, reason in _NOT_TRANSLATED.items():

@@ -223,7 +223,7 @@ def _similarity(keys: Keys, loss: str) -> dict[str, Any]:
     keys.check({f"{loss}.pred_key": "decoder.reconstruction"})
     target = str(keys.take(f"{loss}.target_key", _FEATURES))
     layer = re.fullmatch(r"encoder\.(vit_(?:block|block_keys)\d+|vit_output)", target)
-    require(target == _FEATURES or layer, f"{loss}.target_key to be a layer of the encoder", repr(target))
+    require(target == _FEATURES or layer is not None, f"{loss}.target_key to be a layer of the encoder", repr(target))
     keys.choose(f"{transform}.name", "utils.FeatureTimeSimilarity")
     keys.choose(f"{transform}.softmax", True)
     keys.check({f"{transform}.normalize": True, f"{transform}.mask_diagonal": False})
