@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,19 @@ def test_a_strange_state_is_refused_and_random_numbers_of_the_run_left_alone(mak
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ConfigError, match="state of a loader, version 1"):
         loader.load_state_dict({"version": 7})
+
+
+def test_workers_end_with_their_loader(make_shards, opened):
+    gc.collect()
+    gc.disable()  # no cycle of references keeps them
+    try:
+        batches = iter(opened(make_shards(count=8), num_workers=1).train_dataloader())
+        next(batches)
+        assert multiprocessing.active_children()
+        del batches
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
