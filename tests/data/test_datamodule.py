@@ -255,7 +255,7 @@ QUIET = {
 
 
 @pytest.mark.parametrize("source", ["local", "remote"])
-def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source, recwarn):
+def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
     make_shards("train", count=7)
     make_shards("validation", count=3)
     root = str(tmp_path) if source == "local" else served
@@ -270,7 +270,6 @@ def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source, recwarn
     assert model.validated == ["0", "1", "2"] * 3
     predictions = trainer.predict(model, datamodule=data)
     assert [key for keys in predictions for key in keys] == ["0", "1", "2"]
-    assert not [warning for warning in recwarn if "IterableDataset" in str(warning.message)]
 
 
 def test_overfit_batches_work(make_shards):
@@ -353,6 +352,7 @@ def test_two_processes_under_ddp_share_the_data_exactly(make_shards, tmp_path):
     words = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "IterableDataset" not in done.stderr  # Lightning doubts the lengths of such sets; ours are exact
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [(rank["lengths"], rank["steps"]) for rank in ranks] == [([3, 3], 6)] * 2
     for epoch in range(2):
