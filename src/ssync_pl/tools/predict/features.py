@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.features.codec import FeatureType, decode_features, encode_features
 from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, read_projection
 from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ssync_pl.data.features.backbones import FrozenBackbone
+    from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 __all__ = ["FeatureMaker", "FeatureSource", "find_features"]
 
@@ -32,7 +31,6 @@ class FeatureSource:
     backbone: str
     layer: str | None
     weights: str | None
-    dtype: FeatureType
     projection: Projection | None
     image_size: tuple[int, int] | None = None
 
@@ -86,7 +84,7 @@ def find_features(data: ShardDataModule, projection: str | None) -> FeatureSourc
     name, layer, components = getattr(data, "_cache", (None, None, None))
     if name is None or (components is not None and found is None):
         raise _no_projection(folder, "there are no features")
-    return FeatureSource(name, layer, None, "bf16", found)
+    return FeatureSource(name, layer, None, found)
 
 
 class FeatureMaker:
@@ -139,17 +137,16 @@ class FeatureMaker:
                     f"Expected backbone {backbone.name} to give finite features, but got NaN or infinity. Check its "
                     "weights and the video."
                 )
-            parts.append(decode_features(encode_features(features, self.source.dtype)))
+            parts.append(features.to(torch.bfloat16).float())
         return torch.cat(parts)[None]
 
 
 def _source(recipe: FeatureRecipe, projection: Projection | None) -> FeatureSource:
-    dtype: FeatureType = "int8" if recipe.dtype == "int8" else "bf16"
-    return FeatureSource(recipe.backbone, recipe.layer, recipe.weights, dtype, projection, recipe.image_size)
+    return FeatureSource(recipe.backbone, recipe.layer, recipe.weights, projection, recipe.image_size)
 
 
 def _backbone(source: FeatureSource, checkpoint: str | None) -> FrozenBackbone:
-    from ssync_pl.data.features.backbones import load_backbone
+    from ssync_pl.hosts.nn.backbones import load_backbone
 
     tried = [(None, checkpoint)] if checkpoint is not None else [("pretrained", None), ("none", None)]
     for weights, file in tried:
