@@ -40,8 +40,7 @@ def run_data(args: list[str]) -> int:
     converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
     if args[:1] == ["convert"]:  # they import PyTorch
         sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        for source in ("movi", "ytvis", "davis", "videos"):
-            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
+        import_module("ssync_pl.data.convert.commands").add_sources(sources)
     _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
     options = parser.parse_args(args)
     return int(options.run(options))
