@@ -28,8 +28,8 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 10_580,
     "compare": 2620,
-    "tools": 5160,
-    "cli": 1300,
+    "tools": 4550,
+    "cli": 1265,
 }
 TOTAL = 29_450  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
