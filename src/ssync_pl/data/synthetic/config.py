@@ -11,7 +11,7 @@ from ssync_pl.errors import ConfigError
 
 __all__ = ["PRESETS", "SceneConfig", "preset"]
 
-_NUMBERS: dict[str, tuple[type, float, float]] = {
+_NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "resolution": (int, 8, 1024),
     "frames": (int, 1, 1000),
     "fps": (float, 1, 240),
@@ -99,7 +99,7 @@ class SceneConfig:
             )
 
 
-def number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+def number(name: str, value: Any, kind: type[int] | type[float], low: float, high: float) -> Any:
     """Return a number of this kind; raise `ConfigError` where it is another kind or out of range."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"

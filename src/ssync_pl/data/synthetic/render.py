@@ -15,7 +15,6 @@ import numpy as np
 from ssync_pl.data.synthetic.config import SceneConfig
 from ssync_pl.data.synthetic.scene import Scene, Solid, sample_scene
 from ssync_pl.data.synthetic.shapes import Array, intersect, normal
-from ssync_pl.data.synthetic.textures import Texture
 
 _TAN = 32.0 / 2.0 / 35.0  # of half the angle of view: sensor and focal length of MOVi
 _NEAR = 0.05
@@ -92,7 +91,7 @@ class _Camera:
         corners = np.stack([middle + i * long + j * wide for i in (-1, 1) for j in (-1, 1)])
         return self.box(*(self.basis @ (corners - self.place).T))
 
-    def cast(self, solids: Sequence[Solid]) -> tuple[Array, Array, list[tuple[_Box, list[Array]]]]:
+    def cast(self, solids: list[Solid]) -> tuple[Array, Array, list[tuple[_Box, list[Array]]]]:
         """Return the depth and the object (1-based, 0 for none) of every ray, and each object's box and rays in it."""
         depth = np.full(self.slopes.shape * 2, np.inf, np.float32)
         hits = np.zeros(depth.shape, np.uint8)
@@ -162,7 +161,7 @@ class _Stage:
             ambient[channel] = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * colours[channel]) * glow)
             direct[channel] = np.where(floor, albedo * direct_light, 0.0)
 
-    def shade(self, solids: Sequence[Solid]) -> Array:
+    def shade(self, solids: list[Solid]) -> Array:
         """Return the light ``(3, H, s, W, s)`` of every ray of a frame."""
         depth, hits, views = self.camera.cast(solids)
         lit, open_sky = np.ones((2, *hits.shape), np.float32)
@@ -220,7 +219,7 @@ class _Stage:
         return np.tensordot(solid.rotation.T.astype(np.float32), self.spread, 1)
 
     def _shade_object(
-        self, solids: Sequence[Solid], k: int, ray: Sequence[Array], depth: Array, chosen: tuple[Array, ...]
+        self, solids: list[Solid], k: int, ray: Sequence[Array], depth: Array, chosen: tuple[Array, ...]
     ) -> Array:
         """Return the light ``(3, P)`` of P rays that meet an object, in whose own frame they are."""
         solid = solids[k]
@@ -241,7 +240,7 @@ class _Stage:
         cosine = _dot(ray, facing) * towards
         mirror = [step * towards - 2.0 * cosine * out for step, out in zip(ray, facing, strict=True)]
         gleam = np.maximum(_dot(key, mirror), 0.0)
-        colours = solid.surface(*point) if isinstance(solid.surface, Texture) else solid.surface
+        colours = solid.surface(*point)
         if not solid.metal:
             shine = 0.10 * (gleam**12 * (slope > 0.0))
             return np.stack([colour * diffuse + shine for colour in colours]).astype(np.float32)
@@ -256,7 +255,7 @@ class _Stage:
             out.append(colour * 0.5 * diffuse + (tint + (1.0 - tint) * 0.4 * rim) * around * 0.75 + glare)
         return np.stack(out).astype(np.float32)
 
-    def _shadowed(self, solids: Sequence[Solid], k: int, point: Sequence[Array], chosen: tuple[Array, ...]) -> Array:
+    def _shadowed(self, solids: list[Solid], k: int, point: Sequence[Array], chosen: tuple[Array, ...]) -> Array:
         """Return which points of an object lie in the shadow of another one."""
         dark = np.zeros(point[0].shape, bool)
         for other in solids[:k] + solids[k + 1 :]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,9 @@ _TRIES = 200
 _CAMERA_AZIMUTH = math.atan2(-6.0, 8.0)  # where a camera without a shell stands, about
 
 
+Surface = Callable[[Array, Array, Array], Sequence[Any]]  # points to linear RGB
+
+
 @dataclass(frozen=True)
 class Solid:
     """An object in one frame; the rotation turns its own frame to the world."""
@@ -32,7 +37,7 @@ class Solid:
     half: float
     bound: float
     metal: bool
-    surface: list[float] | Texture  # linear RGB where plain
+    surface: Surface
     centre: Array
     rotation: Array
 
@@ -94,9 +99,9 @@ def _place(config: SceneConfig, rng: np.random.Generator) -> tuple[Bodies, Array
     return Bodies(shapes[:count], half[:count], bodies.metal[:count]), np.stack(centres)
 
 
-def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> list[float] | Texture:
-    colour = _COLOURS[int(rng.integers(len(_COLOURS)))]  # drawn for textured objects too: the next numbers depend on it
-    return random_texture(rng, 1.1 / half) if config.textured else [(value / 255.0) ** 2.2 for value in colour]
+def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surface:
+    colour = [(value / 255.0) ** 2.2 for value in _COLOURS[int(rng.integers(len(_COLOURS)))]]
+    return random_texture(rng, 1.1 / half) if config.textured else lambda *_: colour
 
 
 def _camera(config: SceneConfig, rng: np.random.Generator) -> tuple[Array, float]:
