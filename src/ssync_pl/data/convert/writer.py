@@ -26,7 +26,7 @@ from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_proces
 from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ShardError, choose, require
 
-__all__ = ["ConversionReport", "Decode", "Item", "Split", "convert", "record_path"]
+__all__ = ["ConversionReport", "Decode", "Item", "Split", "convert"]
 
 _LOCK = ".convert.lock"
 # Errors of the machine, not of one source file: skipping the sample would lose all the others too.
@@ -154,14 +154,9 @@ def convert(
         ) from error
 
 
-def record_path(out: Path, prefix: str) -> Path:
-    """Where the record of a conversion lies."""
-    return out / f".{prefix}.plan.json"
-
-
 def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[Item], names: Sequence[str]) -> None:
     """Note beside the shards how they are made; refuse a folder that holds other shards or another record."""
-    path = record_path(out, prefix)
+    path = out / f".{prefix}.plan.json"
     sources = json.dumps([(item.key, item.source) for item in items], sort_keys=True)
     record = {"format": "ssync_pl.conversion", "version": 2, "settings": settings}
     record = json.loads(json.dumps({**record, "sources": hashlib.sha256(sources.encode()).hexdigest()}))
