@@ -51,7 +51,7 @@ def _add_generate(commands: Any, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
     add = parser.add_argument
     change = "change a setting of the preset, e.g. zoom=1.5; may be repeated"
-    add("--preset", default="a", help="look of the scenes: a, a_zoom, c, e or cluttered")
+    add("--preset", default="a", help="look of the scenes: a, a_zoom or c")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
     add("--train", type=int, default=440, help="number of training videos")
     add("--validation", type=int, default=48, help="number of validation videos")
