@@ -176,7 +176,7 @@ def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
         (file,) = (tmp_path / name).rglob("summary.json")
         return json.loads(file.read_text())["rows"]
 
-    alone, together = rows("one"), rows("two", devices=2, strategy="ddp_spawn")
+    alone, together = rows("one"), rows("two", devices=2, strategy="ddp_fork")
     assert set(together) == {"this run", "grid", "k-means RGB"}
     for row in ("grid", "k-means RGB"):
         assert together[row] == pytest.approx(alone[row])
