@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from ssync_pl import SSyncCallback
 from ssync_pl.compare import evaluation
 from ssync_pl.compare.recorder import RunRecorder
-from ssync_pl.compare.videos import ShapeTable, refuse_shared_videos
+from ssync_pl.compare.videos import refuse_shared_videos
 from ssync_pl.data import ShardDataModule
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
@@ -37,7 +37,7 @@ def test_savi_on_the_packaged_set(tmp_path: Path, root: Path) -> None:
     assert content["steps"] == 4
     assert content["num_videos"] == 5  # each once, although they come in batches of two
     assert content["scores"]["used_slots"] + content["scores"]["unused_slots"] == 4.0
-    assert set(content["probe"]) == {"position_r2", "color_r2", "shape_accuracy"}
+    assert set(content["probe"]) == {"position_r2", "color_r2"}
     assert all(value <= 1.0 for value in content["probe"].values())
     assert (content["first_step"], content["device"][:3]) == (0, "CPU")
     pictures = json.loads((folder / "pictures.json").read_text())
@@ -266,30 +266,6 @@ def test_sets_that_do_not_say_what_they_hold_are_let_through() -> None:
 
     loader = DataLoader(Stream())
     refuse_shared_videos(loader, loader)
-
-
-def test_shapes_are_those_of_the_scene(root: Path) -> None:
-    data = synthetic(root)
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.val_dataloader()
-    dataset = data._datasets["validation"]
-    table = ShapeTable(loader)
-    keys = [sample.key for _, sample in dataset.samples]
-    classes = table.classes(keys, 12, has_background=True)
-    assert classes is not None
-    named: dict[int, str] = {}
-    for row, place in zip(classes, range(len(keys)), strict=True):
-        facts = dataset.members(place).decode("instances.json")
-        wanted = {one["id"]: one["shape"] for one in facts["instances"]}
-        assert {index for index, number in enumerate(row.tolist()) if number >= 0} == set(wanted)
-        for index, shape in wanted.items():
-            assert named.setdefault(int(row[index]), shape) == shape
-    assert len(set(named.values())) == len(named) > 1
-    shifted = table.classes(keys, 11, has_background=False)
-    assert shifted is not None
-    assert torch.equal(shifted, classes[:, 1:])
-    assert table.classes(["unknown"], 12, has_background=True) is None
 
 
 @pytest.mark.gpu

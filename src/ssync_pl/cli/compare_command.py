@@ -21,7 +21,7 @@ kept."""
 _EXAMPLES = """examples:
   ssync-pl compare --config examples/savi_synthetic.yaml --seeds 5 --out runs/compare/savi
   ssync-pl compare --config examples/slotcontrast_synthetic.yaml --variants without,with,no-merging,threshold-0.8 \\
-    --slots 7,11 --sets c,cluttered --seeds 3 --out runs/compare/slots
+    --slots 7,11 --sets a,c --seeds 3 --out runs/compare/slots
   ssync-pl compare --config mine.yaml --variants without,with,mine_too.yaml --out runs/compare/mine \\
     --launcher slurm --partition gpu --gpus 1 --hours 12 --slurm account=lab -- --trainer.precision=16-mixed
 

@@ -10,8 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, read_frames, read_timeline
-from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, is_mask_folder, list_frames, natural_key
+from ssync_pl.data.convert.media import (
+    PICTURE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    inspect_video,
+    is_mask_folder,
+    list_frames,
+    natural_key,
+    read_frames,
+)
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
@@ -92,16 +99,16 @@ def _folder(path: Path) -> list[InputVideo]:
 def _video_file(path: Path) -> InputVideo:
     where = f"video {path}"
     try:
-        timeline = read_timeline(path, None, None, where)
-        missing = timeline.missing or (None if timeline.frames else "it has no frames")
+        facts = inspect_video(path, where)
+        missing = facts.missing or (None if facts.frames else "it has no frames")
         if missing is None:
-            next(read_frames(path, None, [0], None, where))
+            next(read_frames(path, None, range(1), None, where))
     except ShardError as error:  # whose advice is the converter's
         missing = "an empty file" if not path.stat().st_size else str(error.__cause__ or error).splitlines()[0]
     if missing is not None:
         raise ShardError(f"Expected {path} to be a whole video, but it is not ({missing}). Copy or encode it again.")
-    rate = None if timeline.rate is None else float(timeline.rate)
-    return InputVideo(path.stem, str(path), partial(read_frames, path, None, None, None, where), timeline.frames, rate)
+    frames = partial(read_frames, path, None, None, None, where)
+    return InputVideo(path.stem, str(path), frames, facts.frames, facts.rate)
 
 
 def _frame_folder(path: Path) -> InputVideo:
