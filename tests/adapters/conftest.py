@@ -1,9 +1,8 @@
-"""Makes the helper modules beside the tests importable under importlib mode, and keeps the tests on one core."""
+"""Makes the helper modules beside the tests importable under importlib mode, and seeds every test."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,17 +1,14 @@
-"""A stand-in for the public SOLV model: its layout and shapes, and what it does to both maps, in few lines.
-
-The host keeps its own tensors (`own_logits`, `own_alpha`, `own_clusters`) for comparison. `HOSTS` names factories
-without arguments, `training_loss(host)` runs one training step's forward pass.
-"""
+"""A stand-in for the public SOLV model, which keeps its own tensors for comparison, and this package's SOLV."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ssync_pl.hosts import SOLV
 
 SLOTS, DIM, CHANNELS, RADIUS = 5, 8, 6, 1
 ROWS, COLUMNS = 3, 4
@@ -150,27 +147,7 @@ def training_loss(host: nn.Module, batch: tuple[Tensor, Tensor, Tensor] | None =
 
 
 def packaged() -> Any:
-    from ssync_pl.hosts import SOLV
-
-    return SOLV(
-        SLOTS,
-        slot_dim=DIM,
-        backbone=None,
-        feature_dim=CHANNELS,
-        grid=(ROWS, COLUMNS),
-        clip_length=FRAMES,
-        temporal_blocks=1,
-        temporal_heads=2,
-        merge_threshold=0.3,
-        merge_min_slots=1,
-        merge_rise=1.0,
-        decoder_hidden=(16,),
-        dropout=0.0,
-        edge_probability=0.0,
-    )
-
-
-HOSTS: dict[str, Callable[[], nn.Module]] = {
-    "solv": SolvHost,
-    "solv_unmerged": lambda: SolvHost(merge=False),
-}
+    sizes: dict[str, Any] = {"slot_dim": DIM, "feature_dim": CHANNELS, "grid": (ROWS, COLUMNS), "clip_length": FRAMES}
+    merging: dict[str, Any] = {"merge_threshold": 0.3, "merge_min_slots": 1, "merge_rise": 1.0}
+    parts: dict[str, Any] = {"temporal_blocks": 1, "temporal_heads": 2, "decoder_hidden": (16,), "dropout": 0.0}
+    return SOLV(SLOTS, backbone=None, edge_probability=0.0, **sizes, **merging, **parts)

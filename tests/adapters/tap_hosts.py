@@ -183,7 +183,3 @@ def make_unknown(attention: SlotsOnly | None = None, decoder: PicturesOnly | Non
 
 def tap_clip(batch: int = 2, frames: int = 2, seed: int = 0) -> Tensor:
     return torch.rand((batch, frames, 3, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed))
-
-
-HOSTS: dict[str, Callable[[], nn.Module]] = {"unknown": Unknown, "unknown_images": UnknownImages}
-"""Hosts that no adapter may know."""

@@ -1,15 +1,22 @@
+"""Hooks inside a window, and calls of slot attention that are joined from their parts."""
+
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from stand_in_parts import SlotAttention
+from torch import Tensor, nn
 
-from ssync_pl.adapters import Capture, submodule
+from ssync_pl.adapters import Capture, entry, submodule, watch_attention
+from ssync_pl.adapters.calls import Projection, check_close, in_shape_of, scaled_product
 from ssync_pl.errors import HostError
+
+X = torch.zeros(1, 2)
 
 
 def _watched() -> tuple[nn.Linear, Capture]:
@@ -20,25 +27,23 @@ def _watched() -> tuple[nn.Linear, Capture]:
 
 def test_listens_only_inside_the_window() -> None:
     layer, capture = _watched()
-    layer(torch.zeros(1, 2))
+    capture.watch("other", nn.Identity())
+    capture.watch("input", layer, lambda module, args, kwargs: kwargs.get("input"), inputs=True)
+    layer(X)
     assert capture["layer"] == []
-    assert not capture.is_open
+    assert capture.silent == ["layer", "other", "input"]
     capture.open()
-    outputs = [layer(torch.full((1, 2), float(i))) for i in range(3)]
+    outputs = [layer(input=torch.full((1, 2), float(i))) for i in range(3)]
     capture.close()
-    layer(torch.zeros(1, 2))
+    layer(X)
     assert all(kept is output for kept, output in zip(capture["layer"], outputs, strict=True))
-    capture.clear()
+    assert len(capture["input"]) == 3
+    assert capture.silent == ["other"]
+    capture.remove()
+    capture.remove()  # may be called again
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
     assert capture["layer"] == []
-
-
-def test_take_picks_and_does_not_change_the_output() -> None:
-    layer, capture = nn.Linear(2, 2), Capture()
-    capture.watch("input", layer, lambda module, args, output: args[0])
-    capture.open()
-    value = torch.randn(1, 2)
-    assert isinstance(layer(value), torch.Tensor)
-    assert capture.only("input") is value
 
 
 def test_only_wants_one_call() -> None:
@@ -46,130 +51,112 @@ def test_only_wants_one_call() -> None:
     capture.open()
     with pytest.raises(HostError, match="'layer' to run once inside the training step, but it ran 0 times"):
         capture.only("layer")
-    output = layer(torch.zeros(1, 2))
+    output = layer(X)
     assert capture.only("layer") is output
-    layer(torch.zeros(1, 2))
+    layer(X)
     with pytest.raises(HostError, match="ran 2 times"):
         capture.only("layer")
 
 
-def test_silent_modules_are_named() -> None:
-    layer, capture = _watched()
-    capture.watch("other", nn.Identity())
-    assert capture.is_empty
-    assert capture.silent == ["layer", "other"]
-    capture.open()
-    layer(torch.zeros(1, 2))
-    assert capture.is_empty
-    assert capture.silent == ["other"]
-
-
-def test_remove_takes_every_hook_off_and_may_be_repeated() -> None:
-    layer, capture = _watched()
-    capture.watch("again", layer)
-    capture.open()
-    layer(torch.zeros(1, 2))
-    capture.remove()
-    capture.remove()
-    assert not layer._forward_hooks
-    assert not capture.is_open
-    assert capture["layer"] == []
-    layer(torch.zeros(1, 2))
-    assert capture["layer"] == []
-
-
-def test_a_copied_host_does_not_speak_to_the_original_capture() -> None:
-    layer, capture = _watched()
-    capture.open()
-    layer(torch.zeros(1, 2, requires_grad=True))  # holds a tensor of a graph, which cannot be copied
-    twin = copy.deepcopy(layer)
-    twin(torch.zeros(1, 2))
-    assert len(capture["layer"]) == 1
-    copied = copy.deepcopy(capture)
-    assert not copied.is_open
-    assert copied.silent == []
-
-
-def test_a_pickled_host_stays_usable() -> None:
-    layer = nn.Linear(2, 2)
-    capture = Capture()
+def test_copied_and_pickled_hosts_stay_usable_and_silent() -> None:
+    layer, capture = nn.Linear(2, 2), Capture()
     capture.watch("layer", layer, lambda module, args, output: output)  # a lambda cannot be pickled
     capture.open()
-    layer(torch.zeros(1, 2))
-    file = io.BytesIO(pickle.dumps(layer))
-    twin = pickle.load(file)
-    value = torch.randn(1, 2)
-    assert torch.equal(twin(value), layer(value))
-    assert len(capture["layer"]) == 2
+    layer(torch.zeros(1, 2, requires_grad=True))  # holds a tensor of a graph, which cannot be copied
+    for twin in (copy.deepcopy(layer), pickle.load(io.BytesIO(pickle.dumps(layer)))):
+        assert torch.equal(twin(X), layer(X))
+    assert len(capture["layer"]) == 3
+    assert not copy.deepcopy(capture).is_open
 
 
-def test_submodule() -> None:
-    host = nn.ModuleDict({"processor": nn.Sequential(nn.Identity(), nn.Linear(1, 3))})
-    assert submodule(host, "processor.1").out_features == 3
-    with pytest.raises(
-        HostError, match=r"module at 'processor.2', but 'processor' has no child '2'. Its children: 0, 1"
-    ):
-        submodule(host, "processor.2")
-    with pytest.raises(HostError, match=r"'ModuleDict' has no child 'decoder'. Its children: processor"):
-        submodule(host, "decoder.mlp")
-    with pytest.raises(HostError, match=r"'processor.0' has no child 'weight'. Its children: none"):
-        submodule(host, "processor.0.weight")
-
-
-def test_inputs_are_recorded_and_left_alone() -> None:
-    layer, capture = nn.Linear(2, 2), Capture()
-    capture.watch("input", layer, lambda module, args, kwargs: kwargs["input"], inputs=True)
-    value = torch.randn(1, 2)
-    expected = layer(value)
-    layer(input=value)
-    assert capture["input"] == []
-    capture.open()
-    assert torch.equal(layer(input=value), expected)
-    assert capture.only("input") is value
-    capture.remove()
-    assert not layer._forward_pre_hooks
-    twin = copy.deepcopy(layer)
-    twin(value)
-
-
-def test_training_only_leaves_no_grad_out() -> None:
+def test_training_only_leaves_no_grad_out_and_replicas_are_refused() -> None:
     layer, capture = _watched()
     capture.open(training_only=True)
     with torch.no_grad():
         assert not capture.is_open
-        layer(torch.zeros(1, 2))
+        layer(X)
     assert capture["layer"] == []
-    # A part that is frozen in evaluation mode is heard all the same.
-    layer.eval()(torch.zeros(1, 2))
+    layer.eval()(X)  # a part that is frozen in evaluation mode is heard all the same
     assert len(capture["layer"]) == 1
-    capture.open()
-    with torch.no_grad():
-        layer(torch.zeros(1, 2))
-    assert len(capture["layer"]) == 2
-
-
-def test_copies_of_a_data_parallel_host_are_refused() -> None:
-    layer, capture = _watched()
     layer._is_replica = True
-    layer(torch.zeros(1, 2))
-    capture.open()
     with pytest.raises(HostError, match=r"torch\.nn\.DataParallel runs one per device"):
-        layer(torch.zeros(1, 2))
+        layer(X)
 
 
 def test_a_step_that_goes_past_hooks_is_told() -> None:
-    class Host(nn.Sequential):
-        def loss(self, value: torch.Tensor) -> torch.Tensor:
-            return self.forward(value).sum()
-
-    host, capture = Host(nn.Linear(2, 2)), Capture()
+    host, capture = nn.Sequential(nn.Linear(2, 2)), Capture()
     capture.watch("host", host)
     capture.watch("0", host[0])
     capture.open()
     capture.refuse_bypass()  # nothing ran yet
-    host.loss(torch.zeros(1, 2))
-    assert capture.silent == ["host"]
-    with pytest.raises(HostError, match=r"hooks on 'host' .* method forward of Host"):
+    host.forward(X)
+    with pytest.raises(HostError, match=r"hooks on 'host' .* method forward of Sequential"):
         capture.refuse_bypass()
-    host(torch.zeros(1, 2))
+    host(X)
     capture.refuse_bypass()
+
+
+def test_paths_name_modules() -> None:
+    host = nn.ModuleDict({"processor": nn.Sequential(nn.Identity(), nn.Linear(1, 3))})
+    assert submodule(host, "processor.1").out_features == 3
+    for path, children in (("processor.2", "0, 1"), ("decoder.mlp", "processor"), ("processor.0.weight", "none")):
+        with pytest.raises(HostError, match=f"module at '{path}', but .* Its children: {children}"):
+            submodule(host, path)
+
+
+class _Attention(SlotAttention):
+    def forward(self, slots: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(features, slots) if self.iterations else (slots, features)
+
+
+def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up() -> None:
+    module, capture = _Attention(), Capture()
+    watch_attention(capture, "attention", module, scaled_product, own=entry("1"))
+    capture.open()
+    outputs = [module(torch.randn(2, 3, 8), torch.randn(2, 9, 8)) for _ in range(3)]
+    assert (len(capture["attention to_k"]), len(capture["attention to_q"])) == (0, 0)
+    for call, (_, probs) in zip(capture["attention"], outputs, strict=True):
+        assert torch.equal(call.logits.softmax(1), probs)
+        assert call.own is probs
+    module.iterations = 0
+    with pytest.raises(HostError, match=r"Attention to call 'to_q' .*use_reentrant=False"):
+        module(torch.randn(2, 3, 8), torch.randn(2, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("logits", "own", "fits"),
+    [
+        ((6, 3, 8), (6, 3, 8), True),
+        ((18, 2, 4), (6, 3, 2, 4), True),
+        ((144, 1), (6, 3, 2, 4, 1), True),
+        ((18, 8), (6, 3, 2, 4), True),
+        ((8, 8), (2, 8, 4), False),
+        ((2, 4, 8), (4, 2, 8), False),
+    ],
+)
+def test_folded_axes_are_unfolded_and_others_refused(logits: Any, own: Any, fits: bool) -> None:
+    value = torch.randn(logits)
+    if not fits:
+        with pytest.raises(HostError, match="shape of its masks"):
+            in_shape_of(value, torch.zeros(own), nn.Identity())
+        return
+    unfolded, _ = in_shape_of(value, torch.zeros(own), nn.Identity())
+    assert torch.equal(unfolded, value.view(own))
+
+
+def test_the_autocast_of_the_host_comes_back_for_the_product() -> None:
+    with Projection(torch.ones(1, 2), (True, torch.bfloat16)).precision():
+        assert (torch.ones(1, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16), Projection(torch.ones(1, 2), (False, torch.bfloat16)).precision():
+        assert (torch.ones(1, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_is_no_difference_and_more_is(dtype: torch.dtype) -> None:
+    probs = torch.randn(2, 3, 50).softmax(1)
+    check_close(1000 * probs, 1000 * probs.to(dtype), "update", "the mean", scale=1000.0)
+    for change in (0.1, -0.1, torch.nan):
+        other = probs.to(dtype, copy=True)
+        other[1, 2, 7] += change
+        with pytest.raises(HostError, match=r"masks to be the softmax, but they differ by up to .*tolerance"):
+            check_close(probs, other, "masks", "the softmax")

@@ -1,84 +1,122 @@
-"""Which adapter serves a host, and where inside the host."""
+"""Which adapter serves a host, and where inside the host; adapters of one's own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ssync_pl.adapters import PathAdapter, SaviAdapter, find_adapter, locate
-from ssync_pl.errors import HostError
+from ssync_pl.adapters import (
+    Capture,
+    HostAdapter,
+    PathAdapter,
+    SaviAdapter,
+    adapter_names,
+    base,
+    find_adapter,
+    locate,
+    register_adapter,
+)
+from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import SAVi
+from ssync_pl.method.maps import SSyncMaps
+
+
+class _Marked(HostAdapter):
+    name = "marked"
+
+    def match(self, host: nn.Module) -> bool:
+        return hasattr(host, "marked")
+
+    def attach(self, host: nn.Module) -> Capture:
+        return Capture()
+
+    def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
+        raise HostError("nothing to collect")
+
+
+class _MarkedToo(_Marked):
+    name = "marked-too"
+
+
+def _marked() -> nn.Module:
+    host = nn.Identity()
+    host.marked = True
+    return host
 
 
 def _savi() -> SAVi:
     return SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8)
 
 
-def test_the_host_itself_comes_first():
+def _nested(path: str, inner: nn.Module) -> nn.Module:
+    for name in reversed(path.split(".")):
+        outer = nn.Module()
+        outer.add_module(name, inner)
+        inner = outer
+    return inner
+
+
+def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    assert register_adapter(_Marked) is _Marked
+    assert "marked" in adapter_names()
+    assert adapter_names() == sorted(adapter_names())
+    for found in (find_adapter(_marked()), locate("marked", _marked()).adapter):
+        assert isinstance(found, _Marked)
+    own = _MarkedToo()
+    assert locate(own, nn.Identity()).adapter is own
+    register_adapter(_MarkedToo)
+    with pytest.raises(HostError, match=r"marked \(at the host\), marked-too \(at the host\) all do"):
+        find_adapter(_marked())
+
+
+def test_the_host_itself_comes_first() -> None:
     host = _savi()
-    located = locate("auto", host)
-    assert located.root is host
-    assert located.path == ""
-    # A host that is known stays the root, whatever its parts look like.
-    host.teacher = _savi()
+    assert locate("auto", host)[1:] == (host, "")
+    host.teacher = _savi()  # a host that is known stays the root, whatever its parts look like
     assert locate("auto", host).root is host
 
 
 @pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])
-def test_a_model_inside_a_trainers_module_is_found(spec):
+def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
     inner = _savi()
-    outer = nn.Module()
-    outer.task = nn.Module()
-    outer.task.model = inner
-    outer.other = nn.Linear(1, 1)
-    located = locate(spec, outer)
-    assert located.root is inner
-    assert located.path == "task.model"
+    located = locate(spec, _nested("task.model", inner))
+    assert located[1:] == (inner, "task.model")
     assert isinstance(located.adapter, SaviAdapter)
+    assert locate(spec, nn.ModuleDict({"a": inner, "b": inner})).root is inner  # in two places, it is one
 
 
-def test_wrappers_do_not_count_as_depth():
+def test_wrappers_do_not_count_as_depth() -> None:
     inner = _savi()
-    compiled = torch.compile(inner, backend="eager")
-    outer = nn.Module()
-    outer.task = nn.Module()
-    outer.task.model = nn.DataParallel(compiled)
-    located = locate("auto", outer)
-    assert located.root is inner
-    assert located.path == "task.model.module._orig_mod"
-    assert outer.get_submodule(located.path) is inner
+    outer = _nested("task.model", nn.DataParallel(torch.compile(inner, backend="eager")))
+    assert locate("auto", outer)[1:] == (inner, "task.model.module._orig_mod")
     # Only real wrappers are looked through: a user's own `module` is a child like any other.
-    own = nn.Module()
-    own.module = nn.Module()
-    own.module.module = _savi()
-    assert locate("auto", own).path == "module.module"
+    assert locate("auto", _nested("module.module", _savi())).path == "module.module"
 
 
-def test_too_deep_is_not_found():
-    outer = nn.Module()
-    outer.a = nn.Module()
-    outer.a.b = nn.Module()
-    outer.a.b.c = _savi()
-    with pytest.raises(HostError, match=r"Module is none.*`ssync-pl doctor`"):
-        find_adapter(outer)
+@pytest.mark.parametrize(
+    ("spec", "host", "grid", "error", "message"),
+    [
+        ("auto", _nested("a.b.c", _savi()), None, HostError, r"Module is none.*`ssync-pl doctor`"),
+        ("auto", nn.ModuleDict({"one": _savi(), "two": _savi()}), None, HostError, r"savi \(at one\), savi \(at two\)"),
+        ("auto", nn.ModuleDict({"slot_attention": nn.Identity()}), None, HostError, r"Candidates: slot_attention\."),
+        ("auto", nn.Identity(), None, HostError, "Candidates: none found by name"),
+        ("savi", nn.Identity(), None, HostError, "'savi' knows, but Identity lacks"),
+        ("savy", nn.Identity(), None, ConfigError, "`adapter` to be 'auto' or one of .*savi.*, but got 'savy'"),
+        ("auto", _savi(), (4, 4), ConfigError, "reads it off the host"),
+        (PathAdapter("a", "b"), nn.Identity(), (4, 4), ConfigError, "Give it to the adapter"),
+    ],
+)
+def test_what_cannot_be_located_is_refused(spec: Any, host: Any, grid: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        locate(spec, host, grid)
 
 
-def test_two_models_are_refused_by_their_places():
-    outer = nn.ModuleDict({"student": _savi(), "teacher": _savi()})
-    with pytest.raises(HostError, match=r"savi \(at student\), savi \(at teacher\) all do"):
-        locate("auto", outer)
-
-
-def test_one_model_in_two_places_is_one():
-    inner = _savi()
-    outer = nn.ModuleDict({"a": inner, "b": inner})
-    assert locate("auto", outer).root is inner
-
-
-def test_an_adapter_object_that_knows_nothing_here_is_left_to_complain():
-    adapter = PathAdapter("x", "y")
-    host = nn.Linear(1, 1)
+def test_an_adapter_object_that_knows_nothing_here_is_left_to_complain() -> None:
+    adapter, host = PathAdapter("x", "y"), nn.Linear(1, 1)
     assert locate(adapter, host) == (adapter, host, "")
     with pytest.raises(HostError, match="no child 'x'"):
         adapter.attach(host)

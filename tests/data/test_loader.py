@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +142,19 @@ def test_another_pass_that_is_named_before_the_first_batch_changes_nothing(make_
         batches = iter(loader)
         loader.sampler.set_epoch(7)
         assert _keys(batches) == wanted
+
+
+def test_workers_end_with_their_loader(make_shards):
+    gc.collect()
+    gc.disable()
+    try:
+        batches = iter(_module(make_shards(count=8), num_workers=1).train_dataloader())
+        next(batches)
+        assert multiprocessing.active_children()
+        del batches
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_second_iterator_does_not_turn_the_pass_back(make_shards):

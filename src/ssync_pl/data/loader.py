@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -181,7 +182,8 @@ class ShardLoader(DataLoader[dict[str, Any]]):
             source.on_named = None
             source.set_epoch(place.epoch)
             source.start = place.batch * (self.batch_size or 1)
-            source.on_named = lambda: None if self.clock is None else self.clock.go_back(place.batch)
+            # Without a reference to the loader: a cycle would keep its workers until the garbage is collected.
+            source.on_named = None if self.clock is None else partial(self.clock.go_back, place.batch)
         if place.epoch != self._place.epoch or place.batch > self._place.batch:
             # A second iterator over the same pass does not turn the count back.
             self._place, self._ended = place, False

@@ -1,0 +1,98 @@
+"""Every stand-in of every family, and the maps that it computed itself: the table that the contract test walks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import feature_hosts
+import package_hosts
+import savi_hosts
+import torch
+from stand_in_parts import GRID, forget, parts
+from torch import Tensor
+
+from ssync_pl.adapters import Capture, HostAdapter, locate
+from ssync_pl.method.maps import SSyncMaps
+
+FAMILIES = {**feature_hosts.HOSTS, **savi_hosts.HOSTS, **package_hosts.HOSTS}
+CASES = {name: (adapter, make) for adapter, hosts in FAMILIES.items() for name, make in hosts.items()}
+ONE_EACH = [next(iter(hosts)) for hosts in FAMILIES.values()]
+
+
+def make_host(name: str) -> Any:
+    torch.manual_seed(0)
+    return CASES[name][1]()
+
+
+def attention_of(host: Any) -> Any:
+    """The slot attention as the frames call it."""
+    return host.corrector if hasattr(host, "corrector") else parts(host)[0]
+
+
+class Heard(NamedTuple):
+    """What one training step of a host gave."""
+
+    adapter: HostAdapter
+    capture: Capture
+    batch: Any
+    loss: Tensor
+
+    def maps(self) -> SSyncMaps:
+        return self.adapter.collect(self.capture, self.batch)
+
+
+def hear(host: Any, adapter: HostAdapter | str = "auto", batch: Any = None) -> Heard:
+    forget(host)
+    found, root, _ = locate(adapter, host)
+    capture = found.attach(root)
+    batch = host.batch() if batch is None else batch
+    capture.open()
+    loss = host.training_step(batch, 0)
+    capture.close()
+    return Heard(found, capture, batch, loss)
+
+
+def pooled(value: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean over blocks of a map ``(..., h, w)``, as ``(..., N)``."""
+    blocks = value.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))
+    return blocks.mean((-1, -3)).flatten(-2)
+
+
+def existing(host: Any) -> Tensor | None:
+    """The slots ``(B, S)`` that exist in a host, where some do not."""
+    kept = getattr(host, "kept", None)
+    return getattr(host, "valid", None) if kept is None else kept
+
+
+def own_maps(host: Any) -> SSyncMaps:
+    """Maps from the tensors that the host kept in its last step."""
+    attention, decoder = parts(host)
+    logits, probs = attention.whole(torch.stack(attention.own_logits, 1))
+    if getattr(host, "frames", "") == "loop":  # frames without an identity of slots
+        logits, probs = (None if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs))
+    lead, drawn = logits.shape[:3], decoder.own_logits
+    masks = drawn[0] if len(drawn) == 1 or len(drawn) != lead[1] else torch.stack(drawn, 1)
+    if getattr(host, "frames", "") == "loop":
+        masks = torch.stack(drawn, 1).flatten(0, 1)
+    masks = masks.reshape(*lead, *masks.shape[(masks.shape[:3] == lead and 3) or 2 :])
+    if masks.ndim == 4 and masks.shape[3] != logits.shape[3]:
+        masks = masks.unflatten(3, (2 * GRID[0], 2 * GRID[1]))
+    size = tuple(masks.shape[3:]) if masks.ndim == 5 else GRID
+    grid, valid = min(GRID, size), existing(host)
+    sides: dict[str, Any] = {"attention_logits": logits, "attention_probs": probs}
+    if decoder.probs:
+        sides["mask_probs"] = masks.flatten(3)
+    elif size == grid:
+        sides["mask_logits"] = masks.flatten(3)
+    else:
+        masks = masks.float()
+        if valid is not None:
+            absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None, None]
+            masks = masks.masked_fill(absent, float("-inf"))
+        sides["mask_probs"] = pooled(masks.softmax(2), grid)
+    if grid != GRID:
+        probs = logits.softmax(2) if probs is None else probs
+        fine = [one.unflatten(3, GRID) for one in (logits, probs)]
+        sides["attention_logits"], sides["attention_probs"] = (pooled(one, grid) for one in fine)
+    patches = None if valid is None else valid.any(1)[:, None, None].expand(*lead[:2], grid[0] * grid[1])
+    return SSyncMaps(grid=grid, slot_valid=valid, patch_valid=patches, **sides)

@@ -1,0 +1,505 @@
+"""What is special about a family of hosts: its grids, its slots that come and go, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from feature_hosts import (
+    KEPT,
+    NONE_LEFT,
+    VALID,
+    AdaSlotHost,
+    Aggregat,
+    BroadcastDecoder,
+    Corrector,
+    DroppingAttention,
+    MixerDecode,
+    MLPDecoder,
+    OclfAttention,
+    OclfHost,
+    PatchDecoder,
+    PixelDecoder,
+    RandSFQWrap,
+    RefusedDecode,
+    VideosaurHost,
+)
+from host_table import existing, hear, own_maps
+from package_hosts import PackageAttention, PackageCodes, PackageHost
+from savi_hosts import (
+    TOKENS,
+    Genera1zHelper,
+    JunkeunYiCorrector,
+    JunkeunYiDecoder,
+    JunkeunYiHost,
+    JunkeunYiInverted,
+    JunkeunYiProducts,
+    SlotFormerHost,
+    TokenHost,
+)
+from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
+from torch import Tensor, nn
+
+from ssync_pl import attach, ssync_loss
+from ssync_pl.adapters import HostAdapter, SaviAdapter, find_adapter, locate
+from ssync_pl.adapters.autoregressive import AutoregressiveAdapter
+from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
+from ssync_pl.adapters.randsfq import RandSFQAdapter
+from ssync_pl.adapters.savi import Genera1zSaviAdapter, JunkeunYiSaviAdapter
+from ssync_pl.adapters.slot_attention_package import SlotAttentionPackageAdapter
+from ssync_pl.adapters.videosaur import VideosaurAdapter
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.hosts import SAVi
+from ssync_pl.method.maps import SSyncMaps
+
+
+def without(host: Any, path: str) -> Any:
+    """A host that lacks a part."""
+    *outer, last = path.split(".")
+    delattr(host.get_submodule(".".join(outer)), last)
+    return host
+
+
+@pytest.mark.parametrize(
+    ("adapter", "host"),
+    [
+        (VideosaurAdapter, lambda: without(VideosaurHost(), "processor.module.corrector.scale")),
+        (VideosaurAdapter, lambda: VideosaurHost(nn.Identity())),
+        (OclfAdapter, lambda: without(OclfHost(), "models.perceptual_grouping.slot_attention.n_heads")),
+        (OclfAdapter, lambda: OclfHost(nn.Linear(1, 1))),
+        (JunkeunYiSaviAdapter, lambda: _two_correctors()),
+        (RandSFQAdapter, lambda: nn.Sequential(Aggregat())),
+        (AutoregressiveAdapter, lambda: TokenHost("elsewhere", "decoder")),  # tokens, but slots come from a file
+        (SlotAttentionPackageAdapter, lambda: nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})),
+        (lambda: SlotAttentionPackageAdapter(masks="nowhere"), PackageHost),
+        (lambda: SlotAttentionPackageAdapter(attention="encoder"), PackageHost),
+    ],
+)
+def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapter], host: Callable[[], Any]) -> None:
+    assert not adapter().match(host())
+    with pytest.raises(HostError, match=r"Expected .* to have|Expected a host"):
+        adapter().attach(host())
+
+
+def _two_correctors() -> nn.Module:
+    host = JunkeunYiHost()
+    host.processor["corrector"] = JunkeunYiCorrector(1, 1)
+    return host
+
+
+@pytest.mark.parametrize("adapter", [VideosaurAdapter, OclfAdapter, SlotAttentionPackageAdapter])
+@pytest.mark.parametrize("grid", [(3,), (0, 4), (2.5, 4), "ab"])
+def test_a_grid_is_two_positive_integers(adapter: Any, grid: object) -> None:
+    with pytest.raises(ConfigError, match=r"`grid` to be .* two positive integers"):
+        adapter(grid=grid)
+
+
+def test_grids_of_features() -> None:
+    """Of the frames and the patch size; of a decoder's pixels; of a square; as it is given."""
+    host = VideosaurHost(MLPDecoder((16,)))
+    heard = hear(host, batch={"video": torch.rand(1, 2, 3, 8, 32)})
+    assert heard.maps().grid == (2, 8)  # and no square
+    wide = hear(VideosaurHost(MLPDecoder((32,))), batch={"video": torch.rand(1, 2, 3, 16, 32)})
+    assert wide.maps().grid == (4, 8)
+    with pytest.raises(HostError, match=r"32 patches, which is no square. Pass grid=\(H, W\)"):
+        wide.adapter.collect(wide.capture)
+    assert VideosaurAdapter(grid=(8, 4)).collect(wide.capture, wide.batch).grid == (8, 4)
+    with pytest.raises(HostError, match="`grid` to have 32 patches"):
+        VideosaurAdapter(grid=(5, 5)).collect(wide.capture, wide.batch)
+    for known in (hear(VideosaurHost(BroadcastDecoder(FRAME))), hear(OclfHost(PixelDecoder(FRAME)))):
+        assert known.adapter.collect(known.capture).grid == GRID
+    heard = hear(OclfHost(PatchDecoder(3 * N)))
+    with pytest.raises(HostError, match=r"decoder of 24 patches to have the proportions of \(2, 4\)"):
+        heard.maps()
+
+
+class BareDecoder(MLPDecoder):
+    def forward(self, slots: Tensor) -> dict[str, Tensor]:
+        return {"alpha": super().forward(slots)["masks"]}
+
+
+class IdleCorrector(Corrector):
+    def forward(self, slots: Tensor, features: Tensor, n_iters: int | None = None) -> dict[str, Tensor]:
+        return {"slots": slots, "masks": self.to_k(features)[:, :S]}
+
+
+class Patches(PatchDecoder):
+    """Without masks, with their axes in another order, without its network, or with vectors from it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, slots: Tensor) -> Any:
+        zeros = slots.new_zeros(*slots.shape[:2], N)
+        if self.how in ("idle", "vectors"):
+            if self.how == "vectors":
+                self.decoder(slots.flatten(0, 1))
+            return SimpleNamespace(masks=zeros, reconstruction=zeros)
+        output = super().forward(slots)
+        if self.how == "reordered":
+            output.masks = output.masks.transpose(1, 2)
+        else:
+            del output.masks
+        return output
+
+
+class OneValue(OclfAttention):
+    def forward(self, inputs: Tensor, slots: Tensor, masked: Tensor | None = None) -> Any:
+        return super().forward(inputs, slots, masked)[:1]
+
+
+class Undecided(DroppingAttention):
+    def forward(self, inputs: Tensor, slots: Tensor, masked: Tensor | None = None) -> Any:
+        return (*super().forward(inputs, slots, masked)[:3], slots)[:3]
+
+
+class Quiet(JunkeunYiDecoder):
+    def forward(self, slots: Tensor) -> dict[str, Tensor]:
+        return {"flow": super().forward(slots)["flow"]}
+
+
+class AloneProducts(JunkeunYiProducts):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return super().forward(query, key, value)[0]
+
+
+class AloneDecode(MixerDecode):
+    def forward(self, clue: Any, slots: Tensor) -> Any:
+        return super().forward(clue, slots)[1]
+
+
+class FoldedDecode(MixerDecode):
+    def forward(self, clue: Any, slots: Tensor) -> Any:
+        return tuple(value[1:] for value in super().forward(clue, slots))
+
+
+class FlatBackbone(nn.Conv2d):
+    def forward(self, frames: Tensor) -> Tensor:
+        return super().forward(frames).flatten(2)
+
+
+class GrowingAttention(PackageAttention):
+    def forward(self, inputs: Tensor, num_slots: int = S) -> Tensor:
+        return super().forward(inputs, 2 + len(self.own_logits))
+
+
+class OnceForAll(PackageHost):
+    def forward(self, video: Tensor) -> Tensor:
+        slots = [self.slot_attn(self.encoder(frame).flatten(2).mT) for frame in video.unbind(1)]
+        return self.decoder(torch.cat(slots))
+
+
+def changed(host: Any, path: str, kind: type) -> Any:
+    """A host one of whose parts is of another class."""
+    host.get_submodule(path).__class__ = kind
+    return host
+
+
+NAMED = {"masks": "decoder", "alpha_axis": 1}
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "message"),
+    [
+        (lambda: VideosaurHost(BareDecoder()), None, "BareDecoder .* as 'masks', but got dict with keys alpha"),
+        (lambda: changed(VideosaurHost(), "processor.module.corrector", IdleCorrector), None, "to call 'to_q'"),
+        (lambda: OclfHost(Patches("bare")), None, "Patches to return its map as 'masks'"),
+        (lambda: OclfHost(Patches("reordered")), None, r"shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
+        (lambda: OclfHost(Patches("idle")), None, "Patches to call 'decoder'"),
+        (lambda: OclfHost(Patches("vectors")), None, r"inner network to give \(B \* S, N, C\) or .* Tensor \(8, 4\)"),
+        (lambda: OclfHost(attention=OneValue()), None, "OneValue to return its map as '1', but got tuple"),
+        (lambda: _undecided(), None, "Undecided to return its map as '3'"),
+        (lambda: changed(JunkeunYiHost(), "decoder", Quiet), None, "Quiet .* as 'alpha_mask'"),
+        (lambda: _alone(), None, "AloneProducts .* as '1'"),
+        (lambda: Genera1zHelper(colours=4), None, r"decoder\.readout to give 3 colours and alpha, but got 5"),
+        (lambda: RandSFQWrap(AloneDecode()), None, "AloneDecode to return its map as '1'"),
+        (lambda: RandSFQWrap(FoldedDecode()), None, r"draw the 2 x 3 x 4 slots .* ran on 5 x 4"),
+        (lambda: changed(RandSFQWrap(), "m.encode_backbone", FlatBackbone), None, r"feature map .*Tensor \(6, 8, 8\)"),
+        (lambda: PackageHost(GrowingAttention(), "loop"), NAMED, "'attention' to give one shape"),
+        (OnceForAll, NAMED, "ran 3 times and the decoder once, on frames folded into its batch"),
+        (OnceForAll, {}, r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
+        (PackageHost, {"masks": "decoder"}, r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
+        (lambda: PackageHost(PackageCodes()), {}, "MetaSlotAttention averages slots of one code and packs"),
+        (lambda: OclfHost(_tokens(), video=True), None, "_Tokens to draw object masks, but it predicts patches"),
+        (lambda: OclfHost(_densities()), None, "_Densities .* renders densities"),
+        (lambda: RandSFQWrap(RefusedDecode(False)), None, r"predicts patches one.* of its last block \(need_weights"),
+        (lambda: RandSFQWrap(RefusedDecode(True)), None, "is a diffusion model.* an nn.Identity .* of its denoiser"),
+        (lambda: _predicted_only(), None, "masks of predicted slots show the next frame"),
+    ],
+)
+def test_what_cannot_be_heard_is_refused_by_name(host: Any, options: dict[str, Any] | None, message: str) -> None:
+    adapter = "auto" if options is None else SlotAttentionPackageAdapter(**options)
+    with pytest.raises(HostError, match=message):
+        hear(host(), adapter).maps()
+
+
+def _undecided() -> nn.Module:
+    host = AdaSlotHost()
+    return changed(host, "models.perceptual_grouping.slot_attention", Undecided)
+
+
+def _alone() -> nn.Module:
+    class Inverted(JunkeunYiInverted):
+        def forward(self, **given: Tensor) -> Any:
+            return self.attn_fn(**given)
+
+    host = changed(JunkeunYiHost(), "corrector.inverted_attention.attn_fn", AloneProducts)
+    return changed(host, "corrector.inverted_attention", Inverted)
+
+
+def _tokens() -> nn.Module:
+    class _Tokens(PatchDecoder):
+        use_decoder_masks = False
+
+    return _Tokens()
+
+
+def _densities() -> nn.Module:
+    class _Densities(PixelDecoder):
+        depth_positions = 5
+
+    return _Densities()
+
+
+def _predicted_only() -> nn.Module:
+    host = JunkeunYiHost(predicted=True)
+    host.decode_corrected = False
+    return host
+
+
+def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
+    host = VideosaurHost()
+    host.loss_fns = nn.ModuleDict({"loss_featrec": nn.Identity(), "loss_grp2deccls": nn.Identity()})
+    with pytest.warns(UserWarning, match=r"VideosaurHost has SSync's losses itself \(loss_grp2deccls\)"):
+        VideosaurAdapter().attach(host).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del host.loss_fns["loss_grp2deccls"]
+        VideosaurAdapter().attach(host).remove()
+
+
+def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_calls_are_refused() -> None:
+    host, adapter = OclfHost(PixelDecoder(), video=True), OclfAdapter()
+    capture = adapter.attach(host)
+    capture.open()
+    slots, states = host.seeds.expand(B, -1, -1), []
+    for masked in ([False] * S, [False, True, False, False]):
+        slots = host.models["perceptual_grouping"].module(torch.randn(B, N, DIM), slots, torch.tensor([masked] * B))[0]
+        states.append(slots)
+    host.models["object_decoder"](torch.stack(states, 1))
+    maps = adapter.collect(capture)
+    assert torch.equal(maps.slot_valid, torch.tensor([[True, False, True, True]] * B))
+    assert ssync_loss(maps).loss.isfinite()
+    capture.clear()
+    host.models["perceptual_grouping"](torch.randn(B, 2, N, DIM), host.seeds.expand(B, -1, -1))
+    host.training_step(host.batch(), 0)
+    with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it ran on 2 x 3 x 4"):
+        adapter.collect(capture)
+    capture.clear()
+    with pytest.raises(HostError, match="'slot_attention' to run inside the training step, but it did not"):
+        adapter.collect(capture)
+
+
+@pytest.mark.parametrize("mask_type", ["mask_normalized", "mask", "logit"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_adaslot_loses_each_image_with_its_own_number_of_slots(heads: int, mask_type: str) -> None:
+    host = AdaSlotHost(mask_type, heads, [[1.0, 0, 1, 1], [1.0, 1, 1, 1]])
+    maps, own = hear(host).maps(), own_maps(host)
+    output = ssync_loss(maps, merge=False)
+    sums, entries = torch.zeros(2), torch.zeros(2)
+    for image, kept in enumerate(existing(host)):
+        attention, masks = own.attention_logits[[image]][:, :, kept], own.mask_logits[[image]][:, :, kept]
+        one = ssync_loss(SSyncMaps(attention, masks, grid=GRID), merge=False)
+        counts = torch.stack([one.boundary_count, one.interior_count]) * kept.sum()
+        sums += torch.stack([one.boundary_loss, one.interior_loss]) * counts
+        entries += counts
+    expected = sums / entries.clamp_min(1)
+    torch.testing.assert_close(torch.stack([output.boundary_loss, output.interior_loss]), expected)
+
+
+@pytest.mark.parametrize("size", [(N,), GRID, FRAME])
+def test_adaslot_images_without_slots_are_left_out(size: tuple[int, ...]) -> None:
+    host = AdaSlotHost(kept=NONE_LEFT, heads=2, size=size)
+    maps = hear(host).maps()
+    assert not maps.masks.isnan().any()
+    assert not maps.attention.isnan().any()
+    output = ssync_loss(maps)
+    assert output.loss > 0
+    assert output.used_decoder_slots[1] == output.used_encoder_slots[1] == 0
+    score = parts(host)[0].single_gumbel_score_network.weight
+    assert torch.autograd.grad(output.loss, score, allow_unused=True, retain_graph=True)[0] is None
+    parts(host)[0].kept = torch.zeros(B, S)
+    everything = ssync_loss(hear(host).maps())
+    assert everything.loss == 0
+    everything.loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in host.parameters())
+
+
+def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_are_dropped() -> None:
+    host, adapter = AdaSlotHost("mask", kept=KEPT), AdaSlotAdapter()
+    capture = adapter.attach(host)
+    parts(host)[1].mask_type = "none"
+    capture.open()
+    host.training_step(host.batch(), 0)
+    with pytest.raises(HostError, match="masks that 'decoder' returns"):
+        adapter.verify(capture, adapter.collect(capture, host.batch()))
+
+    class Masked(AdaSlotHost):
+        valid = torch.tensor([[True, True, True, False], [True] * S])
+
+    maps = hear(Masked(kept=KEPT)).maps()
+    assert torch.equal(maps.slot_valid, torch.tensor(KEPT).bool() & Masked.valid)
+    assert ssync_loss(maps).loss.isfinite()
+
+
+def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
+    host, flips = RandSFQWrap(slot_mask=VALID), iter([VALID, VALID.flip(0), VALID])
+    host.m.aggregat.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)}), with_kwargs=True
+    )
+    heard = hear(host)
+    with pytest.raises(HostError, match="differ by up to"):
+        heard.adapter.verify(heard.capture, heard.maps())
+
+
+@pytest.mark.parametrize("loss", ["brier", "ce"])
+def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: Any) -> None:
+    host = RandSFQWrap(slot_mask=VALID)
+    twin, batch = copy.deepcopy(host), host.batch()
+    torch._dynamo.reset()
+    with attach(host, warmup_steps=0, loss=loss) as ssync, attach(twin, warmup_steps=0, loss=loss) as expected:
+        host.compile(backend="eager")
+        for _ in range(2):
+            total = ssync.add(host(batch["video"]).square().mean())
+            torch.testing.assert_close(total, expected.add(twin(batch["video"]).square().mean()))
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in host.parameters() if p.grad is not None)
+
+
+def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> None:
+    host = Genera1zHelper()
+    batch = host.batch(padded=2)
+    with attach(host, warmup_steps=0, merge_threshold=0.3) as ssync:
+        ssync.add(host.training_step(batch, 0)).backward()
+    logits = own_maps(host).attention_logits
+    torch.testing.assert_close(logits[:, :, 2], logits[:, :, 3])
+    assert float(ssync.logs["ssync/merged_slots"]) >= 1
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in host.parameters())
+
+
+def test_genera1z_loops_that_call_methods_of_the_model_are_served_without_the_check_of_the_reconstruction() -> None:
+    host, adapter = Genera1zHelper(), Genera1zSaviAdapter()
+    host.model.decoder.sharpen = 2.0  # would be refused, if the model itself were called
+    capture, batch = adapter.attach(host.model), host.batch()
+    capture.open()
+    host.model.forward(batch["video"], batch["boxes"])
+    assert not capture.is_empty
+    adapter.verify(capture, adapter.collect(capture))
+
+
+def test_junkeun_yi_positional_arguments_are_understood() -> None:
+    class Positional(JunkeunYiInverted):
+        def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
+            updates, attention = self.attn_fn(*given.values())
+            return updates.flatten(2), attention
+
+    host = changed(JunkeunYiHost(), "corrector.inverted_attention", Positional)
+    heard = hear(host)
+    assert torch.equal(heard.maps().attention_logits, own_maps(host).attention_logits)
+    heard.adapter.verify(heard.capture, heard.maps())
+
+
+def test_slotformer_trainers_that_go_past_the_models_call_or_wrap_it_are_served() -> None:
+    host = SlotFormerHost()
+    with attach(nn.DataParallel(host), warmup_steps=0) as ssync:  # calls the model itself without several devices
+        loss = host.loss_function({"img": host.batch()["video"]})
+        total = ssync.add(loss)
+        torch.testing.assert_close(total, loss + ssync_loss(own_maps(host)).loss, rtol=0, atol=0)
+    with attach(host, warmup_steps=0) as ssync:
+        host.slot_attention(torch.rand(B, N, DIM), host.seeds.expand(B, -1, -1))
+        with pytest.raises(HostError, match="'decoder' did not run"):
+            ssync.loss()
+
+
+@pytest.mark.parametrize(
+    ("frames", "last", "options"),
+    [
+        ("image", False, NAMED),
+        ("image", True, {"masks": "decoder", "alpha_axis": -1}),
+        ("folded", False, NAMED),
+        ("loop", False, {**NAMED, "attention": "slot_attn"}),
+    ],
+)
+@pytest.mark.parametrize("heads", [None, 2])
+def test_package_frames_are_clips_whatever_the_decoder_gives(
+    heads: int | None, frames: str, last: bool, options: dict[str, Any]
+) -> None:
+    host = PackageHost(PackageAttention(heads), frames, last)
+    heard = hear(host, SlotAttentionPackageAdapter(**options))
+    maps, own = heard.maps(), own_maps(host)
+    assert maps.shape == (B if frames == "image" else B * T, 1, S, N)
+    for key in ("attention_logits", "attention_probs", "mask_probs"):
+        torch.testing.assert_close(getattr(maps, key), getattr(own, key))
+    heard.adapter.verify(heard.capture, maps)
+
+
+def test_package_places_are_checked() -> None:
+    two = nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})
+    assert SlotAttentionPackageAdapter(attention="b").match(two)
+    with pytest.raises(ConfigError, match="`alpha_axis` only with the output of a module"):
+        SlotAttentionPackageAdapter(alpha_axis=1)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: str) -> None:
+    host: Any = TOKENS[name]()
+    assert isinstance(locate("auto", nn.ModuleDict({"model": host})).adapter, AutoregressiveAdapter)
+    with pytest.raises(HostError, match="draws object masks, but TokenHost predicts tokens") as error:
+        attach(host, warmup_steps=0).__enter__()
+    attention, masks = f"softmax:{host.places[0]}", f"softmax:{host.places[1]}"
+    options: dict[str, Any] = {"attention": attention, "masks": masks, "warmup_steps": 0}
+    if name == "steve":  # its attention runs once for all frames
+        assert "call an nn.Identity" in str(error.value)
+        host.add_module("seen", nn.Identity())
+        host.get_submodule(host.places[0]).register_forward_hook(lambda module, args, output: _show(host, module))
+        options |= {"attention": "seen", "attention_kind": "logits"}
+    else:
+        assert f"SSyncCallback(attention='{attention}', masks='{masks}')" in str(error.value)
+    with attach(host, **options) as ssync:
+        for _ in range(2):
+            forget(host)
+            ssync.add(host.training_step(host.batch(), 0)).backward()
+    one, two = parts(host)
+    assert torch.equal(ssync.maps.attention_logits, torch.stack(one.own_logits, 1))
+    assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].mT.unflatten(0, (B, T)))
+
+
+def _show(host: Any, module: Any) -> None:
+    host.seen(module.own_logits[-1])
+
+
+def test_autoregressive_oclf_names_its_attention() -> None:
+    host = OclfHost(_tokens(), video=True)
+    assert type(find_adapter(host)) is OclfAdapter
+    named = "attention='softmax:models.perceptual_grouping.module.slot_attention', masks='models.object_decoder:masks'"
+    with pytest.raises(HostError) as error:
+        OclfAdapter().attach(host)
+    assert named in str(error.value)
+
+
+def test_our_savi_refuses_two_passes_in_a_step() -> None:
+    host = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
+                decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))  # fmt: skip
+    adapter = SaviAdapter()
+    capture = adapter.attach(host)
+    capture.open()
+    for _ in range(2):
+        host(torch.randn(1, 1, 3, 16, 16))
+    with pytest.raises(HostError, match=r"'decoder' to run once .* ran 2 times"):
+        adapter.collect(capture)

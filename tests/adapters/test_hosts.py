@@ -1,0 +1,222 @@
+"""What holds for every host of docs/hosts.md on its stand-in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from host_table import CASES, FAMILIES, ONE_EACH, attention_of, existing, hear, make_host, own_maps
+from savi_hosts import TOKENS
+from solv_hosts import SolvHost, packaged
+from stand_in_parts import forget, parts
+from tap_hosts import Unknown, UnknownImages
+from torch import nn
+
+from ssync_pl import attach, ssync_loss
+from ssync_pl.adapters import HostAdapter, PathAdapter, adapter_names, base, find_adapter, locate
+from ssync_pl.errors import HostError
+from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
+
+EVERY = pytest.mark.parametrize("name", CASES)
+SMALL: dict[str, Any] = {"backbone": None, "feature_dim": 8, "grid": (2, 4), "slot_dim": 8, "num_slots": 3}
+SAVI: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "encoder_channels": (8,), "encoder_strides": (2,),
+                        "feature_dim": 8, "decoder_broadcast": (4, 4), "decoder_channels": (8,)}  # fmt: skip
+OURS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "our_savi": ("savi", lambda: SAVi(**SAVI, decoder_strides=(2,))),
+    "our_coarse_savi": ("savi", lambda: SAVi(**SAVI, decoder_strides=(1,))),
+    "our_videosaur": ("videosaur", lambda: VideoSAUR(**SMALL, similarity_weight=0)),
+    "our_slotcontrast": ("videosaur", lambda: SlotContrast(**SMALL)),
+    "our_dinosaur": ("videosaur", lambda: DINOSAUR(**SMALL)),
+}
+OTHERS: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
+    **{name: ("autoregressive", make) for name, make in TOKENS.items()},
+    "solv": ("solv", SolvHost),
+    "our_solv": ("solv", packaged),
+    "unknown": (None, Unknown),
+    "unknown_images": (None, UnknownImages),
+    "linear": (None, lambda: nn.Linear(2, 2)),
+    "transformer": (None, lambda: nn.Transformer(8, 2, 1, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *OURS, *OTHERS])
+def test_exactly_one_adapter_knows_it(name: str) -> None:
+    expected, make = {**CASES, **OURS, **OTHERS}[name]
+    host = make()
+    if expected is None:
+        with pytest.raises(HostError, match="is none"):
+            locate("auto", host)
+        return
+    located = locate("auto", host)
+    assert located.adapter.name == expected
+    assert locate(expected, host).root is located.root
+    assert not [o for o in adapter_names() if o != expected and base._REGISTRY[o]().match(located.root)]
+
+
+def test_every_adapter_is_tested_here() -> None:
+    assert {adapter for adapter, _ in {**CASES, **OURS, **OTHERS}.values() if adapter} == set(adapter_names())
+
+
+@EVERY
+def test_maps_and_loss_are_the_hosts_own_and_nothing_of_the_host_changes(name: str) -> None:
+    host, twin = make_host(name), make_host(name)
+    keys = list(host.state_dict())
+    torch.manual_seed(1)
+    heard = hear(host)
+    maps, own, valid = heard.maps(), own_maps(host), existing(host)
+    assert maps.grid == own.grid
+    for key in ("slot_valid", "patch_valid"):
+        mine, expected = getattr(maps, key), getattr(own, key)
+        assert (mine is None) == (expected is None)
+        assert mine is None or torch.equal(mine, expected)
+    there = torch.ones(maps.shape, dtype=torch.bool) if valid is None else valid[:, None, :, None].expand(maps.shape)
+    averaged = own.attention_probs is not None
+    for key in ("attention_logits", "attention_probs", "mask_logits", "mask_probs"):
+        mine, expected = getattr(maps, key), getattr(own, key)
+        assert (mine is None) == (expected is None), key
+        if mine is not None and (key == "mask_probs" or (averaged and key != "mask_logits")):
+            torch.testing.assert_close(mine[there], expected[there])
+        elif mine is not None:
+            assert torch.equal(mine[there], expected[there]), key
+    maps.check_values()
+    heard.adapter.verify(heard.capture, maps)
+    _check_loss(host, maps, own)
+    torch.manual_seed(1)
+    assert torch.equal(heard.loss, twin.training_step(twin.batch(), 0))
+    heard.capture.remove()
+    assert list(host.state_dict()) == keys
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in host.modules())
+
+
+def _check_loss(host: Any, maps: Any, own: Any) -> None:
+    mine, expected = ssync_loss(maps, merge=False), ssync_loss(own, merge=False)
+    torch.testing.assert_close(mine.loss, expected.loss)
+    parameters = [p for p in host.parameters() if p.requires_grad]
+    one, two = (torch.autograd.grad(x.loss, parameters, retain_graph=True, allow_unused=True) for x in (mine, expected))
+    for a, b in zip(one, two, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for side, part in ((maps.attention, attention_of(host)), (maps.masks, parts(host)[1])):
+        side = side.masked_fill(side.isinf() | side.isnan(), 0.0).square().sum()
+        grads = torch.autograd.grad(side, list(part.parameters()), retain_graph=True, allow_unused=True)
+        assert any(grad is not None and grad.any() for grad in grads)
+
+
+@EVERY
+def test_autocast_of_the_host_is_kept(name: str) -> None:
+    host = make_host(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        heard = hear(host)
+    maps, own, valid = heard.maps(), own_maps(host), existing(host)
+    there = slice(None) if valid is None else valid[:, None, :, None].expand(maps.shape)
+    if own.attention_probs is None:
+        assert torch.equal(maps.attention_logits[there], own.attention_logits[there])
+    assert own.mask_logits is None or torch.equal(maps.mask_logits[there], own.mask_logits[there])
+    heard.adapter.verify(heard.capture, maps)
+    assert ssync_loss(maps).loss.isfinite()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@EVERY
+def test_a_host_that_changes_its_maps_is_refused(name: str, side: int) -> None:
+    host = make_host(name)
+    part = parts(host)[side]
+    if not part.checked:
+        pytest.skip("the host gives probabilities, or the softmax itself is heard: there is nothing to compare")
+    part.sharpen = 3.0
+    heard = hear(host)
+    with pytest.raises(HostError, match="but they differ by up to"):
+        heard.adapter.verify(heard.capture, heard.maps())
+
+
+@EVERY
+def test_steps_in_a_loop(name: str) -> None:
+    host, alone = make_host(name), make_host(name)
+    with attach(host, warmup_steps=0) as ssync:
+        for model in (host, alone):
+            torch.manual_seed(3)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                forget(model)
+                loss = model.training_step(model.batch(), 0)
+                optimizer.zero_grad()
+                (ssync.add(loss) if model is host else loss).backward()
+                optimizer.step()
+        own = own_maps(host)  # of the last step
+        if own.attention_probs is None and own.slot_valid is None:
+            assert torch.equal(ssync.maps.attention_logits, own.attention_logits)
+    assert not any(module._forward_hooks for module in host.modules())
+    pairs = zip(host.parameters(), alone.parameters(), strict=True)
+    assert sum(not torch.equal(a, b) for a, b in pairs) > 2
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_slot_attention_that_switches_autocast_off_is_recomputed_in_full_precision(name: str) -> None:
+    host = make_host(name)
+    attention = attention_of(host)
+    plain = attention.forward
+
+    def careful(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return plain(*[arg.float() if torch.is_tensor(arg) else arg for arg in args], **kwargs)
+
+    attention.forward = careful
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        heard = hear(host)
+    maps = heard.maps()
+    assert maps.attention_logits.dtype == torch.float32
+    assert torch.equal(maps.attention_logits, own_maps(host).attention_logits)
+    heard.adapter.verify(heard.capture, maps)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_copies_are_not_heard_replicas_and_second_passes_are_refused(name: str) -> None:
+    host = make_host(name)
+    heard = hear(host)
+    counts = {key: len(values) for key, values in heard.capture._records.items()}
+    forget(host)
+    host.host_losses = host.corrector_calls = []
+    heard.capture.open()
+    twin = copy.deepcopy(host)
+    twin.training_step(heard.batch, 0)
+    assert {key: len(values) for key, values in heard.capture._records.items()} == counts
+    if CASES[name][0] not in ("oclf", "adaslot", "slot-attention"):  # two passes of images are two frames there
+        host.training_step(heard.batch, 0)
+        with pytest.raises(HostError, match=r"to run once inside|the slot attention saw, but it ran on"):
+            heard.maps()
+    for module in host.modules():
+        module._is_replica = True  # as on the copies that torch.nn.DataParallel runs in threads
+    with pytest.raises(HostError, match="DataParallel"):
+        host.training_step(heard.batch, 0)
+    heard.capture.remove()
+
+
+@pytest.mark.parametrize("adapter", FAMILIES)
+def test_what_a_host_needs_is_named(adapter: str) -> None:
+    with pytest.raises(HostError, match=r"Expected Linear to have .* Name the modules yourself"):
+        base._REGISTRY[adapter]().attach(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", list(OURS)[:-1])
+def test_the_softmax_of_our_own_hosts_reads_what_their_adapter_hears(name: str) -> None:
+    host = OURS[name][1]()
+    video = torch.rand(2, 2, 3, 16, 16)
+    batch = {"video": video} if "savi" in name else {"features": torch.rand(2, 2, 8, 8)}
+    taps = PathAdapter("softmax:corrector", "softmax:decoder")
+    if "savi" not in name:
+        taps = PathAdapter("softmax:processor.module.corrector", "softmax:decoder.module", grid=(2, 4))
+    adapters: tuple[HostAdapter, ...] = (find_adapter(host), taps)
+    captures = [adapter.attach(host) for adapter in adapters]
+    for capture in captures:
+        capture.open()
+    host(video) if "savi" in name else host.training_step(batch, 0)
+    one, two = (adapter.collect(capture, batch) for adapter, capture in zip(adapters, captures, strict=True))
+    assert one.shape == two.shape
+    assert one.grid == two.grid
+    assert torch.equal(one.attention_logits, two.attention_logits)
+    assert torch.equal(one.masks, two.masks)
