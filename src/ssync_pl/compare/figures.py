@@ -152,7 +152,7 @@ def _curve_figure(
         if logged:
             # A seed counts where it has begun and not ended.
             wide = pd.concat(logged, axis=1).sort_index().interpolate(method="index", limit_area="inside")
-            bands[variant, key] = pd.DataFrame({"mean": wide.mean(1), "low": wide.min(1), "high": wide.max(1)})
+            bands[variant, key] = wide.agg(["mean", "min", "max"], axis=1)
     found = {key: label for key, label in keys.items() if any(of == key for _, of in bands)}
     shown = [variant for variant in group.variants if any(of == variant for of, _ in bands)]
     weights = {of: one["ssync/weight"] for (of, _), one in curves.items() if "ssync/weight" in one}
@@ -164,7 +164,7 @@ def _curve_figure(
                 band, look = bands[variant, key], _look(group.variants, group.baseline, variant)
                 axes.plot(band.index, band["mean"], lw=1.8, marker="o" if len(band) <= 12 else "", ms=3, **look)
                 if len(shown) <= _MOST_BANDS:  # those of more would cover each other
-                    axes.fill_between(band.index, band["low"], band["high"], color=look["color"], alpha=0.15, lw=0)
+                    axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=0.15, lw=0)
         for step in starts:
             axes.axvline(step, color="black", lw=1.0, ls=":", label="SSync switches on")
         axes.set_xlabel("training step")
