@@ -79,10 +79,23 @@ class SSyncCLI(LightningCLI):
         settings = self.config[self.config["subcommand"]]
         if settings.get("name") is None:
             files = settings.get("config") or []
-            model = str((settings.get("model") or {}).get("class_path", ""))
-            settings["name"] = Path(str(files[0])).stem if files else model.rsplit(".", 1)[-1]
+            settings["name"] = Path(str(files[0])).stem if files else self._model()
         if self.config["subcommand"] == "predict" and settings.get("return_predictions") is None:
             settings["return_predictions"] = False  # Lightning would keep the masks of the whole set in memory
+
+    def _model(self) -> str:
+        """Returns the class name of the model that is to be built."""
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        return str((settings.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
+
+    def _parse_ckpt_path(self) -> None:
+        wanted = self._model()
+        super()._parse_ckpt_path()  # a checkpoint that knows its host puts it in the place of the configuration's
+        if wanted and wanted != self._model():
+            raise ConfigError(
+                f"Expected --ckpt_path to be a checkpoint of {wanted}, the model of the configuration, but it is one "
+                f"of {self._model()}. Take the configuration that it was trained with: config.yaml in its run's folder."
+            )
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer; what their classes refuse is an error of the configuration."""
@@ -218,8 +231,9 @@ def _explained(error: Exception) -> str | None:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
     if any(file == "checkpoint_connector.py" or function == "_parse_ckpt_path" for file, function in places):
         return (
-            f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take the "
-            "configuration that it was trained with; a public checkpoint goes through `ssync-pl checkpoint convert`."
+            f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take one "
+            "that `fit` wrote with this configuration; a public one, or a state dict alone, goes through `ssync-pl "
+            "checkpoint convert` and is for validate, test and predict."
         )
     if isinstance(error, MisconfigurationException) or any(file == "callback_connector.py" for file, _ in places):
         return str(error)

@@ -100,10 +100,10 @@ def build_matrix(asked: Asked) -> Matrix:
     class_of(config, "data")
     sets = [_data_set(name, config) for name in asked.sets] or [_DataSet("default")]
     _refuse_doubles([one.name for one in sets], "--sets")
-    own = options.get("num_slots")
+    own: Any = options.get("num_slots")
     known = bool(asked.slots) or isinstance(own, int)
     require(known, f"`num_slots` among the options of {model}, or --slots", repr(own), advice="Write it there.")
-    slots = asked.slots or (int(own),)
+    slots = asked.slots or (own,)
     texts = [path.read_text(encoding="utf-8") for path in asked.configs]
     runs: list[Run] = []
     variants: list[Variant] = []

@@ -159,8 +159,9 @@ def _numbered(name: str) -> _Recipe:
     from ssync_pl.plugin.config import SSyncConfig
 
     setting, words = _NUMBERED[kind]
-    SSyncConfig(**{setting: float(number)})  # refuses what is out of range
-    return _Recipe(f"{words} {number}", {setting: float(number)})
+    changes: dict[str, Any] = {setting: float(number)}
+    SSyncConfig(**changes)  # refuses what is out of range
+    return _Recipe(f"{words} {number}", changes)
 
 
 def _overlay(name: str, recipe: _Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
