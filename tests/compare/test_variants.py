@@ -148,11 +148,11 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     """Options that an overlay does not name stay those of the example."""
     example = Path(__file__).resolve().parents[2] / "examples" / "slotcontrast_synthetic.yaml"
     variants = ("without", "ssync-no-contrast", "threshold-0.8")
-    found = configured(build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("cluttered",))))
+    found = configured(build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("a",))))
     for parts in found.values():
         assert parts.host.hparams["num_slots"] == 11
         assert parts.host.hparams["slot_dim"] == 64
-        assert (parts.data.config.name, parts.data.config.min_objects) == ("cluttered", 15)
+        assert (parts.data.config.name, parts.data.config.max_objects) == ("a", 10)
     assert [found[name].host.contrast_weight for name in variants] == [0.1, 0.0, 0.1]
     callbacks = {name: {type(one).__name__: one for one in parts.callbacks} for name, parts in found.items()}
     assert "SSyncCallback" not in callbacks["without"]

@@ -40,8 +40,7 @@ def run_data(args: list[str]) -> int:
     converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
     if args[:1] == ["convert"]:  # they import PyTorch
         sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        for source in ("movi", "ytvis", "davis", "videos"):
-            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
+        import_module("ssync_pl.data.convert.commands").add_sources(sources)
     _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
     options = parser.parse_args(args)
     return int(options.run(options))
@@ -51,7 +50,7 @@ def _add_generate(commands: Any, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
     add = parser.add_argument
     change = "change a setting of the preset, e.g. zoom=1.5; may be repeated"
-    add("--preset", default="a", help="look of the scenes: a, a_zoom, c, e or cluttered")
+    add("--preset", default="a", help="look of the scenes: a, a_zoom or c")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
     add("--train", type=int, default=440, help="number of training videos")
     add("--validation", type=int, default=48, help="number of validation videos")

@@ -7,7 +7,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from ssync_pl.cli.words import key_values, refuse_existing
+from ssync_pl.cli.words import refuse_existing
 from ssync_pl.errors import ConfigError
 
 __all__ = ["packaged_config", "run_checkpoint", "run_config"]
@@ -23,10 +23,9 @@ _CONVERT_CONFIG = (
 )
 _CHECKPOINT = "Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."
 _CONVERT = (
-    "Find the host from names and shapes of the tensors, load it strictly, and write a checkpoint of it. Only tensors "
-    "and plain values are read: nothing in the file can run."
+    "Write the tensors of a public checkpoint as a checkpoint for `--ckpt_path`, beside the configuration of `ssync-pl "
+    "config convert`. Only tensors and plain values are read: nothing in the file can run."
 )
-_SHOW = "Find the host from names and shapes of the tensors and load it strictly; nothing is written."
 
 
 def packaged_config(name: str) -> Path:
@@ -61,16 +60,12 @@ def run_config(args: list[str]) -> int:
 def _convert_config(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ssync-pl config convert", description=_CONVERT_CONFIG)
     add = parser.add_argument
-    change = "change a value of the public file first, in its own keys, e.g. globals.NUM_SLOTS=7; may be repeated"
-    with_ssync = "add SSync, with the published settings where the file has none"
+    change = "change a value of the public file first, in its own keys, e.g. globals.NUM_SLOTS=7, or leave a key out "
+    change += "(KEY=null); may be repeated"
     add("file", type=Path, metavar="OFFICIAL.yaml", help="the public configuration")
     add("--out", type=Path, metavar="FILE.yaml", help="where the result goes (default: the screen)")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--with-ssync", dest="ssync", action="store_true", default=None, help=with_ssync)
-    choice.add_argument("--without-ssync", dest="ssync", action="store_false", help="leave SSync out")
     add("--data-root", metavar="DIR", help="folder or URL that the shards lie below")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    add("--ignore", action="append", default=[], metavar="KEY", help="leave out an unknown key; may be repeated")
     add("--force", action="store_true", help="replace FILE.yaml if it exists")
     options = parser.parse_args(args)
     from ssync_pl.data.files import write_bytes
@@ -78,9 +73,7 @@ def _convert_config(args: list[str]) -> int:
 
     if options.out is not None:
         refuse_existing(options.out, "--out", options.force)
-    converted = convert_config(
-        options.file, ssync=options.ssync, root=options.data_root, changes=options.changes, ignore=options.ignore
-    )
+    converted = convert_config(options.file, root=options.data_root, changes=options.changes)
     for key, reason in converted.left_out.items():
         sys.stderr.write(f"not converted: {key}: {reason}\n")
     if options.out is None:
@@ -92,44 +85,19 @@ def _convert_config(args: list[str]) -> int:
 
 
 def run_checkpoint(args: list[str]) -> int:
-    """Converts a public checkpoint, or shows what it holds; returns the exit status."""
-    options = _checkpoint_parser().parse_args(args)
-    from ssync_pl.tools.official.checkpoints import convert_checkpoint
-    from ssync_pl.tools.official.convert import host_options
-
-    if options.out is not None:
-        refuse_existing(options.out, "OUT.ckpt", options.force)
-    own = key_values(options.changes, "--set")
-    described = host_options(options.config) if options.config is not None else None
-    done = convert_checkpoint(options.file, options.out, described=described, options=own)
-    lines = [f"host:      {done.host}"]
-    lines += [f"  {name}: {'null' if value is None else value}" for name, value in sorted(done.options.items())]
-    lines.append(f"tensors:   {done.tensors}, loaded strictly")
-    if done.assumed:
-        lines.append(f"assumed:   {', '.join(sorted(done.assumed))}: no shape tells, published values; change by --set")
-    if done.dropped:
-        lines.append(f"dropped:   {', '.join(done.dropped)}: parts of another training that the host does not need")
-    if options.out is not None:
-        lines.append(f"converted: {options.out}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
-
-
-def _checkpoint_parser() -> argparse.ArgumentParser:
+    """Converts a public checkpoint; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ssync-pl checkpoint", description=_CHECKPOINT)
-    parser.set_defaults(out=None)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    write = "write a checkpoint that `ssync-pl validate|test|predict --ckpt_path` and `load_from_checkpoint` take"
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    write = "write a checkpoint that `ssync-pl validate|test|predict --ckpt_path` takes"
     convert = commands.add_parser("convert", help=write, description=_CONVERT)
-    show = commands.add_parser("show", help="tell host and options of a public checkpoint", description=_SHOW)
-    public = "public configuration of the training, for what no shape tells"
-    change = "an option of the host, e.g. num_slots=11; may be repeated"
-    for command in (convert, show):
-        add = command.add_argument
-        add("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
-        if command is convert:
-            add("out", type=Path, metavar="OUT.ckpt", help="where the result goes")
-            add("--force", action="store_true", help="replace OUT.ckpt if it exists")
-        add("--config", type=Path, metavar="OFFICIAL.yaml", help=public)
-        add("--set", action="append", default=[], metavar="OPTION=VALUE", dest="changes", help=change)
-    return parser
+    convert.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
+    convert.add_argument("out", type=Path, metavar="OUT.ckpt", help="where the result goes")
+    convert.add_argument("--force", action="store_true", help="replace OUT.ckpt if it exists")
+    options = parser.parse_args(args)
+    from ssync_pl.tools.official.checkpoints import convert_checkpoint
+
+    refuse_existing(options.out, "OUT.ckpt", options.force)
+    for name in convert_checkpoint(options.file, options.out):
+        sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
+    sys.stdout.write(f"converted: {options.out}\n")
+    return 0
