@@ -171,12 +171,6 @@ def test_used_slots_agree_with_the_loss():
         assert torch.equal(used_slots(maps), expected)
 
 
-def test_verdict_at_the_end_of_a_window():
-    engine = started(guard_window=2)
-    verdicts = [engine.term(None, random_maps(), step)[1] for step in range(4)]
-    assert [verdict is not None for verdict in verdicts] == [False, True, False, True]
-
-
 @pytest.mark.parametrize("zero", [True, False])
 def test_a_verdict_is_told_once_and_stops_everywhere(zero, recwarn):
     trainer = types.SimpleNamespace(is_global_zero=zero, should_stop=False)

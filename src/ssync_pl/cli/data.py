@@ -40,8 +40,7 @@ def run_data(args: list[str]) -> int:
     converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
     if args[:1] == ["convert"]:  # they import PyTorch
         sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        for source in ("movi", "ytvis", "davis", "videos"):
-            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
+        import_module("ssync_pl.data.convert.commands").add_sources(sources)
     _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
     options = parser.parse_args(args)
     return int(options.run(options))
@@ -51,7 +50,7 @@ def _add_generate(commands: Any, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
     add = parser.add_argument
     change = "change a setting of the preset, e.g. zoom=1.5; may be repeated"
-    add("--preset", default="a", help="look of the scenes: a, a_zoom, c, e or cluttered")
+    add("--preset", default="a", help="look of the scenes: a, a_zoom or c")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
     add("--train", type=int, default=440, help="number of training videos")
     add("--validation", type=int, default=48, help="number of validation videos")
@@ -107,10 +106,10 @@ def _add_check(commands: Any, name: str, **texts: str) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.owned import read_owned_json, write_owned_json
+    from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        read_owned_json(options.json)  # refuses a file of another program before work begins
+        refuse_foreign(options.json)  # before work begins
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,
@@ -179,7 +178,6 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", choices=("pretrained", "none"), help="published or random weights")
     source.add_argument("--checkpoint", type=Path, help="file of weights (PyTorch or safetensors)")
-    add("--dtype", choices=("bf16", "int8"), default="bf16", help="how features are stored")
     add("--flips", action="store_true", help="store features of mirrored frames too")
     add("--components", type=int, help="store this many principal components of standardised channels")
     add("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
@@ -191,33 +189,33 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
 
 
 def _cache_features(options: argparse.Namespace) -> int:
-    from ssync_pl.data.features.backbones import load_backbone
     from ssync_pl.data.features.cache import cache_features
-    from ssync_pl.data.features.projection import PROJECTION_FILE, describe_projection, read_projection
+    from ssync_pl.data.features.projection import describe_projection
     from ssync_pl.data.features.recipe import require_crop
     from ssync_pl.data.patterns import expand_shards
+    from ssync_pl.hosts.nn.backbones import load_backbone
 
     require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
-    names = ("image_size", "resize_mode", "crop", "dtype", "flips", "batch_size", "on_bad_sample", "components")
+    names = ("image_size", "resize_mode", "crop", "flips", "batch_size", "on_bad_sample", "components")
     settings = {name: getattr(options, name) for name in names}
     report = cache_features(shards, backbone, options.out, device=device, **settings)
-    rows, columns = backbone.grid_for(*options.image_size)
+    rows, columns = report.recipe.grid
     lines = [
         f"folder:   {options.out}",
         f"backbone: {backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)",
     ]
-    if (options.out / PROJECTION_FILE).exists():
-        lines.append(f"features: {describe_projection(read_projection(options.out / PROJECTION_FILE))}")
+    if report.projection is not None:
+        lines.append(f"features: {describe_projection(report.projection)}")
     lines += [
         f"shards:   {report.written} written, {report.kept} kept",
-        f"size:     {report.bytes / 1e6:.1f} MB ({options.dtype})",
+        f"size:     {report.bytes / 1e6:.1f} MB",
     ]
     if report.written:
-        lines.append(f"speed:    {report.frames} frames, {report.frames_per_second:.1f} frames/s on {device}")
-    lines += [f"skipped:  {message}" for message in report.skipped.values()]
+        lines.append(f"speed:    {report.frames} frames, {report.frames / report.seconds:.1f} frames/s on {device}")
+    lines += [f"skipped:  {message}" for message in report.skipped]
     if report.busy:
         lines.append(f"left to another process: {', '.join(report.busy)}")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -268,7 +268,7 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
         "__key__": [sample["__key__"] for sample in samples],
         BAD_SAMPLES: [bad for sample in samples for bad in sample[BAD_SAMPLES]],
     }
-    for name in ("video", "features", "features_scale"):
+    for name in ("video", "features"):
         if name in samples[0]:
             batch[name] = [_lengthen(sample[name], longest, repeat=True) for sample in samples]
     if rules.training:
@@ -286,10 +286,10 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
         batch["mask_ids"], batch["max_objects"] = ids, limit
         masks = [torch.nn.functional.pad(mask, (0, channels - mask.shape[-1])) for mask in masks]
         batch["segmentations"] = [_lengthen(mask, longest) for mask in masks]
-    pixels = [name for name in ("video", "segmentations") if name in batch]
+    tensors = [name for name in ("video", "segmentations", "features") if name in batch]
     # Videos of several sizes stay a list, and so do their masks.
-    one_size = all(len({item.shape for item in batch[name]}) == 1 for name in pixels)
-    for name in (*(pixels if one_size else ()), *(name for name in ("features", "features_scale") if name in batch)):
+    one_size = all(len({item.shape for item in batch[name]}) == 1 for name in tensors)
+    for name in tensors if one_size else [name for name in tensors if name == "features"]:
         batch[name] = torch.stack(batch[name])
     return batch
 

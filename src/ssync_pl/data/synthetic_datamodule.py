@@ -19,8 +19,7 @@ class SyntheticDataModule(ShardDataModule):
 
     Args:
         root: Folder of the generated sets; each configuration has a folder of its own in it.
-        preset: Name of the scene configuration: `a` (plain colours), `a_zoom` (plain, larger objects), `c` (textured),
-            `e` (textured, up to 23 objects, moving camera), `cluttered` (crowded).
+        preset: Name of the scene configuration: `a` (plain colours), `a_zoom` (plain, larger objects), `c` (textured).
         num_train: Training videos.
         num_validation: Validation videos; also the sets of `test` and `predict`.
         resolution: Height and width of the stored frames.
@@ -82,35 +81,34 @@ class SyntheticDataModule(ShardDataModule):
 
     def prepare_data(self) -> None:
         """Renders the videos unless they are there; Lightning calls this on one process per machine."""
-        self._store_features(self._generate())
+        self._generate()
+        self._store_features()
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets of a stage."""
-        folder = self._generate()
+        self._generate()
         for split in self.patterns:
-            self.patterns[split] = self._pattern(folder, "train" if split == "train" else "validation")
+            self.patterns[split] = self._pattern("train" if split == "train" else "validation")
         super().setup(stage)
 
-    def _generate(self) -> Path:
-        return synthetic.generate(
-            self.root, self.config, self.splits, seed=self.data_seed, num_workers=self.generate_workers
-        )
+    def _generate(self) -> None:
+        synthetic.generate(self.root, self.config, self.splits, self.data_seed, self.generate_workers)
 
-    def _pattern(self, folder: Path, part: str) -> str:
-        return str(folder / f"{self.config.name}-{part}-*.tar")
+    def _pattern(self, part: str) -> str:
+        return str(self.folder / f"{self.config.name}-{part}-*.tar")
 
-    def _store_features(self, folder: Path) -> None:
+    def _store_features(self) -> None:
         name, layer, components = self._cache
         if name is None or self.features is None:
             return
-        parts = [find_shards(self._pattern(folder, part), part)[0] for part in ("train", "validation")]
+        parts = [find_shards(self._pattern(part), part)[0] for part in ("train", "validation")]
         if all((Path(self.features) / Path(shard).name).is_file() for shards in parts for shard in shards):
             return
         # Deferred: the backbone's packages are extras.
-        from ssync_pl.data.features.backbones import load_backbone
+        from ssync_pl.data.features.backbone import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
-        backbone = load_backbone(name, layer)
+        backbone = backbone_by_name(name, layer)
         size = self.transform.image_size or (self.config.resolution, self.config.resolution)
         rules = self._rules["train"]
         for shards in parts:  # training videos first: a projection is fitted to them
