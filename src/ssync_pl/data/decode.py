@@ -186,7 +186,7 @@ def decode_picture(
     except FileNotFoundError as error:
         raise _damaged(where, "a file that is there", "none") from error
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
-        raise _damaged(where, f"a whole picture ({', '.join(formats)})", error) from error
+        raise _damaged(where, f"a whole picture ({', '.join(formats)})", _or_empty(source, error)) from error
 
 
 def to_rgb(picture: Any, where: str) -> np.ndarray:
@@ -236,7 +236,7 @@ def open_video(
     except (ShardError, ConfigError, MemoryError):
         raise
     except Exception as error:
-        raise _damaged(where, "a whole video file", error) from error
+        raise _damaged(where, "a whole video file", _or_empty(source, error)) from error
 
 
 def count_frames(source: Data | str | os.PathLike[str], where: str) -> int:
@@ -356,6 +356,11 @@ def _parse_header(head: bytes) -> NpyHeader:
         stream.seek(8)
         shape, fortran_order, dtype = read(stream)
     return NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
+
+
+def _or_empty(source: Any, error: Exception) -> Exception | str:
+    empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0
+    return "an empty file" if empty else error
 
 
 def _damaged(place: str, expected: str, got: Exception | str) -> ShardError:
