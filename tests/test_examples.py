@@ -110,6 +110,6 @@ def test_feature_examples_store_features_train_and_report(name, tmp_path, tmp_pa
     assert main(words) == 0
     (file,) = tmp_path.rglob("summary.json")
     summary = json.loads(file.read_text("utf-8"))
-    assert set(summary["rows"]) == {"this run", "untrained", "grid", "k-means RGB"}
+    assert set(summary["rows"]) == {"this run", "untrained", "grid", "k-means RGB", "k-means features"}
     assert "video mBO" in capsys.readouterr().out
     assert list(Path(summary["pictures"]).glob("*.png"))

@@ -106,10 +106,10 @@ def _add_check(commands: Any, name: str, **texts: str) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.owned import read_owned_json, write_owned_json
+    from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        read_owned_json(options.json)  # refuses a file of another program before work begins
+        refuse_foreign(options.json)  # before work begins
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,

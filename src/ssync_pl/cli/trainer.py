@@ -179,7 +179,7 @@ class SSyncCLI(LightningCLI):
             if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
                 if self._inputs():
                     sys.stdout.write(describe_windows(callback.written, carries_slots(self.model)))
-                sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
+                sys.stdout.write(f"predictions: {len(callback.written)} videos in {callback.folder}\n")
 
 
 class Configured(NamedTuple):
