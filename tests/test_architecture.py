@@ -14,8 +14,7 @@ FLOORS = (
     ("method", "metrics"),
     ("adapters", "data"),
     ("plugin", "hosts"),
-    ("rivals", "tools"),
-    ("compare",),
+    ("rivals", "tools", "compare"),
     ("cli",),
 )
 BUDGETS = {
@@ -26,12 +25,12 @@ BUDGETS = {
     "rivals": 500,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 8_790,
-    "compare": 2620,
-    "tools": 3600,
-    "cli": 1255,
+    "data": 8790,
+    "compare": 1916,
+    "tools": 3370,
+    "cli": 1158,
 }
-TOTAL = 26_050  # the aim is 20_000
+TOTAL = 25_023  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

@@ -112,7 +112,7 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(
     nameless = tmp_path / "nameless.ckpt"  # as one of the user's own training loop may be
     torch.save({name: value for name, value in content.items() if name != "hyper_parameters"}, nameless)
     message = refused(run, capsys, "--ckpt_path", nameless, *other)
-    assert "to hold the tensors of the model in the configuration" in message
+    assert "a whole checkpoint of this model" in message
     assert "only with --input" in refused(run, capsys, "--config", settings, "--out", tmp_path / "out")
     alone = tmp_path / "alone.ckpt"
     shutil.copy(checkpoint, alone)
