@@ -58,12 +58,12 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
     rows = []
     for caption, clips in videos:
         places = np.linspace(0, len(clips[0]) - 1, frames).round().astype(int)
+        # A video without masks leaves the place beside its frames white.
+        shown = [*clips, *[np.full_like(clips[0], 255)] * (panels - len(clips))]
         pictures = [
-            [ImageOps.pad(Image.fromarray(clip[place]), size, color="white") for clip in clips] for place in places
+            [np.asarray(ImageOps.pad(Image.fromarray(clip[k]), size, color="white")) for clip in shown] for k in places
         ]
-        for pair in pictures:
-            pair += [Image.new("RGB", size, "white")] * (panels - len(pair))
-        rows.append(SheetRow(caption, np.stack([np.concatenate(pair, axis=1) for pair in pictures])))
+        rows.append(SheetRow(caption, np.stack([np.concatenate(panel, axis=1) for panel in pictures])))
     return draw_sheet(rows, cell=max(rows[0].frames.shape[1:3])), len(videos), skipped
 
 
