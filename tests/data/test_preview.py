@@ -94,9 +94,8 @@ def test_the_sheet_shows_each_frame_beside_its_masks() -> None:
     labels = np.full((2, 16, 16), -1)
     labels[:, 8:] = 1
     sheet = draw_preview([PreviewVideo("train, key 7", frames, labels, 1)], frames=2, cell=16)
-    left, bottom = sheet.shape[1] - 10 - 2 * 34 - 4, sheet.shape[0]
-    text_height = 5 * 16
-    top = bottom - 10 - text_height + (text_height - 16) // 2
+    left = sheet.shape[1] - 10 - 2 * 34 - 4
+    top = int((sheet[:, left] == 40).all(axis=-1).argmax())
     row = sheet[top : top + 16]
     assert (row[:, left : left + 16] == 40).all()
     assert np.array_equal(row[:, left + 18 : left + 34], overlay_labels(frames, labels)[0])

@@ -7,10 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ssync_pl import ValidationSummary
-from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
@@ -58,6 +57,14 @@ def summary_loader(seeds: list[int]) -> DataLoader[Any]:
     return DataLoader([summary_batch(seed) for seed in seeds], batch_size=None)
 
 
+class TwoVideos(Dataset[Any]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in summary_batch(5).items()}
+
+
 def summary_trainer(path: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     settings: dict[str, Any] = {
         "max_epochs": 2,
@@ -103,9 +110,8 @@ def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.Cap
     assert written["step"] == 4
     for name, value in expected_scores(host).items():
         assert written["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
-    reference = score_baselines([summary_batch(5), summary_batch(6)], 4, True)
-    assert written["rows"]["grid"] == pytest.approx(reference["grid"])
-    assert written["rows"]["k-means RGB"] == pytest.approx(reference["k-means RGB"])
+    for row, metric in score_baselines([summary_batch(5), summary_batch(6)], 4).items():
+        assert written["rows"][row] == pytest.approx({name: float(value) for name, value in metric.compute().items()})
 
 
 def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_path: Path) -> None:
@@ -161,32 +167,19 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     assert json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]["this run"]["video_mbo"] is None
 
 
-def test_baselines_are_kept_beside_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data_folder = tmp_path / "data"
-    with ShardWriter(data_folder, "validation") as writer:
-        for key in range(2):
-            batch = summary_batch(key)
-            ids = batch["segmentations"][0].int().argmax(1).unsqueeze(-1)
-            video = (batch["video"][0].movedim(1, -1) * 60).to(torch.uint8)
-            writer.write(str(key), {"video.npy": video.numpy(), "segmentations.npy": ids.to(torch.uint8).numpy()})
-    calls: list[int] = []
-    real = summary.score_baselines
+@pytest.mark.slow
+def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
+    def rows(name: str, **options: Any) -> dict[str, Any]:
+        trainer = summary_trainer(tmp_path / name, [ValidationSummary()], **options)
+        loader = DataLoader(TwoVideos(), batch_size=1)
+        trainer.validate(SummaryHost(), loader, verbose=False)
+        (file,) = (tmp_path / name).rglob("summary.json")
+        return json.loads(file.read_text())["rows"]
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[1])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(summary, "score_baselines", counted)
-    rows = []
-    for num_slots in (4, 4, 5):
-        data = ShardDataModule(validation=f"{data_folder}/validation-*.tar", num_workers=0, batch_size=2)
-        callback = ValidationSummary(num_slots=num_slots)
-        summary_trainer(tmp_path / "runs", [callback]).validate(SummaryHost(), data, verbose=False)
-        rows.append(callback.rows)
-    assert calls == [4, 5]
-    assert (data_folder / "baselines.json").is_file()
-    assert rows[0]["grid"] == rows[1]["grid"]
-    assert 0.0 < rows[0]["k-means RGB"]["video_mbo"] <= 1.0
+    alone, together = rows("one"), rows("two", devices=2, strategy="ddp_fork")
+    assert set(together) == {"this run", "grid", "k-means RGB"}
+    for row in ("grid", "k-means RGB"):
+        assert together[row] == pytest.approx(alone[row])
 
 
 def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ def run_data(args: list[str]) -> int:
     converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
     if args[:1] == ["convert"]:  # they import PyTorch
         sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        for source in ("movi", "ytvis", "davis", "videos"):
-            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
+        import_module("ssync_pl.data.convert.commands").add_sources(sources)
     _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
     options = parser.parse_args(args)
     return int(options.run(options))
@@ -107,10 +106,10 @@ def _add_check(commands: Any, name: str, **texts: str) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.owned import read_owned_json, write_owned_json
+    from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        read_owned_json(options.json)  # refuses a file of another program before work begins
+        refuse_foreign(options.json)  # before work begins
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,

@@ -52,7 +52,7 @@ HEADER_BYTES = 1 << 14
 
 _EXECUTABLE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so"})
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
+_CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 
 
 class NpyHeader(NamedTuple):

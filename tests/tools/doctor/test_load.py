@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,22 +24,19 @@ def test_a_class_a_function_or_a_model(user_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "settings", "message"),
     [
-        ("user_code", {}, "model as 'package.module:name', but got 'user_code'"),
-        (":Net", {}, "model as 'package.module:name'"),
-        ("nowhere:Net", {}, "module 'nowhere' for 'nowhere:Net', but there is none. Run this in the folder"),
-        ("torch.nowhere:Net", {}, "module 'torch.nowhere' for"),
-        ("needy_code:Net", {}, "needs 'a_module_that_is_not_there', which is not installed"),
-        ("broken_code:Net", {}, "import 'broken_code', but it raised RuntimeError: at import"),
-        ("user_code:Nett", {}, "'Nett' in 'user_code'.*Its names: .*Net"),
-        ("user_code:number", {}, "'user_code:number' to be .*, but got int"),
-        (
-            "user_code:fails",
-            {"message": "bad"},
-            r"from message='bad', but it raised ValueError: bad. Give",
-        ),
-        ("user_code:Net", {"slot": 3}, "raised TypeError: .*slot"),
-        ("user_code:model", {"slots": 3}, "no --init for 'user_code:model', which is a model already"),
-        ("builtins:dict", {}, "torch.nn.Module, .* but got dict"),
+        ("user_code", {}, "'user_code' to be a model or to build one.*Write package.module:name"),
+        (":Net", {}, "Write package.module:name"),
+        ("./user_code.py:Net", {}, "Write package.module:name as `import` does"),
+        ("nowhere:Net", {}, "No module named 'nowhere'.*in the folder of your code"),
+        ("needy_code:Net", {}, "No module named 'a_module_that_is_not_there'"),
+        ("broken_code:Net", {}, "RuntimeError: at import"),
+        ("user_code:Nett", {}, "no attribute 'Nett'"),
+        ("user_code:number", {}, "TypeError: 'int'"),
+        ("user_code:fails", {"message": "bad"}, "with message='bad' .*ValueError: bad"),
+        ("user_code:leaves", {}, "SystemExit: 3"),
+        ("user_code:Net", {"slot": 3}, "TypeError: .*slot.*--init name=value"),
+        ("user_code:model", {"slots": 3}, "TypeError"),
+        ("builtins:dict", {}, "gives dict and no torch.nn.Module"),
     ],
 )
 def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: dict, message: str) -> None:
@@ -46,28 +44,29 @@ def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: d
         build_model(target, settings)
 
 
-def test_batches() -> None:
-    assert parse_batch(["2,4,3,8,8"]).shape == (2, 4, 3, 8, 8)
-    assert parse_batch(["2,8"]).shape == (2, 8)
-    named = parse_batch(["img=1,2,3,8,8", "boxes=1,2,5,4"])
-    assert {name: tuple(value.shape) for name, value in named.items()} == {
-        "img": (1, 2, 3, 8, 8),
-        "boxes": (1, 2, 5, 4),
-    }
-    first, second = parse_batch(["2,3", "4"])
-    assert (first.shape, second.shape) == ((2, 3), (4,))
+@pytest.mark.parametrize(
+    ("words", "shapes"),
+    [
+        (["2,4,3,8,8"], (2, 4, 3, 8, 8)),
+        (["2,3", "4"], [(2, 3), (4,)]),
+        (["img=1,2,3,8,8", "boxes=1,2,5,4"], {"img": (1, 2, 3, 8, 8), "boxes": (1, 2, 5, 4)}),
+    ],
+)
+def test_batches(words: list[str], shapes: Any) -> None:
+    found = parse_batch(words)
+    if isinstance(shapes, dict):
+        assert {name: tuple(value.shape) for name, value in found.items()} == shapes
+    else:
+        assert (found.shape if len(words) == 1 else [tuple(one.shape) for one in found]) == shapes
     assert torch.equal(parse_batch(["4"]), parse_batch(["4"]))
-
-
-SIZES = "--batch as sizes"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(([word], SIZES) for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
-        (["img=2,3", "4"], "names for all shapes of --batch or for none"),
-        (["a=2,3", "a=2"], "each name of --batch once, but got 'a' again"),
+        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
+        (["img=2,3", "4"], "one name per shape or without names"),
+        (["a=2,3", "a=2"], "one name per shape"),
         (["100000000,2,3,224,224,1000"], "to fit into memory"),
         (["99999999999999999999999,2"], "to fit into memory"),
     ],
@@ -88,25 +87,10 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(layer.state_dict(), "plain.pt")
     load_weights(other, Path("plain.pt"))
     assert torch.equal(layer.weight, other.weight)
-    Path("text.pt").write_text("nothing")
     torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
-    for name, message in (("nothing", "no such file"), ("text", "plain values only"), ("bomb", "plain values only")):
-        with pytest.raises(ConfigError, match=message) as caught:
+    for name, message in (("nothing", "no such file"), ("bomb", "plain values only")):
+        with pytest.raises(ConfigError, match=message):
             load_weights(other, Path(f"{name}.pt"))
-        assert "weights_only" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"weights of Linear.*size mismatch"):
         load_weights(nn.Linear(2, 3), Path("plain.pt"))
     assert not Path("never").exists()
-
-
-def test_scripts_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "script_code.py").write_text("import argparse; argparse.ArgumentParser().parse_args(['--no'])")
-    (tmp_path / "leaving_code.py").write_text("def build(): raise SystemExit(3)")
-    with working_folder_first():
-        with pytest.raises(ConfigError, match=r"ended the program .*__main__"):
-            build_model("script_code:Net")
-        with pytest.raises(ConfigError, match="raised SystemExit: 3"):
-            build_model("leaving_code:build")
-        with pytest.raises(ConfigError, match=r"as `import` names it, .* Write e\.g\. 'folder\.script_code'"):
-            build_model("./folder/script_code.py:Net")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import require
 
 __all__ = ["PRESETS", "SceneConfig", "preset"]
 
@@ -67,48 +67,39 @@ class SceneConfig:
     camera_elevation: tuple[float, float] = (20.0, 65.0)
 
     def __post_init__(self) -> None:
-        # YAML gives lists, and ints where floats are meant: one spelling only, or equal settings would hash apart
+        # one spelling only, or equal settings would hash apart: YAML gives lists, and ints where floats are meant
         for name, (kind, low, high) in _NUMBERS.items():
             object.__setattr__(self, name, number(name, getattr(self, name), kind, low, high))
         for name, (low, high) in _LISTS.items():
             value = getattr(self, name)
-            if name == "camera_shell" and value is None:
+            if value is None and name == "camera_shell":
                 continue
-            if not isinstance(value, (list, tuple)) or not value:
-                raise ConfigError(f"Expected argument `{name}` to be a list of numbers, but got {value!r}.")
+            require(
+                isinstance(value, (list, tuple)) and len(value) > 0, f"`{name}` to be a list of numbers", repr(value)
+            )
             values = tuple(number(name, item, float, low, high) for item in value)
-            if name != "object_sizes" and (len(values) != 2 or values[0] > values[1]):
-                raise ConfigError(f"Expected argument `{name}` to be (lowest, highest), but got {value!r}.")
+            ordered = name == "object_sizes" or (len(values) == 2 and values[0] <= values[1])
+            require(ordered, f"`{name}` to be (lowest, highest)", repr(value))
             object.__setattr__(self, name, values)
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ConfigError(
-                "Expected argument `name` to be ASCII letters, digits, `_` and `-`, because files are named after it, "
-                f"but got {self.name!r}."
-            )
-        if self.min_objects > self.max_objects:
-            raise ConfigError(
-                "Expected argument `min_objects` to be at most `max_objects`, but got "
-                f"{self.min_objects} > {self.max_objects}. Lower one or raise the other."
-            )
-        if not isinstance(self.textured, bool):
-            raise ConfigError(f"Expected argument `textured` to be true or false, but got {self.textured!r}.")
-        if self.camera_shell is None and self.camera_elevation != SceneConfig.camera_elevation:
-            raise ConfigError(
-                f"Expected argument `camera_elevation` beside `camera_shell` only, but got {self.camera_elevation} "
-                "alone. Set `camera_shell` too."
-            )
+        plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
+        require(bool(plain), "`name` to be ASCII letters, digits, `_` and `-`, for files", repr(self.name))
+        require(isinstance(self.textured, bool), "`textured` to be true or false", repr(self.textured))
+        most = f"`min_objects` to be at most `max_objects` ({self.max_objects})"
+        require(self.min_objects <= self.max_objects, most, self.min_objects)
+        alone = self.camera_shell is None and self.camera_elevation != SceneConfig.camera_elevation
+        require(not alone, "`camera_shell` beside `camera_elevation`", "none")
 
 
 def number(name: str, value: Any, kind: type[int] | type[float], low: float, high: float) -> Any:
-    """Return a number of this kind; raise `ConfigError` where it is another kind or out of range."""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"Expected argument `{name}` to be {what} from {low:g} to {high:g}, but got {value!r}.")
+    """Returns a number of this kind; raises `ConfigError` where it is another kind or out of range."""
+    good = isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high
+    what = "a whole number" if kind is int else "a number"
+    require(good, f"`{name}` to be {what} from {low:g} to {high:g}", repr(value))
     return kind(value)
 
 
 def preset(name: str, /, **changes: Any) -> SceneConfig:
-    """Return a preset, with some settings changed.
+    """Returns a preset, with some settings changed.
 
     Args:
         name: A key of ``PRESETS``.
@@ -120,12 +111,10 @@ def preset(name: str, /, **changes: Any) -> SceneConfig:
     Raises:
         ConfigError: There is no such preset, or no such field.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"Expected argument `name` to be one of {sorted(PRESETS)}, but got {name!r}.")
+    require(name in PRESETS, f"a preset among {sorted(PRESETS)}", repr(name))
     fields = [field.name for field in dataclasses.fields(SceneConfig)]
     unknown = sorted(set(changes) - set(fields))
-    if unknown:
-        raise ConfigError(f"Expected settings among {fields}, but got {unknown}.")
+    require(not unknown, f"settings among {fields}", unknown)
     return dataclasses.replace(PRESETS[name], **changes)
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _FIXED = {"camera_motion": "static", "camera_travel": 0.0, "max_speed": 4.0}
 
 
 def dataset_folder(root: str | os.PathLike[str], config: SceneConfig, splits: Mapping[str, int], seed: int = 0) -> Path:
-    """Return the folder that `generate` fills for the same arguments: ``<root>/<name>-<hash of all the rest>``."""
+    """Returns the folder that `generate` fills for the same arguments: ``<root>/<name>-<hash of all the rest>``."""
     recipe = _recipe(config, splits, seed)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return Path(root) / f"{config.name}-{digest}"
@@ -40,7 +41,7 @@ def generate(
     seed: int = 0,
     num_workers: int | None = None,
 ) -> Path:
-    """Render a data set into shards ``<name>-<split>-000000.tar`` …, or return at once when it is there.
+    """Renders a data set into shards ``<name>-<split>-000000.tar`` …, or returns at once when it is there.
 
     A run that was stopped goes on where it was; of several processes that generate the same set, one works and the
     others wait. Members of a sample: ``video.npy`` and ``segmentations.npy.gz`` (see ``render_video``).
@@ -73,7 +74,7 @@ def generate(
                 for split, count in splits.items():
                     items = [Item(f"{i:06d}", [recipe["split_seeds"][split], i]) for i in range(count)]
                     prefix = f"{config.name}-{split}"
-                    convert(items, _Render(config), folder, prefix, recipe={}, num_workers=num_workers)
+                    convert(items, partial(_render, config), folder, prefix, recipe={}, num_workers=num_workers)
                 index = read_index(folder)
                 write_index(folder, index.shards.values() if index else (), recipe)
     except OSError as error:
@@ -84,25 +85,21 @@ def generate(
 def _recipe(config: SceneConfig, splits: Mapping[str, int], seed: int) -> dict[str, Any]:
     seed = number("seed", seed, int, 0, 2**63)
     counts = {split: number(f"splits[{split!r}]", count, int, 1, 999_999) for split, count in splits.items()}
+    sources = {split: np.random.SeedSequence(seed, spawn_key=tuple(split.encode())) for split in splits}
     settings = {**_FIXED, **asdict(config)}
-    if config.camera_shell is None:
-        del settings["camera_shell"]
-    if config.camera_elevation == SceneConfig.camera_elevation:
-        del settings["camera_elevation"]
+    for name in ("camera_shell", "camera_elevation"):  # they came after the first sets were made
+        if getattr(config, name) == getattr(SceneConfig, name):
+            del settings[name]
     recipe = {
         "generator": "ssync_pl.data.synthetic",
         "generator_version": _GENERATOR_VERSION,
         "config": settings,
         "seed": seed,
-        "split_seeds": {split: _split_seed(seed, split) for split in counts},
+        "split_seeds": {split: int(source.generate_state(1, np.uint64)[0]) for split, source in sources.items()},
         "splits": counts,
         "samples_per_shard": 32,
     }
     return dict(json.loads(json.dumps(recipe)))
-
-
-def _split_seed(seed: int, split: str) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=tuple(split.encode())).generate_state(1, np.uint64)[0])
 
 
 def _is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
@@ -113,12 +110,6 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-@dataclass(frozen=True)
-class _Render:
-    """Make the members of the video with the seed and number of an item."""
-
-    config: SceneConfig
-
-    def __call__(self, item: Item) -> dict[str, Any]:
-        made = render_video(self.config, *item.source)
-        return {"video.npy": made["video"], "segmentations.npy.gz": made["segmentations"]}
+def _render(config: SceneConfig, item: Item) -> dict[str, Any]:
+    made = render_video(config, *item.source)
+    return {"video.npy": made["video"], "segmentations.npy.gz": made["segmentations"]}

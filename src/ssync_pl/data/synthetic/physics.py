@@ -8,11 +8,10 @@ momentum, not angular velocity, is integrated, so that free rotation conserves i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from ssync_pl.data.synthetic.shapes import BOUNDS, INERTIA, SPHERE, VOLUMES, Array, contact_balls, signed_distance
+from ssync_pl.data.synthetic.shapes import INERTIA, SPHERE, VOLUMES, Array, bounds, contact_balls, signed_distance
 
 _GRAVITY = 9.81  # world units per squared second, downwards along z
 _RESTITUTION, _DENSITY, _FRICTION = np.array([0.3, 0.7]), np.array([1.1, 2.7]), np.array([0.5, 0.25])  # rubber, metal
@@ -22,30 +21,19 @@ _SPIN_LOSS = 0.3  # share of angular momentum lost per second, or spheres would 
 _FAR = -1.0e6  # radius of balls that only pad an array: they never touch anything
 
 
-@dataclass(frozen=True)
-class Bodies:
-    """Codes of shapes, half-sizes, and whether it is metal instead of rubber (0 or 1), each ``(n,)``."""
-
-    shape: Array
-    half: Array
-    metal: Array
-
-    @property
-    def bound(self) -> Array:
-        """Radii of the bounding spheres ``(n,)``."""
-        return np.asarray(BOUNDS)[self.shape] * self.half
-
-
 def simulate(
-    bodies: Bodies, position: Array, rotation: Array, velocity: Array, frames: int, fps: float
+    shape: Array, half: Array, metal: Array, start: tuple[Array, Array, Array], frames: int, fps: float
 ) -> tuple[Array, Array]:
-    """Let bodies move over a floor at z = 0; return centres ``(F, n, 3)`` and turns to the world ``(F, n, 3, 3)``."""
-    world = _World(bodies, position, rotation, velocity, fps)
-    positions, rotations = [world.position.copy()], [world.rotation]
+    """Lets bodies move over a floor at z = 0, from first centres ``(n, 3)``, turns ``(n, 3, 3)`` and velocities.
+
+    Returns centres ``(F, n, 3)`` and turns to the world ``(F, n, 3, 3)``.
+    """
+    world = _World(shape, half, metal, start, fps)
+    positions, rotations = [world.position], [world.rotation]
     for _ in range(frames - 1):
         for _ in range(world.substeps):
             world.step()
-        positions.append(world.position.copy())
+        positions.append(world.position)
         rotations.append(world.rotation)
     return np.stack(positions), np.stack(rotations)
 
@@ -53,24 +41,25 @@ def simulate(
 class _World:
     """The mutable state of a simulation and one time step of it."""
 
-    def __init__(self, bodies: Bodies, position: Array, rotation: Array, velocity: Array, fps: float) -> None:
-        self.position, self.rotation, self.velocity = position.copy(), rotation, velocity.copy()
-        self.momentum = np.zeros_like(position)
+    def __init__(self, shape: Array, half: Array, metal: Array, start: tuple[Array, Array, Array], fps: float) -> None:
+        self.position, self.rotation, self.velocity = (part.copy() for part in start)
+        self.momentum = np.zeros_like(self.position)
         self.substeps = max(1, math.ceil(_STEPS_PER_SECOND / fps))
         self.dt = 1.0 / (fps * self.substeps)
         self.stiffness = (_STIFFNESS / self.dt) ** 2
-        self.shape, self.half, self.friction = bodies.shape, bodies.half, _FRICTION[bodies.metal]
-        kinds = list(zip(self.shape.tolist(), self.half.tolist(), strict=True))
-        self.mass = _DENSITY[bodies.metal] * np.array([VOLUMES[shape] * half**3 for shape, half in kinds])
-        moments = np.array([[share * half**2 for share in INERTIA[shape]] for shape, half in kinds])
+        self.shape, self.half, self.friction = shape, half, _FRICTION[metal]
+        kinds = list(zip(shape.tolist(), half.tolist(), strict=True))
+        self.mass = _DENSITY[metal] * np.array([VOLUMES[code] * size**3 for code, size in kinds])
+        moments = np.array([[share * size**2 for share in INERTIA[code]] for code, size in kinds])
         self.inverse_moments = 1.0 / (self.mass[:, None] * moments)
-        logs = np.log(_RESTITUTION[bodies.metal])
+        logs = np.log(_RESTITUTION[metal])
         # damping ratio of a linear spring and damper that gives back this share of the speed
         self.damping = -logs / np.sqrt(math.pi**2 + logs**2) * 2.0 * (_STIFFNESS / self.dt)
         self.ids = np.arange(len(kinds))[:, None]
         self.first, self.second = np.triu_indices(len(kinds), 1)
-        self.reach = (bodies.bound[self.first] + bodies.bound[self.second]) ** 2
-        balls = [contact_balls(shape, half) for shape, half in kinds]
+        bound = bounds(shape, half)
+        self.reach = (bound[self.first] + bound[self.second]) ** 2
+        balls = [contact_balls(code, size) for code, size in kinds]
         padded = (len(kinds), max(len(radius) for _, radius, _ in balls))
         self.points, self.radius, self.weight = np.zeros((*padded, 3)), np.full(padded, _FAR), np.zeros(padded)
         for row, (points, radius, weight) in enumerate(balls):
@@ -81,12 +70,12 @@ class _World:
         self.floor_radius[self.shape != SPHERE, 0] = _FAR
 
     def spin(self) -> Array:
-        """Return the angular velocities ``(n, 3)``."""
+        """Returns the angular velocities ``(n, 3)``."""
         local = np.matmul(self.momentum[:, None, :], self.rotation)[:, 0] * self.inverse_moments
         return np.asarray(np.matmul(self.rotation, local[:, :, None])[:, :, 0])
 
     def step(self) -> None:
-        """Advance by one time step."""
+        """Advances by one time step."""
         spin = self.spin()
         force, torque = np.zeros_like(self.velocity), np.zeros_like(self.velocity)
         offsets = np.matmul(self.points, self.rotation.transpose(0, 2, 1))
@@ -96,7 +85,7 @@ class _World:
         self.velocity[:, 2] -= self.dt * _GRAVITY
         self.momentum += self.dt * torque
         self.momentum *= 1.0 - _SPIN_LOSS * self.dt
-        self.position += self.dt * self.velocity
+        self.position = self.position + self.dt * self.velocity
         turned = self.rotation + self.dt * np.matmul(_skew(self.spin()), self.rotation)
         # one Newton step towards the nearest rotation undoes the first-order scheme's stretch
         self.rotation = 1.5 * turned - 0.5 * np.matmul(turned, np.matmul(turned.transpose(0, 2, 1), turned))
@@ -158,7 +147,7 @@ class _World:
     def _push(
         self, depth: Array, direction: Array, sliding: Array, mass: Array, damping: Array, friction: Array
     ) -> Array:
-        """Return the contact forces ``(m, 3)``: spring and damper along the direction, Coulomb friction across it."""
+        """Returns the contact forces ``(m, 3)``: spring and damper along the direction, Coulomb friction across it."""
         approach = (sliding * direction).sum(-1)
         # a contact never pulls
         pressure = np.maximum(mass * (self.stiffness * depth - damping * approach), 0.0)

@@ -32,7 +32,7 @@ _Box = tuple[slice, slice]  # rows and columns of pixels
 
 
 def render_video(config: SceneConfig, seed: int, index: int) -> dict[str, Array]:
-    """Render one video with exact instance masks.
+    """Renders one video with exact instance masks.
 
     Args:
         config: Settings.
@@ -71,13 +71,13 @@ class _Camera:
         self.slopes: Array = slopes.reshape(self.size, rays).astype(np.float32)
 
     def rays(self, box: _Box, rotation: Array | None = None) -> list[Array]:
-        """Return the directions of a box's rays, in the world or in the frame of an object with this rotation."""
+        """Returns the directions of a box's rays, in the world or in the frame of an object with this rotation."""
         basis = self.basis if rotation is None else self.basis @ rotation
         u, v = self.slopes[box[1]], -self.slopes[box[0]][:, :, None, None]
         return [upward * v + (forward + right * u) for right, upward, forward in basis.T.tolist()]
 
     def box(self, right: Array, up: Array, forward: Array) -> _Box:
-        """Return a box that holds the picture of all between some points, which are in the camera's frame."""
+        """Returns a box that holds the picture of all between some points, which are in the camera's frame."""
         if (forward < _NEAR).any():
             return (slice(0, self.size if (forward > 0.0).any() else 0),) * 2
         places = ((np.stack([-up, right]) / forward / self.half_width + 1.0) * 0.5 * self.size).tolist()
@@ -87,12 +87,12 @@ class _Camera:
         return rows, columns
 
     def floor_box(self, middle: Array, long: Array, wide: Array) -> _Box:
-        """Return a box that holds the picture of a parallelogram."""
+        """Returns a box that holds the picture of a parallelogram."""
         corners = np.stack([middle + i * long + j * wide for i in (-1, 1) for j in (-1, 1)])
         return self.box(*(self.basis @ (corners - self.place).T))
 
     def cast(self, solids: list[Solid]) -> tuple[Array, Array, list[tuple[_Box, list[Array]]]]:
-        """Return the depth and the object (1-based, 0 for none) of every ray, and each object's box and rays in it."""
+        """Returns the depth and the object (1-based, 0 for none) of every ray, and each object's box and rays in it."""
         depth = np.full(self.slopes.shape * 2, np.inf, np.float32)
         hits = np.zeros(depth.shape, np.uint8)
         views = []
@@ -127,7 +127,7 @@ class _Stage:
         self._paint()
 
     def _paint(self) -> None:
-        """Paint the floor, and the wall or sky behind it."""
+        """Paints the floor, and the wall or sky behind it."""
         ox, oy, oz = self.camera.place.tolist()
         dx, dy, dz = self.camera.rays((slice(None), slice(None)))
         floor = dz < -1e-4
@@ -162,7 +162,7 @@ class _Stage:
             direct[channel] = np.where(floor, albedo * direct_light, 0.0)
 
     def shade(self, solids: list[Solid]) -> Array:
-        """Return the light ``(3, H, s, W, s)`` of every ray of a frame."""
+        """Returns the light ``(3, H, s, W, s)`` of every ray of a frame."""
         depth, hits, views = self.camera.cast(solids)
         lit, open_sky = np.ones((2, *hits.shape), np.float32)
         for solid in solids:
@@ -180,7 +180,7 @@ class _Stage:
         return np.asarray(light)
 
     def _shadow_floor(self, solid: Solid, lit: Array) -> None:
-        """Darken the floor in a solid's shadow."""
+        """Darkens the floor in a solid's shadow."""
         key, height = self.key, float(solid.centre[2])
         flat = np.array([key[0], key[1], 0.0]) / max(float(np.hypot(key[0], key[1])), 1e-6)
         across = np.array([-flat[1], flat[0], 0.0])
@@ -194,7 +194,7 @@ class _Stage:
         lit[box[0], :, box[1]][np.isfinite(entry) & floor] = 0.0
 
     def _cover_sky(self, solid: Solid, open_sky: Array) -> None:
-        """Darken the floor beneath a solid, which hides the sky from it."""
+        """Darkens the floor beneath a solid, which hides the sky from it."""
         height, half = float(solid.centre[2]), solid.half
         reach = 2.5 * half
         if height < reach:
@@ -210,18 +210,18 @@ class _Stage:
             open_sky[box[0], :, box[1]] *= 1.0 - _BLOCKED_SKY * taken
 
     def _floor_from(self, solid: Solid, box: _Box) -> tuple[Array, Array, Array]:
-        """Return the way along the floor from beneath a solid to what a box's rays meet, and which meet the floor."""
+        """Returns the way along the floor from beneath a solid to what a box's rays meet, and which meet the floor."""
         x, y, floor = (part[box[0], :, box[1]] for part in (self.x, self.y, self.floor))
         return x - float(solid.centre[0]), y - float(solid.centre[1]), floor
 
     def _to_light(self, solid: Solid) -> Array:
-        """Return the directions ``(3, s, s)`` to the main light in a solid's own frame."""
+        """Returns the directions ``(3, s, s)`` to the main light in a solid's own frame."""
         return np.tensordot(solid.rotation.T.astype(np.float32), self.spread, 1)
 
     def _shade_object(
         self, solids: list[Solid], k: int, ray: Sequence[Array], depth: Array, chosen: tuple[Array, ...]
     ) -> Array:
-        """Return the light ``(3, P)`` of P rays that meet an object, in whose own frame they are."""
+        """Returns the light ``(3, P)`` of P rays that meet an object, in whose own frame they are."""
         solid = solids[k]
         # everything in the object's frame: normals are simple there
         origin = ((self.camera.place - solid.centre) @ solid.rotation).tolist()
@@ -256,7 +256,7 @@ class _Stage:
         return np.stack(out).astype(np.float32)
 
     def _shadowed(self, solids: list[Solid], k: int, point: Sequence[Array], chosen: tuple[Array, ...]) -> Array:
-        """Return which points of an object lie in the shadow of another one."""
+        """Returns which points of an object lie in the shadow of another one."""
         dark = np.zeros(point[0].shape, bool)
         for other in solids[:k] + solids[k + 1 :]:
             away = other.centre - solids[k].centre
@@ -277,7 +277,7 @@ def _dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
 
 
 def _develop(light: Array) -> Array:
-    """Average the rays of each pixel and convert linear light ``(3, H, s, W, s)`` to 8-bit sRGB ``(H, W, 3)``."""
+    """Averages the rays of each pixel and converts linear light ``(3, H, s, W, s)`` to 8-bit sRGB ``(H, W, 3)``."""
     rays = light.shape[2]
     total = sum(light[:, :, i, :, j] for i in range(rays) for j in range(rays))
     steps = np.clip(np.asarray(total) * (4095.0 / (rays * rays)) + 0.5, 0.0, 4095.0).astype(np.intp)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ssync_pl.data.synthetic.config import SceneConfig, number
-from ssync_pl.data.synthetic.physics import Bodies, simulate
-from ssync_pl.data.synthetic.shapes import BOUNDS, Array
+from ssync_pl.data.synthetic.physics import simulate
+from ssync_pl.data.synthetic.shapes import Array, bounds
 from ssync_pl.data.synthetic.textures import Texture, random_texture
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import require
 
 # blue, brown, cyan, grey, green, purple, red and yellow, in 8-bit sRGB
 _COLOURS = (
@@ -54,17 +54,17 @@ class Scene:
 
 
 def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
-    """Draw one scene and simulate it."""
+    """Draws one scene and simulates it."""
     seed, index = (number(name, n, int, 0, 2**64) for name, n in (("seed", seed), ("index", index)))
     streams = np.random.SeedSequence(entropy=seed, spawn_key=(index,)).spawn(3)
     motion, looks, view = (np.random.default_rng(stream) for stream in streams)
-    bodies, centres = _place(config, motion)
+    shape, half, metal, centres = _place(config, motion)
     turns = np.stack([_random_rotation(motion) for _ in centres])
     velocity = np.zeros_like(centres)
     velocity[:, :2] = motion.uniform(-_MAX_SPEED, _MAX_SPEED, (len(centres), 2)) - centres[:, :2]
-    path = simulate(bodies, centres, turns, velocity, config.frames, config.fps)
-    surfaces = [_surface(config, looks, half) for half in bodies.half.tolist()]
-    same = (bodies.shape.tolist(), bodies.half.tolist(), bodies.bound.tolist(), bodies.metal.tolist(), surfaces)
+    path = simulate(shape, half, metal, (centres, turns, velocity), config.frames, config.fps)
+    surfaces = [_surface(config, looks, size) for size in half.tolist()]
+    same = (shape.tolist(), half.tolist(), bounds(shape, half).tolist(), metal.tolist(), surfaces)
     frames = [[Solid(*row) for row in zip(*same, *poses, strict=True)] for poses in zip(*path, strict=True)]
     ground = (random_texture(looks, 0.8), random_texture(looks, 0.3)) if config.textured else None
     camera, turn = _camera(config, view)
@@ -72,31 +72,29 @@ def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     return Scene(frames, camera, key, np.stack(fills), ground)
 
 
-def _place(config: SceneConfig, rng: np.random.Generator) -> tuple[Bodies, Array]:
-    """Draw bodies and first centres at which they do not touch each other."""
-    wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
-    shapes = rng.integers(0, len(BOUNDS), wanted)
-    half = rng.choice(config.object_sizes, wanted) * 0.5
-    bodies = Bodies(shapes, half, rng.integers(0, 2, wanted))
+def _place(config: SceneConfig, rng: np.random.Generator) -> list[Array]:
+    """Draws shapes, half-sizes, which are of metal, and first centres at which the objects do not touch each other."""
+    most = int(rng.integers(config.min_objects, config.max_objects + 1))
+    shape = rng.integers(0, 3, most)
+    half = rng.choice(config.object_sizes, most) * 0.5
+    metal, reach = rng.integers(0, 2, most), bounds(shape, half)
     extent, (low, high) = config.spawn_extent, config.spawn_height
     centres: list[Array] = []
-    for own in bodies.bound:
+    for own in reach:
         for _ in range(_TRIES):
             centre = rng.uniform((-extent, -extent, low), (extent, extent, high))
             centre[2] = max(centre[2], own + 0.01)
-            if all(((centre - c) ** 2).sum() > (own + b) ** 2 for c, b in zip(centres, bodies.bound, strict=False)):
+            if all(((centre - c) ** 2).sum() > (own + b) ** 2 for c, b in zip(centres, reach, strict=False)):
                 centres.append(centre)
                 break
         else:  # there is no room for more
             break
     count = len(centres)
-    if count < config.min_objects:
-        raise ConfigError(
-            f"Expected {config.min_objects} objects of sizes {config.object_sizes} to fit apart where they start, but "
-            f"only {count} did with spawn_extent={extent:g} and spawn_height={config.spawn_height}. Raise "
-            "`spawn_extent`, or lower `object_sizes` or `min_objects`."
-        )
-    return Bodies(shapes[:count], half[:count], bodies.metal[:count]), np.stack(centres)
+    wanted = f"{config.min_objects} objects of sizes {config.object_sizes} to fit apart where they start"
+    found = f"{count} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
+    advice = "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
+    require(count >= config.min_objects, wanted, found, advice=advice)
+    return [shape[:count], half[:count], metal[:count], np.stack(centres)]
 
 
 def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surface:
@@ -105,7 +103,7 @@ def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surf
 
 
 def _camera(config: SceneConfig, rng: np.random.Generator) -> tuple[Array, float]:
-    """Draw the camera's place, and the angle about the vertical by which the lamps turn with it."""
+    """Draws the camera's place, and the angle about the vertical by which the lamps turn with it."""
     if config.camera_shell is None:
         place, turn = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(0.0, 1.0, 3), 0.0
     else:

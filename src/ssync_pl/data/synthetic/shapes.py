@@ -14,15 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 SPHERE, CUBE, CYLINDER = 0, 1, 2
-BOUNDS = (1.0, math.sqrt(3.0), math.sqrt(2.0))  # radius of the bounding sphere over the half-size
 VOLUMES = (4.0 / 3.0 * math.pi, 8.0, 2.0 * math.pi)  # over the cubed half-size
 INERTIA = ((0.4, 0.4, 0.4), (2.0 / 3.0, 2.0 / 3.0, 2.0 / 3.0), (7.0 / 12.0, 7.0 / 12.0, 0.5))  # at unit mass and size
 
 Array = npt.NDArray[Any]
 
 
+def bounds(shapes: Array, half: Array) -> Array:
+    """Returns the radii of bounding spheres."""
+    return np.array([1.0, math.sqrt(3.0), math.sqrt(2.0)])[shapes] * half
+
+
 def intersect(shape: int, origin: Sequence[Any], direction: Sequence[Any], half: float) -> Array:
-    """Return where rays enter a shape, in lengths of their directions; infinity where they miss."""
+    """Returns where rays enter a shape, in lengths of their directions; infinity where they miss."""
     (ox, oy, oz), (dx, dy, dz) = origin, direction
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if shape == SPHERE:
@@ -52,7 +56,7 @@ def _between_planes(origin: Any, direction: Any, half: float) -> tuple[Any, Any]
 
 
 def normal(shape: int, x: Array, y: Array, z: Array, half: float) -> tuple[Array, Array, Array]:
-    """Return the outward normals at points on a shape's surface."""
+    """Returns the outward normals at points on a shape's surface."""
     if shape == SPHERE:
         scale = 1.0 / half
         return x * scale, y * scale, z * scale
@@ -68,7 +72,7 @@ def normal(shape: int, x: Array, y: Array, z: Array, half: float) -> tuple[Array
 
 
 def signed_distance(shape: int, points: Array, half: Array) -> tuple[Array, Array]:
-    """Return the distances ``(..., P)`` of points ``(..., P, 3)`` to a shape's surface, and the ways out."""
+    """Returns the distances ``(..., P)`` of points ``(..., P, 3)`` to a shape's surface, and the ways out."""
     if shape == SPHERE:
         length = np.sqrt((points * points).sum(-1))
         return length - half, points / np.maximum(length, 1e-9)[..., None]
@@ -92,7 +96,7 @@ def signed_distance(shape: int, points: Array, half: Array) -> tuple[Array, Arra
 
 
 def contact_balls(shape: int, half: float) -> tuple[Array, Array, Array]:
-    """Return centres, radii and shares of mass of the balls that stand for a shape in contacts: itself, its corners."""
+    """Returns centres, radii and shares of mass of the balls that stand for a shape in contacts."""
     if shape == SPHERE:
         corners, share = np.zeros((0, 3)), 0.0
     elif shape == CUBE:

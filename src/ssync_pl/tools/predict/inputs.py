@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssync_pl.data.convert.media import VIDEO_EXTENSIONS, read_frames, read_timeline
-from ssync_pl.data.convert.pictures import PICTURE_EXTENSIONS, is_mask_folder, list_frames, natural_key
+from ssync_pl.data.convert.media import (
+    PICTURE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    inspect_video,
+    is_mask_folder,
+    list_frames,
+    natural_key,
+    read_frames,
+)
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.patterns import expand_braces, is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
@@ -131,20 +138,20 @@ def _folder(path: Path) -> list[InputVideo]:
 def _video_file(path: Path) -> InputVideo:
     where = f"video {path}"
     try:
-        timeline = read_timeline(path, None, None, where)
-        if timeline.frames:
-            next(read_frames(path, None, [0], None, where))
+        facts = inspect_video(path, where)
+        if facts.frames:
+            next(read_frames(path, None, range(1), None, where))
     except ShardError as error:  # whose advice is the converter's
         empty = not path.stat().st_size
         reason = "an empty file" if empty else str(error.__cause__ or error).splitlines()[0]
         raise ShardError(
             f"Expected --input to be a video that can be read, but {path} cannot ({reason}). Copy or encode it again."
         ) from error
-    if timeline.missing is not None or not timeline.frames:
-        got = timeline.missing or "it has no frames"
+    if facts.missing is not None or not facts.frames:
+        got = facts.missing or "it has no frames"
         raise ShardError(f"Expected {where} to be whole, but {got}. Copy or encode it again.")
-    rate = None if timeline.rate is None else float(timeline.rate)
-    return InputVideo(path.stem, str(path), partial(read_frames, path, None, None, None, where), timeline.frames, rate)
+    frames = partial(read_frames, path, None, None, None, where)
+    return InputVideo(path.stem, str(path), frames, facts.frames, facts.rate)
 
 
 def _frame_folder(path: Path, names: list[str]) -> InputVideo:
