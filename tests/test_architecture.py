@@ -14,8 +14,7 @@ FLOORS = (
     ("method", "metrics"),
     ("adapters", "data"),
     ("plugin", "hosts"),
-    ("rivals", "tools"),
-    ("compare",),
+    ("rivals", "tools", "compare"),
     ("cli",),
 )
 BUDGETS = {
@@ -27,11 +26,11 @@ BUDGETS = {
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 8_795,
-    "compare": 2620,
-    "tools": 4060,
-    "cli": 1265,
+    "compare": 1919,
+    "tools": 3700,
+    "cli": 1172,
 }
-TOTAL = 26_520  # the aim is 20_000
+TOTAL = 25_151  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

@@ -80,9 +80,8 @@ def test_settings_are_refused():
         for metric_class in (VideoARI, BoundaryF, SegmentationMetrics):
             with pytest.raises(ConfigError, match="two positive sizes"):
                 metric_class(resolution=resolution)
-    for name in ("video_dice", "probe_color_r2"):
-        with pytest.raises(ConfigError, match=name):
-            SegmentationMetrics(scores=[name])
+    with pytest.raises(ConfigError, match="video_dice"):
+        SegmentationMetrics(scores=["video_dice"])
 
 
 @pytest.mark.parametrize("has_background", [True, False])
@@ -132,7 +131,7 @@ def test_collection_scores_segmentation_unless_told(scene):
 def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():
     assert len({info.title for info in METRICS.values()}) == len(METRICS)
     assert metric_names(None, "headline") == ("video_fg_ari", "video_ari", "video_mbo")
-    assert {name for group in ("segmentation", "slots", "probe") for name in metric_names(group)} == set(METRICS)
+    assert {name for group in ("segmentation", "slots") for name in metric_names(group)} == set(METRICS)
     assert METRICS["video_mbo"].better == 1
     assert METRICS["slots_per_object"].better == 0
 

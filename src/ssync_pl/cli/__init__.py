@@ -27,7 +27,7 @@ _OTHER_VERBS = {
     "config": "print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`",
     "checkpoint": "convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync: `ssync-pl checkpoint --help`",
 }
-_MODULES = {"compare": "compare_command", "config": "official", "checkpoint": "official"}
+_MODULES = {"config": "official", "checkpoint": "official"}
 _HELP = f"""usage: ssync-pl COMMAND [OPTIONS]
 
 SSync for video object-centric models on PyTorch Lightning.

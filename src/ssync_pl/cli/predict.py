@@ -14,7 +14,7 @@ __all__ = ["add_input_options", "describe_windows", "refuse_alone", "with_config
 _CONFIG = "config.yaml"  # what `ssync-pl fit` saves its configuration as, in the folder of the run
 _INPUT = (
     "Videos to predict instead of the data module's: video files (mp4, avi, mov, mkv, webm, gif), folders of frames "
-    "(png, jpg), folders of videos, shards (tar; braces and globs). May come several times. The data module then only "
+    "(png, jpg), folders of videos, shards (tar). May come several times. The data module then only "
     "says how frames are resized, cropped and normalised, and which features the host reads. Runs on one device. "
     "Without --config, config.yaml of the checkpoint's run is taken."
 )

@@ -177,8 +177,8 @@ def test_public_and_converted_checkpoints_validate_alike(run, tmp_path, capsys):
     further = old_file(tmp_path / "srl.ckpt", state | {"projector.projector.weight": torch.ones(1)})
     wrong = {name: tensor[..., :1] if "slots" in name else tensor for name, tensor in state.items()}
     refused = {
-        ("fit", ours): "it holds weights only",
-        ("validate", tmp_path / "bare.ckpt"): "it is a state dict alone",
+        ("fit", ours): "to be a whole checkpoint",
+        ("validate", tmp_path / "bare.ckpt"): "to be a whole checkpoint",
         ("validate", further): "ssync-pl checkpoint convert",
         ("validate", old_file(tmp_path / "wrong.ckpt", wrong)): "initializer.slots",
     }

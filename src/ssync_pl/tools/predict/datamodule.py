@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.tools.predict.features import FeatureMaker, find_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
@@ -53,22 +53,20 @@ class InputDataModule(L.LightningDataModule):
                 f"how frames are resized and normalised, but got {type(data).__name__}. Add `--data ShardDataModule "
                 "--data.image_size SIZE`, with the values of the training."
             )
-        window_length(None, clip_frames)
-        self.videos = find_videos(inputs)
-        self.clip_frames = clip_frames
+        self.lengths = {video: window_length(video.total, clip_frames) for video in find_videos(inputs)}
         self.mean, self.std = data.mean, data.std
         self.has_background, self.ignore_overlaps = data.has_background, data.ignore_overlaps
-        self.transform = _transform(data)
-        source = find_features(data, projection)
-        self.maker = None if source is None else FeatureMaker(source, data, backbone_checkpoint)
+        self.transform = copy.copy(data.transform)
+        if self.transform.image_size is None and isinstance(data, SyntheticDataModule):
+            self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
+        found = find_features(data, projection)
+        self.maker = None if found is None else FeatureMaker(*found, backbone_checkpoint)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Builds the loader: one window per batch, decoded in this process."""
-        rules = SampleRules(
-            image_size=self.transform.image_size, crop=self.transform.crop, reference=self.transform.reference
-        )
-        windows = _Windows(self.videos, self.clip_frames, rules)
-        return DataLoader(windows, batch_size=None, collate_fn=_as_it_is)
+        seen = self.transform
+        rules = SampleRules(image_size=seen.image_size, crop=seen.crop, reference=seen.reference)
+        return DataLoader(_Windows(self.lengths, rules), batch_size=None, collate_fn=_as_it_is)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Resizes, crops and normalises the frames, and computes features where the host wants them."""
@@ -139,40 +137,24 @@ def carries_slots(host: nn.Module) -> bool:
 class _Windows(IterableDataset[dict[str, Any]]):
     """The windows of some videos, one batch each."""
 
-    def __init__(self, videos: Sequence[InputVideo], clip_frames: int, rules: SampleRules) -> None:
-        self.videos, self.clip_frames, self.rules = list(videos), clip_frames, rules
+    def __init__(self, lengths: Mapping[InputVideo, int], rules: SampleRules) -> None:
+        self.lengths, self.rules = lengths, rules
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rules = self.rules
-        for video in self.videos:
-            count = 0
-            for window in cut_windows(video.frames(), window_length(video.total, self.clip_frames)):
-                frames = window.frames
-                offsets = crop_offsets(frames, rules, None, None)
-                source = (frames.shape[1], frames.shape[2])
-                region = seen_region(source, offsets.tolist(), rules.image_size, rules.crop, rules.reference)
-                count += len(frames)
-                facts: dict[str, Any] = {"key": video.key, "source": video.source, "rate": video.rate, "frames": frames}
-                facts |= {"start": window.start, "last": window.last, "region": region}
-                tensors = {"video": torch.from_numpy(frames)[None], "crop": offsets[None]}
-                yield {**tensors, "__key__": [video.key], WINDOW_KEY: facts}
-            if not count:
+        size, crop, reference = self.rules.image_size, self.rules.crop, self.rules.reference
+        for video, length in self.lengths.items():
+            window = None
+            for window in cut_windows(video.frames(), length):
+                offsets = crop_offsets(window.frames, self.rules, None, None)
+                region = seen_region(window.frames.shape[1:3], offsets.tolist(), size, crop, reference)
+                tensors = {"video": torch.from_numpy(window.frames)[None], "crop": offsets[None]}
+                yield {
+                    **tensors,
+                    "__key__": [video.key],
+                    WINDOW_KEY: {**window._asdict(), "video": video, "region": region},
+                }
+            if window is None:
                 raise ShardError(f"Expected {video.source} to have frames, but it has none. Encode it again.")
-
-
-def _transform(data: ShardDataModule) -> BatchTransform:
-    transform = data.transform
-    if transform.image_size is not None or not isinstance(data, SyntheticDataModule):
-        return transform
-    size = data.config.resolution  # the stored size, which the host was trained at
-    return BatchTransform(
-        (size, size),
-        resize_mode=transform.resize_mode,
-        crop=transform.crop,
-        mean=data.mean,
-        std=data.std,
-        reference=transform.reference,
-    )
 
 
 def _as_it_is(item: Any) -> Any:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError
+from jsonargparse.typing import PositiveInt
+
+from ssync_pl.errors import ConfigError, require
 
 __all__ = ["run_compare"]
 
@@ -20,10 +22,8 @@ until SSync switches on is trained once. The same command continues a comparison
 kept."""
 _EXAMPLES = """examples:
   ssync-pl compare --config examples/savi_synthetic.yaml --seeds 5 --out runs/compare/savi
-  ssync-pl compare --config examples/slotcontrast_synthetic.yaml --variants without,with,no-merging,threshold-0.8 \\
-    --slots 7,11 --sets a,c --seeds 3 --out runs/compare/slots
-  ssync-pl compare --config mine.yaml --variants without,with,mine_too.yaml --out runs/compare/mine \\
-    --launcher slurm --partition gpu --gpus 1 --hours 12 --slurm account=lab -- --trainer.precision=16-mixed
+  ssync-pl compare --config mine.yaml --variants without,with,no-merging,mine_too.yaml --slots 7,11 \\
+    --out runs/compare/mine --launcher slurm --partition gpu --gpus 1 --hours 12 -- --trainer.precision=16-mixed
 
 exit status: 0 all runs are finished, 1 some failed or are damaged, 2 wrong usage."""
 
@@ -40,23 +40,40 @@ def run_compare(args: list[str]) -> int:
     Raises:
         ConfigError: a setting is not understood, the folder holds something else, or the extra `bench` is missing.
     """
-    from ssync_pl.compare.matrix import build_matrix
+    from ssync_pl.compare.matrix import Asked, build_matrix, parse_numbers, parse_seeds
 
     place = args.index("--") if "--" in args else len(args)
     options = _parser().parse_args(args[:place])
-    matrix = build_matrix(_asked(options, tuple(args[place + 1 :])))
+    variants, sets = (
+        tuple(part.strip() for part in text.split(",") if part.strip()) for text in (options.variants, options.sets)
+    )
+    require(bool(variants), "--variants to name variants, as in with,without", "none")
+    wrong = [pair for pair in options.slurm if "=" not in pair]
+    require(not wrong, "--slurm to be KEY=VALUE, as in account=lab", *map(repr, wrong))
+    require(options.hours is None or options.hours > 0, "--hours to be above 0", options.hours)
+    slots = parse_numbers(options.slots, "--slots") if options.slots else ()
+    matrix = build_matrix(
+        Asked(
+            tuple(options.config),
+            options.out,
+            variants,
+            parse_seeds(options.seeds),
+            slots,
+            sets,
+            options.baseline,
+            tuple(args[place + 1 :]),
+            not options.no_sharing,
+        )
+    )
     if options.dry_run:
         for run in matrix.runs:
-            sys.stdout.write(f"# {run.label}\n{shlex.join(run.command)}\n")
+            sys.stdout.write(f"# {run.key.label}\n{shlex.join(run.command)}\n")
         sys.stdout.write(f"# {len(matrix.runs)} runs\n")
         return 0
-    lacking = [
-        name for name in ("submitit", "pandas", "jinja2", "matplotlib") if importlib.util.find_spec(name) is None
-    ]
-    if lacking:
-        raise ConfigError(
-            f'Expected the extra `bench`, but {", ".join(lacking)} is not installed. Run: pip install "ssync-pl[bench]"'
-        )
+    needed = ("submitit", "pandas", "jinja2", "matplotlib")
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    advice = 'Run: pip install "ssync-pl[bench]"'
+    require(not lacking, "the extra `bench`", f"no {', '.join(lacking)}", advice=advice)
     return _compare(matrix, options, ["ssync-pl", "compare", *args])
 
 
@@ -66,25 +83,24 @@ def _compare(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
 
     from ssync_pl.compare.report import write_report
     from ssync_pl.compare.results import load_comparison, write_results
-    from ssync_pl.compare.runs import Launcher, check_folder, is_finished, prepare_sets, run_all, runs_at_once
+    from ssync_pl.compare.runs import Launcher, check_folder, is_finished, run_all, runs_at_once
     from ssync_pl.compare.tables import printed_tables
     from ssync_pl.data.files import write_bytes
 
     out = options.out
-    check_folder(matrix)
-    missing = [run for run in matrix.runs if not is_finished(run)]  # refuses before anything is trained
+    check_folder(out, matrix)
+    for run in matrix.runs:
+        is_finished(run)  # refuses what is no run, before anything is trained
     slurm = dict(pair.split("=", 1) for pair in options.slurm)
     slurm |= {"partition": options.partition} if options.partition else {}
-    threads, gpus, hours = options.threads, options.gpus, options.hours
-    launcher = Launcher(out / "jobs", options.launcher == "slurm", options.processes, threads, gpus, hours, slurm)
-    if not launcher.slurm and launcher.at_once is None:
-        launcher.at_once = runs_at_once(options.device, threads, gpus)
+    at_once, remote = options.processes, options.launcher == "slurm"
+    if at_once is None and not remote:
+        at_once = runs_at_once(options.threads, options.gpus, matrix.on_cpu)
+    launcher = Launcher(out / "jobs", remote, at_once, options.threads, options.gpus, options.hours, slurm)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
-            write_bytes(out / "matrix.json", json.dumps({**matrix.to_json(), "command": words}, indent=1).encode())
-            if missing:
-                prepare_sets(matrix, missing, launcher, sys.stderr.write)
+            write_bytes(out / "matrix.json", json.dumps({**matrix.facts, "command": words}, indent=1).encode())
             every = 0.5 if sys.stderr.isatty() else 30.0
             with tqdm(total=len(matrix.runs), desc="runs", mininterval=every, maxinterval=every) as bar:
 
@@ -95,17 +111,17 @@ def _compare(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
                 failures = run_all(matrix.runs, launcher, show)
             comparison = load_comparison(out)
             write_results(out / "results.csv", comparison.frame)
-            report = None if options.no_report else write_report(out)
+            report = write_report(out)
     except Timeout as error:
         raise ConfigError(
             f"Expected {out} to be free, but another `ssync-pl compare` is at work in it. Wait for it, or pass another "
             "--out."
         ) from error
     sys.stdout.write(f"{printed_tables(comparison.frame, options.baseline)}\n\nresults: {out / 'results.csv'}\n")
-    sys.stdout.write(f"report:  {report}\n" if report else "")
+    sys.stdout.write(f"report:  {report}\n")
     for failure in failures:
         log = failure.run.folder / "log.txt"
-        sys.stderr.write(f"\nfailed: {failure.run.label}. {log} ends with:\n{failure.tail}\n")
+        sys.stderr.write(f"\nfailed: {failure.run.key.label}. {log} ends with:\n{failure.tail}\n")
     for key, why in comparison.damaged.items():
         sys.stderr.write(f"\ndamaged: {key.label}: {why}.\n")
     if failures:
@@ -125,62 +141,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
+    sets = "presets of the synthetic data, or YAML files laid over the configuration; `default`: its own data"
     add("--config", action="append", default=[], type=Path, metavar="FILE", help="of `ssync-pl fit`; may be repeated")
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the comparison, e.g. runs/compare/NAME")
     add("--variants", default="with,without", metavar="A,B", help=f"{known_variants()} (default: %(default)s)")
     add("--baseline", default="without", metavar="A", help="variant to compare with (default: %(default)s)")
     add("--seeds", default="3", metavar="N", help="seeds 0 to N-1, or a list like 3,4 (default: %(default)s)")
     add("--slots", default="", metavar="A,B", help="numbers of slots (default: the configuration's)")
-    sets = (
-        "presets of the synthetic data or YAML files laid over the configuration; `default`: the configuration's data"
-    )
     add("--sets", default="", metavar="A,B", help=sets)
-    add("--steps", type=_count, metavar="N", help="optimizer steps of each run (default: the configuration's)")
     add(
-        "--processes", type=_count, metavar="N", help="runs at a time (default: CPUs / threads, 1 on a GPU; Slurm: all)"
+        "--processes",
+        type=PositiveInt,
+        metavar="N",
+        help="runs at a time (default: as they fit; Slurm: all)",
     )
-    add("--threads", type=_count, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the configuration's accelerator")
-    add("--data", type=Path, metavar="FOLDER", help="root of the generated data (default: the configuration's)")
+    add("--threads", type=PositiveInt, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
     add("--launcher", choices=("local", "slurm"), default="local", help="where runs are started (default: %(default)s)")
-    add("--gpus", type=_count, metavar="N", help="GPUs per run (default: on this machine all, for each run)")
+    add("--gpus", type=PositiveInt, metavar="N", help="GPUs per run (default: on this machine all, for each run)")
     add("--hours", type=float, metavar="H", help="time limit of a run (default: none; 24 on Slurm)")
     add("--partition", metavar="NAME", help="Slurm partition")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch; may be repeated")
     add("--no-sharing", action="store_true", help="train the warm-up of every run, though it is the same")
-    add("--no-report", action="store_true", help="print tables only, draw nothing")
     add("--dry-run", action="store_true", help="print the runs with their commands, and start none")
     return parser
-
-
-def _asked(options: argparse.Namespace, extra: tuple[str, ...]) -> Any:
-    from ssync_pl.compare.matrix import Asked, parse_numbers, parse_seeds
-
-    variants, sets = (
-        tuple(part.strip() for part in text.split(",") if part.strip()) for text in (options.variants, options.sets)
-    )
-    if not variants:
-        raise ConfigError("Expected --variants to name variants, as in with,without, but got none.")
-    if wrong := [pair for pair in options.slurm if "=" not in pair]:
-        raise ConfigError(f"Expected --slurm to be KEY=VALUE, as in account=lab, but got {wrong[0]!r}.")
-    if options.hours is not None and not options.hours > 0:
-        raise ConfigError(f"Expected --hours to be above 0, but got {options.hours}.")
-    seeds = parse_seeds(options.seeds)
-    slots = parse_numbers(options.slots, "--slots") if options.slots else ()
-    same = {name: getattr(options, name) for name in ("out", "baseline", "steps", "device", "data")}
-    return Asked(
-        tuple(options.config),
-        variants=variants,
-        seeds=seeds,
-        slots=slots,
-        sets=sets,
-        extra=extra,
-        share=not options.no_sharing,
-        **same,
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, but got {text!r}")
-    return int(text)
