@@ -167,7 +167,6 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", choices=("pretrained", "none"), help="published or random weights")
     source.add_argument("--checkpoint", type=Path, help="file of weights (PyTorch or safetensors)")
-    add("--dtype", choices=("bf16", "int8"), default="bf16", help="how features are stored")
     add("--flips", action="store_true", help="store features of mirrored frames too")
     add("--components", type=int, help="store this many principal components of standardised channels")
     add("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
@@ -179,33 +178,33 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
 
 
 def _cache_features(options: argparse.Namespace) -> int:
-    from ssync_pl.data.features.backbones import load_backbone
     from ssync_pl.data.features.cache import cache_features
-    from ssync_pl.data.features.projection import PROJECTION_FILE, describe_projection, read_projection
+    from ssync_pl.data.features.projection import describe_projection
     from ssync_pl.data.features.recipe import require_crop
     from ssync_pl.data.patterns import expand_shards
+    from ssync_pl.hosts.nn.backbones import load_backbone
 
     require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
-    names = ("image_size", "resize_mode", "crop", "dtype", "flips", "batch_size", "on_bad_sample", "components")
+    names = ("image_size", "resize_mode", "crop", "flips", "batch_size", "on_bad_sample", "components")
     settings = {name: getattr(options, name) for name in names}
     report = cache_features(shards, backbone, options.out, device=device, **settings)
-    rows, columns = backbone.grid_for(*options.image_size)
+    rows, columns = report.recipe.grid
     lines = [
         f"folder:   {options.out}",
         f"backbone: {backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)",
     ]
-    if (options.out / PROJECTION_FILE).exists():
-        lines.append(f"features: {describe_projection(read_projection(options.out / PROJECTION_FILE))}")
+    if report.projection is not None:
+        lines.append(f"features: {describe_projection(report.projection)}")
     lines += [
         f"shards:   {report.written} written, {report.kept} kept",
-        f"size:     {report.bytes / 1e6:.1f} MB ({options.dtype})",
+        f"size:     {report.bytes / 1e6:.1f} MB",
     ]
     if report.written:
-        lines.append(f"speed:    {report.frames} frames, {report.frames_per_second:.1f} frames/s on {device}")
-    lines += [f"skipped:  {message}" for message in report.skipped.values()]
+        lines.append(f"speed:    {report.frames} frames, {report.frames / report.seconds:.1f} frames/s on {device}")
+    lines += [f"skipped:  {message}" for message in report.skipped]
     if report.busy:
         lines.append(f"left to another process: {', '.join(report.busy)}")
     sys.stdout.write("\n".join(lines) + "\n")
