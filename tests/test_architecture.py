@@ -27,7 +27,7 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 8_795,
     "compare": 1919,
-    "tools": 3700,
+    "tools": 3440,
     "cli": 1172,
 }
 TOTAL = 25_151  # the aim is 20_000
