@@ -351,6 +351,8 @@ def _compare_indices(shards: Sequence[_Shard], notes: list[str]) -> Iterator[Pro
             continue
         if not entries:
             what = "only one process can read them" if remote else "it is written when they are first used"
+            if not remote and Path(folder, "index.json").exists():
+                what = "the one that is there is another program's and left as it is"
             notes.append(f"{masked_url(folder)}: no index.json of ours beside the shards; {what}.")
         known = {entry.name: entry for entry in entries or ()}
         for facts in here:
