@@ -318,16 +318,12 @@ def test_synthetic_set_is_made_once(tmp_path):
 
 
 def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
-    import ssync_pl.data.features.backbones as backbones
+    from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
-    class Means(backbones.FrozenBackbone):
-        layer_dims = (3,)
-
-        def grid_for(self, height, width):
-            return height // 4, width // 4
-
+    class Means(FrozenBackbone):
         def extract(self, frames):
-            return self.model(frames).flatten(2).mT
+            maps = self.model(frames)
+            return maps.flatten(2).mT, (maps.shape[2], maps.shape[3])
 
     built = []
 
@@ -335,7 +331,7 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
         built.append((name, layer))
         return Means(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
 
-    monkeypatch.setattr(backbones, "load_backbone", load)
+    monkeypatch.setattr("ssync_pl.data.features.backbone._offered", [load])
     options = {
         "root": str(tmp_path),
         "num_train": 4,

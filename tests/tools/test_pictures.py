@@ -1,4 +1,3 @@
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,30 +256,25 @@ def test_hooks_are_gone_after_an_exception(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in host.modules())
 
 
-def test_the_sheet_goes_to_tensorboard(tmp_path: Path) -> None:
+def test_the_sheet_goes_to_loggers_that_take_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = run(tmp_path, [SSyncPictures(picture_adapter())], logger=TensorBoardLogger(str(tmp_path)))
-    events = EventAccumulator(trainer.log_dir)
-    events.Reload()
-    assert [event.step for event in events.Images("pictures/slots")] == [2, 4]
-
-
-def test_the_sheet_goes_to_loggers_with_log_image(tmp_path: Path) -> None:
     images: list[Any] = []
 
     class ImageLogger(CSVLogger):
-        def log_image(self, key: str, images_: list[Any] | None = None, step: int | None = None, **more: Any) -> None:
+        def log_image(self, key: str, images_: Any = None, step: int | None = None, **more: Any) -> None:
             images.append((key, more["images"][0].shape[2], step))
 
-    run(tmp_path, [SSyncPictures(picture_adapter())], logger=ImageLogger(str(tmp_path)))
+    trainer = run(
+        tmp_path, [SSyncPictures(picture_adapter())], logger=[TensorBoardLogger(tmp_path), ImageLogger(tmp_path)]
+    )
+    events = EventAccumulator(trainer.log_dir)
+    events.Reload()
+    assert [event.step for event in events.Images("pictures/slots")] == [2, 4]
     assert images == [("pictures/slots", 3, 2), ("pictures/slots", 3, 4)]
 
 
 def test_settings_are_checked_at_once() -> None:
     with pytest.raises(ConfigError, match="max_videos"):
         SSyncPictures(max_videos=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SSyncPictures()

@@ -14,7 +14,6 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
 from ssync_pl.tools.baselines import score_baselines
-from ssync_pl.tools.summary import format_table
 
 
 def summary_batch(seed: int) -> dict[str, Any]:
@@ -129,11 +128,18 @@ def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_
     assert trainer.num_sanity_val_steps == 2
 
 
-def test_validate_and_test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_and_test_report_and_nan_becomes_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Nan(SummaryHost):
+        def on_validation_epoch_end(self) -> None:
+            self.log_dict({"val/video_mbo": float("nan"), "val/video_ari": 0.5})
+
     callback = ValidationSummary(baselines=False)
     trainer = summary_trainer(tmp_path, [callback])
-    trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
-    assert "this run" in capsys.readouterr().out
+    trainer.validate(Nan(), summary_loader([5]), verbose=False)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [cell.strip() for cell in lines[2]] == ["this run", "0.500", "nan"]
+    rows = json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]
+    assert rows == {"this run": {"video_mbo": None, "video_ari": 0.5}}
     trainer.test(SummaryHost(), summary_loader([5]), verbose=False)
     assert callback.rows == {"this run": {"video_mbo": 0.25}}
     assert "0.250" in capsys.readouterr().out
@@ -155,16 +161,6 @@ def test_a_baseline_that_fails_costs_its_rows_only(tmp_path: Path, monkeypatch: 
     with pytest.warns(UserWarning, match="No baselines in the summary: no masks"):
         fit(tmp_path, [callback])
     assert list(callback.rows) == ["this run"]
-
-
-def test_nan_becomes_null(tmp_path: Path) -> None:
-    class Nan(SummaryHost):
-        def on_validation_epoch_end(self) -> None:
-            self.log("val/video_mbo", float("nan"))
-
-    trainer = summary_trainer(tmp_path, [ValidationSummary(baselines=False)])
-    trainer.validate(Nan(), summary_loader([5]), verbose=False)
-    assert json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]["this run"]["video_mbo"] is None
 
 
 @pytest.mark.slow
@@ -203,14 +199,6 @@ def test_rows_are_kept_in_checkpoints() -> None:
     callback.rows = {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}, "grid": {"video_mbo": 0.3}}
     resumed.load_state_dict(callback.state_dict())
     assert resumed.rows == {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}}
-
-
-def test_table_shows_the_metrics_that_are_there() -> None:
-    table = format_table({"grid": {"video_fg_ari": 0.29, "image_mbo": 0.1084}, "SAVi": {"video_ari": float("nan")}})
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert cells[0] == ["", "video FG-ARI", "video ARI"]
-    assert cells[2:] == [["grid", "0.290", "-"], ["SAVi", "-", "nan"]]
-    assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_number_of_slots_is_checked() -> None:

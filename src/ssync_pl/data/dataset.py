@@ -130,9 +130,8 @@ class Collate:
         }
         if "video" in samples[0]:
             batch["video"] = _stack([_lengthen(sample["video"], longest, repeat=True) for sample in samples])
-        for name in ("features", "features_scale"):
-            if name in samples[0]:
-                batch[name] = torch.stack([_lengthen(sample[name], longest, repeat=True) for sample in samples])
+        if "features" in samples[0]:
+            batch["features"] = torch.stack([_lengthen(item["features"], longest, repeat=True) for item in samples])
         if self.rules.training:
             batch["flip"] = torch.stack([sample["flip"] for sample in samples])
         else:

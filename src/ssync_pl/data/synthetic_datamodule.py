@@ -116,10 +116,10 @@ class SyntheticDataModule(ShardDataModule):
         if _all_there(Path(self.features), [Path(shard).name for shards in parts for shard in shards]):
             return
         # Deferred: the backbone's packages are extras.
-        from ssync_pl.data.features.backbones import load_backbone
+        from ssync_pl.data.features.backbone import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
-        backbone = load_backbone(name, layer)
+        backbone = backbone_by_name(name, layer)
         size = self.transform.image_size or (self.config.resolution, self.config.resolution)
         rules = self._rules["train"]
         for shards in parts:  # training videos first: a projection is fitted to them

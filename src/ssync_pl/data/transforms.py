@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ssync_pl.data.features.codec import decode_features
 from ssync_pl.errors import ConfigError, ShapeError
 
 __all__ = [
@@ -191,10 +190,10 @@ class BatchTransform:
         Raises:
             ShapeError: Sizes differ between the videos and no `image_size` unites them.
         """
-        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features", "features_scale")
+        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features")
         out = {name: value for name, value in batch.items() if name not in used}
         if "features" in batch:
-            out["features"] = decode_features(batch)
+            out["features"] = batch["features"].float()
         if "video" not in batch:
             return out
         videos = batch["video"] if isinstance(batch["video"], list) else [batch["video"]]

@@ -25,7 +25,7 @@ _LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time
 
 
 def score_baselines(
-    batches: Iterable[Mapping[str, Any]], num_slots: int, has_background: bool = True, ignore_overlaps: bool = False
+    batches: Iterable[Any], num_slots: int, has_background: bool = True, ignore_overlaps: bool = False
 ) -> dict[str, SegmentationMetrics]:
     """Fills the metrics of the grid and k-means, by row of the table, with as many parts as a model has slots.
 
@@ -34,11 +34,10 @@ def score_baselines(
     """
     metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
-        true, video, features = (batch.get(name) for name in ("segmentations", "video", "features"))
+        entries = batch if isinstance(batch, Mapping) else {}
+        true, video, features = (entries.get(name) for name in ("segmentations", "video", "features"))
         if true is None or video is None:
-            raise ShapeError(
-                f"Expected batches with `video` and `segmentations`, but got {sorted(batch)}. Use the validation split."
-            )
+            raise ShapeError(f"Expected batches with `video` and `segmentations`, but got {sorted(entries)}.")
         size, valid = (true.shape[-2], true.shape[-1]), frame_validity(batch)
         scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
         small = [max(1, round(scale * side)) for side in video.shape[-2:]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,26 +123,20 @@ class SSyncPictures(L.Callback):
             return
         own = _ssync_callback(trainer)
         config = SSyncConfig() if own is None else own.config
-        try:
-            with torch.no_grad():
-                maps = session.collect(batch, config)
-                output = ssync_loss(maps, **config.loss_options())
+        with self._sparing_the_run(), torch.no_grad():
+            maps = session.collect(batch, config)
+            output = ssync_loss(maps, **config.loss_options())
             rows = self._rows(getattr(trainer, "datamodule", None), batch, maps, output)
             self._sheet = (trainer.global_step, draw_sheet(rows, title=f"step {trainer.global_step}"))
             if self._validations % self.every_n_validations == 0:
                 self._write(trainer)
-        except Exception as error:  # a picture is never worth a run
-            self._give_up(error)
-        else:
             session.close()
         self._validations += 1
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        try:
+        with self._sparing_the_run():
             self._write(trainer)
-        except Exception as error:
-            self._give_up(error)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -157,21 +152,22 @@ class SSyncPictures(L.Callback):
         # Whoever told SSyncCallback about the host should not have to do it twice.
         own = _ssync_callback(trainer)
         theirs = (own.adapter, own.grid) if own is not None and self.adapter == "auto" else (self.adapter, None)
-        try:
+        with self._sparing_the_run():
             self._session = HostSession(host, *theirs)
-        except Exception as error:  # a picture is never worth a run
-            self._give_up(error)
 
     def _remove(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.remove()
 
-    def _give_up(self, error: Exception) -> None:
-        self._remove()
-        self._sheet = None
-        if not self._failed:
-            self._failed = True
+    @contextmanager
+    def _sparing_the_run(self) -> Iterator[None]:
+        """Gives pictures up for good where they fail, with a warning."""
+        try:
+            yield
+        except Exception as error:
+            self._remove()
+            self._failed, self._sheet = True, None
             rank_zero_warn(f"SSyncPictures draws no picture: {type(error).__name__}: {error}")
 
     def _rows(self, data: Any, batch: Any, maps: SSyncMaps, output: SSyncOutput) -> list[SheetRow]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, require
 from ssync_pl.metrics.table import METRICS, metric_names
 from ssync_pl.tools.baselines import score_baselines
 from ssync_pl.tools.owned import write_owned_json
@@ -49,8 +49,7 @@ class ValidationSummary(L.Callback):
 
     def __init__(self, untrained: bool = False, baselines: bool = True, num_slots: int | None = None) -> None:
         super().__init__()
-        if num_slots is not None and num_slots < 1:
-            raise ConfigError(f"Expected argument `num_slots` to be at least 1, but got {num_slots}.")
+        require(num_slots is None or num_slots >= 1, "argument `num_slots` to be at least 1", num_slots)
         self.untrained = untrained
         self.baselines = baselines
         self.num_slots = num_slots
@@ -133,11 +132,7 @@ class ValidationSummary(L.Callback):
         sys.stdout.write("\n".join(lines))
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # JSON has no NaN.
-            finite = {
-                row: {name: value if math.isfinite(value) else None for name, value in scores.items()}
-                for row, scores in rows.items()
-            }
+            finite = {row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in rows.items()}
             try:
                 write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": finite, **places})
             except (ConfigError, OSError) as error:
@@ -148,9 +143,10 @@ class ValidationSummary(L.Callback):
         data = getattr(trainer, "datamodule", None)
         metrics = None
         try:
-            num_slots = self.num_slots or getattr(pl_module.hparams, "num_slots", None)
-            if not isinstance(num_slots, int):
-                raise ConfigError("Expected a number of slots. Give `num_slots` to ValidationSummary.")
+            num_slots: Any = self.num_slots or getattr(pl_module.hparams, "num_slots", None)
+            require(
+                isinstance(num_slots, int), "the host to have `num_slots`", num_slots, advice="Give it to the callback."
+            )
             loader = CombinedLoader(loaders, "sequential").flattened[0]
             limit = limits[0] if limits and math.isfinite(limits[0]) else None
             flags = (bool(getattr(data, "has_background", True)), bool(getattr(data, "ignore_overlaps", False)))
@@ -170,8 +166,8 @@ class ValidationSummary(L.Callback):
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Returns scores, by row and by name, as an aligned Markdown table with the metrics that tables show."""
-    there = {name for scores in rows.values() for name in scores}
-    names = [name for name in metric_names(None, "headline", "table") if name in there]
+    shown = metric_names(None, "headline", "table")
+    names = [name for name in shown if any(name in scores for scores in rows.values())]
     cells = [["", *(METRICS[name].title for name in names)]]
     cells += [
         [row, *(f"{scores[name]:.{METRICS[name].digits}f}" if name in scores else "-" for name in names)]
@@ -186,9 +182,9 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 def _places(trainer: L.Trainer) -> dict[str, str]:
     places = {}
-    pictures = [callback.last_path for callback in trainer.callbacks if isinstance(callback, SSyncPictures)]  # type: ignore[attr-defined]
-    if pictures and pictures[0] is not None:
-        places["pictures"] = str(pictures[0].parent)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SSyncPictures) and callback.last_path is not None:
+            places["pictures"] = str(callback.last_path.parent)
     kept = trainer.checkpoint_callback
     path = getattr(kept, "best_model_path", "") or getattr(kept, "last_model_path", "") or trainer.ckpt_path
     if path:
@@ -196,10 +192,7 @@ def _places(trainer: L.Trainer) -> dict[str, str]:
     return places
 
 
-def _batches(loader: Any, limit: int | None, owner: Any) -> Iterator[Mapping[str, Any]]:
+def _batches(loader: Any, limit: int | None, owner: Any) -> Iterator[Any]:
     for batch in islice(loader, limit):
         # These hooks turn what workers give into what hosts see.
-        batch = owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)
-        if not isinstance(batch, Mapping):
-            raise ConfigError(f"Expected batches to be dicts with `video` and `segmentations`, but got {type(batch)}.")
-        yield batch
+        yield owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)

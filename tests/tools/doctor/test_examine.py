@@ -42,19 +42,9 @@ def look(host: Any, batch: Any = None, **wanted: Any) -> DoctorReport:
 
 
 def test_a_host_of_ours() -> None:
-    host, batch = (
-        SAVi(
-            num_slots=3,
-            slot_dim=8,
-            encoder_channels=(8,),
-            encoder_strides=(2,),
-            feature_dim=8,
-            decoder_broadcast=(4, 4),
-            decoder_channels=(8,),
-            decoder_strides=(2,),
-        ),
-        torch.rand(2, 2, 3, 16, 16),
-    )
+    sizes = {"num_slots": 3, "slot_dim": 8, "encoder_channels": (8,), "encoder_strides": (2,), "feature_dim": 8}
+    host = SAVi(**sizes, decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
+    batch = torch.rand(2, 2, 3, 16, 16)
     report = examine(host, lambda: host(batch).reconstruction.square().mean(), batch)
     assert (report.adapter, report.ready, report.shape, report.grid) == ("savi", True, (2, 2, 3, 64), (8, 8))
     assert report.places == ("encoder", "corrector", "decoder")
@@ -111,12 +101,6 @@ def test_a_map_that_trains_nothing_is_a_problem(make: Any) -> None:
     assert "NO gradient" in render_report(look(host, batch, attention="softmax:binder", masks="softmax:painter"))
 
 
-def test_models_without_slots(make: Any) -> None:
-    report = look(make("tokens"))
-    assert report.candidates == ("softmax of 16 on axis 2 of (4, 16, 16) in '.', 1 call(s), without gradient",)
-    assert "SSync cannot be used as it is:\n  - No two maps over slots" in render_report(report)
-
-
 def test_a_grid_that_is_missing_and_one_that_is_given() -> None:
     class Wide(torch.nn.Module):
         def __init__(self) -> None:
@@ -132,22 +116,6 @@ def test_a_grid_that_is_missing_and_one_that_is_given() -> None:
     report = look(Wide(), batch, grid=(3, 4))
     assert (report.ready, report.grid) == (True, (3, 4))
     assert "grid=(3, 4)" in report.lines[1]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "problem"),
-    [
-        ({"attention": "softmax:binder", "masks": "softmax:painter:1"}, ""),
-        ({"attention": "softmax:binder", "masks": "painter"}, "Expected both maps to have the same slots"),
-        ({"attention": "nowhere", "masks": "painter"}, "no child 'nowhere'. Its children: eyes, binder, painter"),
-        ({"adapter": "savi"}, "host that the adapter 'savi' knows"),
-    ],
-)
-def test_named_modules_and_adapters(make: Any, wanted: dict[str, str], problem: str) -> None:
-    report = look(make("Net"), **wanted)
-    assert report.ready == (not problem)
-    assert report.ready or problem in report.problems[0]
-    assert not report.ready or report.places == (wanted["attention"], wanted["masks"])
 
 
 def test_a_host_that_its_adapter_refuses(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:

@@ -99,14 +99,7 @@ def number(name: str, value: Any, kind: type[int] | type[float], low: float, hig
 
 
 def preset(name: str, /, **changes: Any) -> SceneConfig:
-    """Returns a preset, with some settings changed.
-
-    Args:
-        name: A key of ``PRESETS``.
-        **changes: Fields of ``SceneConfig`` to replace.
-
-    Returns:
-        The settings.
+    """Returns the preset of a name, with some fields of `SceneConfig` changed.
 
     Raises:
         ConfigError: There is no such preset, or no such field.

@@ -143,23 +143,21 @@ class _Stage:
         pool = 0.45 + 0.55 / (1.0 + reach * np.float32(1.0 / 110.0))
         ambient_light = (_AMBIENT + float((_FILL * self.scene.fills[:, 2]).sum())) * pool
         direct_light = _KEY * float(self.key[2]) * pool
-        ambient, direct = np.empty((2, 3, *x.shape), np.float32)
-        self.ambient, self.direct, self.x, self.y, self.floor = ambient, direct, x, y, floor
+        self.x, self.y, self.floor = x, y, floor
         if self.scene.ground is None:
             fade = np.exp(reach * np.float32(-1.0 / _FADE**2)) * floor
-            for channel in range(3):
-                ambient[channel] = _FLOOR_ALBEDO * ambient_light * fade + 0.4 * _SKY[channel] * (1.0 - fade)
-                direct[channel] = _FLOOR_ALBEDO * direct_light * fade
-            return
-        colours = np.zeros((3, *x.shape), np.float32)
-        colours[:, floor] = self.scene.ground[0](x[floor], y[floor], np.zeros_like(x[floor]))
-        colours[:, ~floor] = self.scene.ground[1](x[~floor], y[~floor], z[~floor])
-        glow = np.float32(0.35) + np.clip(z * np.float32(0.06), 0.0, 0.4)
-        for channel in range(3):
+            sky = np.array([0.4 * part for part in _SKY], np.float32).reshape(3, 1, 1, 1, 1)
+            self.ambient = _FLOOR_ALBEDO * ambient_light * fade + sky * (1.0 - fade)
+            self.direct = _FLOOR_ALBEDO * direct_light * fade
+        else:
+            colours = np.zeros((3, *x.shape), np.float32)
+            colours[:, floor] = self.scene.ground[0](x[floor], y[floor], np.zeros_like(x[floor]))
+            colours[:, ~floor] = self.scene.ground[1](x[~floor], y[~floor], z[~floor])
+            glow = np.float32(0.35) + np.clip(z * np.float32(0.06), 0.0, 0.4)
             # pale albedo keeps textured floors from swallowing dark objects
-            albedo = 0.08 + 0.8 * colours[channel]
-            ambient[channel] = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * colours[channel]) * glow)
-            direct[channel] = np.where(floor, albedo * direct_light, 0.0)
+            albedo = 0.08 + 0.8 * colours
+            self.ambient = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * colours) * glow)
+            self.direct = np.where(floor, albedo * direct_light, np.float32(0.0))
 
     def shade(self, solids: list[Solid]) -> Array:
         """Returns the light ``(3, H, s, W, s)`` of every ray of a frame."""

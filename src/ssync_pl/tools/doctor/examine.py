@@ -60,19 +60,17 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
         SSyncCallback().setup(None, host, "fit")
     except HostError as error:
         return DoctorReport(name, "lightning", problems=(str(error),))
-    if not isinstance(data, Tensor) or data.ndim not in (4, 5):
-        in_trainer(host, data, look)
-        return reports[0]
-    try:
-        in_trainer(host, {"video" if data.ndim == 5 else "image": data}, look)
-    except StepError as first:
-        if not isinstance(first.__cause__, _DICT_FOR_TENSOR):
-            raise
+    named = isinstance(data, Tensor) and data.ndim in (4, 5)
+    failures: list[StepError] = []
+    for batch in [{"video" if data.ndim == 5 else "image": data}, data] if named else [data]:
         try:
-            in_trainer(host, data, look)
-        except StepError as second:
-            raise first if isinstance(second.__cause__, _DICT_FOR_TENSOR) else second from second.__cause__
-    return reports[0]
+            in_trainer(host, batch, look)
+            return reports[0]
+        except StepError as error:
+            failures.append(error)
+            if not isinstance(error.__cause__, _DICT_FOR_TENSOR):
+                raise
+    raise failures[0]
 
 
 def settings_of(callbacks: Sequence[Any]) -> dict[str, Any] | None:

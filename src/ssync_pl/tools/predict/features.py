@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.features.codec import decode_features, encode_features
 from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, read_projection
 from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from ssync_pl.data.features.backbones import FrozenBackbone
+    from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 __all__ = ["FeatureMaker", "find_features"]
 
@@ -108,12 +107,12 @@ class FeatureMaker:
             features = features if projection is None else projection(features)
             finite = bool(features.isfinite().all())
             require(finite, f"backbone {backbone.name} to give finite features", "NaN or infinity", advice="Check it.")
-            parts.append(decode_features(encode_features(features, "int8" if self.recipe.dtype == "int8" else "bf16")))
+            parts.append(features.to(torch.bfloat16).float())
         return torch.cat(parts)[None]
 
 
 def _backbone(recipe: FeatureRecipe, checkpoint: str | None) -> FrozenBackbone:
-    from ssync_pl.data.features.backbones import load_backbone
+    from ssync_pl.hosts.nn.backbones import load_backbone
 
     for weights, file in [("pretrained", None), ("none", None)] if checkpoint is None else [(None, checkpoint)]:
         backbone = load_backbone(recipe.backbone, recipe.layer, weights, file)  # type: ignore[arg-type]
