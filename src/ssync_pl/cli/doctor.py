@@ -55,7 +55,9 @@ def _doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     options, rest = parser.parse_known_args(words[len(named) :])
     one = bool(named) != bool(options.config)
     advice = "See ssync-pl doctor --help."
-    require(one, "a model as package.module:name or --config FILE", "both" if named else "neither", advice=advice)
+    require(
+        one, "either a model as package.module:name or --config FILE", "both" if named else "neither", advice=advice
+    )
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice=advice)
     from ssync_pl.tools.doctor import render_report
     from ssync_pl.tools.doctor.load import working_folder_first
