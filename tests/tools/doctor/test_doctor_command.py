@@ -68,7 +68,7 @@ def test_json(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert (report["ready"], report["shape"]) == (True, [2, 2, 3, 16])
     assert report["places"] == ["softmax:net.binder", "softmax:net.painter"]
-    assert report["maps"][1]["parameters"] > 0
+    assert report["kinds"] == ["logits", "logits"]
     assert report["ssync_seconds"] > 0
     assert "No adapter knows this host" in report["hints"][0]
 
