@@ -42,7 +42,7 @@ def test_what_it_says_of_a_plain_model(user_folder: Path, capsys: pytest.Capture
     assert "with attach(model, grid=(2, 8), attention='softmax:binder', masks='softmax:painter', total_steps=" in out
 
 
-@pytest.mark.parametrize(("host", "batch"), [("Host", "video (2, 2, 3, 4, 4)"), ("Bare", "a tensor (2, 2, 3, 4, 4)")])
+@pytest.mark.parametrize(("host", "batch"), [("Host", "{'video': (2, 2, 3, 4, 4)}"), ("Bare", "(2, 2, 3, 4, 4)")])
 def test_what_it_says_to_write_can_be_written(
     user_folder: Path, capsys: pytest.CaptureFixture[str], host: str, batch: str
 ) -> None:
