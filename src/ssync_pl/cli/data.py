@@ -133,11 +133,7 @@ def _add_preview(commands: Any, name: str, **texts: str) -> None:
     add("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
     add("--videos", type=int, default=8, help="number of videos")
     add("--frames", type=int, default=6, help="frames per video, evenly spaced")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--seed", type=int, default=0, help="seed of the choice of videos")
-    choice.add_argument("--first", action="store_true", help="take the first videos instead of random ones")
     add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels")
-    add("--mp4", action="store_true", help="write FILE.mp4 with all frames as well; needs PyAV")
     add("--force", action="store_true", help="replace files that exist")
     parser.set_defaults(run=_preview)
 
@@ -145,25 +141,18 @@ def _add_preview(commands: Any, name: str, **texts: str) -> None:
 def _preview(options: argparse.Namespace) -> int:
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
-    from ssync_pl.data.video import encode_mp4, mp4_available
-    from ssync_pl.tools.preview import compose_preview, draw_preview, pick_videos
+    from ssync_pl.tools.preview import draw_preview
     from ssync_pl.tools.viz import encode_png
 
     if options.out.suffix.lower() != ".png":
         raise ConfigError(f"Expected --out to end in .png, but got {str(options.out)!r}.")
-    targets = [options.out, *([options.out.with_suffix(".mp4")] if options.mp4 else [])]
-    for target in targets:
-        refuse_existing(target, "--out", options.force)
-    if options.mp4 and not mp4_available():
-        raise ConfigError("Expected PyAV for --mp4, but it is not installed. Run `pip install av`, or leave out --mp4.")
+    refuse_existing(options.out, "--out", options.force)
     shards = expand_shards(options.patterns, "patterns")
-    videos, skipped = pick_videos(shards, options.videos, seed=None if options.first else options.seed)
+    sheet, videos, skipped = draw_preview(shards, options.videos, options.frames, options.cell)
     for problem in skipped:
         sys.stderr.write(f"left out: {problem}\n")
-    write_bytes(targets[0], encode_png(draw_preview(videos, frames=options.frames, cell=options.cell)))
-    if options.mp4:
-        write_bytes(targets[1], encode_mp4(compose_preview(videos, cell=options.cell)))
-    sys.stdout.write(f"{len(videos)} video{'s' * (len(videos) != 1)}: {', '.join(map(str, targets))}\n")
+    write_bytes(options.out, encode_png(sheet))
+    sys.stdout.write(f"{videos} video{'s' * (videos != 1)}: {options.out}\n")
     return 0
 
 
