@@ -122,6 +122,7 @@ def _listen(
     finally:
         if session is not None:
             session.remove()
+    numbers: dict[str, Any] = {name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS}
     report = replace(
         report,
         places=_places(session),
@@ -130,8 +131,8 @@ def _listen(
         kinds=(_kind(maps, "attention"), _kind(maps, "mask")),
         used_slots=(float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean())),
         loss=float(loss.detach()),
-        **{name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS},
         lines=() if isinstance(named.get("adapter"), HostAdapter) else lines(report.kind, named),
+        **numbers,
         **_measure_cost(maps, host, run),
     )
     own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host
