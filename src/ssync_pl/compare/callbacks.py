@@ -163,9 +163,9 @@ def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
     limit = trainer.num_val_batches[0]
     data = getattr(trainer, "datamodule", None) or host
     names = (*metric_names("segmentation"), *metric_names("slots"))
-    truth = {"has_background": host.evaluation.has_background, "ignore_overlaps": host.evaluation.ignore_overlaps}
+    truth = (host.evaluation.has_background, host.evaluation.ignore_overlaps)
     device = trainer.strategy.root_device
-    decoder, encoder = (SegmentationMetrics("", **truth, scores=names).to(device) for _ in range(2))
+    decoder, encoder = (SegmentationMetrics("", *truth, scores=names).to(device) for _ in range(2))
     seen = heard = 0
     with _reading(trainer, host) as read:
         loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
