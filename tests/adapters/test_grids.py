@@ -11,7 +11,7 @@ import torch
 from ssync_pl import SSyncConfig, ssync_loss
 from ssync_pl.adapters import frame_size, maps_on_common_grid, resolve_grid, stack_frames
 from ssync_pl.adapters.grids import joint_heads, separate_heads
-from ssync_pl.adapters.pairing import Seen, find_pair, join_maps, layouts
+from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import HostError
 from ssync_pl.plugin.engine import check_first
 
@@ -103,16 +103,6 @@ def test_the_finer_map_is_averaged_in_full_precision(dtype: torch.dtype) -> None
         maps_on_common_grid(coarse, (2, 2), fine[..., :3, :])
 
 
-def test_heads_with_one_softmax_are_its_sum_and_the_gradient_is_the_hosts() -> None:
-    logits = 4 * torch.randn(B, S, HEADS, N, dtype=torch.float64, requires_grad=True)
-    together = logits.flatten(1, 2).softmax(1).unflatten(1, (S, HEADS)).sum(2)
-    weights, mine = torch.randn(B, S, N, dtype=torch.float64), joint_heads(logits, -2).softmax(1)
-    torch.testing.assert_close(mine, together)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((value * weights).sum(), logits, retain_graph=True)[0] for value in (mine, together))
-    )
-
-
 def test_heads_with_a_softmax_each_are_their_mean() -> None:
     logits = 2 * torch.randn(B, HEADS, S, N)
     maps = separate_heads(logits, 1, 2)
@@ -168,24 +158,6 @@ def test_infinite_logits_bring_no_nan(loss: Any, marked: bool, side: int) -> Non
 
 def seen(shape: tuple[int, ...], axis: int, calls: int = 1, name: str = "a", heads: bool = True) -> Seen:
     return Seen([torch.randn(shape) for _ in range(calls)], axis, "logits", name, heads)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis", "expected"),
-    [
-        ((2, 3, 16), 1, [(2, None, 1, (16,))]),
-        ((2, 16, 3), 2, [(2, None, 1, (16,))]),
-        ((2, 3, 1, 4, 5), 1, [(2, None, 1, (4, 5))]),
-        ((2, 3, 4, 5, 1), 1, [(2, None, 1, (4, 5))]),
-        ((2, 7, 3, 16), 2, [(2, 7, 1, (16,)), (2, None, 7, (16,))]),
-        ((2, 7, 6, 3, 16), 3, [(2, 7, 6, (16,))]),
-        ((2, 4, 5, 3), 3, [(2, 4, 1, (5,)), (2, None, 4, (5,)), (2, None, 1, (4, 5))]),
-        ((2, 3, 4, 5, 6), 1, []),  # three axes of patches
-        ((3, 16), 0, []),
-    ],
-)
-def test_ways_to_read_one_call(shape: tuple[int, ...], axis: int, expected: list[object]) -> None:
-    assert [(one.batch, one.frames, one.heads, one.patches) for one in layouts(shape, axis, False)] == expected
 
 
 SCAN = seen((2, 3, 16), 1, 4)

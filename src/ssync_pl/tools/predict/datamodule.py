@@ -15,7 +15,7 @@ from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.tools.predict.features import FeatureMaker, find_features
+from ssync_pl.tools.predict.features import find_features, make_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
 from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
 from ssync_pl.tools.predict.writer import WINDOW_KEY
@@ -26,16 +26,8 @@ __all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
 class InputDataModule(L.LightningDataModule):
     """Gives the windows of a user's videos as the configuration's data module would give them.
 
-    Args:
-        data: The data module of the configuration: image size, resize mode, crop, normalisation, cached features.
-        inputs: What `--input` names.
-        clip_frames: Most frames per window.
-        projection: `projection.npz` of the cache that the host was trained on, where it is not in its folder.
-        backbone_checkpoint: Weights of the cache's backbone, where they are not the published ones.
-
-    Raises:
-        ConfigError: The data module is none of the package's, or an input or the features cannot be used.
-        ShardError: A video cannot be read.
+    The data module of the configuration says image size, resize mode, crop, normalisation and cached features; the
+    other arguments are the options of the command.
     """
 
     def __init__(
@@ -60,7 +52,7 @@ class InputDataModule(L.LightningDataModule):
         if self.transform.image_size is None and isinstance(data, SyntheticDataModule):
             self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
         found = find_features(data, projection)
-        self.maker = None if found is None else FeatureMaker(*found, backbone_checkpoint)
+        self.maker = None if found is None else make_features(*found, backbone_checkpoint)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Builds the loader: one window per batch, decoded in this process."""
@@ -75,17 +67,17 @@ class InputDataModule(L.LightningDataModule):
         tensors = {"video": batch["video"], "crop": batch["crop"]}
         out = self.transform(tensors)
         if self.maker is not None:
-            out["features"] = self.maker(tensors)
+            features = self.maker(batch["video"][0], batch["crop"][0], str(batch["__key__"]))
+            out["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
         precision = getattr(self.trainer, "precision_plugin", None)
         out = out if precision is None else precision.convert_input(out)
         return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
 
 
 class CarrySlots(L.Callback):
-    """Lets each window of a video begin with the slots that the window before ended with.
+    """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    The shared frame is corrected once more from its own slots, so that slots keep their objects. Hosts that cannot
-    start from given slots are left alone: their windows are only matched (`match_slots`).
+    The shared frame is corrected once more from its own slots, so that slots keep their objects.
     """
 
     def __init__(self) -> None:
@@ -126,10 +118,10 @@ class CarrySlots(L.Callback):
 
 
 def carries_slots(host: nn.Module) -> bool:
-    """Whether a host can start a clip from given slots.
+    """Whether a host can start a clip from given slots, which its attribute `carries_slots` says.
 
-    It can when its attribute `carries_slots` is true: then `host.initializer(...)` gives the first slots (B, S, D) of a
-    clip, and `host(...).slots` (B, T, S, D) are those of each frame.
+    `host.initializer(...)` gives the first slots (B, S, D) of a clip; `host(...).slots` (B, T, S, D) are those of each
+    frame.
     """
     return bool(getattr(host, "carries_slots", False)) and isinstance(getattr(host, "initializer", None), nn.Module)
 
