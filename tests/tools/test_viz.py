@@ -9,10 +9,8 @@ from PIL import Image
 from ssync_pl.data import video
 from ssync_pl.errors import ShapeError
 from ssync_pl.tools.viz import (
-    REGION_COLORS,
     SheetRow,
     color_labels,
-    color_regions,
     compose_frames,
     draw_sheet,
     encode_png,
@@ -48,11 +46,6 @@ def test_the_first_of_overlapping_masks_is_taken() -> None:
     masks[0, 2, :, 0] = True
     assert label_masks(masks).tolist() == [[[1, 1], [2, -1]]]
     assert label_masks(np.zeros((1, 0, 1, 2), dtype=bool)).tolist() == [[[-1, -1]]]
-
-
-def test_regions_tell_four_cases_apart() -> None:
-    picture = color_regions(np.array([[False, True, False, True]]), np.array([[False, False, True, True]]))
-    assert picture[0].tolist() == [list(REGION_COLORS[name]) for name in ("neither", "boundary", "interior", "both")]
 
 
 def test_resize_nearest_repeats_pixels() -> None:

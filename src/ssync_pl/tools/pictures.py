@@ -22,19 +22,9 @@ from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.session import HostSession
+from ssync_pl.tools import viz
 from ssync_pl.tools.owned import refuse_foreign
 from ssync_pl.tools.predict.windows import match_slots
-from ssync_pl.tools.viz import (
-    Bytes,
-    SheetRow,
-    color_labels,
-    color_regions,
-    draw_sheet,
-    encode_png,
-    label_masks,
-    resize_nearest,
-    to_uint8,
-)
 
 __all__ = ["SSyncPictures"]
 
@@ -44,6 +34,8 @@ _LABELS = {
     "encoder_labels": "encoder, merged",
     "decoder_labels": "decoder, merged",
 }
+# Patches in no region, at which the encoder teaches, at which the decoder teaches, and in both.
+_REGION_COLORS = np.array([(35, 35, 35), (255, 140, 0), (30, 110, 220), (225, 60, 170)], dtype=np.uint8)
 _REGIONS = "SSync regions\norange: boundary\nblue: interior\npink: both"
 
 
@@ -89,7 +81,7 @@ class SSyncPictures(L.Callback):
         self._log_dir: str | None = None
         self._failed = False
         self._session: HostSession | None = None
-        self._sheet: tuple[int, Bytes] | None = None  # step and picture that are not written yet
+        self._sheet: tuple[int, viz.Bytes] | None = None  # step and picture that are not written yet
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -127,7 +119,7 @@ class SSyncPictures(L.Callback):
             maps = session.collect(batch, config)
             output = ssync_loss(maps, **config.loss_options())
             rows = self._rows(getattr(trainer, "datamodule", None), batch, maps, output)
-            self._sheet = (trainer.global_step, draw_sheet(rows, title=f"step {trainer.global_step}"))
+            self._sheet = (trainer.global_step, viz.draw_sheet(rows, title=f"step {trainer.global_step}"))
             if self._validations % self.every_n_validations == 0:
                 self._write(trainer)
             session.close()
@@ -170,7 +162,7 @@ class SSyncPictures(L.Callback):
             self._failed, self._sheet = True, None
             rank_zero_warn(f"SSyncPictures draws no picture: {type(error).__name__}: {error}")
 
-    def _rows(self, data: Any, batch: Any, maps: SSyncMaps, output: SSyncOutput) -> list[SheetRow]:
+    def _rows(self, data: Any, batch: Any, maps: SSyncMaps, output: SSyncOutput) -> list[viz.SheetRow]:
         """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
         entries: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
         video, truth = _find_video(batch), entries.get("segmentations")
@@ -182,30 +174,30 @@ class SSyncPictures(L.Callback):
             raise ShapeError("Expected a real video in the first validation batch, but all of them are padding.")
         background = 0 if truth is not None and getattr(data, "has_background", True) else None
         labels = {field: _by_clip(getattr(output, field), video) for field in (*_LABELS, "boundary", "interior")}
-        drawn: list[tuple[str, Bytes]] = []
+        drawn: list[tuple[str, viz.Bytes]] = []
         for i in chosen:
             places, times = _frame_places(i, video, maps, labels, entries.get("frame_mask"), self.max_frames)
             shown = {field: value[i][places].cpu().numpy() for field, value in labels.items()}
             pixels = video[i][times].float().cpu().numpy()
-            frames = to_uint8(pixels, getattr(data, "mean", None), getattr(data, "std", None))
+            frames = viz.to_uint8(pixels, getattr(data, "mean", None), getattr(data, "std", None))
             name = str(keys[i])[:24] if isinstance(keys, (list, tuple)) else str(i)
             drawn.append((f"video {name}\nframes {', '.join(map(str, times))}", frames))
             colors = np.arange(maps.shape[2])
             if truth is not None:
-                objects = label_masks(truth[i][times].cpu().numpy())
-                drawn.append(("ground truth", color_labels(objects, background=background)))
+                objects = viz.label_masks(truth[i][times].cpu().numpy())
+                drawn.append(("ground truth", viz.color_labels(objects, background=background)))
                 colors = _object_colors(objects, shown["raw_decoder_labels"], maps.shape[2])
             for field, title in _LABELS.items():
                 if output.slot_iou is not None or field.startswith("raw"):
                     caption = f"{title}\n{len(labels[field][i].unique())} slots"
-                    drawn.append((caption, color_labels(colors[shown[field]], background=background)))
-            drawn.append((_REGIONS, color_regions(shown["boundary"], shown["interior"])))
+                    drawn.append((caption, viz.color_labels(colors[shown[field]], background=background)))
+            drawn.append((_REGIONS, _REGION_COLORS[shown["boundary"] + 2 * shown["interior"].astype(int)]))
         width = max(len(frames) for _, frames in drawn)
         rows = []
         for caption, frames in drawn:
             row = np.full((width, *video.shape[-2:], 3), 255, dtype=np.uint8)  # white where a video is shorter
-            row[: len(frames)] = resize_nearest(frames, row.shape[1:3])
-            rows.append(SheetRow(caption, row))
+            row[: len(frames)] = viz.resize_nearest(frames, row.shape[1:3])
+            rows.append(viz.SheetRow(caption, row))
         return rows
 
     def _write(self, trainer: L.Trainer) -> None:
@@ -215,7 +207,7 @@ class SSyncPictures(L.Callback):
         if self._log_dir is not None:
             path = Path(self._log_dir) / "pictures" / f"step-{step:06d}.png"
             refuse_foreign(path)
-            self.last_path = write_bytes(path, encode_png(sheet))
+            self.last_path = write_bytes(path, viz.encode_png(sheet))
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             log_image = getattr(logger, "log_image", None)
@@ -231,7 +223,7 @@ def _ssync_callback(trainer: L.Trainer) -> SSyncCallback | None:
 
 def _object_colors(objects: np.ndarray, slots: np.ndarray, num_slots: int) -> np.ndarray:
     """Number of the colour of each slot: that of the object that it covers, a number without object for the others."""
-    objects = resize_nearest(objects, slots.shape[-2:], channels_last=False)
+    objects = viz.resize_nearest(objects, slots.shape[-2:], channels_last=False)
     seen = objects >= 0
     return match_slots(objects[seen], slots[seen], max(num_slots, int(objects.max()) + 1))[:num_slots]
 

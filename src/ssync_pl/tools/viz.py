@@ -28,15 +28,6 @@ _INK = (20, 20, 20)
 _GAP, _MARGIN = 4, 10
 
 
-REGION_COLORS = {
-    "boundary": (255, 140, 0),
-    "interior": (30, 110, 220),
-    "both": (225, 60, 170),
-    "neither": (35, 35, 35),
-}
-"""Colours of the patches that `color_regions` tells apart: orange, blue, pink, black."""
-
-
 def slot_colors(count: int) -> Bytes:
     """Returns one colour per slot, uint8 `(count, 3)`; slot k has the same colour whatever the count."""
     named = np.frombuffer(_PALETTE, dtype=np.uint8).reshape(-1, 3)
@@ -54,12 +45,6 @@ def color_labels(labels: NDArray[Any], *, background: int | None = None) -> Byte
     if background is not None and 0 <= background < count:
         table[background] = _BACKGROUND
     return table[np.where(labels < 0, count, labels)]
-
-
-def color_regions(boundary: NDArray[np.bool_], interior: NDArray[np.bool_]) -> Bytes:
-    """Paints the patches `(..., H, W)` where SSync's two terms are active, in `REGION_COLORS`."""
-    table = np.array([REGION_COLORS[name] for name in ("neither", "boundary", "interior", "both")], dtype=np.uint8)
-    return table[boundary.astype(np.int64) + 2 * interior.astype(np.int64)]
 
 
 def label_masks(masks: NDArray[Any]) -> NDArray[np.int64]:

@@ -42,7 +42,7 @@ def test_what_it_says_of_a_plain_model(user_folder: Path, capsys: pytest.Capture
     assert "with attach(model, grid=(2, 8), attention='softmax:binder', masks='softmax:painter', total_steps=" in out
 
 
-@pytest.mark.parametrize(("host", "batch"), [("Host", "video (2, 2, 3, 4, 4)"), ("Bare", "a tensor (2, 2, 3, 4, 4)")])
+@pytest.mark.parametrize(("host", "batch"), [("Host", "{'video': (2, 2, 3, 4, 4)}"), ("Bare", "(2, 2, 3, 4, 4)")])
 def test_what_it_says_to_write_can_be_written(
     user_folder: Path, capsys: pytest.CaptureFixture[str], host: str, batch: str
 ) -> None:
@@ -68,7 +68,7 @@ def test_json(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert (report["ready"], report["shape"]) == (True, [2, 2, 3, 16])
     assert report["places"] == ["softmax:net.binder", "softmax:net.painter"]
-    assert report["maps"][1]["parameters"] > 0
+    assert report["kinds"] == ["logits", "logits"]
     assert report["ssync_seconds"] > 0
     assert "No adapter knows this host" in report["hints"][0]
 

@@ -16,7 +16,7 @@ from ssync_pl.errors import HostError
 from ssync_pl.hosts import SAVi, VideoSAUR
 from ssync_pl.tools.doctor import DoctorReport, examine, render_report
 from ssync_pl.tools.doctor.load import build_model, working_folder_first
-from ssync_pl.tools.doctor.report import MapReport, hints, lines
+from ssync_pl.tools.doctor.report import hints, lines
 
 FEATURES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 5, "grid": (4, 4), "decoder_hidden": (8,)}
 
@@ -48,9 +48,7 @@ def test_a_host_of_ours() -> None:
     report = examine(host, lambda: host(batch).reconstruction.square().mean(), batch)
     assert (report.adapter, report.ready, report.shape, report.grid) == ("savi", True, (2, 2, 3, 64), (8, 8))
     assert report.places == ("encoder", "corrector", "decoder")
-    attention, masks = report.maps
-    assert 0 < attention.parameters < masks.parameters <= len([*host.parameters()])
-    assert attention.sums == pytest.approx((1, 1))
+    assert report.kinds == ("logits", "logits")
     assert report.ssync_seconds > 0
     assert report.step_seconds > 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
@@ -87,18 +85,7 @@ def test_the_numbers_are_those_of_the_loss(make: Any) -> None:
     output = ssync_loss(adapter.collect(capture))
     for name in ("boundary_loss", "interior_loss", "boundary_fraction", "agreement"):
         assert getattr(report, name) == float(getattr(output, name))
-    used = (output.used_encoder_slots, output.used_decoder_slots)
-    assert [one.used_slots for one in report.maps] == [float(one.mean()) for one in used]
-
-
-def test_a_map_that_trains_nothing_is_a_problem(make: Any) -> None:
-    host, batch = make("Net").requires_grad_(False), video().requires_grad_()
-    report = look(host, batch)
-    assert [problem.partition(": ")[2] for problem in report.problems] == [
-        "No gradient reaches a parameter through the attention.",
-        "No gradient reaches a parameter through the masks.",
-    ]
-    assert "NO gradient" in render_report(look(host, batch, attention="softmax:binder", masks="softmax:painter"))
+    assert report.used_slots == (float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean()))
 
 
 def test_a_grid_that_is_missing_and_one_that_is_given() -> None:
@@ -147,10 +134,8 @@ GOOD = DoctorReport(
     places=("a.b", "c"),
     shape=(2, 4, 5, 144),
     grid=(8, 18),
-    maps=(
-        MapReport("attention", "logits", (1.0, 1.0), 3, 5.0),
-        MapReport("masks", "logits", (1.0, 1.0), 4, 5.0),
-    ),
+    kinds=("logits", "logits"),
+    used_slots=(5.0, 5.0),
     loss=1.0,
     boundary_loss=0.1,
     interior_loss=0.2,
@@ -181,8 +166,8 @@ def test_the_lines_can_be_used() -> None:
         ({"loss": math.nan}, "loss is nan: nothing can be trained"),
         ({"shape": (2, 4, 1, 144)}, "There is one slot"),
         ({"agreement": 0.3}, "same slot in 30% of the patches only"),
-        ({"maps": (GOOD.maps[0], replace(GOOD.maps[1], used_slots=1.5))}, "In the masks, 1.5 of 5 slots win a patch"),
-        ({"maps": (replace(GOOD.maps[0], kind="probs"), GOOD.maps[1])}, "not merged"),
+        ({"used_slots": (5.0, 1.5)}, "In the masks, 1.5 of 5 slots win a patch"),
+        ({"kinds": ("probs", "logits")}, "not merged"),
     ],
 )
 def test_hints(changes: dict[str, Any], hint: str) -> None:
@@ -197,9 +182,8 @@ def test_the_text() -> None:
     assert "maps          B=2 T=4 S=5 N=144, grid 8 x 18" in text
     assert "found at      a.b, c" in text
     assert "cost          0.01 s beside 2 s of the host's own step (0.5%), on cpu" in text
-    assert "gradient reaches 4 parameters" in text
+    assert "masks         logits, 5.0 slots in use" in text
     assert text.endswith("ready. Add:\n  one line")
-    assert "sums from 0.5 to 1" in render_report(replace(GOOD, maps=(replace(GOOD.maps[0], sums=(0.5, 1.0)),)))
     assert render_report(GOOD).endswith("ready: nothing to add.")
     refused = render_report(replace(GOOD, problems=("No.",), lines=("one line",)))
     assert "SSync cannot be used as it is:\n  - No." in refused

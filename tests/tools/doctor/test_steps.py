@@ -54,9 +54,9 @@ def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: d
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("2,4,3,8,8", "a tensor (2, 4, 3, 8, 8)"),
-        ("2,3 4", "a tensor (2, 3), a tensor (4,)"),
-        ("img=1,2,3,8,8 boxes=1,2,5,4", "img (1, 2, 3, 8, 8), boxes (1, 2, 5, 4)"),
+        ("2,4,3,8,8", "(2, 4, 3, 8, 8)"),
+        ("2,3 4", "((2, 3), (4,))"),
+        ("img=1,2,3,8,8 boxes=1,2,5,4", "{'img': (1, 2, 3, 8, 8), 'boxes': (1, 2, 5, 4)}"),
     ],
 )
 def test_batches(words: str, text: str) -> None:

@@ -21,7 +21,7 @@ from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.session import HostSession, adapter_from
-from ssync_pl.tools.doctor.report import DoctorReport, MapReport, hints, lines
+from ssync_pl.tools.doctor.report import DoctorReport, hints, lines
 from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_trainer, namespace, plain_step
 
 _UNNAMED = dict.fromkeys(("attention", "masks", "grid"))
@@ -114,10 +114,6 @@ def _listen(
             raise HostError("The training step gave no loss for this batch: it was skipped.")
         maps = session.collect(batch, SSyncConfig())
         output = ssync_loss(maps)
-        sides = (
-            _map_report("attention", host, maps, output.used_encoder_slots),
-            _map_report("masks", host, maps, output.used_decoder_slots),
-        )
     except StepError:
         raise
     except (HostError, ShapeError) as error:
@@ -130,7 +126,8 @@ def _listen(
         places=_places(session),
         shape=maps.shape,
         grid=maps.grid,
-        maps=sides,
+        kinds=(_kind(maps, "attention"), _kind(maps, "mask")),
+        used_slots=(float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean())),
         loss=float(loss.detach()),
         boundary_loss=float(output.boundary_loss.detach()),
         interior_loss=float(output.interior_loss.detach()),
@@ -138,9 +135,6 @@ def _listen(
         agreement=float(output.agreement),
         merged_slots=float(output.merged_slots.float().mean()),
         lines=() if isinstance(named.get("adapter"), HostAdapter) else lines(report.kind, named),
-        problems=tuple(
-            f"No gradient reaches a parameter through the {one.side}." for one in sides if not one.parameters
-        ),
         **_measure_cost(maps, host, run),
     )
     own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host
@@ -182,22 +176,8 @@ def _places(session: HostSession) -> tuple[str, ...]:
     return tuple(one for one in paths if one and not any(one.startswith(f"{other}.") for other in paths if other))
 
 
-def _map_report(side: str, host: nn.Module, maps: SSyncMaps, used: Tensor) -> MapReport:
-    field = "attention" if side == "attention" else "mask"
-    given = {kind: value for kind in ("logits", "probs") if (value := getattr(maps, f"{field}_{kind}")) is not None}
-    value = given["probs"].float() if "probs" in given else given["logits"].float().softmax(2)
-    sums = value.detach().sum(2)
-    sums = sums if maps.patch_valid is None else sums[maps.patch_valid]
-    parameters = [parameter for parameter in host.parameters() if parameter.requires_grad]
-    reached = 0
-    if parameters and value.requires_grad:
-        # Any function of the map will do that is not constant over slots.
-        weights = torch.linspace(-1, 1, value.shape[2], device=value.device)[:, None]
-        objective = (value * weights).nan_to_num().square().sum()
-        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, retain_graph=True)
-        reached = sum(gradient is not None for gradient in gradients)
-    bounds = (float(sums.min()), float(sums.max()))
-    return MapReport(side, "+".join(given), bounds, reached, float(used.mean()))
+def _kind(maps: SSyncMaps, field: str) -> str:
+    return " and ".join(kind for kind in ("logits", "probs") if getattr(maps, f"{field}_{kind}") is not None)
 
 
 def _measure_cost(maps: SSyncMaps, host: nn.Module, run: Run) -> dict[str, Any]:

@@ -11,17 +11,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MapReport:
-    """One of the two maps: range of its sums over slots, parameters that its gradient reaches, slots in use."""
-
-    side: str
-    kind: str  # "logits", "probs" or both
-    sums: tuple[float, float]
-    parameters: int
-    used_slots: float
-
-
-@dataclass(frozen=True)
 class DoctorReport:
     """Everything that `ssync-pl doctor` says; `kind` is `"lightning"` or `"plain"`."""
 
@@ -33,7 +22,8 @@ class DoctorReport:
     batch: str = ""
     shape: tuple[int, int, int, int] | None = None  # (B, T, S, N)
     grid: tuple[int, int] | None = None  # (H, W) patches
-    maps: tuple[MapReport, ...] = ()
+    kinds: tuple[str, ...] = ()  # "logits", "probs" or both, of slot attention and of the masks
+    used_slots: tuple[float, ...] = ()  # slots that win a patch, in slot attention and in the masks
     loss: float = 1.0
     boundary_loss: float | None = None
     interior_loss: float | None = None
@@ -95,18 +85,17 @@ def hints(report: DoctorReport) -> tuple[str, ...]:
     if slots == 1:
         found.append("There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing.")
     found += [
-        f"In the {one.side}, {one.used_slots:.1f} of {slots} slots win a patch: the host is not trained, or has "
-        "collapsed. SSync pulls further in that direction: switch it on late (warmup_ratio), and use "
-        "on_collapse='backoff'."
-        for one in report.maps
-        if one.used_slots < 0.5 * slots
+        f"In the {side}, {used:.1f} of {slots} slots win a patch: the host is not trained, or has collapsed. SSync "
+        "pulls further in that direction: switch it on late (warmup_ratio), and use on_collapse='backoff'."
+        for side, used in zip(("attention", "masks"), report.used_slots, strict=False)  # none before the step
+        if used < 0.5 * slots
     ]
     if report.agreement < 0.5:
         found.append(
             f"Both maps name the same slot in {report.agreement:.0%} of the patches only, as in an untrained host: "
             "leave the warm-up on (warmup_ratio=0.3 or more). With trained weights this number tells more."
         )
-    if report.maps and report.maps[0].kind == "probs":
+    if report.kinds[:1] == ("probs",):
         found.append(
             "The attention comes as probabilities, so redundant slots are not merged: that needs logits. "
             "attention='softmax:path' takes them from the softmax inside a module."
@@ -124,11 +113,8 @@ def render_report(report: DoctorReport) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in zip("BTSN", report.shape, strict=True))
         rows.append(("found at", ", ".join(report.places)))
         rows.append(("maps", f"{sizes}, grid {report.grid[0]} x {report.grid[1]}" if report.grid else sizes))
-        for one in report.maps:
-            low, high = one.sums
-            sums = "sums are 1" if max(abs(low - 1), abs(high - 1)) < 0.01 else f"sums from {low:.3g} to {high:.3g}"
-            reach = f"gradient reaches {one.parameters} parameters" if one.parameters else "NO gradient"
-            rows.append((one.side, f"{one.kind}, {sums}, {one.used_slots:.1f} slots in use, {reach}"))
+        for side, kind, used in zip(("attention", "masks"), report.kinds, report.used_slots, strict=True):
+            rows.append((side, f"{kind}, {used:.1f} slots in use"))
         losses = f"SSync {report.boundary_loss:.4g} (boundary) + {report.interior_loss:.4g} (interior)"
         shares = f"{report.agreement:.0%} of patches, {report.boundary_fraction:.0%} of patches at boundaries"
         times = f"{report.ssync_seconds:.3g} s beside {report.step_seconds:.3g} s of the host's own step"

@@ -134,15 +134,10 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
 
 
 def describe_batch(batch: Any) -> str:
-    """Describes the shapes of a batch."""
-    if isinstance(batch, Tensor):
-        return f"a tensor {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor)]
-        return ", ".join(shapes) or f"a dict of {', '.join(map(str, batch))}"
-    if isinstance(batch, (list, tuple)):
-        return ", ".join(describe_batch(one) for one in batch)
-    return type(batch).__name__
+    """Describes the shapes of a batch, and names the type of anything else."""
+    if not isinstance(batch, (Tensor, Mapping, list, tuple)):
+        return type(batch).__name__
+    return str(apply_to_collection(batch, Tensor, lambda value: tuple(value.shape)))[:200]
 
 
 @contextmanager

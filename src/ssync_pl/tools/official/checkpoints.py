@@ -47,14 +47,7 @@ def public_globals() -> AbstractContextManager[None]:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
-    """Reads a public checkpoint; nothing in it is executed.
-
-    Args:
-        path: A file of Lightning with `state_dict`, a bare state dict of PyTorch, or `.safetensors`.
-
-    Raises:
-        ConfigError: There is no such file, it is damaged, or it holds other things than tensors and plain values.
-    """
+    """Reads a file of Lightning, a bare state dict of PyTorch, or `.safetensors`; nothing in it is executed."""
     path = Path(path)
     require(path.is_file(), f"a checkpoint at {str(path)!r}", "no such file", advice="Correct the path.")
     try:
@@ -91,17 +84,8 @@ def convert_checkpoint(path: str | os.PathLike[str], out: str | os.PathLike[str]
     """Turns a public checkpoint into one that `--ckpt_path` takes, beside the converted configuration.
 
     It keeps the tensors of the model with those of its backbone, so that nothing is downloaded, and the epoch and step;
-    it leaves out the state of the optimizer and the parts of SRL that no host has. The host loads it strictly.
-
-    Args:
-        path: The public file; see `read_checkpoint`.
-        out: Where the result goes.
-
-    Returns:
-        Names of the tensors that are left out.
-
-    Raises:
-        ConfigError: The file cannot be read.
+    it leaves out the state of the optimizer and the parts of SRL that no host has, whose names it returns. The host
+    loads it strictly.
     """
     import lightning.pytorch as L
 

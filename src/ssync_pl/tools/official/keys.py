@@ -15,11 +15,7 @@ _NOTHING = object()
 
 
 class Keys:
-    """Takes values one by one; `refuse_unread` finds those that nothing took. A value of `null` is as good as none.
-
-    Args:
-        tree: The configuration, references resolved.
-    """
+    """Takes values one by one; `refuse_unread` finds those that nothing took. A value of `null` is as good as none."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.values = dict(_leaves(tree, ""))

@@ -48,15 +48,7 @@ _UNREADABLE = (_TooMuchError, yaml.YAMLError, ValueError, TypeError, ArithmeticE
 def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
     """Reads a public configuration, replacing `${path}`, `${.path}` and `${function: arguments}` by their values.
 
-    Functions are `add`, `sub`, `mul`, `div`, `min`, `max`, `eval` (arithmetic only), and `config_prop` (sizes of vision
-    transformers).
-
-    Args:
-        path: YAML file.
-        changes: `KEY=VALUE` with dotted keys, applied before references are followed, as the official scripts do.
-
-    Raises:
-        ConfigError: The file is missing, too large or no YAML mapping, or a reference cannot be followed.
+    Changes `KEY=VALUE` come before references are followed, as in the official scripts.
     """
     try:
         from omegaconf import OmegaConf

@@ -26,16 +26,8 @@ __all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
 class InputDataModule(L.LightningDataModule):
     """Gives the windows of a user's videos as the configuration's data module would give them.
 
-    Args:
-        data: The data module of the configuration: image size, resize mode, crop, normalisation, cached features.
-        inputs: What `--input` names.
-        clip_frames: Most frames per window.
-        projection: `projection.npz` of the cache that the host was trained on, where it is not in its folder.
-        backbone_checkpoint: Weights of the cache's backbone, where they are not the published ones.
-
-    Raises:
-        ConfigError: The data module is none of the package's, or an input or the features cannot be used.
-        ShardError: A video cannot be read.
+    The data module of the configuration says image size, resize mode, crop, normalisation and cached features; the
+    other arguments are the options of the command.
     """
 
     def __init__(
@@ -82,10 +74,9 @@ class InputDataModule(L.LightningDataModule):
 
 
 class CarrySlots(L.Callback):
-    """Lets each window of a video begin with the slots that the window before ended with.
+    """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    The shared frame is corrected once more from its own slots, so that slots keep their objects. Hosts that cannot
-    start from given slots are left alone: their windows are only matched (`match_slots`).
+    The shared frame is corrected once more from its own slots, so that slots keep their objects.
     """
 
     def __init__(self) -> None:
@@ -126,10 +117,10 @@ class CarrySlots(L.Callback):
 
 
 def carries_slots(host: nn.Module) -> bool:
-    """Whether a host can start a clip from given slots.
+    """Whether a host can start a clip from given slots, which its attribute `carries_slots` says.
 
-    It can when its attribute `carries_slots` is true: then `host.initializer(...)` gives the first slots (B, S, D) of a
-    clip, and `host(...).slots` (B, T, S, D) are those of each frame.
+    `host.initializer(...)` gives the first slots (B, S, D) of a clip; `host(...).slots` (B, T, S, D) are those of each
+    frame.
     """
     return bool(getattr(host, "carries_slots", False)) and isinstance(getattr(host, "initializer", None), nn.Module)
 

@@ -24,62 +24,36 @@ _BATCH = 32
 
 
 def find_features(data: ShardDataModule, given: str | None) -> tuple[FeatureRecipe, Projection | None] | None:
-    """Finds out how the features were made that the data module of the configuration gives.
+    """Finds out how the cached features of a data module were made; None without.
 
-    The folder of the cache says it; where the folder is gone, its projection does.
-
-    Args:
-        data: The data module of the configuration.
-        given: `projection.npz` of the cache; None for that in its folder.
-
-    Returns:
-        None for hosts without cached features.
-
-    Raises:
-        ConfigError: The projection is not to be found, or is another one.
+    The folder of the cache says it; where the folder is gone, its projection does, whose path may be `given`.
     """
     if data.features is None:
-        require(
-            given is None, "--projection only with cached features", "a data module without", advice="Leave it out."
-        )
+        require(given is None, "--projection only with cached features", "a data module without")
         return None
     folder = Path(data.features)
-    path = folder / PROJECTION_FILE if given is None else Path(given)
-    require(given is None or path.is_file(), "--projection to be a file", f"{path}, which does not exist")
+    path = Path(given) if given is not None else folder / PROJECTION_FILE
     projection = read_projection(path) if path.is_file() else None
+    require(given is None or projection is not None, "--projection to be a file", f"{path}, which does not exist")
     shards = sorted(folder.glob("*.tar"))
-    if shards:
-        recipe, _ = read_recipe(shards[0])
-    elif projection is not None and "features" in projection.info:
+    if not shards and projection is not None and "features" in projection.info:
         return FeatureRecipe.from_json(projection.info["features"]), projection
-    else:
+    if not shards:
         raise ConfigError(
             f"Expected {folder} to hold the features that the host was trained on, but there are none. Put them back, "
             f"or pass their {PROJECTION_FILE} as --projection."
         )
-    if not recipe.projection:
-        require(given is None, "--projection only with projected features", f"those in {folder}, which are not")
-        return recipe, None
-    if projection is None or projection.fingerprint != recipe.projection:
+    recipe, _ = read_recipe(shards[0])
+    if recipe.projection != ("" if projection is None else projection.fingerprint):
         raise ConfigError(
-            f"Expected the projection that the features in {folder} were made with (sha256 {recipe.projection[:12]}…), "
-            f"but {path} {'is missing' if projection is None else 'holds another'}. Pass the {PROJECTION_FILE} of that "
-            "cache as --projection."
+            f"Expected the projection of the features in {folder} (sha256 {recipe.projection[:12] or 'none'}), but "
+            f"{path} {'is missing' if projection is None else 'holds another'}. Pass theirs as --projection."
         )
     return recipe, projection
 
 
 class FeatureMaker:
-    """Turns frames into the features that a cache would hold of them.
-
-    Args:
-        recipe: How they are made.
-        projection: The projection that the recipe names.
-        checkpoint: File of the backbone's weights; None takes published ones.
-
-    Raises:
-        ConfigError: The backbone cannot be built, or its weights are others.
-    """
+    """Turns frames into the features that a cache would hold of them; the backbone's weights have to be the same."""
 
     def __init__(self, recipe: FeatureRecipe, projection: Projection | None, checkpoint: str | None = None) -> None:
         self.backbone, self.projection, self.recipe = _backbone(recipe, checkpoint), projection, recipe
@@ -89,14 +63,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """Computes features, float32 (1, T, N, D), rounded as the cache rounds them.
-
-        Args:
-            batch: `video` uint8 (1, T, h, w, 3) and `crop` (1, 2), on the device that is to be used.
-
-        Raises:
-            ConfigError: The features are not finite.
-        """
+        """Features (1, T, N, D) of `video` uint8 (1, T, h, w, 3) with `crop` (1, 2), rounded as in the cache."""
         video = batch["video"]
         backbone = self.backbone.to(video.device)
         projection = None if self.projection is None else self.projection.to(video.device)

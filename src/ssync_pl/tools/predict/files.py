@@ -42,10 +42,7 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
 
     Pixel (row 0, column 0) reaches from 0 to 1 in both directions: a slot that fills a frame of width W has its centre
     at W / 2 and a box from 0 to W. The area is a share of all pixels; centre and box of an empty slot stay empty.
-
-    Args:
-        labels: Integers (T, H, W) from 0 on; labels from `num_slots` on belong to no slot.
-        num_slots: S, number of slots.
+    Labels (T, H, W) from `num_slots` on belong to no slot.
     """
     _, height, width = labels.shape
     y, x = np.indices((height, width)).reshape(2, -1) + 0.5
@@ -67,13 +64,7 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
 class VideoFiles:
     """Takes the pieces of a video in order, in a hidden folder; `finish` moves whole files to their places.
 
-    Args:
-        folder: Where they go.
-        name: What they are called before their endings.
-        key: The video's key, which is the title of the overlay video.
-        fps: Frames per second of the overlay video; None writes none.
-        label_pngs: Whether a picture of the labels is written of each frame.
-        cell: Longer side of a frame in the overlay video, in pixels.
+    `name` is what files are called before their endings; without `fps` there is no overlay video.
     """
 
     def __init__(self, folder: Path, name: str, key: str, *, fps: int | None, label_pngs: bool, cell: int) -> None:

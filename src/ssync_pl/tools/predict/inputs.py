@@ -34,30 +34,17 @@ _KINDS = (
 
 
 class InputVideo(NamedTuple):
-    """A video of the user's.
-
-    Attributes:
-        key: Its name.
-        source: Where it comes from, for messages and the index.
-        frames: Decodes one frame after the other, uint8 (H, W, 3).
-        total: Number of frames; None where nothing says it.
-        rate: Frames per second; None where nothing says it.
-    """
+    """A video of the user's; number of frames and frames per second are None where nothing says them."""
 
     key: str
-    source: str
-    frames: Callable[[], Iterator[NDArray[np.uint8]]]
+    source: str  # for messages and the index
+    frames: Callable[[], Iterator[NDArray[np.uint8]]]  # decodes one after the other, (H, W, 3)
     total: int | None
     rate: float | None = None
 
 
 def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
-    """Finds the videos that some inputs name, in their order; those of a folder in natural order.
-
-    Raises:
-        ConfigError: An input does not exist, or is none of these.
-        ShardError: A video file or shard cannot be read, or is empty.
-    """
+    """Finds the videos that some inputs name, in their order; those of a folder in natural order."""
     return [video for text in inputs for video in _look_into(Path(text).expanduser())]
 
 

@@ -103,16 +103,9 @@ def seen_region(
 
 
 def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> NDArray[np.uint8]:
-    """Labels the pixels of the video's frames, `OUTSIDE` where the maps show nothing.
+    """Labels the pixels of the video's frames, uint8 (T, H, W); `OUTSIDE` where the maps show nothing.
 
-    Args:
-        maps: Masks (T, S, h, w), enlarged smoothly before the largest slot is taken; or integer labels (T, h, w), which
-            go to the nearest pixel.
-        source: Height H and width W of the video's frames.
-        region: Rows and columns that the maps show.
-
-    Returns:
-        uint8 (T, H, W).
+    Masks (T, S, h, w) are enlarged smoothly before the largest slot is taken; labels (T, h, w) go to the nearest pixel.
     """
     rows, columns = region
     size = (rows.stop - rows.start, columns.stop - columns.start)
