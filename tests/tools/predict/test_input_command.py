@@ -1,7 +1,6 @@
 """`ssync-pl predict --input` from the words to the files."""
 
 import io
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,21 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from input_files import moving, write_frames, write_shard, write_video
+from input_files import index, labels_of, moving, write_frames, write_shard, write_video
 from PIL import Image
 
 from ssync_pl.tools.predict.files import slot_tracks
 
 Run = Callable[..., int]
-
-
-def index(out: Path) -> list[dict[str, Any]]:
-    return json.loads((out / "index.json").read_text())["videos"]
-
-
-def labels_of(out: Path, name: str) -> np.ndarray:
-    with np.load(out / f"{name}.labels.npz") as stored:
-        return stored["labels"]
 
 
 def test_videos_frames_and_shards_without_a_configuration(

@@ -105,10 +105,6 @@ class CarrySlots(L.Callback):
             handle.remove()
         self._handles, self.slots = [], None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves the host as it was."""
-        self.on_predict_end(trainer, pl_module)
-
     def _begin(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output if self.slots is None else self.slots.to(output.dtype)
 
