@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -184,26 +183,6 @@ def test_the_step_compiles_to_one_graph() -> None:
     torch.manual_seed(5)
     out = torch.compile(model.forward, backend="eager", fullgraph=True)(features)
     torch.testing.assert_close(out.mask_logits, expected)
-
-
-def test_half_precision_keeps_masks_finite() -> None:
-    model, batch = _solv(), window_clips()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, out = model.training_step(batch, 0), model(batch["features"])
-    assert out.mask_logits.dtype == out.attention_logits.dtype == torch.float32
-    loss.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_short_names_work_in_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from ssync_pl.cli import main
-
-    words = ["fit", "--model=SOLV", "--model.backbone=null", "--model.feature_dim=6", "--model.grid=[2,4]"]
-    with contextlib.suppress(SystemExit):
-        main([*words, "--print_config"])
-    printed = capsys.readouterr().out
-    assert "class_path: ssync_pl.hosts.SOLV" in printed
-    assert "merge_threshold: 0.12" in printed
 
 
 def test_a_random_part_of_the_tokens_is_kept_in_training() -> None:

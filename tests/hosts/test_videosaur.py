@@ -18,8 +18,6 @@ from ssync_pl.adapters import find_adapter
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
-from ssync_pl.hosts.nn.decoders import MLPDecoder
-from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector
 
 EVERY = pytest.mark.parametrize("kind", FEATURE_HOSTS)
@@ -111,24 +109,6 @@ def test_strict_loading_refuses_another_layout(changes: dict[str, Any], match: s
         tiny(VideoSAUR, **changes).load_state_dict(state)
 
 
-def test_slots_follow_the_recurrence() -> None:
-    model = tiny(VideoSAUR, slot_init="learned", iterations_first=3, iterations_later=2)
-    out, encoder, processor = model(FEATURES), model.encoder.module, model.processor.module
-    slots = model.initializer(2)
-    for t in range(3):
-        slots = slots if t == 0 else processor.predictor(slots)
-        bound = processor.corrector(slots, encoder.output_transform(FEATURES[:, t]), 3 if t == 0 else 2)
-        slots = bound["slots"]
-        torch.testing.assert_close(out.slots[:, t], slots)
-        torch.testing.assert_close(out.attention_logits[:, t], bound["dots"])
-        decoded = model.decoder.module(slots)
-        torch.testing.assert_close(out.reconstruction[:, t], decoded["reconstruction"])
-        torch.testing.assert_close(out.mask_logits[:, t].flatten(2), decoded["dots"])
-    assert out.attention_grid == (2, 3)
-    assert out.mask_logits.shape == (2, 3, 3, 2, 3)
-    assert torch.equal(out.targets, FEATURES)
-
-
 def test_every_frame_is_an_image_of_its_own() -> None:
     model = tiny(DINOSAUR, slot_init="learned")
     out, backwards = model(FEATURES), model(FEATURES.flip(1))
@@ -196,13 +176,6 @@ def test_learns_and_trains_every_parameter(decoder: str, slot_init: str) -> None
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_contrast_tells_slots_apart() -> None:
-    model = tiny(SlotContrast)
-    before = slot_contrast_loss(model(FEATURES).slots, across_batch=False).item()
-    train(model, BATCH, 30, 1e-2)
-    assert slot_contrast_loss(model(FEATURES).slots, across_batch=False).item() < 0.5 * before
-
-
 @EVERY
 def test_fit_with_ssync_validates_saves_loads_and_predicts(kind: Any, tmp_path: Path) -> None:
     options = {"slot_init": "learned", "decay_steps": None, "decay_rate": 0.5}
@@ -245,15 +218,6 @@ def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
     for found, own in ((maps.attention_logits, out.attention_logits), (maps.mask_logits, out.mask_logits.flatten(3))):
         assert torch.equal(found, own.reshape(6, 1, 3, 6) if kind is DINOSAUR else own)
         assert found.requires_grad
-
-
-def test_bf16_autocast_keeps_logits_in_float32() -> None:
-    model = tiny(VideoSAUR, contrast_weight=0.5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, out = model.training_step(BATCH, 0), model(FEATURES)
-    assert out.attention_logits.dtype == out.mask_logits.dtype == loss.dtype == torch.float32
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_the_command_line_knows_the_options_of_both_classes() -> None:
@@ -307,25 +271,6 @@ def test_the_quick_start_adds_one_key_and_changes_nothing_while_it_is_off(kind: 
     assert torch.equal(corrector.to_q.weight, corrector.to_k.weight)
     torch.testing.assert_close(corrector.to_q.weight.mT @ corrector.to_q.weight, 4 * torch.eye(8))
     assert torch.equal(corrector.to_v.weight, torch.eye(8))
-
-
-@pytest.mark.parametrize("decoder", ["mlp", "mixer"])
-def test_layers_start_with_the_spread_of_their_inputs(decoder: str) -> None:
-    sizes = {"encoder_hidden": 400, "decoder_hidden": (400, 400), "slot_dim": 200, "decoder": decoder}
-    plain, model = tiny(SlotContrast, **sizes), tiny(SlotContrast, **sizes, init="fan_in")
-
-    def spreads(stack: nn.Module) -> list[float]:
-        return [layer.weight.std().item() for layer in stack.modules() if isinstance(layer, nn.Linear)]
-
-    encoder = _part(model, FeatureEncoder).output_transform
-    assert spreads(encoder) == pytest.approx([(2 / 6) ** 0.5, (1 / 400) ** 0.5], rel=0.05)
-    if decoder == "mlp":
-        mlp = _part(model, MLPDecoder).mlp
-        assert spreads(mlp) == pytest.approx([(2 / 200) ** 0.5, (2 / 400) ** 0.5, (1 / 400) ** 0.5], rel=0.05)
-        assert all(not layer.bias.any() for layer in mlp.modules() if isinstance(layer, nn.Linear))
-    else:
-        pairs = zip(plain.decoder.parameters(), model.decoder.parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def _step(kind: Any, memory_efficient: bool) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ import ssync_pl.plugin.engine
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.adapters.paths import Pick
 from ssync_pl.errors import HostError
-from ssync_pl.method.labels import hard_labels
 
 
 class OneArgument(TinyHost):
@@ -166,21 +165,6 @@ def test_gradients_are_scaled_once_under_float16(by_hand):
     assert_same_weights(runs[0][0], runs[1][0])
     for name, gradient in by_hand[1].gradients[0].items():
         torch.testing.assert_close(runs[0][1].gradients[0][name], gradient, rtol=0.2, atol=2e-2)
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
-def test_labels_and_losses_are_computed_in_float32(monkeypatch, precision):
-    seen, real = [], ssync_pl.plugin.engine.ssync_loss
-    monkeypatch.setattr(
-        ssync_pl.plugin.engine, "ssync_loss", lambda maps, **o: seen.append((maps, real(maps, **o))) or seen[-1][1]
-    )
-    half = float16() if precision == "16-mixed" else {"precision": precision}
-    fit(make_host(), make_callback(merge=False), steps=1, **half)
-    maps, out = seen[0]
-    assert maps.attention_logits.dtype == (torch.float16 if precision == "16-mixed" else torch.bfloat16)
-    assert out.boundary_loss.dtype == out.interior_loss.dtype == torch.float32
-    labels = hard_labels(maps.attention_logits.float().softmax(2)).view(out.raw_encoder_labels.shape)
-    assert torch.equal(out.raw_encoder_labels, labels)
 
 
 def test_the_dict_of_the_host_is_not_changed_and_its_other_entries_are_passed_on():
