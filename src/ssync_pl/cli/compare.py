@@ -12,38 +12,35 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
+from ssync_pl.cli.words import run_command
 from ssync_pl.errors import ConfigError, require
 
 __all__ = ["run_compare"]
 
-_DESCRIPTION = """Trains a configuration under several variants, seeds, slot counts and data sets, and says what
-differs. All variants of a seed have the same initial weights, data order and number of steps; what they have in common
-until SSync switches on is trained once. The same command continues a comparison that was stopped: finished runs are
-kept."""
-_EXAMPLES = """examples:
-  ssync-pl compare --config examples/savi_synthetic.yaml --seeds 5 --out runs/compare/savi
-  ssync-pl compare --config mine.yaml --variants without,with,no-merging,mine_too.yaml --slots 7,11 \\
-    --out runs/compare/mine --launcher slurm --partition gpu --gpus 1 --hours 12 -- --trainer.precision=16-mixed
 
-exit status: 0 all runs are finished, 1 some failed or are damaged, 2 wrong usage."""
+def run_compare(words: list[str]) -> int:
+    """Makes the runs of a comparison that are not there yet, and prints its tables; returns the exit status."""
+    return run_command("ssync-pl compare", _compare, words)
 
 
-def run_compare(args: list[str]) -> int:
-    """Makes the runs of a comparison that are not there yet, and prints its tables.
+def _compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Train a configuration under several variants, seeds, slot counts and data sets, and say what differs.
 
-    Args:
-        args: words after `ssync-pl compare`; those after `--` go to `ssync-pl fit`.
+    All variants of a seed have the same initial weights, data order and number of steps; what they have in common until
+    SSync switches on is trained once. The same command continues a comparison that was stopped: finished runs are kept.
 
-    Returns:
-        The exit status: 0 when all runs are finished, 1 when some failed or are damaged.
+    examples:
+      ssync-pl compare --config examples/savi_synthetic.yaml --seeds 5 --out runs/compare/savi
+      ssync-pl compare --config mine.yaml --variants without,with,no-merging,mine_too.yaml --slots 7,11 \\
+        --out runs/compare/mine --launcher slurm --partition gpu --gpus 1 --hours 12 -- --trainer.precision=16-mixed
 
-    Raises:
-        ConfigError: a setting is not understood, the folder holds something else, or the extra `bench` is missing.
+    exit status: 0 all runs are finished, 1 some failed or are damaged, 2 wrong usage.
     """
     from ssync_pl.compare.matrix import Asked, build_matrix, parse_numbers, parse_seeds
 
-    place = args.index("--") if "--" in args else len(args)
-    options = _parser().parse_args(args[:place])
+    place = words.index("--") if "--" in words else len(words)
+    _add_options(parser)
+    options = parser.parse_args(words[:place])
     variants, sets = (
         tuple(part.strip() for part in text.split(",") if part.strip()) for text in (options.variants, options.sets)
     )
@@ -61,7 +58,7 @@ def run_compare(args: list[str]) -> int:
             slots,
             sets,
             options.baseline,
-            tuple(args[place + 1 :]),
+            tuple(words[place + 1 :]),
             not options.no_sharing,
         )
     )
@@ -74,10 +71,10 @@ def run_compare(args: list[str]) -> int:
     lacking = [name for name in needed if importlib.util.find_spec(name) is None]
     advice = 'Run: pip install "ssync-pl[bench]"'
     require(not lacking, "the extra `bench`", f"no {', '.join(lacking)}", advice=advice)
-    return _compare(matrix, options, ["ssync-pl", "compare", *args])
+    return _run(matrix, options, ["ssync-pl", "compare", *words])
 
 
-def _compare(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
+def _run(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
     from filelock import FileLock, Timeout
     from tqdm import tqdm
 
@@ -129,17 +126,10 @@ def _compare(matrix: Any, options: argparse.Namespace, words: list[str]) -> int:
     return int(bool(failures or comparison.damaged))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     from ssync_pl.compare.variants import known_variants
 
-    parser = argparse.ArgumentParser(
-        prog="ssync-pl compare",
-        usage="ssync-pl compare --config FILE --out FOLDER [OPTIONS] [-- OPTIONS OF ssync-pl fit]",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser.usage = "ssync-pl compare --config FILE --out FOLDER [OPTIONS] [-- OPTIONS OF ssync-pl fit]"
     add = parser.add_argument
     sets = "presets of the synthetic data, or YAML files laid over the configuration; `default`: its own data"
     add("--config", action="append", default=[], type=Path, metavar="FILE", help="of `ssync-pl fit`; may be repeated")
@@ -163,4 +153,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch; may be repeated")
     add("--no-sharing", action="store_true", help="train the warm-up of every run, though it is the same")
     add("--dry-run", action="store_true", help="print the runs with their commands, and start none")
-    return parser

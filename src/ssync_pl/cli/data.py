@@ -6,76 +6,47 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from ssync_pl.cli.words import key_values, refuse_existing
+from ssync_pl.cli.words import choose_command, key_values, refuse_existing
 from ssync_pl.errors import ConfigError
 
 __all__ = ["run_data"]
 
-_GENERATE = "Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."
-_CHECK = (
-    "Read shards through and report counts, damaged and refused members, duplicates and leaks between sets. "
-    "Exit status: 0 clean, 1 problems found, 2 wrong usage."
-)
-_PREVIEW = "Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."
-_CONVERT = "Convert a data set to shards. A run that was stopped goes on where it was when it is started again."
-_CACHE = (
-    "Run a frozen backbone over every frame and store its features in shards of the same names. Give the folder as "
-    "`features` to the data module. A run that was stopped goes on where it was; several runs at once share the "
-    "work. With --components, run it for the training shards first: the projection is fitted to the first run's "
-    "shards, kept in the folder, and taken by every later run with the same --out (validation, test)."
-)
 
-
-def run_data(args: list[str]) -> int:
+def run_data(words: list[str]) -> int:
     """Runs one of the data commands and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ssync-pl data", description="Data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands, "generate", help="generate shards of synthetic video", description=_GENERATE)
-    _add_check(commands, "check", help="report what shards hold and what is wrong with them", description=_CHECK)
-    _add_preview(commands, "preview", help="draw a contact sheet of the videos in shards", description=_PREVIEW)
-    converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
-    if args[:1] == ["convert"]:  # they import PyTorch
-        sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        import_module("ssync_pl.data.convert.commands").add_sources(sources)
-    _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
-    options = parser.parse_args(args)
-    return int(options.run(options))
+    commands = {
+        "generate": _generate,
+        "check": _check,
+        "preview": _preview,
+        "convert": _convert,
+        "cache-features": _cache_features,
+    }
+    return choose_command("ssync-pl data", commands, words)
 
 
-def _add_generate(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."""
     add = parser.add_argument
-    change = "change a setting of the preset, e.g. zoom=1.5; may be repeated"
-    add("--preset", default="a", help="look of the scenes: a, a_zoom or c")
+    change = "change a setting of the preset, e.g. resolution=64, frames=12 or zoom=1.5; may be repeated"
+    add("--preset", default="a", help="look of the scenes: a, a_zoom or c (default: %(default)s)")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
-    add("--train", type=int, default=440, help="number of training videos")
-    add("--validation", type=int, default=48, help="number of validation videos")
-    add("--resolution", type=int, default=argparse.SUPPRESS, help="height and width in pixels")
-    add("--frames", type=int, default=argparse.SUPPRESS, help="frames per video")
-    add("--seed", type=int, default=0, help="seed of all videos")
-    add("--workers", type=int, default=argparse.SUPPRESS, help="processes; 0 uses this one only")
+    add("--train", type=int, default=440, help="number of training videos (default: %(default)s)")
+    add("--validation", type=int, default=48, help="number of validation videos (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all videos (default: %(default)s)")
+    add("--workers", type=int, help="processes; 0 uses this one only")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    parser.set_defaults(run=_generate)
-
-
-def _generate(options: argparse.Namespace) -> int:
+    options = parser.parse_args(words)
     from ssync_pl.data.synthetic import generate
     from ssync_pl.data.synthetic.config import preset
 
-    given = vars(options)
-    splits = {name: given[name] for name in ("train", "validation")}
+    splits = {"train": options.train, "validation": options.validation}
     if min(splits.values()) < 0 or not any(splits.values()):
         raise ConfigError(f"Expected --train or --validation to be above 0 and none below, but got {splits}.")
-    changes = key_values(options.changes, "--set")
-    changes |= {key: given[key] for key in ("resolution", "frames") if key in given}
-    config = preset(options.preset, **changes)
+    config = preset(options.preset, **key_values(options.changes, "--set"))
     splits = {name: count for name, count in splits.items() if count}
-    extra = {"num_workers": options.workers} if "workers" in given else {}
-    folder = Path(generate(options.out, config, splits=splits, seed=options.seed, **extra))
+    folder = Path(generate(options.out, config, splits=splits, seed=options.seed, num_workers=options.workers))
     sys.stdout.write(f"folder:     {folder}\n")
     for name, count in splits.items():
         sys.stdout.write(f"{name + ':':<11} {_pattern(folder, name)} ({count} video{'s' * (count != 1)})\n")
@@ -89,22 +60,19 @@ def _pattern(folder: Path, split: str) -> str:
     return str(first.with_name(name))
 
 
-def _add_check(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, **texts)
+def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Report what shards hold and what is wrong with them: damage, duplicates, videos of training in validation.
+
+    Exit status: 0 clean, 1 problems found, 2 wrong usage.
+    """
     add = parser.add_argument
     patterns = "shards: paths, globs, braces or URLs; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--deep", action="store_true", default=True, help="decode and compare all videos (default)")
-    depth.add_argument("--quick", action="store_false", dest="deep", help="read headers only")
+    add("--quick", action="store_true", help="read headers only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
-    add("--rebuild-index", action="store_true", help="write index.json of the folders anew")
-    add("--max-objects", type=int, metavar="N", help="report videos with more objects")
-    parser.set_defaults(run=_check)
-
-
-def _check(options: argparse.Namespace) -> int:
+    add("--rebuild-index", action="store_true", help="write the index of the folders anew")
+    options = parser.parse_args(words)
     from ssync_pl.data.check import check_shards, group_shards, render_report
     from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
@@ -113,8 +81,7 @@ def _check(options: argparse.Namespace) -> int:
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,
-        deep=options.deep,
-        max_objects=options.max_objects,
+        deep=not options.quick,
         num_workers=options.workers,
         rebuild_index=options.rebuild_index,
         progress=sys.stderr.isatty(),
@@ -126,19 +93,16 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if report.clean else 1
 
 
-def _add_preview(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."""
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help="shards: paths, globs, braces or URLs")
     add("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
-    add("--videos", type=int, default=8, help="number of videos")
-    add("--frames", type=int, default=6, help="frames per video, evenly spaced")
-    add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels")
+    add("--videos", type=int, default=8, help="number of videos (default: %(default)s)")
+    add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
+    add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels (default: %(default)s)")
     add("--force", action="store_true", help="replace files that exist")
-    parser.set_defaults(run=_preview)
-
-
-def _preview(options: argparse.Namespace) -> int:
+    options = parser.parse_args(words)
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.tools.preview import draw_preview
@@ -156,8 +120,22 @@ def _preview(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_cache(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Convert a data set or own videos to shards. A run that was stopped goes on where it was."""
+    from ssync_pl.data.convert.commands import add_sources  # imports PyTorch
+
+    add_sources(parser.add_subparsers(dest="source", required=True, metavar="SOURCE"))
+    options = parser.parse_args(words)
+    return int(options.run(options))
+
+
+def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Run a frozen backbone over every frame and store its features in shards of the same names.
+
+    Give the folder as `features` to the data module. A run that was stopped goes on where it was; several runs at once
+    share the work. With --components, run it for the training shards first: the projection is fitted to the first run's
+    shards, kept in the folder, and taken by every later run with the same --out (validation, test).
+    """
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
     add("--backbone", required=True, help="efficientnet_lite0, or a model of timm")
@@ -174,10 +152,7 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
     add("--batch-size", type=int, default=32, help="frames per call of the backbone")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda, cuda:1, …")
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help="unreadable videos")
-    parser.set_defaults(run=_cache_features)
-
-
-def _cache_features(options: argparse.Namespace) -> int:
+    options = parser.parse_args(words)
     from ssync_pl.data.features.cache import cache_features
     from ssync_pl.data.features.projection import describe_projection
     from ssync_pl.data.features.recipe import require_crop

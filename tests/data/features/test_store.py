@@ -25,22 +25,6 @@ def cached(make_videos, backbone, tmp_path):
     return shards, tmp_path / "out"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_size": 12}, "image_size"),
-        ({"image_size": None}, "image_size"),
-        ({"resize_mode": "bilinear"}, "resize_mode"),
-        ({"crop": "center"}, "crop"),
-        ({"crop": "random"}, "crop"),
-    ],
-)
-def test_other_settings_are_refused(cached, sources, options, message):
-    shards, out = cached
-    with pytest.raises(ConfigError, match=message):
-        FeatureStore(out, sources(shards), **{**SETTINGS, **options})
-
-
 def test_changed_videos_are_refused_even_at_the_same_size_but_masks_do_not_matter(cached, sources):
     shards, out = cached
     offset, size = scan_shard(shards[0]).samples[0].members["segmentations.npy.gz"]
@@ -115,27 +99,14 @@ def test_other_versions_and_damage_are_refused(cached, sources, old, new):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (b"000.features.npy", b"000.featurez.npy", "it has none"),
-        (b"'shape': (3, 6, 5)", b"'shape': (3, 5, 6)", "bfloat16"),
-        (b"'descr': '<u2'", b"'descr': '<i2'", "bfloat16"),
-    ],
+    ("old", "new"), [(b"'shape': (3, 6, 5)", b"'shape': (3, 5, 6)"), (b"'descr': '<u2'", b"'descr': '<i2'")]
 )
-def test_damaged_features_are_refused_when_read(cached, sources, old, new, message):
+def test_damaged_features_are_refused_when_read(cached, sources, old, new):
     shards, out = cached
     path = out / "train-000000.tar"
-    data = path.read_bytes()
-    assert old in data
-    damaged = bytearray(data.replace(old, new))
-    for at in range(0, len(damaged), 512):  # tar headers have a checksum
-        if damaged[at : at + len(new)] == new and new.startswith(b"000"):
-            damaged[at + 148 : at + 156] = b" " * 8
-            damaged[at + 148 : at + 156] = b"%06o\0 " % sum(damaged[at : at + 512])
-    path.write_bytes(damaged)
-    store = FeatureStore(out, sources(shards), **SETTINGS)
-    with pytest.raises(ShardError, match=message):
-        store.read(shards[0], "000", slice(None), False)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ShardError, match="bfloat16"):
+        FeatureStore(out, sources(shards), **SETTINGS).read(shards[0], "000", slice(None), False)
 
 
 def test_reads_are_copies_of_the_frames_asked_for(cached, sources, backbone, tmp_path):
@@ -200,6 +171,9 @@ def test_what_does_not_fit_the_cache_is_refused(cached, backbone, make_videos):
     options = {"num_workers": 0, **loader_options(backbone, out)}
     for changes, match in (
         ({"image_size": (8, 16)}, "image_size"),
+        ({"image_size": None}, "image_size"),
+        ({"resize_mode": "bilinear"}, "resize_mode"),
+        ({"crop": "center"}, "crop"),
         ({"crop": "random"}, "crop"),
         ({"backend": "webdataset"}, "plain local tars for cached features"),
     ):

@@ -159,7 +159,5 @@ def test_the_options_are_in_the_help(capsys: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     assert main(["predict", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for words in ("--input", "--clip_frames", "an object may change its slot between windows"):
-        assert words in text
+    assert "--clip_frames" in capsys.readouterr().out
     assert main(["validate", "--input", "a"]) == 2

@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,33 +18,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssync_pl.data.features import recipe as recipes
 from ssync_pl.data.features.backbone import Backbone
 from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, fit_projection, read_projection
-from ssync_pl.data.features.recipe import (
-    RECIPE_MEMBER,
-    FeatureRecipe,
-    SourceFacts,
-    find_shard,
-    pack_recipe,
-    read_recipe,
-    require_crop,
-    require_same,
-    source_facts,
-)
+from ssync_pl.data.features.recipe import FeatureRecipe
 from ssync_pl.data.features.store import member_name
 from ssync_pl.data.files import exclusive, write_bytes
-from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
+from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader, encode_member
 from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ShardError, choose, require
 
-__all__ = ["CacheReport", "cache_features"]
+__all__ = ["CacheReport", "FeatureMaker", "cache_features"]
 
 _VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
 
 _logger = logging.getLogger(__name__)
+_Source = tuple[str, ShardEntry]
+_Video = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FeatureMaker:
+    """Turns frames into features as a cache holds them, on a device, or on that of the frames."""
+
+    backbone: Backbone
+    recipe: FeatureRecipe
+    projection: Projection | None = None
+    batch_size: int = 32
+    device: torch.device | str | None = None
+
+    @cached_property
+    def _transform(self) -> BatchTransform:
+        size, names = self.recipe.image_size, ("resize_mode", "crop", "mean", "std")
+        return BatchTransform(size, **{name: getattr(self.recipe, name) for name in names})
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor, crop: Tensor, where: str, flip: bool = False) -> Tensor:
+        """Compute features (T, N, D) of frames (T, h, w, 3) uint8 with crops at `crop` (2,), mirrored with `flip`.
+
+        `ShardError` names `where` they are from when they are not finite.
+        """
+        device = self.device or video.device
+        projection = None if self.projection is None else self.projection.to(device)
+        self.backbone.to(device)
+        parts = []
+        for frames in video.split(self.batch_size):
+            batch = {"video": frames[None], "crop": crop[None], "flip": torch.tensor([flip])}
+            seen = self._transform({name: value.to(device) for name, value in batch.items()})["video"][0]
+            features, _ = self.backbone(seen)
+            parts.append(features if projection is None else projection(features))
+        features = torch.cat(parts)
+        if not bool(features.isfinite().all()):
+            raise ShardError(
+                f"Expected backbone {self.backbone.name} to give finite features, but those of {where} hold NaN or "
+                "infinity. Check its weights and the video."
+            )
+        return features
 
 
 @dataclass
@@ -59,19 +92,6 @@ class CacheReport:
     seconds: float = 0.0
     bytes: int = 0
     skipped: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same over all shards; `skip` leaves out videos that cannot be read."""
-
-    backbone: Backbone
-    transform: BatchTransform
-    recipe: FeatureRecipe
-    batch_size: int
-    device: torch.device | str
-    skip: bool
-    projection: Projection | None = None
 
 
 def cache_features(
@@ -91,9 +111,9 @@ def cache_features(
 ) -> CacheReport:
     """Store the features of every frame in bfloat16, in shards of the same names and keys as those of the videos.
 
-    Frames are resized as in evaluation. A call that was killed goes on with the shards that are missing; several
-    processes may fill one folder at once. With `components` the first call for a folder fits `projection.npz` to up to
-    512 frames from all over its shards, and all later calls take it: so store the training videos first.
+    A call that was killed goes on with the shards that are missing; several processes may fill one folder at once.
+    With `components` the first call for a folder fits `projection.npz` to up to 512 frames from all over its shards,
+    and all later calls take it: so store the training videos first.
 
     Args:
         shards: Local shards of videos.
@@ -117,28 +137,27 @@ def cache_features(
 
     require(batch_size >= 1, "argument `batch_size` to be at least 1", batch_size)
     choose("on_bad_sample", on_bad_sample, "raise", "skip")
-    require_crop(crop)
+    choose("resize_mode", resize_mode, "bicubic", "bilinear")
+    recipes.require_crop(crop)
     expected = f"argument `components` to be from 1 to the {backbone.dim} channels of backbone {backbone.name}"
     require(components is None or 1 <= components <= backbone.dim, expected, components)
     remote = [path for path in shards if is_remote(path)]
     require(not remote, "local shards with stored features", *remote[:1], advice="Download them first.")
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    mean, std = backbone.mean, backbone.std
-    transform = BatchTransform(size, resize_mode=resize_mode, crop=crop, mean=mean, std=std)
     backbone.to(device)
     _, grid = backbone(torch.zeros(1, 3, *size, device=device))
-    names = (backbone.name, backbone.layer, backbone.fingerprint)
-    recipe = FeatureRecipe(*names, backbone.dim, grid, size, resize_mode, crop, mean, std, flips=flips)
-    run, folder = _Run(backbone, transform, recipe, batch_size, device, on_bad_sample == "skip"), Path(out)
-    sources = list(zip(shards, load_shards(shards), strict=True))
+    names, scale = (backbone.name, backbone.layer, backbone.fingerprint), (backbone.mean, backbone.std)
+    recipe = FeatureRecipe(*names, backbone.dim, grid, size, resize_mode, crop, *scale, flips=flips)
+    maker = FeatureMaker(backbone, recipe, None, batch_size, device)
+    folder, skip, sources = Path(out), on_bad_sample == "skip", list(zip(shards, load_shards(shards), strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run = _projected(run, folder, components, sources)
+        maker = _projected(maker, folder, components, sources, skip)
         for path in sorted(folder.glob("*.tar")):
-            require_same(path, read_recipe(path)[0], run.recipe)
-        report = CacheReport(run.recipe, run.projection)
-        for path, entry in tqdm(sources, unit="shard", disable=not progress):
-            _store_shard(path, entry, run, folder, report)
+            recipes.require_same(path, recipes.read_recipe(path)[0], maker.recipe)
+        report = CacheReport(maker.recipe, maker.projection)
+        for shard, entry in tqdm(sources, unit="shard", disable=not progress):
+            _store_shard(shard, entry, maker, folder, skip, report)
         load_shards(sorted(folder.glob("*.tar")))  # writes their index
     except OSError as error:
         raise ShardError(
@@ -148,7 +167,9 @@ def cache_features(
     return report
 
 
-def _projected(run: _Run, folder: Path, components: int | None, sources: Sequence[tuple[str, ShardEntry]]) -> _Run:
+def _projected(
+    maker: FeatureMaker, folder: Path, components: int | None, sources: Sequence[_Source], skip: bool
+) -> FeatureMaker:
     """Take the folder's projection, or fit it; other processes that want one of the same folder wait meanwhile."""
     path = folder / PROJECTION_FILE
     if components is not None and not path.exists():
@@ -156,28 +177,28 @@ def _projected(run: _Run, folder: Path, components: int | None, sources: Sequenc
             if not path.exists():  # asked again: another process may have finished it
                 expected = f"{PROJECTION_FILE} beside the features in {folder}"
                 require(not any(folder.glob("*.tar")), expected, "none", advice="Put it back, or take another --out.")
-                fitted = fit_projection(_sample(run, sources), run.backbone.layer_dims, components)
-                facts = [asdict(source_facts(*source, folder)) for source in sources]
-                info = {**fitted.info, "sources": facts, "features": asdict(run.recipe)}
+                fitted = fit_projection(_sample(maker, sources, skip), maker.backbone.layer_dims, components)
+                facts = [asdict(recipes.source_facts(*source, folder)) for source in sources]
+                info = {**fitted.info, "sources": facts, "features": asdict(maker.recipe)}
                 write_bytes(path, replace(fitted, info=info).pack())
     if not path.exists():
-        return run
+        return maker
     projection = read_projection(path)
-    dim = projection.matrix.shape[1]
-    there = replace(FeatureRecipe.from_json(projection.info["features"]), components=dim, flips=run.recipe.flips)
-    require_same(path, there, replace(run.recipe, components=components or 0))
-    recipe = replace(run.recipe, dim=dim, components=dim, projection=projection.fingerprint)
-    return replace(run, recipe=recipe, projection=projection.to(run.device))
+    dim, recipe = projection.matrix.shape[1], maker.recipe
+    there = replace(FeatureRecipe.from_json(projection.info["features"]), components=dim, flips=recipe.flips)
+    recipes.require_same(path, there, replace(recipe, components=components or 0))
+    recipe = replace(recipe, dim=dim, components=dim, projection=projection.fingerprint)
+    return replace(maker, recipe=recipe, projection=projection)
 
 
-def _sample(run: _Run, sources: Sequence[tuple[str, ShardEntry]]) -> Iterator[Tensor]:
+def _sample(maker: FeatureMaker, sources: Sequence[_Source], skip: bool) -> Iterator[Tensor]:
     """Features of frames from all over the shards, the same for every call."""
     places = [(path, entry, sample) for path, entry in sources for sample in entry.samples]
     chosen = [places[number] for number in _evenly(len(places), _VIDEOS)]
-    each = max(1, _FRAMES // max(1, len(chosen)))
     for path, entry, sample in chosen:
-        for key, video in _read(path, entry, [sample], run, []):
-            yield _features(video, _evenly(len(video["video"]), each), False, run, f"{path}, key {key}")
+        for key, video in _read(path, replace(entry, samples=(sample,)), maker.recipe, [] if skip else None):
+            frames = _evenly(len(video["video"]), max(1, _FRAMES // len(chosen)))
+            yield maker(video["video"][frames], video["crop"], f"{path}, key {key}")
 
 
 def _evenly(total: int, count: int) -> list[int]:
@@ -186,45 +207,46 @@ def _evenly(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _store_shard(path: str, entry: ShardEntry, run: _Run, folder: Path, report: CacheReport) -> None:
-    facts, start = source_facts(path, entry, folder), time.perf_counter()
-    target, there = find_shard(folder, facts)
-    if not there:
-        try:
-            with exclusive(folder / f".{facts.sha256[:12]}.lock"):
-                target, there = find_shard(folder, facts)  # asked again: another process may have finished it
-                if not there:
-                    target = _write_shard(path, entry, facts, run, folder, report)
-        except BlockingIOError:
-            report.busy.append(entry.name)
-            return
-        report.seconds += time.perf_counter() - start
-    report.kept += there
-    report.written += not there
-    report.bytes += target.stat().st_size
+def _store_shard(
+    path: str, entry: ShardEntry, maker: FeatureMaker, folder: Path, skip: bool, report: CacheReport
+) -> None:
+    """Write the features of a shard, unless they are there, or another process is writing them."""
+    facts, start = recipes.source_facts(path, entry, folder), time.perf_counter()
+    target, there = recipes.find_shard(folder, facts)
+    try:
+        with contextlib.nullcontext() if there else exclusive(folder / f".{facts.sha256[:12]}.lock"):
+            target, there = recipes.find_shard(folder, facts)  # asked again: another process may have finished it
+            if not there:
+                videos = _read(path, entry, maker.recipe, report.skipped if skip else None)
+                target, frames = _write_shard(path, videos, facts, maker, folder)
+                report.frames, report.seconds = report.frames + frames, report.seconds + time.perf_counter() - start
+            report.written, report.kept = report.written + (not there), report.kept + there
+            report.bytes += target.stat().st_size
+    except BlockingIOError:
+        report.busy.append(entry.name)
 
 
 def _write_shard(
-    path: str, entry: ShardEntry, facts: SourceFacts, run: _Run, folder: Path, report: CacheReport
-) -> Path:
-    """Write a shard of features under a temporary name, then rename it."""
-    temporary = folder / f".{facts.sha256[:12]}.tmp"
+    path: str, videos: Iterator[_Video], facts: recipes.SourceFacts, maker: FeatureMaker, folder: Path
+) -> tuple[Path, int]:
+    """Write a shard under a temporary name, then rename it; return where it lies, and how many frames it holds."""
+    temporary, count = folder / f".{facts.sha256[:12]}.tmp", 0
     try:
         with tarfile.open(temporary, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            _add(tar, RECIPE_MEMBER, pack_recipe(run.recipe, facts))
-            for key, video in _read(path, entry, entry.samples, run, report.skipped):
-                for flip in (False, True)[: 1 + run.recipe.flips]:
-                    features = _features(video, range(len(video["video"])), flip, run, f"{path}, key {key}")
+            _add(tar, recipes.RECIPE_MEMBER, recipes.pack_recipe(maker.recipe, facts))
+            for key, video in videos:
+                for flip in (False, True)[: 1 + maker.recipe.flips]:
+                    features = maker(video["video"], video["crop"], f"{path}, key {key}", flip)
                     bits = features.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
                     _add(tar, f"{key}.{member_name(flip)}", encode_member(member_name(flip), bits))
-                    report.frames += len(bits)
-        if source_facts(path, load_shards([path])[0], folder) != facts:
+                    count += len(bits)
+        if recipes.source_facts(path, load_shards([path])[0], folder) != facts:
             raise ShardError(f"Expected {path} to stay as it is while it is read, but it changed. Run again.")
-        target, _ = find_shard(folder, facts)
+        target, _ = recipes.find_shard(folder, facts)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return target
+    return target, count
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -233,34 +255,15 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _read(
-    path: str, entry: ShardEntry, samples: Sequence[SampleEntry], run: _Run, skipped: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    rules = SampleRules(image_size=run.recipe.image_size, crop=run.recipe.crop)
+def _read(path: str, entry: ShardEntry, recipe: FeatureRecipe, skipped: list[str] | None) -> Iterator[_Video]:
+    """Read the videos of a shard; where one cannot be read, raise, or append the message to `skipped`."""
+    rules = SampleRules(image_size=recipe.image_size, crop=recipe.crop)
     with contextlib.closing(ShardReader()) as reader:
-        for sample in samples:
+        for sample in entry.samples:
             try:
                 yield sample.key, eval_sample(reader.sample(path, entry, sample), rules)
             except ShardError as error:
-                if not run.skip:
+                if skipped is None:
                     raise
                 skipped.append(str(error))
                 _logger.warning("Skipping a bad sample: %s", error)
-
-
-def _features(video: dict[str, Any], frames: Sequence[int], flip: bool, run: _Run, where: str) -> Tensor:
-    """Features (M, N, D) of some frames of a video, mirrored with `flip`."""
-    parts = []
-    for first in range(0, len(frames), run.batch_size):
-        piece = {"video": video["video"][None, list(frames[first : first + run.batch_size])]}
-        piece |= {"crop": video["crop"][None], "flip": torch.tensor([flip])}
-        seen = run.transform({name: value.to(run.device) for name, value in piece.items()})["video"][0]
-        features, _ = run.backbone(seen)
-        parts.append(features if run.projection is None else run.projection(features))
-    features = torch.cat(parts)
-    if not bool(features.isfinite().all()):
-        raise ShardError(
-            f"Expected backbone {run.backbone.name} to give finite features, but those of {where} hold NaN or "
-            "infinity. Check its weights and the video."
-        )
-    return features

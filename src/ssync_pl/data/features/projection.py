@@ -33,17 +33,11 @@ _CONSTANT, _RANK = 1e-12, 1e-9
 
 @dataclass(frozen=True)
 class Projection:
-    """An affine map of features, `(feature - mean) @ matrix`.
+    """An affine map of features, `(feature - mean) @ matrix`."""
 
-    Args:
-        mean: (D,) float32, mean of each channel.
-        matrix: (D, K) float32.
-        info: What it was fitted to, as JSON values; not part of the map.
-    """
-
-    mean: Tensor
-    matrix: Tensor
-    info: Mapping[str, Any]
+    mean: Tensor  # (D,) float32
+    matrix: Tensor  # (D, K) float32
+    info: Mapping[str, Any]  # what it was fitted to, as JSON values
 
     def __call__(self, features: Tensor) -> Tensor:
         """Project features (..., D) to (..., K)."""
@@ -100,9 +94,8 @@ def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], compone
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     matrix = scale[:, None] * vectors * largest.sign() / kept.mean().sqrt()
     explained = float(kept.sum() / standard.diagonal().sum())
-    return Projection(
-        mean.float(), matrix.float(), {"components": components, "explained": explained, "frames": frames}
-    )
+    info = {"components": components, "explained": explained, "frames": frames}
+    return Projection(mean.float(), matrix.float(), info)
 
 
 def read_projection(path: str | os.PathLike[str]) -> Projection:

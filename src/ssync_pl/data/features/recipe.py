@@ -20,7 +20,7 @@ from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
 from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ConfigError, ShardError, require
+from ssync_pl.errors import ShardError, require
 
 __all__ = ["FeatureRecipe", "SourceFacts", "find_shard", "read_recipe", "require_crop", "require_same", "source_facts"]
 
@@ -53,17 +53,10 @@ class FeatureRecipe:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
         """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
-        try:
-            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-            recipe = cls(**plain)
-            numbers = (recipe.dim, *recipe.grid, *recipe.image_size)
-            if len(numbers) != 5 or min(numbers) < 1 or recipe.dtype != "bf16":
-                raise ValueError(f"sizes {numbers}, stored as {recipe.dtype}")
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"Expected a recipe of features in bf16, but got another ({error}). Make the features again."
-            ) from error
-        return recipe
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
+        require(known, "a recipe of features in bf16", plain, advice="Make the features again.")
+        return cls(**plain)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_train
 
 _UNNAMED = dict.fromkeys(("attention", "masks", "grid"))
 _DEFAULTS = {"adapter": "auto", "attention_kind": "probs", "masks_kind": "probs"}
+_NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
 _DICT_FOR_TENSOR = (AttributeError, IndexError, KeyError, TypeError)  # what the one in place of the other gives
 _UNKNOWN = (
     "No adapter knows this host; its maps were found at the softmaxes named above. Look at the shapes: S has to be the "
@@ -121,6 +122,7 @@ def _listen(
     finally:
         if session is not None:
             session.remove()
+    numbers: dict[str, Any] = {name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS}
     report = replace(
         report,
         places=_places(session),
@@ -129,12 +131,8 @@ def _listen(
         kinds=(_kind(maps, "attention"), _kind(maps, "mask")),
         used_slots=(float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean())),
         loss=float(loss.detach()),
-        boundary_loss=float(output.boundary_loss.detach()),
-        interior_loss=float(output.interior_loss.detach()),
-        boundary_fraction=float(output.boundary_fraction),
-        agreement=float(output.agreement),
-        merged_slots=float(output.merged_slots.float().mean()),
         lines=() if isinstance(named.get("adapter"), HostAdapter) else lines(report.kind, named),
+        **numbers,
         **_measure_cost(maps, host, run),
     )
     own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host

@@ -15,7 +15,7 @@ from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.tools.predict.features import FeatureMaker, find_features
+from ssync_pl.tools.predict.features import find_features, make_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
 from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
 from ssync_pl.tools.predict.writer import WINDOW_KEY
@@ -52,7 +52,7 @@ class InputDataModule(L.LightningDataModule):
         if self.transform.image_size is None and isinstance(data, SyntheticDataModule):
             self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
         found = find_features(data, projection)
-        self.maker = None if found is None else FeatureMaker(*found, backbone_checkpoint)
+        self.maker = None if found is None else make_features(*found, backbone_checkpoint)
         self.carry: CarrySlots | None = None
 
     def setup(self, stage: str) -> None:
@@ -80,7 +80,8 @@ class InputDataModule(L.LightningDataModule):
         tensors = {"video": batch["video"], "crop": batch["crop"]}
         out = self.transform(tensors)
         if self.maker is not None:
-            out["features"] = self.maker(tensors)
+            features = self.maker(batch["video"][0], batch["crop"][0], str(batch["__key__"]))
+            out["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
         precision = getattr(self.trainer, "precision_plugin", None)
         out = out if precision is None else precision.convert_input(out)
         return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
