@@ -53,6 +53,17 @@ class InputDataModule(L.LightningDataModule):
             self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
         found = find_features(data, projection)
         self.maker = None if found is None else make_features(*found, backbone_checkpoint)
+        self.carry: CarrySlots | None = None
+
+    def setup(self, stage: str) -> None:
+        """Hooks the host, so that windows go on where the one before ended."""
+        if self.trainer is not None:
+            self.carry = CarrySlots(self.trainer.lightning_module)
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the host as it was."""
+        if self.carry is not None:
+            self.carry.close()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Builds the loader: one window per batch, decoded in this process."""
@@ -64,6 +75,8 @@ class InputDataModule(L.LightningDataModule):
         """Resizes, crops and normalises the frames, and computes features where the host wants them."""
         if not isinstance(batch, dict) or WINDOW_KEY not in batch:
             return batch
+        if self.carry is not None and batch[WINDOW_KEY]["start"] == 0:
+            self.carry.slots = None
         tensors = {"video": batch["video"], "crop": batch["crop"]}
         out = self.transform(tensors)
         if self.maker is not None:
@@ -74,41 +87,25 @@ class InputDataModule(L.LightningDataModule):
         return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
 
 
-class CarrySlots(L.Callback):
+class CarrySlots:
     """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    The shared frame is corrected once more from its own slots, so that slots keep their objects.
+    The shared frame is corrected once more from its own slots, so that slots keep their objects. `slots` is set to None
+    where another video begins.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, host: nn.Module) -> None:
         self.slots: Tensor | None = None
         self._handles: list[Any] = []
+        if carries_slots(host):
+            initializer: Any = host.initializer
+            self._handles = [initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hooks the host."""
-        self.slots = None
-        if carries_slots(pl_module):
-            initializer: Any = pl_module.initializer
-            self._handles = [initializer.register_forward_hook(self._begin), pl_module.register_forward_hook(self._end)]
-
-    def on_predict_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Forgets the slots where another video begins."""
-        window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
-        if window is None or window["start"] == 0:
-            self.slots = None
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def close(self) -> None:
         """Leaves the host as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.slots = [], None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves the host as it was."""
-        self.on_predict_end(trainer, pl_module)
+        self.slots = None
 
     def _begin(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output if self.slots is None else self.slots.to(output.dtype)
