@@ -107,16 +107,9 @@ def _verdict(group: Group, variant: str) -> dict[str, Any]:
 
 def _facts(frame: pd.DataFrame, matrix: Any) -> dict[str, str]:
     """What the runs were made with, without what no run tells."""
-    known = {name: sorted({str(one) for one in frame[name].dropna()}) for name in ("device", "torch", "date")}
+    titles = {"seed": "seeds", "step": "training steps", "device": "machine", "torch": "torch", "date": "date"}
+    found = {title: ", ".join(map(str, sorted(set(frame[name].dropna())))) for name, title in titles.items()}
     seconds = frame["wall_seconds"].dropna().astype(float)
-    wall = f"{seconds.sum() / 60:.1f} min in all, {seconds.min():.0f} to {seconds.max():.0f} s per run"
-    found = {
-        "seeds": ", ".join(str(seed) for seed in sorted(set(frame["seed"]))),
-        "training steps": ", ".join(f"{step:.0f}" for step in sorted(set(frame["step"].dropna()))),
-        "wall time": wall if len(seconds) else "",
-        "machine": "; ".join(known["device"]),
-        "torch": ", ".join(known["torch"]),
-        "ssync_pl": str(matrix.get("version", "")),
-        "date": " to ".join(dict.fromkeys(known["date"][:1] + known["date"][-1:])),
-    }
-    return {name: text for name, text in found.items() if text}
+    if len(seconds):
+        found["wall time"] = f"{seconds.sum() / 60:.1f} min, {seconds.min():.0f} to {seconds.max():.0f} s per run"
+    return {name: text for name, text in {**found, "ssync_pl": str(matrix.get("version", ""))}.items() if text}
