@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ConfigError, ShardError, require
 from ssync_pl.tools.predict.features import find_features, make_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
-from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
+from ssync_pl.tools.predict.windows import cut_windows, seen_region
 from ssync_pl.tools.predict.writer import WINDOW_KEY
 
 __all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
@@ -45,7 +45,9 @@ class InputDataModule(L.LightningDataModule):
                 f"how frames are resized and normalised, but got {type(data).__name__}. Add `--data ShardDataModule "
                 "--data.image_size SIZE`, with the values of the training."
             )
-        self.lengths = {video: window_length(video.total, clip_frames) for video in find_videos(inputs)}
+        few = "--clip-frames to be at least 2, as windows share a frame"
+        require(clip_frames >= 2, few, clip_frames, advice="Take 16 or more.")
+        self.videos, self.clip_frames = find_videos(inputs), clip_frames
         self.mean, self.std = data.mean, data.std
         self.has_background, self.ignore_overlaps = data.has_background, data.ignore_overlaps
         self.transform = copy.copy(data.transform)
@@ -69,7 +71,7 @@ class InputDataModule(L.LightningDataModule):
         """Builds the loader: one window per batch, decoded in this process."""
         seen = self.transform
         rules = SampleRules(image_size=seen.image_size, crop=seen.crop, reference=seen.reference)
-        return DataLoader(_Windows(self.lengths, rules), batch_size=None, collate_fn=_as_it_is)
+        return DataLoader(_Windows(self.videos, self.clip_frames, rules), batch_size=None, collate_fn=_as_it_is)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Resizes, crops and normalises the frames, and computes features where the host wants them."""
@@ -126,14 +128,14 @@ def carries_slots(host: nn.Module) -> bool:
 class _Windows(IterableDataset[dict[str, Any]]):
     """The windows of some videos, one batch each."""
 
-    def __init__(self, lengths: Mapping[InputVideo, int], rules: SampleRules) -> None:
-        self.lengths, self.rules = lengths, rules
+    def __init__(self, videos: Sequence[InputVideo], clip_frames: int, rules: SampleRules) -> None:
+        self.videos, self.clip_frames, self.rules = videos, clip_frames, rules
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         size, crop, reference = self.rules.image_size, self.rules.crop, self.rules.reference
-        for video, length in self.lengths.items():
+        for video in self.videos:
             window = None
-            for window in cut_windows(video.frames(), length):
+            for window in cut_windows(video.frames(), self.clip_frames):
                 offsets = crop_offsets(window.frames, self.rules, None, None)
                 region = seen_region(window.frames.shape[1:3], offsets.tolist(), size, crop, reference)
                 tensors = {"video": torch.from_numpy(window.frames)[None], "crop": offsets[None]}
