@@ -354,10 +354,3 @@ def test_nothing_is_found_in_hosts_without_slots(host: Any, value: Tensor, spots
     found = discover(module, lambda: module(value))
     assert found.pairs == ()
     assert {spot.path for spot in found.spots} == spots
-
-
-def test_a_softmax_in_a_module_of_its_own_is_found_at_the_module_of_a_frame() -> None:
-    host = taps.Unknown(Modular())
-    found = discover(host, lambda: host(taps.tap_clip(2, 3)))
-    assert found.pairs[0].places == TAPS
-    assert ("binder.inner", 6) in {(spot.path, spot.calls) for spot in found.spots}

@@ -155,7 +155,7 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     options = parser.parse_args(words)
     from ssync_pl.data.features.cache import cache_features
     from ssync_pl.data.features.projection import describe_projection
-    from ssync_pl.data.features.recipe import require_crop
+    from ssync_pl.data.features.store import require_crop
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.hosts.nn.backbones import load_backbone
 

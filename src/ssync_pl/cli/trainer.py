@@ -29,7 +29,7 @@ from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
-from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
+from ssync_pl.tools.predict.datamodule import InputDataModule, carries_slots
 from ssync_pl.tools.predict.writer import SlotPredictions
 
 __all__ = ["Configured", "SSyncArgumentParser", "SSyncCLI", "from_configuration", "run_trainer"]
@@ -149,7 +149,6 @@ class SSyncCLI(LightningCLI):
                 own = SlotPredictions(out, label_pngs=True, cell=480) if self._inputs() else SlotPredictions()
                 added.append(own)
         if self._inputs():
-            added.append(CarrySlots())
             kwargs.setdefault("devices", 1)  # the windows of a video go one after the other
             kwargs.setdefault("num_nodes", 1)
         if added:

@@ -31,25 +31,20 @@ _FIXED = {
     "optimizer.name": ("Adam", "adam"),
     "optimizer.lr_scheduler.name": "exp_decay_with_warmup",
 }
+# The data module counts videos itself, training reads no masks, and hosts say what they read.
+_MEANINGLESS = (
+    *("experiment_group", "globals.*", "val_metrics.*", "dataset.*.keys", "dataset.val_size", "dataset.test_size"),
+    *(f"dataset.val_pipeline.{name}_per_video" for name in ("sample_one_chunk", "one_frame")),
+    *("dataset.val_pipeline.shuffle_size", "dataset.val_pipeline.video_size"),
+    "dataset.train_pipeline.transforms.num_classes",
+)
 _NOT_TRANSLATED = {
-    "experiment_group": "",
-    "globals.*": "",  # only referred to
     "train_metrics.*": "metrics are of evaluation only",
-    "val_metrics.*": "",
-    "dataset.val_size": "",  # the data module counts videos itself
-    "dataset.test_size": "",
-    "dataset.*.keys": "",  # hosts say what they read
-    "dataset.val_pipeline.shuffle_size": "",
-    "dataset.val_pipeline.video_size": "",
-    "dataset.val_pipeline.sample_one_chunk_per_video": "",
-    "dataset.val_pipeline.one_frame_per_video": "",
-    "dataset.train_pipeline.transforms.num_classes": "",  # training reads no masks
     "dataset.samples_per_epoch": "an epoch is each video once",
     "dataset.cache_*": "shards on disk are mapped into memory instead",
     "dataset.*.transforms.resize_*": "the official code does not read it",
     "dataset.*.transforms.crop_size": "the official code does not read it",
-    "trainer.max_epochs": "training ends by steps, as in the official script",
-    "trainer.check_val_every_n_epoch": "training ends by steps, as in the official script",
+    "trainer.*_epoch*": "training ends by steps, as in the official script",
     "trainer.find_unused_parameters": "name a strategy, for example ddp_find_unused_parameters_true",
     "trainer.replace_sampler_ddp": "the data module shares out videos itself",
 }
@@ -87,7 +82,7 @@ def convert_config(path: str | Path, *, root: str | None = None, changes: Iterab
         require(bool(keys.below(part)), f"{path} to have the sections model, optimizer and dataset", f"no {part}")
     keys.check(_FIXED)
     ignored = [keys.values.get(f"val_metrics.{name}.ignore_overlaps", False) for name in keys.below("val_metrics")]
-    for pattern, reason in _NOT_TRANSLATED.items():
+    for pattern, reason in (dict.fromkeys(_MEANINGLESS, "") | _NOT_TRANSLATED).items():
         keys.skip(pattern, reason)
     name, seed = str(keys.take("experiment_name", "")), keys.integer("seed", None)
     max_steps = keys.integer("trainer.max_steps", 100_000)
@@ -130,7 +125,11 @@ def _trainer(keys: Keys, max_steps: int, half_precision: bool) -> dict[str, Any]
         options["precision"] = "16-mixed"
     for name in inspect.signature(L.Trainer.__init__).parameters:
         value = keys.take(f"trainer.{name}", None)
-        if value is not None and (name == "precision" or name not in options):
+        if (
+            value is not None
+            and (name == "precision" or name not in options)
+            and f"trainer.{name}" not in keys.left_out
+        ):
             options[name] = value
     return options
 
