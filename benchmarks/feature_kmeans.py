@@ -23,7 +23,7 @@ from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics, metric_names
-from ssync_pl.tools.kmeans import kmeans
+from ssync_pl.tools.baselines import kmeans_features
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = metric_names("segmentation")
@@ -52,20 +52,6 @@ def validation_batches(words: list[str]) -> tuple[list[dict[str, Any]], tuple[in
     )
     rows, columns = parts.host.hparams["grid"]
     return found.batches, (rows, columns)
-
-
-def kmeans_features(
-    features: torch.Tensor, grid: tuple[int, int], clusters: int, weight: float, seed: int, valid: torch.Tensor
-) -> torch.Tensor:
-    """Labels (B, T, h, w) of features (B, T, N, D); places count by their weight times the features' typical length."""
-    points = features.float()
-    if weight > 0:
-        longer = max(max(grid) - 1, 1)
-        axes = [torch.arange(size) / longer for size in grid]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-        scale = weight * points.square().sum(-1).mean().sqrt()
-        points = torch.cat([points, (scale * places).expand(*points.shape[:2], -1, -1)], dim=-1)
-    return kmeans(points, clusters, seed=seed, frame_mask=valid).unflatten(2, grid)
 
 
 def score(

@@ -27,7 +27,7 @@ MAIN = (*HEADLINE, "boundary_f")
 HOSTS = (
     ("quality_main", "SlotContrast, `c` from above, 11 slots"),
     ("quality_videosaur", "VideoSAUR, `c` from above, 11 slots"),
-    ("quality_cluttered", "SlotContrast, `cluttered`, 11 slots"),
+    ("quality_cluttered", "SlotContrast, clutter, 11 slots"),
     ("quality_solv", "SOLV, `c` from above, 7 slots"),
 )
 

@@ -14,6 +14,7 @@ __all__ = [
     "choose",
     "require",
     "require_shape",
+    "require_shard",
 ]
 
 
@@ -46,6 +47,13 @@ def require(ok: bool, expected: str, *got: object, advice: str = "") -> None:
     if not ok:
         found = " and ".join(map(str, got))
         raise ConfigError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_shard(ok: bool, expected: str, *got: object, advice: str = "") -> None:
+    """Raises `ShardError` unless data are as expected, with what came and what to do."""
+    if not ok:
+        found = " and ".join(map(str, got))
+        raise ShardError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
 
 
 def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:

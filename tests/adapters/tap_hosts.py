@@ -1,4 +1,4 @@
-"""Hosts whose modules return only slots and pictures: the maps exist inside of them alone."""
+"""Hosts that no adapter knows: their modules return only slots and pictures, the maps exist inside of them alone."""
 
 from __future__ import annotations
 
@@ -27,18 +27,26 @@ SOFTMAXES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "log": lambda x, axis: F.log_softmax(x, axis).exp(),
     "float": lambda x, axis: x.softmax(axis, dtype=torch.float32),
 }
+# How decoders lay out alpha (B, T, S, N) of h x w pixels for the softmax, which comes back in its shape
+MASKS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "btsn": lambda x, h, w: x.softmax(2),
+    "btns": lambda x, h, w: x.mT.softmax(3).mT,
+    "bsn": lambda x, h, w: x.flatten(0, 1).softmax(1).view_as(x),
+    "bns": lambda x, h, w: x.flatten(0, 1).mT.softmax(-1).mT.reshape(x.shape),
+    "bs1hw": lambda x, h, w: x.flatten(0, 1).unflatten(2, (1, h, w)).softmax(1).view_as(x),
+    "bshw1": lambda x, h, w: x.flatten(0, 1).unflatten(2, (h, w, 1)).softmax(1).view_as(x),
+    "btshw": lambda x, h, w: x.unflatten(3, (h, w)).softmax(2).view_as(x),
+}
 
 
 class SlotsOnly(nn.Module):
-    """Slot attention that returns slots, in one of the layouts of the field."""
+    """Slot attention that returns slots, with its logits as ``(B, S, N)``, ``(B, N, S)`` or with heads."""
 
     def __init__(self, layout: str = "bsn", softmax: str = "method", iterations: int = 2, heads: int = 1) -> None:
         super().__init__()
-        self.to_q = nn.Linear(DIM, DIM, bias=False)
-        self.to_k = nn.Linear(DIM, DIM, bias=False)
+        self.to_q, self.to_k = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
         self.update = nn.Linear(DIM, DIM)
         self.layout, self.softmax, self.iterations, self.heads = layout, SOFTMAXES[softmax], iterations, heads
-        self.absent = 0
         self.kept: list[Tensor] = []
 
     def forward(self, slots: Tensor, features: Tensor) -> Tensor:
@@ -46,26 +54,24 @@ class SlotsOnly(nn.Module):
             q, k = self.to_q(slots), self.to_k(features)
             if self.heads > 1:
                 q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k))
-                logits = q @ k.transpose(2, 3)  # (B, heads, S, N)
+                logits = q @ k.mT  # (B, heads, S, N)
                 weights = self.softmax(logits, 2).mean(1)
             elif self.layout == "bns":
-                logits = k @ q.transpose(1, 2)
-                weights = self.softmax(logits, 2).transpose(1, 2)
+                logits = k @ q.mT
+                weights = self.softmax(logits, 2).mT
             else:
-                logits = q @ k.transpose(1, 2)
-                if self.absent:
-                    logits = logits.index_fill(1, torch.arange(SLOTS - self.absent, SLOTS), float("-inf"))
+                logits = q @ k.mT
                 weights = self.softmax(logits, 1)
             weights = weights / (weights.sum(2, keepdim=True) + 1e-8)
             # A second softmax over other axes, as of a predictor, must not be taken for the map.
-            mixed = (slots @ slots.transpose(1, 2)).softmax(2) @ slots
+            mixed = (slots @ slots.mT).softmax(2) @ slots
             slots = slots + self.update(weights @ features) + 0.1 * mixed
         self.kept.append(logits)
         return slots
 
 
 class PicturesOnly(nn.Module):
-    """Decoder that returns the reconstruction, in one of the layouts of the field."""
+    """Decoder that returns the reconstruction ``(B, T, 3, N)`` of slots ``(B, T, S, D)``."""
 
     def __init__(self, layout: str = "bsn", scale: int = 1) -> None:
         super().__init__()
@@ -74,61 +80,42 @@ class PicturesOnly(nn.Module):
         self.out = nn.Linear(DIM, 4)
         self.kept: list[Tensor] = []
 
-    def forward(self, slots: Tensor) -> Tensor:
-        """Gives ``(B, T, 3, N)`` for slots ``(B, T, S, D)``."""
+    def forward(self, slots: Tensor) -> Any:
         out = self.out((slots[:, :, :, None] + self.position).tanh())  # (B, T, S, N, 4)
-        colour, alpha = out[..., :3], out[..., 3]
-        self.kept.append(alpha)
-        height, width = HEIGHT * self.scale, WIDTH * self.scale
-        if self.layout == "btsn":
-            masks = alpha.softmax(2)
-        elif self.layout == "bsn":
-            masks = alpha.flatten(0, 1).softmax(1).view_as(alpha)
-        elif self.layout == "bns":
-            masks = alpha.flatten(0, 1).transpose(1, 2).softmax(-1).transpose(1, 2).reshape(alpha.shape)
-        elif self.layout == "bs1hw":
-            masks = alpha.flatten(0, 1).unflatten(2, (1, height, width)).softmax(1).view_as(alpha)
-        elif self.layout == "bshw1":
-            masks = alpha.flatten(0, 1).unflatten(2, (height, width, 1)).softmax(1).view_as(alpha)
-        elif self.layout == "btshw":
-            masks = alpha.unflatten(3, (height, width)).softmax(2).view_as(alpha)
-        else:
-            masks = alpha.transpose(2, 3).softmax(3).transpose(2, 3)  # btns
-        return torch.einsum("btsn,btsnc->btcn", masks, colour)
+        self.kept.append(out[..., 3])
+        masks = MASKS[self.layout](out[..., 3], HEIGHT * self.scale, WIDTH * self.scale)
+        return torch.einsum("btsn,btsnc->btcn", masks, out[..., :3])
 
 
 class Unknown(nn.Module):
-    """A model of unusual names that no adapter knows."""
+    """A model of unusual names."""
 
     def __init__(self, attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> None:
         super().__init__()
-        self.seeds = nn.Parameter(torch.randn(1, SLOTS, DIM))
-        self.eyes = nn.Linear(3, DIM)
+        self.seeds, self.eyes = nn.Parameter(torch.randn(1, SLOTS, DIM)), nn.Linear(3, DIM)
         self.place = nn.Parameter(2 * torch.randn(PATCHES, DIM))
         self.binder = SlotsOnly() if attention is None else attention
         self.painter = PicturesOnly() if decoder is None else decoder
         self.checkpointing = ""
 
     def forward(self, video: Tensor) -> Tensor:
-        features = self.eyes(video.flatten(3).transpose(2, 3)) + self.place
+        features = self.eyes(video.flatten(3).mT) + self.place
         slots, clip = self.seeds.repeat(len(video), 1, 1), []
-        for t in range(video.shape[1]):
+        for frame in features.unbind(1):
             if self.checkpointing:
-                slots = checkpoint(self.binder, slots, features[:, t], use_reentrant=self.checkpointing == "reentrant")
+                slots = checkpoint(self.binder, slots, frame, use_reentrant=self.checkpointing == "reentrant")
             else:
-                slots = self.binder(slots, features[:, t])
+                slots = self.binder(slots, frame)
             clip.append(slots)
         return self.painter(torch.stack(clip, 1))
 
     def loss_function(self, video: Tensor) -> Tensor:
-        picture = self(video)
-        target = F.interpolate(video.flatten(0, 1), size=(HEIGHT * self.painter.scale, WIDTH * self.painter.scale))
-        return (picture.flatten(0, 1).unflatten(2, target.shape[2:]) - target).square().mean()
+        return (self(video) - video.flatten(3)).square().mean()
 
     def own(self) -> tuple[Tensor, Tensor]:
         """The host's own tensors of the last step, as ``(B, T, S, N)`` where there are no heads."""
         attention = torch.stack(self.binder.kept, 1)
-        return attention.transpose(2, 3) if self.binder.layout == "bns" else attention, self.painter.kept[-1]
+        return attention.mT if self.binder.layout == "bns" else attention, self.painter.kept[-1]
 
     def forget(self) -> None:
         self.binder.kept.clear()
@@ -140,8 +127,7 @@ class UnknownImages(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seeds = nn.Parameter(torch.randn(SLOTS, DIM))
-        self.eyes = nn.Linear(3, DIM)
+        self.seeds, self.eyes = nn.Parameter(torch.randn(SLOTS, DIM)), nn.Linear(3, DIM)
         self.position = nn.Parameter(2 * torch.randn(PATCHES, DIM))
 
     def bind(self, features: Tensor) -> Tensor:
@@ -152,22 +138,16 @@ class UnknownImages(nn.Module):
         alpha = (slots @ self.position.T).unflatten(2, (1, HEIGHT, WIDTH))
         return torch.einsum("bsxhw,bsd->bxhw", alpha.softmax(1), slots)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.paint(self.bind(self.eyes(image.flatten(2).transpose(1, 2))))
-
 
 class UnknownHost(L.LightningModule):
-    """The model in a LightningModule; the loss may be computed outside of any forward pass."""
+    """That model in a LightningModule, whose loss is computed outside of any forward pass."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.net = Unknown() if model is None else model
+        self.net = UnknownImages()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if isinstance(self.net, Unknown):
-            self.net.forget()
-            return self.net.loss_function(batch["video"])
-        return self.net.paint(self.net.bind(self.net.eyes(batch["image"].flatten(2).transpose(1, 2)))).square().mean()
+        return self.net.paint(self.net.bind(self.net.eyes(batch["image"].flatten(2).mT))).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from stand_in_parts import SlotAttention
 from torch import Tensor, nn
 
 from ssync_pl.adapters import Capture, entry, submodule, watch_attention
-from ssync_pl.adapters.calls import Projection, check_close, in_shape_of, scaled_product
+from ssync_pl.adapters.calls import check_close, scaled_product
 from ssync_pl.errors import HostError
 
 X = torch.zeros(1, 2)
@@ -121,34 +120,6 @@ def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up()
     module.iterations = 0
     with pytest.raises(HostError, match=r"Attention to call 'to_q' .*use_reentrant=False"):
         module(torch.randn(2, 3, 8), torch.randn(2, 9, 8))
-
-
-@pytest.mark.parametrize(
-    ("logits", "own", "fits"),
-    [
-        ((6, 3, 8), (6, 3, 8), True),
-        ((18, 2, 4), (6, 3, 2, 4), True),
-        ((144, 1), (6, 3, 2, 4, 1), True),
-        ((18, 8), (6, 3, 2, 4), True),
-        ((8, 8), (2, 8, 4), False),
-        ((2, 4, 8), (4, 2, 8), False),
-    ],
-)
-def test_folded_axes_are_unfolded_and_others_refused(logits: Any, own: Any, fits: bool) -> None:
-    value = torch.randn(logits)
-    if not fits:
-        with pytest.raises(HostError, match="shape of its masks"):
-            in_shape_of(value, torch.zeros(own), nn.Identity())
-        return
-    unfolded, _ = in_shape_of(value, torch.zeros(own), nn.Identity())
-    assert torch.equal(unfolded, value.view(own))
-
-
-def test_the_autocast_of_the_host_comes_back_for_the_product() -> None:
-    with Projection(torch.ones(1, 2), (True, torch.bfloat16)).precision():
-        assert (torch.ones(1, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16), Projection(torch.ones(1, 2), (False, torch.bfloat16)).precision():
-        assert (torch.ones(1, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

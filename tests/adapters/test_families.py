@@ -18,10 +18,8 @@ from feature_hosts import (
     Aggregat,
     BroadcastDecoder,
     Corrector,
-    DroppingAttention,
     MixerDecode,
     MLPDecoder,
-    OclfAttention,
     OclfHost,
     PatchDecoder,
     PixelDecoder,
@@ -35,10 +33,8 @@ from savi_hosts import (
     TOKENS,
     Genera1zHelper,
     JunkeunYiCorrector,
-    JunkeunYiDecoder,
     JunkeunYiHost,
     JunkeunYiInverted,
-    JunkeunYiProducts,
     SlotFormerHost,
     TokenHost,
 )
@@ -129,49 +125,19 @@ class IdleCorrector(Corrector):
 
 
 class Patches(PatchDecoder):
-    """Without masks, with their axes in another order, without its network, or with vectors from it."""
+    """With the axes of its masks in another order, or with vectors from its network."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
 
     def forward(self, slots: Tensor) -> Any:
-        zeros = slots.new_zeros(*slots.shape[:2], N)
-        if self.how in ("idle", "vectors"):
-            if self.how == "vectors":
-                self.decoder(slots.flatten(0, 1))
-            return SimpleNamespace(masks=zeros, reconstruction=zeros)
+        if self.how == "vectors":
+            self.decoder(slots.flatten(0, 1))
+            return SimpleNamespace(masks=slots[..., :1], reconstruction=slots)
         output = super().forward(slots)
-        if self.how == "reordered":
-            output.masks = output.masks.transpose(1, 2)
-        else:
-            del output.masks
+        output.masks = output.masks.transpose(1, 2)
         return output
-
-
-class OneValue(OclfAttention):
-    def forward(self, inputs: Tensor, slots: Tensor, masked: Tensor | None = None) -> Any:
-        return super().forward(inputs, slots, masked)[:1]
-
-
-class Undecided(DroppingAttention):
-    def forward(self, inputs: Tensor, slots: Tensor, masked: Tensor | None = None) -> Any:
-        return (*super().forward(inputs, slots, masked)[:3], slots)[:3]
-
-
-class Quiet(JunkeunYiDecoder):
-    def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        return {"flow": super().forward(slots)["flow"]}
-
-
-class AloneProducts(JunkeunYiProducts):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
-        return super().forward(query, key, value)[0]
-
-
-class AloneDecode(MixerDecode):
-    def forward(self, clue: Any, slots: Tensor) -> Any:
-        return super().forward(clue, slots)[1]
 
 
 class FoldedDecode(MixerDecode):
@@ -209,16 +175,9 @@ NAMED = {"masks": "decoder", "alpha_axis": 1}
     [
         (lambda: VideosaurHost(BareDecoder()), None, "BareDecoder .* as 'masks', but got dict with keys alpha"),
         (lambda: changed(VideosaurHost(), "processor.module.corrector", IdleCorrector), None, "to call 'to_q'"),
-        (lambda: OclfHost(Patches("bare")), None, "Patches to return its map as 'masks'"),
         (lambda: OclfHost(Patches("reordered")), None, r"shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
-        (lambda: OclfHost(Patches("idle")), None, "Patches to call 'decoder'"),
         (lambda: OclfHost(Patches("vectors")), None, r"inner network to give \(B \* S, N, C\) or .* Tensor \(8, 4\)"),
-        (lambda: OclfHost(attention=OneValue()), None, "OneValue to return its map as '1', but got tuple"),
-        (lambda: _undecided(), None, "Undecided to return its map as '3'"),
-        (lambda: changed(JunkeunYiHost(), "decoder", Quiet), None, "Quiet .* as 'alpha_mask'"),
-        (lambda: _alone(), None, "AloneProducts .* as '1'"),
         (lambda: Genera1zHelper(colours=4), None, r"decoder\.readout to give 3 colours and alpha, but got 5"),
-        (lambda: RandSFQWrap(AloneDecode()), None, "AloneDecode to return its map as '1'"),
         (lambda: RandSFQWrap(FoldedDecode()), None, r"draw the 2 x 3 x 4 slots .* ran on 5 x 4"),
         (lambda: changed(RandSFQWrap(), "m.encode_backbone", FlatBackbone), None, r"feature map .*Tensor \(6, 8, 8\)"),
         (lambda: PackageHost(GrowingAttention(), "loop"), NAMED, "'attention' to give one shape"),
@@ -237,20 +196,6 @@ def test_what_cannot_be_heard_is_refused_by_name(host: Any, options: dict[str, A
     adapter = "auto" if options is None else SlotAttentionPackageAdapter(**options)
     with pytest.raises(HostError, match=message):
         hear(host(), adapter).maps()
-
-
-def _undecided() -> nn.Module:
-    host = AdaSlotHost()
-    return changed(host, "models.perceptual_grouping.slot_attention", Undecided)
-
-
-def _alone() -> nn.Module:
-    class Inverted(JunkeunYiInverted):
-        def forward(self, **given: Tensor) -> Any:
-            return self.attn_fn(**given)
-
-    host = changed(JunkeunYiHost(), "corrector.inverted_attention.attn_fn", AloneProducts)
-    return changed(host, "corrector.inverted_attention", Inverted)
 
 
 def _tokens() -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from ssync_pl import SSyncConfig, ssync_loss
 from ssync_pl.adapters import frame_size, maps_on_common_grid, resolve_grid, stack_frames
 from ssync_pl.adapters.grids import joint_heads, separate_heads
-from ssync_pl.adapters.pairing import Seen, find_pair, join_maps, layouts
+from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import HostError
 from ssync_pl.plugin.engine import check_first
 
@@ -168,24 +168,6 @@ def test_infinite_logits_bring_no_nan(loss: Any, marked: bool, side: int) -> Non
 
 def seen(shape: tuple[int, ...], axis: int, calls: int = 1, name: str = "a", heads: bool = True) -> Seen:
     return Seen([torch.randn(shape) for _ in range(calls)], axis, "logits", name, heads)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis", "expected"),
-    [
-        ((2, 3, 16), 1, [(2, None, 1, (16,))]),
-        ((2, 16, 3), 2, [(2, None, 1, (16,))]),
-        ((2, 3, 1, 4, 5), 1, [(2, None, 1, (4, 5))]),
-        ((2, 3, 4, 5, 1), 1, [(2, None, 1, (4, 5))]),
-        ((2, 7, 3, 16), 2, [(2, 7, 1, (16,)), (2, None, 7, (16,))]),
-        ((2, 7, 6, 3, 16), 3, [(2, 7, 6, (16,))]),
-        ((2, 4, 5, 3), 3, [(2, 4, 1, (5,)), (2, None, 4, (5,)), (2, None, 1, (4, 5))]),
-        ((2, 3, 4, 5, 6), 1, []),  # three axes of patches
-        ((3, 16), 0, []),
-    ],
-)
-def test_ways_to_read_one_call(shape: tuple[int, ...], axis: int, expected: list[object]) -> None:
-    assert [(one.batch, one.frames, one.heads, one.patches) for one in layouts(shape, axis, False)] == expected
 
 
 SCAN = seen((2, 3, 16), 1, 4)

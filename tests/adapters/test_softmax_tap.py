@@ -148,7 +148,7 @@ def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
     assert torch.equal(maps.attention_logits[:, 0], ((features + host.position) @ host.seeds.T).transpose(1, 2))
     assert torch.equal(maps.mask_logits[:, 0], host.bind(features) @ host.position.T)
     assert no_recorder_is_on()
-    outer = UnknownHost(UnknownImages())
+    outer = UnknownHost()
     pair = discover(outer, lambda: outer.training_step({"image": image}, 0)).pairs[0]
     assert pair.places == ("softmax:.", "softmax:.")
     assert (pair.attention.axis, pair.masks.axis) == (2, 1)
@@ -229,14 +229,6 @@ def test_a_host_inside_ddp(tmp_path: Path) -> None:
                 assert torch.equal(ssync.maps.attention_logits, host.own()[0])
     finally:
         dist.destroy_process_group()
-
-
-def test_autocast_keeps_the_precision_of_the_host() -> None:
-    host = make_unknown()
-    with torch.autocast("cpu", torch.bfloat16):
-        maps = tapped(host)
-    assert maps.attention_logits.dtype == torch.bfloat16
-    assert torch.equal(maps.attention_logits, host.own()[0])
 
 
 def test_nothing_of_the_host_changes_even_when_it_fails() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,8 @@ from stand_in_parts import FRAME, T
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssync_pl import SSyncCallback, SSyncConfig, SSyncMaps, attach
+from ssync_pl import SSyncCallback, attach
 from ssync_pl.errors import HostError
-from ssync_pl.plugin.engine import SSyncEngine
 
 
 class _Totals(L.Callback):
@@ -71,22 +69,6 @@ def test_growth_raises_no_false_alarm_and_keeps_relative_weights_in_measure() ->
     assert all(0.05 < share < 1.5 for share in shares[2:]), shares
 
 
-def _maps(used: int, exist: int, slots: int = 8) -> SSyncMaps:
-    """Maps of ``slots`` slots, of which ``exist`` exist and the first ``used`` win patches."""
-    logits = torch.zeros(1, 1, slots, 16)
-    logits[0, 0, torch.arange(16) % used, torch.arange(16)] = 9.0
-    logits.requires_grad_()
-    return SSyncMaps(logits, logits * 1.0, grid=(4, 4), slot_valid=(torch.arange(slots) < exist)[None])
-
-
-def test_slots_that_the_host_drops_raise_no_alarm_and_those_that_collapse_do() -> None:
-    engine = SSyncEngine(SSyncConfig(warmup_steps=4, guard_window=2, merge=False))
-    engine.start(100)
-    steps = [(6, 8)] * 6 + [(3, 3)] * 4 + [(1, 3)] * 2
-    verdicts = [engine.term(None, _maps(*sizes), step)[1] for step, sizes in enumerate(steps)]
-    assert [one.collapsed for one in verdicts if one is not None] == [False, False, False, True]
-
-
 def _checkpointed(host: Any, reentrant: bool) -> Any:
     def wrap(module: nn.Module) -> None:
         forward: Callable[..., Any] = module.forward
@@ -98,18 +80,6 @@ def _checkpointed(host: Any, reentrant: bool) -> Any:
     wrap(host.processor.module.corrector)
     wrap(host.decoder)
     return host
-
-
-def test_recomputed_activations_are_not_heard_twice_and_give_the_same_gradients() -> None:
-    plain = VideosaurHost()
-    host = _checkpointed(copy.deepcopy(plain), reentrant=False)
-    with attach(host, warmup_steps=0, merge=False) as ssync, attach(plain, warmup_steps=0, merge=False) as expected:
-        for batch in _loader(2):
-            for model, listener in ((host, ssync), (plain, expected)):
-                model.zero_grad()
-                listener.add(model.training_step(batch, 0)).backward()
-            for one, two in zip(host.parameters(), plain.parameters(), strict=True):
-                torch.testing.assert_close(one.grad, two.grad)
 
 
 def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:

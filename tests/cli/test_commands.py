@@ -3,49 +3,22 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
+import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from ssync_pl import __version__
 from ssync_pl.cli import main
 from ssync_pl.cli.official import packaged_config
-from ssync_pl.cli.trainer import SSyncCLI, progress_bar, run_trainer
+from ssync_pl.cli.trainer import SSyncCLI, run_trainer
 from ssync_pl.data import load_shards
-
-HOST = {
-    "num_slots": 3,
-    "slot_dim": 8,
-    "feature_dim": 8,
-    "encoder_channels": [8],
-    "encoder_strides": [2],
-    "encoder_mlp_hidden": 8,
-    "corrector_mlp_hidden": 8,
-    "predictor_mlp_hidden": 8,
-    "decoder_broadcast": [4, 4],
-    "decoder_channels": [8],
-    "decoder_strides": [2],
-    "warmup_steps": 1,
-}
-FOREIGN = """
-import torch
-import lightning.pytorch as L
-from lightning.pytorch.cli import LightningCLI
 from ssync_pl.hosts import SAVi
-
-class Foreign(SAVi):
-    pass
-
-class Mark(L.Callback):
-    def on_fit_end(self, trainer, pl_module):
-        names = [type(callback).__name__ for callback in trainer.callbacks]
-        print("callbacks:", names.count("Mark"), names.count("SSyncCallback"))
-        print("metrics:", sorted(name for name in trainer.callback_metrics if name.startswith("ssync/")))
-
-if __name__ == "__main__":
-    LightningCLI(Foreign, subclass_mode_data=True, save_config_callback=None)
-"""
+from tiny_run import TINY_SAVI, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -57,64 +30,42 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
-    return write_config(tmp_path / "tiny.yaml", root)
-
-
-def write_config(path: Path, root: Path, **trainer: Any) -> Path:
-    data = {
-        "root": str(root),
-        "num_train": 4,
-        "num_validation": 2,
-        "resolution": 16,
-        "frames": 2,
-        "generate_workers": 0,
-        "scene": {"antialias": 1},
-        "batch_size": 2,
-        "clip_length": 2,
-        "num_workers": 0,
-    }
-    settings = {
-        "model": {"class_path": "SAVi", "init_args": HOST},
-        "data": {"class_path": "SyntheticDataModule", "init_args": data},
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, **trainer},
-    }
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return write_tiny(tmp_path / "tiny.yaml", root)
 
 
 def last_error(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ssync-pl {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "data", "config"):
+    for verb in ("fit", "validate", "test", "predict", "compare", "doctor", "data", "config", "checkpoint"):
         assert sum(line.startswith(f"  {verb} ") for line in text.splitlines()) == 1
     assert main([]) == 2
-
-
-def test_help_of_a_verb_lists_its_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     assert main(["fit", "--help"]) == 0
     assert "--trainer.max_steps" in capsys.readouterr().out
 
 
-def test_python_dash_m_is_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "ssync_pl", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"ssync-pl {__version__}\n")
-    done = subprocess.run([sys.executable, "-m", "ssync_pl", "nonsense"], capture_output=True, text=True)
+def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters() -> None:
+    words = [sys.executable, "-m", "ssync_pl"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*words, "--help"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "`? config convert`" in done.stdout
+    done = subprocess.run([*words, "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminal_that_cannot_show_a_name_stops_nothing() -> None:
-    words = [sys.executable, "-m", "ssync_pl", "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "`? config convert`" in done.stdout
+def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from ssync_pl.cli import main\n"
+    code += "for verb in ('config', 'data', 'doctor', 'checkpoint', 'compare'): assert main([verb, '--help']) == 0\n"
+    code += "assert main(['fit']) == main(['fti']) == main(['compare', '--x']) == 2; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_package_that_a_logger_lacks_is_one_line(
@@ -137,13 +88,6 @@ def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: py
     # ddp_spawn pickles the trainer with its callbacks.
     saver = next(one for one in cli.trainer.callbacks if type(one).__name__ == "SaveConfigCallback")
     assert type(pickle.loads(pickle.dumps(saver.parser))) is type(cli.parser)
-
-
-def test_light_commands_do_not_import_lightning() -> None:
-    code = "import sys; from ssync_pl.cli import main\n"
-    code += "for verb in ('config', 'data', 'doctor', 'checkpoint'): main([verb, '--help'])\n"
-    code += "main(['fit']); assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_fit_with_short_names_writes_a_fresh_folder_each_time(
@@ -206,12 +150,19 @@ def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
             ["--trainer.callbacks+=SSyncCallback", "--trainer.callbacks.merge_threshold=2"],
             "Expected argument `merge_threshold` to be in [0, 1], but got 2.0.",
         ),
-        (["--config=none.yaml"], "none.yaml"),
+        (["--trainer.max_steps=-1", "--trainer.fast_dev_run=-1"], "fast_dev_run"),
+        (["--config=none.yaml"], "'none.yaml', which is none"),
+        (["--config", "tabs.yaml"], "tabs.yaml to hold YAML in UTF-8"),
+        (["-c", "wide.yaml"], "wide.yaml to hold YAML in UTF-8"),
+        (["--config=empty.yaml"], "empty.yaml to hold keys with values, but got nothing"),
     ],
 )
-def test_configuration_errors_name_the_key(
+def test_configuration_errors_name_the_key_or_the_file(
     config: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
+    config.with_name("tabs.yaml").write_text("trainer:\n\tmax_steps: 1")
+    config.with_name("wide.yaml").write_text("trainer: {max_steps: 1}", encoding="utf-16")
+    config.with_name("empty.yaml").touch()
     assert main(["fit", "--config", str(config), *words]) == 2
     streams = capsys.readouterr()
     assert "Traceback" not in streams.err
@@ -248,40 +199,10 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_the_bar_shows_the_loss_and_short_names(config: Path) -> None:
-    import lightning.pytorch as L
-    import torch
-
-    bar = progress_bar()
-    shown: list[dict[str, Any]] = []
-
-    class Spy(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-            shown.append(dict(bar.get_metrics(trainer, pl_module)))
-
-    class Host(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(2, 1)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.log("ssync/boundary_loss", 0.5, prog_bar=True)
-            return self.layer(batch).sum() * 0 + 2.0
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    loader = torch.utils.data.DataLoader(torch.zeros(2, 2))
-    trainer = L.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, callbacks=[bar, Spy()], enable_checkpointing=False
-    )
-    trainer.fit(Host(), loader)
-    assert shown[-1] == {"loss": 2.0, "boundary": 0.5}
-
-
 def test_data_generate_prints_patterns_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["data", "generate", "--preset", "a_zoom", "--out", str(tmp_path), "--train", "33", "--validation", "1"]
-    args += ["--resolution", "8", "--frames", "1", "--seed", "4", "--workers", "0", "--set", "antialias=1"]
+    args += ["--seed", "4", "--workers", "0"]
+    args += [word for change in ("resolution=8", "frames=1", "antialias=1") for word in ("--set", change)]
     assert main([*args, "--set", "zoom=1.25"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     folder = Path(lines["folder"].strip())
@@ -324,40 +245,58 @@ def test_config_prints_the_overlay(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(ssync" in last_error(capsys)
 
 
+class Foreign(SAVi):
+    """A user's own host."""
+
+
+class Mark(L.Callback):
+    """A user's own callback."""
+
+
 @pytest.mark.parametrize("way", ["overlay", "option"])
-def test_a_foreign_project_keeps_its_callbacks(root: Path, tmp_path: Path, way: str) -> None:
-    (tmp_path / "train.py").write_text(FOREIGN)
-    mine = write_config(tmp_path / "mine.yaml", root, callbacks=[{"class_path": "__main__.Mark"}], logger=False)
-    settings = yaml.safe_load(mine.read_text())
-    settings["model"] = HOST
+def test_a_foreign_project_keeps_its_callbacks(config: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setitem(sys.modules, "foreign", SimpleNamespace(Mark=Mark))
+    settings = yaml.safe_load(config.read_text())
+    settings["model"] = TINY_SAVI
     settings["data"]["class_path"] = "ssync_pl.data.SyntheticDataModule"
-    mine.write_text(yaml.safe_dump(settings))
-    words = {
-        "overlay": ["--config", str(packaged_config("ssync"))],
-        "option": ["--trainer.callbacks+=ssync_pl.SSyncCallback"],
-    }[way]
-    words += ["--trainer.callbacks.warmup_ratio=0"] if way == "option" else []
-    done = subprocess.run(
-        [sys.executable, "train.py", "fit", "--config", "mine.yaml", *words],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "callbacks: 1 1" in done.stdout
+    settings["trainer"] |= {"callbacks": [{"class_path": "foreign.Mark"}], "logger": False}
+    config.write_text(yaml.safe_dump(settings))
+    words = ["--trainer.callbacks+=ssync_pl.SSyncCallback", "--trainer.callbacks.warmup_ratio=0"]
+    if way == "overlay":
+        words = ["--config", str(packaged_config("ssync"))]
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", str(config), *words])
+    cli = LightningCLI(Foreign, subclass_mode_data=True, save_config_callback=None)
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert (names.count("Mark"), names.count("SSyncCallback")) == (1, 1)
     if way == "option":
-        assert "ssync/boundary_loss" in done.stdout
+        assert "ssync/boundary_loss" in cli.trainer.callback_metrics
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
-def test_a_damaged_checkpoint_is_named_in_one_line(
-    config: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("verb", "content"),
+    [
+        ("predict", b""),
+        ("predict", b"PK\x03\x04 cut short"),
+        ("validate", {"weight": torch.zeros(1)}),
+        ("validate", {"state_dict": {"weight": torch.zeros(1)}, "pytorch-lightning_version": "2.6.0"}),
+        ("fit", {"state_dict": SAVi(**TINY_SAVI).state_dict(), "pytorch-lightning_version": "2.6.0"}),
+    ],
+    ids=["empty", "cut", "state dict", "another model", "weights only"],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(
+    config: Path, tmp_path: Path, verb: str, content: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.ckpt").write_bytes(content)
-    assert main(["predict", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert main([verb, "--config", str(config), "--ckpt_path", str(path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
+
+
+def test_a_callback_that_is_there_twice_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--trainer.callbacks+=SSyncCallback", "--trainer.callbacks+=SSyncCallback"]
+    assert main(["fit", "--config", str(config), *words]) == 2
+    assert "more than one stateful callback" in last_error(capsys)
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,9 +40,9 @@ def test_the_configuration_beside_the_run(tmp_path: Path, below: str, capsys: py
 def test_what_to_pass_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_text("")
     for words, message in (
-        ([], "--ckpt_path beside --input, or --config FILE"),
+        ([], "--ckpt_path beside --input.*--config FILE"),
         ([f"--ckpt_path={tmp_path / 'a.ckpt'}"], "config.yaml in .* --config FILE"),
-        (["--config=a.yaml", f"--ckpt_path={tmp_path / 'gone.ckpt'}"], r"gone\.ckpt does not exist"),
+        (["--config=a.yaml", f"--ckpt_path={tmp_path / 'gone.ckpt'}"], r"gone\.ckpt, which does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             with_config(["predict", "--input=a", *words])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +28,6 @@ class Case:
     sets: Sequence[str] = ("default",)
     effect: Mapping[str, float] = field(default_factory=lambda: {"with": 0.05})
     absent: Sequence[tuple[str, int]] = ()
-    videos: int = 1
     nan: Sequence[str] = ("identity",)
 
 
@@ -64,23 +61,22 @@ def make_folder(out: Path, case: Case) -> Path:
 def _run(place: Path, case: Case, slots: int, variant: str, seed: int) -> None:
     common = np.random.default_rng([seed, slots])
     own = np.random.default_rng([seed, slots, list(case.variants).index(variant) + 1])
-    scores: dict[str, float | None] = {}
+    scores: dict[str, float] = {}
     for name in METRICS:
         value = LEVELS.get(name, 0.5) + 0.03 * common.standard_normal() + 0.006 * own.standard_normal()
-        scores[name] = None if name in case.nan else value + case.effect.get(variant, 0.0)
-    probe = {name.removeprefix("probe_"): scores.pop(name) for name in [*scores] if name.startswith("probe_")}
+        scores |= {} if name in case.nan else {name: value + case.effect.get(variant, 0.0)}
     rows = {
         name: {"video_fg_ari": 0.01 * k, "video_ari": 0.2}
         for k, name in enumerate(("untrained", "grid", "k-means RGB"))
     }
-    evaluation = {"scores": scores, "probe": probe, "steps": 3000}
-    evaluation |= {"device": "CPU x86_64", "torch": "2.9.0"}
-    facts = {"recipe": "a1b2c3", "wall_seconds": 263.2, "cpu_seconds": 250.1, "date": "2026-11-27"}
-    facts |= {"command": ["ssync-pl", "fit", f"--seed_everything={seed}"]}
-    files = {"summary": {"step": 3000, "rows": rows}, "evaluation": evaluation, "run": facts}
-    files["pictures"] = [_video(f"video-{number:04d}") for number in range(case.videos)]
-    for name, content in files.items():
+    evaluation = {"scores": scores, "first_step": 0, "step": 3000, "wall_seconds": 263.2, "cpu_seconds": 250.1}
+    evaluation |= {"device": "CPU x86_64", "torch": "2.9.0", "date": "2026-11-27"}
+    job = {"recipe": "a1b2c3", "source": None, "command": ["ssync-pl", "fit", f"--seed_everything={seed}"]}
+    for name, content in {"summary": {"step": 3000, "rows": rows}, "evaluation": evaluation, "job": job}.items():
         (place / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    (place / "pictures").mkdir()
+    for step in (1000, 3000):
+        Image.new("RGB", (112, 227), (step // 20, 120, 150)).save(place / "pictures" / f"step-{step:06d}.png")
     names = ["step", "val/video_fg_ari", "val/video_ari", "ssync/boundary_loss", "ssync/merged_slots", "ssync/weight"]
     with open(place / "metrics.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
@@ -93,10 +89,3 @@ def _run(place: Path, case: Case, slots: int, variant: str, seed: int) -> None:
             writer.writerow(row)
         for step in (1000, 2000, 3000):
             writer.writerow({"step": step, "val/video_fg_ari": 0.7 - 300 / step, "val/video_ari": 0.1})
-
-
-def _video(key: str) -> dict[str, object]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (112, 227), (90, 120, 150)).save(buffer, format="PNG")
-    strip = base64.b64encode(buffer.getvalue()).decode()
-    return {"key": key, "columns": dict.fromkeys(("frame", "truth", "encoder", "decoder", "regions"), strip)}

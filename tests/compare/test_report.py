@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import statistics
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from report_cases import ODD, Case, make_folder
 
-from ssync_pl.compare.pictures import match_slots, slot_palette
 from ssync_pl.compare.report import write_report
 from ssync_pl.compare.results import load_comparison, read_results, write_results
 from ssync_pl.compare.tables import group_tables, groups_of, printed_tables
@@ -77,7 +76,7 @@ def test_the_page_needs_nothing_beside_it(plain):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert not set(tags) & {"script", "link", "iframe"}
-    assert tags.count("table") == tags.count("caption") >= 4
+    assert tags.count("table") == tags.count("caption") == 3
     assert "url(" not in page.html
     assert "@import" not in page.html
     for tag, attrs in page.tags:
@@ -92,17 +91,19 @@ def test_the_page_needs_nothing_beside_it(plain):
             assert attrs["scope"] in ("col", "row", "colgroup")
 
 
-def test_the_page_has_figures_for_light_and_dark_and_pictures(plain):
+def test_the_page_has_figures_and_the_last_sheet_of_each_run(plain):
     folder, page = plain
-    for title in ("Seed by seed", "Learning curves", "SSync's losses", "Merging and slots in use", "Validation videos"):
+    for title in ("Seed by seed", "Learning curves", "Merging and slots in use", "Validation videos"):
         assert title in page.words
     assert "first logged at step 1549" in page.words
-    sources = [attrs for tag, attrs in page.tags if tag == "source"]
-    assert len(sources) == 4
-    assert all("prefers-color-scheme: dark" in attrs["media"] for attrs in sources)
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 4 + 2 + 3 * 3
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    sheets = [attrs for attrs in images if attrs["alt"].startswith("Pictures of")]
+    assert (len(images), len(sheets)) == (3 + 3 * 3, 3 * 3)
+    last = next(folder.glob("runs/*/*/published/seed_2/pictures/step-003000.png"))
+    (mine,) = [attrs for attrs in sheets if attrs["alt"] == "Pictures of published, seed 2"]
+    assert mine["src"] == f"data:image/png;base64,{base64.b64encode(last.read_bytes()).decode()}"
     assert sorted(path.name for path in (folder / "report").glob("*.png")) == [
-        f"{name}_1_default_7.png" for name in ("learning", "losses", "merging", "paired")
+        f"{name}_1_default_7.png" for name in ("learning", "merging", "paired")
     ]
 
 
@@ -148,7 +149,7 @@ def test_printed_tables(plain):
 
 
 def test_a_missing_number_counts_for_nothing(tmp_path):
-    frame = load_comparison(make_folder(tmp_path / "x", Case(videos=0))).frame
+    frame = load_comparison(make_folder(tmp_path / "x", Case())).frame
     frame.loc[(frame["variant"] == "with") & (frame["seed"] == 1), "video_ari"] = math.nan
     (group,) = groups_of(read_results(write_results(tmp_path / "results.csv", frame)), "without")
     assert group.mean("with", "video_ari").count == 2
@@ -182,7 +183,7 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     assert len(page.numbers("with")[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "pictures.json", "metrics.csv", "summary.json", "run.json"])
+@pytest.mark.parametrize("name", ["evaluation.json", "metrics.csv", "summary.json", "job.json"])
 def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path, no_figures, name):
     folder = make_folder(tmp_path / "x", Case(variants=("without", "with"), seeds=(0, 1)))
     path = folder / "runs" / "default" / "slots_7" / "with" / "seed_1" / name
@@ -193,14 +194,14 @@ def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path, no_figures, n
     assert len(page.numbers("with")) >= 8
 
 
-@pytest.mark.parametrize("name", ["pictures.json", "metrics.csv", "summary.json"])
+@pytest.mark.parametrize("name", ["pictures/step-*.png", "metrics.csv", "summary.json"])
 def test_a_missing_file_takes_only_what_it_tells(tmp_path, no_figures, name):
     folder = make_folder(tmp_path / "x", Case(variants=("without", "with"), seeds=(0, 1)))
     for path in folder.glob(f"runs/*/*/*/*/{name}"):
         path.unlink()
     page = Page(write_report(folder))
     assert "All 4 runs finished" in page.words
-    assert ("Validation videos" in page.words) == (name != "pictures.json")
+    assert ("Validation videos" in page.words) == (name != "pictures/step-*.png")
     assert ("fixed grid" in page.words) == (name != "summary.json")
 
 
@@ -230,13 +231,3 @@ def test_figures_of_an_earlier_report_go(tmp_path, no_figures):
         (folder / "report" / name).write_bytes(b"x")
     write_report(folder)
     assert [path.name for path in (folder / "report").glob("*.png")] == ["photo_2.png"]
-
-
-def test_slots_are_matched_one_to_one_and_others_are_pale():
-    truth, slots = np.array([[[0, 0, 0, 1, 1, 2, 2, 2]]]), np.array([[[63, 63, 9, 4, 4, 5, 5, 5]]])
-    matched = match_slots(truth, slots, slots)
-    assert matched == {63: 0, 4: 1, 5: 2}
-    palette = slot_palette(matched, 64)
-    assert palette[63].tolist() == [70, 70, 70]
-    assert palette[9].min() > 140
-    assert len({tuple(color) for color in palette.tolist()}) == 64

@@ -14,19 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from ssync_pl.compare.matrix import Run
-from ssync_pl.compare.runs import Launcher, _launch, is_finished, run_all
+from ssync_pl.compare.matrix import Run, RunKey
+from ssync_pl.compare.runs import Launcher, is_finished, run_all
 from ssync_pl.errors import ConfigError
 
-WRITES = "import json, pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
-NOTES = WRITES + "(folder / 'words.json').write_text(json.dumps([sys.argv[2:], time.time()]))\n"
-KEEPS = NOTES + "(folder / 'checkpoints').mkdir(); (folder / 'checkpoints' / 'x.ckpt').touch(); time.sleep(1)\n"
+BEGINS = """import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / 'config.yaml').touch()
+(folder / 'words.json').write_text(json.dumps([sys.argv[2:], time.time()]))
+"""
+ENDS = "(folder / 'evaluation.json').write_text('{}')\n"
+KEEPS = BEGINS + "(folder / 'checkpoints').mkdir(); (folder / 'checkpoints' / 'x.ckpt').touch(); time.sleep(1)\n" + ENDS
 
 
-def make_run(tmp_path: Path, seed: int, code: str = NOTES, **changes) -> Run:
+def make_run(tmp_path: Path, seed: int, code: str = BEGINS + ENDS, **changes) -> Run:
     folder = tmp_path / f"seed_{seed}"
     command = (sys.executable, "-c", code, str(folder))
-    return dataclasses.replace(Run("default", 3, "with", seed, folder, {"overlay.yaml": {}}, command, "r"), **changes)
+    key = RunKey("default", 3, "with", seed)
+    return dataclasses.replace(Run(key, folder, {"overlay.yaml": {}}, command, "r"), **changes)
 
 
 def launch(tmp_path, runs, at_once=2, shown=None, **options):
@@ -37,17 +42,27 @@ def launch(tmp_path, runs, at_once=2, shown=None, **options):
     return run_all(runs, Launcher(tmp_path / "jobs", at_once=at_once, **options), show)
 
 
+def words_of(run):
+    return json.loads((run.folder / "words.json").read_text())
+
+
 def test_one_that_fails_leaves_the_others_and_the_end_of_its_log(tmp_path):
     bad = make_run(tmp_path, 1, "print('line'); raise SystemExit(3)")
+    waits = BEGINS + "time.sleep(1)\n" + ENDS
     shown = []
-    failures = launch(tmp_path, [make_run(tmp_path, 0), bad, make_run(tmp_path, 2)], shown=shown)
-    assert [(failure.run.seed, failure.tail) for failure in failures] == [(1, "  line")]
-    assert sorted(path.parent.name for path in tmp_path.rglob("run.json")) == ["seed_0", "seed_2"]
+    failures = launch(tmp_path, [make_run(tmp_path, 0, waits), bad, make_run(tmp_path, 2, waits)], shown=shown)
+    assert [(failure.run.key.seed, failure.tail) for failure in failures] == [(1, "  line")]
+    assert sorted(path.parent.name for path in tmp_path.rglob("evaluation.json")) == ["seed_0", "seed_2"]
     assert shown[-1] == (2, 1, [])
     assert max(len(running) for _, _, running in shown) == 2
-    facts = json.loads((tmp_path / "seed_0" / "run.json").read_text())
-    assert (facts["variant"], facts["seed"], facts["recipe"]) == ("with", 0, "r")
-    assert 0 <= facts["wall_seconds"] < 60  # rounded: such a run may take no time
+
+
+def test_the_first_run_of_a_set_makes_its_data_alone(tmp_path):
+    first = make_run(tmp_path, 0, "import time; time.sleep(1)\n" + BEGINS + ENDS)
+    second = make_run(tmp_path, 1)
+    other = make_run(tmp_path, 2, key=RunKey("other", 3, "with", 0))
+    assert not launch(tmp_path, [first, second, other], at_once=3)
+    assert words_of(other)[1] < words_of(first)[1] < words_of(second)[1]
 
 
 def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_path):
@@ -57,26 +72,26 @@ def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_
     # What a killed comparison left of the source is made again, and nothing starts from its old checkpoint.
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("old")
-    (source.folder / "job.json").write_text(json.dumps({"facts": {"recipe": "r"}}))
+    (source.folder / "job.json").write_text(json.dumps({"recipe": "r"}))
     lost = make_run(tmp_path, 2, source="without", checkpoint=tmp_path / "none" / "checkpoints" / "x.ckpt")
     assert not launch(tmp_path, [first, source, lost])
-    words, begun = json.loads((first.folder / "words.json").read_text())
+    words, begun = words_of(first)
     assert words == ["--ckpt_path", str(checkpoint)]
     assert checkpoint.read_text() == ""
-    assert begun > json.loads((source.folder / "words.json").read_text())[1]
-    assert json.loads((first.folder / "run.json").read_text())["source"] == "without"
-    assert json.loads((lost.folder / "words.json").read_text())[0] == []  # nobody makes it, so it trains all itself
+    assert begun > words_of(source)[1]
+    assert json.loads((first.folder / "job.json").read_text())["source"] == "without"
+    assert words_of(lost)[0] == []  # nobody makes it, so it trains all itself
 
 
 def test_finished_runs_are_kept_and_half_written_ones_are_made_again(tmp_path):
     done, half = make_run(tmp_path, 0), make_run(tmp_path, 1)
     launch(tmp_path, [done])
     half.folder.mkdir()
-    (half.folder / "job.json").write_text(json.dumps({"facts": {"recipe": "r"}}))
+    (half.folder / "job.json").write_text(json.dumps({"recipe": "r"}))
     (half.folder / "metrics.csv").write_text("step\n1\n")
-    before = (done.folder / "words.json").read_text()
+    before = words_of(done)
     assert not launch(tmp_path, [done, half])
-    assert (done.folder / "words.json").read_text() == before
+    assert words_of(done) == before
     assert not (half.folder / "metrics.csv").exists()
     assert is_finished(half)
 
@@ -84,7 +99,7 @@ def test_finished_runs_are_kept_and_half_written_ones_are_made_again(tmp_path):
 def test_what_is_no_run_of_this_comparison_is_refused(tmp_path):
     run = make_run(tmp_path, 0)
     launch(tmp_path, [run])
-    with pytest.raises(ConfigError, match="recipe r, now other"):
+    with pytest.raises(ConfigError, match=r"recipe other.*recipe r"):
         is_finished(dataclasses.replace(run, recipe="other"))
     other = make_run(tmp_path, 1)
     other.folder.mkdir()
@@ -94,7 +109,7 @@ def test_what_is_no_run_of_this_comparison_is_refused(tmp_path):
     assert (other.folder / "thesis.tex").exists()
 
 
-SLEEPS = NOTES + "import subprocess\nsubprocess.Popen(['sleep', '100']); time.sleep(100)\n"
+SLEEPS = BEGINS + "import subprocess\nsubprocess.Popen(['sleep', '100']); time.sleep(100)\n"
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes")
@@ -113,7 +128,7 @@ def test_trainings_end_with_the_comparison(tmp_path, number):
         _wait_for(lambda: not _alive(tmp_path))
     finally:
         comparison.kill()
-    assert not (tmp_path / "seed_0" / "run.json").exists()
+    assert not (tmp_path / "seed_0" / "evaluation.json").exists()
 
 
 def _wait_for(condition, seconds=60):
@@ -175,9 +190,9 @@ def test_slurm_gets_a_script_per_run(tmp_path, cluster):
 
 
 def test_a_job_that_is_in_the_queue_already_is_waited_for(tmp_path, cluster):
-    run = make_run(tmp_path, 0, NOTES + "time.sleep(2)")
+    run = make_run(tmp_path, 0, BEGINS + "time.sleep(2)\n" + ENDS)
     launcher = Launcher(tmp_path / "jobs", **SLURM)
-    _launch(run, launcher, 0)  # and the comparison is killed
+    launcher.submit(run, 0)  # and the comparison is killed
     assert not launch(tmp_path, [run], **SLURM)
     assert is_finished(run)
     assert not (cluster / "2.sh").exists()

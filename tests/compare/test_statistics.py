@@ -38,7 +38,6 @@ def test_a_difference_is_paired_by_seed():
         (Estimate(-0.1, 0.2, 3), "within noise", "", "", ""),
         (Estimate(0.0, 0.0, 3), "within noise", "", "", ""),
         (Estimate(0.3, None, 1), "one seed: no interval", "", "", ""),
-        (None, "no seed in common", "", "", ""),
     ],
 )
 def test_verdicts(difference, text, more_is_better, less_is_better, neither):

@@ -1,4 +1,4 @@
-"""Small shard folders whose pixels name their video and frame."""
+"""Small shard folders whose pixels name their video and frame, and what stands in for a trainer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from ssync_pl.data import ShardDataModule
 from ssync_pl.data.shards import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-Numbered = Callable[..., dict[str, np.ndarray]]
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "clip_length": 2, "batch_size": 2, "num_workers": 0}
 
 
 def _numbered_video(number: int, frames: int = 6, size: tuple[int, int] = (8, 8), objects: int = 2) -> dict:
@@ -35,7 +39,7 @@ def _numbered_video(number: int, frames: int = 6, size: tuple[int, int] = (8, 8)
 
 
 @pytest.fixture
-def numbered_video() -> Numbered:
+def numbered_video() -> Callable[..., dict[str, np.ndarray]]:
     return _numbered_video
 
 
@@ -78,6 +82,28 @@ def npy_bytes() -> Callable[[np.ndarray], bytes]:
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture
+def opened() -> Callable[..., ShardDataModule]:
+    """Return a data module as a trainer of this rank and epoch sets it up."""
+
+    def open_module(train=None, rank: int = 0, world: int = 1, epoch: int = 0, stage: str = "fit", **options: Any):
+        data = ShardDataModule(train, **{**PLAIN, **options})
+        progress = SimpleNamespace(current=SimpleNamespace(processed=10**9))
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=rank,
+            world_size=world,
+            current_epoch=epoch,
+            num_training_batches=float("inf"),
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            state=SimpleNamespace(fn=stage),
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        )
+        data.setup(stage)
+        return data
+
+    return open_module
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

@@ -1,4 +1,7 @@
-"""A small training run that notes every step and can kill itself: `python resumable_run.py '{"folder": …}'`."""
+"""Small training runs that note every step and can kill themselves, each in a process of its own.
+
+`python resumable_run.py '[{"folder": …}, …]'` prints how each of them ended.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +89,20 @@ def main(settings: dict[str, Any]) -> None:
             Notes(folder / settings["notes"], settings.get("kill_at")),
         ],
     )
-    trainer.fit(model, datamodule=data, ckpt_path=settings.get("resume"))
+    saved = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    trainer.fit(model, datamodule=data, ckpt_path=saved[-1] if saved else None)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    codes = []
+    for run in json.loads(sys.argv[1]):
+        child = os.fork()  # spares the imports
+        if child == 0:
+            try:
+                main(run)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.stdout.write(json.dumps(codes))

@@ -1,6 +1,13 @@
+"""The data module: batches as hosts see them, under a real trainer and two real processes."""
+
 from __future__ import annotations
 
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -11,24 +18,9 @@ import torch
 from ssync_pl.data import ShardDataModule, SyntheticDataModule
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.hosts import SAVi
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "num_workers": 0}
-
-
-class _Place:
-    """What the module asks of a trainer."""
-
-    def __init__(self, rank: int, world: int, epoch: int = 0) -> None:
-        self.global_rank, self.world_size, self.current_epoch = rank, world, epoch
-        self.num_training_batches = float("inf")
-        self.training = self.sanity_checking = False
-        self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
-
-
-def _on_rank(data: ShardDataModule, rank: int, world: int, stage: str = "fit") -> ShardDataModule:
-    data.trainer = _Place(rank, world)
-    data.setup(stage)
-    return data
 
 
 def _content(batch: dict) -> list[tuple]:
@@ -46,33 +38,37 @@ def _passes(data: ShardDataModule, epochs: int = 1) -> list[list[list[tuple]]]:
     return result
 
 
-def test_batches_do_not_depend_on_workers_or_start_method(make_shards):
+def _write(folder: Path, masks: list[np.ndarray], prefix: str = "val") -> str:
+    with ShardWriter(folder, prefix) as writer:
+        for number, mask in enumerate(masks):
+            video = np.full((*mask.shape[:3], 3), 40 * number, np.uint8)
+            writer.write(str(number), {"video.npy": video, "segmentations.npy": mask})
+    return f"{folder}/{prefix}-*.tar"
+
+
+def _validation(opened, pattern: str, **options):
+    data = opened(stage="validate", validation=pattern, **options)
+    return data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+
+
+def test_batches_depend_on_the_seed_but_not_on_workers_or_start_method(make_shards, opened):
     pattern = make_shards(count=9)
-    reference = None
-    for workers, method in ((0, None), (1, "fork"), (2, "fork"), (2, "spawn")):
-        options = {**PLAIN, "num_workers": workers, "start_method": method}
-        data = _on_rank(ShardDataModule(pattern, batch_size=2, clip_length=2, **options), 0, 1)
-        passes = _passes(data, 2)
-        reference = reference or passes
-        assert passes == reference
+    reference = _passes(opened(pattern), 2)
     assert reference[0] != reference[1]
+    assert _passes(opened(pattern, num_workers=2, start_method="fork"), 2) == reference
+    assert _passes(opened(pattern, num_workers=1, start_method="spawn"), 1) == reference[:1]
+    assert _passes(opened(pattern, seed=1)) != reference[:1]
 
 
-def test_seed_changes_everything(make_shards):
-    pattern = make_shards(count=9)
-    first, second = (_passes(_on_rank(ShardDataModule(pattern, seed=seed, **PLAIN), 0, 1)) for seed in (0, 1))
-    assert first != second
-
-
-def test_batch_contents_in_training(make_shards):
-    data = _on_rank(ShardDataModule(make_shards(), batch_size=3, image_size=16, **PLAIN), 0, 1)
+def test_batch_contents_in_training(make_shards, opened):
+    data = opened(make_shards(), batch_size=3, image_size=16, clip_length=4)
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert set(batch) == {"video", "__key__"}
     assert batch["video"].shape == (3, 4, 3, 16, 16)
-    with_masks = _on_rank(ShardDataModule(make_shards(folder="b"), batch_size=3, masks_in_training=True, **PLAIN), 0, 1)
-    batch = with_masks.on_after_batch_transfer(next(iter(with_masks.train_dataloader())), 0)
+    data = opened(make_shards(folder="b"), batch_size=3, masks_in_training=True)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert set(batch) == {"video", "__key__", "segmentations"}
-    assert batch["segmentations"].shape == (3, 4, 3, 8, 8)
+    assert batch["segmentations"].shape == (3, 2, 3, 8, 8)
     assert batch["segmentations"].sum(2).eq(1).all()
     # Object 1 is the leftmost column of the original, so flips move it along with the picture.
     flipped = (batch["video"][:, 0, 2, 0, 0] * 255).round() > 0
@@ -90,109 +86,97 @@ def test_predict_reads_no_masks_and_test_does(make_shards):
     assert set(batch) == {"video", "__key__", "batch_padding_mask", "frame_mask"}
 
 
-def test_ytvis_like_set(tmp_path):
-    with ShardWriter(tmp_path, "val") as writer:
-        for number, (frames, width, objects) in enumerate(((2, 12, 1), (3, 9, 3), (3, 9, 2))):
-            masks = np.zeros((frames, 8, width, objects), np.uint8)
-            for channel in range(objects):
-                masks[:, channel : channel + 2] = 1 + channel  # overlapping stripes, values are categories
-                masks[:, channel : channel + 2, :, channel] = 9
-            writer.write(
-                str(number), {"video.npy": np.zeros((frames, 8, width, 3), np.uint8), "segmentations.npy": masks}
-            )
-    options = {**PLAIN, "has_background": False, "image_size": 8, "crop": "random", "val_batch_size": 3}
-    data = _on_rank(ShardDataModule(validation=f"{tmp_path}/val-*.tar", **options), 0, 1, "validate")
-    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    assert batch["video"].shape == (3, 3, 3, 8, 8)
-    assert batch["segmentations"].shape == (3, 3, 3, 8, 8)
+def test_ytvis_like_set(tmp_path, opened):
+    masks = []
+    for frames, width, objects in ((2, 12, 1), (3, 9, 3), (3, 9, 2)):
+        masks.append(np.zeros((frames, 8, width, objects), np.uint8))
+        for channel in range(objects):
+            masks[-1][:, channel : channel + 2, :, channel] = 9  # overlapping stripes, values are categories
+    options = {"has_background": False, "image_size": 8, "crop": "random", "val_batch_size": 3}
+    pattern = _write(tmp_path, masks)
+    batch = _validation(opened, pattern, **options)
+    assert batch["video"].shape == batch["segmentations"].shape == (3, 3, 3, 8, 8)
     assert batch["frame_mask"].tolist() == [[True, True, False], [True] * 3, [True] * 3]
     assert batch["segmentations"].flatten(3).any(3).tolist() == [
         [[True, False, False], [True, False, False], [False] * 3],
         [[True] * 3] * 3,
         [[True, True, False]] * 3,
     ]
-    assert not batch["segmentations"][0, 2].any()
-    wide = ShardDataModule(validation=f"{tmp_path}/val-*.tar", **options, max_objects=25)
-    batch = wide.on_after_batch_transfer(next(iter(_on_rank(wide, 0, 1, "validate").val_dataloader())), 0)
-    assert batch["segmentations"].shape[2] == 25
-    tight = ShardDataModule(validation=f"{tmp_path}/val-*.tar", **options, max_objects=2)
+    assert _validation(opened, pattern, **options, max_objects=25)["segmentations"].shape[2] == 25
     with pytest.raises(ShardError, match="key 1 to have at most 2 objects"):
-        next(iter(_on_rank(tight, 0, 1, "validate").val_dataloader()))
+        _validation(opened, pattern, **options, max_objects=2)
 
 
-def test_one_object_per_video_in_channels_needs_the_format(tmp_path):
-    with ShardWriter(tmp_path, "val") as writer:
-        masks = np.full((2, 4, 4, 1), 40, np.uint8)  # category 40, not 40 objects
-        writer.write("0", {"video.npy": np.zeros((2, 4, 4, 3), np.uint8), "segmentations.npy": masks})
-    data = ShardDataModule(validation=f"{tmp_path}/val-*.tar", mask_format="channels", has_background=False, **PLAIN)
-    batch = next(iter(_on_rank(data, 0, 1, "validate").val_dataloader()))
-    assert data.on_after_batch_transfer(batch, 0)["segmentations"].shape[2] == 1
+def test_ids_and_single_channels(tmp_path, opened):
+    mask = np.zeros((3, 16, 16), np.uint8)
+    mask[:, :4], mask[:, 8:] = 1, 2
+    batch = _validation(opened, _write(tmp_path / "a", [mask]))  # ids without a last axis
+    assert batch["segmentations"][0, 0].flatten(1).sum(1).tolist() == [64, 64, 128]
+    category = np.full((2, 4, 4, 1), 40, np.uint8)  # not 40 objects
+    options = {"mask_format": "channels", "has_background": False}
+    batch = _validation(opened, _write(tmp_path / "b", [category]), **options)
+    assert batch["segmentations"].shape[2] == 1
+    with pytest.raises(ShardError, match="255 at most in the masks of `validation`"):
+        _validation(opened, _write(tmp_path / "c", [np.full((3, 16, 16, 1), 256, np.int32)]))
 
 
-def test_short_videos_raise_or_are_skipped_once(tmp_path, numbered_video, caplog):
-    with ShardWriter(tmp_path, "train") as writer:
-        for number in range(6):
-            writer.write(str(number), numbered_video(number, frames=3 if number in (2, 4) else 8))
-    pattern = f"{tmp_path}/train-*.tar"
-    with pytest.raises(ShardError, match=r"key 2 to have enough frames .*clip_length=4.* but it has 3"):
-        ShardDataModule(pattern, batch_size=2, **PLAIN).setup("fit")
-    with caplog.at_level(logging.WARNING):
-        data = _on_rank(ShardDataModule(pattern, batch_size=2, on_bad_sample="skip", **PLAIN), 0, 1)
-    assert len(data.bad_samples) == 2
-    assert sum("Skipping a bad sample" in record.message for record in caplog.records) == 2
-    videos = {clip[0] for batch in _passes(data)[0] for clip in batch}
-    assert videos == {0, 1, 3, 5}
+def test_overlapping_channels_are_scored_without_the_overlap(tmp_path):
+    masks = np.zeros((2, 3, 16, 16, 2), np.uint8)
+    masks[..., :10, :, 0], masks[..., 6:, :, 1] = 4, 7
+    pattern = _write(tmp_path, list(masks))
+    data = ShardDataModule(validation=pattern, batch_size=2, image_size=16, has_background=False, **PLAIN)
+    assert data.ignore_overlaps
+    small = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
+    host = SAVi(num_slots=2, slot_dim=16, feature_dim=16, decoder_broadcast=(4, 4), **small)
+    (scores,) = L.Trainer(devices=1, **QUIET).validate(host, data, verbose=False)
+    assert 0.0 <= scores["val/video_mbo"] <= 1.0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_are_counted_and_logged_once(write_tar, npy_bytes, numbered_video, caplog, workers):
-    members = {f"{number}.video.npy": npy_bytes(numbered_video(number)["video.npy"]) for number in range(5)}
+@pytest.mark.parametrize("backend", ["mmap", "webdataset"])
+def test_bad_and_short_videos_raise_or_are_counted_and_logged_once(
+    write_tar, npy_bytes, numbered_video, caplog, opened, backend
+):
+    frames = [6, 1, 6, 6, 6]
+    members = {f"{n}.video.npy": npy_bytes(numbered_video(n, count)["video.npy"]) for n, count in enumerate(frames)}
     members["3.video.npy"] = members["3.video.npy"][:-7]
     path = str(write_tar(members))
-    options = {**PLAIN, "num_workers": workers}
-    data = _on_rank(ShardDataModule(path, batch_size=1, on_bad_sample="skip", **options), 0, 1)
     with caplog.at_level(logging.WARNING):
+        data = opened(path, batch_size=1, on_bad_sample="skip", backend=backend)
         clips = [clip for epoch in _passes(data, 3) for batch in epoch for clip in batch]
     assert len(clips) == 15
-    assert list(data.bad_samples) == [f"{path}, key 3"]
-    assert sum("half written" in record.message for record in caplog.records) == 1
-    # In this process: PyTorch waits seconds for workers after an error in one of them.
-    strict = _on_rank(ShardDataModule(path, batch_size=1, **PLAIN), 0, 1)
-    with pytest.raises(ShardError, match=r"`video\.npy` of .*key 3"):
-        _passes(strict)
+    assert {clip[0] for clip in clips} == {0, 2, 4}
+    assert sorted(data.bad_samples) == [f"{path}, key 1", f"{path}, key 3"]
+    assert [sum(word in text for text in caplog.messages) for word in ("half written", "at least 2 frames")] == [1, 1]
+    with pytest.raises(ShardError, match=r"key [13]"):
+        _passes(opened(path, batch_size=1, backend=backend))
+    left = opened(stage="predict", predict=path, batch_size=1, on_bad_sample="skip", backend=backend)
+    assert len(list(left.predict_dataloader())) == 4  # a batch of nothing but a stand-in is left out
 
 
-def test_errors_before_any_work(make_shards, tmp_path):
-    pattern = make_shards(count=3)
-    with pytest.raises(ConfigError, match="`train` to name shards for the stage 'fit'"):
-        ShardDataModule().setup("fit")
-    with pytest.raises(ConfigError, match=r"argument `train` .*shell command"):
-        ShardDataModule("pipe:cat x.tar").prepare_data()
-    with pytest.raises(FileNotFoundError, match="argument `validation`"):
-        ShardDataModule(pattern, validation=f"{tmp_path}/no.tar").prepare_data()
-    with pytest.raises(ConfigError, match="batch_size=8 clips for each of 1 processes, but it holds 3"):
-        _on_rank(ShardDataModule(pattern, **PLAIN), 0, 1).train_dataloader()
-    with pytest.raises(ConfigError, match="`test` to name shards"):
-        ShardDataModule(pattern).test_dataloader()
+@pytest.mark.parametrize("skip", ["raise", "skip"])
+def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_crash(make_shards, opened, skip):
+    pattern = make_shards(count=8, per_shard=8)
+    batches = iter(opened(pattern, batch_size=1, on_bad_sample=skip).train_dataloader())
+    next(batches)
+    os.truncate(pattern.replace("*", "000000"), 2048)
+    with pytest.raises(ShardError, match=r"train-000000\.tar"):
+        list(batches)
 
 
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"batch_size": 0}, "batch_size"),
-        ({"val_batch_size": 0}, "val_batch_size"),
-        ({"clip_length": 0}, "clip_length"),
-        ({"frame_stride": 0}, "frame_stride"),
-        ({"clips_per_video": 0}, "clips_per_video"),
-        ({"num_workers": -1}, "num_workers"),
+        *(({name: 0}, name) for name in ("batch_size", "val_batch_size", "clip_length", "frame_stride")),
+        *(({name: 0}, name) for name in ("clips_per_video", "max_objects", "image_size", "max_member_bytes")),
+        *(({name: -1}, name) for name in ("num_workers", "shuffle_buffer")),
+        *(({name: "x"}, name) for name in ("resize_mode", "mask_format", "on_bad_sample", "sampling", "backend")),
         ({"max_objects": 255}, "max_objects"),
-        ({"max_objects": 0}, "max_objects"),
         ({"flip_probability": 2.0}, "flip_probability"),
-        ({"image_size": 0}, "image_size"),
         ({"crop": "random"}, "image_size"),
-        ({"resize_mode": "nearest"}, "resize_mode"),
-        ({"mask_format": "rle"}, "mask_format"),
-        ({"on_bad_sample": "ignore"}, "on_bad_sample"),
+        ({"sampling": "reference", "frame_stride": 2}, "frame_stride"),
+        ({"sampling": "reference", "crop": "center", "image_size": (4, 8)}, "image_size"),
+        ({"features_only": True}, "features"),
+        ({"validation": {"a.tar": 1.0}}, "validation"),
     ],
 )
 def test_settings_out_of_range(settings, name):
@@ -200,23 +184,33 @@ def test_settings_out_of_range(settings, name):
         ShardDataModule("x.tar", **settings)
 
 
-def test_remote_sets_work_in_training_and_validation(make_shards, served):
-    make_shards("train", count=8)
-    make_shards("validation", count=3)
-    data = ShardDataModule(
-        f"{served}/shards/train-{{000000..000002}}.tar",
-        f"{served}/shards/validation-000000.tar",
-        batch_size=2,
-        **{**PLAIN, "num_workers": 1},
-    )
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.train_dataloader()
-    clips = [clip for batch in loader for clip in _content(data.on_after_batch_transfer(batch, 0))]
-    assert len(loader) == 4
-    assert sorted(clip[0] for clip in clips) == list(range(8))
-    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
-    assert [batch["segmentations"].shape[:3] for batch in batches] == [(2, 6, 3), (1, 6, 3)]
+def test_errors_before_any_work(make_shards, tmp_path, opened):
+    pattern = make_shards(count=3)
+    with pytest.raises(ConfigError, match="`train` to name shards for the stage 'fit'"):
+        ShardDataModule().setup("fit")
+    with pytest.raises(FileNotFoundError, match="argument `validation`"):
+        ShardDataModule(pattern, validation=f"{tmp_path}/no.tar").prepare_data()
+    with pytest.raises(ConfigError, match="batch_size=8 clips for each of 1 processes, but got 3"):
+        opened(pattern, batch_size=8).train_dataloader()
+    with pytest.raises(ConfigError, match="`test` to name shards"):
+        ShardDataModule(pattern).test_dataloader()
+    with pytest.raises(ConfigError, match="backend='mmap'"):
+        opened("https://nowhere.invalid/a.tar", backend="mmap")
+
+
+@pytest.mark.parametrize("backend", ["mmap", "webdataset"])
+def test_sets_are_mixed_by_weight(make_shards, tmp_path, numbered_video, opened, backend):
+    first = make_shards("a", count=6, folder="a")
+    with ShardWriter(tmp_path / "b", "b", 4) as writer:
+        for number in range(10):
+            writer.write(str(number), numbered_video(100 + number))
+    for epoch in (0, 1):
+        train = {first: 3, f"{tmp_path}/b/b-*.tar": 1}
+        modules = [opened(train, rank, 2, epoch, backend=backend) for rank in (0, 1)]
+        videos = [clip[0] for data in modules for batch in data.train_dataloader() for clip in _content(
+            data.on_after_batch_transfer(batch, 0))]  # fmt: skip
+        assert len(videos) == 16
+        assert sorted(video for video in videos if video < 100) == sorted([*range(6)] * 2)
 
 
 class _Model(L.LightningModule):
@@ -234,7 +228,6 @@ class _Model(L.LightningModule):
         return self.layer(batch["video"].mean().view(1, 1)).sum()
 
     def validation_step(self, batch, batch_idx):
-        assert batch["video"].dtype == torch.float32
         pairs = zip(batch["__key__"], batch["batch_padding_mask"].tolist(), strict=True)
         self.validated += [key for key, real in pairs if real]
 
@@ -267,7 +260,7 @@ def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
     make_shards("validation", count=3)
     root = str(tmp_path) if source == "local" else served
     train, validation = f"{root}/shards/train-{{000000..000002}}.tar", f"{root}/shards/validation-000000.tar"
-    data = ShardDataModule(train, validation, batch_size=2, predict=validation, **PLAIN)
+    data = ShardDataModule(train, validation, batch_size=2, predict=validation, **{**PLAIN, "num_workers": 1})
     model = _Model()
     trainer = L.Trainer(max_epochs=3, **QUIET)
     trainer.fit(model, datamodule=data)
@@ -286,18 +279,97 @@ def test_overfit_batches_work(make_shards):
     assert model.trained[0] == model.trained[1]
 
 
-def test_synthetic_set_is_made_once(tmp_path):
-    options = {
-        "root": str(tmp_path),
-        "num_train": 4,
-        "num_validation": 2,
-        "resolution": 16,
-        "frames": 4,
-        "generate_workers": 0,
-        "scene": {"zoom": 1.5, "max_objects": 4},
-        "batch_size": 2,
-        **PLAIN,
-    }
+@pytest.mark.gpu
+def test_the_data_module_gives_the_same_batches_on_cuda(make_shards):
+    runs = []
+    for accelerator in ("cpu", "cuda"):
+        data = ShardDataModule(make_shards(folder=accelerator, count=8), batch_size=2, **PLAIN)
+        model = _Model()
+        L.Trainer(max_epochs=2, devices=1, **{**QUIET, "accelerator": accelerator}).fit(model, datamodule=data)
+        runs.append(model.trained)
+    assert runs[0] == runs[1]
+
+
+DDP_SCRIPT = """
+import json, sys
+import lightning.pytorch as L
+import torch
+from ssync_pl.data import ShardDataModule
+
+folder = sys.argv[1]
+
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen = {"train": [], "validation": [], "lengths": [], "steps": 0}
+
+    def on_train_epoch_start(self):
+        self.seen["train"].append([])
+        self.seen["lengths"].append(len(self.trainer.train_dataloader))
+        self.seen["steps"] = self.trainer.estimated_stepping_batches
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"][-1] += batch["__key__"]
+        return self.layer(batch["video"].mean().view(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen["validation"] += list(zip(batch["__key__"], batch["batch_padding_mask"].tolist()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shards = folder + "/shards/"
+    options = {"batch_size": 2, "num_workers": 1, "start_method": "fork"}
+    data = ShardDataModule(train=shards + "train-*.tar", validation=shards + "validation-*.tar", **options)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=True, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )
+    model = Model()
+    trainer.fit(model, datamodule=data)
+    with open(f"{folder}/rank{trainer.global_rank}.json", "w") as stream:
+        json.dump(model.seen, stream)
+"""
+
+
+def test_two_processes_under_ddp_share_the_data_exactly(make_shards, tmp_path):
+    make_shards("train", count=13)
+    make_shards("validation", count=5)
+    script = tmp_path / "script.py"
+    script.write_text(DDP_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Variables of an outer cluster job would tell Lightning that the processes exist already.
+    outer = ("SLURM_", "PL_", "LOCAL_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "IterableDataset" not in done.stderr  # Lightning doubts the lengths of such sets; ours are exact
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(rank["lengths"], rank["steps"]) for rank in ranks] == [([3, 3], 6)] * 2
+    for epoch in range(2):
+        first, second = (rank["train"][epoch] for rank in ranks)
+        assert len(first) == len(second) == 6
+        assert len(set(first + second)) == 12
+    assert ranks[0]["train"][0] != ranks[0]["train"][1]
+    assert [len(rank["validation"]) for rank in ranks] == [6, 6]
+    real = [key for rank in ranks for key, is_real in rank["validation"] if is_real]
+    assert sorted(real) == sorted(list("01234") * 2)
+
+
+SYNTHETIC = {"num_train": 4, "num_validation": 2, "resolution": 16, "frames": 4, "generate_workers": 0, "batch_size": 2}
+
+
+def test_the_synthetic_set_is_made_once(tmp_path):
+    options = {"root": str(tmp_path), "scene": {"zoom": 1.5, "max_objects": 4}, **SYNTHETIC, **PLAIN}
     data = SyntheticDataModule(**options)
     data.prepare_data()
     files = {path: path.stat().st_mtime_ns for path in Path(tmp_path).rglob("*.tar")}
@@ -308,26 +380,25 @@ def test_synthetic_set_is_made_once(tmp_path):
     (batch,) = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
     assert batch["segmentations"].shape == (2, 4, 5, 16, 16)
     assert len(list(data.predict_dataloader())) == 1
-    again = SyntheticDataModule(**options)
-    again.prepare_data()
+    SyntheticDataModule(**options).prepare_data()
     assert {path: path.stat().st_mtime_ns for path in Path(tmp_path).rglob("*.tar")} == files
-    with pytest.raises(ConfigError, match="zoomm"):
-        SyntheticDataModule(scene={"zoomm": 1.0})
-    with pytest.raises(ConfigError, match="`batch_size`"):
-        SyntheticDataModule(batch_size=0)
+    for wrong, word in (
+        ({"scene": {"zoomm": 1.0}}, "zoomm"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"cache_backbone": "means", "features": "x"}, "either `features` or `cache_backbone`"),
+        ({"cache_components": 4}, "Name the backbone"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            SyntheticDataModule(**wrong)
 
 
 def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
-    import ssync_pl.data.features.backbones as backbones
+    from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
-    class Means(backbones.FrozenBackbone):
-        layer_dims = (3,)
-
-        def grid_for(self, height, width):
-            return height // 4, width // 4
-
+    class Means(FrozenBackbone):
         def extract(self, frames):
-            return self.model(frames).flatten(2).mT
+            maps = self.model(frames)
+            return maps.flatten(2).mT, (maps.shape[2], maps.shape[3])
 
     built = []
 
@@ -335,21 +406,9 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
         built.append((name, layer))
         return Means(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
 
-    monkeypatch.setattr(backbones, "load_backbone", load)
-    options = {
-        "root": str(tmp_path),
-        "num_train": 4,
-        "num_validation": 2,
-        "resolution": 16,
-        "frames": 4,
-        "generate_workers": 0,
-        "batch_size": 2,
-        "flip_probability": 0.0,
-        "cache_backbone": "means",
-        "cache_layer": "pool",
-        "features_only": True,
-        **PLAIN,
-    }
+    monkeypatch.setattr("ssync_pl.data.features.backbone._offered", [load])
+    options = {"root": str(tmp_path), "flip_probability": 0.0, "cache_backbone": "means", "cache_layer": "pool"}
+    options |= {"features_only": True, **SYNTHETIC, **PLAIN}
     data = SyntheticDataModule(**options)
     data.prepare_data()
     data.setup()
@@ -357,8 +416,7 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
     assert batch["features"].shape == (2, 4, 16, 3)
     assert "video" not in batch
     (batch,) = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
-    video = batch["video"].flatten(0, 1) * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
-    expected = torch.nn.functional.avg_pool2d((video - 0.5) / 0.5, 4).flatten(2).mT
+    expected = torch.nn.functional.avg_pool2d((batch["video"].flatten(0, 1) - 0.5) / 0.5, 4).flatten(2).mT
     torch.testing.assert_close(batch["features"].flatten(0, 1), expected, rtol=0.01, atol=0.01)
     SyntheticDataModule(**options).prepare_data()
     assert built == [("means", "pool")]
@@ -368,10 +426,6 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
     projected.prepare_data()
     projected.setup()
     assert next(iter(projected.train_dataloader()))["features"].shape[-1] == 2
-    with pytest.raises(ConfigError, match="either `features` or `cache_backbone`"):
-        SyntheticDataModule(cache_backbone="means", features="x")
-    with pytest.raises(ConfigError, match="Name the backbone"):
-        SyntheticDataModule(cache_components=4)
 
 
 def test_the_command_line_reads_every_option(make_shards):
@@ -388,7 +442,5 @@ def test_the_command_line_reads_every_option(make_shards):
     synthetic.add_class_arguments(SyntheticDataModule, "data")
     namespace = synthetic.parse_args(["--data.batch_size=3", "--data.scene", '{"zoom": 2.0}', "--data.image_size=32"])
     built = synthetic.instantiate(namespace)
-    assert built.data.batch_size == 3
-    assert built.data.transform.image_size == (32, 32)
-    assert built.data.config.zoom == 2.0
+    assert (built.data.batch_size, built.data.transform.image_size, built.data.config.zoom) == (3, (32, 32), 2.0)
     assert "train" not in namespace.data

@@ -5,35 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from ssync_pl.data.patterns import expand_braces, expand_shards
+from ssync_pl.data.patterns import expand_braces, expand_shards, find_shards
 from ssync_pl.errors import ConfigError
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("a-000000.tar", "a-000001.tar", "a-000002.tar", "b-000000.tar"):
+    for name in ("a-000000.tar", "a-000001.tar", "a-000002.tar", "b-000000.tar", "c[1].tar"):
         (tmp_path / name).touch()
     return tmp_path
 
 
-def _names(shards: list[str]) -> list[str]:
-    return [os.path.basename(shard) for shard in shards]
+A = [f"a-00000{number}.tar" for number in range(3)]
 
 
-def test_braces_globs_lists_and_plain_paths(folder):
-    assert _names(expand_shards(f"{folder}/a-{{000000..000002}}.tar")) == [f"a-00000{i}.tar" for i in range(3)]
-    assert _names(expand_shards(f"{folder}/{{b,a}}-000000.tar")) == ["b-000000.tar", "a-000000.tar"]
-    assert _names(expand_shards(f"{folder}/a-*.tar")) == [f"a-00000{i}.tar" for i in range(3)]
-    assert _names(expand_shards(f"{folder}/{{b,a}}-*.tar")) == ["b-000000.tar", *(f"a-00000{i}.tar" for i in range(3))]
-    assert expand_shards([f"{folder}/b-000000.tar", f"file://{folder}/a-000001.tar"]) == [
-        f"{folder}/b-000000.tar",
-        f"{folder}/a-000001.tar",
-    ]
-
-
-def test_home_is_expanded(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        ("{}/a-{{000000..000002}}.tar", A),
+        ("{}/{{b,a}}-000000.tar", ["b-000000.tar", "a-000000.tar"]),
+        ("{}/{{b,a}}-*.tar", ["b-000000.tar", *A]),
+        ("~/b-*.tar", ["b-000000.tar"]),
+        (["{}/b-000000.tar", "file://{}/a-000001.tar"], ["b-000000.tar", "a-000001.tar"]),
+        ("{}/c[1].tar", ["c[1].tar"]),  # taken as it is
+        ("https://nowhere.invalid/x-{{0..1}}.tar", ["x-0.tar", "x-1.tar"]),  # not looked up
+    ],
+)
+def test_braces_globs_lists_and_plain_paths(folder, monkeypatch, patterns, names):
     monkeypatch.setenv("HOME", str(folder))
-    assert _names(expand_shards("~/b-*.tar")) == ["b-000000.tar"]
+    filled = [pattern.format(folder) for pattern in patterns] if isinstance(patterns, list) else patterns.format(folder)
+    assert [os.path.basename(shard) for shard in expand_shards(filled)] == names
 
 
 def test_padding_follows_the_numbers():
@@ -51,46 +52,34 @@ def test_wrong_braces_name_argument_and_pattern(pattern):
     assert pattern in str(error.value)
 
 
-@pytest.mark.parametrize("pattern", ["pipe:cat a.tar", "pipe: curl http://x/{0..1}.tar | cat", "PIPE:ls"])
-def test_pipes_are_refused(pattern):
-    with pytest.raises(ConfigError, match=r"argument `train` .* shell command 'p?P?"):
-        expand_shards(pattern, "train")
+@pytest.mark.parametrize(
+    ("pattern", "word"),
+    [
+        *(
+            (pattern, "shell command")
+            for pattern in ("pipe:cat a.tar", "pipe: curl http://x/{0..1}.tar | cat", "PIPE:ls")
+        ),
+        *((pattern, "URLs of http") for pattern in ("s4://bucket/a.tar", "ssh://host/a.tar", "http:/host/a.tar")),
+        ("https://host/a-*.tar", "by braces"),
+        ("FOLDER/c-*.tar", "match at least one shard"),
+        ("FOLDER", "folder"),
+        *((empty, "at least one shard") for empty in ([], "", [""])),
+        (["FOLDER/a-*.tar", "FOLDER/a-000001.tar"], "comes twice"),
+        (["FOLDER/a-*.tar", "https://host/a.tar"], "all local or all remote"),
+        ("FOLDER/a-{000002..000003}.tar", r"a-000003\.tar.*from .*000002\.\.000003"),
+    ],
+)
+def test_what_cannot_be_read_names_the_argument(folder, pattern, word):
+    many = [item.replace("FOLDER", str(folder)) for item in pattern] if isinstance(pattern, list) else None
+    with pytest.raises(ConfigError, match=f"argument `train` .*{word}"):
+        expand_shards(pattern.replace("FOLDER", str(folder)) if many is None else many, "train")
 
 
-@pytest.mark.parametrize("pattern", ["s4://bucket/a.tar", "ssh://host/a.tar", "http:/host/a.tar"])
-def test_unreadable_schemes_are_refused(pattern):
-    with pytest.raises(ConfigError, match=f"argument `train` .*{pattern}"):
-        expand_shards(pattern, "train")
-
-
-def test_missing_paths_empty_sets_and_folders(folder):
-    with pytest.raises(FileNotFoundError, match=r"argument `train` .*a-000003\.tar.*from .*000002\.\.000003"):
-        expand_shards(f"{folder}/a-{{000002..000003}}.tar", "train")
-    with pytest.raises(ConfigError, match=r"argument `train` to match at least one shard, but .*c-\*\.tar"):
-        expand_shards(f"{folder}/c-*.tar", "train")
-    with pytest.raises(ConfigError, match=r"argument `train` .* is a folder"):
-        expand_shards(str(folder), "train")
-    for empty in ([], "", [""]):
-        with pytest.raises(ConfigError, match="argument `train` to name at least one shard"):
-            expand_shards(empty, "train")
-
-
-def test_doubles_and_mixtures_are_refused(folder):
-    with pytest.raises(ConfigError, match="comes twice"):
-        expand_shards([f"{folder}/a-*.tar", f"{folder}/a-000001.tar"])
-    with pytest.raises(ConfigError, match="all local or all remote"):
-        expand_shards([f"{folder}/a-*.tar", "https://host/a.tar"])
-
-
-def test_remote_shards_are_not_looked_up():
-    assert expand_shards("https://nowhere.invalid/a-{0..1}.tar") == [
-        "https://nowhere.invalid/a-0.tar",
-        "https://nowhere.invalid/a-1.tar",
-    ]
-    with pytest.raises(ConfigError, match="by braces"):
-        expand_shards("https://host/a-*.tar", "train")
-
-
-def test_file_names_with_glob_characters_are_taken_as_they_are(tmp_path):
-    Path(tmp_path, "a[1].tar").touch()
-    assert _names(expand_shards(f"{tmp_path}/a[1].tar")) == ["a[1].tar"]
+def test_sets_with_weights(folder):
+    shards, sizes, weights = find_shards({f"{folder}/a-*.tar": 3, f"{folder}/b-*.tar": 1}, "train")
+    assert ([Path(shard).name for shard in shards], sizes, weights) == ([*A, "b-000000.tar"], (3, 1), (3.0, 1.0))
+    with pytest.raises(FileNotFoundError):
+        find_shards({f"{folder}/a-*.tar": 3, f"{folder}/z.tar": 1}, "train")
+    for sets, word in (({}, "at least one set"), ({f"{folder}/a-*.tar": -1}, "positive")):
+        with pytest.raises(ConfigError, match=word):
+            find_shards(sets, "train")

@@ -1,127 +1,99 @@
+"""`ssync-pl data preview`."""
+
 import gzip
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.tools.preview import PreviewVideo, compose_preview, draw_preview, pick_videos
-from ssync_pl.tools.viz import overlay_labels, slot_colors
-
-
-def video(value: int, frames: int = 4, size: tuple[int, int] = (8, 8)) -> np.ndarray:
-    return np.full((frames, *size, 3), value, np.uint8)
+from ssync_pl.tools.preview import draw_preview
+from ssync_pl.tools.viz import slot_colors
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
-    with ShardWriter(tmp_path, "train", samples_per_shard=4) as writer:
-        for n in range(10):
-            masks = np.zeros((4, 8, 8, 1), np.uint8)
-            masks[:, :4] = 1
-            masks[:, 7] = 5
-            writer.write(f"{n:03d}", {"video.npy": video(10 * n), "segmentations.npy.gz": masks})
+    """Two shards, whose videos have other colours; the odd ones have masks."""
+    with ShardWriter(tmp_path, "train", samples_per_shard=3) as writer:
+        for key in range(6):
+            members = {"video.npy": np.full((5, 16, 32, 3), (20 * key + 10, 0, 90), np.uint8)}
+            if key % 2:
+                masks = np.zeros((5, 16, 32, 1), np.uint8)
+                masks[:, :, :8] = 3
+                members["segmentations.npy"] = masks
+            writer.write(str(key), members)
     return [str(path) for path in sorted(tmp_path.glob("*.tar"))]
 
 
-def test_first_and_random_videos(shards: list[str]) -> None:
-    names = [item.name for item in pick_videos(shards, 5, seed=None)[0]]
-    assert names == [f"train-00000{n // 4}, key {n:03d}" for n in range(5)]
-    chosen = [item.name for item in pick_videos(shards, 5, seed=3)[0]]
-    assert len(set(chosen)) == 5
-    assert chosen == [item.name for item in pick_videos(shards, 5, seed=3)[0]]
-    assert chosen != [item.name for item in pick_videos(shards, 5, seed=4)[0]]
-    assert len(pick_videos(shards, 99)[0]) == 10
+def test_the_sheet_shows_each_frame_beside_its_masks(shards: list[str]) -> None:
+    sheet, videos, skipped = draw_preview(shards, 4, 3, 64)
+    assert (videos, skipped) == (4, [])
+    reds = set(np.unique(sheet[(sheet[..., 1] == 0) & (sheet[..., 2] == 90)][:, 0]).tolist())
+    assert reds == {10, 30, 70, 90}  # two of each shard
+    places = np.argwhere((sheet == (30, 0, 90)).all(axis=2))
+    assert len(places) > 3 * 32 * (64 + 40)  # proportions are kept, a quarter is under a mask
+    blended = np.rint(0.45 * np.array([30, 0, 90]) + 0.55 * slot_colors(3)[2])
+    assert (sheet == blended).all(axis=2).sum() >= 3 * 32 * 12
 
 
-def test_ids_become_labels_and_objects(shards: list[str]) -> None:
-    item = pick_videos(shards, 1, seed=None)[0][0]
-    assert item.objects == 2
-    assert item.labels is not None
-    assert item.labels[0, :, 0].tolist() == [0, 0, 0, 0, -1, -1, -1, 4]
-
-
-def test_channels_and_pictures(tmp_path: Path) -> None:
+def test_channels_pictures_and_other_sizes(tmp_path: Path, served: str) -> None:
     masks = np.zeros((8, 8, 3), np.uint8)
     masks[:2, :, 0], masks[1:4, :, 1] = 30, 17
     with ShardWriter(tmp_path, "coco") as writer:
-        writer.write("0", {"image.npy": video(9)[0], "segmentations.npy": masks})
-    item = pick_videos([str(tmp_path / "coco-000000.tar")], 1)[0][0]
-    assert item.objects == 2
-    assert item.labels is not None
-    assert item.labels[0, :5, 0].tolist() == [0, 0, 1, 1, -1]
+        writer.write("0", {"image.npy": np.full((8, 8, 3), 9, np.uint8), "segmentations.npy": masks})
+        writer.write("1", {"image.npy": np.full((8, 16, 3), 60, np.uint8)})
+    path = tmp_path / "coco-000000.tar"
+    sheet, videos, _ = draw_preview([str(path)], 9, 1, 16)
+    assert videos == 2
+    assert (sheet == 60).all(axis=2).sum() >= 14 * 6  # a wide picture keeps its proportions
+    (tmp_path / "packed.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for other in (str(tmp_path / "packed.tar.gz"), f"{served}/{path.name}"):
+        assert draw_preview([other], 9, 1, 16)[1] == 2
 
 
-def test_damage_is_left_out_and_named(
-    shards: list[str], write_tar: Callable[..., Path], npy_bytes: Callable[[np.ndarray], bytes]
+def test_the_command_names_damage_and_replaces_nothing(
+    shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = write_tar(
-        {
-            "0.video.npy": npy_bytes(video(1))[:-9],
-            "1.video.npy": npy_bytes(video(1)[..., :2]),
-            "2.video.npy": npy_bytes(video(2)),
-            "2.segmentations.npy": npy_bytes(np.zeros((3, 8, 8, 1), np.uint8)),
-        },
-        "bad-000000.tar",
-    )
-    cut = write_tar({"0.video.npy": npy_bytes(video(3))}, "cut-000000.tar")
-    cut.write_bytes(cut.read_bytes()[:900])
-    picked = pick_videos([str(cut), str(bad), *shards], 3, seed=None)
-    assert [item.name for item in picked[0]] == [f"train-000000, key 00{n}" for n in range(3)]
-    assert len(picked[1]) == 4
-    with pytest.raises(ShardError, match=r"at least one readable video in 2 shards.*the last problem"):
-        pick_videos([str(cut), str(bad)], 3)
+    with ShardWriter(tmp_path, "bad") as writer:
+        writer.write("9", {"video.npy": np.zeros((5, 8, 8, 3), np.float32)})
+    (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:900])
+    out = tmp_path / "new" / "sheet.png"
+    words = ["data", "preview", str(tmp_path / "*.tar"), "--out", str(out), "--cell", "16", "--frames", "2"]
+    assert main([*words, "--videos", "4"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out == f"4 videos: {out}\n"
+    assert streams.err.count("left out: Expected") == 2
+    size = Image.open(out).size
+    assert main(words) == 2
+    assert "exists. Add --force" in capsys.readouterr().err
+    assert Image.open(out).size == size
+    assert main([*words, "--force"]) == 0
+    assert Image.open(out).size[1] > size[1]
+    assert main(["data", "preview", str(tmp_path / "bad*.tar"), "--out", str(tmp_path / "a.png")]) == 2
+    assert "key 9" in capsys.readouterr().err
 
 
-def test_remote_and_compressed_shards(shards: list[str], tmp_path: Path, served: str) -> None:
-    urls = [f"{served}/{Path(path).name}" for path in shards]
-    assert [item.name for item in pick_videos(urls, 5, seed=None)[0]] == [
-        item.name for item in pick_videos(shards, 5, seed=None)[0]
-    ]
-    assert {item.name.split(",")[0] for item in pick_videos(urls, 3, seed=1)[0]} == {
-        f"train-00000{n}" for n in range(3)
-    }
-    packed = tmp_path / "packed-000000.tar.gz"
-    packed.write_bytes(gzip.compress(Path(shards[0]).read_bytes()))
-    assert len(pick_videos([str(packed)], 9)[0]) == 4
-
-
-def test_the_sheet_shows_each_frame_beside_its_masks() -> None:
-    frames = np.zeros((2, 16, 16, 3), np.uint8)
-    frames[0], frames[1] = 40, 200
-    labels = np.full((2, 16, 16), -1)
-    labels[:, 8:] = 1
-    sheet = draw_preview([PreviewVideo("train, key 7", frames, labels, 1)], frames=2, cell=16)
-    left, bottom = sheet.shape[1] - 10 - 2 * 34 - 4, sheet.shape[0]
-    text_height = 5 * 16
-    top = bottom - 10 - text_height + (text_height - 16) // 2
-    row = sheet[top : top + 16]
-    assert (row[:, left : left + 16] == 40).all()
-    assert np.array_equal(row[:, left + 18 : left + 34], overlay_labels(frames, labels)[0])
-    assert (row[:, left + 38 : left + 54] == 200).all()
-    assert not (row[12, left + 18] == slot_colors(2)[1]).all()  # blended, not painted over
-
-
-def test_oblong_short_and_unmasked_videos_share_a_sheet() -> None:
-    wide = video(0, frames=7, size=(40, 80))
-    wide[..., 0] = 50  # a colour that captions do not have
-    items = [
-        PreviewVideo("a, key 0", wide, None, 0),
-        PreviewVideo("a, key 1", video(90, frames=2, size=(8, 8)), np.zeros((2, 8, 8), np.int64), 1),
-    ]
-    sheet = draw_preview(items, frames=4, cell=32)
-    rows, columns = np.where((sheet == (50, 0, 0)).all(axis=2))
-    assert (len(set(rows)), len(set(columns))) == (16, 4 * 32)  # proportions are kept
-    assert (sheet == 90).all(axis=2).sum() >= 2 * 32 * 32
-    clip = compose_preview(items, cell=32)
-    assert len(clip) == 7
-    assert np.array_equal(clip[1][-32:], clip[6][-32:])  # the short video holds its last frame
-
-
-def test_settings_are_checked(shards: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--videos"):
-        pick_videos(shards, 0)
-    with pytest.raises(ConfigError, match="`cell` at least 16"):
-        draw_preview(pick_videos(shards, 1)[0], cell=4)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "sheet.jpg"], "to end in .png"),
+        (["--out", "sheet.png", "--videos", "0"], "--videos"),
+        (["--out", "sheet.png", "--cell", "4"], "--cell"),
+        (["--out", "folder.png", "--force"], "exists"),
+    ],
+)
+def test_wrong_usage(
+    shards: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["data", "preview", *shards, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()

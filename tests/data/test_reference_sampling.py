@@ -60,8 +60,7 @@ def test_movi_training(movi, size):
     data.setup("fit")
     loader = data.train_dataloader()
     starts, flips = set(), set()
-    for epoch in range(6):
-        loader.sampler.set_epoch(epoch)
+    for _ in range(6):
         for raw in loader:
             batch = data.on_after_batch_transfer(raw, 0)
             for video, key, flip, frames in zip(
@@ -107,8 +106,7 @@ def test_ytvis(tmp_path, shape):
     data = ShardDataModule(pattern, crop="random", **options)
     data.setup("fit")
     loader = data.train_dataloader()
-    for epoch in range(8):
-        loader.sampler.set_epoch(epoch)
+    for _ in range(8):
         raw = next(iter(loader))
         got = data.on_after_batch_transfer(raw, 0)["video"][0]
         clip = _to_cfhw(raw["video"][0].numpy())

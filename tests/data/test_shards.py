@@ -1,7 +1,8 @@
-"""Writing shards, and reading their members in place."""
+"""Writing shards, their index, and reading their members in place."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -14,84 +15,65 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssync_pl.data import ShardDataModule
-from ssync_pl.data.index import load_shards
+from ssync_pl.data import index as module
+from ssync_pl.data.index import FolderIndex, ShardEntry, load_shards, parse_index, read_index, scan_shard, write_index
 from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
 from ssync_pl.errors import ConfigError, ShardError
+
+
+def _shards(pattern: str) -> list[Path]:
+    return sorted(Path(pattern).parent.glob(Path(pattern).name))
 
 
 def _digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_equal_samples_give_equal_bytes(make_shards, tmp_path):
+def test_equal_samples_give_equal_bytes_that_webdataset_reads(make_shards, numbered_video, tmp_path, monkeypatch):
+    wds = pytest.importorskip("webdataset")
     make_shards(folder="a")
+    monkeypatch.setattr("time.time", lambda: 1e9)
     make_shards(folder="b")
     assert _digests(tmp_path / "a") == _digests(tmp_path / "b")
-    assert list(_digests(tmp_path / "a")) == [
-        "index.json",
-        "train-000000.tar",
-        "train-000001.tar",
-        "train-000002.tar",
-    ]
-
-
-def test_webdataset_reads_what_we_write(make_shards, numbered_video, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    make_shards(count=4)
-    urls = sorted(str(path) for path in (tmp_path / "shards").glob("*.tar"))
+    assert list(_digests(tmp_path / "a")) == ["index.json", *(f"train-00000{n}.tar" for n in range(3))]
+    urls = [str(path) for path in _shards(f"{tmp_path}/a/train-*.tar")]
     samples = list(wds.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == ["0", "1", "2", "3"]
-    with tarfile.open(urls[0]) as tar:
-        array = np.load(io.BytesIO(tar.extractfile("1.video.npy").read()))
+    assert [sample["__key__"] for sample in samples] == list("0123456")
+    array = np.load(io.BytesIO(samples[1]["video.npy"]))
     assert np.array_equal(array, numbered_video(1)["video.npy"])
 
 
-def test_two_prefixes_share_one_index(make_shards, tmp_path):
-    make_shards("train")
-    make_shards("validation", count=2)
-    index = json.loads((tmp_path / "shards" / "index.json").read_text())
-    counts = {shard["name"]: len(shard["samples"]) for shard in index["shards"]}
-    assert counts == {"train-000000.tar": 3, "train-000001.tar": 3, "train-000002.tar": 1, "validation-000000.tar": 2}
-    assert index["shards"][0]["samples"][0]["frames"] == 6
+def test_prefixes_share_one_index_which_keeps_its_recipe(tmp_path):
+    for prefix, recipe in (("a", {"seed": 3}), ("b", {"fps": 12})):
+        with ShardWriter(tmp_path, prefix, 2, recipe) as writer:
+            for key in "012":
+                writer.write(key, {"info.json": 1})
+    index = read_index(tmp_path)
+    assert {name: len(entry.samples) for name, entry in index.shards.items()} == {
+        "a-000000.tar": 2, "a-000001.tar": 1, "b-000000.tar": 2, "b-000001.tar": 1,
+    }  # fmt: skip
+    assert index.recipe == {"seed": 3, "fps": 12}
 
 
-def test_recipe_is_kept(tmp_path):
-    with ShardWriter(tmp_path, "a", recipe={"seed": 3}) as writer:
-        writer.write("0", {"info.json": 1})
-    with ShardWriter(tmp_path, "b", recipe={"fps": 12}) as writer:
-        writer.write("0", {"info.json": 1})
-    assert json.loads((tmp_path / "index.json").read_text())["recipe"] == {"seed": 3, "fps": 12}
-
-
-def test_a_failing_writer_leaves_no_half_file(tmp_path, numbered_video):
-    def fail_after(count: int) -> None:
-        with ShardWriter(tmp_path, "train", 2) as writer:
-            for number in range(count):
-                writer.write(str(number), numbered_video(number))
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        fail_after(3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-000000.tar"]
-
-
-def test_a_refused_member_leaves_the_shard_whole(tmp_path, numbered_video):
-    with ShardWriter(tmp_path, "train") as writer:
+def test_a_failing_writer_leaves_no_half_file_and_a_refused_member_a_whole_shard(tmp_path, numbered_video):
+    writer = ShardWriter(tmp_path, "train", 2)
+    for number in range(3):
+        writer.write(str(number), numbered_video(number))
+    writer.__exit__(KeyError, KeyError("stop"), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+    with ShardWriter(tmp_path, "more") as writer:
         writer.write("0", numbered_video(0))
-        with pytest.raises(ShardError, match=r"video\.npy.*key 1.*array of object"):
+        with pytest.raises(ShardError, match=r"video\.npy.*key 1"):
             writer.write("1", {"info.json": 1, "video.npy": np.array([None])})
         writer.write("2", numbered_video(2))
-    with tarfile.open(tmp_path / "train-000000.tar") as tar:
+    with tarfile.open(tmp_path / "more-000000.tar") as tar:
         assert {name.split(".")[0] for name in tar.getnames()} == {"0", "2"}
 
 
 @pytest.mark.parametrize(
     ("key", "members", "message"),
     [
-        ("1.5", {"info.json": 1}, "without dots"),
-        ("a/b", {"info.json": 1}, "without dots and slashes"),
-        ("", {"info.json": 1}, "without dots"),
+        *((key, {"info.json": 1}, "without dots") for key in ("1.5", "a/b", "", "__x__")),
         ("0", {"info.json": 1}, "'0' twice"),
         ("1", {}, "at least one member"),
         ("1", {"video.pkl": b""}, "can execute code"),
@@ -103,43 +85,172 @@ def test_refused_samples(tmp_path, key, members, message):
         writer.write("0", {"info.json": 1})
         with pytest.raises(ShardError, match=message):
             writer.write(key, members)
+    writer.close()
+    with pytest.raises(ShardError, match="closed"):
+        writer.write("9", {"info.json": 1})
 
 
-def test_refused_settings(tmp_path, make_shards):
-    with pytest.raises(ConfigError, match="`samples_per_shard`"):
-        ShardWriter(tmp_path, "train", 0)
-    with pytest.raises(ConfigError, match="`prefix`"):
-        ShardWriter(tmp_path, "a/b")
+def test_refused_writers(tmp_path, make_shards):
+    for prefix, per_shard, name in (("train", 0, "samples_per_shard"), ("a/b", 1, "prefix")):
+        with pytest.raises(ConfigError, match=name):
+            ShardWriter(tmp_path, prefix, per_shard)
     make_shards()
-    with pytest.raises(ShardError, match=r"no shards `train-\*\.tar`"):
+    with pytest.raises(ShardError, match="no shards"):
         ShardWriter(tmp_path / "shards", "train")
 
 
-def test_a_closed_writer_refuses(tmp_path):
-    writer = ShardWriter(tmp_path, "train")
-    writer.close()
-    writer.close()
-    with pytest.raises(ShardError, match="closed"):
+def test_the_index_says_where_members_lie_and_spares_the_scan(make_shards, numbered_video, monkeypatch):
+    paths = _shards(make_shards())
+    entries = [scan_shard(path) for path in paths]
+    assert [sample.key for entry in entries for sample in entry.samples] == list("0123456")
+    data = paths[0].read_bytes()
+    for number, sample in enumerate(entries[0].samples):
+        start, size = sample.members["video.npy"]
+        assert np.array_equal(np.load(io.BytesIO(data[start : start + size])), numbered_video(number)["video.npy"])
+        start, size = sample.members["segmentations.npy.gz"]
+        assert gzip.decompress(data[start : start + size])[:6] == b"\x93NUMPY"
+        assert sample.frames == 6
+    monkeypatch.setattr(module, "scan_shard", lambda path: pytest.fail("scanned"))
+    assert load_shards(paths) == entries
+
+
+def test_shards_without_an_index_are_scanned_and_saved(write_tar, npy_bytes, tmp_path, monkeypatch):
+    video = npy_bytes(np.zeros((24, 4, 4, 3), np.uint8))
+    members = {"./": b"", "0.video.npy.gz": gzip.compress(video), "0.segmentations.npy": b"x"}
+    members |= {"__meta__/0.video.npy": b"x", "1.Video.NPY": video, "README": b"x"}
+    (entry,) = load_shards([write_tar(members)])
+    assert [(sample.key, sorted(sample.members), sample.frames) for sample in entry.samples] == [
+        ("0", ["segmentations.npy", "video.npy.gz"], 24),
+        ("1", ["video.npy"], 24),
+    ]
+    assert read_index(tmp_path).shards == {entry.name: entry}
+    (tmp_path / "index.json").unlink()
+
+    def refuse(*args, **options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(module, "write_index", refuse)
+    assert load_shards([tmp_path / entry.name]) == [entry]
+
+
+def test_stale_entries_are_rebuilt(make_shards, write_tar, npy_bytes, tmp_path):
+    path = _shards(make_shards(count=3))[0]
+    # Same length, but the last sample has another key.
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-2]
+    changed = tarfile.TarInfo(last.name.replace("2.", "5.", 1))
+    changed.size = last.size
+    path.write_bytes(data[: last.offset] + changed.tobuf(tarfile.USTAR_FORMAT) + data[last.offset + 512 :])
+    assert "5" in [sample.key for sample in load_shards([path])[0].samples]
+    os.replace(write_tar({"9.video.npy": npy_bytes(np.zeros((4, 2, 2, 3), np.uint8))}, "new.tar"), path)
+    (entry,) = load_shards([path])
+    assert [sample.key for sample in entry.samples] == ["9"]
+    assert read_index(path.parent).shards[path.name] == entry
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"format": "x", "version": 1}', "[" * 100_000, "\xff", '{"version": 2, "shards": [{}]}']
+)
+def test_a_foreign_index_is_left_alone_and_ours_goes_beside_it(make_shards, text, caplog):
+    paths = _shards(make_shards())
+    expected, folder = load_shards(paths), paths[0].parent
+    (folder / "index.json").write_text(text)
+    assert load_shards(paths) == load_shards(paths) == expected
+    (line,) = caplog.messages  # said once, in plain words, and not again when ours lies beside it
+    assert "index.json is of another program" in line
+    with ShardWriter(folder, "more") as writer:
         writer.write("0", {"info.json": 1})
+    assert len(read_index(folder).shards) == len(paths) + 1
+    (folder / "ssync_index.json").write_text(text)
+    assert load_shards(paths) == expected
+    assert {(folder / name).read_text() for name in ("index.json", "ssync_index.json")} == {text}
 
 
-def test_gzip_members_carry_no_time(monkeypatch):
-    first = encode_member("a.npy.gz", np.zeros(3))
-    monkeypatch.setattr("time.time", lambda: 1e9)
-    assert encode_member("a.npy.gz", np.zeros(3)) == first
+def test_our_own_index_of_another_version_is_replaced_and_offsets_are_checked(make_shards, tmp_path, caplog):
+    paths = _shards(make_shards())
+    expected = load_shards(paths)
+    (paths[0].parent / "index.json").write_text('{"format": "ssync_pl.shards", "version": 99}')
+    assert load_shards(paths) == expected
+    assert len(read_index(paths[0].parent).shards) == len(paths)
+    assert not caplog.messages
+    raw = {"format": "ssync_pl.shards", "version": 1, "recipe": {}, "shards": []}
+    raw["shards"] = [{"name": "a.tar", "size": 1000, "samples": [{"key": "0", "members": {"video.npy": [512, 600]}}]}]
+    with pytest.raises(ShardError, match="outside"):
+        parse_index(json.dumps(raw))
+
+
+def test_an_index_is_written_whole_or_not_at_all(tmp_path):
+    entry = ShardEntry("a.tar", 10240, ())
+    write_index(tmp_path, [entry], {"seed": 1})
+    with pytest.raises(TypeError):
+        write_index(tmp_path, [], {"bad": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert read_index(tmp_path) == FolderIndex({"a.tar": entry}, {"seed": 1})
+
+
+def test_shards_that_are_not_whole_are_refused_wherever_they_end(make_shards, tmp_path):
+    path = _shards(make_shards(count=3))[0]
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        boundary, end = tar.getmembers()[-1].offset, tar.offset
+    for keep in (0, 100, 600, 2000, boundary, boundary + 512, end - 1, end):
+        path.write_bytes(data[:keep])
+        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole"):
+            scan_shard(path)
+    path.write_bytes(data[: end + 512])
+    assert len(scan_shard(path).samples) == 3
+    path.write_bytes(data[:boundary] + b"garbage" * 200)
+    with pytest.raises(ShardError, match="whole"):
+        scan_shard(path)
+    path.write_bytes(gzip.compress(data))
+    with pytest.raises(ShardError, match="unpack"):
+        scan_shard(path)
+    with tarfile.open(path, "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("0.info.json"))
+    with pytest.raises(ShardError, match=r"`info\.json` twice"):
+        scan_shard(path)
+
+
+def test_links_are_read_as_what_they_point_to_and_odd_members_named(tmp_path, numbered_video, caplog):
+    video = encode_member("video.npy", numbered_video(5)["video.npy"])
+    path = tmp_path / "a-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("sub/0.video.npy")
+        info.size = len(video)
+        tar.addfile(info, io.BytesIO(video))
+        for name, kind, target in (
+            ("1", tarfile.LNKTYPE, info.name),
+            ("sub/2", tarfile.SYMTYPE, "0.video.npy"),
+            ("3", tarfile.LNKTYPE, "x"),
+            ("\udcff", tarfile.REGTYPE, ""),
+            ("é", tarfile.LNKTYPE, info.name),
+        ):
+            link = tarfile.TarInfo(f"{name}.video.npy")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    for _ in range(2):  # scanned, and from the index
+        (entry,) = load_shards([path])
+        assert [sample.key for sample in entry.samples] == ["sub/0", "1", "sub/2", "é"]
+        assert entry.ignored == ("3.video.npy", "\\xff.video.npy")
+        assert "xff.video.npy" in caplog.text
+        caplog.clear()
+        for sample in entry.samples:
+            found = ShardReader().sample(str(path), entry, sample).decode("video.npy")
+            np.testing.assert_array_equal(found, numbered_video(5)["video.npy"])
 
 
 @pytest.fixture
-def opened(make_shards):
-    paths = sorted(str(path) for path in Path(make_shards(count=7, per_shard=2)).parent.glob("*.tar"))
+def some(make_shards):
+    paths = [str(path) for path in _shards(make_shards(count=7, per_shard=2))]
     return paths, load_shards(paths)
 
 
-def test_members_are_read_in_place_and_files_closed(opened, numbered_video):
-    paths, shards = opened
-    reader = ShardReader(max_open=2)
+def test_members_are_read_in_place_and_files_closed(some, numbered_video):
+    reader = ShardReader()
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    for path, shard in zip(paths, shards, strict=True):
+    for path, shard in zip(*some, strict=True):
         for sample in shard.samples:
             members = reader.sample(path, shard, sample)
             video = numbered_video(int(sample.key))["video.npy"]
@@ -150,7 +261,7 @@ def test_members_are_read_in_place_and_files_closed(opened, numbered_video):
     reader.close()
     assert not before or len(os.listdir("/proc/self/fd")) == before
     copy = pickle.loads(pickle.dumps(reader))
-    assert len(copy.member(paths[0], shards[0], shards[0].samples[0], "video.npy")) > 0
+    assert len(copy.member(some[0][0], some[1][0], some[1][0].samples[0], "video.npy")) > 0
 
 
 def _last_bytes(reader, path, shard, queue):
@@ -158,59 +269,22 @@ def _last_bytes(reader, path, shard, queue):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
-def test_a_fork_reads_with_inherited_files(opened):
-    paths, shards = opened
+def test_a_fork_reads_with_inherited_files(some):
+    (path, *_), (shard, *_) = some
     reader = ShardReader()
-    here = bytes(reader.member(paths[0], shards[0], shards[0].samples[1], "video.npy")[-3:])
-    queue = multiprocessing.get_context("fork").Queue()
-    process = multiprocessing.get_context("fork").Process(target=_last_bytes, args=(reader, paths[0], shards[0], queue))
+    here = bytes(reader.member(path, shard, shard.samples[1], "video.npy")[-3:])
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    process = fork.Process(target=_last_bytes, args=(reader, path, shard, queue))
     process.start()
     assert queue.get(timeout=120) == here
     process.join()
 
 
-def test_replaced_shards_are_refused(opened):
-    paths, shards = opened
-    data = Path(paths[0]).read_bytes()
-    Path(paths[0]).write_bytes(data + bytes(512))
-    with pytest.raises(ShardError, match=f"{len(data)} bytes"):
-        ShardReader().member(paths[0], shards[0], shards[0].samples[0], "video.npy")
-    Path(paths[0]).write_bytes(Path(paths[1]).read_bytes())
-    with pytest.raises(ShardError, match="key 0 at byte"):
-        ShardReader().member(paths[0], shards[0], shards[0].samples[0], "video.npy")
-
-
-@pytest.mark.parametrize("skip", ["raise", "skip"])
-def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_crash(make_shards, skip):
-    pattern = make_shards(count=8, per_shard=8)
-    data = ShardDataModule(pattern, batch_size=1, clip_length=2, num_workers=0, on_bad_sample=skip)
-    data.setup("fit")
-    batches = iter(data.train_dataloader())
-    next(batches)
-    os.truncate(pattern.replace("*", "000000"), 2048)
-    with pytest.raises(ShardError, match=r"train-000000\.tar"):
-        list(batches)
-
-
-def test_hard_and_symbolic_links_are_read_as_what_they_point_to(tmp_path, numbered_video):
-    video = encode_member("video.npy", numbered_video(5)["video.npy"])
-    with tarfile.open(tmp_path / "a-000000.tar", "w") as tar:
-        info = tarfile.TarInfo("sub/0.video.npy")
-        info.size = len(video)
-        tar.addfile(info, io.BytesIO(video))
-        links = (
-            ("1", tarfile.LNKTYPE, info.name),
-            ("sub/2", tarfile.SYMTYPE, "0.video.npy"),
-            ("3", tarfile.LNKTYPE, "x"),
-        )
-        for key, kind, target in links:
-            link = tarfile.TarInfo(f"{key}.video.npy")
-            link.type, link.linkname = kind, target
-            tar.addfile(link)
-    for _ in range(2):  # scanned, and from the index
-        (entry,) = load_shards([tmp_path / "a-000000.tar"])
-        assert [sample.key for sample in entry.samples] == ["sub/0", "1", "sub/2"]
-        assert entry.ignored == ("3.video.npy",)
-        for sample in entry.samples:
-            found = ShardReader().sample(str(tmp_path / "a-000000.tar"), entry, sample).decode("video.npy")
-            np.testing.assert_array_equal(found, numbered_video(5)["video.npy"])
+def test_replaced_shards_are_refused(some):
+    (path, other, *_), (shard, *_) = some
+    data = Path(path).read_bytes()
+    for content, message in ((data + bytes(512), f"{len(data)} bytes"), (Path(other).read_bytes(), "key 0 at byte")):
+        Path(path).write_bytes(content)
+        with pytest.raises(ShardError, match=message):
+            ShardReader().member(path, shard, shard.samples[0], "video.npy")

@@ -195,12 +195,5 @@ def tensors(seed=0, shape=(2, 3, 4, 12), dtype=torch.float32, grad=True):
 
 
 def run(d, a, grid=(3, 4), *, slot_valid=None, patch_valid=None, frame_index=None, **options):
-    maps = SSyncMaps(
-        attention_logits=d,
-        mask_logits=a,
-        grid=grid,
-        slot_valid=slot_valid,
-        patch_valid=patch_valid,
-        frame_index=frame_index,
-    )
-    return ssync_loss(maps, **options)
+    extra = {"slot_valid": slot_valid, "patch_valid": patch_valid, "frame_index": frame_index}
+    return ssync_loss(SSyncMaps(attention_logits=d, mask_logits=a, grid=grid, **extra), **options)

@@ -41,9 +41,9 @@ def batch_of(case: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     return *joined_batch(), (3, 4)
 
 
-def rank_step(rank: int, world: int, folder: str) -> None:
-    """Each rank takes its video; losses and gradients are averaged over ranks, as DDP does."""
-    torch.set_num_threads(1)
+def rank_step(index: int, first: int, folder: str) -> None:
+    """Each of two ranks takes its video; losses and gradients are averaged over ranks, as DDP does."""
+    rank, world = first + index, 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
     for case in CASES:

@@ -12,19 +12,19 @@ from ssync_pl.method import ssync_loss
 QUIET = {"deadline": None, "derandomize": True}
 
 
-@settings(max_examples=200, **QUIET)
+@settings(max_examples=100, **QUIET)
 @given(case=cases())
 def test_logits_float64(case):
     case.check(torch.float64, 1e-9)
 
 
-@settings(max_examples=60, **QUIET)
+@settings(max_examples=40, **QUIET)
 @given(case=cases(most_slots=9))
 def test_logits_float32(case):
     case.check(torch.float32, 2e-6 if case.options["loss"] == "brier" else 2e-5)
 
 
-@settings(max_examples=60, **QUIET)
+@settings(max_examples=40, **QUIET)
 @given(case=cases(most_slots=6), sides=st.sampled_from(["both", "encoder", "decoder"]))
 def test_probabilities_only(case, sides):
     if sides != "decoder":
@@ -38,7 +38,7 @@ def test_probabilities_only(case, sides):
         assert not output.merged_slots.any()
 
 
-@settings(max_examples=40, **QUIET)
+@settings(max_examples=25, **QUIET)
 @given(seed=st.integers(0, 2**32 - 1), s=st.integers(1, 6), threshold=st.floats(0, 0.9))
 def test_merging_of_probabilities_takes_their_logarithm(seed, s, threshold):
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def test_merging_of_probabilities_takes_their_logarithm(seed, s, threshold):
         case.check(torch.float64, 1e-9)
 
 
-@settings(max_examples=40, **QUIET)
+@settings(max_examples=25, **QUIET)
 @given(case=cases(most_slots=6), seed=st.integers(0, 2**32 - 1))
 def test_probabilities_beside_logits_are_the_loss_and_logits_the_merging(case, seed):
     rng = np.random.default_rng(seed)

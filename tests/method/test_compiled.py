@@ -12,31 +12,21 @@ OUTPUTS = ("loss", "boundary_loss", "interior_loss", "encoder_labels", "decoder_
 OUTPUTS += ("winners", "merged_slots", "slot_iou", "agreement", "used_encoder_slots", "overlap_fraction")
 
 
-def tensors(b=2, t=3, s=4, grid=(3, 4), device="cpu"):
+def tensors(b=2, t=3, s=4, grid=(3, 4)):
     generator = torch.Generator().manual_seed(b + t + s)
     pair = [torch.randn((b, t, s, grid[0] * grid[1]), generator=generator) * 2 for _ in range(2)]
-    return [x.to(device).requires_grad_() for x in pair]
+    return [x.requires_grad_() for x in pair]
 
 
-def masks(b=2, t=3, s=4, n=12, device="cpu"):
-    slot_valid = torch.ones(b, s, dtype=torch.bool, device=device)
-    slot_valid[:, -1] = False
-    patch_valid = torch.ones(b, t, n, dtype=torch.bool, device=device)
-    patch_valid[:, :, 0] = False
-    return slot_valid, patch_valid, torch.arange(t, device=device).mul(2).expand(b, t)
+def masks(b=2, t=3, s=4, n=12):
+    slot_valid, patch_valid = torch.ones(b, s, dtype=torch.bool), torch.ones(b, t, n, dtype=torch.bool)
+    slot_valid[:, -1] = patch_valid[:, :, 0] = False
+    return slot_valid, patch_valid, torch.arange(t).mul(2).expand(b, t)
 
 
 def step(d, a, grid=(3, 4), extra=(None, None, None), **options):
-    slot_valid, patch_valid, frame_index = extra
-    maps = SSyncMaps(
-        attention_logits=d,
-        mask_logits=a,
-        grid=grid,
-        slot_valid=slot_valid,
-        patch_valid=patch_valid,
-        frame_index=frame_index,
-    )
-    out = ssync_loss(maps, **options)
+    names = ("slot_valid", "patch_valid", "frame_index")
+    out = ssync_loss(SSyncMaps(d, a, grid=grid, **dict(zip(names, extra, strict=True))), **options)
     return tuple(getattr(out, name) for name in OUTPUTS)
 
 

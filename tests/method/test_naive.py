@@ -39,32 +39,3 @@ def test_chain_merges_through_the_middle():
     assert out.area[0].tolist() == [4, 3, 1]
     assert out.winners[0].tolist() == [0, 0, 0]
     assert out.merged_slots.tolist() == [2]
-
-
-@pytest.mark.parametrize("loss", ["brier", "ce"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", ["logits", "probs", "probs_masked"])
-def test_gradients_by_finite_differences(loss, temperature, kind):
-    rng = np.random.default_rng(7)
-    x = [rng.normal(size=(1, 2, 3, 4)) for _ in range(2)]
-    if kind != "logits":
-        x = [np.exp(v) / np.exp(v).sum(2, keepdims=True) for v in x]
-    names = ("encoder_logits", "decoder_logits") if kind == "logits" else ("encoder_probs", "decoder_probs")
-    valid = np.array([[True, True, False]]) if kind == "probs_masked" else None
-
-    def run(e, d):
-        maps = dict(zip(names, (e, d), strict=True))
-        options = {"temperature": temperature, "loss": loss, "slot_valid": valid, "n_nbd": 4, "merge": False}
-        return naive_ssync(**maps, grid=(2, 2), **options)
-
-    out = run(*x)
-    assert out.boundary.any()
-    assert out.interior.any()
-    for side, grad in ((0, out.grad_encoder), (1, out.grad_decoder)):
-        for place in np.ndindex(x[side].shape):
-            totals = []
-            for h in (1e-6, -1e-6):
-                moved = [v.copy() for v in x]
-                moved[side][place] += h
-                totals.append(run(*moved).loss)
-            assert (totals[0] - totals[1]) / 2e-6 == pytest.approx(grad[place], abs=1e-7)

@@ -49,7 +49,6 @@ def given(name: str, pred: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tens
 
 
 def rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2)
     )

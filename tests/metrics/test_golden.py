@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from metric_helpers import items
 
 from ssync_pl.metrics import ImageARI, ImageMBO, ImageMIoU, SegmentationMetrics, VideoARI, VideoMBO, VideoMIoU
 from ssync_pl.metrics.functional import adjusted_rand_index, mean_best_overlap, mean_iou
 
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("metrics_*.npz"))
 RECORDED = {
     "VideoARI": (VideoARI, adjusted_rand_index, "video_fg_ari"),
     "ImageARI": (ImageARI, adjusted_rand_index, "image_fg_ari"),
@@ -19,23 +24,30 @@ RECORDED = {
 }
 
 
-def test_the_recorded_cases_are_there(golden_paths):
-    assert len(golden_paths) == 3
+def test_the_recorded_cases_are_there():
+    assert len(GOLDEN) == 3
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", RECORDED)
-def test_equal_to_recorded_values(golden_case, name):
+def test_equal_to_recorded_values(path, name):
     metric_class, function, score = RECORDED[name]
-    pred, true, background, overlaps = golden_case[1:5]
-    recorded, sums, numbers = (golden_case.values[name + kind] for kind in ("", "_per_sample_sum", "_per_sample_count"))
+    with np.load(path, allow_pickle=False) as file:
+        content = {name: file[name] for name in file.files}
+    settings = json.loads(str(content["json"]))
+    pred, true = torch.from_numpy(content["pred"]), torch.from_numpy(content["true"])
+    background, overlaps = settings["ignore_background"], settings["ignore_overlaps"]
+    recorded, sums, numbers = (content[name + kind] for kind in ("", "_per_sample_sum", "_per_sample_count"))
     values = items(function, pred, true, level=score.split("_")[0], background=background, overlaps=overlaps)
     values = values.reshape(len(pred), -1)
     np.testing.assert_allclose(values.nansum(dim=1).numpy(), sums, atol=1e-6)
     np.testing.assert_array_equal((~values.isnan()).sum(dim=1), numbers)
-    metric = metric_class(background, overlaps)
+    metric, together = (
+        metric_class(background, overlaps),
+        SegmentationMetrics("val/", background, ignore_overlaps=overlaps),
+    )
     metric.update(pred[:1], true[:1])
     metric.update(pred[1:], true[1:])
     assert metric.compute().item() == pytest.approx(float(recorded), abs=1e-6)
-    together = SegmentationMetrics("val/", background, ignore_overlaps=overlaps)
     together.update(pred, true)
     assert together.compute()[f"val/{score}"].item() == pytest.approx(float(recorded), abs=1e-6)

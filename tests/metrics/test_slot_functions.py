@@ -87,7 +87,7 @@ def random_scenes(seed: int, videos: int = 2) -> Scene:
     return torch.where(keep < 0.5, noise, truth), truth
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("tolerance", [0.0, 0.0075, 0.1])
 def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
     pred, truth = random_scenes(seed)
@@ -100,7 +100,7 @@ def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
     assert got.flatten().tolist() == pytest.approx([value for video in expected for value in video])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("min_share", [0.0, 0.01, 0.3])
 def test_slots_per_object_against_loops(seed: int, min_share: float) -> None:
     pred, truth = random_scenes(seed)
@@ -109,7 +109,7 @@ def test_slots_per_object_against_loops(seed: int, min_share: float) -> None:
     assert got.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_identity_against_loops(seed: int) -> None:
     pred, truth = random_scenes(seed)
     expected = [naive_identity(p, t) for p, t in zip(pred, truth, strict=True)]
@@ -117,7 +117,7 @@ def test_identity_against_loops(seed: int) -> None:
     assert got.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_used_slots_against_loops(seed: int) -> None:
     masks = torch.randn(3, 2, 9, 2, 2, generator=torch.Generator().manual_seed(seed))
     valid = torch.tensor([[True, True], [True, False], [False, False]])
@@ -149,19 +149,12 @@ def test_boundary_f_by_hand() -> None:
     assert score(torch.zeros(16, 16, dtype=torch.long)) == 0.0  # one slot has no border
     cut = square(4, 4) + 2 * (torch.arange(16) >= 13)
     assert 0.5 < score(cut) < 1.0  # a border through the background costs precision
-    far = boundary_f(read_scene(square(7, 7).view(1, 1, 16, 16), truth), tolerance=0.15).item()
-    assert far == 1.0
-
-
-def test_frames_without_a_true_border_are_skipped() -> None:
-    truth = torch.stack([square(4, 4), torch.zeros(16, 16, dtype=torch.long)]).unsqueeze(0)
-    pred = torch.stack([square(4, 4), square(2, 2)]).unsqueeze(0)
-    got = boundary_f(read_scene(pred, labels_to_masks(truth, 2)))[0]
+    assert boundary_f(read_scene(square(7, 7).view(1, 1, 16, 16), truth), tolerance=0.15).item() == 1.0
+    empty = torch.zeros(16, 16, dtype=torch.long)  # a frame without a true border is skipped
+    frames = torch.stack([square(4, 4), empty])[None], torch.stack([square(4, 4), square(2, 2)])[None]
+    got = boundary_f(read_scene(frames[1], labels_to_masks(frames[0], 2)))[0]
     assert got[0] == 1.0
     assert got[1].isnan()
-
-
-def test_pixels_without_a_mask_and_overlaps_have_borders() -> None:
     masks = torch.zeros(1, 1, 2, 4, 8, dtype=torch.bool)
     masks[0, 0, 0, :, :4] = True  # no background channel
     masks[0, 0, 1, :, 2:4] = True  # hidden by the first

@@ -13,7 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make_clips, make_host, weights
 from torch.utils.data import DataLoader
 
+from ssync_pl.hosts import SlotContrast
 from ssync_pl.plugin.guard import CollapseGuard
+from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
 # What each case hands to the callback, and to the strategy.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -41,9 +43,10 @@ def strategy(**options: Any) -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
 
 
-def fit_rank(host: Any, *callbacks: Any, steps: int = STEPS, **options: Any) -> Any:
+def fit_rank(host: Any, *callbacks: Any, steps: int = STEPS, clips: Any = None, **options: Any) -> Any:
     """Every second clip: Lightning's own sampler would shuffle them."""
-    data = DataLoader(make_clips(8)[int(os.environ["LOCAL_RANK"]) :: 2], batch_size=2)
+    clips = make_clips(8) if clips is None else clips
+    data = DataLoader(clips[int(os.environ["LOCAL_RANK"]) :: 2], batch_size=2)
     settings = {"devices": 2, "use_distributed_sampler": False, "strategy": strategy(**options)}
     return fit(host, *callbacks, steps=steps, loader=data, **settings)
 
@@ -66,10 +69,29 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     by_hand, recorder = make_host(HandWritten), Recorder()
     fit_rank(by_hand, recorder)
     results["by_hand"] = {"gradients": recorder.gradients, "weights": weights(by_hand)}
+    host, callback = dense_host(), dense_callback()
+    torch.manual_seed(rank)  # the ranks draw other projections
+    fit_rank(host, callback, clips=dense_clips())
+    results["dense"] = {"host": host.state_dict(), "projections": callback.state_dict()["projections"]}
     results["verdict"] = _verdict(rank)
     results["stop"] = _stop()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def dense_host() -> SlotContrast:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
+    return SlotContrast(num_slots=3, slot_dim=8, warmup_steps=1, contrast_weight=0.0, **sizes)
+
+
+def dense_callback() -> DenseAlignmentCallback:
+    return DenseAlignmentCallback(warmup_steps=0, neighbours=2, redundancy_weight=0.1, redundancy_steps=9)
+
+
+def dense_clips() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"features": torch.randn(2, 12, 6, generator=generator)} for _ in range(4 * STEPS)]
 
 
 def _hooks(host: Any) -> int:
@@ -90,14 +112,9 @@ def _verdict(rank: int) -> dict[str, Any]:
 
 
 def _stop() -> dict[str, Any]:
-    callback = make_callback(
-        warmup_steps=2,
-        guard_window=2,
-        on_collapse="stop",
-        collapse_threshold=0.65,
-        boundary_weight=1e-3,
-        interior_weight=1e-3,
-    )
+    weights = {"boundary_weight": 1e-3, "interior_weight": 1e-3}
+    guard = {"guard_window": 2, "on_collapse": "stop", "collapse_threshold": 0.65}
+    callback = make_callback(warmup_steps=2, **guard, **weights)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit_rank(make_host(OneSided, seed=2), callback, steps=40)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
+from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
 
-from ssync_pl import SSyncCallback, SSyncConfig, attach, ssync_loss
+from ssync_pl import LightningHost, SSyncCallback, SSyncConfig, attach, ssync_loss
 from ssync_pl.adapters import SaviAdapter
 from ssync_pl.errors import ConfigError, HostError, SSyncError
 from ssync_pl.hosts import SAVi
 
 
-def _model(seed: int = 0) -> SAVi:
-    torch.manual_seed(seed)
+@pytest.fixture
+def model() -> SAVi:
+    return _model()
+
+
+def _model() -> SAVi:
+    torch.manual_seed(0)
     return SAVi(
         num_slots=3, slot_dim=8, slot_init="learned", encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
         decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,), corrector_sharpness=3.0,
@@ -30,21 +35,19 @@ def _video(seed: int = 1) -> torch.Tensor:
     return torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def _host_loss(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
-    return model(video).reconstruction.square().mean()
+def _host_loss(model: nn.Module, video: torch.Tensor | None = None) -> torch.Tensor:
+    return model(_video() if video is None else video).reconstruction.square().mean()
 
 
-def test_the_loss_is_that_of_the_models_own_maps():
-    model, video = _model(), _video()
+def test_the_loss_is_that_of_the_models_own_maps(model):
     adapter = SaviAdapter()
     capture = adapter.attach(model)
     capture.open()
-    model(video)
+    _host_loss(model)
     expected = ssync_loss(adapter.collect(capture)).loss
     capture.remove()
     with attach(model, warmup_steps=0) as ssync:
-        host = _host_loss(model, video)
-        term = ssync.loss()
+        host, term = _host_loss(model), ssync.loss()
     assert float(expected.detach()) > 0
     torch.testing.assert_close(term, expected, rtol=0, atol=0)
     assert float(ssync.logs["ssync/weight"]) == 1.0
@@ -57,13 +60,8 @@ def test_the_loss_is_that_of_the_models_own_maps():
 
 
 def test_a_loop_equals_the_callback():
-    import lightning.pytorch as L
-
-    from ssync_pl import LightningHost
-
-    options = {"warmup_steps": 2, "ramp_steps": 2, "relative_weight": 0.3, "guard_window": 1}
-    videos = [_video(seed) for seed in range(5)]
-    looped, wrapped = _model(), _model()
+    options: dict[str, Any] = {"warmup_steps": 2, "ramp_steps": 2, "relative_weight": 0.3, "guard_window": 1}
+    videos, looped, wrapped = [_video(seed) for seed in range(5)], _model(), _model()
     optimizer = torch.optim.SGD(looped.parameters(), lr=0.5)
     with attach(looped, **options) as ssync:
         for video in videos:
@@ -71,63 +69,55 @@ def test_a_loop_equals_the_callback():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    host = LightningHost(wrapped, _host_loss, lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     trainer = L.Trainer(
         max_epochs=1, callbacks=[SSyncCallback(**options)], accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
+    host = LightningHost(wrapped, _host_loss, lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     trainer.fit(host, torch.utils.data.DataLoader(videos, batch_size=None, shuffle=False))
-    untouched = _model()
     for (name, a), b in zip(looped.state_dict().items(), wrapped.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    same = [torch.equal(a, b) for a, b in zip(looped.parameters(), untouched.parameters(), strict=True)]
-    assert not any(same[:4])
+    assert not torch.equal(looped.corrector.to_q.weight, _model().corrector.to_q.weight)
 
 
-def test_nothing_is_captured_during_the_warm_up_but_the_first_step():
-    model = _model()
+def test_nothing_is_captured_during_the_warm_up_but_the_first_step(model):
     heard = []
     with attach(model, warmup_steps=6, guard_window=2) as ssync:
         for _ in range(7):
-            loss = _host_loss(model, _video())
+            loss = _host_loss(model)
             heard.append(len(ssync._session.capture["corrector"]))
             heard.append(ssync.add(loss) is loss)
     assert heard == [2, True, 0, True, 0, True, 0, True, 2, True, 2, True, 2, False]
 
 
-def test_validation_is_not_heard():
-    model = _model()
+def test_validation_is_not_heard(model):
     with attach(model, warmup_steps=0) as ssync:
-        loss = _host_loss(model, _video())
+        loss = _host_loss(model)
         with torch.no_grad():
             _host_loss(model, _video(2))
-        model.eval()
-        _host_loss(model, _video(3))
+        _host_loss(model.eval(), _video(3))
         model.train()
         with ssync.paused():
             _host_loss(model, _video(4))
         first = ssync.loss(loss)
-        assert ssync.maps.shape == (2, 2, 3, 64)
         _host_loss(model, _video(5))
         ssync.discard()
-        _host_loss(model, _video())
+        _host_loss(model)
         assert torch.equal(ssync.loss(), first)
         assert ssync.step == 2
 
 
-def test_accumulation_counts_optimizer_steps():
-    model = _model()
+def test_accumulation_counts_optimizer_steps(model):
     terms = []
     with attach(model, warmup_steps=2, accumulate=2) as ssync:
         for _ in range(6):
-            _host_loss(model, _video())
+            _host_loss(model)
             terms.append(bool(ssync.loss() > 0))
     assert terms == [False, False, False, False, True, True]
 
 
 def test_a_resumed_loop_goes_on():
-    torch.manual_seed(0)
-    options = {"total_steps": 10, "warmup_ratio": 0.3, "relative_weight": 0.2, "guard_window": 2}
+    options: dict[str, Any] = {"total_steps": 10, "warmup_ratio": 0.3, "relative_weight": 0.2, "guard_window": 2}
     whole, parts = _model(), _model()
 
     def run(model, ssync, steps):
@@ -147,56 +137,48 @@ def test_a_resumed_loop_goes_on():
         ssync.load_state_dict(state)
         run(parts, ssync, range(6, 10))
         assert ssync.state_dict() == expected
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     assert attach(parts, start_step=6, **options).step == 6
 
 
-def test_wrapped_models_are_found_inside():
-    model = _model()
-    compiled = torch.compile(model, backend="eager")
-    outer = nn.Sequential(nn.ModuleDict({"net": model}))
-    parallel = nn.DataParallel(model)
-    terms = []
+def test_wrapped_models_are_found_inside(model):
+    compiled, parallel = torch.compile(model, backend="eager"), nn.DataParallel(model)
+    outer, terms = nn.Sequential(nn.ModuleDict({"net": model})), []
     for host, run in ((compiled, compiled), (outer, model), (parallel, parallel)):
         torch._dynamo.reset()
         with attach(host, warmup_steps=0) as ssync:
-            _host_loss(run, _video())
+            _host_loss(run)
             terms.append(ssync.loss())
     assert terms[0] > 0
     torch.testing.assert_close(terms[0], terms[1])
     torch.testing.assert_close(terms[2], terms[1], rtol=0, atol=0)
 
 
-def test_nothing_stays_on_the_model():
-    model = _model()
+def test_nothing_stays_on_the_model(model):
     keys = list(model.state_dict())
 
     def fail() -> None:
         with attach(model, warmup_steps=0):
-            _host_loss(model, _video())
+            _host_loss(model)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert list(model.state_dict()) == keys
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     ssync = attach(model, warmup_steps=0)
     with ssync, pytest.raises(SSyncError, match="entered already"), ssync:
         pass
 
 
-def test_collapse_can_stop_a_loop():
-    model = _model()
+def test_collapse_can_stop_a_loop(model):
     with attach(model, warmup_steps=0, guard_window=1, on_collapse="stop", collapse_threshold=0.9) as ssync:
-        _host_loss(model, _video())
+        _host_loss(model)
         ssync.loss()
         with torch.no_grad():
             model.decoder.layers[-1].weight.zero_()
             model.decoder.layers[-1].bias.zero_()
-        _host_loss(model, _video())
+        _host_loss(model)
         assert not ssync.should_stop
         with pytest.warns(UserWarning, match="Slots fall out of use"):
             ssync.loss()
@@ -209,12 +191,11 @@ def test_collapse_can_stop_a_loop():
         ({"total_steps": None}, r"`total_steps` for warmup_ratio=0\.3"),
         ({"config": SSyncConfig(), "n_bd": 2}, r"got both \(n_bd\)"),
         ({"config": {"warmup_steps": 0}}, "`config` to be an SSyncConfig, but got dict"),
-        ({"accumulate": 0}, "`accumulate` to be an integer of at least 1, but got 0"),
-        ({"start_step": -1}, "`start_step` to be an integer of at least 0, but got -1"),
-        ({"total_steps": "100"}, "`total_steps` to be a number of at least 0, but got '100'"),
-        ({"total_steps": -5}, "`total_steps` to be a number of at least 0, but got -5"),
+        ({"accumulate": 0}, "`accumulate`.* but got 0"),
+        ({"start_step": -1}, "`start_step`.* but got -1"),
+        ({"total_steps": "100"}, "`total_steps`.* but got '100'"),
+        ({"total_steps": -5}, "`total_steps`.* but got -5"),
         ({"model": SAVi}, "`model` to be a torch.nn.Module, but got SAVi"),
-        ({"model": "savi"}, "`model` to be a torch.nn.Module, but got str"),
         ({"attention": "corrector"}, "`attention` and `masks` to come together"),
         ({"attention": 3, "masks": "decoder"}, "a place"),
         ({"attention": "softmax:a:\u00b2", "masks": "decoder"}, "axis"),
@@ -227,70 +208,38 @@ def test_wrong_arguments_end_in_a_sentence(arguments, message):
         attach(**{"model": nn.Identity(), "total_steps": 10, **arguments})
 
 
-def test_models_and_maps_that_cannot_be_used():
-    model = _model()
+def test_models_losses_and_states_that_cannot_be_used(model):
     with pytest.raises(HostError, match="Linear"), attach(nn.Linear(1, 1), warmup_steps=0):
         pass
+    with attach(model, warmup_steps=5) as ssync:
+        for wrong in (None, 1.0, {"loss": torch.ones(())}, torch.ones(2)):
+            _host_loss(model)
+            with pytest.raises(ConfigError, match="Expected argument `host_loss` to be"):
+                ssync.add(wrong)
+            ssync.discard()
     with attach(model, warmup_steps=0, relative_weight=0.1) as ssync:
-        _host_loss(model, _video())
+        _host_loss(model)
         with pytest.raises(ConfigError, match="relative_weight"):
+            ssync.loss()
+    with attach(model, warmup_steps=0) as ssync:
+        _host_loss(model)
+        _host_loss(model)
+        with pytest.raises(HostError, match=r"ran 2 times since the last `loss`.*discard.*paused"):
             ssync.loss()
     model.requires_grad_(False)
     with attach(model, warmup_steps=0) as ssync:
-        _host_loss(model, _video())
+        _host_loss(model)
         with pytest.raises(HostError, match="decoder masks of SAVi to carry gradient"):
             ssync.loss()
     with pytest.raises(SSyncError, match="not entered"):
         ssync.loss()
-
-
-def test_it_needs_no_lightning():
-    code = "import sys; from ssync_pl import attach; sys.exit('lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_end_says_when_it_ran(caplog):
-    model = _model()
-    with warnings.catch_warnings(), caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
-        warnings.simplefilter("error")
-        with attach(model, warmup_steps=1, guard_window=1) as ssync:
-            for _ in range(3):
-                _host_loss(model, _video())
-                ssync.loss()
-    assert caplog.messages[-1] == "SSync ran from optimizer step 1 to the end at step 3."
-    ssync = attach(model, warmup_steps=9)
-    ssync.__enter__()
-    _host_loss(model, _video())
-    ssync.loss()
-    with pytest.warns(UserWarning, match="SSync never ran.*ended at step 1"):
-        ssync.__exit__(None)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_made_inside_the_block_runs_and_is_not_heard(copied):
-    model = _model()
-    with attach(model, warmup_steps=0) as ssync:
-        ssync.add(model(_video()).reconstruction.square().mean())
-        twin = copied(model)
-        loss = model(_video()).reconstruction.square().mean()
-        twin(_video()[:1])  # an average of the weights, say
-        assert ssync.add(loss) > loss
-    assert ssync.maps is not None
-    assert ssync.maps.shape[0] == 2
-
-
-@pytest.mark.parametrize("wrong", [None, 1.0, {"loss": torch.ones(())}, torch.ones(2)])
-def test_a_loss_that_is_none_is_refused_in_the_warmup_already(wrong):
-    model = _model()
-    with attach(model, warmup_steps=5) as ssync:
-        model(_video())
-        with pytest.raises(ConfigError, match="Expected argument `host_loss` to be"):
-            ssync.add(wrong)
+    for state in (None, {}, {"calls": 3}):
+        with pytest.raises(ConfigError, match=r"what `state_dict` of an attached SSync returned, but .*guard"):
+            attach(nn.Identity(), total_steps=10).load_state_dict(state)
 
 
 @pytest.mark.parametrize("forget", ["eval", "no_grad", "forward"])
-def test_an_unheard_forward_pass_is_named(forget):
-    model = _model()
+def test_an_unheard_forward_pass_is_named(model, forget):
     model.train(forget != "eval")
     with attach(model, warmup_steps=0) as ssync:
         if forget != "forward":
@@ -300,16 +249,27 @@ def test_an_unheard_forward_pass_is_named(forget):
             ssync.loss()
 
 
-def test_two_forward_passes_in_a_step_are_named():
-    model = _model()
+def test_the_end_says_when_it_ran(model, caplog):
+    with warnings.catch_warnings(), caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
+        warnings.simplefilter("error")
+        with attach(model, warmup_steps=1, guard_window=1) as ssync:
+            for _ in range(3):
+                _host_loss(model)
+                ssync.loss()
+    assert caplog.messages[-1] == "SSync ran from optimizer step 1 to the end at step 3."
+    ssync = attach(model, warmup_steps=9)
+    ssync.__enter__()
+    _host_loss(model)
+    ssync.loss()
+    with pytest.warns(UserWarning, match="SSync never ran.*ended at step 1"):
+        ssync.__exit__(None)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_the_block_runs_and_is_not_heard(model, copied):
     with attach(model, warmup_steps=0) as ssync:
-        model(_video())
-        model(_video())
-        with pytest.raises(HostError, match=r"ran 2 times since the last `loss`.*discard.*paused"):
-            ssync.loss()
-
-
-@pytest.mark.parametrize("state", [None, {}, {"calls": 3}])
-def test_a_state_that_is_none_is_refused(state):
-    with pytest.raises(ConfigError, match=r"what `state_dict` of an attached SSync returned, but .*guard"):
-        attach(nn.Identity(), total_steps=10).load_state_dict(state)
+        ssync.add(_host_loss(model))
+        twin, loss = copied(model), _host_loss(model)
+        twin(_video()[:1])  # an average of the weights, say
+        assert ssync.add(loss) > loss
+    assert ssync.maps.shape[0] == 2

@@ -5,8 +5,9 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_workers import CASES, STEPS, run_rank
+from ddp_workers import CASES, STEPS, dense_callback, dense_clips, dense_host, run_rank
 from tiny_hosts import HandWritten, Recorder, fit, make_host, make_loader
+from torch.utils.data import DataLoader
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,12 @@ def test_all_ranks_stop_at_the_same_step_and_one_tells(ranks):
     assert ranks[0]["stop"]["step"] == ranks[1]["stop"]["step"] == 6
     assert all(rank["stop"]["stop"] for rank in ranks)
     assert [rank["stop"]["told"] for rank in ranks] == [1, 0]
+
+
+def test_dense_alignment_trains_as_one_process_on_the_joined_batch(ranks):
+    found = ranks[0]["dense"]
+    torch.testing.assert_close(found, ranks[1]["dense"], rtol=0, atol=0)
+    host, callback = dense_host(), dense_callback()
+    torch.manual_seed(0)  # what the first rank drew
+    fit(host, callback, steps=STEPS, loader=DataLoader(dense_clips(), batch_size=4))
+    torch.testing.assert_close(found["projections"], callback.state_dict()["projections"], rtol=1e-3, atol=1e-5)

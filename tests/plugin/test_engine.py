@@ -1,15 +1,12 @@
 """SSync in a training step, without a Trainer."""
 
-import types
-
 import pytest
 import torch
 
-import ssync_pl.plugin.engine
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
-from ssync_pl.errors import ConfigError, SSyncError
-from ssync_pl.plugin.engine import SSyncEngine, handle_verdict
-from ssync_pl.plugin.guard import GuardVerdict, used_slots
+from ssync_pl.errors import ConfigError
+from ssync_pl.plugin.engine import SSyncEngine
+from ssync_pl.plugin.guard import used_slots
 
 
 def random_maps(seed=0, slots=3, **extra):
@@ -28,24 +25,6 @@ def term(engine, host_loss=None, step=0, maps=None, log=None):
     host = None if host_loss is None else torch.tensor(host_loss)
     value = engine.term(host, random_maps() if maps is None else maps, step, log)[0]
     return 0.0 if value is None else float(value)
-
-
-def test_is_the_loss_with_its_options():
-    maps, options = random_maps(), {"merge_threshold": 0.2, "boundary_weight": 0.5, "loss": "ce"}
-    value, verdict = started(**options).term(None, maps, 0)
-    torch.testing.assert_close(value, ssync_loss(maps, **options).loss)
-    assert verdict is None
-
-
-def test_off_and_watching_compute_no_loss(monkeypatch):
-    monkeypatch.setattr(ssync_pl.plugin.engine, "ssync_loss", lambda *args, **kwargs: pytest.fail("called"))
-    engine, logs = started(warmup_steps=10, guard_window=2), []
-    for step, count in ((7, 0), (8, 1)):
-        assert engine.term(None, random_maps(), step, lambda *args, **kwargs: logs.append(args)) == (None, None)
-        assert engine.guard.state_dict()["count"] == count
-    assert not logs
-    with pytest.raises(SSyncError, match=r"start\(total_steps\)"):
-        SSyncEngine(SSyncConfig()).term(None, random_maps(), 0)
 
 
 class Trainer:
@@ -76,17 +55,6 @@ def test_length_of_the_trainer():
     engine.start_in(trainer)  # once it runs, it stays on
     with pytest.raises(ConfigError, match="warmup_steps"):
         SSyncEngine(SSyncConfig()).start_in(Trainer(float("inf")))
-
-
-def test_says_when_it_ran():
-    engine = started(warmup_ratio=0.3, warmup_steps=None)
-    assert "30 optimizer steps (`warmup_ratio`=0.3), and the training ended at step 29" in engine.summary(29)
-    assert "never ran" in engine.summary(31)
-    again = started(warmup_ratio=0.3, warmup_steps=None)
-    for step in (29, 30, 31):
-        term(engine, step=step)
-    again.load_state_dict(engine.state_dict())
-    assert engine.summary(40) == again.summary(40) == "SSync ran from optimizer step 30 to the end at step 40."
 
 
 def test_ramp_and_guard_scale_what_is_added():
@@ -169,28 +137,3 @@ def test_used_slots_agree_with_the_loss():
         out = ssync_loss(maps)
         expected = torch.stack([out.used_encoder_slots.mean(), out.used_decoder_slots.mean()])
         assert torch.equal(used_slots(maps), expected)
-
-
-def test_verdict_at_the_end_of_a_window():
-    engine = started(guard_window=2)
-    verdicts = [engine.term(None, random_maps(), step)[1] for step in range(4)]
-    assert [verdict is not None for verdict in verdicts] == [False, True, False, True]
-
-
-@pytest.mark.parametrize("zero", [True, False])
-def test_a_verdict_is_told_once_and_stops_everywhere(zero, recwarn):
-    trainer = types.SimpleNamespace(is_global_zero=zero, should_stop=False)
-    handle_verdict(None, trainer)
-    handle_verdict(GuardVerdict(False), trainer)
-    assert not trainer.should_stop
-    handle_verdict(GuardVerdict(True, "told", stop=True), trainer)
-    assert [str(w.message) for w in recwarn] == (["told"] if zero else [])
-    assert trainer.should_stop
-
-
-def test_precision_of_the_term():
-    d = torch.randn(1, 1, 2, 4, dtype=torch.float64, requires_grad=True)
-    maps = SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2))
-    engine = started(relative_weight=0.1, guard_window=5)
-    assert engine.term(torch.tensor(1.0, dtype=torch.float64), maps, 0)[0].dtype == torch.float64
-    assert engine.term(torch.tensor(1.0, dtype=torch.bfloat16), random_maps(), 1)[0].dtype == torch.float32

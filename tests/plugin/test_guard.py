@@ -1,8 +1,14 @@
-"""Verdicts of the collapse guard, by hand."""
+"""The collapse guard: its verdicts by hand, in a training whose slots fall out of use, and what it costs."""
 
+import warnings
+
+import lightning.pytorch as L
 import pytest
 import torch
+from tiny_hosts import Recorder, fit, make_callback, make_host
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ssync_pl.method.loss
 from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict
 
 
@@ -22,14 +28,15 @@ def test_windows_average_and_are_judged_at_their_end():
     assert guard.step(used(2)).collapsed
     assert guard.latest == (5.0, 8.0)
     assert [guard.step(used(8)) for _ in range(3)] == [None, None, GuardVerdict(collapsed=False)]
-
-
-def test_before_is_the_mean_of_all_watched_steps():
-    guard = CollapseGuard("warn", 0.5, 1)
+    guard = CollapseGuard("warn", 0.5, 1)  # before is the mean of all watched steps
     guard.watch(used(4, 6))
     guard.watch(used(8, 2))
     guard.step(used(8))
     assert guard.before == (6.0, 4.0)
+    guard = CollapseGuard("stop", 0.8, 2)  # or the first window, where there is no warm-up
+    verdicts = [guard.step(used(count)) for count in (2, 2, 1, 1)]
+    assert guard.before == (2.0, 8.0)
+    assert (verdicts[1].collapsed, verdicts[3].stop) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +52,6 @@ def test_before_is_the_mean_of_all_watched_steps():
 )
 def test_either_map_counts(settings, now, collapsed):
     assert watched(**settings).step(used(*now)).collapsed is collapsed
-
-
-def test_first_window_stands_for_before_without_a_warm_up():
-    guard = CollapseGuard("stop", 0.8, 2)
-    verdicts = [guard.step(used(count)) for count in (2, 2, 1, 1)]
-    assert guard.before == (2.0, 8.0)
-    assert (verdicts[1].collapsed, verdicts[3].stop) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_hosts_that_change_how_many_slots_exist(counts, collapsed, before):
     assert guard.before == (before, before)
 
 
-@pytest.mark.parametrize("cut", range(9))
+@pytest.mark.parametrize("cut", range(0, 9, 2))
 def test_state_continues_where_it_was(cut):
     values = [8, 8, 3, 3, 2, 8, 8, 8, 1]
 
@@ -114,17 +114,98 @@ def test_state_continues_where_it_was(cut):
     assert second.state_dict() == whole.state_dict()
 
 
-def test_a_loaded_sum_follows_the_device_of_the_next_step():
+def test_a_loaded_sum_follows_the_device_of_the_next_step_and_carries_no_gradient():
     other, seen = CollapseGuard("warn", 0.8, 1), []
     other.load_state_dict(watched().state_dict())
     other._take = lambda: (seen.append(other._sum.device.type), (8.0, 8.0))[1]
     other.step(torch.ones(2, device="meta"))
     assert seen[0] == "meta"
-
-
-def test_counts_carry_no_gradient_and_are_not_changed():
     guard, value = watched(window=5), torch.tensor([3.0, 3.0], requires_grad=True)
-    guard.step(value)
-    guard.step(value)
+    for _ in range(2):
+        guard.step(value)
     assert not guard._sum.requires_grad
     assert value.tolist() == [3.0, 3.0]
+
+
+# The added loss is small, so that slots fall out of use only where a test makes them.
+SETTINGS = {"warmup_steps": 3, "guard_window": 2, "collapse_threshold": 0.5, "boundary_weight": 1e-3}
+
+
+def collapsing(at, *callbacks, steps, **options):
+    """Trains a host whose slots fall out of use at a step; returns the trainer and what was told."""
+    host = make_host()
+    host.collapse_at = at
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(host, make_callback(**SETTINGS, interior_weight=1e-3, **options), *callbacks, steps=steps)
+    return trainer, [str(w.message) for w in caught if "Slots fall out of use" in str(w.message)]
+
+
+def test_in_training_warn_tells_once_and_stop_stops_after_the_window():
+    recorder = Recorder()
+    _, messages = collapsing(4, recorder, steps=12)
+    assert len(messages) == 1
+    assert "Nothing was changed" in messages[0]
+    assert {logs["ssync/weight"] for logs in recorder.logs[3:]} == {1.0}
+    assert recorder.logs[-1]["ssync/used_slots"] == 1
+    trainer, messages = collapsing(5, on_collapse="stop", steps=100)
+    assert (trainer.should_stop, trainer.global_step) == (True, 7)
+    assert "training stops" in messages[0]
+    trainer, messages = collapsing(None, on_collapse="stop", steps=9)  # a healthy host is left alone
+    assert (trainer.global_step, messages) == (9, [])
+
+
+def test_in_training_backoff_halves_and_lets_it_grow_back():
+    class Recovers(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 9:
+                pl_module.collapse_at = 10**6
+
+    recorder = Recorder()
+    _, messages = collapsing(5, recorder, Recovers(), on_collapse="backoff", steps=15)
+    assert len(messages) == 1
+    assert "halved" in messages[0]
+    # On from step 3; windows end after steps 4, 6, 8, 10 and 12, of which 6 and 8 are collapsed.
+    assert [logs["ssync/weight"] for logs in recorder.logs[3:]] == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5, 1, 1]
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make an accelerator wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        self.reads += func in (torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"relative_weight": 0.1}, {"on_collapse": "backoff", "loss": "ce"}])
+def test_the_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkeypatch, options):
+    # The search for NaN is free on the CPU and returns at once elsewhere.
+    monkeypatch.setattr(ssync_pl.method.loss, "_refuse_nan", lambda *args: None)
+    reads, lists, tolist = [], [], torch.Tensor.tolist
+    # On the CPU this reads memory without going through the dispatcher.
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (lists.append(1), tolist(tensor))[1])
+
+    class Count(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            step = pl_module.training_step
+            real = step.run
+
+            def run(*args, **kwargs):
+                lists.clear()
+                with CountReads() as mode:
+                    out = real(*args, **kwargs)
+                reads.append(mode.reads + len(lists))
+                return out
+
+            step.run = run
+
+    fit(make_host(), make_callback(warmup_steps=2, guard_window=3, **options), Count(), steps=11)
+    # Steps 0 and 1 are the warm-up (the first is checked), 2 reads what was watched, 4, 7 and 10 end a window.
+    busy = {0, 2, 4, 7, 10}
+    assert [step for step, count in enumerate(reads) if count] == sorted(busy)
+    assert all(reads[step] == 1 for step in busy - {0})

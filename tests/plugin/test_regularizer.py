@@ -1,12 +1,17 @@
-"""The mixin: one call in the host's own training step."""
+"""The mixin: one call in the host's own training step; and a plain PyTorch model in a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
 from tiny_hosts import make_trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncConfig, SSyncMaps, SSyncRegularizer, ssync_loss
+from ssync_pl import LightningHost, SSyncConfig, SSyncMaps, SSyncRegularizer, ssync_loss
 from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
@@ -14,11 +19,11 @@ class Plain(L.LightningModule):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.made = 0
-        self.layer = torch.nn.Linear(5, 6)
+        self.layer = nn.Linear(5, 6)
 
     def parts(self, batch):
-        out = self.layer(batch)
         # (B, 12, 6) to two maps (B, 1, 3, 12)
+        out = self.layer(batch)
         d, a = out.transpose(1, 2).unsqueeze(1).split(3, dim=2)
         return out.square().mean(), 3 * d, 3 * a
 
@@ -37,6 +42,8 @@ class ByHand(Plain):
 
 
 class Mixed(SSyncRegularizer, Plain):
+    called: Any = None
+
     def training_step(self, batch, batch_idx):
         loss, d, a = self.parts(batch)
         return self.ssync(loss, lambda: self.maps(d, a))
@@ -58,15 +65,13 @@ class Manual(Mixed):
         optimizer.step()
 
 
+class Detached(Mixed):
+    def ssync(self, loss, maps):
+        return super().ssync(loss, maps().detach())
+
+
 def batches():
     return DataLoader(torch.randn(8, 12, 5, generator=torch.Generator().manual_seed(1)), batch_size=2)
-
-
-def train(kind, steps=6, **options):
-    torch.manual_seed(0)
-    host = kind(**options)
-    trainer = run(host, steps)
-    return host, trainer
 
 
 def run(host, steps=6, **options):
@@ -75,10 +80,17 @@ def run(host, steps=6, **options):
     return trainer
 
 
+def made(kind, **options):
+    torch.manual_seed(0)
+    return kind(**options)
+
+
 @pytest.mark.parametrize("kind", [Mixed, Manual])
 def test_same_as_by_hand_in_automatic_and_manual_optimization(kind):
-    by_hand, _ = train(ByHand)
-    host, trainer = train(kind, ssync={"warmup_steps": 2, "guard_window": 1})
+    by_hand, host = made(ByHand), made(kind, ssync={"warmup_steps": 2, "guard_window": 1})
+    assert set(host.state_dict()) == {"layer.weight", "layer.bias"}
+    run(by_hand)
+    trainer = run(host)
     torch.testing.assert_close(host.layer.state_dict(), by_hand.layer.state_dict())
     names = {"ssync/boundary_loss", "ssync/interior_loss", "ssync/used_slots", "ssync/agreement"}
     assert names <= set(trainer.callback_metrics)
@@ -86,52 +98,7 @@ def test_same_as_by_hand_in_automatic_and_manual_optimization(kind):
     assert host.made == 6
 
 
-def test_maps_without_gradient_are_refused_in_the_first_step():
-    class Detached(Mixed):
-        def ssync(self, loss, maps):
-            return super().ssync(loss, maps().detach())
-
-    with pytest.raises(HostError, match="Detached to carry gradient"):
-        train(Detached, ssync={"warmup_steps": 100})
-
-
-def test_state_dict_gains_no_keys():
-    assert set(Mixed().state_dict()) == {"layer.weight", "layer.bias"}
-
-
-def test_settings_are_saved_and_loaded(tmp_path):
-    host = Mixed(ssync=SSyncConfig(merge_threshold=0.6))
-    run(host, steps=1, default_root_dir=tmp_path).save_checkpoint(tmp_path / "a.ckpt")
-    again = Mixed.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert again.ssync_config == host.ssync_config
-    assert again.ssync_config.merge_threshold == 0.6
-
-
-def test_bad_settings_are_refused():
-    with pytest.raises(ConfigError, match="`merge_threshold`"):
-        Mixed(ssync={"merge_threshold": 7})
-    with pytest.raises(ConfigError, match="but got nothing"):
-        Mixed(ssync={"nothing": 7})
-
-
-def test_needs_a_trainer():
-    with pytest.raises(SSyncError, match="Expected Mixed to run in a Trainer"):
-        Mixed().ssync(torch.tensor(1.0), None)
-
-
-def test_a_second_training_equals_one_of_a_fresh_host():
-    torch.manual_seed(0)
-    host = Mixed(ssync={"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2})
-    run(host)
-    fresh = Mixed(ssync=host.ssync_config)
-    fresh.load_state_dict(host.state_dict())
-    run(host)
-    run(fresh)
-    assert torch.equal(host.layer.weight, fresh.layer.weight)
-    assert host._ssync_engine.state_dict() == fresh._ssync_engine.state_dict()
-
-
-def test_hooks_of_the_host_are_still_called():
+def test_settings_are_saved_and_loaded_and_hooks_of_the_host_called(tmp_path):
     called = []
 
     class Hooked(Mixed):
@@ -147,13 +114,37 @@ def test_hooks_of_the_host_are_still_called():
             super().on_save_checkpoint(checkpoint)
             called.append(sorted(k for k in checkpoint if k.startswith("ssync")))
 
-    host = Hooked(ssync={"warmup_steps": 0})
-    trainer = run(host, steps=1)
-    trainer.save_checkpoint("a.ckpt")
+    host = made(Hooked, ssync=SSyncConfig(merge_threshold=0.6, warmup_steps=0))
+    run(host, steps=1).save_checkpoint(tmp_path / "a.ckpt")
     assert called == [("setup", "fit"), "on_fit_start", ["ssync_regularizer"]]
+    again = Mixed.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again.ssync_config == host.ssync_config
+    assert again.ssync_config.merge_threshold == 0.6
 
 
-def test_pytorch_lightning_host():
+def test_refusals():
+    with pytest.raises(HostError, match="Detached to carry gradient"):
+        run(made(Detached, ssync={"warmup_steps": 100}))
+    with pytest.raises(ConfigError, match="`merge_threshold`"):
+        Mixed(ssync={"merge_threshold": 7})
+    with pytest.raises(ConfigError, match="but got nothing"):
+        Mixed(ssync={"nothing": 7})
+    with pytest.raises(SSyncError, match="Expected Mixed to run in a Trainer"):
+        Mixed().ssync(torch.tensor(1.0), None)
+
+
+def test_a_second_training_equals_one_of_a_fresh_host():
+    host = made(Mixed, ssync={"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2})
+    run(host)
+    fresh = Mixed(ssync=host.ssync_config)
+    fresh.load_state_dict(host.state_dict())
+    run(host)
+    run(fresh)
+    assert torch.equal(host.layer.weight, fresh.layer.weight)
+    assert host._ssync_engine.state_dict() == fresh._ssync_engine.state_dict()
+
+
+def test_a_host_of_pytorch_lightning():
     pl = pytest.importorskip("pytorch_lightning")
 
     class Other(SSyncRegularizer, pl.LightningModule):
@@ -161,7 +152,7 @@ def test_pytorch_lightning_host():
 
         def __init__(self):
             super().__init__(ssync={"warmup_steps": 0})
-            self.layer = torch.nn.Linear(5, 6)
+            self.layer = nn.Linear(5, 6)
 
         def training_step(self, batch, batch_idx):
             loss, d, a = Plain.parts(self, batch)
@@ -170,3 +161,48 @@ def test_pytorch_lightning_host():
     trainer = make_trainer(steps=2, trainer=pl.Trainer)
     trainer.fit(Other(), batches())
     assert "ssync/boundary_loss" in trainer.callback_metrics
+
+
+def _loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    error = model(batch).square().mean()
+    return {"loss": 2 * error, "error": error, "prediction": model(batch)}
+
+
+def test_a_plain_model_trains_with_the_given_optimizer_and_schedule():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    model.bias.requires_grad_(False)
+    before, seen = model.weight.detach().clone(), []
+    data = DataLoader(torch.randn(4, 3), batch_size=2)
+
+    def optimizer(parameters):
+        seen.extend(parameters)
+        return torch.optim.SGD(seen, lr=1.0)
+
+    def scheduler(made):
+        return torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.1 if step == 0 else 0.0)
+
+    host = LightningHost(model, _loss, optimizer, scheduler, validation_loss=_loss)
+    trainer = make_trainer(steps=-1, max_epochs=1, limit_val_batches=1)
+    trainer.fit(host, data, data)
+    assert [parameter is model.weight for parameter in seen] == [True]
+    first = next(iter(data))
+    weight = before.clone().requires_grad_()
+    (2 * nn.functional.linear(first, weight, model.bias).square().mean()).backward()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * weight.grad)
+    assert set(trainer.callback_metrics) >= {"train/loss", "train/error", "val/loss", "val/error"}
+    assert "train/prediction" not in trainer.callback_metrics
+    assert list(host.state_dict()) == ["model.weight", "model.bias"]
+    torch.testing.assert_close(host(first), model(first))
+    default = LightningHost(model, _loss).configure_optimizers()
+    assert isinstance(default, torch.optim.Adam)
+    assert default.param_groups[0]["lr"] == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("output", "got"), [(3.0, "float"), (torch.zeros(2), r"shape \(2,\)"), ({"los": 1}, "NoneType")]
+)
+def test_other_losses_of_a_plain_model_are_refused(output, got):
+    host = LightningHost(nn.Linear(3, 1), lambda model, batch: output)
+    with pytest.raises(HostError, match=f"0-dim tensor, or a dict with one under 'loss', but got .*{got}"):
+        host.training_step(torch.zeros(1, 3), 0)

@@ -1,10 +1,11 @@
-"""During the warm-up nothing happens; after it, everything."""
+"""During the warm-up nothing happens; after it, everything; and what is logged."""
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from tiny_hosts import (
-    HandWritten,
+    MixinHost,
     Recorder,
     TinyHost,
     assert_same_weights,
@@ -18,9 +19,15 @@ from tiny_hosts import (
 from torch.utils.data import DataLoader, IterableDataset
 
 import ssync_pl.plugin.engine
-from ssync_pl import SSyncRegularizer
+from ssync_pl import ssync_loss
 from ssync_pl.adapters import Capture
 from ssync_pl.errors import ConfigError
+
+NAMES = {
+    f"ssync/{name}"
+    for name in ("boundary_loss", "interior_loss", "boundary_fraction", "interior_fraction", "merged_slots",
+                 "used_slots", "agreement")
+}  # fmt: skip
 
 
 class Stochastic(TinyHost):
@@ -35,142 +42,80 @@ class Stream(IterableDataset):
         return iter(make_clips(8))
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """At which optimizer steps something is captured, and losses or slots are computed."""
-    seen = {"capture": [], "loss": [], "slots": [], "step": 0}
+def test_nothing_is_computed_before_the_watch_window(monkeypatch):
+    seen, step = {"open": [], "ssync_loss": [], "used_slots": []}, []
 
-    def spy(owner, name, kind):
+    def spy(owner, name):
         real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: seen[name].append(step[-1]) or real(*args, **kwargs))
 
-        def wrapped(*args, **kwargs):
-            seen[kind].append(seen["step"])
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, wrapped)
-
-    spy(Capture, "open", "capture")
-    spy(ssync_pl.plugin.engine, "ssync_loss", "loss")
-    spy(ssync_pl.plugin.engine, "used_slots", "slots")
-
-    class Step(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen["step"] = trainer.global_step
-
-    return seen, Step()
+    for owner, name in ((Capture, "open"), *((ssync_pl.plugin.engine, name) for name in ("ssync_loss", "used_slots"))):
+        spy(owner, name)
+    look = L.Callback()
+    look.on_train_batch_start = lambda trainer, *args: step.append(trainer.global_step)
+    fit(make_host(), make_callback(warmup_steps=6, guard_window=2), look, steps=8)
+    assert seen == {"open": [0, 4, 5, 6, 7], "used_slots": [4, 5], "ssync_loss": [6, 7]}
 
 
-def test_nothing_is_computed_before_the_watch_window(calls):
-    seen, step = calls
-    fit(make_host(), make_callback(warmup_steps=6, guard_window=2), step, steps=8)
-    assert seen["capture"] == [0, 4, 5, 6, 7]
-    assert seen["slots"] == [4, 5]
-    assert seen["loss"] == [6, 7]
-
-
-def test_a_warm_up_without_end_equals_a_training_without_the_callback():
-    plain, host = make_host(Stochastic), make_host(Stochastic)
-    one, two = Recorder(), Recorder()
-    torch.manual_seed(3)
-    fit(plain, one)
-    state = torch.get_rng_state()
-    torch.manual_seed(3)
-    fit(host, make_callback(warmup_steps=10**6), two)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_same_weights(host, plain, exact=True)
-    torch.testing.assert_close(two.losses, one.losses, rtol=0, atol=0)
-
-
-def test_random_numbers_are_not_touched_while_it_is_on():
-    states = []
-    for callbacks in ([], [make_callback()]):
-        host = make_host(Stochastic)
+@pytest.mark.parametrize("options", [{"warmup_steps": 10**6}, {"warmup_steps": 100, "guard_window": 100}])
+def test_a_warm_up_without_end_equals_a_training_without_the_callback(options):
+    runs = []
+    for callbacks in ([], [make_callback(**options)], [make_callback()]):
+        host, recorder = make_host(Stochastic), Recorder()
         torch.manual_seed(3)
-        fit(host, *callbacks)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+        fit(host, *callbacks, recorder)
+        runs.append((host, recorder.losses, torch.get_rng_state()))
+    plain, off, on = runs
+    assert_same_weights(off[0], plain[0], exact=True)
+    torch.testing.assert_close(off[1], plain[1], rtol=0, atol=0)
+    assert torch.equal(off[2], plain[2])
+    assert torch.equal(on[2], plain[2])  # random numbers are not touched while it is on, either
 
 
-def test_watching_does_not_change_the_training():
-    plain, host = make_host(), make_host()
-    fit(plain)
-    fit(host, make_callback(warmup_steps=100, guard_window=100))
-    assert_same_weights(host, plain, exact=True)
+@pytest.mark.parametrize(
+    ("options", "training", "start"),
+    [
+        ({"warmup_ratio": 0.3}, {"steps": -1, "max_epochs": 5}, 6),  # of 4 batches per epoch
+        ({"warmup_ratio": 0.3}, {"steps": -1, "max_epochs": 5, "accumulate_grad_batches": 2}, 3),
+        ({"warmup_ratio": 0.5}, {"steps": 3}, 2),
+    ],
+)
+def test_the_length_follows_from_epochs_or_steps(options, training, start):
+    callback = make_callback(warmup_steps=None, **options)
+    fit(make_host(), callback, **training)
+    assert callback.engine.schedule.start == start
 
 
-def test_the_switch_is_where_the_warm_up_ends():
-    class Late(HandWritten):
-        def training_step(self, batch, batch_idx):
-            return self.host_loss(batch)[0] if self.global_step < 2 else super().training_step(batch, batch_idx)
-
-    by_hand, host = make_host(Late), make_host()
-    fit(by_hand)
-    fit(host, make_callback(warmup_steps=2))
-    assert_same_weights(host, by_hand)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_length_follows_from_epochs(accumulate):
-    callback = make_callback(warmup_steps=None, warmup_ratio=0.3)
-    fit(make_host(), callback, steps=-1, max_epochs=5, accumulate_grad_batches=accumulate)
-    # 4 batches an epoch: 20 or 10 optimizer steps.
-    assert callback.engine.schedule.start == 6 // accumulate
-
-
-def test_length_follows_from_the_number_of_steps():
-    callback = make_callback(warmup_steps=None, warmup_ratio=0.5)
-    fit(make_host(), callback, steps=3)
-    assert callback.engine.schedule.start == 2
-
-
-@pytest.mark.parametrize(("options", "loader"), [({"max_epochs": -1, "max_time": {"minutes": 1}}, None), ({}, Stream)])
-def test_unknown_length_is_refused_with_a_hint(options, loader):
-    host = make_host()
-    data = make_loader() if loader is None else DataLoader(loader(), batch_size=2)
-    with pytest.raises(ConfigError, match="warmup_steps"):
-        fit(host, make_callback(warmup_steps=None), loader=data, **{"max_epochs": 2, **options}, steps=-1)
-    assert "training_step" not in host.__dict__
-
-
-def test_unknown_length_is_fine_with_warmup_steps():
-    data = DataLoader(Stream(), batch_size=2)
-    trainer = fit(make_host(), make_callback(warmup_steps=1), loader=data, steps=-1, max_epochs=1)
+def test_an_unknown_length_is_refused_with_a_hint_that_helps():
+    stream = DataLoader(Stream(), batch_size=2)
+    for loader, options in ((make_loader(), {"max_epochs": -1, "max_time": {"minutes": 1}}), (stream, {})):
+        host = make_host()
+        with pytest.raises(ConfigError, match="warmup_steps"):
+            fit(host, make_callback(warmup_steps=None), loader=loader, **{"max_epochs": 2, **options}, steps=-1)
+        assert "training_step" not in host.__dict__
+    trainer = fit(make_host(), make_callback(warmup_steps=1), loader=stream, steps=-1, max_epochs=1)
     assert trainer.global_step == 4
     assert "ssync/weight" in trainer.callback_metrics
 
 
-def test_ramp_in_training():
-    recorder = Recorder()
-    fit(make_host(), make_callback(warmup_steps=1, ramp_steps=4), recorder, steps=6)
-    assert [round(logs.get("ssync/weight", 0.0), 6) for logs in recorder.logs] == [0, 0.25, 0.5, 0.75, 1, 1]
-
-
-def train(mixin, callbacks=(), **options):
+def train(mixin, *callbacks, **options):
     """Trains with the callback or the mixin; returns the trainer, and the engine in it."""
     if mixin:
-        torch.manual_seed(0)
-        host = MixinHost(ssync=options)
-        return fit(host, *callbacks, **SETTINGS), host._ssync_engine
-    callback = make_callback(**{"warmup_steps": None, **options})
-    return fit(make_host(), callback, *callbacks, **SETTINGS), callback.engine
+        host, own = make_host(MixinHost, ssync=options), []
+    else:
+        host, own = make_host(), [make_callback(**{"warmup_steps": None, **options})]
+    trainer = fit(host, *own, *callbacks, steps=-1, max_epochs=5)
+    return trainer, host._ssync_engine if mixin else own[0].engine
 
 
-SETTINGS = {"steps": -1, "max_epochs": 5}
-
-
-class MixinHost(SSyncRegularizer, TinyHost):
-    def training_step(self, batch, batch_idx):
-        loss, logits, masks = self.host_loss(batch)
-        return self.ssync(loss, maps_of(logits, masks))
-
-
-class StopAfter(L.Callback):
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = True
+def at_epoch_end(change):
+    callback = L.Callback()
+    callback.on_train_epoch_end = lambda trainer, module: change(trainer)
+    return callback
 
 
 @pytest.mark.parametrize("mixin", [False, True])
-def test_the_end_says_when_it_ran(mixin, caplog, recwarn):
+def test_the_end_says_when_it_ran_or_that_it_never_did(mixin, caplog, recwarn):
     with caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
         train(mixin, warmup_ratio=0.3)
     told = [record.getMessage() for record in caplog.records if record.name == "lightning.pytorch.ssync_pl"]
@@ -178,28 +123,119 @@ def test_the_end_says_when_it_ran(mixin, caplog, recwarn):
     assert all(word in told[0] for word in ("step 6", "backend 'torch'", "cpu"))
     assert told[1] == "SSync ran from optimizer step 6 to the end at step 20."
     assert not [w for w in recwarn if "SSync" in str(w.message)]
-
-
-@pytest.mark.parametrize("mixin", [False, True])
-def test_a_training_that_ends_before_its_warm_up_says_so(mixin):
     with pytest.warns(UserWarning, match="SSync never ran.*6 optimizer steps.*ended at step 4") as caught:
-        train(mixin, callbacks=[StopAfter()], warmup_ratio=0.3)
+        train(mixin, at_epoch_end(lambda trainer: setattr(trainer, "should_stop", True)), warmup_ratio=0.3)
     assert len([w for w in caught if "never ran" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("mixin", [False, True])
 def test_the_warm_up_is_a_share_of_the_steps_that_are_taken(mixin):
     # 4 steps in the first epoch, then one in each: 8, and not the 20 of the first epoch's pace.
-    trainer, engine = train(
-        mixin, callbacks=[L.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})], warmup_ratio=0.5
-    )
+    accumulate = L.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    trainer, engine = train(mixin, accumulate, warmup_ratio=0.5)
     assert (engine.first_step, trainer.global_step) == (4, 8)
+    shorter = at_epoch_end(lambda trainer: setattr(trainer.fit_loop, "max_epochs", 3))
+    assert train(mixin, shorter, warmup_ratio=0.5)[1].first_step == 6
 
 
-@pytest.mark.parametrize("mixin", [False, True])
-def test_the_length_is_asked_for_again_when_it_changes(mixin):
-    class Shorter(L.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.fit_loop.max_epochs = 3
+def _brier(logits, labels, selected):
+    """Squared error against one-hot labels, patch by patch."""
+    probs, total, count = logits.softmax(2), 0.0, 0
+    for b, t, h, w in selected.nonzero().tolist():
+        target = torch.zeros(logits.shape[2])
+        target[labels[b, t, h, w]] = 1
+        total += (probs[b, t, :, h * selected.shape[3] + w] - target).square().sum()
+        count += logits.shape[2]
+    return total / max(count, 1)
 
-    assert train(mixin, callbacks=[Shorter()], warmup_ratio=0.5)[1].first_step == 6
+
+def test_logged_values_are_those_of_the_step():
+    host, recorder = make_host(), Recorder()
+    with torch.no_grad():
+        loss, logits, masks = host.host_loss(next(iter(make_loader())))
+    options = {"merge_threshold": 0.2, "boundary_weight": 0.5}
+    fit(host, make_callback(**options), recorder, steps=1)
+    logs, out = recorder.logs[0], ssync_loss(maps_of(logits, masks), **options)
+    used = [torch.tensor([float(clip.unique().numel()) for clip in m.max(2).indices]).mean() for m in (logits, masks)]
+    merged = (out.winners != torch.arange(4)).sum(1).float().mean()
+    assert merged > 0
+    expected = {
+        "boundary_loss": _brier(masks, out.encoder_labels, out.boundary),
+        "interior_loss": _brier(logits, out.decoder_labels, out.interior),
+        "boundary_fraction": out.boundary.float().mean(),
+        "interior_fraction": out.interior.float().mean(),
+        "merged_slots": merged,
+        "used_slots": used[1],
+        "used_encoder_slots": used[0],
+        "agreement": (out.encoder_labels == out.decoder_labels).float().mean(),
+        "weight": 1.0,
+    }
+    for name, value in expected.items():
+        assert logs[f"ssync/{name}"] == pytest.approx(float(value), rel=1e-5), name
+    added = 0.5 * logs["ssync/boundary_loss"] + logs["ssync/interior_loss"]
+    assert float(recorder.losses[0] - loss) == pytest.approx(added, rel=1e-4)
+
+
+def test_only_steps_that_are_written_down_are_logged_and_only_once_it_is_on(tmp_path):
+    """Each number is work for Lightning, whether it is kept or not."""
+    counted, shown, look = [], [], L.Callback()
+
+    def start(trainer, module):
+        log = module.log
+
+        def count(name, value, **options):
+            if name.startswith("ssync/"):
+                counted.append(trainer.global_step)
+            log(name, value, **options)
+
+        module.log = count
+
+    look.on_train_start = start
+    look.on_train_batch_end = lambda trainer, *args: shown.append(
+        {name for name in trainer.progress_bar_metrics if name.startswith("ssync/")}
+    )
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = fit(make_host(), make_callback(warmup_steps=1), look, steps=9, logger=logger, log_every_n_steps=4)
+    # Those that the logger keeps, and the first of each epoch, so that the names are there.
+    later_epochs = range(len(make_loader()), 9, len(make_loader()))
+    assert sorted(set(counted)) == sorted({1, 3, 7, *later_epochs})
+    assert shown[0] == set()
+    assert shown[1] == {"ssync/boundary_loss", "ssync/interior_loss"}  # in the progress bar
+    assert set(trainer.callback_metrics) >= NAMES
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    assert set(header) >= NAMES
+    assert [row.split(",")[header.index("step")] for row in rows[1:]] == ["3", "7"]
+
+
+def test_what_the_host_logs_stays_as_it_is():
+    class Logs(TinyHost):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", loss)
+            return loss
+
+    recorder = Recorder()
+    fit(make_host(Logs), make_callback(), recorder, steps=1)
+    assert recorder.logs[0]["mine"] == pytest.approx(float(make_host().host_loss(next(iter(make_loader())))[0]))
+
+
+def test_a_relative_weight_adds_that_share_of_the_hosts_loss_at_any_scale():
+    gradients, shares = [], []
+    for scale in (1.0, 100.0):
+        host, recorder, own = make_host(scale=scale), Recorder(), []
+        host.configure_optimizers = lambda host=host, scale=scale: torch.optim.SGD(host.parameters(), lr=1e-3 / scale)
+        real = host.host_loss
+
+        def keep(batch, own=own, real=real):
+            out = real(batch)
+            own.append(out[0].detach())
+            return out
+
+        host.host_loss = keep
+        fit(host, make_callback(relative_weight=0.1), recorder, steps=20)
+        totals, own = torch.stack(recorder.losses), torch.stack(own)
+        shares.append(float((totals - own).mean() / own.mean()))
+        gradients.append([{k: v / scale for k, v in step.items()} for step in recorder.gradients[:4]])
+    assert shares == pytest.approx([0.1, 0.1], rel=0.1)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)

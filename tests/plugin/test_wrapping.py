@@ -1,4 +1,4 @@
-"""What the wrapped training step returns, and that its gradient is that of a host that calls the loss itself."""
+"""The wrapped training step: as a host that calls the loss itself, in every precision, compiled, averaged; unseen."""
 
 import inspect
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from tiny_hosts import (
     HandWritten,
     Recorder,
@@ -18,11 +20,14 @@ from tiny_hosts import (
     make_callback,
     make_host,
     make_loader,
+    make_trainer,
     weights,
 )
 
 import ssync_pl.plugin.engine
 from ssync_pl.adapters import PathAdapter
+from ssync_pl.adapters.paths import Pick
+from ssync_pl.errors import HostError
 
 
 class OneArgument(TinyHost):
@@ -51,6 +56,23 @@ class BuildsLate(TinyHost):
             self.parts_built = True
 
 
+class Late(HandWritten):
+    def training_step(self, batch, batch_idx):
+        return self.host_loss(batch)[0] if self.global_step < 2 else super().training_step(batch, batch_idx)
+
+
+class Skipping(HandWritten):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
+
+
+def in_hook(hook, look):
+    """A callback that looks at something in a hook."""
+    callback = L.Callback()
+    setattr(callback, hook, look)
+    return callback
+
+
 @pytest.fixture(scope="module")
 def by_hand():
     host, recorder = make_host(HandWritten), Recorder()
@@ -60,50 +82,40 @@ def by_hand():
 
 @pytest.mark.parametrize("returns", ["tensor", "dict"])
 def test_gradients_are_those_of_a_host_that_calls_the_loss_itself(by_hand, returns):
-    host, recorder = make_host(returns=returns), Recorder()
+    host, recorder, plain = make_host(returns=returns), Recorder(), make_host()
     fit(host, make_callback(), recorder)
     torch.testing.assert_close(recorder.gradients, by_hand[1].gradients)
     torch.testing.assert_close(recorder.losses, by_hand[1].losses)
     assert_same_weights(host, by_hand[0])
-    plain = make_host()
     fit(plain)
     assert any(not torch.allclose(a, b) for a, b in zip(weights(host).values(), weights(plain).values(), strict=True))
 
 
-def test_options_reach_the_loss():
-    options = {"merge_threshold": 0.1, "n_bd": 2, "temperature": 0.7, "boundary_weight": 0.3, "interior_weight": 2.0}
-    by_hand, host = make_host(HandWritten), make_host()
-    by_hand.options = {**options, "loss": "ce"}
-    fit(by_hand, steps=2)
-    fit(host, make_callback(**options, loss="ce"), steps=2)
-    assert_same_weights(host, by_hand)
+LOSS = {"merge_threshold": 0.1, "n_bd": 2, "temperature": 0.7, "boundary_weight": 0.3, "interior_weight": 2.0}
 
 
-def test_dict_of_the_host_is_not_changed_and_its_other_entries_are_passed_on():
-    seen = []
-
-    class Look(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append((outputs, pl_module.kept))
-
-    fit(make_host(returns="dict"), make_callback(), Look(), steps=1)
-    outputs, kept = seen[0]
-    assert sorted(kept) == ["aux", "loss"]
-    assert torch.equal(kept["loss"], kept["aux"])
-    assert torch.equal(outputs["aux"], kept["aux"])
-    assert outputs["loss"] > kept["loss"]
-
-
-def test_a_step_that_returns_none_is_skipped():
-    class Skipping(HandWritten):
-        def training_step(self, batch, batch_idx):
-            return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
-
-    expected, host, recorder = make_host(Skipping), make_host(returns="none"), Recorder()
-    fit(expected)
-    fit(host, make_callback(), recorder)
-    assert len(recorder.losses) == 2
-    assert_same_weights(host, expected)
+@pytest.mark.parametrize(
+    ("kind", "host", "callback", "options"),
+    [
+        (HandWritten, {}, {**LOSS, "loss": "ce"}, {}),
+        (Skipping, {"returns": "none"}, {}, {}),
+        (Late, {}, {"warmup_steps": 2}, {}),
+        (HandWritten, {"grow": True}, {}, {"steps": 6}),
+        (HandWritten, {"checkpointing": "non-reentrant"}, {}, {}),
+        # What a reentrant checkpoint returns belongs to the graph; what it computes inside does not.
+        (HandWritten, {"checkpointing": "reentrant"}, {}, {}),
+        (HandWritten, {}, {}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        (HandWritten, {}, {}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+        (HandWritten, {}, {}, {"precision": "64-true"}),
+        (HandWritten, {}, {}, {"precision": "bf16-true"}),
+    ],
+)
+def test_trains_as_a_host_that_calls_the_loss_itself(kind, host, callback, options):
+    expected, found = make_host(kind, **({"grow": True} if "grow" in host else {})), make_host(**host)
+    expected.options = callback if kind is HandWritten else {}
+    fit(expected, **options)
+    fit(found, make_callback(**callback), **options)
+    assert_same_weights(found, expected)
 
 
 @pytest.mark.parametrize("kind", [OneArgument, FromIterator])
@@ -113,29 +125,72 @@ def test_other_signatures_of_the_training_step(by_hand, kind):
     assert_same_weights(host, by_hand[0])
 
 
-def test_modules_may_be_built_in_configure_model():
+def test_modules_may_be_built_in_configure_model(by_hand):
     host = make_host(BuildsLate)
     fit(host, make_callback())
-    expected = make_host(HandWritten)
-    fit(expected)
-    torch.testing.assert_close(weights(host)["decoder.position"], weights(expected)["decoder.position"])
+    torch.testing.assert_close(weights(host)["decoder.position"], weights(by_hand[0])["decoder.position"])
 
 
-def test_wrapper_looks_like_the_host_s_own_step():
+def averagers():
+    yield pytest.param(lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1), id="swa")
+    for name, options in (("WeightAveraging", {}), ("EMAWeightAveraging", {"decay": 0.5})):
+        kind = getattr(L.callbacks, name, None)
+        if kind is not None:
+            yield pytest.param(lambda kind=kind, options=options: kind(**options), id=name)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("averager", averagers())
+def test_averaged_weights_are_those_of_a_host_that_calls_the_loss_itself(averager, first):
+    by_hand, host, callback = make_host(HandWritten), make_host(), make_callback()
+    options = {"steps": -1, "max_epochs": 3, "limit_val_batches": 0}
+    fit(by_hand, averager(), **options)
+    fit(host, *((callback, averager()) if first else (averager(), callback)), **options)
+    assert_same_weights(host, by_hand)
+    assert_untouched(host)
+
+
+def float16(**options):
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", **options))]}
+
+
+def test_gradients_are_scaled_once_under_float16(by_hand):
+    """The loss has to be inside before the scaler multiplies: a huge scale would show in the gradients."""
+    runs = []
+    for kind, callbacks in ((TinyHost, [make_callback()]), (HandWritten, [])):
+        host, recorder = make_host(kind), Recorder()
+        fit(host, *callbacks, recorder, **float16(init_scale=2.0**12))
+        runs.append((host, recorder))
+    torch.testing.assert_close(runs[0][1].gradients, runs[1][1].gradients)
+    assert_same_weights(runs[0][0], runs[1][0])
+    for name, gradient in by_hand[1].gradients[0].items():
+        torch.testing.assert_close(runs[0][1].gradients[0][name], gradient, rtol=0.2, atol=2e-2)
+
+
+def test_the_dict_of_the_host_is_not_changed_and_its_other_entries_are_passed_on():
+    seen = []
+    look = in_hook("on_train_batch_end", lambda trainer, host, outputs, *args: seen.append((outputs, host.kept)))
+    fit(make_host(returns="dict"), make_callback(), look, steps=1)
+    outputs, kept = seen[0]
+    assert sorted(kept) == ["aux", "loss"]
+    assert torch.equal(kept["loss"], kept["aux"])
+    assert torch.equal(outputs["aux"], kept["aux"])
+    assert outputs["loss"] > kept["loss"]
+
+
+def test_the_wrapper_looks_like_the_hosts_own_step():
     seen = []
 
-    class Look(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            step = pl_module.training_step
-            seen.append((step.__name__, step.__doc__, str(inspect.signature(step)), callable(step)))
+    def look(trainer, host):
+        step = host.training_step
+        seen.append((step.__name__, step.__doc__, str(inspect.signature(step)), callable(step)))
 
-    fit(make_host(), make_callback(), Look(), steps=1)
+    fit(make_host(), make_callback(), in_hook("on_train_start", look), steps=1)
     assert seen == [("training_step", "Documented.", "(batch: 'Any', batch_idx: 'int') -> 'Any'", True)]
 
 
 def test_a_host_with_a_training_step_of_its_instance_gets_it_back():
-    host = make_host()
-    calls = []
+    host, calls = make_host(), []
 
     def own(batch, batch_idx):
         calls.append(batch_idx)
@@ -147,7 +202,7 @@ def test_a_host_with_a_training_step_of_its_instance_gets_it_back():
     assert calls == [0, 1]
 
 
-def test_wrong_return_type_is_named():
+def test_a_wrong_return_type_is_named():
     class Odd(TinyHost):
         def training_step(self, batch, batch_idx):
             return [self.host_loss(batch)[0]]
@@ -156,50 +211,123 @@ def test_wrong_return_type_is_named():
         fit(make_host(Odd), make_callback(), steps=1)
 
 
-@pytest.mark.parametrize("own_trainer", [True, False])
-def test_lightning_callback_with_a_pytorch_lightning_host(by_hand, own_trainer):
+def test_pytorch_lightning_hosts_and_trainers(by_hand):
     pl = pytest.importorskip("pytorch_lightning")
 
     class OtherHost(TinyParts, pl.LightningModule):
         pass
 
-    host = make_host(OtherHost)
-    if own_trainer:
-        fit(host, make_callback(), trainer=pl.Trainer)
-        assert_same_weights(host, by_hand[0])
-        assert_untouched(host)
-    else:
-        # Lightning itself refuses a host of the other namespace; the callback cannot mend that.
-        with pytest.raises(TypeError, match=r"must be a `LightningModule`|You passed a"):
-            fit(host, make_callback())
-
-
-def test_pytorch_lightning_errors_and_stops_reach_the_callback():
-    pl = pytest.importorskip("pytorch_lightning")
-
-    class OtherHost(TinyParts, pl.LightningModule):
+    class Fails(OtherHost):
         def training_step(self, batch, batch_idx):
             raise ValueError("on purpose")
 
     host = make_host(OtherHost)
+    fit(host, make_callback(), trainer=pl.Trainer)
+    assert_same_weights(host, by_hand[0])
+    assert_untouched(host)
+    # Lightning itself refuses a host of the other namespace; the callback cannot mend that.
+    with pytest.raises(TypeError, match=r"must be a `LightningModule`|You passed a"):
+        fit(make_host(OtherHost), make_callback())
+    host = make_host(Fails)
     with pytest.raises(ValueError, match="on purpose"):
         fit(host, make_callback(), trainer=pl.Trainer)
     assert_untouched(host)
 
 
-def test_trainer_takes_the_callback_alone_too():
-    host = make_host()
-    trainer = L.Trainer(
-        callbacks=make_callback(),
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(host, make_loader())
+def test_sanity_check_summary_and_validation_are_not_captured(monkeypatch):
+    class Host(TinyHost):
+        example_input_array = torch.rand(1, 2, 3, 3, 4)
+
+    stages, take = [], Pick.__call__
+
+    def spy(pick, module, args, output):
+        stages.append((trainer.state.stage.value, pick.place.text))
+        return take(pick, module, args, output)
+
+    monkeypatch.setattr(Pick, "__call__", spy)
+    checks = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 2}
+    trainer = make_trainer(make_callback(), L.callbacks.ModelSummary(), **checks)
+    trainer.fit(make_host(Host), make_loader(), make_loader())
+    # Four steps of two frames each, and the decoder once a step.
+    assert stages == ([("train", "corrector:logits")] * 2 + [("train", "decoder:mask_logits")]) * 4
+
+
+def test_nothing_is_held_after_a_step_and_the_state_dict_gains_no_keys():
+    host, callback, seen = make_host(), make_callback(), []
+    expected = set(weights(host))
+
+    def look(trainer, module, optimizer):
+        capture = callback._session.capture
+        keys = {name for name, _ in module.named_parameters()} == set(module.state_dict()) == expected
+        seen.append((capture.is_open, capture.silent, keys, list(module.buffers())))
+
+    fit(host, callback, in_hook("on_before_zero_grad", look), steps=2)
+    assert seen == [(False, ["corrector:logits", "decoder:mask_logits"], True, [])] * 2
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(host, backend):
+    return torch.compile(host, backend=backend)
+
+
+def corrector(host, backend):
+    host.corrector = torch.compile(host.corrector, backend=backend)
+    return host
+
+
+def both_parts(host, backend):
+    host.decoder.compile(backend=backend)
+    return corrector(host, backend)
+
+
+def forward(host, backend):
+    host.forward = torch.compile(host.forward, backend=backend)
+    return host
+
+
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [
+        (whole, "aot_eager"),
+        (corrector, "eager"),
+        (both_parts, "eager"),
+        (forward, "eager"),
+        pytest.param(whole, "inductor", marks=pytest.mark.slow),
+        pytest.param(both_parts, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_hosts_have_the_same_gradients(fresh_compiler, way, backend):
+    expected, recorder, host = Recorder(), Recorder(), make_host()
+    fit(make_host(Late), expected)
+    trainer = make_trainer(make_callback(warmup_steps=2, guard_window=1), recorder)
+    trainer.fit(way(host, backend), make_loader())
+    named = [{k.replace("_orig_mod.", ""): v for k, v in step.items()} for step in recorder.gradients]
+    torch.testing.assert_close(named, expected.gradients, rtol=1e-4, atol=1e-6)
     assert "ssync/boundary_loss" in trainer.callback_metrics
+    assert not any(module._forward_hooks for module in host.modules())
+    if way is whole:  # a compiled host keeps its compiled step
+        assert host.training_step is host.__dict__["training_step"]
+        assert host.training_step.__wrapped__.__func__ is TinyHost.training_step
+
+
+def test_a_host_that_ran_compiled_before_the_training(fresh_compiler):
+    """Either the hooks are seen, or the message says what to do; and that helps."""
+    expected, host = make_host(Late), forward(make_host(), "eager")
+    fit(expected)
+    host(next(iter(make_loader()))["video"])
+    try:
+        fit(host, make_callback(warmup_steps=2))
+    except HostError as error:
+        assert "torch._dynamo.reset()" in str(error)  # noqa: PT017
+        torch._dynamo.reset()
+        fit(host, make_callback(warmup_steps=2))
+    assert_same_weights(host, expected)
 
 
 def test_the_walk_of_a_batch_is_short(monkeypatch):

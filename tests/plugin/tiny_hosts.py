@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from ssync_pl import SSyncCallback, SSyncMaps, ssync_loss
+from ssync_pl import SSyncCallback, SSyncMaps, SSyncRegularizer, ssync_loss
 
 SLOTS, DIM, GRID, FRAMES = 4, 6, (3, 4), 2
 PATHS = {
@@ -157,6 +157,12 @@ class HandWritten(TinyHost):
 
 class ManualHost(TinyHost):
     automatic = False
+
+
+class MixinHost(SSyncRegularizer, TinyHost):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, logits, masks = self.host_loss(batch)
+        return self.ssync(loss, maps_of(logits, masks))
 
 
 def maps_of(logits: Tensor, masks: Tensor) -> SSyncMaps:

@@ -6,6 +6,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, StepSeed
@@ -13,19 +14,15 @@ from ssync_pl.cli.trainer import run_trainer
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
 from ssync_pl.rivals.dense_alignment import DenseAlignment
-from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
+from ssync_pl.rivals.dense_callback import DenseAlignmentCallback, _extended
 
 SIZES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
 KEYS = {"dense/encoder_loss", "dense/decoder_loss", "dense/redundancy_loss", "dense/weight"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Recorder(L.Callback):
@@ -82,14 +79,13 @@ def assert_untouched(host):
 @pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
 def test_before_it_is_on_the_training_is_that_of_the_host_alone(kind):
     plain, host = make_host(kind), make_host(kind)
-    _, alone = fit(plain, shuffle=True)
-    _, both = fit(host, make_callback(warmup_steps=4), shuffle=True)
-    assert both.losses[:4] == alone.losses[:4]
-    assert all(one != two for one, two in zip(both.losses[4:], alone.losses[4:], strict=True))
+    _, alone = fit(plain, shuffle=True, steps=4)
+    _, both = fit(host, make_callback(warmup_steps=3), shuffle=True, steps=4)
+    assert both.losses[:3] == alone.losses[:3]
+    assert both.losses[3] != alone.losses[3]
     assert list(host.state_dict()) == list(plain.state_dict())
     never = make_host(kind)
-    _, off = fit(never, make_callback(warmup_steps=100), shuffle=True)
-    assert off.losses == alone.losses
+    fit(never, make_callback(warmup_steps=100), shuffle=True, steps=4)
     assert_same(never.state_dict(), plain.state_dict())
 
 
@@ -149,8 +145,7 @@ def test_projections_are_trained_clipped_and_follow_the_hosts_rate():
     assert all(not torch.equal(value, start[0][name]) for name, value in moved.items())
 
 
-@pytest.mark.parametrize("stop", [2, 5])
-@pytest.mark.parametrize("redundancy", [0.0, 0.1])
+@pytest.mark.parametrize(("stop", "redundancy"), [(2, 0.1), (5, 0.0)])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
     options = {"warmup_steps": 3, "redundancy_steps": 4, "redundancy_weight": redundancy}
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
@@ -259,33 +254,27 @@ def test_bad_settings_are_refused_when_it_is_made(name, value):
         DenseAlignmentCallback(**{name: value})
 
 
-def test_the_host_is_put_back_and_copies_are_plain():
-    twins = []
-
-    class Copies(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            twins.append((copy.deepcopy(pl_module), copy.deepcopy(callback)))
-
-    class Fails(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            raise RuntimeError("no more")
-
+def test_the_host_is_put_back_copies_are_plain_and_a_callback_can_be_used_twice():
+    twins, look, fails = [], L.Callback(), L.Callback()
+    look.on_train_batch_start = lambda trainer, module, *args: twins.append(
+        (copy.deepcopy(module), copy.deepcopy(callback))
+    )
     host, callback = make_host(), make_callback()
-    fit(host, callback, Copies(), steps=2)
+    fit(host, callback, look, steps=2)
     assert_untouched(host)
     for twin, other in twins:
         assert "training_step" not in twin.__dict__ or twin.training_step.__func__ is SlotContrast.training_step
         fit(twin, other, steps=1)
-    failing = make_host()
+
+    def fail(*args):
+        raise RuntimeError("no more")
+
+    fails.on_train_batch_end = fail
     with pytest.raises(RuntimeError, match="no more"):
-        fit(failing, make_callback(), Fails(), steps=2)
+        fit(failing := make_host(), make_callback(), fails, steps=2)
     assert_untouched(failing)
-
-
-def test_a_callback_can_be_used_twice():
     callback = make_callback(warmup_ratio=0.5, warmup_steps=None)
-    _, first = fit(make_host(), callback, steps=4)
-    _, second = fit(make_host(), callback, steps=4)
+    first, second = (fit(make_host(), callback, steps=4)[1] for _ in range(2))
     assert first.losses == second.losses
 
 
@@ -297,3 +286,40 @@ def test_short_name_in_a_configuration(capsys):
     text = capsys.readouterr().out
     assert "class_path: ssync_pl.DenseAlignmentCallback" in text
     assert "weight: 0.25" in text
+
+
+def stepped(groups):
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.1)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("layout", ["behind", "in the middle", "apart", "scattered"])
+def test_a_state_of_the_optimizer_with_or_without_the_callbacks_parameters_is_taken_up(layout):
+    host, extra = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Linear(5, 6)
+
+    def groups_of(own):
+        first, second = ([*layer.parameters()] for layer in host)
+        return {
+            "behind": [{"params": [*first, *second, *own]}],
+            "in the middle": [{"params": [*first, *own]}, {"params": second, "lr": 0.2}],
+            "apart": [{"params": first}, {"params": own}, {"params": second}],
+            "scattered": [{"params": [first[0], *own[:1], first[1]]}, {"params": [*own[1:], *second]}],
+        }[layout]
+
+    together = stepped(groups_of([*extra.parameters()]))
+    state = together.state_dict()
+    assert _extended(extra, together, state) is state
+    if layout != "apart":
+        alone, both = stepped(groups_of([])), torch.optim.Adam(groups_of([*extra.parameters()]))
+        both.load_state_dict(_extended(extra, both, alone.state_dict()))
+        assert set(both.state) == set(host.parameters())
+        for parameter in host.parameters():
+            assert torch.equal(both.state[parameter]["exp_avg"], alone.state[parameter]["exp_avg"])
+    # A state of another host is left for the optimizer to refuse.
+    other, both = stepped([{"params": [*host[0].parameters()]}]), torch.optim.Adam([*host.parameters()])
+    with pytest.raises(ValueError, match="parameter group"):
+        both.load_state_dict(_extended(extra, both, other.state_dict()))

@@ -7,15 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ssync_pl import ValidationSummary
-from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
 from ssync_pl.tools.baselines import score_baselines
-from ssync_pl.tools.summary import format_table
 
 
 def summary_batch(seed: int) -> dict[str, Any]:
@@ -56,6 +54,14 @@ class SummaryHost(L.LightningModule):
 
 def summary_loader(seeds: list[int]) -> DataLoader[Any]:
     return DataLoader([summary_batch(seed) for seed in seeds], batch_size=None)
+
+
+class TwoVideos(Dataset[Any]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in summary_batch(5).items()}
 
 
 def summary_trainer(path: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
@@ -103,9 +109,8 @@ def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.Cap
     assert written["step"] == 4
     for name, value in expected_scores(host).items():
         assert written["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
-    reference = score_baselines([summary_batch(5), summary_batch(6)], 4, True)
-    assert written["rows"]["grid"] == pytest.approx(reference["grid"])
-    assert written["rows"]["k-means RGB"] == pytest.approx(reference["k-means RGB"])
+    for row, metric in score_baselines([summary_batch(5), summary_batch(6)], 4).items():
+        assert written["rows"][row] == pytest.approx({name: float(value) for name, value in metric.compute().items()})
 
 
 def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_path: Path) -> None:
@@ -123,11 +128,18 @@ def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_
     assert trainer.num_sanity_val_steps == 2
 
 
-def test_validate_and_test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_and_test_report_and_nan_becomes_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Nan(SummaryHost):
+        def on_validation_epoch_end(self) -> None:
+            self.log_dict({"val/video_mbo": float("nan"), "val/video_ari": 0.5})
+
     callback = ValidationSummary(baselines=False)
     trainer = summary_trainer(tmp_path, [callback])
-    trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
-    assert "this run" in capsys.readouterr().out
+    trainer.validate(Nan(), summary_loader([5]), verbose=False)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [cell.strip() for cell in lines[2]] == ["this run", "0.500", "nan"]
+    rows = json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]
+    assert rows == {"this run": {"video_mbo": None, "video_ari": 0.5}}
     trainer.test(SummaryHost(), summary_loader([5]), verbose=False)
     assert callback.rows == {"this run": {"video_mbo": 0.25}}
     assert "0.250" in capsys.readouterr().out
@@ -151,42 +163,19 @@ def test_a_baseline_that_fails_costs_its_rows_only(tmp_path: Path, monkeypatch: 
     assert list(callback.rows) == ["this run"]
 
 
-def test_nan_becomes_null(tmp_path: Path) -> None:
-    class Nan(SummaryHost):
-        def on_validation_epoch_end(self) -> None:
-            self.log("val/video_mbo", float("nan"))
+@pytest.mark.slow
+def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
+    def rows(name: str, **options: Any) -> dict[str, Any]:
+        trainer = summary_trainer(tmp_path / name, [ValidationSummary()], **options)
+        loader = DataLoader(TwoVideos(), batch_size=1)
+        trainer.validate(SummaryHost(), loader, verbose=False)
+        (file,) = (tmp_path / name).rglob("summary.json")
+        return json.loads(file.read_text())["rows"]
 
-    trainer = summary_trainer(tmp_path, [ValidationSummary(baselines=False)])
-    trainer.validate(Nan(), summary_loader([5]), verbose=False)
-    assert json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]["this run"]["video_mbo"] is None
-
-
-def test_baselines_are_kept_beside_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data_folder = tmp_path / "data"
-    with ShardWriter(data_folder, "validation") as writer:
-        for key in range(2):
-            batch = summary_batch(key)
-            ids = batch["segmentations"][0].int().argmax(1).unsqueeze(-1)
-            video = (batch["video"][0].movedim(1, -1) * 60).to(torch.uint8)
-            writer.write(str(key), {"video.npy": video.numpy(), "segmentations.npy": ids.to(torch.uint8).numpy()})
-    calls: list[int] = []
-    real = summary.score_baselines
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[1])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(summary, "score_baselines", counted)
-    rows = []
-    for num_slots in (4, 4, 5):
-        data = ShardDataModule(validation=f"{data_folder}/validation-*.tar", num_workers=0, batch_size=2)
-        callback = ValidationSummary(num_slots=num_slots)
-        summary_trainer(tmp_path / "runs", [callback]).validate(SummaryHost(), data, verbose=False)
-        rows.append(callback.rows)
-    assert calls == [4, 5]
-    assert (data_folder / "baselines.json").is_file()
-    assert rows[0]["grid"] == rows[1]["grid"]
-    assert 0.0 < rows[0]["k-means RGB"]["video_mbo"] <= 1.0
+    alone, together = rows("one"), rows("two", devices=2, strategy="ddp_fork")
+    assert set(together) == {"this run", "grid", "k-means RGB"}
+    for row in ("grid", "k-means RGB"):
+        assert together[row] == pytest.approx(alone[row])
 
 
 def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:
@@ -210,14 +199,6 @@ def test_rows_are_kept_in_checkpoints() -> None:
     callback.rows = {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}, "grid": {"video_mbo": 0.3}}
     resumed.load_state_dict(callback.state_dict())
     assert resumed.rows == {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}}
-
-
-def test_table_shows_the_metrics_that_are_there() -> None:
-    table = format_table({"grid": {"video_fg_ari": 0.29, "image_mbo": 0.1084}, "SAVi": {"video_ari": float("nan")}})
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert cells[0] == ["", "video FG-ARI", "video ARI"]
-    assert cells[2:] == [["grid", "0.290", "-"], ["SAVi", "-", "nan"]]
-    assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_number_of_slots_is_checked() -> None:

@@ -54,7 +54,7 @@ class Capture:
         self._training_only = False
         self._records: dict[str, list[Any]] = {}
         self._optional: set[str] = set()
-        self._modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
         self._handles: list[RemovableHandle] = []
         self._steps: dict[str, _Bracket] = {}
 
@@ -71,7 +71,7 @@ class Capture:
             inputs: Listens before the module runs; ``take`` gets ``(module, args, kwargs)``.
         """
         self._records.setdefault(key, [])
-        self._modules[key] = module
+        self.modules[key] = module
         self._optional |= {key} if optional else set()
         hook = _Hook(self, key, take)
         self._handles.append(
@@ -159,10 +159,10 @@ class Capture:
 
     def refuse_bypass(self) -> None:
         """Refuses a step that went past the hooks of a module by its ``forward``, since modules inside of it ran."""
-        heard = {module for key, module in self._modules.items() if self._records[key]}
+        heard = {module for key, module in self.modules.items() if self._records[key]}
         for key in self.silent:
-            if heard & {*self._modules[key].modules()} - {self._modules[key]}:
-                called = f"the method forward of {type(self._modules[key]).__name__}, past all hooks"
+            if heard & {*self.modules[key].modules()} - {self.modules[key]}:
+                called = f"the method forward of {type(self.modules[key]).__name__}, past all hooks"
                 raise HostError(f"Expected hooks on '{key}' to run, but the step calls {called}. Call self(...).")
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:

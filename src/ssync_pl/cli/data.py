@@ -6,77 +6,47 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from ssync_pl.cli.words import key_values, refuse_existing
+from ssync_pl.cli.words import choose_command, key_values, refuse_existing
 from ssync_pl.errors import ConfigError
 
 __all__ = ["run_data"]
 
-_GENERATE = "Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."
-_CHECK = (
-    "Read shards through and report counts, damaged and refused members, duplicates and leaks between sets. "
-    "Exit status: 0 clean, 1 problems found, 2 wrong usage."
-)
-_PREVIEW = "Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."
-_CONVERT = "Convert a data set to shards. A run that was stopped goes on where it was when it is started again."
-_CACHE = (
-    "Run a frozen backbone over every frame and store its features in shards of the same names. Give the folder as "
-    "`features` to the data module. A run that was stopped goes on where it was; several runs at once share the "
-    "work. With --components, run it for the training shards first: the projection is fitted to the first run's "
-    "shards, kept in the folder, and taken by every later run with the same --out (validation, test)."
-)
 
-
-def run_data(args: list[str]) -> int:
+def run_data(words: list[str]) -> int:
     """Runs one of the data commands and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ssync-pl data", description="Data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands, "generate", help="generate shards of synthetic video", description=_GENERATE)
-    _add_check(commands, "check", help="report what shards hold and what is wrong with them", description=_CHECK)
-    _add_preview(commands, "preview", help="draw a contact sheet of the videos in shards", description=_PREVIEW)
-    converter = commands.add_parser("convert", help="convert a data set or own videos to shards", description=_CONVERT)
-    if args[:1] == ["convert"]:  # they import PyTorch
-        sources = converter.add_subparsers(dest="source", required=True, metavar="SOURCE")
-        for source in ("movi", "ytvis", "davis", "videos"):
-            import_module(f"ssync_pl.data.convert.{source}").add_parser(sources)
-    _add_cache(commands, "cache-features", help="store the features of a frozen backbone", description=_CACHE)
-    options = parser.parse_args(args)
-    return int(options.run(options))
+    commands = {
+        "generate": _generate,
+        "check": _check,
+        "preview": _preview,
+        "convert": _convert,
+        "cache-features": _cache_features,
+    }
+    return choose_command("ssync-pl data", commands, words)
 
 
-def _add_generate(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."""
     add = parser.add_argument
-    change = "change a setting of the preset, e.g. zoom=1.5; may be repeated"
-    add("--preset", default="a", help="look of the scenes: a, a_zoom, c, e or cluttered")
+    change = "change a setting of the preset, e.g. resolution=64, frames=12 or zoom=1.5; may be repeated"
+    add("--preset", default="a", help="look of the scenes: a, a_zoom or c (default: %(default)s)")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
-    add("--train", type=int, default=440, help="number of training videos")
-    add("--validation", type=int, default=48, help="number of validation videos")
-    add("--resolution", type=int, default=argparse.SUPPRESS, help="height and width in pixels")
-    add("--frames", type=int, default=argparse.SUPPRESS, help="frames per video")
-    add("--seed", type=int, default=0, help="seed of all videos")
-    add("--workers", type=int, default=argparse.SUPPRESS, help="processes; 0 uses this one only")
+    add("--train", type=int, default=440, help="number of training videos (default: %(default)s)")
+    add("--validation", type=int, default=48, help="number of validation videos (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all videos (default: %(default)s)")
+    add("--workers", type=int, help="processes; 0 uses this one only")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    parser.set_defaults(run=_generate)
-
-
-def _generate(options: argparse.Namespace) -> int:
+    options = parser.parse_args(words)
     from ssync_pl.data.synthetic import generate
     from ssync_pl.data.synthetic.config import preset
 
-    given = vars(options)
-    splits = {name: given[name] for name in ("train", "validation")}
+    splits = {"train": options.train, "validation": options.validation}
     if min(splits.values()) < 0 or not any(splits.values()):
         raise ConfigError(f"Expected --train or --validation to be above 0 and none below, but got {splits}.")
-    changes = key_values(options.changes, "--set")
-    changes |= {key: given[key] for key in ("resolution", "frames") if key in given}
-    config = preset(options.preset, **changes)
+    config = preset(options.preset, **key_values(options.changes, "--set"))
     splits = {name: count for name, count in splits.items() if count}
-    extra = {"num_workers": options.workers} if "workers" in given else {}
-    folder = Path(generate(options.out, config, splits=splits, seed=options.seed, **extra))
+    folder = Path(generate(options.out, config, splits=splits, seed=options.seed, num_workers=options.workers))
     sys.stdout.write(f"folder:     {folder}\n")
     for name, count in splits.items():
         sys.stdout.write(f"{name + ':':<11} {_pattern(folder, name)} ({count} video{'s' * (count != 1)})\n")
@@ -90,32 +60,28 @@ def _pattern(folder: Path, split: str) -> str:
     return str(first.with_name(name))
 
 
-def _add_check(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, **texts)
+def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Report what shards hold and what is wrong with them: damage, duplicates, videos of training in validation.
+
+    Exit status: 0 clean, 1 problems found, 2 wrong usage.
+    """
     add = parser.add_argument
     patterns = "shards: paths, globs, braces or URLs; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--deep", action="store_true", default=True, help="decode and compare all videos (default)")
-    depth.add_argument("--quick", action="store_false", dest="deep", help="read headers only")
+    add("--quick", action="store_true", help="read headers only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
-    add("--rebuild-index", action="store_true", help="write index.json of the folders anew")
-    add("--max-objects", type=int, metavar="N", help="report videos with more objects")
-    parser.set_defaults(run=_check)
-
-
-def _check(options: argparse.Namespace) -> int:
+    add("--rebuild-index", action="store_true", help="write the index of the folders anew")
+    options = parser.parse_args(words)
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.owned import read_owned_json, write_owned_json
+    from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        read_owned_json(options.json)  # refuses a file of another program before work begins
+        refuse_foreign(options.json)  # before work begins
     sets, missing = group_shards(options.patterns)
     report = check_shards(
         sets,
-        deep=options.deep,
-        max_objects=options.max_objects,
+        deep=not options.quick,
         num_workers=options.workers,
         rebuild_index=options.rebuild_index,
         progress=sys.stderr.isatty(),
@@ -127,49 +93,49 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if report.clean else 1
 
 
-def _add_preview(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."""
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help="shards: paths, globs, braces or URLs")
     add("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
-    add("--videos", type=int, default=8, help="number of videos")
-    add("--frames", type=int, default=6, help="frames per video, evenly spaced")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--seed", type=int, default=0, help="seed of the choice of videos")
-    choice.add_argument("--first", action="store_true", help="take the first videos instead of random ones")
-    add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels")
-    add("--mp4", action="store_true", help="write FILE.mp4 with all frames as well; needs PyAV")
+    add("--videos", type=int, default=8, help="number of videos (default: %(default)s)")
+    add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
+    add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels (default: %(default)s)")
     add("--force", action="store_true", help="replace files that exist")
-    parser.set_defaults(run=_preview)
-
-
-def _preview(options: argparse.Namespace) -> int:
+    options = parser.parse_args(words)
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
-    from ssync_pl.data.video import encode_mp4, mp4_available
-    from ssync_pl.tools.preview import compose_preview, draw_preview, pick_videos
+    from ssync_pl.tools.preview import draw_preview
     from ssync_pl.tools.viz import encode_png
 
     if options.out.suffix.lower() != ".png":
         raise ConfigError(f"Expected --out to end in .png, but got {str(options.out)!r}.")
-    targets = [options.out, *([options.out.with_suffix(".mp4")] if options.mp4 else [])]
-    for target in targets:
-        refuse_existing(target, "--out", options.force)
-    if options.mp4 and not mp4_available():
-        raise ConfigError("Expected PyAV for --mp4, but it is not installed. Run `pip install av`, or leave out --mp4.")
+    refuse_existing(options.out, "--out", options.force)
     shards = expand_shards(options.patterns, "patterns")
-    videos, skipped = pick_videos(shards, options.videos, seed=None if options.first else options.seed)
+    sheet, videos, skipped = draw_preview(shards, options.videos, options.frames, options.cell)
     for problem in skipped:
         sys.stderr.write(f"left out: {problem}\n")
-    write_bytes(targets[0], encode_png(draw_preview(videos, frames=options.frames, cell=options.cell)))
-    if options.mp4:
-        write_bytes(targets[1], encode_mp4(compose_preview(videos, cell=options.cell)))
-    sys.stdout.write(f"{len(videos)} video{'s' * (len(videos) != 1)}: {', '.join(map(str, targets))}\n")
+    write_bytes(options.out, encode_png(sheet))
+    sys.stdout.write(f"{videos} video{'s' * (videos != 1)}: {options.out}\n")
     return 0
 
 
-def _add_cache(commands: Any, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **texts)
+def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Convert a data set or own videos to shards. A run that was stopped goes on where it was."""
+    from ssync_pl.data.convert.commands import add_sources  # imports PyTorch
+
+    add_sources(parser.add_subparsers(dest="source", required=True, metavar="SOURCE"))
+    options = parser.parse_args(words)
+    return int(options.run(options))
+
+
+def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Run a frozen backbone over every frame and store its features in shards of the same names.
+
+    Give the folder as `features` to the data module. A run that was stopped goes on where it was; several runs at once
+    share the work. With --components, run it for the training shards first: the projection is fitted to the first run's
+    shards, kept in the folder, and taken by every later run with the same --out (validation, test).
+    """
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
     add("--backbone", required=True, help="efficientnet_lite0, or a model of timm")
@@ -179,7 +145,6 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", choices=("pretrained", "none"), help="published or random weights")
     source.add_argument("--checkpoint", type=Path, help="file of weights (PyTorch or safetensors)")
-    add("--dtype", choices=("bf16", "int8"), default="bf16", help="how features are stored")
     add("--flips", action="store_true", help="store features of mirrored frames too")
     add("--components", type=int, help="store this many principal components of standardised channels")
     add("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
@@ -187,37 +152,34 @@ def _add_cache(commands: Any, name: str, **texts: str) -> None:
     add("--batch-size", type=int, default=32, help="frames per call of the backbone")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda, cuda:1, …")
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help="unreadable videos")
-    parser.set_defaults(run=_cache_features)
-
-
-def _cache_features(options: argparse.Namespace) -> int:
-    from ssync_pl.data.features.backbones import load_backbone
+    options = parser.parse_args(words)
     from ssync_pl.data.features.cache import cache_features
-    from ssync_pl.data.features.projection import PROJECTION_FILE, describe_projection, read_projection
+    from ssync_pl.data.features.projection import describe_projection
     from ssync_pl.data.features.recipe import require_crop
     from ssync_pl.data.patterns import expand_shards
+    from ssync_pl.hosts.nn.backbones import load_backbone
 
     require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
-    names = ("image_size", "resize_mode", "crop", "dtype", "flips", "batch_size", "on_bad_sample", "components")
+    names = ("image_size", "resize_mode", "crop", "flips", "batch_size", "on_bad_sample", "components")
     settings = {name: getattr(options, name) for name in names}
     report = cache_features(shards, backbone, options.out, device=device, **settings)
-    rows, columns = backbone.grid_for(*options.image_size)
+    rows, columns = report.recipe.grid
     lines = [
         f"folder:   {options.out}",
         f"backbone: {backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)",
     ]
-    if (options.out / PROJECTION_FILE).exists():
-        lines.append(f"features: {describe_projection(read_projection(options.out / PROJECTION_FILE))}")
+    if report.projection is not None:
+        lines.append(f"features: {describe_projection(report.projection)}")
     lines += [
         f"shards:   {report.written} written, {report.kept} kept",
-        f"size:     {report.bytes / 1e6:.1f} MB ({options.dtype})",
+        f"size:     {report.bytes / 1e6:.1f} MB",
     ]
     if report.written:
-        lines.append(f"speed:    {report.frames} frames, {report.frames_per_second:.1f} frames/s on {device}")
-    lines += [f"skipped:  {message}" for message in report.skipped.values()]
+        lines.append(f"speed:    {report.frames} frames, {report.frames / report.seconds:.1f} frames/s on {device}")
+    lines += [f"skipped:  {message}" for message in report.skipped]
     if report.busy:
         lines.append(f"left to another process: {', '.join(report.busy)}")
     sys.stdout.write("\n".join(lines) + "\n")

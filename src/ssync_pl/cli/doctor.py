@@ -9,36 +9,56 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.cli.words import key_values
-from ssync_pl.errors import ConfigError
+from ssync_pl.cli.words import key_values, run_command
+from ssync_pl.errors import require
 
 __all__ = ["run_doctor"]
 
-_DESCRIPTION = """Runs one training step of a model, without training it, and says whether SSync can be used with it,
-where its two maps are, what SSync costs, and which lines to add. It imports what you name, and runs nothing else.
-MODULE:NAME is a class, a function that builds a model, or a model."""
-_EXAMPLES = """examples:
-  ssync-pl doctor --config mine.yaml
-  ssync-pl doctor --config mine.yaml --batch 2,4,3,64,64
-  ssync-pl doctor my_package.model:build_model --batch 2,4,3,64,64
-  ssync-pl doctor my_package.model:Net --init slots=7 --batch img=2,4,3,64,64 --call loss_function
-  ssync-pl doctor train:Net --batch 2,4,3,64,64 --attention softmax:slot_attention --masks decoder:masks
-
-exit status: 0 SSync can be used, 1 it cannot as it is, 2 wrong usage or a model that fails."""
 _SETTINGS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 
 
-def run_doctor(args: list[str]) -> int:
+def run_doctor(words: list[str]) -> int:
     """Examines a model and prints what to write."""
-    named = args[:1] if args and not args[0].startswith("-") else []
+    return run_command("ssync-pl doctor", _doctor, words)
+
+
+def _doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Say whether SSync can be used with a model, where its two maps are, what SSync costs, and which lines to add.
+
+    It runs one training step of the model, without training it. It imports what you name, and runs nothing else.
+    MODULE:NAME is a class, a function that builds a model, or a model.
+
+    examples:
+      ssync-pl doctor --config mine.yaml --batch 2,4,3,64,64
+      ssync-pl doctor my_package.model:Net --init slots=7 --batch img=2,4,3,64,64 --call loss_function
+      ssync-pl doctor train:Net --batch 2,4,3,64,64 --attention softmax:slot_attention --masks decoder:masks
+
+    exit status: 0 SSync can be used, 1 it cannot as it is, 2 wrong usage or a model that fails.
+    """
+    parser.usage = "ssync-pl doctor (MODULE:NAME | --config FILE) [OPTIONS]"
+    add = parser.add_argument
+    batch = "shapes of an example batch; with names it is a dict. Default with --config: the first batch of its data"
+    add("--config", action="append", default=[], metavar="FILE", help="of `ssync-pl fit`, as other options are then")
+    add("--init", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the class")
+    add("--batch", action="extend", nargs="+", default=[], metavar="[NAME=]B,T,3,H,W", help=batch)
+    add("--call", default="", metavar="METHOD", help="method of a plain model that gives the loss")
+    add("--ckpt_path", type=Path, metavar="FILE", help="weights, so that slots in use mean something")
+    add("--adapter", help="name of the adapter (default: the one that knows the model)")
+    add("--attention", metavar="PLACE", help="'path', 'path:key' or 'softmax:path' of the slot attention")
+    add("--masks", metavar="PLACE", help="the same for the decoder's masks")
+    add("--attention-kind", choices=("probs", "logits"), help="what attention gives (default: probs)")
+    add("--masks-kind", choices=("probs", "logits"), help="what masks gives (default: probs)")
+    add("--grid", type=_grid, metavar="H,W", help="patches, where nothing else tells")
+    add("--json", action="store_true", help="print JSON")
+    named = words[:1] if words and not words[0].startswith("-") else []
     # A positional argument would swallow the values of options that are meant for the configuration.
-    options, rest = _parser().parse_known_args(args[len(named) :])
-    if bool(named) == bool(options.config):
-        raise ConfigError(
-            "Expected either a model as package.module:name or --config FILE. See ssync-pl doctor --help."
-        )
-    if rest and named:
-        raise ConfigError(f"Expected options of ssync-pl doctor, but got {' '.join(rest)}. See ssync-pl doctor --help.")
+    options, rest = parser.parse_known_args(words[len(named) :])
+    one = bool(named) != bool(options.config)
+    advice = "See ssync-pl doctor --help."
+    require(
+        one, "either a model as package.module:name or --config FILE", "both" if named else "neither", advice=advice
+    )
+    require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice=advice)
     from ssync_pl.tools.doctor import render_report
     from ssync_pl.tools.doctor.load import working_folder_first
 
@@ -64,42 +84,13 @@ def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> A
         host, data, configured = parts.host, parts.data, settings_of(parts.callbacks)
     if options.ckpt_path is not None:
         load_weights(host, options.ckpt_path)
-    if options.batch:
-        data = parse_batch(options.batch)
-    if data is None:
-        raise ConfigError("Expected the shape of a batch, but got none. Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
+    data = parse_batch(options.batch) if options.batch else data
+    require(data is not None, "the shape of a batch", "none", advice="Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
     report = diagnose(host, data, settings or configured or {}, options.call)
     if configured is None:
         return report
     note = "The configuration has an SSyncCallback already; it was examined with its settings."
     return replace(report, hints=(note, *report.hints), lines=() if report.ready else report.lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ssync-pl doctor",
-        usage="ssync-pl doctor (MODULE:NAME | --config FILE) [OPTIONS]",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    config = "of `ssync-pl fit`; other options go to it as well"
-    batch = "shapes of an example batch; with names it is a dict. Default with --config: the first batch of its data"
-    add("--config", action="append", default=[], metavar="FILE", help=config)
-    add("--init", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the class")
-    add("--batch", action="extend", nargs="+", default=[], metavar="[NAME=]B,T,3,H,W", help=batch)
-    add("--call", default="", metavar="METHOD", help="method of a plain model that gives the loss")
-    add("--ckpt_path", type=Path, metavar="FILE", help="weights, so that slots in use mean something")
-    add("--adapter", help="name of the adapter (default: the one that knows the model)")
-    add("--attention", metavar="PLACE", help="'path', 'path:key' or 'softmax:path' of the slot attention")
-    add("--masks", metavar="PLACE", help="the same for the decoder's masks")
-    add("--attention-kind", choices=("probs", "logits"), help="what attention gives (default: probs)")
-    add("--masks-kind", choices=("probs", "logits"), help="what masks gives (default: probs)")
-    add("--grid", type=_grid, metavar="H,W", help="patches, where nothing else tells")
-    add("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _grid(text: str) -> tuple[int, int]:

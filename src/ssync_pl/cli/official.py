@@ -7,33 +7,16 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from ssync_pl.cli.words import key_values, refuse_existing
-from ssync_pl.errors import ConfigError
+from ssync_pl.cli.words import choose_command, refuse_existing, run_command
+from ssync_pl.errors import require
 
 __all__ = ["packaged_config", "run_checkpoint", "run_config"]
-
-_CONFIG = (
-    "Print a packaged configuration, e.g. `ssync-pl config ssync > ssync.yaml`. It goes after your own: `python "
-    "train.py fit --config mine.yaml --config ssync.yaml`. `ssync-pl config convert --help` is about public "
-    "configurations of the VideoSAUR family."
-)
-_CONVERT_CONFIG = (
-    "Translate a public configuration of VideoSAUR, SlotContrast, SRL or SSync into one for `ssync-pl fit --config`. "
-    "What has no counterpart is listed, above the result and on the screen."
-)
-_CHECKPOINT = "Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."
-_CONVERT = (
-    "Find the host from names and shapes of the tensors, load it strictly, and write a checkpoint of it. Only tensors "
-    "and plain values are read: nothing in the file can run."
-)
-_SHOW = "Find the host from names and shapes of the tensors and load it strictly; nothing is written."
 
 
 def packaged_config(name: str) -> Path:
     """Finds a configuration that comes with the package."""
     configs = _packaged_configs()
-    if name not in configs:
-        raise ConfigError(f"Expected the name of a packaged configuration ({', '.join(configs)}), but got {name!r}.")
+    require(name in configs, f"the name of a packaged configuration ({', '.join(configs)})", repr(name))
     return configs[name]
 
 
@@ -42,14 +25,27 @@ def _packaged_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def run_config(args: list[str]) -> int:
+def run_config(words: list[str]) -> int:
     """Prints a packaged configuration, its path, or the names there are; or converts a public configuration."""
-    if args[:1] == ["convert"]:
-        return _convert_config(args[1:])
-    parser = argparse.ArgumentParser(prog="ssync-pl config", description=_CONFIG)
+    if words[:1] == ["convert"]:
+        return run_command("ssync-pl config convert", _convert_config, words[1:])
+    return run_command("ssync-pl config", _config, words)
+
+
+def run_checkpoint(words: list[str]) -> int:
+    """Converts a public checkpoint; returns the exit status."""
+    return choose_command("ssync-pl checkpoint", {"convert": _convert_checkpoint}, words)
+
+
+def _config(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Print a packaged configuration, e.g. `ssync-pl config ssync > ssync.yaml`.
+
+    It goes after your own: `python train.py fit --config mine.yaml --config ssync.yaml`. `ssync-pl config convert
+    --help` is about public configurations of the VideoSAUR family.
+    """
     parser.add_argument("name", nargs="?", help="name of the configuration; without it, the names are listed")
     parser.add_argument("--path", action="store_true", help="print the path of the file instead of its text")
-    options = parser.parse_args(args)
+    options = parser.parse_args(words)
     if options.name is None:
         sys.stdout.write("\n".join(_packaged_configs()) + "\n")
         return 0
@@ -58,78 +54,49 @@ def run_config(args: list[str]) -> int:
     return 0
 
 
-def _convert_config(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ssync-pl config convert", description=_CONVERT_CONFIG)
-    add = parser.add_argument
-    change = "change a value of the public file first, in its own keys, e.g. globals.NUM_SLOTS=7; may be repeated"
-    with_ssync = "add SSync, with the published settings where the file has none"
-    add("file", type=Path, metavar="OFFICIAL.yaml", help="the public configuration")
-    add("--out", type=Path, metavar="FILE.yaml", help="where the result goes (default: the screen)")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--with-ssync", dest="ssync", action="store_true", default=None, help=with_ssync)
-    choice.add_argument("--without-ssync", dest="ssync", action="store_false", help="leave SSync out")
-    add("--data-root", metavar="DIR", help="folder or URL that the shards lie below")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    add("--ignore", action="append", default=[], metavar="KEY", help="leave out an unknown key; may be repeated")
-    add("--force", action="store_true", help="replace FILE.yaml if it exists")
-    options = parser.parse_args(args)
+def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Translate a public configuration of VideoSAUR, SlotContrast, SRL or SSync into one for `ssync-pl fit --config`.
+
+    What has no counterpart is listed, above the result and on the screen.
+    """
+    change = "change a value of the public file first, in its own keys, e.g. globals.NUM_SLOTS=7, or leave a key out "
+    change += "(KEY=null); may be repeated"
+    parser.add_argument("file", type=Path, metavar="OFFICIAL.yaml", help="the public configuration")
+    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="where the result goes (default: the screen)")
+    parser.add_argument("--data-root", metavar="DIR", help="folder or URL that the shards lie below")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    parser.add_argument("--force", action="store_true", help="replace FILE.yaml if it exists")
+    options = parser.parse_args(words)
     from ssync_pl.data.files import write_bytes
     from ssync_pl.tools.official.convert import convert_config
 
     if options.out is not None:
         refuse_existing(options.out, "--out", options.force)
-    converted = convert_config(
-        options.file, ssync=options.ssync, root=options.data_root, changes=options.changes, ignore=options.ignore
-    )
+    converted = convert_config(options.file, root=options.data_root, changes=options.changes)
     for key, reason in converted.left_out.items():
         sys.stderr.write(f"not converted: {key}: {reason}\n")
     if options.out is None:
         sys.stdout.write(converted.to_yaml())
-        return 0
-    write_bytes(options.out, converted.to_yaml().encode("utf-8"))
+    else:
+        write_bytes(options.out, converted.to_yaml().encode("utf-8"))
+        sys.stdout.write(f"converted: {options.out}\n")
+    return 0
+
+
+def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Write the tensors of a public checkpoint as one for `ssync-pl validate|test|predict --ckpt_path`.
+
+    It goes beside the configuration of `ssync-pl config convert`. Only tensors and plain values are read: nothing in
+    the file can run.
+    """
+    parser.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
+    parser.add_argument("out", type=Path, metavar="OUT.ckpt", help="where the result goes")
+    parser.add_argument("--force", action="store_true", help="replace OUT.ckpt if it exists")
+    options = parser.parse_args(words)
+    from ssync_pl.tools.official.checkpoints import convert_checkpoint
+
+    refuse_existing(options.out, "OUT.ckpt", options.force)
+    for name in convert_checkpoint(options.file, options.out):
+        sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
     sys.stdout.write(f"converted: {options.out}\n")
     return 0
-
-
-def run_checkpoint(args: list[str]) -> int:
-    """Converts a public checkpoint, or shows what it holds; returns the exit status."""
-    options = _checkpoint_parser().parse_args(args)
-    from ssync_pl.tools.official.checkpoints import convert_checkpoint
-    from ssync_pl.tools.official.convert import host_options
-
-    if options.out is not None:
-        refuse_existing(options.out, "OUT.ckpt", options.force)
-    own = key_values(options.changes, "--set")
-    described = host_options(options.config) if options.config is not None else None
-    done = convert_checkpoint(options.file, options.out, described=described, options=own)
-    lines = [f"host:      {done.host}"]
-    lines += [f"  {name}: {'null' if value is None else value}" for name, value in sorted(done.options.items())]
-    lines.append(f"tensors:   {done.tensors}, loaded strictly")
-    if done.assumed:
-        lines.append(f"assumed:   {', '.join(sorted(done.assumed))}: no shape tells, published values; change by --set")
-    if done.dropped:
-        lines.append(f"dropped:   {', '.join(done.dropped)}: parts of another training that the host does not need")
-    if options.out is not None:
-        lines.append(f"converted: {options.out}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
-
-
-def _checkpoint_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ssync-pl checkpoint", description=_CHECKPOINT)
-    parser.set_defaults(out=None)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    write = "write a checkpoint that `ssync-pl validate|test|predict --ckpt_path` and `load_from_checkpoint` take"
-    convert = commands.add_parser("convert", help=write, description=_CONVERT)
-    show = commands.add_parser("show", help="tell host and options of a public checkpoint", description=_SHOW)
-    public = "public configuration of the training, for what no shape tells"
-    change = "an option of the host, e.g. num_slots=11; may be repeated"
-    for command in (convert, show):
-        add = command.add_argument
-        add("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
-        if command is convert:
-            add("out", type=Path, metavar="OUT.ckpt", help="where the result goes")
-            add("--force", action="store_true", help="replace OUT.ckpt if it exists")
-        add("--config", type=Path, metavar="OFFICIAL.yaml", help=public)
-        add("--set", action="append", default=[], metavar="OPTION=VALUE", dest="changes", help=change)
-    return parser

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import require
 
 __all__ = ["add_input_options", "describe_windows", "refuse_alone", "with_config"]
 
 _CONFIG = "config.yaml"  # what `ssync-pl fit` saves its configuration as, in the folder of the run
 _INPUT = (
-    "Videos to predict instead of the data module's: video files (mp4, avi, mov, mkv, webm, gif), folders of frames "
-    "(png, jpg), folders of videos, shards (tar; braces and globs). May come several times. The data module then only "
-    "says how frames are resized, cropped and normalised, and which features the host reads. Runs on one device. "
-    "Without --config, config.yaml of the checkpoint's run is taken."
+    "Videos to predict instead of the data module's: video files, folders of frames (png, jpg), folders of videos, "
+    "shards. May come several times. The data module then only says how frames are resized, cropped and normalised, "
+    "and which features the host reads. Without --config, config.yaml of the checkpoint's run is taken."
 )
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "out": (
-        str | None,
-        None,
-        "Folder of the predictions of --input: new, empty, or one of earlier predictions. Default: predictions in the "
-        "run's log folder.",
-    ),
+    "out": (str | None, None, "Folder of the predictions of --input. Default: predictions in the run's log folder."),
     "clip_frames": (
         int,
         64,
-        "Most frames that the host sees at once with --input. Longer videos are cut into windows that share a frame. "
-        "Hosts that can start from given slots (SAVi, VideoSAUR, SlotContrast) carry them over; for all others slots "
-        "are matched on the shared frame, so that an object may change its slot between windows.",
+        "Most frames that the host sees at once with --input. Longer videos are cut into windows that share a frame.",
     ),
     "projection": (
         str | None,
         None,
-        "With --input, projection.npz of the cached features that the host was trained on, where it is not in their "
-        "folder.",
+        "With --input, projection.npz of the cached features of the training, where it is not in their folder.",
     ),
     "backbone_checkpoint": (
         str | None,
@@ -57,52 +49,34 @@ def add_input_options(parser: Any) -> None:
 def refuse_alone(options: Mapping[str, Any], has_writer: bool) -> None:
     """Refuses options that would have no effect: those of `--input` without it, `--out` beside a configured writer."""
     for name, (_, default, _) in _OPTIONS.items():
-        if not options.get("input") and options.get(name) not in (None, default):
-            raise ConfigError(f"Expected --{name} only with --input, but got it alone. Leave it out.")
-    if has_writer and options.get("out") is not None:
-        raise ConfigError(
-            "Expected --out only without a prediction writer in the configuration, but there is one. Set its folder "
-            "there, or leave the writer out."
-        )
+        alone = not options.get("input") and options.get(name) not in (None, default)
+        require(not alone, f"--{name} only with --input", "it alone", advice="Leave it out.")
+    expected = "--out only without a prediction writer in the configuration"
+    require(not has_writer or options.get("out") is None, expected, "both", advice="Set the writer's folder instead.")
 
 
 def with_config(words: Sequence[str]) -> list[str]:
     """Adds the run's configuration where there is `--input` and no `--config`, and says so on standard error."""
-    names = [word.partition("=")[0] for word in words]
-    if names[:1] != ["predict"] or "--input" not in names or {"-h", "--help", "--print_config"} & {*names}:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--input", nargs="*")
+    parser.add_argument("--ckpt_path", type=Path)
+    given, rest = parser.parse_known_args(words)
+    names = {word.partition("=")[0] for word in rest}
+    if words[:1] != ["predict"] or given.input is None or {"-h", "--help", "--print_config"} & names:
         return list(words)
-    checkpoint = _value(words, "--ckpt_path")
-    if checkpoint is not None and not Path(checkpoint).expanduser().exists():
-        raise ConfigError(
-            f"Expected --ckpt_path to be a checkpoint, but {checkpoint} does not exist. Give its path, such as "
-            "runs/NAME/version_0/checkpoints/last.ckpt."
-        )
+    path = None if given.ckpt_path is None else given.ckpt_path.expanduser().absolute()
+    require(path is None or path.exists(), "--ckpt_path to be a checkpoint", f"{path}, which does not exist")
     if any(name in ("--config", "-c") or name.startswith("--model") for name in names):
         return list(words)
-    if checkpoint is None:
-        raise ConfigError(
-            "Expected --ckpt_path beside --input, or --config FILE, but got neither. Pass the checkpoint of a run: "
-            "ssync-pl predict --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt --input PATH."
-        )
-    folders = list(Path(checkpoint).expanduser().absolute().parents[:2])  # RUN/checkpoints/NAME.ckpt or RUN/NAME.ckpt
+    advice = "Pass --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt, or the configuration as well: --config FILE."
+    require(path is not None, "--ckpt_path beside --input", "none", advice=advice)
+    assert path is not None
+    folders = list(path.parents[:2])  # RUN/checkpoints/NAME.ckpt or RUN/NAME.ckpt
     found = next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
-    if found is None:
-        raise ConfigError(
-            f"Expected {_CONFIG} in {' or '.join(map(str, folders))}, where `ssync-pl fit` saves it, but there is "
-            "none. Pass the configuration that the checkpoint was trained with: --config FILE."
-        )
+    where = f"{_CONFIG} in {' or '.join(map(str, folders))}, where `ssync-pl fit` saves it"
+    require(found is not None, where, "none", advice="Pass the configuration of the training: --config FILE.")
     sys.stderr.write(f"ssync-pl: configuration: {found}\n")
     return [words[0], f"--config={found}", *words[1:]]
-
-
-def _value(words: Sequence[str], name: str) -> str | None:
-    found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-        elif word == name:
-            found = following
-    return found
 
 
 def describe_windows(videos: Sequence[Any], carried: bool) -> str:

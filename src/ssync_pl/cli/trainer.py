@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as L
@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, RichP
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
@@ -25,6 +24,7 @@ import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
 from ssync_pl.cli.predict import add_input_options, describe_windows, refuse_alone, with_config
+from ssync_pl.compare.configs import read_yaml
 from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
@@ -32,24 +32,9 @@ from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
 from ssync_pl.tools.predict.writer import SlotPredictions
 
-__all__ = ["Configured", "SSyncArgumentParser", "SSyncCLI", "from_configuration", "progress_bar", "run_trainer"]
+__all__ = ["Configured", "SSyncArgumentParser", "SSyncCLI", "from_configuration", "run_trainer"]
 
 _ROOT = "runs"
-_SHORT = {"train/loss": "loss", "ssync/boundary_loss": "boundary", "ssync/interior_loss": "interior"}
-# Words of an error of Lightning or PyTorch, and what to say instead; {} takes its text.
-_EXPLAINED = {
-    "pytorch-lightning_version": "Expected --ckpt_path to be a checkpoint of Lightning, but it is a state dict alone. "
-    "A public one goes through `ssync-pl checkpoint convert`.",
-    "optimizer state": "Expected --ckpt_path to hold the state of the optimizer, with which `fit` goes on, but it "
-    "holds weights only. Take a checkpoint of a training: one of `ssync-pl checkpoint convert` is for validate, test "
-    "and predict, and for `load_from_checkpoint`.",
-    "PytorchStreamReader": "Expected --ckpt_path to be a whole checkpoint, but reading it failed: {}. Take another "
-    "one; --debug shows where.",
-    "loading state_dict": "Expected --ckpt_path to hold the tensors of the model in the configuration, but: {}. Take "
-    "the configuration that it was trained with; a public checkpoint with further parts goes through "
-    "`ssync-pl checkpoint convert`.",
-    "more than one stateful callback": "{} The callback is in the configuration already: leave one of them out.",
-}
 
 
 class SSyncArgumentParser(LightningArgumentParser):
@@ -76,12 +61,8 @@ class SSyncCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--name`."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="Folder of the run below trainer.default_root_dir. Default: the first configuration file's name.",
-        )
+        text = "Folder of the run below trainer.default_root_dir. Default: the first configuration file's name."
+        parser.add_argument("--name", type=str | None, default=None, help=text)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -98,40 +79,43 @@ class SSyncCLI(LightningCLI):
         settings = self.config[self.config["subcommand"]]
         if settings.get("name") is None:
             files = settings.get("config") or []
-            settings["name"] = Path(str(files[0])).stem if files else _class_name(settings)
+            settings["name"] = Path(str(files[0])).stem if files else self._model()
         if self.config["subcommand"] == "predict" and settings.get("return_predictions") is None:
             settings["return_predictions"] = False  # Lightning would keep the masks of the whole set in memory
 
-    def _parse_ckpt_path(self) -> None:
+    def _model(self) -> str:
+        """Returns the class name of the model that is to be built."""
         settings = self.config.get(self.config.get("subcommand") or "") or {}
-        wanted = _class_name(settings)
+        return str((settings.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
+
+    def _parse_ckpt_path(self) -> None:
+        wanted = self._model()
         super()._parse_ckpt_path()  # a checkpoint that knows its host puts it in the place of the configuration's
-        found = _class_name(self.config[self.config["subcommand"]]) if settings.get("input") else wanted
-        if wanted != found:
+        if wanted and wanted != self._model():
             raise ConfigError(
-                f"Expected --ckpt_path to be a checkpoint of {wanted}, the model of the configuration, but it is "
-                f"one of {found}. Take the configuration that it was trained with: config.yaml in its run's folder."
+                f"Expected --ckpt_path to be a checkpoint of {wanted}, the model of the configuration, but it is one "
+                f"of {self._model()}. Take the configuration that it was trained with: config.yaml in its run's folder."
             )
 
     def instantiate_classes(self) -> None:
-        """Builds model, data and trainer."""
+        """Builds model, data and trainer; what their classes refuse is an error of the configuration."""
         try:
             super().instantiate_classes()
-            if self._inputs():
-                names = ("clip_frames", "projection", "backbone_checkpoint")
-                options = (self.config_init["predict"].get(name) for name in names)
-                self.datamodule = InputDataModule(self.datamodule, self._inputs(), *options)
         except (ValueError, TypeError, ModuleNotFoundError) as error:
-            reason = _reason(error)
-            if isinstance(reason, ModuleNotFoundError):
-                text = " ".join(str(reason).split()).rstrip(".")
-                raise ConfigError(
-                    f"Expected the packages of the configuration's classes, but one is missing ({text}). Install it "
-                    "with pip, or take another class."
-                ) from error
+            reason = next((one for one in _chain(error) if isinstance(one, SSyncError | ModuleNotFoundError)), None)
+            if isinstance(reason, SSyncError):
+                raise reason from None
             if reason is None:
                 raise
-            raise reason from None
+            text = " ".join(str(reason).split())
+            raise ConfigError(
+                f"Expected the packages of the configuration's classes, but one is missing ({text}). Install it with "
+                "pip, or take another class."
+            ) from error
+        if self._inputs():
+            names = ("clip_frames", "projection", "backbone_checkpoint")
+            options = (self.config_init["predict"].get(name) for name in names)
+            self.datamodule = InputDataModule(self.datamodule, self._inputs(), *options)
 
     def _inputs(self) -> list[str]:
         return (self._get(self.config_init, "input") or []) if self.subcommand == "predict" else []
@@ -151,7 +135,9 @@ class SSyncCLI(LightningCLI):
         if self._get(self.config_init, "seed_everything") is not False and not has(StepSeed):
             added.append(StepSeed())
         if settings.get("enable_progress_bar") is not False and not has(ProgressBar):
-            added.append(progress_bar())
+            # Each refresh reads numbers off the device, so not in every step.
+            bar = TQDMProgressBar if importlib.util.find_spec("rich") is None else RichProgressBar
+            added.append(bar(refresh_rate=10))
         if self.subcommand == "predict":
             has_writer = has(SlotPredictions, BasePredictionWriter)
             refuse_alone(self.config_init["predict"], has_writer)
@@ -179,7 +165,7 @@ class SSyncCLI(LightningCLI):
             if isinstance(callback, SlotPredictions) and callback.folder and self.trainer.is_global_zero:
                 if self._inputs():
                     sys.stdout.write(describe_windows(callback.written, carries_slots(self.model)))
-                sys.stdout.write(f"predictions: {callback.total} videos in {callback.folder}\n")
+                sys.stdout.write(f"predictions: {len(callback.written)} videos in {callback.folder}\n")
 
 
 class Configured(NamedTuple):
@@ -213,12 +199,17 @@ def from_configuration(words: list[str]) -> Configured:
 
 def run_trainer(args: list[str], *, debug: bool = False, kind: Any = SSyncCLI) -> Any:
     """Parses the words, builds host, data and trainer, runs the verb, and returns the LightningCLI."""
+    words = with_config(args)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, path = word.partition("=")
+        if option in ("--config", "-c") and (equals or following):
+            read_yaml(path if equals else following)  # jsonargparse refuses a bad file without its name
     try:
         with public_globals():  # public checkpoints can be named by --ckpt_path as they are
             return kind(
                 L.LightningModule,
                 L.LightningDataModule,
-                args=with_config(args),
+                args=words,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
@@ -227,36 +218,35 @@ def run_trainer(args: list[str], *, debug: bool = False, kind: Any = SSyncCLI) -
                 parser_class=LightningArgumentParser if debug else SSyncArgumentParser,
                 parser_kwargs={"prog": "ssync-pl"},
             )
-    except (MisconfigurationException, EOFError, UnpicklingError, KeyError, RuntimeError) as error:
-        explained = None if isinstance(error, SSyncError) else _explain(error)
+    except Exception as error:
+        explained = None if isinstance(error, SSyncError) else _explained(error)
         if explained is None:
             raise
         raise ConfigError(explained) from error
 
 
-def _explain(error: Exception) -> str | None:
-    text = " ".join(str(error).split()).rstrip(".")
-    if isinstance(error, MisconfigurationException):
+def _explained(error: Exception) -> str | None:
+    """Says what Lightning could not do with a configuration, a checkpoint or callbacks, by where it failed."""
+    places = {(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(error.__traceback__)}
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
+    if any(file == "checkpoint_connector.py" or function == "_parse_ckpt_path" for file, function in places):
+        return (
+            f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take one "
+            "that `fit` wrote with this configuration; a public one, or a state dict alone, goes through `ssync-pl "
+            "checkpoint convert` and is for validate, test and predict."
+        )
+    if isinstance(error, MisconfigurationException) or any(file == "callback_connector.py" for file, _ in places):
         return str(error)
-    if isinstance(error, (EOFError, UnpicklingError)):
-        text = f"{type(error).__name__}: {text or 'it ends early'}"
-        return _EXPLAINED["PytorchStreamReader"].format(text[:300])
-    return next((message.format(text[:300]) for words, message in _EXPLAINED.items() if words in text), None)
-
-
-def _reason(error: BaseException | None) -> SSyncError | ModuleNotFoundError | None:
-    """Returns the error behind one of jsonargparse."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, (SSyncError, ModuleNotFoundError)):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
     return None
 
 
-def _class_name(settings: Any) -> str:
-    return str((settings.get("model") or {}).get("class_path", "")).rsplit(".", 1)[-1]
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those behind it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _as_list(callbacks: Any) -> list[Any]:
@@ -264,51 +254,11 @@ def _as_list(callbacks: Any) -> list[Any]:
 
 
 def _logger(settings: dict[str, Any], name: str) -> Any:
-    logger = settings.get("logger")
+    logger, root = settings.get("logger"), str(settings.get("default_root_dir") or _ROOT)
     if logger is not None and logger is not True:
         return logger
-    root = str(settings.get("default_root_dir") or _ROOT)
+    if logger is True and importlib.util.find_spec("tensorboard") is not None:
+        return TensorBoardLogger(root, name=name)
     if logger is True:
-        try:
-            return TensorBoardLogger(root, name=name)
-        except ModuleNotFoundError:
-            sys.stderr.write("ssync-pl: tensorboard is not installed, so metrics go to metrics.csv.\n")
+        sys.stderr.write("ssync-pl: tensorboard is not installed, so metrics go to metrics.csv.\n")
     return CSVLogger(root, name=name)
-
-
-class _ShowsLoss(ProgressBar):
-    """Adds the loss of the last step (divided by accumulated batches), which Lightning 2 leaves out of its bar."""
-
-    _last_loss: Any = None
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self._last_loss = loss.detach() if isinstance(loss, Tensor) else None
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        metrics = {_SHORT.get(name, name): value for name, value in metrics.items()}  # whole names do not fit
-        if trainer.training and self._last_loss is not None and "loss" not in metrics:
-            return {"loss": round(float(self._last_loss), 5), **metrics}
-        return metrics
-
-
-class _RichBar(_ShowsLoss, RichProgressBar):
-    def _get_train_description(self, current_epoch: int) -> str:
-        # Lightning subtracts 1 from max_epochs, which is -1 where only max_steps is given.
-        return str(super()._get_train_description(current_epoch)).replace("/-2", "")
-
-
-class _TQDMBar(_ShowsLoss, TQDMProgressBar):
-    pass
-
-
-def progress_bar() -> ProgressBar:
-    """Builds the progress bar: Rich's where rich is installed, otherwise the plain one."""
-    # Each refresh reads numbers off the device, so not in every step.
-    rich = importlib.util.find_spec("rich") is not None
-    return _RichBar(refresh_rate=10) if rich else _TQDMBar(refresh_rate=10)

@@ -7,25 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, require
 
 __all__ = ["callback_name", "callbacks_of", "class_of", "merge", "read_yaml"]
 
 
 def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
-    """Reads a configuration file that `option` names; an empty file gives an empty dict."""
+    """Reads a configuration file that `option` names, and refuses one without keys, with the file's name."""
     import yaml
 
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"Expected {option} to name a YAML file, but there is no {str(path)!r}.")
+    require(path.is_file(), f"{option} to name a YAML file", f"{str(path)!r}, which is none")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Expected {option} {path} to hold YAML, but: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"Expected {option} {path} to hold keys with values, but got {type(content).__name__}.")
-    return content or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"Expected {option} {path} to hold YAML in UTF-8, but reading it failed: {reason}."
+        ) from error
+    got = "nothing" if content is None else type(content).__name__
+    require(isinstance(content, dict), f"{option} {path} to hold keys with values", got)
+    return dict(content)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,13 +69,8 @@ def callback_name(callback: Any) -> str:
 def class_of(config: Mapping[str, Any], part: str) -> tuple[str, dict[str, Any]]:
     """Returns the class name of `model` or `data` without its module, and its `init_args`."""
     found = config.get(part)
-    if isinstance(found, str):
-        return callback_name(found), {}
-    if not isinstance(found, Mapping) or "class_path" not in found:
-        got = "nothing" if found is None else repr(found)[:80]
-        raise ConfigError(
-            f"Expected the configuration to have `{part}` with a `class_path`, but got {got}. Add a --config that "
-            f"names the {part}."
-        )
-    options = found.get("init_args")
-    return callback_name(found), dict(options) if isinstance(options, Mapping) else {}
+    known = isinstance(found, str) or (isinstance(found, Mapping) and "class_path" in found)
+    expected = f"the configuration to have `{part}` with a `class_path`"
+    require(known, expected, repr(found)[:80], advice=f"Add a --config that names the {part}.")
+    options = found.get("init_args") if isinstance(found, Mapping) else None
+    return callback_name(found), dict(options or {})

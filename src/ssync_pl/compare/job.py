@@ -1,4 +1,4 @@
-"""What a launcher runs for each run: the training in a process group of its own, then its record.
+"""What a launcher runs for each run: the training, in a process group of its own.
 
 Nothing here imports PyTorch, since this process only waits for the training.
 """
@@ -8,23 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
-import time
-from datetime import date
 from pathlib import Path
-
-from ssync_pl.data.files import write_bytes
 
 __all__ = ["run_job"]
 
 
-def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
-    """Trains one run in a process group of its own, and writes its record.
+def run_job(folder: str) -> None:
+    """Runs what `job.json` of a folder says: `command` with `threads`, and `gpus` (null: all).
 
-    The folder has `job.json`, with the command and the facts for the record. `owner` is the process of the comparison
-    on this machine, with which the training ends; empty under Slurm. Empty `gpus` are those that the comparison sees.
+    `owner` is the process of the comparison on this machine, with which the training ends; null under Slurm.
     """
     import submitit
     from filelock import FileLock
@@ -32,33 +26,26 @@ def run_job(folder: str, threads: str, owner: str, gpus: str) -> None:
     place = Path(folder)
     rank = submitit.JobEnvironment().global_rank
     job = json.loads((place / "job.json").read_text(encoding="utf-8"))
-    if rank and job["once"]:
-        return
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if owner:  # submitit hides the GPUs of jobs that ask for none
-        environment["CUDA_VISIBLE_DEVICES"] = gpus or job["visible"] or ""
-        if not gpus and job["visible"] is None:
-            del environment["CUDA_VISIBLE_DEVICES"]
-    started = time.monotonic()
+    owner = job["owner"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
+    if owner is not None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides the GPUs of jobs that ask for none
+        environment |= {} if job["gpus"] is None else {"CUDA_VISIBLE_DEVICES": job["gpus"]}
     with (
-        FileLock(place / ".lock") if owner else contextlib.nullcontext(),
+        contextlib.nullcontext() if owner is None else FileLock(place / ".lock"),
         open(place / ("log.txt" if rank == 0 else f"log_{rank}.txt"), "wb") as log,
     ):
         training = subprocess.Popen(
             job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            while training.poll() is None and (not owner or _exists(int(owner))):
+            while training.poll() is None and (owner is None or _exists(owner)):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     training.wait(0.5)
         finally:
             with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
                 os.killpg(training.pid, signal.SIGKILL)
             training.wait()
-        if training.returncode == 0 and rank == 0:
-            facts = {**job["facts"], "wall_seconds": round(time.monotonic() - started, 1)}
-            facts |= {"cpu_seconds": _cpu_seconds(), "date": date.today().isoformat(), "command": job["command"]}
-            write_bytes(place / "run.json", json.dumps(facts, indent=1).encode())
 
 
 def _exists(process: int) -> bool:
@@ -66,11 +53,4 @@ def _exists(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
     return True
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(usage.ru_utime + usage.ru_stime, 1)

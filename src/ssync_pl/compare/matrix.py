@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssync_pl import __version__
 from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.compare.sharing import Share, plan_sharing
-from ssync_pl.compare.variants import Variant, make_variant
-from ssync_pl.errors import ConfigError
+from ssync_pl.compare.variants import Variant, explicit, make_variant
+from ssync_pl.errors import ConfigError, require
 
-__all__ = ["Asked", "DataSet", "Matrix", "Run", "build_matrix", "parse_numbers", "parse_seeds", "run_folder"]
+__all__ = ["Asked", "Matrix", "Run", "RunKey", "build_matrix", "parse_numbers", "parse_seeds"]
 
 _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
 
@@ -33,21 +33,26 @@ class Asked:
     slots: tuple[int, ...] = ()
     sets: tuple[str, ...] = ()
     baseline: str = "without"
-    steps: int | None = None
-    device: str = "auto"
-    data: Path | None = None
     extra: tuple[str, ...] = ()
     share: bool = True
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A data set: its name, files and words for `ssync-pl fit`, and what they change as a dict."""
+class RunKey(NamedTuple):
+    """Which run of a comparison."""
 
-    name: str
-    files: tuple[Path, ...] = ()
-    words: tuple[str, ...] = ()
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    set: str
+    slots: int
+    variant: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Name of the run in messages."""
+        return f"{self.set}, {self.slots} slots, {self.variant}, seed {self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        """Returns the folder of the run below that of the comparison."""
+        return out / "runs" / self.set / f"slots_{self.slots}" / self.variant / f"seed_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,7 @@ class Run:
     that decides the result but the seed, and `checkpoint` of the variant `source` is where it starts, if that is there.
     """
 
-    set: str
-    slots: int
-    variant: str
-    seed: int
+    key: RunKey
     folder: Path
     files: Mapping[str, Mapping[str, Any]]
     command: tuple[str, ...]
@@ -69,236 +71,184 @@ class Run:
     source: str | None = None
     checkpoint: Path | None = None
 
-    @property
-    def label(self) -> str:
-        """Name of the run in messages."""
-        return f"{self.set}, {self.slots} slots, {self.variant}, seed {self.seed}"
-
 
 @dataclass(frozen=True)
 class Matrix:
-    """All runs of a comparison, the variants of a seed beside each other, and the words that make each data set."""
+    """All runs of a comparison, the variants of a seed beside each other, and what `matrix.json` holds."""
 
-    asked: Asked
-    sets: tuple[DataSet, ...]
-    slots: tuple[int, ...]
-    variants: tuple[Variant, ...]
     runs: tuple[Run, ...]
-    prepare: Mapping[str, tuple[str, ...]]
-    texts: tuple[str, ...]
+    facts: Mapping[str, Any]
+    on_cpu: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns what `matrix.json` holds."""
-        return {
-            "config": list(self.texts),
-            "config_files": [str(path) for path in self.asked.configs],
-            "variants": [{"name": one.name, "description": one.description} for one in self.variants],
-            "seeds": list(self.asked.seeds),
-            "slots": list(self.slots),
-            "sets": [one.name for one in self.sets],
-            "baseline": self.asked.baseline,
-            "steps": self.asked.steps,
-            "extra": list(self.asked.extra),
-            "version": __version__,
-        }
+
+@dataclass(frozen=True)
+class _DataSet:
+    """A data set: its name, and the files and words for `ssync-pl fit` that make these changes."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    words: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_matrix(asked: Asked) -> Matrix:
     """Lays out all runs; nothing is written or started."""
-    if not asked.configs:
-        raise ConfigError("Expected --config FILE, the configuration that is compared, but got none.")
+    require(bool(asked.configs), "--config FILE, the configuration that is compared", "none")
     _refuse_doubles(asked.variants, "--variants")
     config: dict[str, Any] = reduce(merge, map(read_yaml, asked.configs), {})
-    class_of(config, "model")
+    model, options = class_of(config, "model")
     class_of(config, "data")
-    sets = tuple(_data_set(name, config) for name in asked.sets) or (DataSet("default"),)
+    sets = [_data_set(name, config) for name in asked.sets] or [_DataSet("default")]
     _refuse_doubles([one.name for one in sets], "--sets")
-    slots = asked.slots or (_slots_of(config),)
-    texts = tuple(path.read_text(encoding="utf-8") for path in asked.configs)
+    own: Any = options.get("num_slots")
+    known = bool(asked.slots) or isinstance(own, int)
+    require(known, f"`num_slots` among the options of {model}, or --slots", repr(own), advice="Write it there.")
+    slots = asked.slots or (own,)
+    texts = [path.read_text(encoding="utf-8") for path in asked.configs]
     runs: list[Run] = []
-    prepare: dict[str, tuple[str, ...]] = {}
-    variants: tuple[Variant, ...] = ()
+    variants: list[Variant] = []
     for data_set in sets:
         of_set = merge(config, data_set.changes)
-        made = tuple(make_variant(name, of_set) for name in asked.variants)
-        _check_variants(made, asked.baseline)
-        variants = variants or made
-        plan = plan_sharing(made, of_set, asked.extra) if asked.share else {}
-        files = _config_words((*asked.configs, *data_set.files))
-        prepare[data_set.name] = (*files, *data_set.words, *_data_words(asked, of_set), *asked.extra)
+        variants = [make_variant(name, of_set) for name in asked.variants]
+        _check_variants(variants, of_set, asked.baseline)
+        plan = plan_sharing(variants, of_set, asked.extra) if asked.share else {}
         runs += [
-            _run(asked, data_set, count, variant, seed, of_set, texts, plan.get(variant.name, Share()))
+            _run(asked, data_set, RunKey(data_set.name, count, variant.name, seed), variant, of_set, texts, plan)
             for count in slots
             for seed in asked.seeds
-            for variant in made
+            for variant in variants
         ]
-    return Matrix(asked, sets, slots, variants, tuple(runs), prepare, texts)
-
-
-def run_folder(out: Path, set_name: str, slots: int, variant: str, seed: int) -> Path:
-    """Returns the folder of a run."""
-    return out / "runs" / set_name / f"slots_{slots}" / variant / f"seed_{seed}"
+    facts = {
+        "config": texts,
+        "variants": [{"name": one.name, "description": one.description} for one in variants],
+        "seeds": list(asked.seeds),
+        "slots": list(slots),
+        "sets": [one.name for one in sets],
+        "baseline": asked.baseline,
+        "extra": list(asked.extra),
+        "version": __version__,
+    }
+    on_cpu = "--trainer.accelerator=cpu" in asked.extra or (config.get("trainer") or {}).get("accelerator") == "cpu"
+    return Matrix(tuple(runs), facts, on_cpu)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Reads `--seeds`: a number N for the seeds 0 to N-1, or a list like `3,4`; `3,` is the seed 3 alone."""
     if "," in text:
         return parse_numbers(text, "--seeds", least=0)
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ConfigError(f"Expected --seeds to be a number of seeds from 1 on, or a list like 3,4, but got {text!r}.")
+    valid = text.strip().isdecimal() and int(text) > 0
+    require(valid, "--seeds to be a number of seeds from 1 on, or a list like 3,4", repr(text))
     return tuple(range(int(text)))
 
 
 def parse_numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     """Reads whole numbers from `least` on with commas between them, each once."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or any(not part.isdecimal() or int(part) < least for part in parts):
-        raise ConfigError(f"Expected {option} to be whole numbers from {least} on, as in 7,11, but got {text!r}.")
+    valid = bool(parts) and all(part.isdecimal() and int(part) >= least for part in parts)
+    require(valid, f"{option} to be whole numbers from {least} on, as in 7,11", repr(text))
     _refuse_doubles(parts, option)
     return tuple(int(part) for part in parts)
 
 
 def _refuse_doubles(names: Sequence[str], option: str) -> None:
     doubles = sorted({name for name in names if list(names).count(name) > 1})
-    if doubles:
-        raise ConfigError(f"Expected {option} to name each once, but got {', '.join(doubles)} twice.")
+    require(not doubles, f"{option} to name each once", f"{', '.join(doubles)} twice")
 
 
-def _data_set(name: str, config: Mapping[str, Any]) -> DataSet:
+def _data_set(name: str, config: Mapping[str, Any]) -> _DataSet:
     """`default`, a preset of the synthetic data, or a YAML file."""
     if name == "default":
-        return DataSet("default")
+        return _DataSet("default")
     if name.endswith((".yaml", ".yml")):
-        return DataSet(Path(name).stem, files=(Path(name),), changes=read_yaml(name, "--sets"))
+        return _DataSet(Path(name).stem, files=(Path(name),), changes=read_yaml(name, "--sets"))
     from ssync_pl.data.synthetic import PRESETS
 
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ConfigError(f"Expected --sets to be among {known}, or paths of YAML files, but got {name!r}.")
+    require(name in PRESETS, f"--sets to be among {', '.join(PRESETS)}, or paths of YAML files", repr(name))
     data, options = class_of(config, "data")
-    if data != "SyntheticDataModule":
-        raise ConfigError(
-            f"Expected data of SyntheticDataModule for the preset {name!r} of --sets, but the configuration has "
-            f"{data}. Name a YAML file with the other data."
-        )
+    require(
+        data == "SyntheticDataModule",
+        f"data of SyntheticDataModule for the preset {name!r} of --sets",
+        f"{data} in the configuration",
+        advice="Name a YAML file with the other data.",
+    )
     if options.get("preset", "a") == name:
-        return DataSet(name)
+        return _DataSet(name)
     changes: dict[str, Any] = {"preset": name}
     if options.get("scene") is not None:
         changes["scene"] = None  # it was made for the configuration's own preset, and would undo this one
     words = tuple(f"--data.init_args.{key}={'null' if value is None else value}" for key, value in changes.items())
-    return DataSet(name, words=words, changes={"data": {"init_args": changes}})
+    return _DataSet(name, words=words, changes={"data": {"init_args": changes}})
 
 
-def _check_variants(variants: Sequence[Variant], baseline: str) -> None:
+def _check_variants(variants: Sequence[Variant], config: Mapping[str, Any], baseline: str) -> None:
     names = [variant.name for variant in variants]
     _refuse_doubles(names, "--variants")
-    if baseline not in names:
-        raise ConfigError(
-            f"Expected the variant {baseline!r} that the others are compared with to be among --variants "
-            f"{','.join(names)}. Add it, or name another one by --baseline."
-        )
-    for place, variant in enumerate(variants):
-        for other in variants[:place]:
-            if variant.overlay == other.overlay:
-                raise ConfigError(
-                    f"Expected variants that differ, but {other.name!r} and {variant.name!r} are the same training "
-                    "with this configuration. Leave one out."
-                )
-
-
-def _slots_of(config: Mapping[str, Any]) -> int:
-    model, options = class_of(config, "model")
-    count = options.get("num_slots")
-    if not isinstance(count, int):
-        raise ConfigError(
-            f"Expected `num_slots` among the options of {model} in the configuration, but got {count!r}. Write it "
-            "there."
-        )
-    return count
+    expected = f"the variant {baseline!r} that the others are compared with to be among --variants"
+    require(baseline in names, expected, ",".join(names), advice="Add it, or name another one by --baseline.")
+    trainings: list[Any] = []
+    for variant in variants:
+        training = explicit(merge(config, variant.overlay))
+        if training in trainings:
+            raise ConfigError(
+                f"Expected variants that differ, but {names[trainings.index(training)]!r} and {variant.name!r} are the "
+                "same training with this configuration. Leave one out."
+            )
+        trainings.append(training)
 
 
 def _config_words(paths: Sequence[Path]) -> list[str]:
     return [word for path in paths for word in ("--config", str(path))]
 
 
-def _data_words(asked: Asked, config: Mapping[str, Any]) -> list[str]:
-    if asked.data is None:
-        return []
-    data, options = class_of(config, "data")
-    if data != "SyntheticDataModule" and "root" not in options:
-        raise ConfigError(
-            f"Expected generated data for --data, but the configuration has {data}, which has no `root`. Leave it out."
-        )
-    return [f"--data.init_args.root={asked.data}"]
-
-
-def _step_words(steps: int | None, config: Mapping[str, Any]) -> list[str]:
-    """Another number of steps, with a validation at the end."""
-    if steps is None:
-        return []
-    trainer = config.get("trainer") or {}
-    # The interval counts batches, several of which make a step when gradients are accumulated.
-    batches = steps * int(trainer.get("accumulate_grad_batches") or 1)
-    parts = next((parts for parts in (4, 3, 5, 2) if batches % parts == 0), 1)
-    return [
-        f"--trainer.max_steps={steps}",
-        "--trainer.max_epochs=-1",
-        "--trainer.check_val_every_n_epoch=null",
-        f"--trainer.val_check_interval={batches // parts}",
-    ]
-
-
 def _settings(folder: Path, config: Mapping[str, Any], share: Share) -> dict[str, Any]:
     """Logger and callbacks that every run gets; `callbacks+` appends."""
-    callbacks: list[dict[str, Any]] = []
-    if not any(callback_name(callback) == "ValidationSummary" for callback in callbacks_of(config)):
-        callbacks.append({"class_path": "ssync_pl.tools.summary.ValidationSummary", "init_args": {"untrained": True}})
-    callbacks.append({"class_path": "ssync_pl.compare.recorder.RunRecorder"})
     switches = [{**asdict(switch), "name": switch.name} for switch in share.keeps]
-    keeps = {"folder": str(folder / "checkpoints"), "switches": switches}
-    callbacks.append({"class_path": "ssync_pl.compare.checkpoints.KeepCheckpoints", "init_args": keeps})
+    callbacks: dict[str, Any] = {
+        "ssync_pl.ValidationSummary": {"untrained": True},
+        "ssync_pl.SSyncPictures": {"max_videos": 3, "max_frames": 4},
+        "ssync_pl.compare.callbacks.RunRecorder": {},
+        "ssync_pl.compare.callbacks.KeepCheckpoints": {"folder": str(folder / "checkpoints"), "switches": switches},
+    }
+    there = {callback_name(callback) for callback in callbacks_of(config)}
+    added = [
+        {"class_path": path, "init_args": options}
+        for path, options in callbacks.items()
+        if callback_name(path) not in there
+    ]
     # A version of "" puts metrics.csv into the folder itself.
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
-    return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": callbacks}}
+    return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": added}}
 
 
 def _run(
     asked: Asked,
-    data_set: DataSet,
-    slots: int,
+    data_set: _DataSet,
+    key: RunKey,
     variant: Variant,
-    seed: int,
     config: Mapping[str, Any],
     texts: Sequence[str],
-    share: Share,
+    plan: Mapping[str, Share],
 ) -> Run:
-    folder = run_folder(asked.out, data_set.name, slots, variant.name, seed)
+    folder, share = key.folder(asked.out), plan.get(variant.name, Share())
     merged = merge(config, variant.overlay)
     data, options = class_of(merged, "data")
-    overlays = (folder / "overlay.yaml", folder / "settings.yaml")
     command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words((*asked.configs, *data_set.files))]
     if "callbacks" in variant.overlay.get("trainer", {}):
         # Else a callback of the overlay would keep what the one in its place had, and the overlay leaves out.
         command.append("--trainer.callbacks=null")
-    command += [*_config_words(overlays), *data_set.words, f"--seed_everything={seed}"]
+    command += _config_words((folder / "overlay.yaml", folder / "settings.yaml"))
+    command += [*data_set.words, f"--seed_everything={key.seed}"]
     if data in _OWN_DATA or "seed" in options:
-        command.append(f"--data.init_args.seed={seed}")
-    command += _data_words(asked, merged)
-    if slots != class_of(merged, "model")[1].get("num_slots"):
-        command.append(f"--model.init_args.num_slots={slots}")
-    command += [*_step_words(asked.steps, merged), "--trainer.enable_progress_bar=false"]
-    if asked.device != "auto":
-        command.append(f"--trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}")
-    command += asked.extra
-    # With the slots and the set, so that a folder can hold several; without the seed, which the folder names, and
-    # without device and root of the data: the rows name the device, and a set is the same under every root.
-    parts = [__version__, list(texts), data_set.changes, variant.overlay, slots, asked.steps, list(asked.extra)]
+        command.append(f"--data.init_args.seed={key.seed}")
+    if key.slots != class_of(merged, "model")[1].get("num_slots"):
+        command.append(f"--model.init_args.num_slots={key.slots}")
+    command += ["--trainer.enable_progress_bar=false", *asked.extra]
+    # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
+    parts = [__version__, list(texts), data_set.changes, variant.overlay, key.slots, list(asked.extra)]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
     checkpoint = None
     if share.source is not None and share.switch is not None:
-        source = run_folder(asked.out, data_set.name, slots, share.source, seed)
+        source = key._replace(variant=share.source).folder(asked.out)
         checkpoint = source / "checkpoints" / f"{share.switch.name}.ckpt"
     files = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
-    name = data_set.name
-    return Run(name, slots, variant.name, seed, folder, files, tuple(command), recipe, share.source, checkpoint)
+    return Run(key, folder, files, tuple(command), recipe, share.source, checkpoint)

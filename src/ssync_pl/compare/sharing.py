@@ -16,7 +16,7 @@ from ssync_pl.compare.variants import Variant, ssync_defaults, ssync_options
 
 __all__ = ["Share", "Switch", "plan_sharing"]
 
-# Words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
+# Parts of words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
 _UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path", "--data.init_args.backend")
 
 
@@ -55,20 +55,16 @@ def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: 
         return {variant.name: Share() for variant in variants}
     merged = {variant.name: merge(config, variant.overlay) for variant in variants}
     trunks = {name: _without_ssync(one) for name, one in merged.items()}
-    switches = {name: _switch(one) for name, one in merged.items()}
-    sources: dict[str, str] = {}
-    for name, one in merged.items():
-        if not ssync_options(one):
-            sources.setdefault(trunks[name], name)
+    sources = {trunks[name]: name for name in reversed(merged) if not ssync_options(merged[name])}
     plan = {}
     for name, trunk in trunks.items():
-        source = sources.get(trunk)
+        source, switch = sources.get(trunk), _switch(merged[name])
         if source == name:
-            own = _switch(config) if _without_ssync(config) == trunk else None
-            found = [own, *(switches[other] for other in trunks if trunks[other] == trunk)]
-            plan[name] = Share(keeps=tuple(dict.fromkeys(one for one in found if one is not None)))
+            alike = [config] * (_without_ssync(config) == trunk)
+            alike += [merged[other] for other in trunks if trunks[other] == trunk]
+            plan[name] = Share(keeps=tuple(dict.fromkeys(one for one in map(_switch, alike) if one is not None)))
         else:
-            plan[name] = Share(source, switches[name]) if source and switches[name] else Share()
+            plan[name] = Share(source, switch) if source and switch else Share()
     return plan
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
 
 __all__ = ["Estimate", "estimate", "judge", "paired_difference", "verdict"]
 
@@ -32,27 +32,22 @@ class Estimate:
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | None:
     """Computes the mean over seeds with the t interval of their spread; NaN is left out, and None means no value."""
     found = np.asarray([value for value in values if math.isfinite(value)], dtype=np.float64)
-    count = len(found)
-    if count < 2:
-        return Estimate(float(found[0]), None, 1) if count else None
-    error = float(found.std(ddof=1)) / math.sqrt(count)
-    return Estimate(float(found.mean()), float(stdtrit(count - 1, (1.0 + confidence) / 2.0)) * error, count)
+    if len(found) < 2:
+        return Estimate(float(found[0]), None, 1) if len(found) else None
+    half_width = stats.t.ppf((1 + confidence) / 2, len(found) - 1) * stats.sem(found)
+    return Estimate(float(found.mean()), float(half_width), len(found))
 
 
-def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
-) -> Estimate | None:
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
     """Computes the mean difference over the seeds that both have; None without one.
 
     Runs of one seed share initial weights and the order of the data, so that their difference varies less than either.
     """
-    return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))], confidence)
+    return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))])
 
 
-def verdict(difference: Estimate | None) -> str:
-    """Says `up`, `down`, `within noise` (zero lies in the interval), or why there is no verdict."""
-    if difference is None:
-        return "no seed in common"
+def verdict(difference: Estimate) -> str:
+    """Says `up`, `down`, `within noise` (zero lies in the interval), or that one seed has no interval."""
     if difference.half_width is None:
         return "one seed: no interval"
     if abs(difference.mean) <= difference.half_width:
@@ -60,11 +55,9 @@ def verdict(difference: Estimate | None) -> str:
     return "up" if difference.mean > 0 else "down"
 
 
-def judge(difference: Estimate | None, better: int) -> str:
+def judge(difference: Estimate, better: int) -> str:
     """Says `better` or `worse`, `more` or `less` where neither is better (0), or nothing without a verdict."""
-    found = verdict(difference)
-    if found not in ("up", "down"):
-        return ""
+    sign = {"up": 1, "down": -1}.get(verdict(difference), 0)
     if better == 0:
-        return "more" if found == "up" else "less"
-    return "better" if (found == "up") == (better > 0) else "worse"
+        return {1: "more", -1: "less"}.get(sign, "")
+    return {1: "better", -1: "worse"}.get(sign * better, "")

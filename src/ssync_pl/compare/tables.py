@@ -7,52 +7,27 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from ssync_pl.compare.results import REFERENCES
 from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
-from ssync_pl.metrics.table import METRICS, metric_names
+from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
 
-__all__ = [
-    "REFERENCE_TITLES",
-    "SHEETS",
-    "Cell",
-    "Column",
-    "Group",
-    "Row",
-    "Table",
-    "group_tables",
-    "groups_of",
-    "printed_tables",
-]
+__all__ = ["SHOWN", "Cell", "Group", "Row", "Table", "group_tables", "groups_of", "printed_tables"]
 
-
-class Column(NamedTuple):
-    """How a column of results is shown; `better` is 1 where more is better, -1 where less is, 0 where neither is."""
-
-    title: str
-    better: int
-    digits: int
-
-
-def _column(name: str) -> Column:
-    return Column(METRICS[name].title, METRICS[name].better, METRICS[name].digits)
-
-
-SHEETS: dict[str, dict[str, Column]] = {
-    "Segmentation": {name: _column(name) for name in metric_names("segmentation")},
-    "Slots: edges, identity, what they tell about objects, how many are in use": {
-        **{name: _column(name) for name in (*metric_names("slots"), *metric_names("probe"))},
-        "merged_slots": Column("merged slots", 0, 2),
-    },
-    "Slot attention's own map: the teacher at boundaries": {
-        f"encoder_{name}": _column(name) for name, info in METRICS.items() if info.both_maps
-    },
-    "Cost of a run": {
-        "wall_seconds": Column("wall time, s", -1, 0),
-        "cpu_seconds": Column("CPU time, s", -1, 0),
-    },
+SHOWN = {
+    **METRICS,
+    **{f"encoder_{name}": info for name, info in METRICS.items() if info.both_maps},
+    "merged_slots": MetricInfo("merged slots", 0, "slots", digits=2),
+    "wall_seconds": MetricInfo("wall time, s", -1, "slots", digits=0),
+    "cpu_seconds": MetricInfo("CPU time, s", -1, "slots", digits=0),
 }
-"""Title of each table of the report, and its columns."""
+"""How each column of results is shown."""
 
-REFERENCE_TITLES = {"untrained": "untrained host", "grid": "fixed grid", "kmeans_rgb": "k-means on RGB"}
+_SHEETS = {
+    "Segmentation": metric_names("segmentation"),
+    "Slots: edges, identity, how many are in use": (*metric_names("slots"), "merged_slots"),
+    "Slot attention's own map: the teacher at boundaries": tuple(n for n in SHOWN if n.startswith("encoder_")),
+    "Cost of a run": ("wall_seconds", "cpu_seconds"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,7 @@ class Group:
         return paired_difference(self.by_seed(variant, name), self.by_seed(self.baseline, name))
 
     def reference(self, prefix: str, name: str) -> Estimate | None:
-        """Returns the score of a baseline without learning; variants of a seed share it, so each seed counts once."""
+        """Returns the score of what needs no learning; variants of a seed share it, so each seed counts once."""
         column = f"{prefix}_{name}"
         if not self.has(column):
             return None
@@ -115,7 +90,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of a table: a variant, or a baseline without learning."""
+    """A line of a table: a variant, or what needs no learning."""
 
     name: str
     note: str
@@ -133,14 +108,13 @@ class Table(NamedTuple):
 
 def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
     """Splits rows of runs by data set and slot count."""
-    return [
-        Group(str(of), int(slots), baseline, part) for (of, slots), part in frame.groupby(["set", "slots"], sort=False)
-    ]
+    parts = frame.groupby(["set", "slots"], sort=False)
+    return [Group(str(of), int(slots), baseline, part) for (of, slots), part in parts]
 
 
 def group_tables(group: Group) -> list[Table]:
-    """Makes the tables of `SHEETS`, without columns and tables that have no number."""
-    tables = [_table(group, title, sheet) for title, sheet in SHEETS.items()]
+    """Makes the tables of the report, without columns and tables that have no number."""
+    tables = [_table(group, title, *names) for title, names in _SHEETS.items()]
     return [table for table in tables if table.columns]
 
 
@@ -153,37 +127,35 @@ def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
         f"Below it: the paired difference to {baseline}, over the seeds that both have, with its verdict."
     ]
     for group in groups_of(frame, baseline):
-        table = _table(group, group.title, {name: _column(name) for name in metric_names(None, "headline", "table")})
+        table = _table(group, group.title, *metric_names(None, "headline", "table"))
         lines = []
         for row in table.rows:
             lines.append([row.name, row.note, *(cell.value for cell in row.cells)])
             if any(cell.difference for cell in row.cells):
                 lines.append(["", "difference", *(cell.difference for cell in row.cells)])
                 lines.append(["", "", *(cell.verdict for cell in row.cells)])
-        heads = [group.title, "", *table.columns]
-        parts.append(pd.DataFrame(lines, columns=heads).to_string(index=False))
+        parts.append(pd.DataFrame(lines, columns=[group.title, "", *table.columns]).to_string(index=False))
     return "\n\n".join(parts)
 
 
-def _table(group: Group, title: str, sheet: dict[str, Column]) -> Table:
-    columns = {name: column for name, column in sheet.items() if group.has(name)}
+def _table(group: Group, title: str, *names: str) -> Table:
+    columns = {name: SHOWN[name] for name in names if group.has(name)}
     rows = []
     for variant in group.variants:
         cells = []
-        for name, column in columns.items():
-            found = group.difference(variant, name)
-            said = "" if found is None else found.text(column.digits, signed=True)
-            mean = _text(group.mean(variant, name), column)
-            cells.append(Cell(mean, said, judge(found, column.better), "" if found is None else verdict(found)))
+        for name, info in columns.items():
+            value, found = _text(group.mean(variant, name), info), group.difference(variant, name)
+            said = () if found is None else (judge(found, info.better), verdict(found))
+            cells.append(Cell(value, "" if found is None else found.text(info.digits, signed=True), *said))
         seeds = int((group.frame["variant"] == variant).sum())
         note = f"{seeds} seed{'' if seeds == 1 else 's'}" + (", baseline" if variant == group.baseline else "")
         rows.append(Row(variant, note, cells))
-    for prefix, name in REFERENCE_TITLES.items():
-        cells = [Cell(_text(group.reference(prefix, key), column)) for key, column in columns.items()]
+    for prefix, (_, name) in REFERENCES.items():
+        cells = [Cell(_text(group.reference(prefix, key), info)) for key, info in columns.items()]
         if any(cell.value != "–" for cell in cells):
             rows.append(Row(name, "no training" if prefix == "untrained" else "no learning", cells, True))
-    return Table(title, [column.title for column in columns.values()], rows)
+    return Table(title, [info.title for info in columns.values()], rows)
 
 
-def _text(found: Estimate | None, column: Column) -> str:
-    return "–" if found is None else found.text(column.digits)
+def _text(found: Estimate | None, info: MetricInfo) -> str:
+    return "–" if found is None else found.text(info.digits)

@@ -13,19 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardDataModule", "ShardWriter", "SyntheticDataModule", "load_shards"]
 
-_HOMES = {
-    "ShardDataModule": "ssync_pl.data.datamodule",
-    "ShardWriter": "ssync_pl.data.shards",
-    "SyntheticDataModule": "ssync_pl.data.synthetic_datamodule",
-    "load_shards": "ssync_pl.data.index",
-}
+_HOMES = dict(zip(__all__, ("datamodule", "shards", "synthetic_datamodule", "index"), strict=True))
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(home), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,40 +12,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.decode import (
-    ALLOWED_EXTENSIONS,
-    count_frames,
-    decode_video,
-    member_extension,
-    require_allowed,
-)
+from ssync_pl.data.decode import ALLOWED_EXTENSIONS, member_extension
 from ssync_pl.data.index import INDEX_NAMES, ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.patterns import expand_braces, expand_shards, is_compressed, is_remote, masked_url, shard_name
 from ssync_pl.data.remote import fetch_index, stream_shard
-from ssync_pl.data.samples import Members, arrange_masks, check_video, find_member
+from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample
 from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ConfigError, MissingShardError, ShardError
-
-__all__ = ["CheckReport", "Problem", "SetSummary", "check_shards", "group_shards", "render_report"]
+from ssync_pl.errors import MissingShardError, ShardError, require, require_shard
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
 _KINDS = {
     "missing": "missing shards",
     "shard": "damaged shards",
-    "member": "damaged members",
-    "refused": "refused members",
+    "member": "damaged or refused members",
     "sample": "samples that loaders refuse",
     "key": "duplicate keys",
     "content": "duplicate videos",
-    "name": "shards that share a name",
     "index": "index.json that does not fit",
 }
+Spread = tuple[int, float, int]
+"""Least, median and most."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """Facts of one set of shards; spreads are least, median and most per video, `None` when they were not counted."""
+    """Facts of one set of shards; spreads are `None` when they were not counted."""
 
     name: str  # what its shards' names have in common
     shards: int = 0  # damaged ones included
@@ -68,8 +60,8 @@ class SetSummary:
     frames: int = 0  # of all videos that could be read
     bytes: int = 0  # of all shards; remote: of the members
     frame_sizes: dict[str, int] = field(default_factory=dict)  # "128x128" (height x width) → number of videos
-    frames_a_video: tuple[int, float, int] | None = None
-    objects_a_video: tuple[int, float, int] | None = None
+    frames_a_video: Spread | None = None
+    objects_a_video: Spread | None = None
     mask_format: str | None = None  # `ids`, `channels`, or `None` without masks
     members: dict[str, int] = field(default_factory=dict)  # name → number of samples that have it
     without_masks: int = 0
@@ -90,31 +82,42 @@ class CheckReport:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values: `clean`, `deep`, `sets`, `problems` and `notes`."""
+        """Returns the report as JSON values."""
         return {"clean": self.clean, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class _Sample:
+    """What one sample holds; what needs decoding is None where it was not decoded or cannot be."""
+
     key: str
     members: dict[str, int]
-    shape: tuple[int, int, int] | None = None  # (F, h, w)
+    frames: int | None = None
+    size: tuple[int, int] | None = None  # height, width
     channels: int = 0  # of the masks
-    objects: tuple[int, int] | None = None  # distinct ids, channels that are not empty; None when not decoded
+    objects: int | None = None  # distinct ids, or channels that are not empty
     digest: str | None = None  # of the decoded frames
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Shard:
+    """What one shard holds, and what is wrong with it."""
+
     path: str
-    size: int
-    samples: tuple[_Sample, ...]
-    problems: tuple[Problem, ...]
+    samples: list[_Sample] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     entry: ShardEntry | None = None
 
     @property
-    def shown(self) -> str:
-        return masked_url(self.path)
+    def bytes(self) -> int:
+        """Size of the file; of a remote one, of what was read."""
+        if not is_remote(self.path) and os.path.exists(self.path):
+            return os.path.getsize(self.path)
+        return sum(sum(sample.members.values()) for sample in self.samples)
+
+    def add(self, kind: str, key: str | None, message: str) -> None:
+        """Notes a problem."""
+        self.problems.append(Problem(kind, masked_url(self.path), key, message))
 
 
 def check_shards(
@@ -126,14 +129,14 @@ def check_shards(
     rebuild_index: bool = False,
     progress: bool = False,
 ) -> CheckReport:
-    """Read shards through, with the readers of training, and report what they hold and what is wrong with them.
+    """Reads shards through, with the readers of training, and reports what they hold and what is wrong with them.
 
     Damage never stops the check: each problem becomes an entry of the report. Shards are read as they lie on disk, not
     through the index, which is compared with them. The same shards give the same report at any `num_workers`.
 
     Args:
         paths: Shards (paths or URLs), or several sets of them by name. Keys must be unique in a set, videos in all.
-        deep: Decode every member and compare the videos' contents, rather than read headers only.
+        deep: Decode every member and compare the videos' contents, rather than list the members only.
         max_objects: Most objects a video may have, counted as loaders do: the largest id, or the number of channels.
         num_workers: Processes; 0 reads in this one. `None` takes one per core where there is enough to read.
         rebuild_index: Write the index of the local folders anew instead of comparing it.
@@ -143,36 +146,34 @@ def check_shards(
         ConfigError: A setting is out of range, or no shard is named.
         ShardError: The index cannot be written, or a worker process was killed.
     """
-    for name, value, least in (("max_objects", max_objects, 1), ("num_workers", num_workers, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"Expected argument `{name}` to be at least {least}, but got {value}.")
-    if isinstance(paths, str) or not paths:
-        raise ConfigError(f"Expected argument `paths` to be a list of at least one shard, but got {paths!r}.")
-    named = paths if isinstance(paths, Mapping) else {_prefix(str(paths[0])): [str(path) for path in paths]}
-    problems: list[Problem] = []
-    sets = _drop_repeated(named, problems)
+    require(max_objects is None or max_objects >= 1, "argument `max_objects` to be at least 1", max_objects)
+    require(num_workers is None or num_workers >= 0, "argument `num_workers` to be at least 0", num_workers)
+    named = bool(paths) and not isinstance(paths, str)
+    require(named, "argument `paths` to be a list of at least one shard", repr(paths))
+    given = paths if isinstance(paths, Mapping) else {_prefix(str(paths[0])): [str(path) for path in paths]}
+    sets, problems = _drop_repeated(given)
     jobs = [(shard, deep, max_objects) for shards in sets.values() for shard in shards]
     found = {facts.path: facts for facts in _inspect_all(jobs, num_workers, progress)}
     by_set = {name: [found[shard] for shard in shards] for name, shards in sets.items()}
-    for facts in found.values():
-        problems.extend(facts.problems)
-    problems.extend(_repeated(by_set))
+    problems += [problem for facts in found.values() for problem in facts.problems]
+    problems += _duplicates(by_set)
     notes: list[str] = []
-    _compare_indices([f for f in found.values() if not is_remote(f.path)], rebuild_index, problems, notes)
+    local = [facts for facts in found.values() if not is_remote(facts.path) and not is_compressed(facts.path)]
+    for folder in dict.fromkeys(Path(facts.path).parent for facts in local):
+        here = [facts for facts in local if Path(facts.path).parent == folder]
+        problems += _rebuild(folder, here, notes) if rebuild_index else _compare_local(folder, here, notes)
     for name, shards in by_set.items():
-        _compare_remote(name, [f for f in shards if is_remote(f.path)], problems, notes)
+        problems += _compare_remote(name, [facts for facts in shards if is_remote(facts.path)], notes)
         read = Counter(member for facts in shards for sample in facts.samples for member in sample.members)
         unread = [f"{m} ({n})" for m, n in sorted(read.items()) if member_extension(m) not in ALLOWED_EXTENSIONS]
-        if unread:
-            notes.append(f"{name}: members that are never read: {', '.join(unread)}")
+        notes += [f"{name}: members that are never read: {', '.join(unread)}"] if unread else []
     return CheckReport(tuple(_summary(*item) for item in by_set.items()), tuple(problems), tuple(notes), deep)
 
 
 def group_shards(patterns: Sequence[str]) -> tuple[dict[str, list[str]], list[Problem]]:
-    """Sort what a user names into sets, so that training and validation of one folder are told apart.
+    """Sorts what a user names into sets, so that training and validation of one folder are told apart.
 
-    Shards of one pattern whose names differ only in their last number are one set; so are shards of one folder that
-    are named one by one, as a shell does with `*`.
+    Shards of one folder, or of one pattern, whose names differ only in their last number are one set.
 
     Args:
         patterns: Paths, URLs and patterns.
@@ -187,24 +188,22 @@ def group_shards(patterns: Sequence[str]) -> tuple[dict[str, list[str]], list[Pr
     problems: list[Problem] = []
     for pattern in patterns:
         shards: list[str] = []
-        missing: list[MissingShardError] = []
+        errors: list[MissingShardError] = []
         for item in expand_braces(pattern, "patterns"):
             try:
-                shards.extend(expand_shards(item, "patterns"))
+                shards += expand_shards(item, "patterns")
             except MissingShardError as error:
-                missing.append(error)
+                errors.append(error)
                 message = f"Expected the shard to exist, because {pattern!r} names it. Copy it, or correct the range."
                 problems.append(Problem("missing", item, None, message))
-        if missing and not shards:
-            raise missing[0]
-        literal = shards in ([pattern], [os.path.expanduser(pattern)])
+        if errors and not shards:
+            raise errors[0]
+        literal = shards in ([pattern], [os.path.expanduser(pattern)])  # as a shell expands `*`
         for shard in shards:
             groups.setdefault((os.path.dirname(shard) if literal else pattern, _prefix(shard)), []).append(shard)
     prefixes = Counter(prefix for _, prefix in groups)
-    return {
-        (prefix if prefixes[prefix] == 1 else f"{prefix} ({masked_url(source)})"): shards
-        for (source, prefix), shards in groups.items()
-    }, problems
+    names = {place: place[1] if prefixes[place[1]] == 1 else f"{place[1]} ({masked_url(place[0])})" for place in groups}
+    return {names[place]: shards for place, shards in groups.items()}, problems
 
 
 def _prefix(shard: str) -> str:
@@ -212,27 +211,26 @@ def _prefix(shard: str) -> str:
     return re.sub(r"[-_.]?\d+$", "", stem) or os.path.basename(os.path.dirname(shard)) or stem
 
 
-def _drop_repeated(sets: Mapping[str, Sequence[str]], problems: list[Problem]) -> dict[str, list[str]]:
+def _drop_repeated(sets: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[str]], list[Problem]]:
     seen: dict[str, str] = {}
     kept: dict[str, list[str]] = {name: [] for name in sets}
-    for name, shards in sets.items():
-        for shard in shards:
-            place = shard if is_remote(shard) else os.path.realpath(shard)
-            if place in seen:
-                message = f"Expected each shard once, but it is in {seen[place]!r} and in {name!r}. Name it once."
-                problems.append(Problem("content", masked_url(shard), None, message))
-            else:
-                seen[place] = name
-                kept[name].append(shard)
-    return kept
+    problems = []
+    for name, shard in ((name, shard) for name, shards in sets.items() for shard in shards):
+        before = seen.setdefault(shard if is_remote(shard) else os.path.realpath(shard), name)
+        if before != name or shard in kept[name]:
+            message = f"Expected each shard once, but it is in {before!r} and in {name!r}. Name it once."
+            problems.append(Problem("content", masked_url(shard), None, message))
+        else:
+            kept[name].append(shard)
+    return kept, problems
 
 
 def _inspect_all(jobs: list[tuple[str, bool, int | None]], workers: int | None, progress: bool) -> list[_Shard]:
     from tqdm import tqdm
 
     if workers is None:
-        local = [shard for shard, *_ in jobs if os.path.exists(shard)]
-        enough = sum(map(os.path.getsize, local)) >= _ENOUGH_FOR_PROCESSES or any(is_remote(s) for s, *_ in jobs)
+        size = sum(os.path.getsize(shard) for shard, *_ in jobs if os.path.exists(shard))
+        enough = size >= _ENOUGH_FOR_PROCESSES or any(is_remote(shard) for shard, *_ in jobs)
         workers = (os.cpu_count() or 1) if enough else 0
     with contextlib.ExitStack() as stack:
         run: Any = map
@@ -240,112 +238,76 @@ def _inspect_all(jobs: list[tuple[str, bool, int | None]], workers: int | None, 
             context = multiprocessing.get_context("spawn")  # forked processes can hang on the parent's threads
             run = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)).map
         try:
-            return list(
-                tqdm(run(_inspect, jobs), "checking", len(jobs), unit="shard", leave=False, disable=not progress)
-            )
+            bar = tqdm(run(_inspect, jobs), "checking", len(jobs), unit="shard", leave=False, disable=not progress)
+            return list(bar)
         except BrokenProcessPool as error:
+            advice = "Most often memory ran out: use fewer with `--workers`."
             raise ShardError(
-                f"Expected {workers} processes to read the shards, but one was killed, most often because memory ran "
-                "out. Use fewer with `--workers`."
+                f"Expected {workers} processes to read the shards, but one was killed. {advice}"
             ) from error
 
 
 def _inspect(job: tuple[str, bool, int | None]) -> _Shard:
-    """Look through one shard; of a damaged one, what lies before the damage."""
+    """Looks through one shard; of a damaged one, what lies before the damage."""
     path, deep, max_objects = job
-    samples: list[_Sample] = []
-    problems: list[Problem] = []
-    entry: ShardEntry | None = None
+    facts = _Shard(path)
+    if not is_remote(path) and not is_compressed(path):
+        try:
+            facts.entry = scan_shard(path)
+        except (OSError, ShardError) as error:
+            facts.add("shard", None, str(error))
     try:
-        if not is_remote(path) and not is_compressed(path):
-            try:
-                entry = scan_shard(path)
-            except ShardError as error:
-                problems.append(Problem("shard", path, None, str(error)))
-        for key, members in _members(path, entry):
-            sample, found = _inspect_sample(key, members, deep, max_objects)
-            samples.append(sample)
-            problems.extend(Problem(kind, masked_url(path), key, message) for kind, message in found)
-        for name in entry.ignored if entry else ():
-            message = f"Expected plain files with UTF-8 names only, but {name} is none. Pack the shard again."
-            problems.append(Problem("member", path, None, message))
+        for key, members in _members(facts):
+            sizes = dict(sorted(members.sizes.items()))
+            facts.samples.append(_decode(key, members, sizes, max_objects, facts) if deep else _Sample(key, sizes))
     except (OSError, MemoryError, ShardError) as error:
-        if not any(problem.kind == "shard" for problem in problems):
-            problems.append(Problem("shard", masked_url(path), None, str(error)))
-    if not samples and not problems:
-        message = "Expected at least one sample, but got none. Name members `<key>.video.npy`."
-        problems.append(Problem("shard", masked_url(path), None, message))
-    remote = is_remote(path) or not os.path.exists(path)
-    size = sum(sum(sample.members.values()) for sample in samples) if remote else os.path.getsize(path)
-    return _Shard(path, size, tuple(samples), tuple(problems), entry)
+        if not facts.problems:
+            facts.add("shard", None, str(error))
+    for name in facts.entry.ignored if facts.entry else ():
+        facts.add("member", None, f"Expected plain files with UTF-8 names, but got {name}. Pack the shard again.")
+    if not facts.samples and not facts.problems:
+        facts.add("shard", None, "Expected at least one sample, but got none. Name members `<key>.video.npy`.")
+    return facts
 
 
-def _members(path: str, entry: ShardEntry | None) -> Iterator[tuple[str, Members]]:
-    if entry is None:
-        yield from stream_shard(path)
+def _members(facts: _Shard) -> Iterator[tuple[str, Members]]:
+    if facts.entry is None:
+        yield from stream_shard(facts.path, fields=None)
         return
     with contextlib.closing(ShardReader()) as reader:
-        for sample in entry.samples:
-            yield sample.key, reader.sample(path, entry, sample)
+        for sample in facts.entry.samples:
+            yield sample.key, reader.sample(facts.path, facts.entry, sample)
 
 
-def _inspect_sample(
-    key: str, members: Members, deep: bool, max_objects: int | None
-) -> tuple[_Sample, list[tuple[str, str]]]:
-    facts = _Sample(key, dict(sorted(members.sizes.items())))
-    problems: list[tuple[str, str]] = []
-    arrays: dict[str, np.ndarray] = {}
-    for name in facts.members:
+def _decode(key: str, members: Members, sizes: dict[str, int], max_objects: int | None, facts: _Shard) -> _Sample:
+    """Decodes every member, then reads the sample as evaluation does."""
+    before = len(facts.problems)
+    for name in sizes:
         try:
-            array = _look(name, members, deep)
+            if member_extension(name) == "mp4":
+                _require_whole_mp4(members.read(name), members.name(name))
+            members.decode(name)
         except (ShardError, MemoryError) as error:
-            refused = "can execute code" in str(error)
-            # Other extensions are never read and harm nobody; they are only counted.
-            if refused or member_extension(name) in ALLOWED_EXTENSIONS:
-                problems.append(("refused" if refused else "member", str(error) or f"`{name}` does not fit in memory."))
-            continue
-        if isinstance(array, np.ndarray) and array.dtype.kind in "buif":
-            arrays[name] = array
-        elif isinstance(array, np.ndarray):
-            problems.append(("sample", f"Expected {members.name(name)} to hold numbers, but got {array.dtype}."))
+            # Other extensions are never read and harm nobody, unless they can execute code.
+            if member_extension(name) in ALLOWED_EXTENSIONS or "can execute code" in str(error):
+                facts.add("member", key, str(error) or f"Expected `{name}` to fit in memory, but it does not.")
+    if len(facts.problems) > before:
+        return _Sample(key, sizes)
     try:
-        name = find_member(members.sizes, "video", members.where)
-        if name in arrays:
-            video = arrays[name][None] if arrays[name].ndim == 3 else arrays[name]
-            shape = check_video(video, members.name(name)).shape[:3]
-            facts = replace(facts, shape=shape, digest=_digest(video) if deep else None)
-        if any(name.split(".")[0] == "segmentations" for name in members.sizes):
-            name = find_member(members.sizes, "segmentations", members.where)
-            if name in arrays and facts.shape is not None:
-                masks = arrange_masks(arrays[name], facts.shape[0], facts.shape[1:], members.name(name))
-                facts = replace(facts, channels=masks.shape[-1], objects=_count_objects(masks) if deep else None)
-                least, most = int(masks.min(initial=0)), int(masks.max(initial=0))
-                count = most if facts.channels == 1 else facts.channels
-                if least < 0 or (max_objects is not None and count > max_objects):
-                    limit = "" if max_objects is None else f", at most {max_objects} objects (max_objects)"
-                    raise ShardError(
-                        f"Expected {members.name(name)} to hold ids from 0 on{limit}, but got {count}, least "
-                        f"id {least}. Renumber them, or raise the limit."
-                    )
+        masked = any(name.split(".")[0] == "segmentations" for name in sizes)
+        channels = count_objects(members, "channels") if masked else 0
+        rules = SampleRules(masks=masked, mask_format="channels" if channels > 1 else "ids", max_objects=max_objects)
+        sample = eval_sample(members, rules)
     except ShardError as error:
-        if not problems:
-            problems.append(("sample", str(error)))
-    return facts, problems
-
-
-def _look(name: str, members: Members, deep: bool) -> Any:
-    """Decode a member, or give an array of its shape and type that takes no memory; members of no use are not read."""
-    extension = require_allowed(name, members.where)
-    if extension == "mp4":
-        _require_whole_mp4(members.read(name), members.name(name))
-    if deep or extension not in ("npy", "npy.gz", "mp4"):
-        return members.decode(name)
-    if extension == "mp4":
-        data, place = members.read(name), members.name(name)
-        first = next(decode_video(data, place, [0]))
-        return np.broadcast_to(first, (count_frames(data, place), *first.shape))
-    header = members.header(name)
-    return np.broadcast_to(np.zeros((), header.dtype), header.shape)
+        facts.add("sample", key, str(error))
+        return _Sample(key, sizes)
+    video, objects = sample["video"].numpy(), None
+    if masked:
+        masks = sample["segmentations"].numpy()
+        objects = int(masks.any(axis=(0, 1, 2)).sum() if channels > 1 else (np.unique(masks) > 0).sum())
+    # Of the frames rather than the stored bytes, so that `.npy` and `.npy.gz` of one video are told to be the same.
+    digest = hashlib.blake2b(repr(video.shape).encode() + video.tobytes(), digest_size=16).hexdigest()
+    return _Sample(key, sizes, len(video), video.shape[1:3], channels, objects, digest)
 
 
 def _require_whole_mp4(data: Any, place: str) -> None:
@@ -355,154 +317,110 @@ def _require_whole_mp4(data: Any, place: str) -> None:
         size = int.from_bytes(data[end : end + 4], "big")
         size = int.from_bytes(data[end + 8 : end + 16], "big") if size == 1 else size
         end = end + max(size, 8) if size else len(data)  # 0: up to the end
-    if end != len(data):
-        raise ShardError(
-            f"Expected {place} to be a whole mp4 file of {end} bytes, but it has {len(data)}. Copy it again."
-        )
+    require_shard(
+        end == len(data), f"{place} to be a whole mp4 file of {end} bytes", len(data), advice="Copy it again."
+    )
 
 
-def _count_objects(masks: np.ndarray) -> tuple[int, int]:
-    distinct = int((np.unique(masks) > 0).sum()) if masks.shape[-1] == 1 else 0
-    return distinct, int((masks != 0).any(axis=(0, 1, 2)).sum())
-
-
-def _digest(video: np.ndarray) -> str:
-    # Of the frames rather than the stored bytes, so that `.npy` and `.npy.gz` of one video are told to be the same.
-    state = hashlib.blake2b(repr(video.shape).encode(), digest_size=16)
-    for frame in video:
-        state.update(np.ascontiguousarray(frame).tobytes())
-    return state.hexdigest()
-
-
-def _repeated(by_set: Mapping[str, Sequence[_Shard]]) -> Iterator[Problem]:
-    """Keys that come twice in a set, videos that come twice anywhere, and shards of a set that share their name."""
+def _duplicates(by_set: Mapping[str, Sequence[_Shard]]) -> Iterator[Problem]:
+    """Finds keys that come twice in a set, and videos that come twice anywhere."""
     videos: dict[str, tuple[str, str, str]] = {}
     for name, shards in by_set.items():
         keys: dict[str, str] = {}
-        names: dict[str, str] = {}
         for facts in shards:
-            before = names.setdefault(shard_name(facts.path), facts.shown)
-            if before != facts.shown:
-                message = (
-                    f"Expected shards of one set to have names of their own, but {before} has the same. Rename one."
-                )
-                yield Problem("name", facts.shown, None, message)
+            shown = masked_url(facts.path)
             for key, count in Counter(sample.key for sample in facts.samples).items():
-                before = keys.setdefault(key, facts.shown)
-                if before != facts.shown or count > 1:
-                    what = (
-                        f"it is in {before} too" if before != facts.shown else f"it comes {count} times in this shard"
-                    )
-                    message = (
-                        f"Expected each key once in a set, its members one behind the other, but {what}. Rename one."
-                    )
-                    yield Problem("key", facts.shown, key, message)
+                before = keys.setdefault(key, shown)
+                if before != shown or count > 1:
+                    what = f"it is in {before} too" if before != shown else f"it comes {count} times in this shard"
+                    yield Problem("key", shown, key, f"Expected each key once in a set, but {what}. Rename one.")
             for sample in facts.samples:
-                if sample.digest is None:
-                    continue
-                here = (name, facts.shown, sample.key)
-                first = videos.setdefault(sample.digest, here)
+                here = (name, shown, sample.key)
+                first = here if sample.digest is None else videos.setdefault(sample.digest, here)
                 if first != here:
                     leak = f", which is of another set ({first[0]}, here {name}): scores on one leak from the other"
-                    message = (
-                        f"Expected each video once, but its frames are those of {first[1]}, key {first[2]}"
-                        f"{leak if first[0] != name else ''}. Leave one out."
-                    )
-                    yield Problem("content", facts.shown, sample.key, message)
+                    message = f"Expected each video once, but its frames are those of {first[1]}, key {first[2]}"
+                    message += f"{leak if first[0] != name else ''}. Leave one out."
+                    yield Problem("content", shown, sample.key, message)
 
 
-def _compare_indices(shards: Sequence[_Shard], rebuild: bool, problems: list[Problem], notes: list[str]) -> None:
-    for folder in dict.fromkeys(Path(facts.path).parent for facts in shards):
-        here = [facts for facts in shards if Path(facts.path).parent == folder and not is_compressed(facts.path)]
-        index = read_index(folder)
-        known = dict(index.shards) if index else {}
-        if rebuild:
-            for facts in here:
-                known.pop(Path(facts.path).name, None)
-            known.update({facts.entry.name: facts.entry for facts in here if facts.entry is not None})
-            present = [entry for entry in known.values() if (folder / entry.name).exists()]
-            try:
-                written = write_index(folder, present, index.recipe if index else {})
-            except OSError as error:
-                raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
-            notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
-        elif index is None:
-            for path in (folder / name for name in INDEX_NAMES):
-                if path.exists():
-                    notes.append(f"{path} is left as it is, and the shards are read without it: it is not our index.")
-            notes.append(f"{folder}: no {INDEX_NAMES[0]} of ours; it is written when the shards are first used.")
-        else:
-            for facts in here:
-                before = known.get(Path(facts.path).name)
-                if before is not None and facts.entry is not None and before != facts.entry:
-                    message = (
-                        f"Expected {before.name} as the index says ({len(before.samples)} samples, {before.size} "
-                        f"bytes), but it has {len(facts.entry.samples)}, {facts.entry.size}. Run `ssync-pl data check "
-                        "--rebuild-index`."
-                    )
-                    problems.append(Problem("index", str(folder / INDEX_NAMES[0]), None, message))
-            gone = sorted(name for name in known if not (folder / name).exists())
-            if gone:  # a part of a set, copied with its index, reads well
-                path = folder / INDEX_NAMES[0]
-                notes.append(f"{path}: names {len(gone)} shards that are not there ({gone[0]}, …).")
+def _rebuild(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> list[Problem]:
+    index = read_index(folder)
+    read = {Path(facts.path).name: facts.entry for facts in shards}
+    known = {name: entry for name, entry in (index.shards if index else {}).items() if (folder / name).exists()}
+    present = [entry for entry in (known | read).values() if entry is not None]
+    try:
+        written = write_index(folder, present, index.recipe if index else {})
+    except OSError as error:
+        raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
+    notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
+    return []
 
 
-def _compare_remote(name: str, shards: Sequence[_Shard], problems: list[Problem], notes: list[str]) -> None:
-    if not shards:
-        return
+def _compare_local(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
+    index, path = read_index(folder), folder / INDEX_NAMES[0]
+    if index is None:
+        there = "is another program's and left as it is" if path.exists() else "is written when shards are first used"
+        notes.append(f"{path} {there}.")
+    for entry in (facts.entry for facts in shards):
+        before = index.shards.get(entry.name, entry) if index and entry else entry
+        if entry and before and before != entry:
+            message = (
+                f"Expected {entry.name} as the index says ({len(before.samples)} samples, {before.size} bytes), but it "
+                f"has {len(entry.samples)}, {entry.size}. Run `ssync-pl data check --rebuild-index`."
+            )
+            yield Problem("index", str(path), None, message)
+
+
+def _compare_remote(name: str, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
     try:
         entries = fetch_index([facts.path for facts in shards])
     except ShardError as error:
-        problems.append(Problem("index", shards[0].shown, None, str(error)))
+        yield Problem("index", masked_url(shards[0].path), None, str(error))
         return
     if entries is None:
         notes.append(f"{name}: no index beside the remote shards; only one process can read them.")
     for facts, entry in zip(shards, entries or (), strict=False):
         said = [(sample.key, {m: size for m, (_, size) in sample.members.items()}) for sample in entry.samples]
-        read = [(sample.key, sample.members) for sample in facts.samples]
-        if said != read and not any(problem.kind == "shard" for problem in facts.problems):
+        if said != [(sample.key, sample.members) for sample in facts.samples] and not facts.problems:
             message = "Expected the samples that the index names, but the shard differs. Upload both again."
-            problems.append(Problem("index", facts.shown, None, message))
+            yield Problem("index", masked_url(facts.path), None, message)
 
 
 def _summary(name: str, shards: Sequence[_Shard]) -> SetSummary:
     samples = [sample for facts in shards for sample in facts.samples]
-    shapes = [sample.shape for sample in samples if sample.shape is not None]
+    frames = [sample.frames for sample in samples if sample.frames is not None]
+    sizes = Counter("{}x{}".format(*sample.size) for sample in samples if sample.size is not None)
     masked = [sample for sample in samples if sample.channels]
     channels = max((sample.channels for sample in masked), default=0) > 1
-    if channels:
-        objects = [sample.channels if sample.objects is None else sample.objects[1] for sample in masked]
-    else:
-        objects = [sample.objects[0] for sample in masked if sample.objects is not None]
     return SetSummary(
         name=name,
         shards=len(shards),
         videos=len(samples),
-        frames=sum(shape[0] for shape in shapes),
-        bytes=sum(facts.size for facts in shards),
-        frame_sizes=dict(Counter(f"{shape[1]}x{shape[2]}" for shape in shapes).most_common()),
-        frames_a_video=_spread([shape[0] for shape in shapes]),
-        objects_a_video=_spread(objects),
+        frames=sum(frames),
+        bytes=sum(facts.bytes for facts in shards),
+        frame_sizes=dict(sizes.most_common()),
+        frames_a_video=_spread(frames),
+        objects_a_video=_spread([sample.objects for sample in masked if sample.objects is not None]),
         mask_format=("channels" if channels else "ids") if masked else None,
         members=dict(sorted(Counter(member for sample in samples for member in sample.members).items())),
         without_masks=sum(not any(m.startswith("segmentations.") for m in sample.members) for sample in samples),
     )
 
 
-def _spread(values: list[int]) -> tuple[int, float, int] | None:
+def _spread(values: list[int]) -> Spread | None:
     return (min(values), float(statistics.median(values)), max(values)) if values else None
 
 
 def render_report(report: CheckReport, *, most: int = 20) -> str:
-    """Lay a report out as text, with at most `most` problems of each kind; the last line is the verdict."""
+    """Lays a report out as text, with at most `most` problems of each kind; the last line is the verdict."""
     lines: list[str] = []
     for item in report.sets:
         sizes = ", ".join(
             f"{size} ({n})" if len(item.frame_sizes) > 1 else size for size, n in item.frame_sizes.items()
         )
-        objects = _range(item.objects_a_video) or "not counted"
         without = f"; {item.without_masks} without" if item.without_masks else ""
-        masks = f"{item.mask_format}, objects per video: {objects}{without}" if item.mask_format else "none"
+        masks = f"{item.mask_format}, objects per video: {_range(item.objects_a_video)}{without}"
         lines += [
             item.name,
             f"  shards   {item.shards} ({item.bytes / (1 << 20):.1f} MiB)",
@@ -510,26 +428,24 @@ def render_report(report: CheckReport, *, most: int = 20) -> str:
         ]
         if item.frames_a_video is not None:
             lines += [f"  frames   {item.frames} ({_range(item.frames_a_video)} per video)", f"  size     {sizes}"]
-        lines += [f"  masks    {masks}", f"  members  {', '.join(f'{m} ({n})' for m, n in item.members.items())}"]
+        lines.append(f"  masks    {masks if item.mask_format else 'none'}")
+        lines.append(f"  members  {', '.join(f'{m} ({n})' for m, n in item.members.items())}")
     for kind, title in _KINDS.items():
         found = [problem for problem in report.problems if problem.kind == kind]
-        if found:
-            lines.append(f"{title} ({len(found)})")
-            places = ((p.shard if p.key is None else f"{p.shard}, key {p.key}", p.message) for p in found[:most])
-            lines.extend(f"  {place}: {message}" for place, message in places)
-            if len(found) > most:
-                lines.append(f"  … and {len(found) - most} more; --json lists all")
-    lines.extend(f"note: {note}" for note in report.notes)
-    read = "every member decoded" if report.deep else "headers only (--quick): contents were not compared"
+        lines += [f"{title} ({len(found)})"] if found else []
+        lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found[:most]]
+        lines += [f"  … and {len(found) - most} more; --json lists all"] if len(found) > most else []
+    lines += [f"note: {note}" for note in report.notes]
+    read = "every member decoded" if report.deep else "members listed only (--quick)"
     count = sum(item.videos for item in report.sets)
     verdict = "clean" if report.clean else f"{_many(len(report.problems), 'problem')} found"
     lines.append(f"{verdict}: {_many(len(report.sets), 'set')}, {_many(count, 'video')}, {read}")
     return "\n".join(lines)
 
 
-def _range(values: tuple[int, float, int] | None) -> str:
+def _range(values: Spread | None) -> str:
     if values is None:
-        return ""
+        return "not counted"
     least, median, most = values
     return str(least) if least == most else f"{least} to {most}, median {median:g}"
 

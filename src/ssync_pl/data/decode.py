@@ -16,30 +16,11 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssync_pl.errors import ConfigError, ShardError
-
-__all__ = [
-    "ALLOWED_EXTENSIONS",
-    "MAX_MEMBER_BYTES",
-    "NpyHeader",
-    "count_frames",
-    "decode_member",
-    "decode_picture",
-    "decode_video",
-    "member_extension",
-    "open_video",
-    "parse_json",
-    "read_npy_header",
-    "require_allowed",
-    "require_size",
-    "to_rgb",
-    "view_npy",
-]
+from ssync_pl.errors import ConfigError, ShardError, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
 """Extensions that can be decoded; all others are refused."""
@@ -50,9 +31,10 @@ MAX_MEMBER_BYTES = 1 << 30
 HEADER_BYTES = 1 << 14
 """Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
 
+Data = bytes | bytearray | memoryview
 _EXECUTABLE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so"})
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
+_CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 
 
 class NpyHeader(NamedTuple):
@@ -70,7 +52,7 @@ class NpyHeader(NamedTuple):
 
 
 def member_extension(member: str) -> str:
-    """Return the extension that decides how a member is decoded, in lower case: `npy`, `npy.gz`, or empty."""
+    """Returns the extension that decides how a member is decoded, in lower case: `npy`, `npy.gz`, or empty."""
     parts = member.lower().split(".")
     if len(parts) > 2 and parts[-1] == "gz":
         return ".".join(parts[-2:])
@@ -78,88 +60,64 @@ def member_extension(member: str) -> str:
 
 
 def require_allowed(member: str, where: str = "") -> str:
-    """Return the extension of a member, or raise `ShardError` when it is not one of `ALLOWED_EXTENSIONS`."""
+    """Returns the extension of a member, or raises `ShardError` when it is not one of `ALLOWED_EXTENSIONS`."""
     extension = member_extension(member)
-    if extension in ALLOWED_EXTENSIONS:
-        return extension
     why = "can execute code when it is loaded" if extension in _EXECUTABLE else "is not on the allow-list"
-    raise ShardError(
-        f"Expected {_place(member, where)} to be one of {', '.join(ALLOWED_EXTENSIONS)}, but got `.{extension}`, which "
-        f"{why}. Write the member as `.npy` or `.json` and build the shard again."
-    )
+    advice = "Write the member as `.npy` or `.json` and build the shard again."
+    expected = f"{_place(member, where)} to be one of {', '.join(ALLOWED_EXTENSIONS)}"
+    require_shard(extension in ALLOWED_EXTENSIONS, expected, f"`.{extension}`, which {why}", advice=advice)
+    return extension
 
 
 def require_size(size: int, what: str, max_bytes: int = MAX_MEMBER_BYTES) -> None:
-    """Raise `ShardError` when something takes more than `max_bytes` bytes; called before the memory is taken."""
-    if size > max_bytes:
-        raise ShardError(
-            f"Expected {what} to take at most {max_bytes} bytes, but it takes {size}. If it is no damaged or malicious "
-            "member, raise `max_member_bytes`."
-        )
+    """Raises `ShardError` when something takes more than `max_bytes` bytes; called before the memory is taken."""
+    advice = "If it is no damaged or malicious member, raise `max_member_bytes`."
+    require_shard(size <= max_bytes, f"{what} to take at most {max_bytes} bytes", size, advice=advice)
 
 
-def read_npy_header(
-    data: bytes | memoryview, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
-) -> NpyHeader:
-    """Parse the header of a `.npy` or `.npy.gz` member without touching its elements."""
+def read_npy_header(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> NpyHeader:
+    """Parses the header of a `.npy` or `.npy.gz` member without touching its elements."""
     place = _place(member, where)
     head = bytes(data[:HEADER_BYTES])
-    if member_extension(member) == "npy.gz":
-        try:
-            head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES)
-        except zlib.error as error:
-            raise _damaged(place, "a whole gzip stream", error) from error
     try:
+        if member_extension(member) == "npy.gz":
+            head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES)
         start = 10 if head[6:7] == b"\x01" else 12
         header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
     except Exception as error:
-        raise _damaged(place, "an array with an NPY header (version 1.0 or 2.0)", error) from error
-    if header.dtype.hasobject:
-        raise ShardError(
-            f"Expected {place} to hold numbers, but got an array of Python objects, which can execute code when it is "
-            "loaded. Save the array with a numeric dtype."
-        )
+        raise _damaged(place, "a whole array with an NPY header (version 1.0 or 2.0)", error) from error
+    got = "an array of Python objects, which can execute code when it is loaded"
+    advice = "Save the array with a numeric dtype."
+    require_shard(not header.dtype.hasobject, f"{place} to hold numbers", got, advice=advice)
     if header.dtype.itemsize < 1 or len(header.shape) > 32 or min(header.shape, default=0) < 0:
-        raise _damaged(place, "an array", f"its header says shape {header.shape}, dtype {header.dtype}")
+        raise _damaged(place, "an array", f"shape {header.shape}, dtype {header.dtype} in its header")
     # An empty dimension does not excuse the others.
     require_size(math.prod(max(n, 1) for n in header.shape) * header.dtype.itemsize, f"the array of {place}", max_bytes)
     return header
 
 
-def view_npy(
-    data: bytes | bytearray | memoryview, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
-) -> np.ndarray:
-    """View a whole `.npy` member as a read-only array, without a copy; raises `ShardError` like `read_npy_header`."""
-    header = read_npy_header(memoryview(data), member, where, max_bytes)
-    found = len(data) - header.data_offset
-    if found != header.nbytes:
-        raise ShardError(
-            f"Expected {_place(member, where)} to hold {header.nbytes} bytes of elements for shape {header.shape}, "
-            f"dtype {header.dtype}, but got {found}. The member is only half written: copy or build the shard again."
-        )
+def require_elements(header: NpyHeader, found: int, place: str) -> None:
+    """Raises `ShardError` unless an array member holds as many bytes of elements as its header says."""
+    expected = f"{place} to hold {header.nbytes} bytes of elements for shape {header.shape}, dtype {header.dtype}"
+    advice = "The member is only half written: copy or build the shard again."
+    require_shard(found == header.nbytes, expected, found, advice=advice)
+
+
+def view_npy(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> np.ndarray:
+    """Views a whole `.npy` member as a read-only array, without a copy."""
+    header = read_npy_header(data, member, where, max_bytes)
+    require_elements(header, len(data) - header.data_offset, _place(member, where))
     flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=header.data_offset)
     view = flat.reshape(header.shape[::-1]).T if header.fortran_order else flat.reshape(header.shape)
     view.flags.writeable = False
     return view
 
 
-def decode_member(
-    member: str, data: bytes | bytearray | memoryview, where: str = "", max_bytes: int = MAX_MEMBER_BYTES
-) -> Any:
-    """Decode one member by its extension.
+def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> Any:
+    """Decodes one member by its extension, or raises `ShardError`.
 
-    Args:
-        member: Member name without the sample's key, for example `video.npy`.
-        data: The member's bytes.
-        where: Shard and key, for messages.
-        max_bytes: Most bytes of the result.
-
-    Returns:
-        An array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that are
-        called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
-
-    Raises:
-        ShardError: The extension is refused, the bytes do not decode, or the result takes too many bytes.
+    Returns an array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that
+    are called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
     """
     extension = require_allowed(member, where)
     place = _place(member, where)
@@ -167,7 +125,7 @@ def decode_member(
     if extension == "npy":
         return view_npy(data, member, where, max_bytes)
     if extension == "npy.gz":
-        header = read_npy_header(memoryview(data), member, where, max_bytes)
+        header = read_npy_header(data, member, where, max_bytes)
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
                 # One byte more than expected shows surplus bytes without unpacking all of them.
@@ -187,8 +145,8 @@ def decode_member(
     return decode_picture(data, place, ids=member.startswith("segmentations"), formats=kind, max_bytes=max_bytes)
 
 
-def parse_json(data: bytes | bytearray | memoryview | str, where: str, kind: type = object) -> Any:
-    """Parse JSON from a file or member; raises `ShardError` for damaged, deeply nested or other values than `kind`."""
+def parse_json(data: Data | str, where: str, kind: type = object) -> Any:
+    """Parses JSON from a file or member; raises `ShardError` for damaged, deeply nested or other values than `kind`."""
     try:
         value = json.loads(data if isinstance(data, str) else bytes(data))
         if not isinstance(value, kind):
@@ -199,57 +157,40 @@ def parse_json(data: bytes | bytearray | memoryview | str, where: str, kind: typ
 
 
 def decode_picture(
-    source: bytes | bytearray | memoryview | str | os.PathLike[str],
+    source: Data | str | os.PathLike[str],
     where: str,
     *,
     ids: bool = False,
-    upright: bool = True,
     formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> np.ndarray:
-    """Decode one picture, the same way for shards, converters, predictions and previews.
+    """Decodes one picture from its bytes or its path to uint8 (h, w, 3), turned as its EXIF orientation says.
 
-    Args:
-        source: Its bytes, or its path.
-        where: What it is, for messages.
-        ids: Return the stored numbers of a grey or palette picture, which are object ids.
-        upright: Turn frames as their EXIF orientation says; leave it off where masks count stored pixels.
-        formats: Pillow's names of the formats that are accepted.
-        max_bytes: Most bytes of the result.
-
-    Returns:
-        uint8 (h, w, 3); with `ids` (h, w) uint8, or int64 for pictures of more than 8 bits.
-
-    Raises:
-        ShardError: The picture is missing, damaged, too large or of another kind.
+    With `ids`, returns the stored numbers of a grey or palette picture (h, w): uint8, or int64 above 8 bits.
     """
     from PIL import Image, ImageOps
 
-    in_memory = isinstance(source, (bytes, bytearray, memoryview))
+    opened: Any = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     try:
-        with Image.open(io.BytesIO(source) if in_memory else source, formats=list(formats)) as picture:  # type: ignore[arg-type]
+        with Image.open(opened, formats=list(formats)) as picture:
             require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
             if not ids:
-                return to_rgb(ImageOps.exif_transpose(picture) if upright else picture, where)
-            if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                raise ShardError(
-                    f"Expected {where} to be a grey or palette picture whose numbers are object ids, but got a picture "
-                    f"of mode {picture.mode!r}. Save the ids as a grey or palette PNG."
-                )
+                return to_rgb(ImageOps.exif_transpose(picture), where)
+            grey = picture.mode in ("1", "L", "P", "I", "I;16", "I;16B")
+            expected = f"{where} to be a grey or palette picture whose numbers are object ids"
+            require_shard(grey, expected, f"mode {picture.mode!r}", advice="Save the ids as a grey or palette PNG.")
             numbers = np.array(picture)
             return numbers.astype(np.uint8 if numbers.dtype.itemsize == 1 else np.int64)
     except (ShardError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise ShardError(
-            f"Expected {where} to be there, but it is missing. Download or unpack the set again."
-        ) from error
+        raise _damaged(where, "a file that is there", "none") from error
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
         raise _damaged(where, f"a whole picture ({', '.join(formats)})", _or_empty(source, error)) from error
 
 
 def to_rgb(picture: Any, where: str) -> np.ndarray:
-    """Turn a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte."""
+    """Turns a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte."""
     from PIL import Image
 
     mode = picture.mode
@@ -257,10 +198,8 @@ def to_rgb(picture: Any, where: str) -> np.ndarray:
         # PNG knows no integers of more than 16 bits; Pillow would clip them at 255.
         grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
-    if mode in ("I", "F"):
-        raise ShardError(
-            f"Expected {where} to be a picture of 8 or 16 bits a channel, but got mode {mode!r}. Convert it to RGB."
-        )
+    expected = f"{where} to be a picture of 8 or 16 bits per channel"
+    require_shard(mode not in ("I", "F"), expected, f"mode {mode!r}", advice="Convert it to RGB.")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         over = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
@@ -269,18 +208,11 @@ def to_rgb(picture: Any, where: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_video(
-    source: bytes | bytearray | memoryview | str | os.PathLike[str], where: str, max_bytes: int = MAX_MEMBER_BYTES
+    source: Data | str | os.PathLike[str], where: str, max_bytes: int = MAX_MEMBER_BYTES
 ) -> Iterator[tuple[Any, Any]]:
-    """Open a video with PyAV as (container, video stream); every error of PyAV inside becomes a `ShardError`.
+    """Opens a video with PyAV as (container, video stream); every error of PyAV inside becomes a `ShardError`.
 
-    Args:
-        source: Bytes of an mp4 file, or the path of a video file, which is never taken for an address.
-        where: What it is, for messages.
-        max_bytes: Most bytes of one decoded frame.
-
-    Raises:
-        ConfigError: PyAV is not installed.
-        ShardError: The file is damaged or holds no video.
+    `source` is the bytes of an mp4 file, or the path of a video file, which is never taken for an address.
     """
     try:
         av = importlib.import_module("av")
@@ -296,8 +228,8 @@ def open_video(
             options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
             container = av.open(f"file:{os.fspath(source)}", options=options)
         with container:
-            if not container.streams.video:
-                raise ShardError(f"Expected {where} to hold a video stream, but it has none. Take it out of the set.")
+            found = bool(container.streams.video)
+            require_shard(found, f"{where} to hold a video stream", "none", advice="Take it out of the set.")
             stream = container.streams.video[0]
             require_size(3 * (stream.width or 0) * (stream.height or 0), f"a frame of {where}", max_bytes)
             yield container, stream
@@ -307,8 +239,8 @@ def open_video(
         raise _damaged(where, "a whole video file", _or_empty(source, error)) from error
 
 
-def count_frames(source: bytes | bytearray | memoryview | str | os.PathLike[str], where: str) -> int:
-    """Count the frames that a video really holds and shows, whatever its header says; nothing is decoded as a rule."""
+def count_frames(source: Data | str | os.PathLike[str], where: str) -> int:
+    """Counts the frames that a video really holds and shows, whatever its header says; nothing is decoded as a rule."""
     with open_video(source, where) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size]
         if packets and packets[0].is_keyframe:
@@ -317,17 +249,15 @@ def count_frames(source: bytes | bytearray | memoryview | str | os.PathLike[str]
 
 
 def decode_video(
-    source: bytes | bytearray | memoryview | str | os.PathLike[str],
+    source: Data | str | os.PathLike[str],
     where: str,
     frames: Sequence[int] | None = None,
     *,
     stamp: int | None = None,
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[np.ndarray]:
-    """Decode frames one after the other, the same way for shards, converters, predictions and previews.
-
-    Frames are shown as a player shows them: turned and mirrored by the display matrix, without what an edit list cuts
-    off, transparency over black.
+    """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
+    what an edit list cuts off, transparency over black.
 
     Args:
         source: Bytes of an mp4 file, or the path of a video file.
@@ -335,13 +265,6 @@ def decode_video(
         frames: Frame numbers, not falling; `None` for all.
         stamp: The container's time stamp of the first wanted frame, to seek to; `None` decodes from the start.
         max_bytes: Most bytes of one frame.
-
-    Yields:
-        uint8 (h, w, 3) each, all of one size.
-
-    Raises:
-        ConfigError: PyAV is not installed.
-        ShardError: The file is damaged, ends early, holds too large frames, or their size changes.
     """
     size: tuple[int, ...] | None = None
     place = seen = 0
@@ -357,20 +280,16 @@ def decode_video(
                 f"Expected all frames of {where} to have one size, but the first has {size[0]} x {size[1]} and frame "
                 f"{number} has {frame.shape[0]} x {frame.shape[1]} (height x width). Split the video there."
             )
-        if frames is None:
-            yield frame
-            continue
-        while place < len(frames) and frames[place] == number:
-            yield frame
-            place += 1
-        if place == len(frames):
+        times = 1 if frames is None else 0
+        while frames is not None and place < len(frames) and frames[place] == number:
+            times, place = times + 1, place + 1
+        yield from [frame] * times
+        if frames is not None and place == len(frames):
             return
     if frames is not None or not seen:
         need = f"at least {frames[-1] + 1} frames" if frames else "frames"
-        raise ShardError(
-            f"Expected {where} to have {need}, but only {seen} can be decoded. The file is damaged or cut off: copy or "
-            "encode it again, or take fewer frames."
-        )
+        advice = "The file is damaged or cut off: copy or encode it again, or take fewer frames."
+        require_shard(False, f"{where} to have {need}", f"only {seen} that can be decoded", advice=advice)
 
 
 def _numbered_frames(
@@ -388,8 +307,8 @@ def _numbered_frames(
 
 
 def _seek(container: Any, stream: Any, stamp: int) -> Any:
-    """Return the frame with this time stamp; `None` when the container cannot find it."""
-    try:
+    """Returns the frame with this time stamp; `None` when the container cannot find it."""
+    with contextlib.suppress(Exception):  # whatever a seek does, reading from the start decides
         container.seek(stamp, stream=stream)
         complete = False
         for frame in container.decode(stream):
@@ -399,16 +318,13 @@ def _seek(container: Any, stream: Any, stamp: int) -> Any:
             complete = complete or bool(frame.key_frame)
             if frame.pts == stamp:
                 return frame if complete else None
-    except Exception:  # whatever a seek does, reading from the start decides
-        return None
     return None
 
 
 def _shown(frame: Any, where: str, number: int) -> np.ndarray:
-    if frame.is_corrupt:
-        raise ShardError(
-            f"Expected all frames of {where} to decode, but frame {number} is damaged. Copy or encode the file again."
-        )
+    """Returns a frame's pixels as a player shows them."""
+    advice = "Copy or encode the file again."
+    require_shard(not frame.is_corrupt, f"all frames of {where} to decode", f"damage in frame {number}", advice=advice)
     if any(part.is_alpha for part in frame.format.components):
         from PIL import Image
 
@@ -443,7 +359,7 @@ def _parse_header(head: bytes) -> NpyHeader:
 
 
 def _or_empty(source: Any, error: Exception) -> Exception | str:
-    empty = isinstance(source, (str, Path)) and os.path.isfile(source) and os.path.getsize(source) == 0
+    empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0
     return "an empty file" if empty else error
 
 

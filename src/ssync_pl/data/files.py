@@ -9,23 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["exclusive", "write_bytes"]
-
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file under a temporary name, then rename it, so that no reader ever sees half of it.
+    """Writes a file under a temporary name, then renames it, so that no reader ever sees half of it.
 
-    Args:
-        path: Where the file goes; missing folders are made.
-        content: Its bytes.
-
-    Returns:
-        The path.
-
-    Example:
-        >>> folder = tempfile.mkdtemp(prefix="ssync-doctest-")
-        >>> write_bytes(Path(folder) / "new" / "a.txt", b"text").read_bytes()
-        b'text'
+    Missing folders are made. Returns the path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +31,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
-    """Hold a lock file while the block runs; the operating system frees that of a killed process.
+    """Holds a lock file while the block runs; the operating system frees that of a killed process.
 
     Waits `timeout` seconds for another holder, for ever with -1, then raises `BlockingIOError`.
     """

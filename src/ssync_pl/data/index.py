@@ -6,6 +6,7 @@ a slice of it. The index is a cache: it is built again by scanning the tar heade
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import lzma
@@ -14,74 +15,44 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssync_pl.data.decode import HEADER_BYTES, parse_json, read_npy_header
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ShardError
+from ssync_pl.errors import ShardError, require_shard
 
-__all__ = [
-    "INDEX_NAME",
-    "INDEX_NAMES",
-    "FolderIndex",
-    "SampleEntry",
-    "ShardEntry",
-    "header_fits",
-    "load_shards",
-    "parse_index",
-    "read_index",
-    "scan_shard",
-    "split_member_name",
-    "write_index",
-]
-
-INDEX_NAME = "index.json"
-INDEX_NAMES = (INDEX_NAME, "ssync_index.json")
-"""File names of the sidecar; the second is taken where `index.json` is somebody else's."""
+INDEX_NAMES = ("index.json", "ssync_index.json")
+"""File names of the sidecar; the second is taken where another program wrote `index.json`."""
 
 _FORMAT = "ssync_pl.shards"
 _VERSION = 1
 _BLOCK = tarfile.BLOCKSIZE
-_VIDEO_MEMBERS = ("video.npy", "video.npy.gz")
 
 _logger = logging.getLogger(__name__)
+_told: set[Path] = set()  # indices of other programs that were named in the log
 
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """One sample of a shard.
+    """One sample of a shard."""
 
-    Args:
-        key: The sample's key: the member names up to their first dot.
-        members: Member name without the key → (offset, size) in bytes.
-        frames: Frames of the video, or `None` when no array header says it (mp4, pictures).
-    """
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    frames: int | None = None
+    key: str  # the member names up to their first dot
+    members: dict[str, tuple[int, int]]  # name without the key → (offset, size) in bytes
+    frames: int | None = None  # None when no array header says it (mp4, pictures)
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard and its samples.
-
-    Args:
-        name: File name without folder.
-        size: Bytes of the file, by which a stale entry is recognised.
-        samples: The samples in the order of the file.
-        links: Full names of members that are links → name of the member that they point to.
-        ignored: Escaped names of members that cannot be read: special files, broken links, names that are not UTF-8.
-    """
+    """One shard and its samples, in the order of the file."""
 
     name: str
-    size: int
+    size: int  # bytes of the file, by which a stale entry is recognised
     samples: tuple[SampleEntry, ...]
-    links: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    links: Mapping[str, str] = field(default_factory=dict)  # members that are links → what they point to
+    ignored: tuple[str, ...] = ()  # members that cannot be read: special files, broken links, names not UTF-8
 
 
 @dataclass(frozen=True)
@@ -92,8 +63,27 @@ class FolderIndex:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
+class _StrictHeader(tarfile.TarInfo):
+    """A member's header, which must be whole: tarfile takes a damaged or missing one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, and no end-of-archive mark") from error
+
+
+def warn_ignored(where: str, names: Sequence[str]) -> None:
+    """Names what is left out of a shard: special files, broken links, and names that are not UTF-8."""
+    if names:
+        _logger.warning("Leaving out %d members of %s that are no plain files: %s", len(names), where, names[:5])
+
+
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a tar member's name into the sample's key and the member's own name, as webdataset does."""
+    """Splits a tar member's name into the sample's key and the member's own name, as webdataset does."""
     found = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", name, re.S)
     if found is None or re.match(r"__[^/]*__(?:$|/)", name):
         return None
@@ -101,125 +91,116 @@ def split_member_name(name: str) -> tuple[str, str] | None:
 
 
 def escaped(name: str) -> str:
-    """Return a name that can be printed; undecodable bytes come as escapes."""
+    """Returns a name that can be printed; undecodable bytes come as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_utf8(name: str) -> bool:
-    """Say whether a tar stores this name as valid UTF-8."""
+    """Whether a tar stores this name as valid UTF-8."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in name)
 
 
+@contextlib.contextmanager
+def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar whose end must be whole; every error inside becomes a `ShardError` that names `where`."""
+    try:
+        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader) as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise ShardError(
+            f"Expected {where} to be a whole tar, but reading it failed ({error}). The file is damaged, cut off, "
+            "packed or no tar: copy, unpack or build it again."
+        ) from error
+
+
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
-    """Build a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
+    """Builds a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
     path = Path(path)
-    size = path.stat().st_size
-    groups: list[tuple[str, dict[str, tuple[int, int]], list[int | None]]] = []
+    samples: list[SampleEntry] = []
     places: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
     ignored: list[str] = []
-    kind = "compressed" if packed else "uncompressed"
-    try:
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|*" if packed else "r:") as tar:
-            for info in tar:
-                target = _link_target(info)
-                if target in places:
-                    places[info.name] = places[target]
-                    links[info.name] = links.get(target, target)
-                elif info.isreg() and not info.issparse():
-                    places[info.name] = (info.offset_data, info.size)
-                parts = split_member_name(info.name)
-                if info.isdir() or (info.isreg() and parts is None):
-                    continue
-                if info.name not in places or parts is None or not is_utf8(info.name):
-                    ignored.append(escaped(info.name))
-                    continue
-                key, member = parts
-                if not groups or groups[-1][0] != key:
-                    groups.append((key, {}, []))
-                _, members, frames = groups[-1]
-                if member in members:
-                    raise ShardError(
-                        f"Expected each member once, but {path}, key {key} holds `{member}` twice. Build it again."
-                    )
-                members[member] = places[info.name]
-                content = tar.extractfile(info) if member in _VIDEO_MEMBERS and not (packed and target) else None
-                if content is not None:
-                    frames.append(_head_frames(content.read(HEADER_BYTES), member))
-            if not packed:
-                # tarfile takes a file that was cut between two members for a whole one.
-                stream.seek(tar.offset)
-                if stream.read(_BLOCK) != bytes(_BLOCK):
-                    raise tarfile.ReadError("no end-of-archive mark")
-    except FileNotFoundError:
-        raise
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ShardError(
-            f"Expected {path} to be a whole {kind} tar, but got a damaged one ({error}; {size} bytes). The file is cut "
-            "off, of another kind or no tar: copy it again, or unpack it."
-        ) from error
-    if ignored:
-        _warn_ignored(path, ignored)
-    samples = tuple(SampleEntry(key, members, frames[0] if frames else None) for key, members, frames in groups)
-    return ShardEntry(path.name, size, samples, links, tuple(ignored))
+    with path.open("rb") as stream, open_tar(stream, "r|*" if packed else "r:", str(path)) as tar:
+        for info in tar:
+            target = info.linkname if info.islnk() else ""
+            if info.issym():
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+            if target in places:
+                places[info.name] = places[target]
+                links[info.name] = links.get(target, target)
+            elif info.isreg() and not info.issparse():
+                places[info.name] = (info.offset_data, info.size)
+            parts = split_member_name(info.name)
+            if info.isdir() or (info.isreg() and parts is None):
+                continue
+            if info.name not in places or parts is None or not is_utf8(info.name):
+                ignored.append(escaped(info.name))
+                continue
+            key, member = parts
+            if not samples or samples[-1].key != key:
+                samples.append(SampleEntry(key, {}))
+            members, expected = samples[-1].members, f"each member of {path}, key {key} once"
+            require_shard(member not in members, expected, f"`{member}` twice", advice="Build the shard again.")
+            members[member] = places[info.name]
+            if member in ("video.npy", "video.npy.gz") and not (packed and target):
+                content: Any = tar.extractfile(info)
+                # The reader refuses a damaged member by name when, and only when, the sample is used.
+                with contextlib.suppress(ShardError):
+                    shape = read_npy_header(content.read(HEADER_BYTES), member, max_bytes=1 << 62).shape
+                    samples[-1] = SampleEntry(key, members, shape[0] if len(shape) == 4 else None)
+    warn_ignored(str(path), ignored)
+    return ShardEntry(path.name, path.stat().st_size, tuple(samples), links, tuple(ignored))
 
 
 def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
-    """Read a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
-    for name in INDEX_NAMES:
-        path = Path(directory, name)
+    """Reads a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
+    foreign = []
+    for path in (Path(directory, name) for name in INDEX_NAMES):
         try:
             return parse_index(path.read_bytes())
         except FileNotFoundError:
             continue
-        except (OSError, ShardError) as error:
-            _logger.warning("Leaving %s as it is and reading the shards without it: %s", path, error)
+        except (OSError, ShardError):
+            foreign += [] if _may_replace(path) or path.resolve() in _told else [path.resolve()]
+    for path in foreign[:1]:
+        _logger.warning("%s is of another program: it is left as it is, and the shards are read without it.", path)
+    _told.update(foreign)
     return None
 
 
 def parse_index(text: bytes | str) -> FolderIndex:
-    """Parse the text of a sidecar; raises `ShardError` when it is no index of this version."""
+    """Parses the text of a sidecar; raises `ShardError` when it is no index of this version."""
     try:
-        raw = parse_json(text, INDEX_NAME, dict)
-        if raw["format"] != _FORMAT or raw["version"] != _VERSION:
-            raise ValueError(f"format {raw['format']!r}, version {raw['version']!r}")
+        raw = parse_json(text, INDEX_NAMES[0], dict)
+        if raw.get("format") != _FORMAT or raw.get("version") != _VERSION:
+            raise ValueError(f"format {str(raw.get('format'))[:50]!r}, version {str(raw.get('version'))[:50]!r}")
         shards = [_entry_from_json(item) for item in raw["shards"]]
         return FolderIndex({entry.name: entry for entry in shards}, dict(raw["recipe"]))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ShardError(
-            f"Expected `{INDEX_NAME}` to have format {_FORMAT!r}, version {_VERSION}, but got {str(error)[:200]!r}. It "
-            "is not ours, or damaged: nothing of it is used."
+            f"Expected `{INDEX_NAMES[0]}` to have format {_FORMAT!r}, version {_VERSION}, but got {str(error)[:99]!r}. "
+            "Another program wrote it, or it is damaged: nothing of it is used."
         ) from error
 
 
 def write_index(
     directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """Write a folder's sidecar in one step, never over a file that is not ours."""
-    content = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "recipe": dict(recipe or {}),
-        "shards": [_entry_to_json(entry) for entry in sorted(shards, key=lambda entry: entry.name)],
-    }
+    """Writes a folder's sidecar in one step, never over a file of another program; `None` when no name is free."""
+    entries = [_entry_to_json(entry) for entry in sorted(shards, key=lambda entry: entry.name)]
+    content = {"format": _FORMAT, "version": _VERSION, "recipe": dict(recipe or {}), "shards": entries}
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
-    for name in INDEX_NAMES:
-        path = Path(directory, name)
-        if _may_replace(path):
-            return write_bytes(path, text.encode())
-        _logger.warning("Leaving %s as it is: it is not an index of ssync_pl.", path)
-    return None
+    free = (path for path in (Path(directory, name) for name in INDEX_NAMES) if _may_replace(path))
+    path = next(free, None)
+    return None if path is None else write_bytes(path, text.encode())
 
 
 def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -> list[ShardEntry]:
-    """Return the entries of some shards: from the sidecars where they fit, by scanning elsewhere.
+    """Returns the entries of local, uncompressed shards, in their order: from the sidecars, or by scanning them.
 
     Args:
-        paths: Local, uncompressed shards.
+        paths: The shards.
         save: Write what was scanned back to the sidecar (left out silently in read-only folders).
-
-    Returns:
-        One entry per path, in the order of `paths`.
 
     Raises:
         FileNotFoundError: A shard is missing.
@@ -232,24 +213,22 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
     for path in resolved:
         entry = known[path.parent].shards.get(path.name)
         if entry is None or not _fits(entry, path):
-            entry = scan_shard(path)
-            known[path.parent].shards[path.name] = entry
+            entry = known[path.parent].shards[path.name] = scan_shard(path)
             changed.add(path.parent)
-        elif entry.ignored:
-            _warn_ignored(path, entry.ignored)
+        else:
+            warn_ignored(str(path), entry.ignored)
         entries.append(entry)
     for folder in changed if save else ():
-        index = known[folder]
-        present = [entry for entry in index.shards.values() if (folder / entry.name).exists()]
+        present = [entry for entry in known[folder].shards.values() if (folder / entry.name).exists()]
         try:
-            write_index(folder, present, index.recipe)
+            write_index(folder, present, known[folder].recipe)
         except OSError as error:
             _logger.debug("Keeping the index of %s in memory only: %s", folder, error)
     return entries
 
 
 def header_fits(header: bytes | memoryview, name: str, size: int) -> bool:
-    """Say whether the 512 bytes before a member are the tar header of the member with this full name and size."""
+    """Whether the 512 bytes before a member are the tar header of the member with this full name and size."""
     try:
         info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -259,30 +238,8 @@ def header_fits(header: bytes | memoryview, name: str, size: int) -> bool:
     return name_agrees and (info.size == size or size >= 8**11)
 
 
-def _link_target(info: tarfile.TarInfo) -> str:
-    if info.issym():
-        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-    return info.linkname if info.islnk() else ""
-
-
-def _warn_ignored(path: Path, names: Sequence[str]) -> None:
-    _logger.warning(
-        "Leaving out %d members of %s that are no plain files, are broken links or have names that are not UTF-8: %s",
-        len(names),
-        path,
-        ", ".join(names[:5]) + (", …" if len(names) > 5 else ""),
-    )
-
-
-def _head_frames(head: bytes, member: str) -> int | None:
-    try:
-        shape = read_npy_header(head, member, max_bytes=1 << 62).shape
-    except ShardError:
-        return None  # the reader refuses the member by name when, and only when, the sample is used
-    return shape[0] if len(shape) == 4 else None
-
-
 def _fits(entry: ShardEntry, path: Path) -> bool:
+    """Whether a shard still has the size and, at both ends, the members that its entry says."""
     if path.stat().st_size != entry.size or not entry.samples:
         return False
     with path.open("rb") as stream:
@@ -296,13 +253,13 @@ def _fits(entry: ShardEntry, path: Path) -> bool:
 
 
 def _may_replace(path: Path) -> bool:
+    """Whether a file is absent, or an index of ours in any version."""
     try:
-        found = parse_json(path.read_bytes(), path.name, dict)
+        return parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT
     except FileNotFoundError:
         return True
     except (OSError, ShardError):
         return False
-    return found.get("format") == _FORMAT
 
 
 def _entry_to_json(entry: ShardEntry) -> dict[str, Any]:

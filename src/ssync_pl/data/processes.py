@@ -9,18 +9,16 @@ import signal
 import threading
 from collections.abc import Iterator
 
-__all__ = ["cpu_count", "end_with_parent", "may_start_processes", "one_thread_each"]
-
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def cpu_count() -> int:
-    """Count the CPUs that this process may use."""
+    """Counts the CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def may_start_processes() -> bool:
-    """Say whether this process may have children: a daemon, such as a loader's worker, may not."""
+    """Whether this process may have children: a daemon, such as a loader's worker, may not."""
     process = multiprocessing.current_process()
     if getattr(process, "_inheriting", False):
         raise RuntimeError(
@@ -32,7 +30,7 @@ def may_start_processes() -> bool:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Let processes that start meanwhile use one thread each: more would fight for the same CPUs."""
+    """Lets processes that start meanwhile use one thread each: more would fight for the same CPUs."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
@@ -40,13 +38,13 @@ def one_thread_each() -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)
+                del os.environ[name]
             else:
                 os.environ[name] = value
 
 
 def end_with_parent() -> None:
-    """Make this worker leave Ctrl-C to its parent, and end when the parent was killed."""
+    """Makes this worker leave Ctrl-C to its parent, and end when the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

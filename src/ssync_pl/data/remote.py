@@ -13,29 +13,36 @@ import posixpath
 import re
 import tarfile
 import time
-from collections.abc import Generator, Iterator, Sequence
-from typing import IO, Any, cast
+from collections.abc import Collection, Generator, Iterator, Sequence
+from typing import IO, Any, NamedTuple, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
-from ssync_pl.data.index import INDEX_NAMES, ShardEntry, escaped, is_utf8, parse_index, split_member_name
+from ssync_pl.data.index import (
+    INDEX_NAMES,
+    ShardEntry,
+    escaped,
+    is_utf8,
+    open_tar,
+    parse_index,
+    split_member_name,
+    warn_ignored,
+)
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
-from ssync_pl.errors import ShardError
-
-__all__ = ["RETRY_SECONDS", "RemoteFile", "fetch_index", "stream_shard"]
+from ssync_pl.errors import ShardError, require_shard
 
 RETRY_SECONDS = 120.0
 """Seconds without a new byte, over all tries, after which a transfer has failed."""
 
 _STALL_SECONDS = 30.0
-_LONGEST_PAUSE = 10.0
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 10.0)
 _CHUNK = 1 << 20
-_BLOCK = tarfile.BLOCKSIZE
-_WANTED = ("video", "image", "segmentations")
 # Client errors that another try can mend: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
 _ABSENT = (401, 403, 404, 410)
+_FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
+_UNPACK: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _logger = logging.getLogger(__name__)
 
 
@@ -53,18 +60,18 @@ class RemoteFile(io.RawIOBase):
         self._ended = False
 
     def readable(self) -> bool:
-        """Say that the file can be read."""
+        """Says that the file can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read the next bytes; 0 at the end of the file. Raises `ShardError` when the transfer has failed."""
+        """Reads the next bytes; 0 at the end of the file. Raises `ShardError` when the transfer has failed."""
         if self.failure is not None:
             raise ShardError(self.failure)
         view = memoryview(buffer).cast("B")
         began = time.monotonic()
-        for pause in itertools.chain((0.5, 1.0, 2.0, 4.0), itertools.repeat(_LONGEST_PAUSE)):
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             if self._ended:
-                return 0
+                break
             try:
                 if self._source is None:
                     self._open()
@@ -75,12 +82,12 @@ class RemoteFile(io.RawIOBase):
                     return len(data)
                 if self._size is not None and self._position != self._size:
                     raise OSError(f"the transfer ended early, at byte {self._position} of {self._size}")
-                self._drop(quiet=False)  # a program's exit status says whether the file was whole
                 self._ended = True
+                self._drop()
             except Exception as error:  # each file system of fsspec has errors of its own
                 self._drop()
                 reason = _describe(error, self.url)
-                if _is_final(error, self.url) or time.monotonic() - began + pause > RETRY_SECONDS:
+                if _is_final(error) or time.monotonic() - began + pause > RETRY_SECONDS:
                     self.absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
                     self.failure = (
                         f"Expected to read {masked_url(self.url)} to its end, but at byte {self._position} it failed "
@@ -93,33 +100,28 @@ class RemoteFile(io.RawIOBase):
         return 0
 
     def close(self) -> None:
-        """Close the connection; a transfer that is not over is cut off."""
+        """Closes the connection; a transfer that is not over is cut off."""
         if not self.closed:
             self._drop()
         super().close()
 
-    def _drop(self, quiet: bool = True) -> None:
+    def _drop(self) -> None:
         source, self._source = self._source, None
         if source is not None:
-            with contextlib.suppress(*((Exception,) if quiet else ())):
+            with contextlib.suppress(Exception):
                 source.close()
 
     def _open(self) -> None:
-        scheme = urlsplit(self.url).scheme.lower()
-        begin = 0
-        if scheme == "pipe":
-            from webdataset.gopen import gopen
+        """Opens the file at the place that was reached; servers that cannot do so send all again."""
+        from fsspec.core import url_to_fs
 
-            self._source = gopen(self.url)
-        elif scheme in ("http", "https"):
+        begin = self._position
+        if urlsplit(self.url).scheme.lower() in ("http", "https"):
             begin = self._open_http()
         else:
-            from fsspec.core import url_to_fs
-
             system, path = url_to_fs(self.url)
             self._source = system.open(path, "rb")
-            self._source.seek(self._position)
-            begin = self._position
+            self._source.seek(begin)
         while begin < self._position:
             data = self._source.read(min(self._position - begin, _CHUNK))
             if not data:
@@ -150,62 +152,72 @@ class RemoteFile(io.RawIOBase):
         return begin
 
 
-def stream_shard(path_or_url: str, max_bytes: int = MAX_MEMBER_BYTES) -> Generator[tuple[str, Members], None, None]:
-    """Read a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way."""
+class _Member(NamedTuple):
+    key: str
+    name: str
+    size: int
+    content: bytes | None
+
+
+def stream_shard(
+    path_or_url: str,
+    max_bytes: int = MAX_MEMBER_BYTES,
+    fields: Collection[str] | None = ("video", "image", "segmentations"),
+) -> Generator[tuple[str, Members], None, None]:
+    """Reads a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way.
+
+    Args:
+        path_or_url: The shard.
+        max_bytes: Most bytes of a member; the content of larger ones is not kept.
+        fields: First parts of the names of members whose content is kept; `None` keeps all.
+
+    Yields:
+        Key and members of each sample.
+
+    Raises:
+        ShardError: The transfer failed, the shard is damaged or cut off, or it holds links.
+    """
     shown = masked_url(path_or_url)
     raw: io.RawIOBase
     try:
         raw = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
     except OSError as error:
-        raise ShardError(
-            f"Expected to read {shown}, but it cannot be opened ({error.strerror}). Check the path and its permissions."
-        ) from error
-    with contextlib.closing(raw):
-        try:
-            watched = _Watched(_unpacked(io.BufferedReader(raw, _CHUNK)))
-            with tarfile.open(fileobj=cast(IO[bytes], watched), mode="r|") as tar:
-                for key, group in itertools.groupby(_read_members(tar, shown, max_bytes), lambda item: item[0]):
-                    yield key, _as_members(f"{shown}, key {key}", list(group), max_bytes)
-            # Only a download that is read to its end says whether it was whole.
-            while watched.read(_CHUNK):
-                pass
-            if not watched.whole:
-                raise EOFError("no end-of-archive mark")
-        except Exception as error:
-            failure = getattr(raw, "failure", None)
-            if failure is not None:
-                raise ShardError(failure) from None
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(
-                f"Expected {shown} to be a whole tar, but reading it failed ({error}). The file is damaged, cut off or "
-                "no tar: copy, upload or build it again."
-            ) from error
+        raise ShardError(f"Expected to read {shown}, but got {error.strerror}. Check the path.") from error
+    with contextlib.closing(raw), open_tar_stream(raw, shown) as tar:
+        members = _read_members(tar, shown, max_bytes, fields)
+        for key, group in itertools.groupby(members, lambda member: member.key):
+            yield key, _as_members(f"{shown}, key {key}", list(group), max_bytes)
+
+
+@contextlib.contextmanager
+def open_tar_stream(raw: io.RawIOBase, shown: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar, packed or not, to be read once; at its end the rest is read, which says if a transfer was whole."""
+    stream: Any = io.BufferedReader(raw, _CHUNK)
+    plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)
+    with open_tar(plain, "r|", shown) as tar:
+        yield tar
+        while plain.read(_CHUNK):
+            pass
 
 
 def fetch_index(urls: Sequence[str]) -> list[ShardEntry] | None:
-    """Fetch the index beside remote shards."""
-    if any(url.startswith("pipe:") for url in urls):
-        return None
+    """Fetches the index beside remote shards; `None` when there is none, or it does not name all of them."""
     known: dict[str, dict[str, ShardEntry]] = {}
-    entries: list[ShardEntry] = []
+    entries = []
     for url in urls:
-        folder = urlunsplit(urlsplit(url)._replace(path=posixpath.dirname(urlsplit(url).path)))
+        parts = urlsplit(url)
+        folder = urlunsplit(parts._replace(path=posixpath.dirname(parts.path)))
         if folder not in known:
             known[folder] = _fetch_folder(folder)
-        entry = known[folder].get(shard_name(url))
-        if entry is None:
-            return None
-        entries.append(entry)
-    return entries
+        entries.append(known[folder].get(shard_name(url)))
+    return None if None in entries else cast(list[ShardEntry], entries)
 
 
 def _fetch_folder(folder: str) -> dict[str, ShardEntry]:
     parts = urlsplit(folder)
     for name in INDEX_NAMES:
         url = urlunsplit(parts._replace(path=posixpath.join(parts.path, name)))
-        raw = RemoteFile(url)
-        with contextlib.closing(raw):
+        with contextlib.closing(RemoteFile(url)) as raw:
             try:
                 return parse_index(io.BufferedReader(raw, _CHUNK).read()).shards
             except ShardError as error:
@@ -215,89 +227,53 @@ def _fetch_folder(folder: str) -> dict[str, ShardEntry]:
     return {}
 
 
-def _read_members(tar: tarfile.TarFile, shown: str, max_bytes: int) -> Iterator[tuple[str, str, int, bytes | None]]:
-    """Yield key, name, size and content of each member that belongs to a sample."""
+def _read_members(
+    tar: tarfile.TarFile, shown: str, max_bytes: int, fields: Collection[str] | None
+) -> Iterator[_Member]:
     ignored: list[str] = []
     for info in tar:
         parts = split_member_name(info.name)
         if info.isdir() or (info.isreg() and parts is None):
             continue
-        if info.issym() or info.islnk():
-            raise ShardError(
-                f"Expected plain members in the streamed shard {shown}, but {escaped(info.name)} is a link. Read the "
-                "shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
-            )
+        advice = "Read the shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
+        linked = info.issym() or info.islnk()
+        require_shard(not linked, f"plain members in stream {shown}", f"link {escaped(info.name)}", advice=advice)
         if parts is None or not info.isreg() or info.issparse() or not is_utf8(info.name):
             ignored.append(escaped(info.name))
             continue
-        key, member = parts
-        wanted = member.split(".")[0] in _WANTED and info.size <= max_bytes
+        wanted = (fields is None or parts[1].split(".")[0] in fields) and info.size <= max_bytes
         content = cast(IO[bytes], tar.extractfile(info)).read() if wanted else None
         if content is not None and len(content) != info.size:
             raise EOFError(f"member {info.name} ends early")
-        yield key, member, info.size, content
-    if ignored:
-        _logger.warning("Leaving out %d members of %s that are no plain files: %s", len(ignored), shown, ignored[:5])
+        yield _Member(*parts, info.size, content)
+    warn_ignored(shown, ignored)
 
 
-def _as_members(where: str, group: list[tuple[str, str, int, bytes | None]], max_bytes: int) -> Members:
-    contents = {name: content for _, name, _, content in group if content is not None}
-    if len({name for _, name, _, _ in group}) < len(group):
-        raise ShardError(f"Expected each member of {where} once, but one comes twice. Build the shard again.")
-    sizes = {name: size for _, name, size, _ in group}
+def _as_members(where: str, group: list[_Member], max_bytes: int) -> Members:
+    sizes = {member.name: member.size for member in group}
+    contents = {member.name: member.content for member in group}
+    require_shard(len(sizes) == len(group), f"each member of {where} once", "one twice", advice="Build it again.")
 
     def fetch(name: str, start: int, length: int) -> bytes:
         require_size(sizes[name], f"member `{name}` of {where}", max_bytes)
-        return contents[name][start : start + length]
+        return (contents[name] or b"")[start : start + length]
 
     return Members(where, sizes, fetch, max_bytes)
 
 
-class _Watched:
-    """Passes a plain tar on and remembers its end: tarfile takes a cut between two members for the end of the tar."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._last = b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._last = data[-_BLOCK:] if len(data) >= _BLOCK else (self._last + data)[-_BLOCK:]
-        return data
-
-    @property
-    def whole(self) -> bool:
-        return self._last == bytes(_BLOCK)
-
-
-def _unpacked(stream: io.BufferedReader) -> IO[bytes]:
-    head = stream.peek(6)[:6]
-    if head.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-    if head.startswith(b"BZh"):
-        return bz2.BZ2File(stream)
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return lzma.LZMAFile(stream)
-    return stream
-
-
-def _is_final(error: BaseException, url: str) -> bool:
-    """Say whether the same failure would come at every try; a command may do anything, and is not run again."""
+def _is_final(error: BaseException) -> bool:
+    """Whether the same failure would come at every try."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in _PASSING
     named = ("SSL", "Certificate", "InvalidURL")
-    final = isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError))
-    return final or url.startswith("pipe:") or any(word in type(error).__name__ for word in named)
+    return isinstance(error, _FINAL) or any(word in type(error).__name__ for word in named)
 
 
 def _describe(error: BaseException, url: str) -> str:
+    status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    exit_status = re.search(r": exit (-?\d+) \(read\)", str(error))
-    if exit_status is not None:  # this message holds the whole command, with its tokens
-        return f"the command ended with status {exit_status[1]}"
-    status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
     text = (str(error) or type(error).__name__).replace(url, masked_url(url))

@@ -10,98 +10,76 @@ import gzip
 import io
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_allowed
 from ssync_pl.data.index import SampleEntry, ShardEntry, header_fits, is_utf8, read_index, scan_shard, write_index
 from ssync_pl.data.samples import Members
-from ssync_pl.errors import ConfigError, ShardError
-
-__all__ = ["ShardReader", "ShardWriter", "encode_member"]
+from ssync_pl.errors import require, require_shard
 
 _BLOCK = 512
 
 
 class ShardReader:
-    """Reads members of local shards, or parts of them, where the index says that they lie."""
+    """Reads members of local shards, or parts of them, where the index says that they lie; keeps one shard open."""
 
-    def __init__(self, max_open: int = 64) -> None:
-        self.max_open = max_open
-        self._files: OrderedDict[str, io.FileIO] = OrderedDict()
+    def __init__(self) -> None:
+        self._path = ""
+        self._file: io.FileIO | None = None
 
     def sample(self, path: str, shard: ShardEntry, sample: SampleEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Members:
-        """Return the members of one sample, each read when it is asked for."""
+        """Returns the members of one sample, each read when it is asked for."""
         sizes = {name: size for name, (_, size) in sample.members.items()}
 
         def read(member: str, start: int, length: int) -> bytearray:
-            return self._read(path, shard, sample, member, start, length)
+            offset, file = sample.members[member][0], self._open(path, shard)
+            if start == 0:
+                name = f"{sample.key}.{member}"
+                header = bytes(_read_at(file, offset - _BLOCK, _BLOCK))
+                fits = len(header) < _BLOCK or header_fits(header, shard.links.get(name, name), sizes[member])
+                expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
+                advice = "The shard was replaced: delete its index, it is built again."
+                require_shard(fits, expected, "something else there", advice=advice)
+            data = _read_at(file, offset + start, length)
+            _require_bytes(path, shard, len(data) == length, "fewer")
+            return data
 
         return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
 
     def member(self, path: str, shard: ShardEntry, sample: SampleEntry, member: str) -> memoryview:
-        """Return the bytes of one member, however many."""
+        """Returns the bytes of one member, however many."""
         return memoryview(self.sample(path, shard, sample, max_bytes=shard.size).read(member))
 
     def close(self) -> None:
-        """Close all files; the next read opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
+        """Closes the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"max_open": self.max_open, "_files": OrderedDict()}
+        return {"_path": "", "_file": None}
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # a failing finaliser would only print noise at exit
-            self.close()
-
-    def _read(
-        self, path: str, shard: ShardEntry, sample: SampleEntry, member: str, start: int, length: int
-    ) -> bytearray:
-        offset, _ = sample.members[member]
-        file = self._open(path, shard)
-        if start == 0:
-            name = f"{sample.key}.{member}"
-            size = sample.members[member][1]
-            header = _read_at(file, offset - _BLOCK, _BLOCK)
-            if not header_fits(bytes(header), shard.links.get(name, name), size) and len(header) == _BLOCK:
-                raise ShardError(
-                    f"Expected member `{member}` of {path}, key {sample.key} at byte {offset} as its index says, but "
-                    "something else lies there. The shard was replaced: delete its index, it is built again."
-                )
-        data = _read_at(file, offset + start, length)
-        if len(data) != length:
-            raise ShardError(
-                f"Expected {path} to have {shard.size} bytes as its index says, but it was cut off while it was read. "
-                "Copy it again."
-            )
-        return data
+        self.close()
 
     def _open(self, path: str, shard: ShardEntry) -> io.FileIO:
-        if path in self._files:
-            self._files.move_to_end(path)
-            return self._files[path]
-        while len(self._files) >= self.max_open:
-            self._files.popitem(last=False)[1].close()
-        file = io.FileIO(path)
-        size = os.fstat(file.fileno()).st_size
-        if size != shard.size:
-            file.close()
-            raise ShardError(
-                f"Expected {path} to have {shard.size} bytes as its index says, but it has {size}. The shard was "
-                "replaced or is still being copied: wait, or delete its index, it is built again."
-            )
-        self._files[path] = file
-        return self._files[path]
+        if self._file is None or self._path != path:
+            self.close()
+            self._file, self._path = io.FileIO(path), path
+            size = os.fstat(self._file.fileno()).st_size
+            if size != shard.size:
+                self.close()
+                _require_bytes(path, shard, False, size)
+        return self._file
 
 
 class ShardWriter:
-    """Write samples to `<prefix>-000000.tar`, `<prefix>-000001.tar`, … and their `index.json`.
+    """Writes samples to shards of the field's format, with their index.
 
     Each shard is written under a temporary name and renamed when it is complete; the index is written when the
     writer closes without an error. Equal samples give equal bytes. Several writers with different prefixes may fill
@@ -116,6 +94,10 @@ class ShardWriter:
     Raises:
         ConfigError: `samples_per_shard` or `prefix` is out of range.
         ShardError: The folder already holds shards of this prefix.
+
+    Example:
+        >>> with ShardWriter("shards", "train") as writer:  # doctest: +SKIP
+        ...     writer.write("0", {"video.npy": video, "segmentations.npy.gz": masks})
     """
 
     def __init__(
@@ -125,31 +107,28 @@ class ShardWriter:
         samples_per_shard: int = 32,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        if samples_per_shard < 1:
-            raise ConfigError(f"Expected argument `samples_per_shard` to be at least 1, but got {samples_per_shard}.")
-        if not prefix or any(character in prefix for character in "/\\{}*?[]"):
-            raise ConfigError(f"Expected argument `prefix` to be a plain file name part, but got {prefix!r}.")
+        require(samples_per_shard >= 1, "argument `samples_per_shard` to be at least 1", samples_per_shard)
+        plain = bool(prefix) and not any(character in prefix for character in "/\\{}*?[]")
+        require(plain, "argument `prefix` to be a plain file name part", repr(prefix))
         self.directory = Path(directory)
         self.prefix = prefix
         self.samples_per_shard = samples_per_shard
         self.recipe = dict(recipe or {})
         self.directory.mkdir(parents=True, exist_ok=True)
-        existing = sorted(self.directory.glob(f"{prefix}-*.tar"))
-        if existing:
-            raise ShardError(
-                f"Expected no shards `{prefix}-*.tar` in {self.directory}, but got {len(existing)} "
-                f"({existing[0].name}, …). Delete them, or take another prefix."
-            )
+        existing = [path.name for path in sorted(self.directory.glob(f"{prefix}-*.tar"))]
+        expected = f"no shards `{prefix}-*.tar` in {self.directory}"
+        got = f"{len(existing)} ({', '.join(existing[:1])}, …)"
+        require_shard(not existing, expected, got, advice="Delete them, or take another prefix.")
         self._keys: set[str] = set()
         self._entries: list[ShardEntry] = []
         self._tar: Any = None
-        self._file: BinaryIO | None = None
-        self._temporary: Path | None = None
+        self._file: Any = None
+        self._temporary = Path()
         self._in_shard = 0
         self._closed = False
 
     def write(self, key: str, members: Mapping[str, Any]) -> None:
-        """Add one sample.
+        """Adds one sample.
 
         Args:
             key: Unique name of the sample, without dots and slashes; the field uses decimal numbers.
@@ -160,14 +139,12 @@ class ShardWriter:
         Raises:
             ShardError: The key is taken or unusable, a member is refused, or the writer is closed.
         """
-        if self._closed:
-            raise ShardError(f"Expected an open writer, but the writer of `{self.prefix}` is closed.")
-        if not key or any(character in key for character in "./\\") or key.startswith("__") or not is_utf8(key):
-            raise ShardError(f"Expected argument `key` to be a name without dots and slashes, but got {key!r}.")
-        if key in self._keys:
-            raise ShardError(f"Expected each key once, but got {key!r} twice for prefix `{self.prefix}`.")
-        if not members:
-            raise ShardError(f"Expected argument `members` to hold at least one member, but key {key!r} has none.")
+        require_shard(not self._closed, "an open writer", f"the closed writer of `{self.prefix}`")
+        plain = bool(key) and not any(character in key for character in "./\\")
+        plain = plain and not key.startswith("__") and is_utf8(key)
+        require_shard(plain, "argument `key` to be a name without dots and slashes", repr(key))
+        require_shard(key not in self._keys, "each key once", f"{key!r} twice for prefix `{self.prefix}`")
+        require_shard(bool(members), "argument `members` to hold at least one member", f"none for key {key!r}")
         # Everything is encoded before the first byte is written, so that a refused member leaves no half sample.
         encoded = {name: encode_member(name, value, f"key {key}") for name, value in members.items()}
         self._open().write({"__key__": key, **encoded})
@@ -177,7 +154,7 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Complete the last shard and write the index; a second call does nothing."""
+        """Completes the last shard and writes the index; a second call does nothing."""
         if self._closed:
             return
         self._finish_shard()
@@ -189,15 +166,13 @@ class ShardWriter:
         write_index(self.directory, kept.values(), {**(before.recipe if before else {}), **self.recipe})
 
     def abort(self) -> None:
-        """Remove the unfinished shard and close without writing an index; finished shards stay."""
+        """Removes the unfinished shard and closes without writing an index; finished shards stay."""
         self._closed = True
-        if self._file is not None and self._temporary is not None:
-            try:
-                with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
-                    self._tar.close()
-            finally:
-                self._temporary.unlink(missing_ok=True)
-        self._tar = self._file = self._temporary = None
+        if self._tar is not None:
+            with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
+                self._tar.close()
+            self._temporary.unlink(missing_ok=True)
+        self._tar = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -216,25 +191,24 @@ class ShardWriter:
         if self._tar is None:
             name = f"{self.prefix}-{len(self._entries):06d}.tar"
             self._temporary = self.directory / f".{name}.{os.getpid()}.tmp"
-            self._file = self._temporary.open("wb")
             # Members are bytes already; a fixed time and no names make equal samples equal files.
+            self._file = self._temporary.open("wb")
             self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         return self._tar
 
     def _finish_shard(self) -> None:
-        if self._file is None or self._temporary is None:
+        if self._tar is None:
             return
-        self._tar.close()
-        self._file.close()
+        with self._file:
+            self._tar.close()
         final = self.directory / f"{self.prefix}-{len(self._entries):06d}.tar"
         os.replace(self._temporary, final)
-        self._tar = self._file = self._temporary = None
-        self._in_shard = 0
+        self._tar, self._in_shard = None, 0
         self._entries.append(scan_shard(final))
 
 
 def encode_member(member: str, value: Any, where: str = "") -> bytes:
-    """Encode one member by its extension, to the same bytes every time."""
+    """Encodes one member by its extension, to the same bytes every time."""
     extension = require_allowed(member, where)
     if isinstance(value, bytes):
         return value
@@ -242,10 +216,8 @@ def encode_member(member: str, value: Any, where: str = "") -> bytes:
         return json.dumps(value, sort_keys=True).encode()
     if extension not in ("npy", "npy.gz") or not isinstance(value, np.ndarray) or value.dtype.hasobject:
         got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        raise ShardError(
-            f"Expected member `{member}` of {where} to be a numeric array (.npy, .npy.gz), a JSON value (.json) or "
-            f"bytes (.jpg, .png, .mp4), but got {got}."
-        )
+        kinds = "a numeric array (.npy, .npy.gz), a JSON value (.json) or bytes (.jpg, .png, .mp4)"
+        require_shard(False, f"member `{member}` of {where} to be {kinds}", got)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False)
     data = buffer.getvalue()
@@ -253,8 +225,13 @@ def encode_member(member: str, value: Any, where: str = "") -> bytes:
     return gzip.compress(data, compresslevel=6, mtime=0) if extension == "npy.gz" else data
 
 
+def _require_bytes(path: str, shard: ShardEntry, ok: bool, got: object) -> None:
+    advice = "The shard was cut off, replaced or is still being copied: wait, or delete its index, it is built again."
+    require_shard(ok, f"{path} to have {shard.size} bytes as its index says", got, advice=advice)
+
+
 def _read_at(file: io.FileIO, offset: int, length: int) -> bytearray:
-    """Read bytes at a place; fewer where the file ends."""
+    """Reads bytes at a place; fewer where the file ends."""
     data = bytearray(length)
     view, done = memoryview(data), 0
     while done < length:

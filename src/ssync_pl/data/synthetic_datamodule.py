@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from typing import Any
 from ssync_pl.data import synthetic
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.patterns import find_shards
-from ssync_pl.errors import ConfigError
-
-__all__ = ["SyntheticDataModule"]
+from ssync_pl.errors import require
 
 
 class SyntheticDataModule(ShardDataModule):
@@ -22,12 +19,11 @@ class SyntheticDataModule(ShardDataModule):
 
     Args:
         root: Folder of the generated sets; each configuration has a folder of its own in it.
-        preset: Name of the scene configuration: `a` (plain colours), `a_zoom` (plain, larger objects), `c` (textured),
-            `e` (textured, up to 23 objects, moving camera), `cluttered` (crowded).
+        preset: Name of the scene configuration: `a` (plain colours), `a_zoom` (plain, larger objects), `c` (textured).
         num_train: Training videos.
         num_validation: Validation videos; also the sets of `test` and `predict`.
         resolution: Height and width of the stored frames.
-        frames: Frames of a video.
+        frames: Frames per video.
         data_seed: Seed of the scenes.
         generate_workers: Processes that render; `None` takes the generator's default.
         scene: Further fields of the scene configuration to replace, for example `{"zoom": 1.25}`.
@@ -67,61 +63,52 @@ class SyntheticDataModule(ShardDataModule):
         self.config = synthetic.preset(preset, **changes)
         self.folder = synthetic.dataset_folder(root, self.config, self.splits, data_seed)
         self._cache = (cache_backbone, cache_layer, cache_components)
+        alone = cache_backbone is None and (cache_layer is not None or cache_components is not None)
+        expected = "`cache_layer` and `cache_components` beside `cache_backbone` only"
+        require(not alone, expected, repr(cache_layer), repr(cache_components), advice="Name the backbone.")
         if cache_backbone is not None:
-            size = loader.get("image_size") or self.config.resolution
-            loader = {**loader, "image_size": size, "features": self._cache_folder({**loader, "image_size": size})}
-        elif cache_layer is not None or cache_components is not None:
-            raise ConfigError(
-                f"Expected `cache_layer` and `cache_components` beside `cache_backbone` only, but got {cache_layer!r} "
-                f"and {cache_components!r} alone. Name the backbone."
-            )
+            given = loader.get("features")
+            expected = "either `features` or `cache_backbone`"
+            require(given is None, expected, repr(given), repr(cache_backbone), advice="Leave one out.")
+            loader["image_size"] = loader.get("image_size") or self.config.resolution
+            settings = [*self._cache, *(loader.get(name) for name in ("image_size", "resize_mode", "crop"))]
+            settings.append(loader.get("flip_probability", 0.5) > 0)
+            digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
+            loader["features"] = str(self.folder.with_name(f"{self.folder.name}-{cache_backbone}-{digest}"))
         super().__init__(train=None, validation=None, test=None, predict=None, **loader)
         for split, rules in self._rules.items():
-            if rules.max_objects is None:
-                self._rules[split] = replace(rules, max_objects=self.config.max_objects)
+            self._rules[split] = replace(rules, max_objects=rules.max_objects or self.config.max_objects)
 
     def prepare_data(self) -> None:
-        """Render the videos unless they are there; Lightning calls this on one process a machine."""
-        self._store_features(self._generate())
+        """Renders the videos unless they are there; Lightning calls this on one process per machine."""
+        self._generate()
+        self._store_features()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sets of a stage."""
-        folder = self._generate()
+        """Opens the sets of a stage."""
+        self._generate()
         for split in self.patterns:
-            self.patterns[split] = self._pattern(folder, "train" if split == "train" else "validation")
+            self.patterns[split] = self._pattern("train" if split == "train" else "validation")
         super().setup(stage)
 
-    def _generate(self) -> Path:
-        return synthetic.generate(
-            self.root, self.config, self.splits, seed=self.data_seed, num_workers=self.generate_workers
-        )
+    def _generate(self) -> None:
+        synthetic.generate(self.root, self.config, self.splits, self.data_seed, self.generate_workers)
 
-    def _pattern(self, folder: Path, part: str) -> str:
-        return str(folder / f"{self.config.name}-{part}-*.tar")
+    def _pattern(self, part: str) -> str:
+        return str(self.folder / f"{self.config.name}-{part}-*.tar")
 
-    def _cache_folder(self, loader: dict[str, Any]) -> str:
-        if loader.get("features") is not None:
-            raise ConfigError(
-                f"Expected either `features` or `cache_backbone`, but got {loader['features']!r} and "
-                f"{self._cache[0]!r}. Leave one out."
-            )
-        settings = [*self._cache, *(loader.get(name) for name in ("image_size", "resize_mode", "crop"))]
-        settings.append(loader.get("flip_probability", 0.5) > 0)
-        digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
-        return str(self.folder.with_name(f"{self.folder.name}-{self._cache[0]}-{digest}"))
-
-    def _store_features(self, folder: Path) -> None:
+    def _store_features(self) -> None:
         name, layer, components = self._cache
         if name is None or self.features is None:
             return
-        parts = [find_shards(self._pattern(folder, part), part)[0] for part in ("train", "validation")]
-        if _all_there(Path(self.features), [Path(shard).name for shards in parts for shard in shards]):
+        parts = [find_shards(self._pattern(part), part)[0] for part in ("train", "validation")]
+        if all((Path(self.features) / Path(shard).name).is_file() for shards in parts for shard in shards):
             return
         # Deferred: the backbone's packages are extras.
-        from ssync_pl.data.features.backbones import load_backbone
+        from ssync_pl.data.features.backbone import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
-        backbone = load_backbone(name, layer)
+        backbone = backbone_by_name(name, layer)
         size = self.transform.image_size or (self.config.resolution, self.config.resolution)
         rules = self._rules["train"]
         for shards in parts:  # training videos first: a projection is fitted to them
@@ -135,7 +122,3 @@ class SyntheticDataModule(ShardDataModule):
                 flips=rules.flip_probability > 0,
                 components=components,
             )
-
-
-def _all_there(folder: Path, names: Sequence[str]) -> bool:
-    return all((folder / name).is_file() for name in names)

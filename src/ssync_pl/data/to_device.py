@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DevicePrefetcher"]
-
 
 class DevicePrefetcher:
-    """Bring batches to a device one ahead of their use.
+    """Brings batches to a device one ahead of their use.
 
     On CUDA the copy of the next batch is queued on a stream of its own before the current batch is handed out, so it
     runs while the current step computes; the computing stream waits for an event, never the host. On a CPU batches pass
@@ -27,7 +25,7 @@ class DevicePrefetcher:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Iterate over the same batches, their tensors on the device."""
+        """Iterates over the same batches, their tensors on the device."""
         if self.device.type != "cuda":
             yield from batches
             return

@@ -15,26 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ssync_pl.data.features.codec import decode_features
-from ssync_pl.errors import ConfigError, ShapeError
-
-__all__ = [
-    "BatchTransform",
-    "Size",
-    "central_square",
-    "covering_size",
-    "crop_and_flip",
-    "one_hot_masks",
-    "resize_frames",
-    "resize_masks",
-]
+from ssync_pl.errors import choose, require, require_shape
 
 Size = tuple[int, int]
 """Height and width."""
 
 
 def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
-    """Smallest size of the source's proportions that covers the target (short-side resize for square targets)."""
+    """Returns the smallest size of the source's proportions that covers the target."""
     (height, width), (target_height, target_width) = source, target
     if target_height * width >= target_width * height:
         longer = math.floor(width / height * target_height) if floor else round(width * target_height / height)
@@ -44,14 +32,14 @@ def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
 
 
 def central_square(source: Size) -> tuple[slice, slice]:
-    """Largest central square, placed as published code places it (halves round to the even pixel)."""
+    """Returns the largest central square, placed as published code places it (halves round to the even pixel)."""
     side = min(source)
     top, left = round((source[0] - side) / 2), round((source[1] - side) / 2)
     return slice(top, top + side), slice(left, left + side)
 
 
 def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear", *, antialias: bool = True) -> Tensor:
-    """Resize frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped."""
+    """Resizes frames in [0, 1]; anti-aliased when they shrink; bicubic overshoot is clamped."""
     if frames.shape[-2:] == size:
         return frames
     shrinks = antialias and (frames.shape[-2] > size[0] or frames.shape[-1] > size[1])
@@ -62,7 +50,7 @@ def resize_frames(frames: Tensor, size: Size, mode: str = "bilinear", *, antiali
 
 
 def resize_masks(masks: Tensor, size: Size, *, reference: bool = False) -> Tensor:
-    """Resize masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device."""
+    """Resizes masks or ids to the nearest pixel ("nearest-exact"), in exact integer arithmetic on every device."""
     if reference:
         flat = masks.reshape(-1, 1, *masks.shape[-2:])
         return F.interpolate(flat, size=size, mode="nearest-exact").reshape(*masks.shape[:-2], *size)
@@ -75,17 +63,18 @@ def resize_masks(masks: Tensor, size: Size, *, reference: bool = False) -> Tenso
 
 
 def crop_and_flip(frames: Tensor, offsets: Tensor | None, flip: Tensor | None, size: Size) -> Tensor:
-    """Cut one window a video and mirror some of the videos, without a loop over the batch."""
+    """Cuts one window per video and mirrors some of the videos, without a loop over the batch."""
+    crop = offsets if tuple(frames.shape[-2:]) != size else None
     if frames.device.type == "cpu" and len(frames) == 1:
         # No wait for a device, so the choices can be looked at, and nothing has to be gathered.
-        if offsets is not None and tuple(frames.shape[-2:]) != size:
-            top, left = offsets[0].tolist()
+        if crop is not None:
+            top, left = crop[0].tolist()
             frames = frames[..., top : top + size[0], left : left + size[1]]
         return frames.flip(-1) if flip is not None and bool(flip[0]) else frames
-    if offsets is not None and tuple(frames.shape[-2:]) != size:
+    if crop is not None:
         batch, time, channels, _, width = frames.shape
-        rows = offsets[:, 0, None] + torch.arange(size[0], device=frames.device)
-        columns = offsets[:, 1, None] + torch.arange(size[1], device=frames.device)
+        rows = crop[:, 0, None] + torch.arange(size[0], device=frames.device)
+        columns = crop[:, 1, None] + torch.arange(size[1], device=frames.device)
         frames = frames.gather(3, rows[:, None, None, :, None].expand(batch, time, channels, size[0], width))
         frames = frames.gather(4, columns[:, None, None, None, :].expand(batch, time, channels, *size))
     if flip is not None:
@@ -94,11 +83,11 @@ def crop_and_flip(frames: Tensor, offsets: Tensor | None, flip: Tensor | None, s
 
 
 def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background: bool) -> Tensor:
-    """Turn stored masks into one bool channel an object, with the background first.
+    """Turns stored masks into one bool channel per object, with the background first.
 
     Args:
-        masks: (B, T, N, H, W) uint8: with `ids` N = 1 and values 0 = background, 1 … `max_objects`; else one channel an
-            object, non-zero inside, channels may overlap.
+        masks: (B, T, N, H, W) uint8: with `ids` N = 1 and values 0 = background, 1 … `max_objects`; else one channel
+            per object, non-zero inside, channels may overlap.
         max_objects: Number of object channels of the result; those that a video lacks are empty.
         ids: How the masks are stored.
         has_background: Put a channel of the pixels without any object first.
@@ -118,7 +107,7 @@ def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background:
 
 
 class BatchTransform:
-    """Turn what the workers emit into the batch that hosts see.
+    """Turns what the workers emit into the batch that hosts see.
 
     Args:
         image_size: Height and width of the result; `None` keeps the stored size.
@@ -146,26 +135,15 @@ class BatchTransform:
         has_background: bool = True,
         reference: bool = False,
     ) -> None:
-        if image_size is not None and min(image_size) < 1:
-            raise ConfigError(f"Expected argument `image_size` to be positive, but got {image_size}.")
-        for name, value, known in (
-            ("resize_mode", resize_mode, ("bilinear", "bicubic")),
-            ("crop", crop, ("none", "random", "center")),
-        ):
-            if value not in known:
-                raise ConfigError(f"Expected argument `{name}` to be one of {', '.join(known)}, but got {value!r}.")
-        if crop != "none" and image_size is None:
-            raise ConfigError(f"Expected argument `image_size` to be set for crop={crop!r}, but got None.")
-        if reference and crop != "none" and image_size is not None and image_size[0] != image_size[1]:
-            raise ConfigError(
-                f"Expected argument `image_size` to be a square for sampling='reference' and crop={crop!r}, but got "
-                f"{image_size}. Give one number, or take sampling='hashed'."
-            )
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ConfigError(
-                    f"Expected argument `{name}` to be three {'positive ' * (name == 'std')}numbers, but got {values}."
-                )
+        require(image_size is None or min(image_size) >= 1, "argument `image_size` to be positive", image_size)
+        choose("resize_mode", resize_mode, "bilinear", "bicubic")
+        choose("crop", crop, "none", "random", "center")
+        require(crop == "none" or image_size is not None, f"argument `image_size` to be set for crop={crop!r}", None)
+        square = crop == "none" or image_size is None or image_size[0] == image_size[1]
+        expected = f"argument `image_size` to be a square for sampling='reference' and crop={crop!r}"
+        require(square or not reference, expected, image_size, advice="Give one number, or take sampling='hashed'.")
+        require(len(mean) == 3, "argument `mean` to be three numbers", mean)
+        require(len(std) == 3 and min(std) > 0, "argument `std` to be three positive numbers", std)
         self.image_size = image_size
         self.resize_mode = resize_mode
         self.crop = crop
@@ -175,7 +153,7 @@ class BatchTransform:
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Transform a batch.
+        """Transforms a batch.
 
         Args:
             batch: `video` uint8 (B, T, h, w, 3), or a list of B videos (T, h, w, 3) when their sizes differ; `crop`
@@ -191,87 +169,71 @@ class BatchTransform:
         Raises:
             ShapeError: Sizes differ between the videos and no `image_size` unites them.
         """
-        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features", "features_scale")
+        used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features")
         out = {name: value for name, value in batch.items() if name not in used}
         if "features" in batch:
-            out["features"] = decode_features(batch)
+            out["features"] = batch["features"].float()
         if "video" not in batch:
             return out
-        videos = batch["video"] if isinstance(batch["video"], list) else [batch["video"]]
-        masks = batch.get("segmentations")
-        masks = masks if isinstance(masks, list) or masks is None else [masks]
-        single = isinstance(batch["video"], list)
-        if single and self.image_size is None and len({tuple(video.shape[-3:-1]) for video in videos}) > 1:
-            raise ShapeError(
-                "Expected the videos of a batch to have one size, but got "
-                f"{sorted({tuple(video.shape[-3:-1]) for video in videos})}. Set `image_size`."
-            )
-        frames, labels = [], []
-        for number, video in enumerate(videos):
-            # Videos of one size are one tensor and go through at once; only mixed sizes go one by one.
-            rows = slice(number, number + 1) if single else slice(None)
-            video = video[None] if single else video
-            # Evaluation crops centrally, whatever training does.
-            centred = self.reference and self.crop != "none" and "flip" not in batch
-            if centred:
-                rows_kept, columns_kept = central_square((int(video.shape[2]), int(video.shape[3])))
-                video = video[:, :, rows_kept, columns_kept]
-            source = (int(video.shape[2]), int(video.shape[3]))
-            size = self._resized(source)
-            offsets = batch["crop"][rows] if self.crop != "none" and not centred else None
-            flip = batch["flip"][rows] if "flip" in batch else None
-            frames.append(self._frames(video, size, offsets, flip))
-            if masks is not None:
-                mask = rearrange(masks[number][None] if single else masks[number], "b t h w n -> b t n h w")
-                if centred:
-                    rows_kept, columns_kept = central_square((int(mask.shape[3]), int(mask.shape[4])))
-                    mask = mask[..., rows_kept, columns_kept]
-                mask = resize_masks(mask, size, reference=self.reference)
-                labels.append(crop_and_flip(mask, offsets, flip, self.image_size or size))
-        out["video"] = frames[0] if len(frames) == 1 else torch.cat(frames)
+        videos, crop = batch["video"], batch["crop"]
+        masks, flip = batch.get("segmentations"), batch.get("flip")
+        if isinstance(videos, list):
+            sizes = sorted({tuple(video.shape[-3:-1]) for video in videos})
+            same = self.image_size is not None or len(sizes) == 1
+            require_shape(same, "the videos of a batch to have one size", *sizes, advice="Set `image_size`.")
+            parts = []
+            for n, video in enumerate(videos):
+                mask, row = None if masks is None else masks[n][None], slice(n, n + 1)
+                parts.append(self._pixels(video[None], mask, crop[row], None if flip is None else flip[row]))
+            out["video"] = torch.cat([frames for frames, _ in parts])
+            masks = torch.cat([mask for _, mask in parts if mask is not None]) if masks is not None else None
+        else:
+            out["video"], masks = self._pixels(videos, masks, crop, flip)
         if masks is not None:
-            stacked = labels[0] if len(labels) == 1 else torch.cat(labels)
-            hot = one_hot_masks(
-                stacked, batch["max_objects"], ids=batch["mask_ids"], has_background=self.has_background
-            )
-            if "frame_mask" in batch:
-                hot = hot & batch["frame_mask"][:, :, None, None, None]
-            out["segmentations"] = hot
+            hot = one_hot_masks(masks, batch["max_objects"], ids=batch["mask_ids"], has_background=self.has_background)
+            padded = "frame_mask" in batch
+            out["segmentations"] = hot & batch["frame_mask"][:, :, None, None, None] if padded else hot
         return out
 
-    def _resized(self, source: Size) -> Size:
-        if self.image_size is None:
-            return source
-        if self.crop == "none":
-            return self.image_size
-        return covering_size(source, self.image_size, floor=self.reference)
-
-    def _frames(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
+    def _pixels(
+        self, video: Tensor, masks: Tensor | None, offsets: Tensor | None, flip: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Transforms videos (B, T, h, w, 3) and masks (B, T, h, w, N) of one size."""
+        offsets = None if self.crop == "none" else offsets
+        if self.reference and offsets is not None and flip is None:
+            # Evaluation crops centrally, whatever training does, and published code does so before it resizes.
+            offsets = None
+            rows, columns = central_square((int(video.shape[2]), int(video.shape[3])))
+            video = video[:, :, rows, columns]
+            if masks is not None:
+                rows, columns = central_square((int(masks.shape[2]), int(masks.shape[3])))
+                masks = masks[:, :, rows, columns]
+        size = (int(video.shape[2]), int(video.shape[3]))
+        if self.image_size is not None:
+            whole = self.crop == "none"
+            size = self.image_size if whole else covering_size(size, self.image_size, floor=self.reference)
+        window = self.image_size or size
+        if masks is not None:
+            masks = resize_masks(rearrange(masks, "b t h w n -> b t n h w"), size, reference=self.reference)
+            masks = crop_and_flip(masks, offsets, flip, window)
         if video.device.type != "cpu" or len(video) < 2 or tuple(video.shape[2:4]) == size:
-            return self._clips(video, size, offsets, flip)
+            return self._frames(video, size, offsets, flip, window), masks
         # Resized one at a time, clips stay in the CPU's caches: four times faster than all at once.
-        out = torch.empty(*video.shape[:2], video.shape[-1], *(self.image_size or size))
-        for row in range(len(video)):
-            part = slice(row, row + 1)
-            out[part] = self._clips(
-                video[part],
-                size,
-                None if offsets is None else offsets[part],
-                None if flip is None else flip[part],
-            )
-        return out
+        out = torch.empty(*video.shape[:2], video.shape[-1], *window)
+        for n in range(len(video)):
+            crop, mirror = (None if choice is None else choice[n : n + 1] for choice in (offsets, flip))
+            out[n : n + 1] = self._frames(video[n : n + 1], size, crop, mirror, window)
+        return out, masks
 
-    def _clips(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None) -> Tensor:
+    def _frames(self, video: Tensor, size: Size, offsets: Tensor | None, flip: Tensor | None, window: Size) -> Tensor:
         frames = rearrange(video, "b t h w c -> b t c h w")
         if tuple(frames.shape[-2:]) != size:
             frames = frames.contiguous()  # resizing is much faster on frames that lie channel by channel
         frames = frames.float().div_(255.0)
         frames = resize_frames(frames, size, self.resize_mode, antialias=not self.reference)
-        frames = crop_and_flip(frames, offsets, flip, self.image_size or size)
+        frames = crop_and_flip(frames, offsets, flip, window)
         if frames.device not in self._statistics:
-            self._statistics[frames.device] = (
-                self._mean.to(frames.device).view(3, 1, 1),
-                self._std.to(frames.device).view(3, 1, 1),
-            )
+            moved = (value.to(frames.device).view(3, 1, 1) for value in (self._mean, self._std))
+            self._statistics[frames.device] = (next(moved), next(moved))
         mean, std = self._statistics[frames.device]
         return frames.sub_(mean).div_(std)

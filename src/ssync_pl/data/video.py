@@ -1,4 +1,4 @@
-"""Overlay videos: frames beside their overlays, encoded as MP4 with PyAV."""
+"""Videos in memory, encoded as MP4 with PyAV."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssync_pl.errors import ShapeError
-
-__all__ = ["Mp4Encoder", "encode_mp4", "mp4_available"]
+from ssync_pl.errors import ShapeError, require_shape
 
 Bytes = NDArray[np.uint8]
 
 
 def mp4_available() -> bool:
-    """Tell whether PyAV, which writes the MP4 files, is installed."""
+    """Whether PyAV, which writes the MP4 files, is installed."""
     return importlib.util.find_spec("av") is not None
 
 
 def encode_mp4(frames: Bytes, *, fps: int = 6) -> bytes:
-    """Encode frames as an H.264 video, or MPEG-4 where PyAV was built without x264.
+    """Encodes frames as an H.264 video, or MPEG-4 where PyAV was built without x264.
 
     Args:
-        frames: uint8 array (T, H, W, 3), RGB. Odd heights and widths get one white line more: the codec
-            needs even ones.
-        fps: Frames a second.
+        frames: uint8 (T, H, W, 3), RGB. Odd heights and widths get one white line more: the codec needs even ones.
+        fps: Frames per second.
 
     Returns:
         The bytes of an MP4 file.
@@ -51,9 +48,9 @@ class Mp4Encoder:
         self._stream: Any = None
 
     def add(self, frames: Bytes) -> None:
-        """Encode the next frames."""
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[0] == 0:
-            raise ShapeError(f"Expected argument `frames` to be (T, H, W, 3) with T >= 1, but got {frames.shape}.")
+        """Encodes the next frames."""
+        fits = frames.ndim == 4 and frames.shape[3] == 3 and frames.shape[0] > 0
+        require_shape(fits, "argument `frames` to be (T, H, W, 3) with T >= 1", frames)
         if not mp4_available():
             raise ModuleNotFoundError("Expected PyAV for MP4 files, but it is not installed. Run `pip install av`.")
         import av
@@ -71,7 +68,7 @@ class Mp4Encoder:
             self._container.mux(self._stream.encode(picture))
 
     def close(self) -> bytes:
-        """Finish the video."""
+        """Finishes the video and returns its bytes."""
         if self._container is None:
             raise ShapeError("Expected at least one frame before the video is finished, but got none.")
         self._container.mux(self._stream.encode())
@@ -79,7 +76,7 @@ class Mp4Encoder:
         return self._buffer.getvalue()
 
     def discard(self) -> None:
-        """Close what is open; of an unfinished video nothing is left."""
+        """Closes what is open; of an unfinished video nothing is left."""
         if self._container is not None:
             self._container.close()
             self._container = self._stream = None

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from ssync_pl.data.features.backbones import Weights
 from ssync_pl.errors import ShapeError, choose, require
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
+from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
 from ssync_pl.hosts.nn.decoders import RelativeMixtureDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder

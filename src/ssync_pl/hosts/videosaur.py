@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.data.features.backbones import Weights
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots

@@ -272,9 +272,8 @@ class SegmentationMetrics(ItemMean):
         **kwargs: Any,
     ) -> None:
         wanted = metric_names("segmentation") if scores is None else tuple(scores)
-        if unknown := [name for name in wanted if name not in METRICS or METRICS[name].score is None]:
-            known = [name for name, info in METRICS.items() if info.score is not None]
-            raise ConfigError(f"Expected scores among {known}, but got {unknown}.")
+        if unknown := [name for name in wanted if name not in METRICS]:
+            raise ConfigError(f"Expected scores among {list(METRICS)}, but got {unknown}.")
         names = tuple(name for name in wanted if has_background or name not in _NEED_BACKGROUND)
         super().__init__(len(names), **kwargs)
         self.score_names = names

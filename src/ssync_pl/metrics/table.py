@@ -20,7 +20,7 @@ from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, u
 __all__ = ["METRICS", "MetricInfo", "ScoredBatch", "metric_names"]
 
 Level = Literal["video", "image"]
-Group = Literal["segmentation", "slots", "probe"]
+Group = Literal["segmentation", "slots"]
 Shown = Literal["headline", "table", "report"]
 
 
@@ -62,7 +62,7 @@ class MetricInfo:
     Args:
         title: name in tables and figures.
         better: 1 where more is better, -1 where less is, 0 where neither is.
-        group: "segmentation" (scored in every validation, and for baselines), "slots" or "probe".
+        group: "segmentation" (scored in every validation, and for baselines) or "slots".
         score: values per video `(B,)` or frame `(B, T)`, NaN where an item does not count; None where a metric is not
             a mean over items.
         shown: "headline" (sentences, curves and tables), "table" (all tables) or "report" (reports and files).
@@ -101,9 +101,6 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "unused_slots": MetricInfo("unused slots", 0, "slots", lambda batch: batch.pred.shape[2] - batch.used(), digits=2),
     "used_slots": MetricInfo("used slots", 0, "slots", lambda batch: batch.used(), "table", digits=2),
-    "probe_position_r2": MetricInfo("position R²", 1, "probe"),
-    "probe_color_r2": MetricInfo("colour R²", 1, "probe"),
-    "probe_shape_accuracy": MetricInfo("shape accuracy", 1, "probe"),
 }
 """Every metric by the name that logs, files and columns use, in the order of tables; logs put `val/` before it."""
 
@@ -112,7 +109,7 @@ def metric_names(group: Group | None = None, *shown: Shown) -> tuple[str, ...]:
     """Returns the names of a group, or of all groups with None, in the order of tables.
 
     Args:
-        group: "segmentation", "slots", "probe" or None.
+        group: "segmentation", "slots" or None.
         *shown: only those shown there, e.g. "headline", "table"; none given means all.
     """
     return tuple(

@@ -6,138 +6,125 @@ something only beside these rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics
-from ssync_pl.tools.kmeans import kmeans
-from ssync_pl.tools.owned import read_owned_json, write_owned_json
 
-__all__ = ["BASELINES_VERSION", "Rows", "cached_baselines", "grid_partition", "score_baselines"]
+__all__ = ["grid_partition", "kmeans", "kmeans_features", "score_baselines"]
 
-BASELINES_VERSION = 1
-"""Raised whenever the same videos would get other scores, so that kept ones are computed anew."""
-
-_KMEANS_SIZE = 128  # larger frames are averaged down to this longer side, to bound time and memory
-
-Rows = dict[str, dict[str, float]]
-"""Scores by name, by row of a table."""
+_LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time and memory
 
 
 def score_baselines(
-    batches: Iterable[Mapping[str, Any]], num_slots: int, has_background: bool, ignore_overlaps: bool = False
-) -> Rows:
-    """Scores the grid and k-means on RGB with the same metrics and the same number of parts as a model.
+    batches: Iterable[Any], num_slots: int, has_background: bool = True, ignore_overlaps: bool = False
+) -> dict[str, SegmentationMetrics]:
+    """Fills the metrics of the grid and k-means, by row of the table, with as many parts as a model has slots.
 
-    Args:
-        batches: dicts with `video` `(B, T, 3, H, W)` (normalised or not), `segmentations` bool `(B, T, C, H, W)` and,
-            where there is padding, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
-        num_slots: number of cells and clusters.
-        has_background: channel 0 of `segmentations` is the background.
-        ignore_overlaps: leave out pixels with several true masks instead of refusing them.
-
-    Returns:
-        `{"grid": scores, "k-means RGB": scores}`, names as in `SegmentationMetrics`, without prefix.
-
-    Raises:
-        ShapeError: a batch has no true masks or its shapes do not fit.
+    Batches hold `video` `(B, T, 3, H, W)`, normalised or not, `segmentations` bool `(B, T, C, H, W)` and, where there
+    are any, cached `features` `(B, T, N, D)`, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
     """
-    options = {"has_background": has_background, "ignore_overlaps": ignore_overlaps}
-    metrics = {row: SegmentationMetrics(**options) for row in ("grid", "k-means RGB")}  # type: ignore[arg-type]
+    metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
-        if batch.get("segmentations") is None or batch.get("video") is None:
-            raise ShapeError(
-                f"Expected batches with `video` and `segmentations`, but got {sorted(batch)}. Use the validation split."
-            )
-        true, valid, pixels = batch["segmentations"], frame_validity(batch), _shrink(batch["video"])
-        clusters = kmeans(pixels.flatten(3).transpose(2, 3), num_slots, frame_mask=valid)
+        entries = batch if isinstance(batch, Mapping) else {}
+        true, video, features = (entries.get(name) for name in ("segmentations", "video", "features"))
+        if true is None or video is None:
+            raise ShapeError(f"Expected batches with `video` and `segmentations`, but got {sorted(entries)}.")
+        size, valid = (true.shape[-2], true.shape[-1]), frame_validity(batch)
+        scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
+        small = [max(1, round(scale * side)) for side in video.shape[-2:]]
+        pixels = F.interpolate(video.flatten(0, 1).float(), size=small, mode="area").flatten(2).transpose(1, 2)
+        colors = kmeans(pixels.unflatten(0, video.shape[:2]), num_slots, frame_mask=valid)
         parts = {
-            "grid": grid_partition(num_slots, (true.shape[-2], true.shape[-1])).expand(*true.shape[:2], -1, -1),
-            "k-means RGB": clusters.unflatten(2, pixels.shape[-2:]),
+            "grid": grid_partition(num_slots, size).expand(*true.shape[:2], -1, -1),
+            "k-means RGB": colors.unflatten(2, small),
         }
+        if features is not None:
+            rows = max(1, round(math.sqrt(features.shape[2] * size[0] / size[1])))
+            patches = (rows, features.shape[2] // rows)
+            labels = kmeans_features(features, patches, num_slots, frame_mask=valid).float()
+            parts["k-means features"] = F.interpolate(labels, size=size, mode="nearest").long()
         for row, labels in parts.items():
-            metrics[row].to(true.device).update(labels.to(true.device), true, valid)
-    return {row: {name: float(value) for name, value in metric.compute().items()} for row, metric in metrics.items()}
+            if row not in metrics:
+                metrics[row] = SegmentationMetrics("", has_background, ignore_overlaps).to(true.device)
+            metrics[row].update(labels.to(true.device), true, valid)
+    return metrics
 
 
-def _shrink(video: Tensor) -> Tensor:
-    pixels = video.float() / 255 if video.dtype == torch.uint8 else video.float()
-    longer = max(video.shape[-2:])
-    if longer <= _KMEANS_SIZE:
-        return pixels
-    size = [max(1, round(side * _KMEANS_SIZE / longer)) for side in video.shape[-2:]]
-    return F.interpolate(pixels.flatten(0, 1), size=size, mode="area").unflatten(0, video.shape[:2])
+def kmeans(points: Tensor, num_clusters: int, seed: int = 0, frame_mask: Tensor | None = None) -> Tensor:
+    """Clusters the points `(B, T, P, D)` of each video over the whole clip; int64 labels `(B, T, P)` on the CPU.
+
+    Frames that `frame_mask` `(B, T)` marks False do not shape the clusters. The labels of a video depend on its points
+    and the seed alone: not on the other videos of the batch, nor on the number of cores.
+    """
+    from sklearn.cluster import KMeans  # takes a second to import
+    from threadpoolctl import threadpool_limits
+
+    found = torch.zeros(points.shape[:3], dtype=torch.int64)
+    mask = torch.ones(points.shape[:2], dtype=torch.bool) if frame_mask is None else frame_mask.cpu()
+    with threadpool_limits(1), warnings.catch_warnings():  # threads would add up in another order each time
+        warnings.simplefilter("ignore")  # fewer colours than clusters leave clusters empty
+        for index, video in enumerate(points.double().cpu()):
+            real = video[mask[index]].flatten(0, 1)
+            if len(real):  # not padding from end to end
+                require_shape(len(real) >= num_clusters, f"at least {num_clusters} points per video", (len(real),))
+                model = KMeans(num_clusters, n_init=1, random_state=seed).fit(real.numpy())
+                labels = torch.from_numpy(model.predict(video.flatten(0, 1).numpy()))
+                found[index] = labels.view(found.shape[1:])
+    return found
+
+
+def kmeans_features(
+    features: Tensor,
+    grid: tuple[int, int],
+    num_clusters: int,
+    place_weight: float = 1.0,
+    seed: int = 0,
+    frame_mask: Tensor | None = None,
+) -> Tensor:
+    """Clusters features `(B, T, N, D)` of a grid `(h, w)` beside the places of its patches; labels `(B, T, h, w)`.
+
+    Places span 1 along the longer side and count `place_weight` times the typical length of a feature vector.
+    """
+    fits = features.ndim == 4 and features.shape[2] == grid[0] * grid[1]
+    require_shape(fits, f"features (B, T, N, D) of a grid of {grid[0]} x {grid[1]}", features)
+    points = features.float()
+    axes = [torch.arange(size, device=points.device) / max(max(grid) - 1, 1) for size in grid]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    scale = place_weight * points.square().sum(-1).mean().sqrt()
+    points = torch.cat([points, (scale * places).expand(*points.shape[:2], -1, -1)], dim=-1)
+    return kmeans(points, num_clusters, seed, frame_mask).unflatten(2, grid)
 
 
 def grid_partition(num_cells: int, size: tuple[int, int]) -> Tensor:
     """Cuts a frame `(H, W)` into rectangles that are as close to squares as can be; int64 labels, row by row.
 
-    Rows times columns where that gives cells at most twice as long as wide (8 cells: 2 rows of 4). Otherwise (11
-    cells, a prime) rows hold unequal numbers of cells, and are higher the more cells they hold, so that all cells
-    have about the same area (11 cells: rows of 4, 4 and 3).
-
-    Raises:
-        ShapeError: `num_cells` is below 1 or does not fit into the frame.
+    Rows times columns where that gives cells at most twice as long as wide (8 cells: 2 rows of 4). Otherwise rows hold
+    unequal numbers of cells, and are higher the more they hold, for cells of about one area (11 cells: 4, 4 and 3).
     """
-    if num_cells < 1:
-        raise ShapeError(f"Expected at least one cell, but got num_cells={num_cells}.")
+    height, width = size
+
+    def elongation(rows: list[int]) -> float:
+        """Mean over the cells of |log(height / width)|, 0 for squares."""
+        return sum(n * abs(math.log(height * n * n / (num_cells * width))) for n in rows) / num_cells
+
     counts = range(1, num_cells + 1)
-    exact = [[num_cells // rows] * rows for rows in counts if num_cells % rows == 0]
-    ragged = [[num_cells // rows + (row < num_cells % rows) for row in range(rows)] for rows in counts]
-    layout = min(exact, key=lambda rows: _elongation(rows, size))
-    if _elongation(layout, size) > math.log(2) + 1e-9:
-        layout = min(ragged, key=lambda rows: _elongation(rows, size))
-    labels = torch.empty(size, dtype=torch.long)
-    first = 0
+    layouts = [[num_cells // rows + (row < num_cells % rows) for row in range(rows)] for rows in counts]
+    layout = min((rows for rows in layouts if rows[0] == rows[-1]), key=elongation)
+    if elongation(layout) > math.log(2) + 1e-9:
+        layout = min(layouts, key=elongation)
+    labels, first = torch.zeros(size, dtype=torch.long), 0
     for columns in layout:
-        top, bottom = (round(size[0] * cells / num_cells) for cells in (first, first + columns))
-        labels[top:bottom] = first + torch.arange(size[1]) * columns // size[1]
+        top, bottom = (round(height * cells / num_cells) for cells in (first, first + columns))
+        labels[top:bottom] = first + torch.arange(width) * columns // width
         first += columns
-    if labels.unique().numel() != num_cells:
-        raise ShapeError(f"Expected a frame with room for {num_cells} cells, but got size={size}. Use fewer cells.")
+    require_shape(labels.unique().numel() == num_cells, f"a frame with room for {num_cells} cells", size)
     return labels
-
-
-def _elongation(rows: list[int], size: tuple[int, int]) -> float:
-    """Mean over the cells of |log(height / width)|, 0 for squares."""
-    cells = sum(rows)
-    return sum(n * abs(math.log(size[0] * n / cells / (size[1] / n))) for n in rows) / cells
-
-
-def cached_baselines(path: Path, key: Mapping[str, Any], compute: Callable[[], Rows]) -> Rows:
-    """Returns what `compute` returns, from a JSON file beside the data where it was kept there earlier.
-
-    One file holds the scores of several keys. A file that is not ours, or cannot be read or written, is left as it is:
-    that costs the computation and a warning.
-
-    Args:
-        path: of the JSON file, for example `<data>/baselines.json`.
-        key: all that the scores depend on (data set, split, number of slots, …), JSON values only.
-        compute: called without arguments where the scores are not kept.
-    """
-    name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
-    try:
-        kept = read_owned_json(path)
-    except (ConfigError, OSError) as error:
-        rank_zero_warn(f"Baselines are not kept: {error}")
-        return compute()
-    if name not in kept:
-        scores = compute()
-        try:  # reads again: another process may have added its scores meanwhile
-            kept = {**read_owned_json(path), name: scores}
-            write_owned_json(path, kept)
-        except (ConfigError, OSError) as error:
-            rank_zero_warn(f"Baselines are not kept: {error}")
-            return scores
-    return kept[name]

@@ -3,180 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ssync_pl.data.index import load_shards
-from ssync_pl.data.patterns import is_compressed, is_remote, shard_name
+from ssync_pl.data.patterns import shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, SampleRules, arrange_masks, eval_sample, find_member
-from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.tools.viz import SheetRow, compose_frames, draw_sheet, label_masks, overlay_labels
+from ssync_pl.errors import ShardError, require
+from ssync_pl.tools.viz import Bytes, SheetRow, draw_sheet, label_masks, overlay_labels
 
-__all__ = ["PreviewVideo", "compose_preview", "draw_preview", "pick_videos"]
-
-_MOST_FRAMES = 240  # of an MP4: more would take minutes to draw
-_SEAM = 2  # white pixels between a frame and its overlay
-
-_Found = Iterator[tuple[str, str, Members]]
+__all__ = ["draw_preview"]
 
 
-@dataclass(frozen=True)
-class PreviewVideo:
-    """One video as it is drawn: frames (F, h, w, 3) uint8, and labels (F, h, w), -1 where no object is, or `None`."""
-
-    name: str
-    frames: np.ndarray
-    labels: np.ndarray | None
-    objects: int
-
-
-def pick_videos(shards: Sequence[str], count: int, *, seed: int | None = 0) -> tuple[list[PreviewVideo], list[str]]:
-    """Read some videos; those that cannot be read are left out and named.
+def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> tuple[Bytes, int, list[str]]:
+    """Draws the first videos of each shard, from shards in random order, one row per video.
 
     Args:
-        shards: Local paths, or URLs. Of remote and compressed shards only the starts are read.
-        count: Number of videos, at least 1; fewer come where there are fewer.
-        seed: Seed of the choice; `None` takes the first.
+        shards: Local paths, or URLs, of which only the starts are read.
+        count: Number of videos; fewer come where there are fewer.
+        frames: Frames per video, evenly spaced.
+        cell: Longer side of a frame on the sheet, in pixels.
 
     Returns:
-        The videos, and messages of those that could not be read.
+        The sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
 
     Raises:
-        ConfigError: `count` is below 1.
+        ConfigError: A number is out of range.
         ShardError: No video can be read.
     """
-    if count < 1:
-        raise ConfigError(f"Expected argument `count` (--videos) to be at least 1, but got {count}.")
-    videos: list[PreviewVideo] = []
+    require(min(count, frames) >= 1 and cell >= 16, "--videos and --frames from 1 and --cell from 16 on",
+            count, frames, cell)  # fmt: skip
+    videos: list[tuple[str, list[Bytes]]] = []
     skipped: list[str] = []
-    generator = None if seed is None else np.random.default_rng(seed)
-    streamed = any(is_remote(shard) or is_compressed(shard) for shard in shards)
-    find = _streamed if streamed else _local
-    for shard, key, members in find(shards, count, generator, skipped):
+    for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):
+        wanted = len(videos) + -(-(count - len(videos)) // left)  # as many from each of the shards that are left
         try:
-            videos.append(_read(f"{shard_name(shard).removesuffix('.tar')}, key {key}", members))
-        except ShardError as error:
-            skipped.append(str(error))
-        if len(videos) == count:
-            break
-    if not videos:
-        last = f"; the last problem: {skipped[-1].rstrip('.')}" if skipped else ""
-        raise ShardError(
-            f"Expected at least one readable video in {len(shards)} shards, but got none{last}. "
-            "See `ssync-pl data check`."
-        )
-    return videos, skipped
-
-
-def draw_preview(videos: Sequence[PreviewVideo], *, frames: int = 6, cell: int = 112) -> np.ndarray:
-    """Draw a contact sheet (height, width, 3): one row per video, each frame beside the same frame with its masks.
-
-    Args:
-        videos: The videos; sizes and lengths may differ. Proportions are kept.
-        frames: Frames per video, evenly spaced, at least 1.
-        cell: Longer side of a frame on the sheet, in pixels, at least 16.
-
-    Raises:
-        ConfigError: A setting is out of range.
-    """
-    if frames < 1 or cell < 16:
-        raise ConfigError(f"Expected `frames` to be at least 1 and `cell` at least 16, but got {frames} and {cell}.")
-    columns = min(frames, max(len(video.frames) for video in videos))
-    rows = []
-    for video, panel in zip(videos, _panels(videos, cell), strict=True):
-        count = min(columns, len(video.frames))
-        picked = [round(k * (len(video.frames) - 1) / max(count - 1, 1)) for k in range(count)]
-        shown = np.stack([panel(number) for number in picked])
-        rows.append(
-            SheetRow(_caption(video), np.pad(shown, ((0, columns - count), *((0, 0),) * 3), constant_values=255))
-        )
-    return draw_sheet(rows, cell=max(rows[0].frames.shape[1:3]))
-
-
-def compose_preview(videos: Sequence[PreviewVideo], *, cell: int = 112) -> np.ndarray:
-    """Lay the videos out as one clip (T, height, width, 3); shorter ones hold their last frame, long ones are cut."""
-    clips = [
-        [np.stack([panel(number) for number in range(min(len(video.frames), _MOST_FRAMES))])]
-        for video, panel in zip(videos, _panels(videos, cell), strict=True)
-    ]
-    side = max(clips[0][0].shape[1:3])
-    return compose_frames(clips, columns=[""], rows=[_caption(video) for video in videos], cell=side)
-
-
-def _local(shards: Sequence[str], count: int, generator: np.random.Generator | None, skipped: list[str]) -> _Found:
-    places = []
-    for shard in shards:
-        try:
-            entry = load_shards([shard], save=False)[0]
-            places += [(shard, entry, sample) for sample in entry.samples]
-        except ShardError as error:
-            skipped.append(str(error))
-    order = range(len(places)) if generator is None else generator.permutation(len(places)).tolist()
-    with contextlib.closing(ShardReader()) as reader:
-        for number in order:
-            yield places[number][0], places[number][2].key, reader.sample(*places[number])
-
-
-def _streamed(shards: Sequence[str], count: int, generator: np.random.Generator | None, skipped: list[str]) -> _Found:
-    urls = list(shards) if generator is None else [shards[n] for n in generator.permutation(len(shards)).tolist()]
-    # In the given order the first shard is read on; a random choice takes something from each shard.
-    share = None if generator is None else -(-count // len(urls))
-    for url in urls:
-        try:
-            with contextlib.closing(stream_shard(url)) as stream:
-                for number, (key, members) in enumerate(stream):
-                    if number == share:
+            with contextlib.closing(stream_shard(shards[number])) as stream:
+                for key, members in stream:
+                    if len(videos) == wanted:
                         break
-                    yield url, key, members
+                    try:
+                        videos.append(_read(f"{shard_name(shards[number])}\nkey {key}", members))
+                    except ShardError as error:
+                        skipped.append(str(error))
         except ShardError as error:
             skipped.append(str(error))
+    if not videos:
+        raise ShardError(f"Expected at least one readable video in {len(shards)} shards, but got {skipped[-1:]}.")
+    height, width = videos[0][1][0].shape[1:3]
+    size = (max(1, cell * width // max(height, width)), max(1, cell * height // max(height, width)))
+    panels = max(len(clips) for _, clips in videos)
+    rows = []
+    for caption, clips in videos:
+        places = np.linspace(0, len(clips[0]) - 1, frames).round().astype(int)
+        # A video without masks leaves the place beside its frames white.
+        shown = [*clips, *[np.full_like(clips[0], 255)] * (panels - len(clips))]
+        pictures = [
+            [np.asarray(ImageOps.pad(Image.fromarray(clip[k]), size, color="white")) for clip in shown] for k in places
+        ]
+        rows.append(SheetRow(caption, np.stack([np.concatenate(panel, axis=1) for panel in pictures])))
+    return draw_sheet(rows, cell=max(rows[0].frames.shape[1:3])), len(videos), skipped
 
 
-def _read(name: str, members: Members) -> PreviewVideo:
-    frames = eval_sample(members, SampleRules())["video"].numpy()
+def _read(name: str, members: Members) -> tuple[str, list[Bytes]]:
+    """Returns a caption and the clips that stand side by side: the video, and its object masks where it has some."""
+    video = eval_sample(members, SampleRules())["video"].numpy()
+    caption = f"{name}\n{len(video)} frames\n{video.shape[1]} x {video.shape[2]}"
     if not any(member.split(".")[0] == "segmentations" for member in members.sizes):
-        return PreviewVideo(name, frames, None, 0)
+        return caption, [video]
     member = find_member(members.sizes, "segmentations", members.where)
-    masks = arrange_masks(members.decode(member), len(frames), frames.shape[1:3], members.name(member))
-    if masks.shape[-1] > 1:
-        labels = label_masks(np.moveaxis(masks != 0, -1, 1))
-        return PreviewVideo(name, frames, labels, int((masks != 0).any(axis=(0, 1, 2)).sum()))
-    ids = masks[..., 0].astype(np.int64)
-    return PreviewVideo(name, frames, np.where(ids > 0, ids - 1, -1), int((np.unique(ids) > 0).sum()))
-
-
-def _caption(video: PreviewVideo) -> str:
-    length, height, width = video.frames.shape[:3]
-    facts = [*video.name.rsplit(", ", 1), f"{length} frame" + "s" * (length != 1), f"{height} x {width}"]
-    if video.labels is not None:
-        facts.append(f"{video.objects} object" + "s" * (video.objects != 1))
-    return "\n".join(facts)
-
-
-def _panels(videos: Sequence[PreviewVideo], cell: int) -> list[Callable[[int], np.ndarray]]:
-    """For each video, what draws one of its frames, with its overlay beside it, into a box that all videos share."""
-    sizes = [np.array(video.frames.shape[1:3]) * cell / max(video.frames.shape[1:3]) for video in videos]
-    height, width = (max(1, round(float(side))) for side in np.max(sizes, axis=0))
-    masked = any(video.labels is not None for video in videos)
-
-    def fit(frame: np.ndarray) -> np.ndarray:
-        enlarge = frame.shape[0] <= height and frame.shape[1] <= width
-        method = Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX
-        return np.asarray(ImageOps.pad(Image.fromarray(frame), (width, height), method, (255, 255, 255)))
-
-    def draw(video: PreviewVideo, number: int) -> np.ndarray:
-        frame = video.frames[number]
-        if not masked:
-            return fit(frame)
-        seam, empty = np.full((height, _SEAM, 3), 255, np.uint8), np.full((height, width, 3), 255, np.uint8)
-        labels = None if video.labels is None else video.labels[None, number]
-        overlay = empty if labels is None else fit(overlay_labels(frame[None], labels)[0])
-        return np.concatenate([fit(frame), seam, overlay], axis=1)
-
-    return [partial(draw, video) for video in videos]
+    masks = arrange_masks(members.decode(member), len(video), video.shape[1:3], members.name(member))
+    ids = masks[..., 0].astype(np.int64) - 1
+    labels = ids if masks.shape[-1] == 1 else label_masks(np.moveaxis(masks != 0, -1, 1))
+    return f"{caption}\n{len(np.unique(labels[labels >= 0]))} objects", [video, overlay_labels(video, labels)]

@@ -20,10 +20,9 @@ def items(count: int) -> list[Item]:
     return [Item(f"{number:06d}", {"color": number}) for number in range(count)]
 
 
-def members(color: int, frames: int = 2) -> dict[str, Any]:
-    video = np.full((frames, 8, 8, 3), color, np.uint8)
-    video[:, 0, 0] = np.arange(frames)[:, None]
-    masks = np.zeros((frames, 8, 8, 1), np.uint8)
+def members(color: int) -> dict[str, Any]:
+    video = np.full((2, 8, 8, 3), color, np.uint8)
+    masks = np.zeros((2, 8, 8, 1), np.uint8)
     masks[:, :, : color % 8] = 1
     return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": {"color": color}}
 
@@ -31,7 +30,7 @@ def members(color: int, frames: int = 2) -> dict[str, Any]:
 def paint(item: Item) -> dict[str, Any]:
     # A program that is to be stopped must not be able to finish first, however slow its killer is.
     if item.source["color"] >= int(os.environ.get("CONVERT_JOBS_HANG_FROM", "256")):
-        time.sleep(float(os.environ["CONVERT_JOBS_HANG_SECONDS"]))
+        time.sleep(600)
     return members(item.source["color"])
 
 
@@ -45,11 +44,6 @@ class PaintExcept:
         if item.source["color"] in json.loads(self.bad.read_text()):
             raise ShardError(f"Expected colour {item.source['color']} to be good, but it is bad.")
         return members(item.source["color"])
-
-
-def missing_file(item: Item) -> dict[str, Any]:
-    Path("/nowhere", item.key).read_bytes()
-    return {}
 
 
 def die(item: Item) -> dict[str, Any]:

@@ -1,61 +1,28 @@
-"""When stored features are refused, and how they are read."""
+"""When stored features are refused, how they are read, and that they come with the batches of the data module."""
 
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from ssync_pl.data.features import FeatureStore, cache_features, decode_features, encode_features, verify_backbone
+from ssync_pl.data import ShardDataModule
 from ssync_pl.data.features import recipe as recipe_module
+from ssync_pl.data.features.cache import cache_features
+from ssync_pl.data.features.store import FeatureStore
 from ssync_pl.data.index import ShardEntry, scan_shard
-from ssync_pl.errors import ConfigError, ShapeError, ShardError
+from ssync_pl.errors import ConfigError, ShardError
 
 SETTINGS = {"image_size": (8, 12), "resize_mode": "bicubic", "crop": "none", "flips": False}
 
 
 @pytest.fixture
 def cached(make_videos, backbone, tmp_path):
-    """Shards and the folder of their features."""
+    """Shards and the folder of their features, also of mirrored frames."""
     shards = make_videos()
-    cache_features(shards, backbone, tmp_path / "out", image_size=(8, 12), progress=False)
+    cache_features(shards, backbone, tmp_path / "out", image_size=(8, 12), flips=True, progress=False)
     return shards, tmp_path / "out"
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_encoding_is_as_close_as_promised(dtype):
-    features = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 9, 1e-3, 0, 1e4])
-    stored = encode_features(features, dtype)
-    found = decode_features(stored)
-    step = features.abs() * 2**-8 if dtype == "bf16" else features.abs().amax(-2, keepdim=True) / 127 / 2
-    assert bool(((found - features).abs() <= step * 1.001 + 1e-30).all())
-    assert decode_features(stored, torch.float16).dtype == torch.float16
-    with pytest.raises(ConfigError, match="fp8"):
-        encode_features(features, "fp8")
-    for batch in ({}, {"features": features}, {"features": features.to(torch.int8)}):
-        with pytest.raises(ShapeError):
-            decode_features(batch)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_size": 12}, "image_size"),
-        ({"image_size": None}, "image_size"),
-        ({"resize_mode": "bilinear"}, "resize_mode"),
-        ({"crop": "center"}, "crop"),
-        ({"crop": "random"}, "crop"),
-        ({"flips": True}, "flip_probability"),
-    ],
-)
-def test_other_settings_are_refused(cached, sources, options, message):
-    shards, out = cached
-    with pytest.raises(ConfigError, match=message):
-        FeatureStore(out, sources(shards), **{**SETTINGS, **options})
 
 
 def test_changed_videos_are_refused_even_at_the_same_size_but_masks_do_not_matter(cached, sources):
@@ -97,19 +64,14 @@ def test_copied_videos_are_read_once_and_then_trusted(cached, sources, tmp_path,
 
 def test_missing_mixed_and_foreign_features_are_named(cached, sources, make_backbone, tmp_path):
     shards, out = cached
-    with pytest.raises(ConfigError, match="folder of stored features"):
-        FeatureStore(tmp_path / "none", sources(shards), **SETTINGS)
-    with pytest.raises(ConfigError, match="at least one shard"):
-        FeatureStore(out, [], **SETTINGS)
+    for folder, given in ((tmp_path / "none", sources(shards)), (out, [])):
+        with pytest.raises(ConfigError, match="folder of stored features"):
+            FeatureStore(folder, given, **SETTINGS)
     with pytest.raises(ShardError, match="shard of features"):
         FeatureStore(tmp_path / "videos", sources(shards), **SETTINGS)
-    with pytest.raises(ConfigError, match="once"):
-        FeatureStore(out, sources(shards) + sources(shards), **SETTINGS)
-    with pytest.raises(ConfigError, match="local"):
-        FeatureStore(out, [("https://host/a.tar", ShardEntry("a.tar", 1, ()))], **SETTINGS)
-    cache_features(shards[1:2], make_backbone(seed=3), tmp_path / "b", image_size=(8, 12), progress=False)
+    cache_features(shards[1:2], make_backbone(seed=3), tmp_path / "b", image_size=(8, 12), flips=True, progress=False)
     shutil.copy(tmp_path / "b" / "train-000001.tar", out)
-    with pytest.raises(ShardError, match=r"train-000001.tar and train-000000.tar differ .weights"):
+    with pytest.raises(ConfigError, match=r"train-000001.tar .*weights"):
         FeatureStore(out, sources(shards), **SETTINGS)
     (out / "train-000002.tar").unlink()
     with pytest.raises(ShardError, match=r"train-000002\.tar"):
@@ -123,7 +85,7 @@ def test_missing_mixed_and_foreign_features_are_named(cached, sources, make_back
     [
         (b'"version": 1', b'"version": 9'),
         (b'"ssync_pl.features"', b'"other_pl.features"'),
-        (b'"dtype": "bf16"', b'"dtype": "bf17"'),
+        (b'"dtype": "bf16"', b'"dtype": "int8"'),
         (None, None),
     ],
 )
@@ -137,30 +99,17 @@ def test_other_versions_and_damage_are_refused(cached, sources, old, new):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"000.features.npy", b"000.featurez.npy"),
-        (b"'shape': (3, 6, 5)", b"'shape': (3, 5, 6)"),
-        (b"'descr': '<u2'", b"'descr': '<i2'"),
-    ],
+    ("old", "new"), [(b"'shape': (3, 6, 5)", b"'shape': (3, 5, 6)"), (b"'descr': '<u2'", b"'descr': '<i2'")]
 )
 def test_damaged_features_are_refused_when_read(cached, sources, old, new):
     shards, out = cached
     path = out / "train-000000.tar"
-    data = path.read_bytes()
-    assert old in data
-    damaged = bytearray(data.replace(old, new))
-    for at in range(0, len(damaged), 512):  # tar headers have a checksum
-        if damaged[at : at + len(new)] == new and new.startswith(b"000"):
-            damaged[at + 148 : at + 156] = b" " * 8
-            damaged[at + 148 : at + 156] = b"%06o\0 " % sum(damaged[at : at + 512])
-    path.write_bytes(damaged)
-    store = FeatureStore(out, sources(shards), **SETTINGS)
-    with pytest.raises(ShardError, match="whole features"):
-        store.read(shards[0], "000", slice(None), False)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ShardError, match="bfloat16"):
+        FeatureStore(out, sources(shards), **SETTINGS).read(shards[0], "000", slice(None), False)
 
 
-def test_reads_are_copies_of_the_frames_asked_for(cached, sources):
+def test_reads_are_copies_of_the_frames_asked_for(cached, sources, backbone, tmp_path):
     shards, out = cached
     store = FeatureStore(out, sources(shards), **SETTINGS)
     features = store.read(shards[0], "000", slice(None), False)["features"]
@@ -168,54 +117,71 @@ def test_reads_are_copies_of_the_frames_asked_for(cached, sources):
     before = features.clone()
     store.close()
     features += 1
-    assert torch.equal(store.read(shards[0], "000", slice(None), False)["features"], before)
-    with pytest.raises(ShardError, match="features of 3 only"):
-        store.read(shards[0], "000", slice(2, 4), False)
-    with pytest.raises(ConfigError, match="mirrored frames"):
-        store.read(shards[0], "000", slice(0, 1), True)
-    with pytest.raises(ShardError, match="key 9"):
-        store.read(shards[0], "9", slice(0, 1), False)
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.read(shards[0], "000", slice(None), False)["features"], before)
+    for key, frames in (("000", slice(2, 4)), ("000", slice(3, None)), ("9", slice(0, 1))):
+        with pytest.raises(ShardError, match=f"key {key}"):
+            store.read(shards[0], key, frames, False)
+    cache_features(shards, backbone, tmp_path / "plain", image_size=(8, 12), progress=False)
+    with pytest.raises(ShardError, match="mirrored frames"):
+        FeatureStore(tmp_path / "plain", sources(shards), **SETTINGS).read(shards[0], "000", slice(0, 1), True)
+    with pytest.raises(ConfigError, match="flips"):
+        FeatureStore(tmp_path / "plain", sources(shards), **{**SETTINGS, "flips": True})
 
 
-class Clips(Dataset):
-    def __init__(self, store, shard):
-        self.store, self.shard = store, shard
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.store.read(self.shard, f"{index:03d}", slice(0, 2), False)
+def loader_options(backbone, out):
+    settings = {"batch_size": 2, "clip_length": 2, "image_size": (8, 12), "features": str(out)}
+    settings["persistent_workers"] = False
+    return {**settings, "mean": backbone.mean, "std": backbone.std}
 
 
-def test_workers_open_maps_of_their_own(cached, sources):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_bring_the_features_of_their_frames(cached, backbone, workers):
+    """In training mirrored where the frames are, in evaluation padded as they are."""
     shards, out = cached
-    clips = Clips(FeatureStore(out, sources(shards), **SETTINGS), shards[0])
-    alone = next(iter(DataLoader(clips, batch_size=2)))["features"]
-    assert alone.dtype == torch.bfloat16
-    forked = DataLoader(clips, batch_size=2, num_workers=1, multiprocessing_context="fork")
-    assert torch.equal(next(iter(forked))["features"], alone)
-    again = pickle.loads(pickle.dumps(clips))
-    assert torch.equal(next(iter(DataLoader(again, batch_size=2)))["features"], alone)
+    data = ShardDataModule(shards, validation=shards, num_workers=workers, **loader_options(backbone, out))
+    data.setup("fit")
+    flips = set()
+    loader = data.train_dataloader()
+    for epoch in range(3):
+        for raw in (*loader, *(data.val_dataloader() if epoch == 0 else ())):
+            assert raw["features"].dtype == torch.bfloat16
+            flips |= set(raw["flip"].tolist() if "flip" in raw else ())
+            batch = data.on_after_batch_transfer(raw, 0)
+            wanted = backbone(batch["video"].flatten(0, 1))[0].unflatten(0, batch["video"].shape[:2])
+            torch.testing.assert_close(batch["features"], wanted, rtol=0.01, atol=1e-5)
+    assert flips == {False, True}
 
 
-def test_the_backbone_is_held_to_the_recipe(cached, sources, make_backbone):
+def test_frames_can_be_left_out_of_training(cached, backbone):
     shards, out = cached
-    recipe = FeatureStore(out, sources(shards), **SETTINGS).recipe
-    verify_backbone(recipe, make_backbone())
-    tagged, moved, finer = make_backbone(), make_backbone(), make_backbone()
-    tagged.name, moved.mean = "corners.tag", (0.0, 0.0, 0.0)
-    finer.grid_for = lambda height, width: (height // 2, width // 2)
-    verify_backbone(recipe, tagged)
-    wrong = [("weights", make_backbone(seed=1)), ("layer", make_backbone(layer="other")), ("mean", moved)]
-    for message, backbone in (*wrong, ("grid", finer)):
-        with pytest.raises(ConfigError, match=message):
-            verify_backbone(recipe, backbone)
-    with pytest.raises(ConfigError, match="unusable"):
-        verify_backbone({**recipe, "grid": [2]}, tagged)
+    data = ShardDataModule(shards, num_workers=0, features_only=True, **loader_options(backbone, out))
+    with_frames = ShardDataModule(shards, num_workers=0, **loader_options(backbone, out))
+    data.setup("fit")
+    with_frames.setup("fit")
+    for lean, full in zip(data.train_dataloader(), with_frames.train_dataloader(), strict=True):
+        assert "video" not in lean
+        lean, full = data.on_after_batch_transfer(lean, 0), with_frames.on_after_batch_transfer(full, 0)
+        assert set(lean) == {"features", "__key__"}
+        assert torch.equal(lean["features"], full["features"])
 
 
-def test_importing_the_store_is_cheap():
-    code = "import ssync_pl.data.features.store, sys; print([m for m in ('lightning', 'timm') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+def test_what_does_not_fit_the_cache_is_refused(cached, backbone, make_videos):
+    shards, out = cached
+    options = {"num_workers": 0, **loader_options(backbone, out)}
+    for changes, match in (
+        ({"image_size": (8, 16)}, "image_size"),
+        ({"image_size": None}, "image_size"),
+        ({"resize_mode": "bilinear"}, "resize_mode"),
+        ({"crop": "center"}, "crop"),
+        ({"crop": "random"}, "crop"),
+        ({"backend": "webdataset"}, "plain local tars for cached features"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            ShardDataModule(shards, **{**options, **changes}).setup("fit")
+    with pytest.raises(ShardError, match="other-000000"):
+        ShardDataModule(make_videos(count=3, prefix="other", folder="others"), **options).setup("fit")
+    with pytest.raises(ConfigError, match="`sampling` to be 'hashed'"):
+        ShardDataModule(shards, sampling="reference", **options)
+    with pytest.raises(ConfigError, match="`features` to be set"):
+        ShardDataModule(shards, features_only=True)

@@ -109,6 +109,10 @@ def fails(message="no weights"):
     raise ValueError(message)
 
 
+def leaves():
+    raise SystemExit(3)
+
+
 model = Net()
 number = 3
 """

@@ -1,6 +1,7 @@
+"""Models, batches and weights as the user names them, and one training step of them."""
+
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,87 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import HostError
-from ssync_pl.tools.doctor.load import build_model, working_folder_first
-from ssync_pl.tools.doctor.steps import describe_batch, in_trainer, is_lightning, plain_step
+from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch, working_folder_first
+from ssync_pl.tools.doctor.steps import describe_batch, in_trainer, namespace, plain_step
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "kind"),
+    [
+        ("user_code:Net", {"slots": 5}, "Net"),
+        ("user_code:classifier", {}, "Sequential"),
+        ("user_code:model", {}, "Net"),
+        ("torch.nn:modules.Linear", {"in_features": 1, "out_features": 2}, "Linear"),
+    ],
+)
+def test_a_class_a_function_or_a_model(user_folder: Path, target: str, settings: dict[str, Any], kind: str) -> None:
+    with working_folder_first():
+        assert type(build_model(target, settings)).__name__ == kind
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        ("user_code", {}, "'user_code' to be a model or to build one.*Write package.module:name"),
+        ("./user_code.py:Net", {}, "Write package.module:name as `import` does"),
+        ("nowhere:Net", {}, "No module named 'nowhere'.*in the folder of your code"),
+        ("needy_code:Net", {}, "No module named 'a_module_that_is_not_there'"),
+        ("broken_code:Net", {}, "RuntimeError: at import"),
+        ("user_code:Nett", {}, "no attribute 'Nett'"),
+        ("user_code:number", {}, "TypeError: 'int'"),
+        ("user_code:fails", {"message": "bad"}, "with message='bad' .*ValueError: bad"),
+        ("user_code:leaves", {}, "SystemExit: 3"),
+        ("user_code:Net", {"slot": 3}, "TypeError: .*slot.*--init name=value"),
+        ("user_code:model", {"slots": 3}, "TypeError"),
+        ("builtins:dict", {}, "gives dict and no torch.nn.Module"),
+    ],
+)
+def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: dict, message: str) -> None:
+    with working_folder_first(), pytest.raises(ConfigError, match=message):
+        build_model(target, settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("2,4,3,8,8", "(2, 4, 3, 8, 8)"),
+        ("2,3 4", "((2, 3), (4,))"),
+        ("img=1,2,3,8,8 boxes=1,2,5,4", "{'img': (1, 2, 3, 8, 8), 'boxes': (1, 2, 5, 4)}"),
+    ],
+)
+def test_batches(words: str, text: str) -> None:
+    assert describe_batch(parse_batch(words.split())) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
+        (["img=2,3", "4"], "one name per shape or without names"),
+        (["a=2,3", "a=2"], "one name per shape"),
+        (["100000000,2,3,224,224,1000"], "to fit into memory"),
+        (["99999999999999999999999,2"], "to fit into memory"),
+    ],
+)
+def test_shapes_that_are_none(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_batch(words)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, ("never",)
+
+
+def test_weights_are_read_and_nothing_in_them_runs(user_folder: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), "plain.pt")
+    torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
+    with pytest.raises(ConfigError, match="plain values only"):
+        load_weights(nn.Linear(2, 2), Path("bomb.pt"))
+    with pytest.raises(ConfigError, match=r"weights of Linear.*size mismatch"):
+        load_weights(nn.Linear(2, 3), Path("plain.pt"))
+    assert not Path("never").exists()
 
 
 class Gives(nn.Module):
@@ -23,46 +102,23 @@ class Gives(nn.Module):
     def forward(self, *batch: Tensor) -> Any:
         return self.make(self.weight, *batch)
 
-    def own(self, batch: Tensor) -> Tensor:
-        return self.weight.sum() + batch.sum()
-
 
 @pytest.mark.parametrize(
     ("make", "loss"),
     [
         (lambda w, x: w.sum(), 2.0),
-        (lambda w, x: {"loss": w.sum(), "aux_loss": w.sum()}, 2.0),
-        (lambda w, x: {"post_loss": w.sum(), "kld_loss": 2 * w.sum(), "other": w}, 6.0),
-        (lambda w, x: 3 * w, 9.0),
-        (lambda w, x: {"masks": [w, 2 * w], "input": x}, 5.0),
-        (lambda w, x: None, None),
+        (lambda w, *pair: (w * pair[0] * pair[1]).sum(), 4.0),
+        (lambda w, *x: {"loss": w.sum(), "aux_loss": w.sum()}, 2.0),
+        (lambda w, *x: {"post_loss": w.sum(), "kld_loss": 2 * w.sum(), "other": w}, 6.0),
+        (lambda w, *x: 3 * w, 9.0),
+        (lambda w, *x: {"masks": [w, 2 * w], "input": x}, 5.0),
+        (lambda w, *x: None, None),
     ],
 )
 def test_the_loss_of_a_plain_model(make: Any, loss: float | None) -> None:
-    found = plain_step(Gives(make), torch.zeros(2))()
+    several = loss == 4.0
+    found = plain_step(Gives(make), (torch.ones(2), 2 * torch.ones(2)) if several else torch.zeros(2))()
     assert (found if found is None else float(found.detach())) == loss
-
-
-def test_methods_and_several_arguments() -> None:
-    assert float(plain_step(Gives(None), torch.ones(3), "own")().detach()) == 5.0
-    assert (
-        float(plain_step(Gives(lambda w, x, y: (w * x * y).sum()), (torch.ones(2), 2 * torch.ones(2)))().detach())
-        == 4.0
-    )
-    with pytest.raises(HostError, match="Gives to have a method 'lose', but it has none"):
-        plain_step(Gives(None), torch.ones(3), "lose")
-    with pytest.raises(HostError, match="to give a loss, or tensors, but got str"):
-        plain_step(Gives(lambda w, x: "text"), torch.ones(3))()
-
-
-def test_a_model_that_fails_is_explained() -> None:
-    run = plain_step(nn.Linear(3, 2), torch.ones(1, 4))
-    with pytest.raises(
-        HostError, match=r"Linear to run a training step on a tensor \(1, 4\), but it raised RuntimeError: mat1"
-    ):
-        run()
-    with pytest.raises(HostError, match=r"KeyError: 'video' \(test_steps.py, line \d+\). Give a batch as"):
-        plain_step(Gives(lambda w, x: x["video"]), {"img": torch.ones(1)})()
 
 
 def test_a_step_in_a_trainer_sees_the_batch_as_a_training_does(user_folder: Path) -> None:
@@ -77,12 +133,9 @@ def test_a_step_in_a_trainer_sees_the_batch_as_a_training_does(user_folder: Path
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return {"video": batch * 2}
 
-    def look(run: Any, batch: Any) -> None:
-        seen.append((host.training, batch["video"].max() > 1, run().requires_grad, run().ndim))
-
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    in_trainer(host, Data(), look)
-    assert seen == [(True, True, True, 0)]
+    in_trainer(host, Data(), lambda run, batch: seen.append((host.training, batch["video"].max() > 1, run().ndim)))
+    assert seen == [(True, True, 0)]
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
     assert not list(user_folder.glob("lightning_logs"))
 
@@ -102,7 +155,7 @@ def test_hosts_of_the_other_namespace() -> None:
             return torch.optim.SGD(self.parameters(), 0.1)
 
     seen: list[float] = []
-    assert is_lightning(Other())
+    assert namespace(nn.Linear(1, 1)) is None
     in_trainer(Other(), torch.ones(1, 2), lambda run, batch: seen.append(float(run().detach())))
     assert len(seen) == 1
 
@@ -110,15 +163,8 @@ def test_hosts_of_the_other_namespace() -> None:
 def test_a_trainer_that_does_not_get_there_is_explained(user_folder: Path) -> None:
     with working_folder_first():
         host = build_model("user_code:Host")
-    host.configure_optimizers = lambda: 1 / 0
-    with pytest.raises(HostError, match="Trainer to bring Host to its first step, but it raised ZeroDivisionError"):
-        in_trainer(host, {"video": torch.rand(1, 1, 3, 4, 4)}, lambda run, batch: None)
-    host = sys.modules["user_code"].Host()
     with pytest.raises(HostError, match="training data of Host to have a batch, but there was none"):
         in_trainer(host, L.LightningDataModule.from_datasets([]), lambda run, batch: None)
-
-
-def test_batches_in_words() -> None:
-    assert describe_batch((torch.zeros(2), [torch.zeros(3)])) == "a tensor (2,), a tensor (3,)"
-    assert describe_batch({"key": ["a"]}) == "a dict of key"
-    assert describe_batch(3) == "int"
+    host.configure_optimizers = lambda: 1 / 0
+    with pytest.raises(HostError, match=r"Host to run a training step .*, but it raised ZeroDivisionError"):
+        in_trainer(host, {"video": torch.rand(1, 1, 3, 4, 4)}, lambda run, batch: None)

@@ -10,32 +10,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.official.references import evaluate, read_config, resolve, timm_name, vit_property
+from ssync_pl.tools.official.references import evaluate, read_config
+
+GOOD_REFERENCES = {
+    "a": {"b": 3, "same": "${.b}", "up": "${..c}", "deep": {"far": "${...c}", "plain": {"x": [1]}}},
+    "c": "${a.b}",
+    "whole": "${a.deep.plain}",
+    "list": [1, "${a.b}"],
+    "item": "${list[1]}",
+    "other": "${list.0}",
+    "text": "run-${a.b}-${c}",
+    "none": None,
+    "spaced": "${ a.b }",
+}
+RESOLVED = {
+    "a": {"b": 3, "same": 3, "up": 3, "deep": {"far": 3, "plain": {"x": [1]}}},
+}
+RESOLVED |= {
+    "c": 3,
+    "whole": {"x": [1]},
+    "list": [1, 3],
+    "item": 3,
+    "other": 1,
+    "text": "run-3-3",
+    "none": None,
+    "spaced": 3,
+}
+NUMBERS = "{a: 1e-4, b: 3E2, c: 1.5e-8, d: .5, e: 1e, f: '1e-4', g: 12, h: 7e12abf, i: !!str 3}"
+MERGED = "base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}"
 
 
-def test_references_go_to_the_root_to_neighbours_and_through_each_other():
-    tree = {
-        "a": {"b": 3, "same": "${.b}", "up": "${..c}", "deep": {"far": "${...c}", "plain": {"x": [1]}}},
-        "c": "${a.b}",
-        "whole": "${a.deep.plain}",
-        "list": [1, "${a.b}"],
-        "item": "${list[1]}",
-        "other": "${list.0}",
-        "text": "run-${a.b}-${c}",
-        "none": None,
-        "spaced": "${ a.b }",
-    }
-    assert resolve(yaml.safe_dump(tree)) == {
-        "a": {"b": 3, "same": 3, "up": 3, "deep": {"far": 3, "plain": {"x": [1]}}},
-        "c": 3,
-        "whole": {"x": [1]},
-        "list": [1, 3],
-        "item": 3,
-        "other": 1,
-        "text": "run-3-3",
-        "none": None,
-        "spaced": 3,
-    }
+@pytest.fixture
+def resolve(tmp_path):
+    def read(text, *changes):
+        path = tmp_path / "mine.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_config(path, changes)
+
+    return read
+
+
+def test_references_and_values(resolve):
+    assert resolve(yaml.safe_dump(GOOD_REFERENCES)) == RESOLVED
+    values = {"a": 1e-4, "b": 300.0, "c": 1.5e-8, "d": 0.5, "e": "1e", "f": "1e-4", "g": 12, "h": "7e12abf", "i": "3"}
+    assert resolve(NUMBERS) == values
+    assert resolve(MERGED)["more"] == {"a": 1, "b": 3}
+    assert resolve(b"\xef\xbb\xbfa: 1") == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -51,10 +71,11 @@ def test_references_go_to_the_root_to_neighbours_and_through_each_other():
         ('${eval: "x, y: x - y", 5, ${n}}', 1),
         ("${eval: 'lambda x: x ** 2', ${n}}", 16),
         ("${config_prop: VIT_PARAMS, ${vit}, NUM_PATCHES}", 784),
+        ("${config_prop: VIT_PARAMS, vit_base_patch16_448_dino, NUM_PATCHES}", 784),
         ("${config_prop:VIT_PARAMS,vit_small_patch14_dinov2,FEAT_DIM}", 384),
     ],
 )
-def test_functions(text, value):
+def test_functions(resolve, text, value):
     found = resolve(yaml.safe_dump({"n": 4, "vit": "vit_base_patch8_224_dino", "x": {"y": text}}))["x"]["y"]
     assert found == value
     assert type(found) is type(value)
@@ -64,29 +85,33 @@ def test_functions(text, value):
     ("tree", "message"),
     [
         ({"a": "${b}", "b": "${a}"}, "refer to themselves"),
-        ({"a": {"b": "${a}"}}, "references"),
-        ({"a": "${nowhere.b}"}, "Expected a value at nowhere.b"),
+        ({"a": {"b": "${a}"}}, "refer to themselves"),
+        ({"a": "${nowhere.b}"}, "yaml, a: Expected a value at nowhere.b"),
         ({"a": [1], "b": "${a.1}"}, "Expected a value at a.1"),
         ({"a": "${oc.env:HOME}"}, "a: Unsupported"),
+        ({"a": "${${b}:HOME}", "b": "oc.env"}, "Expected references such as"),
         ({"a": "${eval: '__import__(1)'}"}, "arithmetic"),
         ({"a": "${eval: 'a + b', 1}"}, "'b' is not defined"),
         ({"a": "${eval: 'x: x', 1, 2}"}, "but got 2 values"),
         ({"a": "${add: 1, two}"}, "a number"),
         ({"a": "${mul: 1e18, 1e18}"}, "a number of at most"),
-        ({"a": "${div: 1, 0}"}, "is defined"),
-        ({"a": "${sub: 1}"}, "two numbers"),
+        ({"a": "${div: 1, 0}"}, "arithmetic"),
         ({"a": "${add: 1"}, "BRACE_CLOSE"),
         ({"a": "${}"}, "Expected references such as"),
         ({"a": "${add: [1, 2]}"}, "a number"),
-        ({"a": "${${b}}", "b": "c"}, "Expected references such as"),
-        ({"a": "${globals.²}", "globals": [1]}, "text, a"),
+        ({"a": "${globals.²}", "globals": [1]}, "yaml, a"),
         ({"a": "${config_prop: PATH, b, c}"}, "FEAT_DIM or NUM_PATCHES"),
         ({"a": "${config_prop: VIT_PARAMS, resnet50, FEAT_DIM}"}, "a vision transformer"),
     ],
 )
-def test_bad_references_say_where_and_what(tree, message):
+def test_bad_references_say_where_and_what(resolve, tree, message):
     with pytest.raises(ConfigError, match=message):
         resolve(yaml.safe_dump(tree, allow_unicode=True))
+
+
+def test_escapes_reach_no_function_of_others(resolve):
+    with pytest.raises(ConfigError, match="Unsupported"):
+        resolve(r'a: "\x24{oc.env:HOME}"')
 
 
 BOMBS = {
@@ -98,79 +123,46 @@ BOMBS = {
     "doubled text": yaml.safe_dump({"s0": "xxxxxxx"} | {f"s{n}": f"${{s{n - 1}}}${{s{n - 1}}}" for n in range(1, 40)}),
     "doubled list": yaml.safe_dump({"s0": "x"} | {f"s{n}": [f"${{s{n - 1}}}"] * 10 for n in range(1, 40)}),
     "doubled keys": yaml.safe_dump(
-        {"s0": "x"} | {f"s{n}": {"k" * 1000 + str(i): f"${{s{n - 1}}}" for i in range(10)} for n in range(1, 40)}
+        {"s0": "x"} | {f"s{n}": {"k" * 1000 + str(i): f"${{s{n - 1}}}" for i in range(10)} for n in range(1, 12)}
     ),
     "nested": "a: " + "[" * 2000,
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_unfolds_to_too_much_is_refused_soon(name):
+def test_what_unfolds_to_too_much_is_refused_soon(resolve, name):
     start = time.process_time()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="mine"):
         resolve(BOMBS[name])
     assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
-    "value",
+    "text",
     [
-        *("!!int abc", "!!bool maybe", "!!timestamp foo", "2001-12-14t21:59:43.10-99:99", "9" * 5000, "!!set {a}"),
-        *("!!python/object/apply:os.system ['true']", "[1", "{a: 1, a: 2}"),
+        *(f"globals: [1]\nname: {value}" for value in ("!!int abc", "!!bool maybe", "!!timestamp foo", "9" * 5000)),
+        *("a: 2001-12-14t21:59:43.10-99:99", "a: !!set {a}", "a: !!python/object/apply:os.system ['true']", "a: [1"),
+        *("{a: 1, a: 2}", "a:\n\t- 1", "", "# nothing", "[1, 2]", "a: 1\n---\nb: 2", "a: " + "x" * 200_001),
+        *("a: 1".encode("utf-16"), b"\xff\xfe\x00"),
     ],
 )
-def test_values_that_cannot_be_read_name_the_file(tmp_path, value):
-    path = tmp_path / "mine.yaml"
-    path.write_text(f"globals: [1]\nname: {value}\n", encoding="utf-8")
+def test_what_cannot_be_read_names_the_file(resolve, text):
     with pytest.raises(ConfigError, match=r"mine\.yaml"):
-        read_config(path)
+        resolve(text)
 
 
-def test_numbers_are_numbers_and_text_stays_text():
-    text = "{a: 1e-4, b: 3E2, c: 1.5e-8, d: .5, e: 1e, f: '1e-4', g: 12, h: 7e12abf}"
-    expected = {"a": 1e-4, "b": 300.0, "c": 1.5e-8, "d": 0.5, "e": "1e", "f": "1e-4", "g": 12, "h": "7e12abf"}
-    assert resolve(text) == expected
-    assert resolve("base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}")["more"] == {"a": 1, "b": 3}
-    with pytest.raises(ConfigError, match="a YAML mapping, but got list"):
-        resolve("[1, 2]")
-
-
-def test_files_that_are_none(tmp_path):
-    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "large.yml").write_text("a: " + "x" * 1_000_001)
-    (tmp_path / "marked.yml").write_bytes("\ufeffa: 1".encode())
-    assert read_config(tmp_path / "marked.yml") == {"a": 1}
-    for name, message in (
-        (".", "no such file"),
-        ("no.yml", "no such file"),
-        ("binary.yml", "UTF-8"),
-        ("large.yml", "at most"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            read_config(tmp_path / name)
-
-
-def test_changes_come_before_references(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("{globals: {A: 1}, b: '${globals.A}'}")
-    changes = ["globals.A=[1, 2]", "new.key=1e-3"]
-    assert read_config(path, changes) == {"globals": {"A": [1, 2]}, "b": [1, 2], "new": {"key": 0.001}}
+def test_changes_come_before_references(resolve, tmp_path):
+    text = "{globals: {A: 1}, b: '${globals.A}'}"
+    found = {"globals": {"A": [1, 2]}, "b": [1, 2], "new": {"key": 0.001}}
+    assert resolve(text, "globals.A=[1, 2]", "new.key=1e-3") == found
     for change in ("globals", "=1", "new={", "new=${oc.env:HOME}"):
         with pytest.raises(ConfigError):
-            read_config(path, [change])
+            resolve(text, change)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config(tmp_path)
 
 
-def test_names_and_sizes_of_vision_transformers():
-    assert vit_property("VIT_PARAMS", "vit_base_patch16_448_dino", "NUM_PATCHES") == 784
-    assert vit_property("VIT_PARAMS", "vit_large_patch14_dinov2", "FEAT_DIM") == 1024
-    assert timm_name("vit_base_patch16_224_mae") == "vit_base_patch16_224.mae"
-    assert timm_name("vit_base_patch14_dinov2.lvd142m") == "vit_base_patch14_dinov2.lvd142m"
-    assert timm_name("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
-    with pytest.raises(ConfigError, match="backbone"):
-        timm_name("vit_base_patch16_224_msn")
-
-
-def test_a_function_of_the_same_name_in_the_process_is_left_alone():
+def test_a_function_of_the_same_name_in_the_process_is_left_alone(resolve):
     omegaconf = pytest.importorskip("omegaconf")
     register = getattr(omegaconf.OmegaConf, "register_resolver", None) or omegaconf.OmegaConf.register_new_resolver
     register("mul", lambda a, b: "mine", replace=True)
@@ -182,41 +174,22 @@ def test_a_function_of_the_same_name_in_the_process_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("1 + 2 * 3", 7), ("(1 + 2) * -3", -9), ("7 // 2 + 7 % 4", 6), ("2 ** 10", 1024), ("2 ** -1", 0.5), ("+a", 128)],
-)
-def test_arithmetic(text, value):
-    assert evaluate(text, {"a": 128}) == value
-
-
-@pytest.mark.parametrize(
     "text",
     [
         *("__import__('os').system('true')", "a.real", "().__class__", "[1][0]", "lambda: 1", "c", "True", "'a' * 3"),
-        *(
-            "1 if a else 2",
-            "a < 3",
-            "a and 3",
-            "(a := 3)",
-            "1j",
-            "1 @ 2",
-            "~3",
-            "1 << 40",
-            "f'{a}'",
-            "{1: 2}",
-            "",
-            "1 +",
-        ),
-        *("9 ** 9 ** 9", "10 ** 100", "1e300 * 1e300", "1e400", "1 / 0", "1 % 0", "0 ** -1", "(-8) ** 0.5", "(" * 300),
+        *("1 if a else 2", "a < 3", "a and 3", "(a := 3)", "1j", "1 @ 2", "~3", "1 << 40", "f'{a}'", "{1: 2}", ""),
+        *("1 +", "9 ** 9 ** 9", "10 ** 100", "1e300 * 1e300", "1e400", "1 / 0", "1 % 0", "0 ** -1", "(-8) ** 0.5"),
+        "(" * 300,
     ],
 )
-def test_everything_else_is_refused_at_once(text):
+def test_all_but_arithmetic_is_refused_at_once(text):
     start = time.process_time()
-    with pytest.raises(ConfigError, match="arithmetic"):
+    with pytest.raises(ConfigError, match=r"arithmetic|a number"):
         evaluate(text, {"a": 1})
     assert time.process_time() - start < 1
 
 
 @given(st.integers(-1000, 1000), st.integers(1, 1000), st.floats(-1e3, 1e3))
 def test_random_expressions_agree_with_python(a, b, c):
-    assert evaluate("(a - c) / b + a // b * (a % b)", {"a": a, "b": b, "c": c}) == (a - c) / b + a // b * (a % b)
+    expected = (a - c) / b + a // b * -(a % b) + 2**-1
+    assert evaluate("(a - c) / b + a // b * -(a % b) + 2 ** -1", {"a": a, "b": b, "c": c}) == expected

@@ -5,17 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-
-MODEL = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "encoder_channels": [8], "encoder_strides": [2]}
-MODEL |= {"encoder_mlp_hidden": 8, "corrector_mlp_hidden": 8, "predictor_mlp_hidden": 8, "warmup_steps": 1}
-MODEL |= {"decoder_broadcast": [4, 4], "decoder_channels": [8], "decoder_strides": [2], "slot_init": "learned"}
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SAVi after two steps on synthetic videos, as `ssync-pl fit` leaves it."""
+    from input_files import MODEL
+
     from ssync_pl.cli import main
 
     root = tmp_path_factory.mktemp("run")

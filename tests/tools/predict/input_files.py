@@ -8,6 +8,10 @@ from PIL import Image
 
 from ssync_pl.data import ShardWriter
 
+MODEL = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "encoder_channels": [8], "encoder_strides": [2]}
+MODEL |= {"encoder_mlp_hidden": 8, "corrector_mlp_hidden": 8, "predictor_mlp_hidden": 8, "warmup_steps": 1}
+MODEL |= {"decoder_broadcast": [4, 4], "decoder_channels": [8], "decoder_strides": [2], "slot_init": "learned"}
+
 
 def moving(frames: int, height: int = 24, width: int = 40) -> np.ndarray:
     """A red square that moves to the right and a green one that moves to the left."""

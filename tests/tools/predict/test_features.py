@@ -7,10 +7,10 @@ from input_files import moving, write_shard
 from torch import nn
 
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.features import backbones
-from ssync_pl.data.features.backbones import FrozenBackbone
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.nn import backbones
+from ssync_pl.hosts.nn.backbones import FrozenBackbone
 from ssync_pl.tools.predict.datamodule import InputDataModule
 from ssync_pl.tools.predict.features import find_features
 
@@ -18,11 +18,9 @@ from ssync_pl.tools.predict.features import find_features
 class Means(FrozenBackbone):
     """Mean colour and its mirror image of each patch."""
 
-    def grid_for(self, height, width):
-        return height // 4, width // 4
-
     def extract(self, frames):
-        return self.model(frames).flatten(2).mT.repeat(1, 1, 2)
+        maps = self.model(frames)
+        return maps.flatten(2).mT.repeat(1, 1, 2), (maps.shape[2], maps.shape[3])
 
 
 def means(name="means", layer=None, weights=None, checkpoint=None):
@@ -51,7 +49,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"components": 2}, {"dtype": "int8"}, {"weights": "none"}])
+@pytest.mark.parametrize("options", [{}, {"components": 2}, {"weights": "none"}])
 def test_features_of_new_videos_are_those_that_the_cache_holds(cached, options) -> None:
     data, shard = cached(**options)
     data.setup("predict")
@@ -67,27 +65,25 @@ def test_features_of_new_videos_are_those_that_the_cache_holds(cached, options) 
 
 def test_the_projection_must_be_there_and_the_same(cached, tmp_path: Path) -> None:
     data, shard = cached(components=2)
-    folder = tmp_path / "features"
-    kept = (folder / "projection.npz").rename(tmp_path / "kept.npz")
-    with pytest.raises(ConfigError, match=r"there is no projection\.npz\. Pass that file, from wherever"):
-        InputDataModule(data, [str(shard)])
-    assert find_features(data, str(kept)).projection is not None
-    for path in folder.glob("*.tar"):
-        path.unlink()
-    with pytest.raises(ConfigError, match=r"there are no features\. Pass that file, from wherever"):
-        find_features(data, None)
-    alone = find_features(data, str(kept))  # the file says itself what was projected
-    assert (alone.backbone, alone.layer, alone.projection.matrix.shape) == ("means", "pool", (6, 2))
-    with pytest.raises(ConfigError, match=r"gone\.npz does not exist"):
-        find_features(data, str(tmp_path / "gone.npz"))
-
-
-def test_another_projection_is_refused(cached, tmp_path: Path) -> None:
-    data, _ = cached(components=2)
     other = write_shard(tmp_path / "other", moving(4))
     cache_features([str(other)], means(), tmp_path / "more", image_size=8, crop="center", progress=False, components=2)
+    folder = tmp_path / "features"
     with pytest.raises(ConfigError, match="holds another"):
         find_features(data, str(tmp_path / "more" / "projection.npz"))
+    kept = (folder / "projection.npz").rename(tmp_path / "kept.npz")
+    with pytest.raises(ConfigError, match=r"projection\.npz is missing"):
+        InputDataModule(data, [str(shard)])
+    assert find_features(data, str(kept))[1] is not None
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="there are none"):
+        find_features(data, None)
+    recipe, projection = find_features(data, str(kept))  # the file says itself what was projected
+    assert (recipe.backbone, recipe.layer, projection.matrix.shape) == ("means", "pool", (6, 2))
+    with pytest.raises(ConfigError, match=r"gone\.npz, which does not exist"):
+        find_features(data, str(tmp_path / "gone.npz"))
+    with pytest.raises(ConfigError, match="only with cached features"):
+        find_features(ShardDataModule(), "a.npz")
 
 
 def test_other_weights_are_refused(cached, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +91,3 @@ def test_other_weights_are_refused(cached, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backbones, "load_backbone", lambda *args: means(weights="others"))
     with pytest.raises(ConfigError, match="--backbone_checkpoint"):
         InputDataModule(data, [str(shard)])
-
-
-def test_a_projection_without_cached_features_is_refused() -> None:
-    with pytest.raises(ConfigError, match="only with cached features"):
-        find_features(ShardDataModule(), "a.npz")

@@ -60,21 +60,6 @@ def test_videos_frames_and_shards_without_a_configuration(
     assert not list(out.glob(".*"))
 
 
-def test_a_configured_writer_is_used(tmp_path: Path, run: Run) -> None:
-    frames = write_frames(tmp_path / "frames", moving(7))
-    out = tmp_path / "mine"
-    own = ["--trainer.callbacks+=SlotPredictions", f"--trainer.callbacks.out={out}", "--trainer.callbacks.masks=soft"]
-    own += ["--trainer.callbacks.video=false"]
-    assert run("--input", frames, "--clip-frames=4", *own) == 0
-    with np.load(out / "frames.labels.npz") as stored:
-        assert stored["labels"].shape == (7, 24, 40)
-        assert stored["masks"].shape == (7, 3, 16, 16)  # at the model's size
-        grown = stored["masks"].astype(np.float32).argmax(1)
-        small = stored["labels"][:, ::2, ::3]
-        assert np.mean(grown[:, np.arange(12) * 16 // 12][:, :, np.arange(14) * 16 // 14] == small) > 0.5
-    assert sorted(path.name for path in out.iterdir()) == ["frames.labels.npz", "frames.tracks.csv", "index.json"]
-
-
 def test_windows_give_nearly_the_labels_of_the_whole(tmp_path: Path, run: Run) -> None:
     frames = write_frames(tmp_path / "frames", np.repeat(moving(1), 9, axis=0))
     for name, length in (("whole", 64), ("cut", 4)):
@@ -114,7 +99,7 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(
     tmp_path: Path, run: Run, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frames = write_frames(tmp_path / "frames", moving(2))
-    assert "gone.mp4 does not exist" in refused(run, capsys, "--input", tmp_path / "gone.mp4")
+    assert "gone.mp4, which does not exist" in refused(run, capsys, "--input", tmp_path / "gone.mp4")
     assert "--clip-frames to be at least 2" in refused(run, capsys, "--input", frames, "--clip_frames=1")
     (tmp_path / "file").write_text("")
     assert "to write predictions to" in refused(run, capsys, "--input", frames, "--out", tmp_path / "file")
@@ -127,7 +112,7 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(
     nameless = tmp_path / "nameless.ckpt"  # as one of the user's own training loop may be
     torch.save({name: value for name, value in content.items() if name != "hyper_parameters"}, nameless)
     message = refused(run, capsys, "--ckpt_path", nameless, *other)
-    assert "to hold the tensors of the model in the configuration" in message
+    assert "a whole checkpoint of this model" in message
     assert "only with --input" in refused(run, capsys, "--config", settings, "--out", tmp_path / "out")
     alone = tmp_path / "alone.ckpt"
     shutil.copy(checkpoint, alone)

@@ -1,19 +1,34 @@
+"""Windows of long videos, slots that keep their numbers, and labels that go back to where the model saw them."""
+
 import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.tools.predict.windows import cut_windows, match_slots, relabel, window_length
+from ssync_pl.data.samples import SampleRules, crop_offsets
+from ssync_pl.data.transforms import BatchTransform
+from ssync_pl.errors import ConfigError
+from ssync_pl.tools.predict.windows import (
+    OUTSIDE,
+    cut_windows,
+    match_slots,
+    relabel,
+    restore_labels,
+    seen_region,
+    window_length,
+)
+
+
+def blank(count):
+    for number in range(count):
+        yield np.full((1, 1, 3), number, np.uint8)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 9, 15, 16, 64, 65])
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_windows_share_a_frame_and_cover_all(total, most):
-    frames = [np.full((1, 1, 3), number, np.uint8) for number in range(total)]
-    length = window_length(total, most)
-    windows = list(cut_windows(iter(frames), length))
-    assert length <= most
+    windows = list(cut_windows(blank(total), window_length(total, most)))
     joined: list[int] = []
     for window in windows:
         numbers = window.frames[:, 0, 0, 0].tolist()
@@ -26,26 +41,12 @@ def test_windows_share_a_frame_and_cover_all(total, most):
     assert len(windows) == max(1, -(-(total - 1) // (most - 1)))
 
 
-def test_windows_are_about_as_long():
-    sizes = [
-        len(w.frames) for w in cut_windows((np.zeros((1, 1, 3), np.uint8) for _ in range(66)), window_length(66, 64))
-    ]
-    assert sizes == [34, 33]
-
-
-def test_one_window_is_decoded_at_a_time():
-    asked = []
-
-    def frames():
-        for number in range(100):
-            asked.append(number)
-            yield np.zeros((1, 1, 3), np.uint8)
-
-    next(cut_windows(frames(), 8))
-    assert len(asked) == 9
-
-
-def test_a_window_of_one_frame_is_refused():
+def test_windows_are_about_as_long_and_decoded_one_at_a_time():
+    frames = blank(66)
+    first = next(cut_windows(frames, window_length(66, 64)))
+    assert len(first.frames) == 34
+    assert len(list(frames)) == 66 - 35
+    assert window_length(None, 8) == 8
     with pytest.raises(ConfigError, match="--clip-frames to be at least 2"):
         window_length(10, 1)
 
@@ -59,23 +60,40 @@ def test_matching_keeps_most_pixels(seed):
     names = match_slots(before, after, slots)
     assert sorted(names.tolist()) == list(range(slots))
     kept = int((names[after] == before).sum())
-    best = max(int((np.array(order)[after] == before).sum()) for order in itertools.permutations(range(slots)))
-    assert kept == best
+    assert kept == max(int((np.array(order)[after] == before).sum()) for order in itertools.permutations(range(slots)))
 
 
-def test_renamed_slots_are_found_again():
+def test_renamed_slots_are_found_again_and_others_keep_their_number():
     before = np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 4, axis=0)
     renamed = relabel(before, np.array([2, 0, 1]))
     assert renamed[0].tolist() == [2, 0, 1, 255]
-    names = match_slots(before, renamed, 3)
-    assert np.array_equal(relabel(renamed, names), before)
-
-
-def test_slots_that_no_pixel_decides_on_keep_their_number():
+    assert np.array_equal(relabel(renamed, match_slots(before, renamed, 3)), before)
     labels = np.full((3, 3), 2, np.uint8)
     assert match_slots(labels, labels, 6).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_sizes_must_agree():
-    with pytest.raises(ShapeError, match="one size"):
-        match_slots(np.zeros((2, 2), int), np.zeros((2, 3), int), 2)
+@pytest.mark.parametrize("crop", ["none", "center", "random"])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("source", [(40, 60), (60, 40), (33, 71), (16, 16)])
+def test_what_the_model_sees_goes_back_to_its_place(crop, reference, source):
+    """The position of each pixel, sent through the transform, comes back as itself."""
+    size = (16, 16)
+    frames = np.zeros((1, *source, 3), np.uint8)
+    frames[..., 0] = np.arange(source[0])[:, None] * 3
+    offsets = crop_offsets(frames, SampleRules(image_size=size, crop=crop, reference=reference), None, None)
+    transform = BatchTransform(size, crop=crop, mean=[0.0] * 3, std=[1.0] * 3, reference=reference)
+    seen = transform({"video": torch.from_numpy(frames)[None], "crop": offsets[None]})["video"][0]
+    rows, columns = seen_region(source, offsets.tolist(), size, crop, reference)
+    back = restore_labels((seen[:, 0] * 255 / 3).round().long(), source, (rows, columns))
+    inside = back[0, rows, columns].astype(int)
+    assert np.abs(inside - np.arange(source[0])[rows, None]).max() <= max(source) / 16 + 1
+    outside = np.ones(source, bool)
+    outside[rows, columns] = False
+    assert (back[0][outside] == OUTSIDE).all()
+    assert outside.any() == (crop != "none" and source[0] != source[1])
+
+
+def test_masks_give_smooth_outlines():
+    masks = torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])  # (1, 2, 1, 2)
+    labels = restore_labels(masks, (2, 8), (slice(0, 2), slice(0, 8)))
+    assert labels[0].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2

@@ -1,174 +1,230 @@
-"""When the frames of a video file, a GIF or a folder of pictures are shown, and the frames themselves."""
+"""Video files and folders of frames: their frames, which mask belongs to which frame, and their size in shards."""
 
 from __future__ import annotations
 
-import bisect
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ssync_pl.data.decode import decode_picture, decode_video, open_video, to_rgb
+from ssync_pl.data.decode import decode_picture, decode_video, open_video
 from ssync_pl.errors import ConfigError, ShardError
-
-__all__ = ["VIDEO_EXTENSIONS", "Timeline", "read_frames", "read_timeline", "select_frames"]
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 """Files that are taken for videos."""
 
+PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
+"""Files that are taken for frames."""
+
+_MASK_FOLDERS = ("masks", "mask")
 # Containers that store when each frame is shown. AVI does not, and what is guessed for it is off by some frames.
 _STAMPED = ("mp4", "matroska")
 # Headers that count no frames say a duration, which some writers round.
 _SLACK, _SLACK_SECONDS = 0.1, 0.25
+_MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Refuse to start without the packages of an extra."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f'Expected {", ".join(missing)} to be installed, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
+        )
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """When each frame of a video is shown.
+class VideoFacts:
+    """What a video file says of itself, without decoding.
 
     Attributes:
-        times: Seconds from the first frame on, in order; None where nothing says (a folder of pictures).
-        frames: Number of frames.
+        frames: Number of frames that it holds and shows.
         rate: Frames per second on average; None where nothing says.
-        stamps: The container's own time stamps, for seeking; None where they are missing or not unique.
+        stamps: The container's time stamp of each frame, for seeking; None where they are missing or not unique.
         missing: What the file lacks by its own header; None when it is whole.
     """
 
-    times: tuple[Fraction, ...] | None
     frames: int
-    rate: Fraction | None
+    rate: float | None = None
     stamps: tuple[int, ...] | None = None
     missing: str | None = None
 
 
-def select_frames(timeline: Timeline, fps: Fraction, where: str) -> list[int]:
-    """Choose the frame nearest in time to k / fps seconds, for each k; more than the video has repeats frames."""
-    times = timeline.times
-    if times is None:
-        raise ConfigError(
-            f"Expected a frame rate for {where}, which is a folder of pictures, to choose frames by --fps or "
-            "--clip-seconds, but nothing says it. Give it with --frames-fps."
-        )
-    if len(times) < 2:
-        return list(range(len(times)))
-    end = times[-1] + (times[-1] - times[0]) / (len(times) - 1) / 2
-    chosen = []
-    for number in range(math.ceil(end * fps)):
-        time = number / fps
-        after = bisect.bisect_left(times, time)
-        before = max(after - 1, 0)
-        nearer = after < len(times) and times[after] - time < time - times[before]
-        chosen.append(after if nearer or after == 0 else before)
-    return chosen
-
-
-def read_timeline(path: Path, names: Sequence[str] | None, rate: Fraction | None, where: str) -> Timeline:
-    """Find when each frame is shown, without decoding pictures.
-
-    `names` are the files of a folder of pictures, in order, which are shown at `rate`; None for a video file.
-    """
-    if names is not None:
-        return Timeline(_regular(len(names), rate), len(names), rate)
-    if path.suffix.lower() == ".gif":
-        shown = [Fraction(int(picture.info.get("duration") or 100), 1000) for picture in _gif_pictures(path, where)]
-        ends = tuple(accumulate(shown))
-        return Timeline((Fraction(0), *ends[:-1]), len(ends), len(ends) / ends[-1])
+def inspect_video(path: Path, where: str) -> VideoFacts:
+    """Count the frames of a video file and find out whether it is whole; `ShardError` when it cannot be read."""
     with open_video(path, where) as (container, stream):
         stored = [packet for packet in container.demux(stream) if packet.size]
         packets = [packet for packet in stored if not packet.is_discard]
-        missing = _missing(container, stream, stored)
-        average = stream.average_rate or stream.guessed_rate
-        base = stream.time_base
+        missing = _missing(path, container, stream, stored)
+        rate = stream.average_rate or stream.guessed_rate
         exact = any(name in container.format.name for name in _STAMPED)
-    stamps = [packet.pts for packet in packets]
-    if not exact or any(stamp is None for stamp in stamps) or len(set(stamps)) < len(stamps):
-        return Timeline(_regular(len(packets), average), len(packets), average, None, missing)
-    stamps.sort()
-    times = tuple((stamp - stamps[0]) * base for stamp in stamps)
-    return Timeline(times, len(times), average, tuple(stamps), missing)
+    stamps = {packet.pts for packet in packets}
+    seekable = exact and None not in stamps and len(stamps) == len(packets)
+    return VideoFacts(len(packets), rate and float(rate), tuple(sorted(stamps)) if seekable else None, missing)
 
 
-def read_frames(
-    path: Path, names: Sequence[str] | None, wanted: Sequence[int] | None, stamp: int | None, where: str
-) -> Iterator[np.ndarray]:
-    """Read frames (h, w, 3) uint8 of one size, one after the other, as they are shown.
-
-    Args:
-        path: The video file, or the folder of pictures.
-        names: Files in the folder, in order; None for a video file.
-        wanted: Frame numbers, not falling; None for all.
-        stamp: The container's time stamp of the first wanted frame, to seek to; None reads from the start.
-        where: The video, for messages.
-
-    Raises:
-        ShardError: The file is damaged or ends early, or frames differ in size.
-        ConfigError: PyAV is missing.
-    """
-    if names is None and path.suffix.lower() != ".gif":
-        yield from decode_video(path, where, wanted, stamp=stamp)
-        return
-    size: tuple[int, ...] | None = None
-    last, number = None, -1
-    pictures: Any = enumerate(_gif_pictures(path, where) if names is None else names)
-    counts = Counter(wanted or ())
-    for number, picture in pictures:
-        times = 1 if wanted is None else counts[number]
-        if not times:
-            continue
-        place = f"frame {path / picture} of {where}" if names is not None else where
-        frame = decode_picture(path / picture, place) if names is not None else to_rgb(picture, place)
-        size, last = size or frame.shape, number
-        if frame.shape != size:
-            raise ShardError(
-                f"Expected all frames of {where} to have one size, but the first has {size[0]} x {size[1]} and frame "
-                f"{number}{f' ({picture})' if names else ''} has {frame.shape[0]} x {frame.shape[1]} (height x width). "
-                "Resize the frames, or split the video where its size changes."
-            )
-        for _ in range(times):
-            yield frame
-    if last is None or (wanted is not None and last != wanted[-1]):
-        need = f"at least {wanted[-1] + 1} frames" if wanted else "frames"
-        raise ShardError(f"Expected {where} to have {need}, but got {number + 1}. Copy or export it again.")
-
-
-def _missing(container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
+def _missing(path: Path, container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
     """Say what a file lacks by its own header; None when it is whole, or when nothing tells."""
+    if container.format.name == "gif":
+        with path.open("rb") as file:
+            file.seek(-min(9, path.stat().st_size), os.SEEK_END)
+            whole = file.read().rstrip(b"\0").endswith(b"\0;")
+        return None if whole else f"it ends after {len(packets)} frames without the mark of its end"
     if stream.frames:
         # Edited files hide some of their packets, so the hidden ones count too.
         lacks = len(packets) < stream.frames
         return f"its header says {stream.frames} frames and it ends after {len(packets)}" if lacks else None
-    stamps = [packet.pts for packet in packets if packet.pts is not None]
+    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
     if not stamps or len(container.streams) > 1 or not container.duration:
         return None  # the duration may be that of the sound
-    last = max(packets, key=lambda packet: -math.inf if packet.pts is None else packet.pts)
-    still = (last.duration or 0) or (last.pts - min(stamps)) / max(1, len(stamps) - 1)
-    end, promised = float((last.pts + still) * stream.time_base), container.duration / 1e6
+    step = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)
+    end, promised = float((stamps[-1] + step) * stream.time_base), container.duration / 1e6
     if promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
         return None
     return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {len(packets)} frames"
 
 
-def _gif_pictures(path: Path, where: str) -> Iterator[Any]:
-    from PIL import Image
+def read_frames(
+    path: Path, names: Sequence[str] | None, wanted: range | None, stamp: int | None, where: str
+) -> Iterator[np.ndarray]:
+    """Read frames (h, w, 3) uint8 of one size; `ShardError` when one is missing or damaged.
 
-    try:
-        with Image.open(path, formats=["GIF"]) as picture:
-            for number in range(getattr(picture, "n_frames", 1)):
-                picture.seek(number)
-                picture.load()
-                yield picture
-    except ShardError:
-        raise
-    except Exception as error:  # Pillow raises almost anything on damaged bytes
-        got = "an empty file" if path.is_file() and not path.stat().st_size else f"a damaged one ({error})"
-        raise ShardError(f"Expected {where} to be a whole GIF, but got {got}. Export it again.") from error
+    Args:
+        path: The video file, or the folder of pictures.
+        names: Files in the folder, in order; None for a video file.
+        wanted: Numbers of the frames; None for all.
+        stamp: The container's time stamp of the first wanted frame, to seek to; None reads from the start.
+        where: The video, for messages.
+    """
+    if names is None:
+        yield from decode_video(path, where, wanted, stamp=stamp)
+        return
+    size: tuple[int, ...] | None = None
+    for name in names if wanted is None else names[wanted.start : wanted.stop]:
+        frame = decode_picture(path / name, f"frame {path / name} of {where}")
+        size = size or frame.shape
+        if frame.shape != size:
+            raise ShardError(
+                f"Expected all frames of {where} to have one size, {size[0]} x {size[1]} (height x width) like the "
+                f"first, but {name} has {frame.shape[0]} x {frame.shape[1]}. Resize the frames, or split the folder."
+            )
+        yield frame
 
 
-def _regular(frames: int, rate: Fraction | None) -> tuple[Fraction, ...] | None:
-    return None if rate is None else tuple(Fraction(number) / rate for number in range(frames))
+def stack_frames(
+    frames: Iterable[np.ndarray], short_side: int | None, where: str
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resize frames while they are read; return them (F, H, W, 3) and the height and width that they had.
+
+    The shorter side becomes `short_side` pixels; the long one is rounded down, as in published shards.
+    """
+    kept: list[np.ndarray] = []
+    original = size = (0, 0)
+    for frame in frames:
+        original = size = (frame.shape[0], frame.shape[1])
+        if short_side is not None and min(original) != short_side:
+            size = (
+                max(short_side, original[0] * short_side // min(original)),
+                max(short_side, original[1] * short_side // min(original)),
+            )
+            frame = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+        kept.append(frame)
+        if len(kept) * frame.nbytes > _MAX_BYTES:
+            raise ShardError(
+                f"Expected the frames of {where} to take at most {_MAX_BYTES >> 30} GiB, but they take more. Cut the "
+                "video with `convert videos --clip-frames`, or take smaller frames with --short-side."
+            )
+    if not kept:
+        raise ShardError(f"Expected {where} to have frames, but got none. Unpack or export it again.")
+    return np.stack(kept), original
+
+
+# -- folders and masks ------------------------------------------------------------------------------------------------
+
+
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sort key that takes digits for numbers: `frame2` comes before `frame10`; different names have different keys."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    return (*(int(part) if number % 2 else part for number, part in enumerate(parts)), name)
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder beside videos holds masks: `masks`, `mask`, or any name that ends in `_masks` or `_mask`."""
+    return name in _MASK_FOLDERS or name.endswith(tuple(f"_{word}" for word in _MASK_FOLDERS))
+
+
+def list_pictures(folder: Path, extensions: tuple[str, ...] = PICTURE_EXTENSIONS) -> list[str]:
+    """Names of the pictures in a folder, in natural order; none when there is no such folder."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else iter(())
+    kept = (name for name in names if name.lower().endswith(extensions) and not name.startswith("."))
+    return sorted(kept, key=natural_key)
+
+
+def list_frames(folder: Path) -> list[str]:
+    """Names of the frames in a folder; `ConfigError` where two pictures share a name, as frames and their masks do."""
+    names = list_pictures(folder)
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(Path(name).stem, name)
+        if other != name:
+            raise ConfigError(
+                f"Expected one picture per frame in {folder}, but got {other} and {name}. If one of them is a mask, "
+                f"move the masks to {folder}_masks."
+            )
+    return names
+
+
+def pair_masks(frames: Sequence[str] | None, masks: Sequence[str], where: str, folder: Path) -> list[str]:
+    """Find the mask of each frame by name, or by the last number in the name; never by position.
+
+    Frames of a file have no names: their masks are numbered from 0 or from 1 on.
+    """
+    if frames is None:
+        first = 0 if 0 in map(_number, masks) else 1
+        frames = [str(number) for number in range(first, first + len(masks))]
+    found = []
+    for key in (lambda name: Path(name).stem, _number):
+        by_frame, by_mask = {key(name): name for name in frames}, {key(name): name for name in masks}
+        lonely = [name for name in frames if key(name) not in by_mask or by_frame[key(name)] != name]
+        strays = [name for name in masks if key(name) not in by_frame or by_mask[key(name)] != name]
+        if not lonely and not strays:
+            return [by_mask[key(name)] for name in frames]
+        found.append((lonely, strays))
+    lonely, strays = min(found, key=lambda pair: len(pair[0]) + len(pair[1]))
+    raise ShardError(
+        f"Expected a mask for each of the {len(frames)} frames of {where}, but got {len(masks)} in {folder}: first "
+        f"frame without a mask {next(iter(lonely), 'none')}, first mask without a frame {next(iter(strays), 'none')}. "
+        "Name each mask after its frame, or number both."
+    )
+
+
+def _number(name: str) -> int:
+    found = re.findall(r"[0-9]+", Path(name).stem)
+    return int(found[-1]) if found else -1
+
+
+def read_ids(folder: Path, names: Sequence[str], where: str, size: tuple[int, int]) -> np.ndarray:
+    """Read id masks (F, h, w), grey or palette pictures of the size that their frames have."""
+    ids = [decode_picture(folder / name, f"mask {folder / name} of {where}", ids=True) for name in names]
+    for name, one in zip(names, ids, strict=True):
+        if one.shape != size:
+            raise ShardError(
+                f"Expected the masks of {where} to be {size[0]} x {size[1]} (height x width) like its frames, but "
+                f"{folder / name} is {one.shape[0]} x {one.shape[1]}. Export them at the video's size."
+            )
+    return np.stack(ids)
+
+
+def resize_ids(ids: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize masks (F, h, w, ...) to the pixel under each target pixel's centre ("nearest-exact")."""
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, ids.shape[1:3], strict=True))
+    return ids[:, rows[:, None], columns]

@@ -1,138 +1,97 @@
-"""`ssync-pl data convert movi`: MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets, without TensorFlow."""
+"""MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets, without TensorFlow.
+
+A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the length's masked CRC-32C, the data, 4 of
+the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
+"""
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
-import math
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssync_pl.data.convert.options import add_common, check_common, encode_video, print_report, require
-from ssync_pl.data.convert.writer import Item, convert
+from ssync_pl.data.convert.media import require_packages
+from ssync_pl.data.convert.writer import Item, Split
+from ssync_pl.data.decode import decode_picture, parse_json
 from ssync_pl.errors import ConfigError, ShardError
 
-__all__ = ["MoviDecoder", "add_parser"]
+__all__ = ["Movi"]
 
-_FIELDS = ("depth", "forward_flow", "backward_flow")  # converted only when asked for: each is larger than the video
-_LARGE = frozenset({*_FIELDS, "normal", "object_coordinates", "uv"})
-_MODES = {"video": ("RGB",), "segmentations": ("L", "P"), "depth": ("I;16", "I;16B", "I")}
-_FPS, _VERSION = 12, 1
+_FPS = 12
 _NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
-_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
-
-# Last sizes of nested lists, per object and frame.
-_SHAPES = {"bboxes_3d": (8, 3), "positions": (3,), "quaternions": (4,), "velocities": (3,), "angular_velocities": (3,),
-           "image_positions": (2,), "bboxes": (4,)}  # fmt: skip
-_FLAT, _LENGTHS = "/ragged_flat_values", "/ragged_row_lengths_0"
-
-_Features = dict[str, Any]  # feature name → list of bytes, or float32 or int64 array (L,)
+_Files = dict[str, list[Path]]  # split → its files
 
 
 @dataclass(frozen=True)
-class MoviDecoder:
-    """Make the members of one MOVi video from the record at `[file name, offset, length]`.
-
-    Members: `video.npy` (or `.mp4`), `segmentations.npy.gz` (F, H, W, 1) uint8, 0 = background and ids in the order of
-    `instances`, `info.json`, and where asked for `depth.npy` (F, H, W, 1), `forward_flow.npy` and `backward_flow.npy`
-    (F, H, W, 2; row, column), float32 as stored, 0 to 65535: `x / 65535 * (high - low) + low` with
-    `metadata.<field>_range` of `info.json`.
+class Movi:
+    """Convert MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets: movi_c-train.tfrecord-00000-of-00256, …
+    in <root> or up to three folders below. All checksums are checked. Masks are ids (F, h, w, 1), 0 = background.
     """
 
-    folder: Path
-    fields: tuple[str, ...] = ()
-    video_format: str = "npy"
+    root: Path
+    splits: tuple[str, ...] | None = None
+
+    def plan(self) -> list[Split]:
+        """List the records of each split, after a look at all files."""
+        require_packages("convert", "tfrecord")
+        name, files = _find(self.root)
+        for split in self.splits or ():
+            if split not in files:
+                raise ConfigError(f"Expected --splits among {', '.join(files)} of {name}, but got {split!r}.")
+        splits = dict.fromkeys(self.splits or files)
+        return [Split(f"{name}-{split}", self._records(f"{name}-{split}", split, files[split])) for split in splits]
+
+    def _records(self, name: str, split: str, files: Sequence[Path]) -> list[tuple[str, int]]:
+        """List the records of a split as (file below the root, offset)."""
+        totals = {int(path.name[-5:]) for path in files}
+        numbers = [int(path.name[-14:-9]) for path in files]
+        if len(totals) > 1 or numbers != list(range(*totals)):
+            missing = sorted(set(range(max(totals))) ^ set(numbers))[:10]
+            raise ShardError(
+                f"Expected the files {name}.tfrecord-… to be all of one set of {max(totals)}, but missing or too much "
+                f"are {missing}, and the names end in {sorted(f'-of-{total:05d}' for total in totals)}. Download the "
+                "split again."
+            )
+        found = [(str(path.relative_to(self.root)), offset) for path in files for offset in _offsets(path)]
+        stated = _stated(files[0].parent / "dataset_info.json", split)
+        if stated not in (None, len(found)):
+            raise ShardError(
+                f"Expected {stated} records of {name} in {files[0].parent} as its dataset_info.json says, but got "
+                f"{len(found)}. Files are cut short or of another version: download the split again."
+            )
+        return found
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        """Read, choose and resize; `ShardError` names what is damaged or does not fit."""
-        name, offset, length = item.source
-        path = self.folder / name
-        where = f"the record of {path} at byte {offset}"
-        features = _parse(_read_record(path, offset, length), where, skip=_LARGE.difference(self.fields))
+        """Make the members of one record; `ShardError` names what is damaged or does not fit."""
+        from google.protobuf.message import DecodeError
+        from tfrecord import example_pb2
+
+        name, offset = item.source
+        where = f"the record of {self.root / name} at byte {offset}"
+        with (self.root / name).open("rb") as stream:
+            data = _read(stream, _length(stream, offset, where), where)
+        try:
+            features = example_pb2.Example.FromString(data).features.feature
+        except DecodeError as error:
+            raise ShardError(f"Expected {where} to be a tf.train.Example, but it is malformed ({error}).") from error
         video = _pictures(features, "video", where)
-        frames, height, width = video.shape[:3]
-        for stated, found in (("num_frames", frames), ("height", height), ("width", width)):
-            values = features.get(f"metadata/{stated}", [found])
-            if list(values) != [found]:
-                raise _misfit(f"`metadata/{stated}` of {where}", str(found), list(values))
-        masks = _same_size("segmentations", _pictures(features, "segmentations", where)[..., None], video, where)
-        members = {**encode_video(video, self.video_format, where, _FPS), "segmentations.npy.gz": masks}
-        for field in self.fields:
-            if len(_require(features, f"metadata/{field}_range", where)) != 2:
-                raise _misfit(f"`metadata/{field}_range` of {where}", "two numbers", "others")
-            if field == "depth":
-                values = _same_size(field, _pictures(features, field, where)[..., None], video, where)
-            else:
-                values = _flow(features, field, (frames, height, width, 2), where)
-            members[f"{field}.npy"] = values.astype(np.float32)
-        members["info.json"] = {**_describe(features, where), "fps": _FPS, "record": [name, offset]}
-        return members
+        masks = _pictures(features, "segmentations", where, ids=True)[..., None]
+        if masks.shape[:3] != video.shape[:3]:
+            raise ShardError(f"Expected `segmentations` of {where} to fit {video.shape} pixels, but got {masks.shape}.")
+        titles = features["metadata/video_name"].bytes_list.value
+        info = {"fps": _FPS, "record": item.source, "video_name": b"".join(titles).decode("utf-8", "replace")}
+        return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
 
 
-def add_parser(commands: Any) -> None:
-    """Add `movi` to the commands of `ssync-pl data convert`."""
-    text = "Convert MOVi-a to MOVi-f from the TFRecord files of TensorFlow Datasets; all checksums are checked."
-    parser = commands.add_parser("movi", help="MOVi-a to MOVi-f, TFRecord files", description=text)
-    parser.add_argument(
-        "--root",
-        required=True,
-        type=Path,
-        help="folder of movi_c-train.tfrecord-…, or the folder above movi_c/128x128/1.0.0",
-    )
-    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="e.g. train validation (default: all there are)")
-    parser.add_argument(
-        "--fields",
-        nargs="+",
-        default=[],
-        choices=_FIELDS,
-        help="store these too, as float32 from 0 to 65535; their ranges are in info.json",
-    )
-    parser.add_argument("--limit", type=int, help="convert only the first videos of each split")
-    add_common(parser)
-    parser.set_defaults(run=_convert)
-
-
-def _convert(options: argparse.Namespace) -> int:
-    settings = check_common(options)
-    require("convert", "tfrecord", "google_crc32c")
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"Expected --limit to be at least 1, but got {options.limit}.")
-    folder, name, files = _find(options.root)
-    info = _dataset_info(folder)
-    decode = MoviDecoder(folder.resolve(), tuple(f for f in _FIELDS if f in options.fields), options.video_format)
-    # Everything is looked at before the first shard is written.
-    records = {
-        split: _records(folder, name, split, files, info, options.limit)
-        for split in dict.fromkeys(options.splits or files)
-    }
-    for split, found in records.items():
-        recipe = {
-            "source": "movi",
-            "converter_version": _VERSION,
-            "name": name,
-            "split": split,
-            "dataset_version": info.get("version"),
-            "fields": list(decode.fields),
-            "video_format": options.video_format,
-        }
-        items = [Item(f"{i:06d}", record) for i, record in enumerate(found)]
-        print_report(convert(items, decode, options.out, f"{name}-{split}", recipe=recipe, **settings))
-    return 0
-
-
-def _find(root: Path) -> tuple[Path, str, dict[str, list[Path]]]:
-    """Find the one MOVi set in a folder or up to three levels below it: its folder, name, and files by split."""
+def _find(root: Path) -> tuple[str, _Files]:
+    """Find the one MOVi set in a folder or up to three levels below it: its name, and files by split."""
     if not root.is_dir():
         raise ConfigError(f"Expected --root to be a folder, but there is no {root}. Name the folder of the records.")
-    sets: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+    sets: dict[tuple[Path, str], _Files] = {}
     for path in sorted(path for depth in range(4) for path in root.glob("*/" * depth + "*.tfrecord-*")):
         match = _NAME.fullmatch(path.name)
         # TFDS downloads into folders of this name, and renames them when they are complete.
@@ -144,243 +103,64 @@ def _find(root: Path) -> tuple[Path, str, dict[str, list[Path]]]:
             f"Expected the files of one data set such as movi_c-train.tfrecord-00000-of-00256 in {root}, or in "
             f"{root}/movi_c/128x128/1.0.0, but got {listed}. Name the folder of one set with --root."
         )
-    ((folder, name), files), *_ = sets.items()
-    usual = [split for split in ("train", "validation", "test") if split in files]
-    return folder, name, {split: files[split] for split in dict.fromkeys([*usual, *files])}
+    (((_, name), files),) = sets.items()
+    return name, files
 
 
-def _dataset_info(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset_info.json"
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ShardError(f"Expected {path} to be JSON, but got {error}. Download it again, or delete it.") from error
-    return content if isinstance(content, dict) else {}
+def _stated(path: Path, split: str) -> int | None:
+    """How many records a split has by `dataset_info.json`; None where it does not say."""
+    content = parse_json(path.read_bytes(), str(path), dict) if path.is_file() else {}
+    splits = {one.get("name"): one.get("shardLengths") for one in content.get("splits") or []}
+    return sum(map(int, splits[split])) if splits.get(split) else None
 
 
-def _records(
-    folder: Path, name: str, split: str, all_files: dict[str, list[Path]], info: Mapping[str, Any], limit: int | None
-) -> list[list[Any]]:
-    """List the records of a split as `[file name, offset, length]`."""
-    if split not in all_files:
-        raise ConfigError(
-            f"Expected --splits among those of {name} in {folder}, {', '.join(all_files)}, but got {split!r}."
-        )
-    name, files = f"{name}-{split}", all_files[split]
-    totals = {int(path.name[-5:]) for path in files}
-    numbers = [int(path.name[-14:-9]) for path in files]
-    if len(totals) > 1 or numbers != list(range(*totals)):
-        missing = sorted(set(range(max(totals))) ^ set(numbers))[:10]
-        raise ShardError(
-            f"Expected the files {name}.tfrecord-… in {folder} to be all of one set, but their names end in "
-            f"{', '.join(f'-of-{total:05d}' for total in sorted(totals))}, and of these are missing or too much: "
-            f"{', '.join(f'{number:05d}' for number in missing) or 'none'}. Download the split again."
-        )
-    stated = [entry for entry in info.get("splits") or [] if entry.get("name") == split and "shardLengths" in entry]
-    lengths = [int(length) for length in stated[0]["shardLengths"]] if stated else None
-    if lengths is not None and len(lengths) != len(files):
-        raise ShardError(
-            f"Expected {len(lengths)} files of {name} as `dataset_info.json` in {folder} says, but got {len(files)}. "
-            "Download the split again."
-        )
-    found: list[list[Any]] = []
-    for number, path in enumerate(files):
-        if limit is not None and len(found) >= limit:
-            break
-        records = _index(path)
-        if lengths is not None and len(records) != lengths[number]:
-            raise ShardError(
-                f"Expected {path} to hold {lengths[number]} records as `dataset_info.json` says, but got "
-                f"{len(records)}. The file is cut short or of another version: download it again."
-            )
-        found.extend([path.name, *record] for record in records)
-    return found[:limit]
-
-
-# A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the length's masked CRC-32C, the data, 4
-# of the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
-
-
-def _index(path: Path) -> list[tuple[int, int]]:
-    """Find offset and length of each record by the headers."""
-    size, offset = path.stat().st_size, 0
-    found = []
+def _offsets(path: Path) -> list[int]:
+    """Find where each record begins, by the headers."""
+    size, offset, found = path.stat().st_size, 0, []
     with path.open("rb") as stream:
         while offset < size:
-            stream.seek(offset)
-            length = _length(stream.read(_HEADER.size), path, offset)
-            found.append((offset, length))
-            offset += _HEADER.size + length + _FOOTER.size
+            found.append(offset)
+            offset += _length(stream, offset, f"the record of {path} at byte {offset}") + 16
     if offset > size:
-        raise _truncated(path, found[-1][0])
+        raise _truncated(f"the record of {path} at byte {found[-1]}")
     return found
 
 
-def _read_record(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        if _length(stream.read(_HEADER.size), path, offset) != length:
-            raise ShardError(
-                f"Expected the record of {path} at byte {offset} to have {length} bytes, but the file was replaced. "
-                "Run the conversion again into an empty folder."
-            )
-        data, footer = stream.read(length), stream.read(_FOOTER.size)
-    if len(footer) != _FOOTER.size:
-        raise _truncated(path, offset)
-    _check_crc(data, _FOOTER.unpack(footer)[0], f"the data of the record of {path} at byte {offset}")
+def _length(stream: BinaryIO, offset: int, where: str) -> int:
+    stream.seek(offset)
+    return int.from_bytes(_read(stream, 8, f"the length of {where}"), "little")
+
+
+def _read(stream: BinaryIO, count: int, what: str) -> bytes:
+    """Read bytes and compare them with the checksum behind them."""
+    from tfrecord.writer import TFRecordWriter
+
+    data, footer = stream.read(count), stream.read(4)
+    if len(footer) < 4:
+        raise _truncated(what)
+    if footer != TFRecordWriter.masked_crc(data):
+        raise ShardError(
+            f"Expected {what} to fit its checksum, but it does not. The file is damaged, compressed or no TFRecord "
+            "file: download it again."
+        )
     return data
 
 
-def _length(header: bytes, path: Path, offset: int) -> int:
-    if len(header) < _HEADER.size:
-        raise _truncated(path, offset)
-    length, expected = _HEADER.unpack(header)
-    _check_crc(header[:8], expected, f"the length of the record of {path} at byte {offset}")
-    return int(length)
+def _truncated(what: str) -> ShardError:
+    return ShardError(f"Expected {what} to be whole, but the file is truncated. Download it again.")
 
 
-def _check_crc(data: bytes, expected: int, what: str) -> None:
-    import google_crc32c
-
-    crc = google_crc32c.value(data)
-    found = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF  # the mask of TFRecord files
-    if found != expected:
+def _pictures(features: Any, name: str, where: str, *, ids: bool = False) -> np.ndarray:
+    """Decode a feature's PNG files to (F, H, W, 3), or ids (F, H, W)."""
+    files = features[name].bytes_list.value
+    frames = [
+        decode_picture(data, f"frame {number} of `{name}` of {where}", ids=ids, formats=("PNG",))
+        for number, data in enumerate(files)
+    ]
+    if len({frame.shape for frame in frames}) != 1 or frames[0].dtype != np.uint8:
+        got = sorted({f"{frame.dtype} {frame.shape}" for frame in frames}) or f"none among {sorted(features)[:20]}"
         raise ShardError(
-            f"Expected {what} to have the checksum {expected:#010x}, but got {found:#010x}. The file is damaged, "
-            "compressed or no TFRecord file: download it again."
+            f"Expected `{name}` of {where} to hold PNG files of 8 bits and one size, but got {got}. The record is "
+            "damaged or of an unknown version."
         )
-
-
-def _truncated(path: Path, offset: int) -> ShardError:
-    return ShardError(
-        f"Expected {path} to hold a whole record at byte {offset}, but the file ends before. It is truncated: download "
-        "it again."
-    )
-
-
-def _parse(data: bytes, where: str, skip: frozenset[str]) -> _Features:
-    from google.protobuf.message import DecodeError
-    from tfrecord import example_pb2
-
-    try:
-        features = example_pb2.Example.FromString(data).features.feature
-    except DecodeError as error:
-        raise ShardError(
-            f"Expected {where} to be a tf.train.Example, but got a malformed message ({error}). The file is damaged or "
-            "holds something else."
-        ) from error
-    found: _Features = {}
-    for name in features:
-        if name not in skip:
-            kind = features[name].WhichOneof("kind")
-            values = getattr(features[name], kind).value if kind else []
-            dtype = {"float_list": np.float32, "int64_list": np.int64}.get(kind or "")
-            found[name] = list(values) if dtype is None else np.array(values, dtype)
-    return found
-
-
-def _require(features: _Features, name: str, where: str) -> Any:
-    if name not in features:
-        raise _misfit(where, f"the feature `{name}`", ", ".join(sorted(features)[:20]) or "none")
-    return features[name]
-
-
-def _pictures(features: _Features, name: str, where: str) -> np.ndarray:
-    """Decode a list of PNG files to (F, H, W, 3) or (F, H, W)."""
-    from PIL import Image
-
-    frames: list[np.ndarray] = []
-    for number, data in enumerate(_require(features, name, where)):
-        try:
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-                if picture.mode not in _MODES[name]:
-                    raise ValueError(f"a picture of mode {picture.mode}")
-                frames.append(np.asarray(picture))
-        except Exception as error:  # Pillow raises almost anything on damaged bytes
-            raise _misfit(
-                f"frame {number} of `{name}` of {where}", f"a PNG file of mode {_MODES[name][0]}", error
-            ) from error
-    if len({frame.shape for frame in frames}) != 1:
-        raise _misfit(f"`{name}` of {where}", "PNG files of one size", f"sizes {[f.shape[:2] for f in frames][:3]}")
     return np.stack(frames)
-
-
-def _flow(features: _Features, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
-    values = _require(features, name, where)
-    if isinstance(values, list) or values.dtype != np.int64 or len(values) != math.prod(shape):
-        raise _misfit(f"`{name}` of {where}", f"{math.prod(shape)} integers for shape {shape}", f"{len(values)} values")
-    if values.min() < 0 or values.max() > 65535:
-        raise _misfit(f"`{name}` of {where}", "values from 0 to 65535", f"{values.min()} to {values.max()}")
-    return values.reshape(shape)
-
-
-def _same_size(name: str, values: np.ndarray, video: np.ndarray, where: str) -> np.ndarray:
-    if values.shape[:3] != video.shape[:3]:
-        raise _misfit(f"`{name}` of {where}", f"the video's frames, height, width {video.shape[:3]}", values.shape[:3])
-    return values
-
-
-def _describe(features: _Features, where: str) -> dict[str, Any]:
-    """Nest what a record says beside its pictures by the slashes of its names, with one entry per object and collision.
-
-    TensorFlow Datasets flattens nested features: `instances/mass` holds one number per object, `instances/positions`
-    frames x 3 numbers per object, and ragged lists are split into values and row lengths.
-    """
-    found: dict[str, Any] = {}
-    rows: dict[str, _Features] = {"instances": {}, "collisions": {}}
-    for name, values in sorted(features.items()):
-        group, _, inner = name.removeprefix("events/").partition("/")
-        if group in rows:
-            rows[group][inner] = values
-        elif inner:
-            found.setdefault(group, {})[inner] = _nested(inner, values, where)
-        elif isinstance(values, list) and len(values) == 1 and name not in _MODES:
-            found[name] = _nested(name, values, where)
-    for group, own in rows.items():
-        stated = features.get("metadata/num_instances") if group == "instances" else None
-        counted: Any = own.get("frame" if group == "collisions" else "mass", [])
-        count = len(counted) if stated is None else int(stated[0])
-        if own or stated is not None:
-            found[group] = [{} for _ in range(count)]
-        for name, values in own.items():
-            plain = name.removesuffix(_FLAT)
-            if name.endswith(_LENGTHS):
-                continue
-            ragged = own.get(plain + _LENGTHS, ()) if plain != name else [len(values) // max(count, 1)] * count
-            sizes = [int(size) * (math.prod(_SHAPES.get(plain, ())) if plain != name else 1) for size in ragged]
-            if len(sizes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(values):
-                raise _misfit(f"`{group}/{name}` of {where}", f"{sum(sizes)} values of {count} objects", len(values))
-            for row, (start, end) in zip(found[group], pairwise(np.cumsum([0, *sizes]).tolist()), strict=True):
-                row[plain] = _nested(plain, values[start:end], where, scalar=plain == name)
-    return found
-
-
-def _nested(name: str, values: Any, where: str, scalar: bool = True) -> Any:
-    """Return nested lists of numbers or texts; a single value becomes a scalar."""
-    if isinstance(values, list):
-        plain: Any = [value.decode("utf-8", errors="replace") for value in values]
-    elif len(values) % math.prod(_SHAPES.get(name, ())):
-        raise _misfit(f"`{name}` of {where}", f"a multiple of {_SHAPES[name]} values", len(values))
-    else:
-        plain = _numbers(values.reshape(-1, *_SHAPES.get(name, ())))
-    return plain[0] if scalar and len(values) == 1 else plain
-
-
-def _numbers(values: np.ndarray) -> Any:
-    """Return nested lists of numbers, exact and as short as float32 allows; None for what is not finite."""
-    if values.dtype != np.float32:
-        return values.tolist()
-    exact = values.astype("U32").astype(np.float64)  # through the shortest text that stands for the float32
-    if np.isfinite(exact).all():
-        return exact.tolist()
-    anything = exact.astype(object)
-    anything[~np.isfinite(exact)] = None
-    return anything.tolist()
-
-
-def _misfit(place: str, expected: str, found: Any) -> ShardError:
-    return ShardError(
-        f"Expected {place} to hold {expected}, but got {found}. The record is damaged or of an unknown version."
-    )

@@ -12,28 +12,30 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
 from ssync_pl.data.shards import ShardReader, ShardWriter
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ShardError, choose, require
 
-__all__ = ["ConversionReport", "Decode", "Item", "convert", "record_path"]
+__all__ = ["ConversionReport", "Decode", "Item", "Split", "convert"]
 
-_VIDEOS_PER_WORKER = 16  # fewer are not worth the start of a process
 _LOCK = ".convert.lock"
 # Errors of the machine, not of one source file: skipping the sample would lose all the others too.
-_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-_FORMAT, _VERSION = "ssync_pl.conversion", 1
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or change its permissions"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file has the name of the folder: choose another one"),
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -51,61 +53,29 @@ Decode = Callable[[Item], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Split:
+    """What becomes the shards of one prefix: the source of each sample, and what to tell the user about them."""
+
+    prefix: str
+    sources: Sequence[Any]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """What a conversion wrote: paths of its shards, counts, and key → reason of what was left out."""
 
     shards: tuple[Path, ...]
     videos: int
     kept: int
-    skipped: dict[str, str] = field(default_factory=dict)
-    frames: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class _Record:
-    """All that decides the shards of one prefix, and whether they are complete; it lies beside them."""
-
-    prefix: str
-    videos: int
-    items: str  # hash of all keys and sources
-    samples_per_shard: int
-    recipe: dict[str, Any]
-    complete: bool = False
-    skipped: dict[str, str] = field(default_factory=dict)
-    frames: int = 0
-
-    @property
-    def shards(self) -> list[str]:
-        count = -(-self.videos // self.samples_per_shard)
-        return [f"{self.prefix}-{number:06d}.tar" for number in range(count)]
-
-    def differences(self, other: _Record) -> list[str]:
-        names: list[tuple[str, Any, Any]] = [("samples_per_shard", self.samples_per_shard, other.samples_per_shard)]
-        names += [(key, self.recipe.get(key), other.recipe.get(key)) for key in sorted({*self.recipe, *other.recipe})]
-        found = [f"{key} {json.dumps(there)[:60]}, not {json.dumps(here)[:60]}" for key, here, there in names
-                 if here != there]  # fmt: skip
-        if self.videos != other.videos:
-            found.append(f"{other.videos} videos, not {self.videos}")
-        elif self.items != other.items:
-            found.append("other source files, or the same ones in another order")
-        return found
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One shard."""
-
-    path: Path
-    items: tuple[Item, ...]
-    decode: Decode
-    skip: bool
+    skipped: dict[str, str]
+    frames: int
+    bytes: int
 
 
 @dataclass(frozen=True)
 class _Made:
-    entry: ShardEntry | None  # None when every item was left out
-    frames: int = 0
+    entry: ShardEntry | None  # None when every video was left out
     skipped: dict[str, str] = field(default_factory=dict)
     kept: bool = False
 
@@ -125,8 +95,7 @@ def convert(
     """Convert items into the shards `<prefix>-000000.tar`, … and note them in the folder's index.
 
     Each shard is made whole by one process under a hidden name, read back, and only then renamed. The same call goes on
-    where a killed one was, and returns at once when all is there. Equal arguments give equal bytes, whatever the number
-    of workers and the interruptions.
+    where a killed one was. Equal arguments give equal bytes, whatever the number of workers and the interruptions.
 
     Args:
         items: The future samples, in order.
@@ -135,7 +104,7 @@ def convert(
         prefix: Start of the shards' names.
         recipe: Settings that decide the samples, as JSON values.
         samples_per_shard: Items per shard.
-        num_workers: Processes; 0 works in this one. None: one per CPU, but none for a handful of videos.
+        num_workers: Processes; 0 works in this one. None: one per CPU and shard, but this one for a single shard.
         on_bad_sample: `raise` stops at the first bad item, `skip` leaves it out, logs, names and counts it.
         progress: Show a bar on standard error.
 
@@ -147,31 +116,26 @@ def convert(
         ShardError: An item is bad, the folder holds shards of another conversion, another process works on the same
             shards, or the disk is full or refuses. Finished shards stay.
     """
-    _check_arguments(items, prefix, samples_per_shard, num_workers, on_bad_sample)
-    out, skip = Path(out), on_bad_sample == "skip"
-    digest = hashlib.sha256(_canonical("items", [(item.key, item.source) for item in items])).hexdigest()
-    record = _Record(prefix, len(items), digest, samples_per_shard, json.loads(_canonical("recipe", recipe)))
+    plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
+    require(bool(plain), "the prefix to be a plain file name part", repr(prefix))
+    require(bool(items), f"at least one video for `{prefix}`", "none")
+    require(samples_per_shard >= 1, "samples_per_shard (--samples-per-shard) to be at least 1", samples_per_shard)
+    require(num_workers is None or num_workers >= 0, "num_workers (--workers) to be 0 or more", num_workers)
+    choose("on_bad_sample", on_bad_sample, "raise", "skip")
+    out = Path(out)
+    parts = [items[start : start + samples_per_shard] for start in range(0, len(items), samples_per_shard)]
+    paths = [out / f"{prefix}-{number:06d}.tar" for number in range(len(parts))]
+    settings = {**recipe, "videos": len(items), "samples_per_shard": samples_per_shard}
     try:
-        # Looked at before the lock is taken too: a complete set may lie on a disk that is read-only by now.
-        done = _completed(out, record, skip)
-        if done is not None:
-            return done
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / _LOCK):
-            done = _completed(out, record, skip)
-            if done is not None:
-                return done
-            before = _read_record(out, prefix)
-            if before is None or record.differences(before):
-                _write_record(out, record)
-            _remove_leftovers(out, prefix)
-            jobs = [
-                _Job(out / name, tuple(items[i * samples_per_shard : (i + 1) * samples_per_shard]), decode, skip)
-                for i, name in enumerate(record.shards)
-            ]
-            workers = _worker_count(num_workers, len(items), len(jobs))
-            made = _run(jobs, workers, f"converting {prefix}", progress)
-            return _finish(out, record, made)
+            _claim(out, prefix, settings, items, [path.name for path in paths])
+            make = partial(_make, decode, on_bad_sample == "skip")
+            try:
+                made = _run(make, paths, parts, num_workers, f"converting {prefix}" if progress else None)
+            finally:
+                _remove_leftovers(out, prefix)
+            return _finish(out, prefix, settings, made)
     except BlockingIOError as error:
         raise ShardError(
             f"Expected to be the only process that converts into {out}, but another one does. Wait for it, or choose "
@@ -184,236 +148,131 @@ def convert(
             "kept."
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "The disk is full: free some space and run the same command again; finished shards are kept."
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            advice = "The folder cannot be written: choose another one, or change its permissions."
-        else:
-            advice = "Run the same command again, finished shards are kept, or choose another folder."
-        raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
-
-
-def _verify(path: Path, keys: Sequence[str]) -> tuple[ShardEntry, int]:
-    """Decode every member of a shard with these keys; return its index entry and the frames of all its videos."""
-    entry = scan_shard(path)
-    odd = sorted(set(keys) ^ {sample.key for sample in entry.samples})
-    if odd or len(entry.samples) != len(keys):
-        raise ShardError(f"Expected {path} to hold {len(keys)} videos, but got {len(entry.samples)}: {odd[:3]} differ.")
-    frames = 0
-    with contextlib.closing(ShardReader()) as reader:
-        for sample in entry.samples:
-            members = reader.sample(str(path), entry, sample, max_bytes=1 << 40)
-            frames += _count_frames({name: members.decode(name) for name in sample.members}, members.where)
-    return entry, frames
-
-
-def _count_frames(members: Mapping[str, Any], where: str) -> int:
-    """Count the frames of one sample, after a look at whether its video and masks fit each other."""
-    arrays = {name.split(".")[0]: value for name, value in members.items() if isinstance(value, np.ndarray)}
-    video, masks = arrays.get("video"), arrays.get("segmentations")
-    if video is not None and (video.ndim != 4 or video.shape[3] != 3 or not video.size or video.dtype != np.uint8):
+        advice = _ADVICE.get(error.errno or 0, "Run the same command again, or choose another folder")
         raise ShardError(
-            f"Expected the video of {where} to be uint8 (frames, height, width, 3) and not empty, but got "
-            f"{video.dtype} {video.shape}. Repair the source."
-        )
-    if masks is not None and (masks.ndim != 4 or masks.dtype.kind not in "uib"):
-        raise ShardError(
-            f"Expected the masks of {where} to be integers (frames, height, width, objects), but got {masks.dtype} "
-            f"{masks.shape}. Repair the source."
-        )
-    if video is not None and masks is not None and video.shape[:3] != masks.shape[:3]:
-        raise ShardError(
-            f"Expected the video and the masks of {where} to have the same frames, height and width, but got "
-            f"{video.shape[:3]} and {masks.shape[:3]}. Repair the source."
-        )
-    return 0 if video is None else len(video)
-
-
-def _check_arguments(
-    items: Sequence[Item], prefix: str, samples_per_shard: int, num_workers: int | None, on_bad_sample: str
-) -> None:
-    plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
-    whole = isinstance(samples_per_shard, int) and not isinstance(samples_per_shard, bool) and samples_per_shard >= 1
-    workers = num_workers is None or (not isinstance(num_workers, bool) and num_workers >= 0)
-    checks = (
-        (plain, "the prefix to be a plain file name part", prefix),
-        (whole, "samples_per_shard to be at least 1", samples_per_shard),
-        (workers, "num_workers to be 0 or more, or None", num_workers),
-        (on_bad_sample in ("raise", "skip"), "on_bad_sample to be 'raise' or 'skip'", on_bad_sample),
-        (bool(items), f"at least one video for `{prefix}`", "none"),
-    )
-    for good, expected, got in checks:
-        if not good:
-            raise ConfigError(f"Expected {expected}, but got {got!r}.")
-    keys = [item.key for item in items]
-    odd = [key for key in keys if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or key.startswith("__")]
-    if odd or len(set(keys)) < len(keys):
-        raise ConfigError(f"Expected different keys of letters, digits, `_` and `-`, but got {(odd or keys)[:3]}.")
-
-
-def _canonical(name: str, value: Any) -> bytes:
-    try:
-        return json.dumps(value, sort_keys=True).encode()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"Expected argument `{name}` to hold JSON values only, but got {error}.") from error
-
-
-def _worker_count(wanted: int | None, videos: int, shards: int) -> int:
-    if wanted == 0 or not may_start_processes():
-        return 0
-    if wanted is not None:
-        return min(wanted, shards)
-    count = min(cpu_count(), shards, videos // _VIDEOS_PER_WORKER)
-    return count if count > 1 else 0
-
-
-def record_path(out: Path, prefix: str) -> Path:
-    """Where the record of a conversion lies."""
-    return out / f".{prefix}.plan.json"
-
-
-def _read_record(out: Path, prefix: str) -> _Record | None:
-    path = record_path(out, prefix)
-    try:
-        raw = json.loads(path.read_bytes())
-        if (raw.pop("format"), raw.pop("version")) != (_FORMAT, _VERSION):
-            raise ValueError("another format or version")
-        return _Record(**raw)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"Expected {path} to be the record of a conversion, version {_VERSION}, but got {error!r}. Delete it "
-            f"together with the shards `{prefix}-*.tar`, or choose another folder."
+            f"Expected to write shards to {out}, but got {error}. {advice}; finished shards are kept."
         ) from error
 
 
-def _write_record(out: Path, record: _Record) -> None:
-    content = {"format": _FORMAT, "version": _VERSION, **asdict(record)}
-    write_bytes(record_path(out, record.prefix), json.dumps(content, sort_keys=True).encode())
-
-
-def _completed(out: Path, record: _Record, skip: bool) -> ConversionReport | None:
-    """Report a conversion that is complete, from the sizes alone; None when there is something to do."""
-    before = _read_record(out, record.prefix)
-    _refuse_foreign_shards(out, record, before)
-    if before is None or not before.complete or record.differences(before) or (before.skipped and not skip):
-        return None
-    index = read_index(out)
-    if index is None:
-        return None
-    entries = [index.shards[name] for name in record.shards if name in index.shards]
-    paths = [out / entry.name for entry in entries]
-    if any(not path.is_file() or path.stat().st_size != e.size for path, e in zip(paths, entries, strict=True)):
-        return None
-    if sum(len(entry.samples) for entry in entries) != record.videos - len(before.skipped):
-        return None
-    return _report(out, entries, len(paths), before.skipped, before.frames)
-
-
-def _refuse_foreign_shards(out: Path, record: _Record, before: _Record | None) -> None:
-    pattern = re.compile(re.escape(record.prefix) + r"-\d{6,}\.tar")
-    found = sorted(path.name for path in out.glob("*.tar") if pattern.fullmatch(path.name))
-    strangers = sorted(set(found) - set(record.shards))
-    why = ["no record of a conversion lies beside them"] if before is None else record.differences(before)[:4]
-    why = why or [f"{name} is none of this conversion" for name in strangers[:1]]
+def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[Item], names: Sequence[str]) -> None:
+    """Note beside the shards how they are made; refuse a folder that holds other shards or another record."""
+    path = out / f".{prefix}.plan.json"
+    sources = json.dumps([(item.key, item.source) for item in items], sort_keys=True)
+    record = {"format": "ssync_pl.conversion", "version": 2, "settings": settings}
+    record = json.loads(json.dumps({**record, "sources": hashlib.sha256(sources.encode()).hexdigest()}))
+    try:
+        before = json.loads(path.read_bytes()) if path.exists() else {}
+        ours = not before or (before["format"], before["version"]) == (record["format"], record["version"])
+    except (ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise ShardError(
+            f"Expected {path} to be the record of a conversion by this version of ssync_pl, but it is something else. "
+            "Choose another folder with --out, or for `videos` another --prefix."
+        )
+    pattern = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
+    found = sorted(name for name in os.listdir(out) if pattern.fullmatch(name))
+    why = _differences(before, record) if before else ["no record of a conversion lies beside them"]
+    why = why or [f"{name} is none of this conversion" for name in found if name not in names]
     if found and why:
         raise ShardError(
-            f"Expected the {len(found)} shards `{record.prefix}-*.tar` in {out} to be of this conversion, but they are "
-            f"not: {'; '.join(why)}. Run with the earlier settings to go on, move the shards away, or choose another "
+            f"Expected the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion, but they are not: "
+            f"{'; '.join(why[:4])}. Run with the earlier settings to go on, move the shards away, or choose another "
             "folder with --out."
         )
+    if before != record:
+        write_bytes(path, json.dumps(record, sort_keys=True).encode())
+
+
+def _differences(before: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    then, now = before["settings"], record["settings"]
+    names = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    found = [f"{name} {json.dumps(then.get(name))[:60]}, not {json.dumps(now.get(name))[:60]}" for name in names]
+    if not found and before["sources"] != record["sources"]:
+        found = ["other source files, or the same ones in another order"]
+    return found
 
 
 def _remove_leftovers(out: Path, prefix: str) -> None:
-    """Remove what killed runs left; the lock says that nobody works on it."""
-    scratch = re.compile(rf"\.{re.escape(prefix)}-\d{{6,}}\.\d+-[0-9a-f]{{8}}\.tmp")
-    halves = re.compile(rf"\.\.{re.escape(prefix)}\.plan\.json-\w+")
-    for path in out.iterdir():
-        if scratch.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        elif halves.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    """Remove what processes left that were killed; the lock says that nobody works on it."""
+    scratch = re.compile(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp")
+    for name in os.listdir(out):
+        if scratch.fullmatch(name):
+            shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _run(jobs: Sequence[_Job], workers: int, title: str, progress: bool) -> list[_Made]:
+def _run(
+    make: Callable[..., _Made], paths: Sequence[Path], parts: Sequence[Any], wanted: int | None, title: str | None
+) -> list[_Made]:
+    """Make all shards, in this process or in others that end with the first error or Ctrl-C."""
     from tqdm import tqdm
 
-    with tqdm(total=sum(len(job.items) for job in jobs), desc=title, unit="video", disable=not progress) as bar:
-        if not workers:
-            return [_do(job, bar.update) for job in jobs]
-        # spawn: forking a process that has threads (PyTorch, a logger) can hang
-        context = multiprocessing.get_context("spawn")
-        stop = context.RawValue("b", 0)  # plain memory: a worker that dies cannot leave a lock behind
-        with one_thread_each():
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(stop,))
+    workers = min(cpu_count() if wanted is None else wanted, len(paths))
+    made: list[_Made] = []
+    with tqdm(total=sum(map(len, parts)), desc=title, unit="video", disable=title is None) as bar:
+
+        def collect(results: Iterator[_Made]) -> None:
+            for part, result in zip(parts, results, strict=True):
+                made.append(result)
+                bar.update(len(part))
+
+        if not may_start_processes() or workers == 0 or (wanted is None and workers == 1):
+            collect(map(make, paths, parts))
+            return made
+        others = set(multiprocessing.active_children())
+        context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
+        with one_thread_each(), ProcessPoolExecutor(workers, context, end_with_parent) as pool:
             try:
-                futures = {pool.submit(_do, job): job for job in jobs}
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(len(futures[future].items))
-                return [future.result() for future in futures]
-            finally:
-                stop.value = 1
-                pool.shutdown(wait=True, cancel_futures=True)
+                collect(pool.map(make, paths, parts))
+            except BaseException:
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()  # the shard that it is at may take minutes
+                raise
+    return made
 
 
-_stop: Any = None
-
-
-def _start(stop: Any) -> None:
-    global _stop
-    end_with_parent()
-    _stop = stop
-
-
-def _do(job: _Job, tick: Callable[[], object] = lambda: None) -> _Made:
-    """Read a finished shard back, or make it."""
+def _make(decode: Decode, skip: bool, path: Path, items: Sequence[Item]) -> _Made:
+    """Keep a finished shard, or make it."""
+    keys = [item.key for item in items]
+    before: list[str] = []
     try:
-        entry, frames = _verify(job.path, [item.key for item in job.items])
-        for _ in job.items:
-            tick()
-        return _Made(entry, frames, kept=True)
+        entry = scan_shard(path)
+        before = [sample.key for sample in entry.samples]
+        if before == keys:
+            return _Made(entry, kept=True)
     except FileNotFoundError:
         pass
-    except ShardError as error:  # damaged, or an earlier run left out bad samples
-        _logger.warning("Making %s again: %s", job.path, error)
-    # the random part lets processes of several machines share a disk
-    scratch = job.path.with_name(f".{job.path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    keys: list[str] = []
+    except ShardError as error:
+        _logger.warning("Making %s again: %s", path, error)
+    scratch = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
     skipped: dict[str, str] = {}
     try:
         scratch.mkdir()
-        with ShardWriter(scratch, "made", samples_per_shard=len(job.items) + 1) as writer:
-            for item in job.items:
-                if _stop is not None and _stop.value:
-                    raise InterruptedError(errno.EINTR, "the conversion was stopped", str(job.path))
+        with ShardWriter(scratch, "made", samples_per_shard=len(items) + 1) as writer:
+            for item in items:
                 try:
-                    members = _decode(job, item)
-                    _count_frames(members, f"{job.path.name}, key {item.key}")
-                    writer.write(item.key, members)
-                    keys.append(item.key)
+                    writer.write(item.key, _decode(decode, item))
                 except ShardError as error:
-                    if not job.skip:
+                    if not skip:
                         raise
                     skipped[item.key] = str(error)
-                tick()
-        if not keys:
-            job.path.unlink(missing_ok=True)
-            return _Made(None, 0, skipped)
-        made = (scratch / "made-000000.tar").rename(scratch / job.path.name)
-        entry, frames = _verify(made, keys)
+        if before and set(before) >= set(keys) - set(skipped):  # an earlier run left out bad videos, and they still are
+            return _Made(entry, {key: skipped[key] for key in keys if key not in before}, kept=True)
+        if len(skipped) == len(keys):
+            return _Made(None, skipped)
+        made = scratch / "made-000000.tar"
+        entry = _read_back(made)
         with made.open("rb+") as stream:
             os.fsync(stream.fileno())  # content before the name: a power cut must not leave an empty file under it
-        os.replace(made, job.path)
-        return _Made(entry, frames, skipped)
+        os.replace(made, path)
+        return _Made(replace(entry, name=path.name), skipped)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _decode(job: _Job, item: Item) -> Mapping[str, Any]:
+def _decode(decode: Decode, item: Item) -> Mapping[str, Any]:
     try:
-        return job.decode(item)
+        return decode(item)
     except OSError as error:
         if error.errno in _MACHINE:
             raise
@@ -423,31 +282,38 @@ def _decode(job: _Job, item: Item) -> Mapping[str, Any]:
         ) from error
 
 
-def _finish(out: Path, record: _Record, made: Sequence[_Made]) -> ConversionReport:
+def _read_back(path: Path) -> ShardEntry:
+    """Decode every member of a shard, so that no damaged one gets its name."""
+    entry = scan_shard(path)
+    with contextlib.closing(ShardReader()) as reader:
+        for sample in entry.samples:
+            members = reader.sample(str(path), entry, sample, max_bytes=1 << 40)
+            for name in sample.members:
+                members.decode(name)
+    return entry
+
+
+def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[_Made]) -> ConversionReport:
     skipped = {key: reason for result in made for key, reason in result.skipped.items()}
     entries = [result.entry for result in made if result.entry is not None]
     for key, reason in skipped.items():
         _logger.warning("Left out video %s: %s", key, reason)
     if not entries:
         raise ShardError(
-            f"Expected at least one good video for {out}, but all {record.videos} were skipped; the first because: "
+            f"Expected at least one good video for {out}, but all {len(skipped)} were skipped; the first because: "
             f"{next(iter(skipped.values()))}"
         )
     before = read_index(out)
-    known = before.shards if before else {}
-    kept = {name: entry for name, entry in known.items() if (out / name).exists() and name not in record.shards}
-    kept.update((entry.name, entry) for entry in entries)
-    videos = sum(len(entry.samples) for entry in entries)
-    own = {**record.recipe, "videos": videos, "samples_per_shard": record.samples_per_shard, "skipped": skipped}
-    write_index(out, kept.values(), {**(before.recipe if before else {}), record.prefix: own})
-    frames = sum(result.frames for result in made)
-    _write_record(out, replace(record, complete=True, skipped=skipped, frames=frames))
-    return _report(out, entries, sum(result.kept for result in made), skipped, frames)
-
-
-def _report(
-    out: Path, entries: Sequence[ShardEntry], kept: int, skipped: Mapping[str, str], frames: int
-) -> ConversionReport:
-    paths = tuple(out / entry.name for entry in entries)
-    videos, size = (sum(values) for values in zip(*((len(e.samples), e.size) for e in entries), strict=True))
-    return ConversionReport(paths, videos, kept, dict(skipped), frames, size)
+    known = {name: entry for name, entry in (before.shards if before else {}).items() if (out / name).exists()}
+    known |= {entry.name: entry for entry in entries}
+    samples = [sample for entry in entries for sample in entry.samples]
+    recipes = {**(before.recipe if before else {}), prefix: {**settings, "videos": len(samples), "skipped": skipped}}
+    write_index(out, known.values(), recipes)
+    return ConversionReport(
+        shards=tuple(out / entry.name for entry in entries),
+        videos=len(samples),
+        kept=sum(result.kept for result in made),
+        skipped=skipped,
+        frames=sum(sample.frames or 0 for sample in samples),
+        bytes=sum(entry.size for entry in entries),
+    )

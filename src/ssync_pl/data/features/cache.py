@@ -4,82 +4,104 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import tarfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ssync_pl.data.features.codec import FeatureType, member_names, stored_dtype, tensor_to_array
-from ssync_pl.data.features.compute import FeatureRun, sample_features
-from ssync_pl.data.features.recipe import (
-    RECIPE_MEMBER,
-    FeatureRecipe,
-    SourceFacts,
-    find_shard,
-    pack_recipe,
-    read_recipe,
-    require_crop,
-    require_local,
-    source_facts,
-)
-from ssync_pl.data.features.settle import settle_projection
-from ssync_pl.data.files import exclusive
-from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, write_index
-from ssync_pl.data.samples import SampleRules
+from ssync_pl.data.features import recipe as recipes
+from ssync_pl.data.features.backbone import Backbone
+from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, fit_projection, read_projection
+from ssync_pl.data.features.recipe import FeatureRecipe
+from ssync_pl.data.features.store import member_name
+from ssync_pl.data.files import exclusive, write_bytes
+from ssync_pl.data.index import ShardEntry, load_shards
+from ssync_pl.data.patterns import is_remote
+from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader, encode_member
 from ssync_pl.data.transforms import BatchTransform, Size
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ShardError, choose, require
 
-if TYPE_CHECKING:
-    from ssync_pl.data.features.backbones import FrozenBackbone
+__all__ = ["CacheReport", "FeatureMaker", "cache_features"]
 
-__all__ = ["CacheReport", "cache_features"]
+_VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
+
+_logger = logging.getLogger(__name__)
+_Source = tuple[str, ShardEntry]
+_Video = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class FeatureMaker:
+    """Turns frames into features as a cache holds them, on a device, or on that of the frames."""
+
+    backbone: Backbone
+    recipe: FeatureRecipe
+    projection: Projection | None = None
+    batch_size: int = 32
+    device: torch.device | str | None = None
+
+    @cached_property
+    def _transform(self) -> BatchTransform:
+        size, names = self.recipe.image_size, ("resize_mode", "crop", "mean", "std")
+        return BatchTransform(size, **{name: getattr(self.recipe, name) for name in names})
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor, crop: Tensor, where: str, flip: bool = False) -> Tensor:
+        """Compute features (T, N, D) of frames (T, h, w, 3) uint8 with crops at `crop` (2,), mirrored with `flip`.
+
+        `ShardError` names `where` they are from when they are not finite.
+        """
+        device = self.device or video.device
+        projection = None if self.projection is None else self.projection.to(device)
+        self.backbone.to(device)
+        parts = []
+        for frames in video.split(self.batch_size):
+            batch = {"video": frames[None], "crop": crop[None], "flip": torch.tensor([flip])}
+            seen = self._transform({name: value.to(device) for name, value in batch.items()})["video"][0]
+            features, _ = self.backbone(seen)
+            parts.append(features if projection is None else projection(features))
+        features = torch.cat(parts)
+        if not bool(features.isfinite().all()):
+            raise ShardError(
+                f"Expected backbone {self.backbone.name} to give finite features, but those of {where} hold NaN or "
+                "infinity. Check its weights and the video."
+            )
+        return features
+
+
+@dataclass
 class CacheReport:
-    """What a call of `cache_features` did.
+    """What a call of `cache_features` did; `busy` shards were left to other processes, `frames` were computed."""
 
-    Attributes:
-        written: Shards written.
-        kept: Shards that were there already.
-        busy: Names of the shards that another process is writing.
-        videos: Videos in the written shards.
-        frames: Their frames; mirrored frames count again.
-        bytes: Size of all finished shards, kept ones included.
-        seconds: Time that the written shards took.
-        skipped: Shard and key of each unreadable video → message.
-    """
-
+    recipe: FeatureRecipe
+    projection: Projection | None
     written: int = 0
     kept: int = 0
-    busy: tuple[str, ...] = ()
-    videos: int = 0
+    busy: list[str] = field(default_factory=list)
     frames: int = 0
-    bytes: int = 0
     seconds: float = 0.0
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def frames_per_second(self) -> float:
-        """Frames per second over the written shards, reading and writing included."""
-        return self.frames / self.seconds if self.seconds > 0 else 0.0
+    bytes: int = 0
+    skipped: list[str] = field(default_factory=list)
 
 
 def cache_features(
     shards: Sequence[str],
-    backbone: FrozenBackbone,
+    backbone: Backbone,
     out: str | os.PathLike[str],
     *,
     image_size: int | Size,
     resize_mode: str = "bicubic",
     crop: str = "none",
-    dtype: FeatureType = "bf16",
     flips: bool = False,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
@@ -87,17 +109,11 @@ def cache_features(
     progress: bool = True,
     components: int | None = None,
 ) -> CacheReport:
-    """Store the features of every frame, in shards of the same names and keys as those of the videos.
+    """Store the features of every frame in bfloat16, in shards of the same names and keys as those of the videos.
 
-    Frames go through `BatchTransform`, as in evaluation, with the backbone's normalisation. Each shard is written under
-    a temporary name, checked and renamed; a call that was killed goes on with the shards that are missing. Several
-    processes may fill one folder at once: each takes shards that no other is writing. Sets whose shards have the same
-    names may share a folder: the digest of the videos tells them apart.
-
-    With `components` features are projected (`fit_projection`): each channel standardised, each layer of the same
-    weight, then a PCA. The projection is fitted once, by the first call for a folder, to up to 512 frames from all over
-    its shards, and lies in the folder as `projection.npz`. So store the training videos first: later calls for that
-    folder take the same projection.
+    A call that was killed goes on with the shards that are missing; several processes may fill one folder at once.
+    With `components` the first call for a folder fits `projection.npz` to up to 512 frames from all over its shards,
+    and all later calls take it: so store the training videos first.
 
     Args:
         shards: Local shards of videos.
@@ -105,56 +121,44 @@ def cache_features(
         out: Folder of the features; made when absent. It may hold shards of the same recipe, nothing else.
         image_size: Height and width of the frames that the backbone sees, or one number for both.
         resize_mode: `bicubic` (clamped) or `bilinear`.
-        crop: `none` or `center`; random crops are refused.
-        dtype: How features are stored; see `encode_features`.
+        crop: `none` or `center`.
         flips: Store features of the mirrored frames too: they are no mirror image of the features.
-        batch_size: Frames per call of the backbone.
+        batch_size: Most frames per call of the backbone.
         device: Where the backbone runs.
         on_bad_sample: `raise`, or `skip` videos that cannot be read: they get no features and are reported.
         progress: Show a bar.
-        components: Store this many principal components instead of the backbone's channels.
-
-    Returns:
-        What was done.
+        components: Store this many principal components (`fit_projection`) instead of the backbone's channels.
 
     Raises:
         ConfigError: A setting is out of range, or `out` holds features of another recipe or projection.
-        ShardError: A video cannot be read, its features are not finite, videos changed meanwhile, or `out` cannot be
-            written or holds other shards.
+        ShardError: A video cannot be read or changes, features are not finite, or `out` cannot be written.
     """
     from tqdm import tqdm
 
-    if batch_size < 1:
-        raise ConfigError(f"Expected argument `batch_size` to be at least 1, but got {batch_size}.")
-    if on_bad_sample not in ("raise", "skip"):
-        raise ConfigError(f"Expected argument `on_bad_sample` to be raise or skip, but got {on_bad_sample!r}.")
-    require_crop(crop)
-    stored_dtype(dtype)
-    if components is not None and not 1 <= components <= backbone.dim:
-        raise ConfigError(
-            f"Expected argument `components` to be from 1 to the {backbone.dim} channels of backbone {backbone.name}, "
-            f"but got {components}."
-        )
-    require_local(shards)
+    require(batch_size >= 1, "argument `batch_size` to be at least 1", batch_size)
+    choose("on_bad_sample", on_bad_sample, "raise", "skip")
+    choose("resize_mode", resize_mode, "bicubic", "bilinear")
+    recipes.require_crop(crop)
+    expected = f"argument `components` to be from 1 to the {backbone.dim} channels of backbone {backbone.name}"
+    require(components is None or 1 <= components <= backbone.dim, expected, components)
+    remote = [path for path in shards if is_remote(path)]
+    require(not remote, "local shards with stored features", *remote[:1], advice="Download them first.")
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    mean, std = backbone.mean, backbone.std
-    transform = BatchTransform(size, resize_mode=resize_mode, crop=crop, mean=mean, std=std)
-    grid = backbone.to(device).grid_for(*size)
-    names = (backbone.name, backbone.layer, backbone.fingerprint)
-    recipe = FeatureRecipe(*names, backbone.dim, grid, size, resize_mode, crop, mean, std, dtype, flips)
-    rules = SampleRules(image_size=size, crop=crop)
-    run = FeatureRun(backbone, transform, recipe, rules, batch_size, torch.device(device), on_bad_sample == "skip")
-    entries, folder = load_shards(shards), Path(out)
+    backbone.to(device)
+    _, grid = backbone(torch.zeros(1, 3, *size, device=device))
+    names, scale = (backbone.name, backbone.layer, backbone.fingerprint), (backbone.mean, backbone.std)
+    recipe = FeatureRecipe(*names, backbone.dim, grid, size, resize_mode, crop, *scale, flips=flips)
+    maker = FeatureMaker(backbone, recipe, None, batch_size, device)
+    folder, skip, sources = Path(out), on_bad_sample == "skip", list(zip(shards, load_shards(shards), strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run = _projected(run, folder, components, shards)
-        _require_same_recipe(folder, run.recipe)
-        report = CacheReport()
-        bar = tqdm(total=sum(len(entry.samples) for entry in entries), unit="video", disable=not progress)
-        with bar, contextlib.closing(ShardReader()) as reader:
-            for path, entry in zip(shards, entries, strict=True):
-                report = _one_shard(path, entry, run, folder, reader, bar, report)
-        _write_folder_index(folder)
+        maker = _projected(maker, folder, components, sources, skip)
+        for path in sorted(folder.glob("*.tar")):
+            recipes.require_same(path, recipes.read_recipe(path)[0], maker.recipe)
+        report = CacheReport(maker.recipe, maker.projection)
+        for shard, entry in tqdm(sources, unit="shard", disable=not progress):
+            _store_shard(shard, entry, maker, folder, skip, report)
+        load_shards(sorted(folder.glob("*.tar")))  # writes their index
     except OSError as error:
         raise ShardError(
             f"Expected to write features to {out}, but could not ({error}). Finished shards are kept: make room, or "
@@ -163,91 +167,86 @@ def cache_features(
     return report
 
 
-def _projected(run: FeatureRun, out: Path, components: int | None, shards: Sequence[str]) -> FeatureRun:
-    projection = settle_projection(out, run, components, shards)
-    if projection is None:
-        return run
-    dim, fingerprint = projection.matrix.shape[1], projection.fingerprint
-    recipe = replace(run.recipe, dim=dim, components=projection.components, projection=fingerprint)
-    return replace(run, recipe=recipe, projection=projection.to(run.device))
+def _projected(
+    maker: FeatureMaker, folder: Path, components: int | None, sources: Sequence[_Source], skip: bool
+) -> FeatureMaker:
+    """Take the folder's projection, or fit it; other processes that want one of the same folder wait meanwhile."""
+    path = folder / PROJECTION_FILE
+    if components is not None and not path.exists():
+        with exclusive(folder / f".{PROJECTION_FILE}.lock", timeout=-1):
+            if not path.exists():  # asked again: another process may have finished it
+                expected = f"{PROJECTION_FILE} beside the features in {folder}"
+                require(not any(folder.glob("*.tar")), expected, "none", advice="Put it back, or take another --out.")
+                fitted = fit_projection(_sample(maker, sources, skip), maker.backbone.layer_dims, components)
+                facts = [asdict(recipes.source_facts(*source, folder)) for source in sources]
+                info = {**fitted.info, "sources": facts, "features": asdict(maker.recipe)}
+                write_bytes(path, replace(fitted, info=info).pack())
+    if not path.exists():
+        return maker
+    projection = read_projection(path)
+    dim, recipe = projection.matrix.shape[1], maker.recipe
+    there = replace(FeatureRecipe.from_json(projection.info["features"]), components=dim, flips=recipe.flips)
+    recipes.require_same(path, there, replace(recipe, components=components or 0))
+    recipe = replace(recipe, dim=dim, components=dim, projection=projection.fingerprint)
+    return replace(maker, recipe=recipe, projection=projection)
 
 
-def _require_same_recipe(out: Path, recipe: FeatureRecipe) -> None:
-    for path in sorted(out.glob("*.tar")):
-        found, _ = read_recipe(path)
-        if found != recipe:
-            raise ConfigError(
-                f"Expected {out} to be empty or to hold features of the same recipe, but {path.name} was made "
-                f"otherwise ({'; '.join(recipe.differences(found))}). Take another --out."
-            )
+def _sample(maker: FeatureMaker, sources: Sequence[_Source], skip: bool) -> Iterator[Tensor]:
+    """Features of frames from all over the shards, the same for every call."""
+    places = [(path, entry, sample) for path, entry in sources for sample in entry.samples]
+    chosen = [places[number] for number in _evenly(len(places), _VIDEOS)]
+    for path, entry, sample in chosen:
+        for key, video in _read(path, replace(entry, samples=(sample,)), maker.recipe, [] if skip else None):
+            frames = _evenly(len(video["video"]), max(1, _FRAMES // len(chosen)))
+            yield maker(video["video"][frames], video["crop"], f"{path}, key {key}")
 
 
-def _one_shard(
-    path: str, entry: ShardEntry, run: FeatureRun, out: Path, reader: ShardReader, bar: Any, report: CacheReport
-) -> CacheReport:
-    facts = source_facts([(path, entry)], out)[0]
-    done = _kept(entry, facts, out, bar)
-    if done is None:
-        try:
-            with exclusive(out / f".{facts.sha256[:12]}.lock"):
-                # asked again: another process may have finished it before the lock was taken
-                done = _kept(entry, facts, out, bar) or _made(path, entry, facts, run, out, reader, bar)
-        except BlockingIOError:
-            return replace(report, busy=(*report.busy, entry.name))
-    sums = {name: getattr(report, name) + getattr(done, name) for name in ("written", "kept", "videos", "frames")}
-    sums |= {"bytes": report.bytes + done.bytes, "seconds": report.seconds + done.seconds}
-    return replace(report, **sums, skipped={**report.skipped, **done.skipped})
+def _evenly(total: int, count: int) -> list[int]:
+    """Ascending numbers below `total`, at most `count`, spread evenly."""
+    count = min(total, count)
+    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _kept(entry: ShardEntry, facts: SourceFacts, out: Path, bar: Any) -> CacheReport | None:
-    path, there = find_shard(out, facts)
-    if not there:
-        return None
+def _store_shard(
+    path: str, entry: ShardEntry, maker: FeatureMaker, folder: Path, skip: bool, report: CacheReport
+) -> None:
+    """Write the features of a shard, unless they are there, or another process is writing them."""
+    facts, start = recipes.source_facts(path, entry, folder), time.perf_counter()
+    target, there = recipes.find_shard(folder, facts)
     try:
-        surplus = {sample.key for sample in scan_shard(path).samples} - {sample.key for sample in entry.samples}
-    except ShardError as error:
-        raise ShardError(f"{error} It holds features: delete it and run again.") from error
-    if surplus:
-        raise ShardError(f"Expected {path} to hold features of {entry.name}, but key {min(surplus)} is not from there.")
-    bar.update(len(entry.samples))
-    return CacheReport(kept=1, bytes=path.stat().st_size)
-
-
-def _made(
-    path: str, entry: ShardEntry, facts: SourceFacts, run: FeatureRun, out: Path, reader: ShardReader, bar: Any
-) -> CacheReport:
-    start = time.perf_counter()
-    temporary = out / f".{facts.sha256[:12]}.tmp"
-    try:
-        done = _write_shard(temporary, path, entry, facts, run, reader, bar)
-        if source_facts([(path, load_shards([path])[0])], out)[0] != facts:
-            raise ShardError(f"Expected {path} to stay as it is while it is read, but it changed. Run again.")
-        final, _ = find_shard(out, facts)
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return replace(done, bytes=final.stat().st_size, seconds=time.perf_counter() - start)
+        with contextlib.nullcontext() if there else exclusive(folder / f".{facts.sha256[:12]}.lock"):
+            target, there = recipes.find_shard(folder, facts)  # asked again: another process may have finished it
+            if not there:
+                videos = _read(path, entry, maker.recipe, report.skipped if skip else None)
+                target, frames = _write_shard(path, videos, facts, maker, folder)
+                report.frames, report.seconds = report.frames + frames, report.seconds + time.perf_counter() - start
+            report.written, report.kept = report.written + (not there), report.kept + there
+            report.bytes += target.stat().st_size
+    except BlockingIOError:
+        report.busy.append(entry.name)
 
 
 def _write_shard(
-    target: Path, path: str, entry: ShardEntry, facts: SourceFacts, run: FeatureRun, reader: ShardReader, bar: Any
-) -> CacheReport:
-    keys: list[str] = []
-    frames = 0
-    skipped: dict[str, str] = {}
-    with tarfile.open(target, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        _add(tar, RECIPE_MEMBER, pack_recipe(run.recipe, facts))
-        for key, variants in sample_features(path, entry, run, reader, skipped):
-            for flip, encoded in enumerate(variants):
-                for member, tensor in zip(member_names(run.recipe.dtype, bool(flip)), encoded.values(), strict=True):
-                    _add(tar, f"{key}.{member}", encode_member(member, tensor_to_array(tensor), f"key {key}"))
-                frames += len(encoded["features"])
-            keys.append(key)
-            bar.update()
-    bar.update(len(skipped))
-    if [sample.key for sample in scan_shard(target).samples] != keys:
-        raise ShardError(f"Expected {target} to hold {len(keys)} samples after writing, but it does not. Run again.")
-    return CacheReport(written=1, videos=len(keys), frames=frames, skipped=skipped)
+    path: str, videos: Iterator[_Video], facts: recipes.SourceFacts, maker: FeatureMaker, folder: Path
+) -> tuple[Path, int]:
+    """Write a shard under a temporary name, then rename it; return where it lies, and how many frames it holds."""
+    temporary, count = folder / f".{facts.sha256[:12]}.tmp", 0
+    try:
+        with tarfile.open(temporary, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            _add(tar, recipes.RECIPE_MEMBER, recipes.pack_recipe(maker.recipe, facts))
+            for key, video in videos:
+                for flip in (False, True)[: 1 + maker.recipe.flips]:
+                    features = maker(video["video"], video["crop"], f"{path}, key {key}", flip)
+                    bits = features.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+                    _add(tar, f"{key}.{member_name(flip)}", encode_member(member_name(flip), bits))
+                    count += len(bits)
+        if recipes.source_facts(path, load_shards([path])[0], folder) != facts:
+            raise ShardError(f"Expected {path} to stay as it is while it is read, but it changed. Run again.")
+        target, _ = recipes.find_shard(folder, facts)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target, count
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -256,9 +255,15 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _write_folder_index(out: Path) -> None:
-    paths = sorted(out.glob("*.tar"))
-    read = [read_recipe(path) for path in paths]
-    if read:
-        sources = {path.name: facts.sha256 for path, (_, facts) in zip(paths, read, strict=True)}
-        write_index(out, load_shards(paths, save=False), {"features": {**read[0][0].to_json(), "sources": sources}})
+def _read(path: str, entry: ShardEntry, recipe: FeatureRecipe, skipped: list[str] | None) -> Iterator[_Video]:
+    """Read the videos of a shard; where one cannot be read, raise, or append the message to `skipped`."""
+    rules = SampleRules(image_size=recipe.image_size, crop=recipe.crop)
+    with contextlib.closing(ShardReader()) as reader:
+        for sample in entry.samples:
+            try:
+                yield sample.key, eval_sample(reader.sample(path, entry, sample), rules)
+            except ShardError as error:
+                if skipped is None:
+                    raise
+                skipped.append(str(error))
+                _logger.warning("Skipping a bad sample: %s", error)

@@ -11,95 +11,52 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ssync_pl.data.features.codec import stored_dtype
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry
-from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ShardError, require
 
-if TYPE_CHECKING:
-    from ssync_pl.data.features.backbones import FrozenBackbone
-
-__all__ = ["FeatureRecipe", "SourceFacts", "find_shard", "read_recipe", "require_crop", "source_facts"]
+__all__ = ["FeatureRecipe", "SourceFacts", "find_shard", "read_recipe", "require_crop", "require_same", "source_facts"]
 
 RECIPE_MEMBER = "__features__/recipe.json"
 """Name of the first member of a shard of features; names of this form belong to no sample."""
 
 _FORMAT, _VERSION = "ssync_pl.features", 1
 _MEMO = ".verified.json"
-_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class FeatureRecipe:
-    """All that the features of a frame depend on besides the frame.
-
-    Attributes:
-        backbone: Name of the backbone.
-        layer: Its layer or layers.
-        weights: Fingerprint of its weights.
-        dim: D, size of a feature.
-        grid: Rows and columns of patches.
-        image_size: Height and width of the frames that it saw.
-        resize_mode: How frames were resized.
-        crop: `none` or `center`.
-        mean: Per-channel mean that frames were normalised with.
-        std: The same for the standard deviation.
-        dtype: How features are stored.
-        flips: Whether there are features of the mirrored frames too.
-        components: Principal components that the backbone's channels were projected to; 0 without a PCA.
-        projection: Fingerprint of the projection; empty where features are as the backbone gave them.
-    """
+    """All that the features of a frame depend on besides the frame."""
 
     backbone: str
     layer: str
-    weights: str
+    weights: str  # fingerprint
     dim: int
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # rows and columns of patches
     image_size: tuple[int, int]
     resize_mode: str
     crop: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    dtype: str
-    flips: bool = False
-    components: int = 0
-    projection: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+    dtype: str = "bf16"
+    flips: bool = False  # whether there are features of the mirrored frames too
+    components: int = 0  # principal components that the channels were projected to; 0 without a PCA
+    projection: str = ""  # fingerprint
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
-        """Undo `to_json`; `ConfigError` when a field is missing, unknown or out of range."""
-        try:
-            plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-            recipe = cls(**plain)
-            stored_dtype(recipe.dtype)
-            numbers = (recipe.dim, *recipe.grid, *recipe.image_size)
-            if len(numbers) != 5 or not all(isinstance(number, int) and number > 0 for number in numbers):
-                raise ValueError(f"sizes {numbers}")
-            if recipe.components not in (0, recipe.dim) or not isinstance(recipe.projection, str):
-                raise ValueError(f"{recipe.components} components of projection {recipe.projection!r}")
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"Expected a recipe of features, but got an unusable one ({error}).") from error
-        return recipe
-
-    def differences(self, other: FeatureRecipe) -> list[str]:
-        """Say in which fields two recipes differ: name, the value here, the value there."""
-        pairs = ((item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
-        return [
-            f"{name}: {_short(ours)} here, {_short(theirs)} there" for name, ours, theirs in pairs if ours != theirs
-        ]
+        """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
+        require(known, "a recipe of features in bf16", plain, advice="Make the features again.")
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -112,67 +69,13 @@ class SourceFacts:
 
 def require_crop(crop: str) -> None:
     """Refuse crops whose features cannot be stored."""
-    if crop == "random":
-        raise ConfigError(
-            "Expected argument `crop` to be none or center with stored features, but got 'random': a random crop moves "
-            "the picture against the patches. Train with crop='center', or without `features`."
-        )
-    if crop not in ("none", "center"):
-        raise ConfigError(f"Expected argument `crop` to be none or center, but got {crop!r}.")
-
-
-def require_local(paths: Sequence[str]) -> None:
-    """Refuse remote shards and the same shard twice."""
-    remote = [path for path in paths if is_remote(path)]
-    if remote:
-        raise ConfigError(f"Expected local shards with stored features, but got {remote[0]}. Download them first.")
-    places = [os.path.abspath(path) for path in paths]
-    if len(set(places)) < len(places):
-        twice = next(path for path in places if places.count(path) > 1)
-        raise ConfigError(f"Expected each shard once, but got {twice} twice. Name it once.")
-
-
-def verify_backbone(recipe: Mapping[str, Any], backbone: FrozenBackbone) -> None:
-    """Refuse features that another backbone made.
-
-    Args:
-        recipe: `FeatureStore.recipe`.
-        backbone: The backbone that a host would run on frames without stored features.
-
-    Raises:
-        ConfigError: Name, layer, weights, normalisation, size or grid differ; the message says which. Or the features
-            were projected, which no backbone does.
-    """
-    stored = FeatureRecipe.from_json(recipe)
-    if stored.projection:
-        raise ConfigError(
-            f"Expected stored features as backbone {backbone.name} gives them ({backbone.dim} channels), but they were "
-            f"{f'projected to {stored.components} components' if stored.components else 'standardised'}. Set "
-            f"`backbone: null` and `feature_dim: {stored.dim}`, and store features of the evaluation's videos in the "
-            "same folder."
-        )
-    facts: dict[str, tuple[Any, Any]] = {
-        # The tag after the dot names published weights, and those are compared by their bytes.
-        "backbone": (stored.backbone.split(".")[0], backbone.name.split(".")[0]),
-        "layer": (stored.layer, backbone.layer),
-        "weights": (stored.weights, backbone.fingerprint),
-        "dim": (stored.dim, backbone.dim),
-        "mean": (stored.mean, backbone.mean),
-        "std": (stored.std, backbone.std),
-    }
-    wrong = [f"{name}: {_short(a)} stored, {_short(b)} wanted" for name, (a, b) in facts.items() if a != b]
-    if not wrong and (grid := backbone.grid_for(*stored.image_size)) != stored.grid:
-        wrong = [f"grid: {stored.grid} stored, {grid} wanted"]
-    if wrong:
-        raise ConfigError(
-            f"Expected stored features of backbone {backbone.name}, but they were made otherwise ({'; '.join(wrong)}). "
-            "Run `ssync-pl data cache-features` with this backbone, or set the backbone that made them."
-        )
+    expected = "argument `crop` to be none or center with stored features, as a random crop moves the patches"
+    require(crop in ("none", "center"), expected, repr(crop), advice="Train with crop=center, or without `features`.")
 
 
 def pack_recipe(recipe: FeatureRecipe, source: SourceFacts) -> bytes:
     """Write the content of the recipe member."""
-    content = {"format": _FORMAT, "version": _VERSION, "recipe": recipe.to_json(), "source": asdict(source)}
+    content = {"format": _FORMAT, "version": _VERSION, "recipe": asdict(recipe), "source": asdict(source)}
     return json.dumps(content, sort_keys=True).encode()
 
 
@@ -181,13 +84,13 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, SourceFact
     try:
         with open(path, "rb") as stream:
             info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            if info.name != RECIPE_MEMBER or info.size > _MOST_BYTES:
+            if info.name != RECIPE_MEMBER or info.size > 1 << 20:
                 raise ValueError(f"it begins with {info.name!r}")
             content = json.loads(stream.read(info.size))
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         return FeatureRecipe.from_json(content["recipe"]), SourceFacts(**content["source"])
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"Expected {path} to be a shard of features (format {_FORMAT!r}, version {_VERSION}), but it is none "
             f"({error}). Take another folder; features of another version are made again."
@@ -200,32 +103,33 @@ def find_shard(folder: Path, facts: SourceFacts) -> tuple[Path, bool]:
     They have the name of their shard. Where another set has a shard of that name there, the digest is added.
     """
     plain = folder / facts.name
-    if not plain.exists():
-        return plain, False
-    if read_recipe(plain)[1] == facts:
-        return plain, True
+    if not plain.exists() or read_recipe(plain)[1] == facts:
+        return plain, plain.exists()
     keyed = folder / f"{facts.name.removesuffix('.tar')}-{facts.sha256[:12]}.tar"
     return keyed, keyed.exists() and read_recipe(keyed)[1] == facts
 
 
-def source_facts(sources: Sequence[tuple[str, ShardEntry]], folder: Path) -> list[SourceFacts]:
-    """Digest the videos of some shards, given by path and index entry with all samples.
+def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> None:
+    """Refuse a file of features that was not made as it is wanted, and say in what."""
+    pairs = [(item.name, getattr(there, item.name), getattr(wanted, item.name)) for item in fields(wanted)]
+    wrong = "; ".join(f"{name}: {stored} there, {ours} wanted" for name, stored, ours in pairs if stored != ours)
+    advice = "Set what is there, or make features with what is wanted and another --out."
+    require(not wrong, f"{path} to be made as it is wanted", f"another recipe ({wrong})", advice=advice)
 
-    Digests of files that have not changed since (by size and time of change) are taken from a note in the folder of
-    the features, which may be read-only; other files are read whole.
+
+def source_facts(path: str, entry: ShardEntry, folder: Path) -> SourceFacts:
+    """Digest the videos of a shard, whose index entry names all samples.
+
+    The digest of a file that has not changed since (by size and time of change) is taken from a note in the folder of
+    the features, which may be read-only; another file is read whole.
     """
-    memo = _read_memo(folder)
-    places = [os.path.abspath(path) for path, _ in sources]
-    stamps = {place: [(status := os.stat(place)).st_size, status.st_mtime_ns] for place in places}
-    unknown = [n for n, place in enumerate(places) if memo.get(place, [])[:2] != stamps[place]]
-    if unknown:
-        with ThreadPoolExecutor(min(4, len(unknown))) as pool:  # hashing large buffers runs without the lock
-            found = list(pool.map(lambda number: _digest(*sources[number]), unknown))
-        fresh = {places[n]: [*stamps[places[n]], digest] for n, digest in zip(unknown, found, strict=True)}
-        memo.update(fresh)
+    memo, place, status = _read_memo(folder), os.path.abspath(path), os.stat(path)
+    stamp = [status.st_size, status.st_mtime_ns]
+    if memo.get(place, [])[:2] != stamp:
+        memo[place] = [*stamp, _digest(path, entry)]
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
-            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), **fresh}).encode())
-    return [SourceFacts(entry.name, str(memo[place][2])) for (_, entry), place in zip(sources, places, strict=True)]
+            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), place: memo[place]}).encode())
+    return SourceFacts(entry.name, str(memo[place][2]))
 
 
 def _digest(path: str, entry: ShardEntry) -> str:
@@ -240,7 +144,6 @@ def _digest(path: str, entry: ShardEntry) -> str:
             view = reader.member(path, entry, sample, member)
             digest.update(f"{sample.key}\0{member}\0{len(view)}\0".encode())
             digest.update(view)
-            view.release()
     return digest.hexdigest()
 
 
@@ -250,7 +153,3 @@ def _read_memo(folder: Path) -> dict[str, list[Any]]:
         return {place: note for place, note in memo.items() if len(note) == 3 and isinstance(note[2], str)}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _short(value: Any) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)

@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from ssync_pl.data.synthetic.config import CAMERA_MOTIONS, GENERATOR_VERSION, PRESETS, SceneConfig, preset
-from ssync_pl.data.synthetic.dataset import DEFAULT_SPLITS, dataset_folder, generate, split_seed
-from ssync_pl.data.synthetic.render import render_scene, render_video
-from ssync_pl.data.synthetic.scene import Scene, sample_scene
+from ssync_pl.data.synthetic.config import PRESETS, SceneConfig, preset
+from ssync_pl.data.synthetic.dataset import dataset_folder, generate
+from ssync_pl.data.synthetic.render import render_video
 
-__all__ = [
-    "CAMERA_MOTIONS",
-    "DEFAULT_SPLITS",
-    "GENERATOR_VERSION",
-    "PRESETS",
-    "Scene",
-    "SceneConfig",
-    "dataset_folder",
-    "generate",
-    "preset",
-    "render_scene",
-    "render_video",
-    "sample_scene",
-    "split_seed",
-]
+__all__ = ["PRESETS", "SceneConfig", "dataset_folder", "generate", "preset", "render_video"]

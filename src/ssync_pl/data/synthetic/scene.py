@@ -1,180 +1,216 @@
-"""Draws a scene from a seed: objects and their motion, materials, distractors, lights and the camera's path."""
+"""Draws a scene from a seed: objects, their motion and textures, camera and lamps."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ssync_pl.data.synthetic.config import SceneConfig
-from ssync_pl.data.synthetic.physics import Bodies, Trajectory, simulate
-from ssync_pl.data.synthetic.placement import place_bodies
-from ssync_pl.data.synthetic.textures import SolidTexture, random_texture
-from ssync_pl.data.synthetic.viewpoint import camera_path
-from ssync_pl.errors import ConfigError
+from ssync_pl.data.synthetic.config import SceneConfig, number
+from ssync_pl.data.synthetic.physics import simulate
+from ssync_pl.data.synthetic.shapes import Array, bounds
+from ssync_pl.errors import require
 
-__all__ = ["COLOURS", "FOCAL", "SENSOR", "WALL_RADIUS", "Material", "Patch", "Scene", "sample_scene"]
-
-FOCAL, SENSOR = 35.0, 32.0
-"""Focal length and sensor width in millimetres; only their ratio counts."""
-
-WALL_RADIUS = 15.0
-"""Distance from the origin to the wall of textured scenes, world units."""
-
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "blue": (45, 80, 215),
-    "brown": (130, 76, 28),
-    "cyan": (45, 205, 208),
-    "gray": (85, 85, 87),
-    "green": (32, 112, 26),
-    "purple": (130, 42, 190),
-    "red": (178, 36, 36),
-    "yellow": (250, 232, 50),
-}
-"""Names and 8-bit sRGB values of the plain object colours."""
-
-_MATERIALS = ("rubber", "metal")
+# blue, brown, cyan, grey, green, purple, red and yellow, in 8-bit sRGB
+_COLOURS = (
+    *((45, 80, 215), (130, 76, 28), (45, 205, 208), (85, 85, 87)),
+    *((32, 112, 26), (130, 42, 190), (178, 36, 36), (250, 232, 50)),
+)
+_LAMPS = ((0.0, -0.75, 1.15), (0.9, 0.3, 0.7), (-0.7, 0.5, 0.8))  # main light and fills, about
+_MAX_SPEED = 4.0  # world units per second along x and y
+_TRIES = 200
+_LATTICE = 16  # the noise repeats after this many cells, a power of two
+_PATTERNS = ("clouds", "marble", "stripes", "checks", "dots", "rings")
 _CAMERA_AZIMUTH = math.atan2(-6.0, 8.0)  # where a camera without a shell stands, about
-_PATCHES_ON_THE_FLOOR, _PATCHES_REACH = 0.65, 9.0  # share, and largest distance from the origin, world units
-
-_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Material:
-    """How one object reflects light."""
+class Texture:
+    """A pattern in space, which turns with its object, coloured by a palette of linear RGB ``(3, 3)``."""
 
-    name: str
-    colour_name: str
-    colour: tuple[float, float, float]
-    texture: SolidTexture | None
+    pattern: str
+    palette: Array
+    axes: Array
+    offset: Array
+    lattice: Array
+
+    def __call__(self, x: Array, y: Array, z: Array) -> list[Array]:
+        """Returns the linear red, green and blue at points, each of the points' shape, float32."""
+        rows = zip(self.axes.tolist(), self.offset.tolist(), strict=True)
+        points = [(a * x + b * y + c * z + shift).astype(np.float32) for (a, b, c), shift in rows]
+        value = np.clip(self._value(*points), 0.0, 1.0)
+        stops = np.linspace(0.0, 1.0, len(self.palette))
+        return [np.interp(value, stops, channel).astype(np.float32) for channel in self.palette.T]
+
+    def _value(self, x: Array, y: Array, z: Array) -> Array:
+        if self.pattern == "clouds":
+            return (0.6 * self._noise(x, y, z) + 0.4 * self._noise(2.3 * x, 2.3 * y, 2.3 * z) - 0.5) * 1.8 + 0.5
+        if self.pattern == "marble":
+            return _wave(0.5 * x + 1.5 * self._noise(x, y, z))
+        if self.pattern == "stripes":
+            return (_wave(x) - 0.5) * 3.0 + 0.5 + 0.3 * (self._noise(x, y, z) - 0.5)
+        if self.pattern == "checks":
+            odd: Array = (np.floor(x) + np.floor(y) + np.floor(z)) % 2.0
+            return 0.15 + 0.7 * odd + 0.3 * (self._noise(2.0 * x, 2.0 * y, 2.0 * z) - 0.5)
+        if self.pattern == "dots":
+            near = sum((part - np.floor(part) - 0.5) ** 2 for part in (x, y, z))
+            return np.clip((0.16 - near) * 12.0, 0.0, 0.7) + 0.3 * self._noise(x, y, z)
+        return _wave(np.sqrt(x * x + y * y) + 0.6 * self._noise(0.5 * x, 0.5 * y, 0.5 * z))
+
+    def _noise(self, x: Array, y: Array, z: Array) -> Array:
+        """Smoothly interpolated lattice noise in [0, 1]."""
+        cells, steps = [], []
+        for part in (x, y, z):
+            floor = np.floor(part)
+            step = part - floor
+            # the lattice is a power of two: masking wraps negative cells too, and faster than a division
+            cell = floor.astype(np.int64) & (_LATTICE - 1)
+            cells.append((cell, (cell + 1) & (_LATTICE - 1)))
+            steps.append(step * step * (3.0 - 2.0 * step))
+        total: Any = 0.0
+        values = self.lattice.ravel()
+        for i in (0, 1):
+            wx = steps[0] if i else 1.0 - steps[0]
+            for j in (0, 1):
+                wxy = wx * (steps[1] if j else 1.0 - steps[1])
+                row = (cells[0][i] * _LATTICE + cells[1][j]) * _LATTICE
+                # one flat index: several would cost twice the time
+                low, high = values.take(row + cells[2][0]), values.take(row + cells[2][1])
+                total = total + wxy * (low + steps[2] * (high - low))
+        return np.asarray(total)
+
+
+Surface = Callable[[Array, Array, Array], Sequence[Any]]  # points to linear RGB
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A flat distractor: whatever of floor and wall lies within a ball or a cube is painted with another texture."""
+class Solid:
+    """An object in one frame; the rotation turns its own frame to the world."""
 
-    centre: _Array
-    rotation: _Array
+    shape: int
     half: float
-    square: bool
-    texture: SolidTexture
+    bound: float
+    metal: bool
+    surface: Surface
+    centre: Array
+    rotation: Array
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a renderer needs."""
+    """All that a renderer needs: objects by frame, the camera's place, directions to the lamps, floor and wall."""
 
-    bodies: Bodies
-    path: Trajectory
-    materials: tuple[Material, ...]
-    camera: _Array
-    light: _Array
-    fills: _Array
-    floor: SolidTexture | None
-    wall: SolidTexture | None
-    patches: tuple[Patch, ...] = ()
+    frames: list[list[Solid]]
+    camera: Array
+    key: Array
+    fills: Array
+    ground: tuple[Texture, Texture] | None
 
 
 def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
-    """Draw one scene and simulate it."""
-    for name, value in (("seed", seed), ("index", index)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-            raise ConfigError(f"Expected argument `{name}` to be a whole number, 0 or more, but got {value!r}.")
-    streams = np.random.SeedSequence(entropy=int(seed), spawn_key=(int(index),)).spawn(3)
+    """Draws one scene and simulates it."""
+    seed, index = (number(name, n, int, 0, 2**64) for name, n in (("seed", seed), ("index", index)))
+    streams = np.random.SeedSequence(entropy=seed, spawn_key=(index,)).spawn(3)
     motion, looks, view = (np.random.default_rng(stream) for stream in streams)
-    start = place_bodies(config, motion)
-    path = simulate(
-        start.bodies, start.position, start.rotation, start.velocity, config.frames, config.fps, start.asleep
-    )
-    materials = tuple(
-        _sample_material(config, looks, bool(shiny), float(half))
-        for shiny, half in zip(start.metal, start.bodies.half, strict=True)
-    )
-    floor = random_texture(looks, 0.8) if config.textured else None
-    wall = random_texture(looks, 0.3) if config.textured else None
-    patches: tuple[Patch, ...] = ()
-    if floor is not None and wall is not None:
-        materials = tuple(_camouflaged(config, looks, material, (floor, wall)) for material in materials)
-        patches = _sample_patches(config, looks, materials, start.bodies.half)
-    camera = camera_path(config, view)
-    lights = [_direction(view, towards) for towards in ((0.0, -0.75, 1.15), (0.9, 0.3, 0.7), (-0.7, 0.5, 0.8))]
-    if config.camera_shell is not None:
+    shape, half, metal, centres = _place(config, motion)
+    turns = np.stack([_random_rotation(motion) for _ in centres])
+    velocity = np.zeros_like(centres)
+    velocity[:, :2] = motion.uniform(-_MAX_SPEED, _MAX_SPEED, (len(centres), 2)) - centres[:, :2]
+    path = simulate(shape, half, metal, (centres, turns, velocity), config.frames, config.fps)
+    surfaces = [_surface(config, looks, size) for size in half.tolist()]
+    same = (shape.tolist(), half.tolist(), bounds(shape, half).tolist(), (metal > 0).tolist(), surfaces)
+    frames = [[Solid(*row) for row in zip(*same, *poses, strict=True)] for poses in zip(*path, strict=True)]
+    ground = (_random_texture(looks, 0.8), _random_texture(looks, 0.3)) if config.textured else None
+    camera, turn = _camera(config, view)
+    key, *fills = (_lamp(view, towards, turn) for towards in _LAMPS)
+    return Scene(frames, camera, key, np.stack(fills), ground)
+
+
+def _place(config: SceneConfig, rng: np.random.Generator) -> list[Array]:
+    """Draws shapes, half-sizes, which are of metal, and first centres at which the objects do not touch each other."""
+    most = int(rng.integers(config.min_objects, config.max_objects + 1))
+    shape = rng.integers(0, 3, most)
+    half = rng.choice(config.object_sizes, most) * 0.5
+    metal, reach = rng.integers(0, 2, most), bounds(shape, half)
+    extent, (low, high) = config.spawn_extent, config.spawn_height
+    centres: list[Array] = []
+    for own in reach:
+        for _ in range(_TRIES):
+            centre = rng.uniform((-extent, -extent, low), (extent, extent, high))
+            centre[2] = max(centre[2], own + 0.01)
+            if all(((centre - c) ** 2).sum() > (own + b) ** 2 for c, b in zip(centres, reach, strict=False)):
+                centres.append(centre)
+                break
+        else:  # there is no room for more
+            break
+    count = len(centres)
+    wanted = f"{config.min_objects} objects of sizes {config.object_sizes} to fit apart where they start"
+    found = f"{count} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
+    advice = "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
+    require(count >= config.min_objects, wanted, found, advice=advice)
+    return [shape[:count], half[:count], metal[:count], np.stack(centres)]
+
+
+def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surface:
+    colour = [(value / 255.0) ** 2.2 for value in _COLOURS[int(rng.integers(len(_COLOURS)))]]
+    return _random_texture(rng, 1.1 / half) if config.textured else lambda *_: colour
+
+
+def _camera(config: SceneConfig, rng: np.random.Generator) -> tuple[Array, float]:
+    """Draws the camera's place, and the angle about the vertical by which the lamps turn with it."""
+    if config.camera_shell is None:
+        place, turn = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(0.0, 1.0, 3), 0.0
+    else:
+        distance, azimuth = rng.uniform(*config.camera_shell), rng.uniform(0.0, 2.0 * math.pi)
+        elevation = math.radians(rng.uniform(*config.camera_elevation))
+        flat = distance * math.cos(elevation)
+        place = np.array([flat * math.cos(azimuth), flat * math.sin(azimuth), distance * math.sin(elevation)])
         # lamps keep their side of the camera: objects seen against the light would all be dark
-        turn = math.atan2(camera[0, 1], camera[0, 0]) - _CAMERA_AZIMUTH
-        lights = [_turned(light, turn) for light in lights]
-    return Scene(
-        bodies=start.bodies,
-        path=path,
-        materials=materials,
-        camera=camera,
-        light=lights[0],
-        fills=np.stack(lights[1:]),
-        floor=floor,
-        wall=wall,
-        patches=patches,
+        turn = math.atan2(place[1], place[0]) - _CAMERA_AZIMUTH
+    rng.random(2)  # moving cameras took these: without them the lamps of existing sets would stand elsewhere
+    return place, turn
+
+
+def _lamp(rng: np.random.Generator, towards: tuple[float, float, float], turn: float) -> Array:
+    x, y, z = (vector := np.array(towards) + rng.normal(0.0, 0.12, 3)) / np.sqrt((vector * vector).sum())
+    c, s = math.cos(turn), math.sin(turn)
+    return np.array([c * x - s * y, s * x + c * y, z])
+
+
+def _random_rotation(rng: np.random.Generator) -> Array:
+    w, x, y, z = (q := rng.normal(size=4)) / np.sqrt((q * q).sum())
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
     )
 
 
-def _sample_material(config: SceneConfig, rng: np.random.Generator, metal: bool, half: float) -> Material:
-    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    red, green, blue = ((value / 255.0) ** 2.2 for value in COLOURS[name])
-    if not config.textured:
-        return Material(_MATERIALS[metal], name, (red, green, blue), None)
-    texture = random_texture(rng, 1.1 / half)
-    red, green, blue = texture.palette.mean(0).tolist()
-    return Material(_MATERIALS[metal], "textured", (red, green, blue), texture)
+def _random_texture(rng: np.random.Generator, frequency: float) -> Texture:
+    """Draws a texture."""
+    pattern = _PATTERNS[int(rng.integers(len(_PATTERNS)))]
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    hue = rng.uniform()
+    # neighbouring hues with one strong step of brightness look like materials, not like confetti
+    hues = hue + rng.normal(0.0, 0.12, 3)
+    saturations = rng.uniform(0.15, 0.9, 3)
+    values = np.array([rng.uniform(0.1, 0.35), rng.uniform(0.35, 0.65), rng.uniform(0.65, 1.0)])
+    palette = np.stack([_hsv_to_linear(*stop) for stop in zip(hues, saturations, rng.permutation(values), strict=True)])
+    axes = turn * frequency * rng.uniform(0.7, 1.4)
+    offset = rng.uniform(0.0, _LATTICE, 3)
+    return Texture(pattern, palette, axes, offset, rng.random((_LATTICE,) * 3, dtype=np.float32))
 
 
-def _direction(rng: np.random.Generator, towards: tuple[float, float, float]) -> _Array:
-    vector = np.array(towards) + rng.normal(0.0, 0.12, 3)
-    return vector / np.sqrt((vector * vector).sum())
+def _hsv_to_linear(hue: float, saturation: float, value: float) -> Array:
+    wheel = np.abs((np.array([0.0, 2.0 / 3.0, 1.0 / 3.0]) + hue) % 1.0 * 6.0 - 3.0) - 1.0
+    srgb = value * (1.0 - saturation * (1.0 - np.clip(wheel, 0.0, 1.0)))
+    return np.asarray(srgb**2.2)
 
 
-def _turned(direction: _Array, angle: float) -> _Array:
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([c * direction[0] - s * direction[1], s * direction[0] + c * direction[1], direction[2]])
-
-
-def _camouflaged(
-    config: SceneConfig, rng: np.random.Generator, material: Material, grounds: tuple[SolidTexture, ...]
-) -> Material:
-    """Draw a material's colours towards those of one of the background's textures."""
-    if not config.camouflage or material.texture is None:
-        return material
-    share = config.camouflage * rng.uniform()
-    ground = grounds[int(rng.integers(len(grounds)))]
-    palette = (1.0 - share) * material.texture.palette + share * ground.palette
-    red, green, blue = palette.mean(0).tolist()
-    return replace(material, colour=(red, green, blue), texture=replace(material.texture, palette=palette))
-
-
-def _sample_patches(
-    config: SceneConfig, rng: np.random.Generator, materials: tuple[Material, ...], half: _Array
-) -> tuple[Patch, ...]:
-    """Draw flat patches with textures and sizes of the scene's objects."""
-    patches = []
-    for _ in range(config.distractors):
-        k, angle = int(rng.integers(len(materials))), rng.uniform(0.0, 2.0 * math.pi)
-        if rng.random() < _PATCHES_ON_THE_FLOOR:
-            away, height = _PATCHES_REACH * math.sqrt(rng.uniform()), 0.0
-        else:
-            away, height = WALL_RADIUS, rng.uniform(0.5, 5.0)
-        turn = rng.uniform(0.0, 2.0 * math.pi)
-        c, s = math.cos(turn), math.sin(turn)
-        texture = materials[k].texture
-        if texture is not None:
-            patches.append(
-                Patch(
-                    centre=np.array([away * math.cos(angle), away * math.sin(angle), height]),
-                    rotation=np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]),
-                    # what is farther away is larger, to look alike
-                    half=float(half[k]) * rng.uniform(0.8, 1.2) * (1.0 + away / WALL_RADIUS),
-                    square=bool(rng.integers(2)),
-                    texture=texture,
-                )
-            )
-    return tuple(patches)
+def _wave(phase: Array) -> Array:
+    return np.asarray(0.5 + 0.5 * np.sin(2.0 * math.pi * phase))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.data.features.backbones import FrozenBackbone, Weights, load_backbone
 from ssync_pl.errors import ConfigError, ShapeError, require
+from ssync_pl.hosts.nn.backbones import FrozenBackbone, Weights, load_backbone
 from ssync_pl.hosts.nn.layers import MLP, PatchPosition
 
 __all__ = ["FeatureEncoder"]

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ssync_pl.errors import HostError, SSyncError
 
-__all__ = ["Run", "StepError", "describe_batch", "in_trainer", "is_lightning", "plain_step", "quiet"]
-
 Run = Callable[[], Tensor | None]
 
-_LONG_TRAINING = 100_000
+_ENDLESS = 100_000  # steps, so that schedules of the host do not end
 _FOREIGN = ("site-packages", str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
 
 
@@ -34,12 +33,13 @@ class _DoneError(Exception):
     """Ends a training that has served its purpose."""
 
 
-def is_lightning(host: nn.Module) -> bool:
-    """Tells whether a model is a LightningModule of either namespace."""
-    return any(
-        cls.__name__ == "LightningModule" and cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-        for cls in type(host).__mro__
-    )
+def namespace(host: nn.Module) -> str | None:
+    """Returns the module whose Trainer takes a LightningModule, since the other one refuses it; None for no such."""
+    for cls in type(host).__mro__:
+        if cls.__name__ == "LightningModule":
+            top = cls.__module__.split(".")[0]
+            return {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}.get(top)
+    return None
 
 
 def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
@@ -62,42 +62,26 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
 
     `data` is a data module or a batch. No optimizer step is taken, and nothing is written.
     """
-    # The host's own namespace: a Trainer of the other one refuses it.
-    other = any(cls.__module__.startswith("pytorch_lightning") for cls in type(host).__mro__)
-    lightning: Any = importlib.import_module("pytorch_lightning" if other else "lightning.pytorch")
+    lightning: Any = importlib.import_module(namespace(host) or "lightning.pytorch")
 
     class Stop(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             def run() -> Tensor | None:
                 with _explained(host, batch):
-                    return _loss(host.training_step(*_arguments(host, batch)), stand_in=False)
+                    return _loss(host.training_step(*_arguments(host, batch)))
 
             look(run, batch)
             raise _DoneError
 
-    with quiet():
-        trainer = lightning.Trainer(
-            max_steps=_LONG_TRAINING,
-            devices=1,
-            callbacks=[Stop()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-        )
-        source = data if hasattr(data, "train_dataloader") else DataLoader([data], batch_size=None)  # type: ignore[arg-type]
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    counts = {"max_steps": _ENDLESS, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    source = data if hasattr(data, "train_dataloader") else DataLoader([data], batch_size=None)  # type: ignore[arg-type]
+    with quiet(), _explained(host, data):
         try:
-            trainer.fit(host, source)  # takes a data module in the place of a loader, too
+            # A data module may take the place of a loader.
+            lightning.Trainer(callbacks=[Stop()], **counts, **dict.fromkeys(off, False)).fit(host, source)
         except _DoneError:
             return
-        except SSyncError:
-            raise
-        except Exception as error:
-            raise HostError(
-                f"Expected a Trainer to bring {type(host).__name__} to its first step, but {_reason(error)}."
-            ) from error
     raise HostError(
         f"Expected the training data of {type(host).__name__} to have a batch, but there was none. Check the data, or "
         "give the shape of a batch with --batch."
@@ -105,86 +89,65 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
 
 
 def _arguments(host: Any, batch: Any) -> tuple[Any, ...]:
-    parameters = inspect.signature(host.training_step).parameters.values()
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    several = len(positional) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-    return (batch, 0) if several else (batch,)
+    try:
+        inspect.signature(host.training_step).bind(batch, 0)
+    except TypeError:
+        return (batch,)
+    return (batch, 0)
 
 
-def _loss(output: Any, stand_in: bool = True) -> Tensor | None:
-    """Finds the loss in what a step gives; `stand_in` allows the mean square of any tensors to take its place."""
+def _loss(output: Any) -> Tensor | None:
+    """Finds the loss in what a step gives; without one, the mean square of its tensors takes the place."""
     if output is None or (isinstance(output, Tensor) and output.ndim == 0):
         return output
     if isinstance(output, Mapping):
-        named = {key: value for key, value in output.items() if "loss" in str(key) and _is_scalar(value)}
-        if named:
-            total = named.get("loss")
-            return torch.stack([*named.values()]).sum() if total is None else total
-    values = [value for value in _tensors(output) if value.is_floating_point()]
+        scalars = {str(key): value for key, value in output.items() if isinstance(value, Tensor) and value.numel() == 1}
+        losses = {key: value for key, value in scalars.items() if "loss" in key and value.requires_grad}
+        if losses:
+            return losses["loss"] if "loss" in losses else torch.stack([*losses.values()]).sum()
+    tensors: list[Tensor] = []
+    apply_to_collection(output, Tensor, tensors.append, allow_frozen=True)
+    values = [value for value in tensors if value.is_floating_point()]
     values = [value for value in values if value.requires_grad] or values
-    if not stand_in or not values:
-        wanted = "a loss, or tensors" if stand_in else "a 0-dim tensor or a dict with 'loss'"
-        raise HostError(f"Expected the step to give {wanted}, but got {type(output).__name__}.")
+    if not values:
+        raise HostError(f"Expected the step to give a loss, or tensors, but got {type(output).__name__}.")
     return torch.stack([value.float().square().mean() for value in values]).sum()
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(one)
 
 
 @contextmanager
 def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
     try:
         yield
-    except SSyncError:
+    except (SSyncError, _DoneError):
         raise
     except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        # The deepest line of the user's own code says more than one of a library, or of what listens.
+        own = [one for one in frames if not any(part in one.filename for part in _FOREIGN)] or frames
+        text = str(error).strip().split("\n")[0] or "no message"
         raise StepError(
-            f"Expected {type(host).__name__} to run a training step on {describe_batch(batch)}, but {_reason(error)}. "
-            "Give a batch as the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD where "
-            "its loss has a method of its own."
+            f"Expected {type(host).__name__} to run a training step on {describe_batch(batch)}, but it raised "
+            f"{type(error).__name__}: {text} ({Path(own[-1].filename).name}, line {own[-1].lineno}). Give a batch as "
+            "the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD where its loss has a "
+            "method of its own."
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    # The deepest line of the user's own code says more than one of a library, or of what listens.
-    frame = next((one for one in reversed(frames) if not any(part in one.filename for part in _FOREIGN)), frames[-1])
-    text = str(error).strip().split("\n")[0] or "no message"
-    return f"it raised {type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
-
-
 def describe_batch(batch: Any) -> str:
-    """Describes the shapes of a batch."""
-    if isinstance(batch, Tensor):
-        return f"a tensor {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor)]
-        return ", ".join(shapes) or f"a dict of {', '.join(map(str, batch))}"
-    if isinstance(batch, (list, tuple)):
-        return ", ".join(describe_batch(one) for one in batch)
-    return type(batch).__name__
+    """Describes the shapes of a batch, and names the type of anything else."""
+    if not isinstance(batch, (Tensor, Mapping, list, tuple)):
+        return type(batch).__name__
+    return str(apply_to_collection(batch, Tensor, lambda value: tuple(value.shape)))[:200]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps back Lightning's notes on seeds, devices and workers, which are about trainings."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

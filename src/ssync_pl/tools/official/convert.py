@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import inspect
+import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from ssync_pl.errors import ConfigError
-from ssync_pl.tools.official.data import translate_data
+from ssync_pl.errors import require
+from ssync_pl.tools.official.keys import Keys
 from ssync_pl.tools.official.model import translate_model
 from ssync_pl.tools.official.references import read_config
-from ssync_pl.tools.official.sections import Findings, Section
 
-__all__ = ["ConvertedConfig", "convert_config", "host_options"]
+__all__ = ["ConvertedConfig", "convert_config"]
 
-# Published merging thresholds by data set (project page of SSync)
-_THRESHOLDS = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
-# Set by the official script itself, whatever the file says
-_OWN = ("max_epochs", "check_val_every_n_epoch")
+_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_HALF = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+_CROPS = {None: "none", "central": "center", "short_side_resize_random": "random"}
+_TRAIN, _VAL = "dataset.train_pipeline", "dataset.val_pipeline"
+_FIXED = {
+    "dataset.name": "WebdatasetDataModule",
+    "dataset.train_pipeline.use_chunks": True,
+    "dataset.*.transforms.type": ("video", "image"),
+    "val_metrics.*.name": ("VideoARI", "ImageARI", "VideoIoU", "ImageIoU"),  # every evaluation logs these
+    "val_metrics.*.matching": ("overlap", "hungarian"),
+    "val_metrics.*.pred_key": "decoder_masks_hard",
+    "optimizer.name": ("Adam", "adam"),
+    "optimizer.lr_scheduler.name": "exp_decay_with_warmup",
+}
+_NOT_TRANSLATED = {
+    "experiment_group": "",
+    "globals.*": "",  # only referred to
+    "train_metrics.*": "metrics are of evaluation only",
+    "val_metrics.*": "",
+    "dataset.val_size": "",  # the data module counts videos itself
+    "dataset.test_size": "",
+    "dataset.*.keys": "",  # hosts say what they read
+    "dataset.val_pipeline.shuffle_size": "",
+    "dataset.val_pipeline.video_size": "",
+    "dataset.val_pipeline.sample_one_chunk_per_video": "",
+    "dataset.val_pipeline.one_frame_per_video": "",
+    "dataset.train_pipeline.transforms.num_classes": "",  # training reads no masks
+    "dataset.samples_per_epoch": "an epoch is each video once",
+    "dataset.cache_*": "shards on disk are mapped into memory instead",
+    "dataset.*.transforms.resize_*": "the official code does not read it",
+    "dataset.*.transforms.crop_size": "the official code does not read it",
+    "trainer.max_epochs": "training ends by steps, as in the official script",
+    "trainer.check_val_every_n_epoch": "training ends by steps, as in the official script",
+    "trainer.find_unused_parameters": "name a strategy, for example ddp_find_unused_parameters_true",
+    "trainer.replace_sampler_ddp": "the data module shares out videos itself",
+}
 
 
-@dataclass(frozen=True)
-class ConvertedConfig:
+class ConvertedConfig(NamedTuple):
     """A configuration for `ssync-pl fit`, the reasons why parts are left out, and the name of the official file."""
 
     config: dict[str, Any]
@@ -38,168 +67,174 @@ class ConvertedConfig:
         lines = [f"# Converted from {self.source}."]
         if self.left_out:
             lines += ["# Not converted:", *(f"#   {key}: {reason}" for key, reason in self.left_out.items())]
-        body = yaml.dump(self.config, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120)
+        body = yaml.safe_dump(self.config, sort_keys=False, default_flow_style=None, width=120)
         return "\n".join(lines) + "\n" + body
 
 
-def convert_config(
-    path: str | Path,
-    *,
-    ssync: bool | None = None,
-    root: str | None = None,
-    changes: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-) -> ConvertedConfig:
+def convert_config(path: str | Path, *, root: str | None = None, changes: Iterable[str] = ()) -> ConvertedConfig:
     """Translates an official configuration of VideoSAUR, SlotContrast, SRL or SSync.
 
     Args:
         path: The official YAML file.
-        ssync: Add `SSyncCallback`, with the file's settings or else the published ones; `None` does as the file does.
         root: Folder or URL that the shards lie below; `None` leaves their names as they are.
-        changes: `KEY=VALUE` in the official file's own keys, put in before.
-        ignore: Keys of the official file (`*` for any part) to leave out although nothing is known about them.
-
-    Returns:
-        The configuration, and what was left out.
+        changes: `KEY=VALUE` in the official file's own keys, put in before; `null` leaves a key out.
 
     Raises:
         ConfigError: There is no such file; a part has no counterpart; unknown keys of model, optimizer or data.
     """
-    path, findings = Path(path), Findings()
-    file = Section(read_config(path, changes), "", findings)
-    missing = [name for name in ("model", "optimizer", "dataset") if file.values.get(name) is None]
-    if missing:
-        raise ConfigError(
-            f"Expected {path} to have the sections model, optimizer and dataset, but {missing[0]} is missing."
-        )
-    name = str(file.take("experiment_name", ""))
-    file.skip("experiment_group", "globals")  # a folder above the run's, and values that are only referred to
-    trainer = file.section("trainer")
-    max_steps = trainer.integer("max_steps", 100_000)
-    data = translate_data(file.section("dataset"), file.section("val_metrics"), root)
-    size = data["image_size"] if isinstance(data["image_size"], int) else None
-    model = translate_model(file.section("model"), max_steps, size)
-    if model.losses.single_frames:
-        if data.get("clip_length", 1) != 1:
-            raise ConfigError(
-                "Expected Img_Slot_Slot_Contrastive_Loss only with clips of one frame, where it is 0, but got clips of "
-                f"{data['clip_length']} frames. Take Slot_Slot_Contrastive_Loss."
-            )
-        model.options.update(contrast_weight=0.0)
-        findings.left_out["model.losses.loss_ss"] = "for clips of one frame it is 0 and has no gradient"
-    optimizer = _optimizer(file.section("optimizer"), max_steps)
-    file.section("train_metrics").leave("metrics are of evaluation only", *file.take("train_metrics", {}))
+    keys = Keys(read_config(path, changes))
+    for part in ("model", "optimizer", "dataset"):
+        require(bool(keys.below(part)), f"{path} to have the sections model, optimizer and dataset", f"no {part}")
+    keys.check(_FIXED)
+    ignored = [keys.values.get(f"val_metrics.{name}.ignore_overlaps", False) for name in keys.below("val_metrics")]
+    for pattern, reason in _NOT_TRANSLATED.items():
+        keys.skip(pattern, reason)
+    name, seed = str(keys.take("experiment_name", "")), keys.integer("seed", None)
+    max_steps = keys.integer("trainer.max_steps", 100_000)
+    data = _data(keys, root)
+    # Without it the official metrics refuse overlapping masks, so that there is nothing to ignore where they run.
+    if any(ignored):
+        require(all(ignored), "ignore_overlaps to be the same in all metrics", ignored, advice="Make it so.")
+        data["ignore_overlaps"] = True
+    host, options, ssync = translate_model(keys, max_steps, data.get("clip_length", 1))
+    options |= _optimizer(keys, max_steps) | {"has_background": data.get("has_background", True)}
     # The scripts of SSync and SRL train in mixed half precision, whatever the file says.
-    half_precision = model.losses.ssync is not None or any("projector" in key for key in findings.left_out)
-    options = _trainer(trainer, max_steps, half_precision)
-    checkpoints = {
-        "every_n_train_steps": file.integer("checkpoint_every_n_steps", 1_000),
-        "filename": "{step}",
-        "save_last": True,
-    }
-    options["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": checkpoints}]
-    if ssync or (ssync is None and model.losses.ssync is not None):
-        settings = model.losses.ssync or _published(f"{name} {data.get('train', '')}", findings)
-        options["callbacks"].insert(0, {"class_path": "SSyncCallback", "init_args": settings})
-    elif model.losses.ssync is not None:
-        findings.left_out["SSync's losses"] = "left out as asked"
-    seed = file.integer("seed", None)
-    if seed is not None:
-        data["seed"] = seed
-    file.close()
-    _refuse_unknown(findings, list(ignore))
-    init_args = {**model.options, **optimizer, "has_background": data.get("has_background", True)}
+    trainer = _trainer(keys, max_steps, ssync is not None or any("projector" in key for key in keys.values))
+    callbacks = [{"class_path": "SSyncCallback", "init_args": ssync}] if ssync is not None else []
+    every = keys.integer("checkpoint_every_n_steps", 1_000)
+    checkpoints = {"every_n_train_steps": every, "filename": "{step}", "save_last": True}
+    trainer["callbacks"] = [*callbacks, {"class_path": "ModelCheckpoint", "init_args": checkpoints}]
+    keys.refuse_unread("model", "optimizer", "dataset")
     config = {
         "seed_everything": True if seed is None else seed,
         **({"name": name} if name else {}),
-        "trainer": options,
-        "model": {"class_path": model.host, "init_args": init_args},
-        "data": {"class_path": "ShardDataModule", "init_args": data},
+        "trainer": trainer,
+        "model": {"class_path": host, "init_args": options},
+        "data": {"class_path": "ShardDataModule", "init_args": data | ({} if seed is None else {"seed": seed})},
     }
-    return ConvertedConfig(config, dict(findings.left_out), path.name)
+    return ConvertedConfig(config, keys.left_out, Path(path).name)
 
 
-def host_options(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """Reads which host an official configuration describes: its class name and its arguments."""
-    tree, findings = read_config(path), Findings()
-    steps = Section(tree.get("trainer"), "trainer", findings).integer("max_steps", 100_000)
-    model = translate_model(Section(tree.get("model"), "model", findings), steps)
-    return model.host, model.options
-
-
-def _trainer(trainer: Section, max_steps: int, half_precision: bool) -> dict[str, Any]:
+def _trainer(keys: Keys, max_steps: int, half_precision: bool) -> dict[str, Any]:
     """Arguments of Lightning's Trainer, with the official script's own defaults."""
     import lightning.pytorch as L
 
     options: dict[str, Any] = {
         "max_steps": max_steps,
         "max_epochs": -1,
-        "val_check_interval": trainer.take("val_check_interval", 5_000),
+        "val_check_interval": keys.take("trainer.val_check_interval", 5_000),
         "check_val_every_n_epoch": None,
-        "log_every_n_steps": trainer.integer("log_every_n_steps", 100),
+        "log_every_n_steps": keys.integer("trainer.log_every_n_steps", 100),
     }
-    trainer.leave("training ends by steps, as in the official script", *_OWN)
-    trainer.leave("name a strategy, for example ddp_find_unused_parameters_true", "find_unused_parameters")
-    trainer.leave("the data module shares out videos itself", "replace_sampler_ddp")
-    if half_precision and trainer.values.get("precision") is None:
+    if half_precision:
         options["precision"] = "16-mixed"
-    known = inspect.signature(L.Trainer.__init__).parameters
-    for name in trainer.values:
-        if name in known and name not in options and name not in _OWN:
-            options[name] = trainer.take(name, None)
+    for name in inspect.signature(L.Trainer.__init__).parameters:
+        value = keys.take(f"trainer.{name}", None)
+        if value is not None and (name == "precision" or name not in options):
+            options[name] = value
     return options
 
 
-def _optimizer(optimizer: Section, max_steps: int) -> dict[str, Any]:
+def _optimizer(keys: Keys, max_steps: int) -> dict[str, Any]:
     """Arguments of a host: learning rate, warm-up and decay."""
-    optimizer.need("name", "Adam", "adam", why="Hosts of this package train with Adam.")
-    optimizer.fixed("Hosts of this package have one learning rate.", param_groups=None)
-    rate = optimizer.number("lr")
-    schedule = optimizer.section("lr_scheduler")
-    if not schedule.present:
+    schedule = "optimizer.lr_scheduler"
+    rate = keys.number("optimizer.lr")
+    if not keys.below(schedule):
         return {"learning_rate": rate, "warmup_steps": 0, "decay_rate": 1.0}
-    schedule.need("name", "exp_decay_with_warmup", why="Hosts of this family warm up and decay exponentially.")
-    steps = schedule.integer("decay_steps", 100_000)
+    steps = keys.integer(f"{schedule}.decay_steps", 100_000)
     return {
         "learning_rate": rate,
-        "warmup_steps": schedule.integer("warmup_steps", 1_000),
+        "warmup_steps": keys.integer(f"{schedule}.warmup_steps", 1_000),
         # Tied to the length of the training in the public files, so that it follows when a user changes that.
         "decay_steps": None if steps == max_steps else steps,
-        "decay_rate": schedule.number("decay_rate", 0.5),
+        "decay_rate": keys.number(f"{schedule}.decay_rate", 0.5),
     }
 
 
-def _published(experiment: str, findings: Findings) -> dict[str, Any]:
-    """Settings of SSync that were published for a data set."""
-    threshold = next((value for name, value in _THRESHOLDS.items() if name in experiment.lower()), None)
-    if threshold is None:
-        findings.left_out["SSync's merge_threshold"] = "none is published for this set, so it is MOVi-C's; tune it"
-    return {"merge_threshold": threshold or 0.7, "warmup_ratio": 0.3}
+def _data(keys: Keys, root: str | None) -> dict[str, Any]:
+    """Arguments of `ShardDataModule`."""
+    options: dict[str, Any] = {}
+    for theirs, ours in (("train_shards", "train"), ("val_shards", "validation"), ("test_shards", "test")):
+        shards = keys.take(f"dataset.{theirs}", None)
+        if shards is not None:
+            listed = shards if isinstance(shards, list) else [shards]
+            rooted = [str(one) if root is None else posixpath.join(root, str(one)) for one in listed]
+            options[ours] = rooted if isinstance(shards, list) else rooted[0]
+    options["batch_size"] = keys.integer("dataset.batch_size", 32)
+    options["val_batch_size"] = keys.integer("dataset.val_batch_size", options["batch_size"])
+    options["num_workers"] = workers = keys.integer("dataset.num_workers", 0)
+    if keys.integer("dataset.num_val_workers", workers) != workers:
+        keys.skip("dataset.num_val_workers", f"validation has the {workers} workers of num_workers")
+    if keys.below(_TRAIN):
+        _training_clips(keys, options)
+    if keys.below(_VAL):
+        _validation_clips(keys)
+    _pictures(keys, options)
+    return {**options, "sampling": "reference"}
 
 
-def _refuse_unknown(findings: Findings, ignore: list[str]) -> None:
-    refused = []
-    for key in findings.unknown:
-        if any(fnmatchcase(key, pattern) for pattern in ignore):
-            findings.left_out[key] = "ignored as asked"
-        elif key.startswith(("model.", "optimizer.", "dataset.")):
-            refused.append(key)
-        else:
-            findings.left_out[key] = "nothing is known about it"
-    if refused:
-        raise ConfigError(
-            f"Expected keys that have a counterpart in this package, but got {', '.join(refused)}. Remove them, or add "
-            f"--ignore {refused[0]} to leave them out."
-        )
+def _is_image(keys: Keys, pipeline: str) -> bool:
+    kinds = ("video", "VideoPipeline", "image", "ImagePipeline")
+    return str(keys.choose(f"{pipeline}.name", *kinds, default="video")).lower().startswith("image")
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lists of single values on one line, as people write them."""
+def _training_clips(keys: Keys, options: dict[str, Any]) -> None:
+    image, frames = _is_image(keys, _TRAIN), keys.integer(f"{_TRAIN}.video_size", None)
+    options["shuffle_buffer"] = keys.integer(f"{_TRAIN}.shuffle_size", 1000 if image else 100)
+    options["clip_length"] = 1 if image else keys.integer(f"{_TRAIN}.chunk_size", 6)
+    if image:
+        one = keys.take(f"{_TRAIN}.one_frame_per_video", False)
+        one = not keys.take(f"{_TRAIN}.is_video_dataset", True) or one
+    else:
+        one = keys.take(f"{_TRAIN}.sample_one_chunk_per_video", False)
+    if not one and frames is None:
+        keys.left_out[_TRAIN] = "an epoch is one clip per video instead of all of its clips"
+    elif not one:
+        options["clips_per_video"] = frames // options["clip_length"]
 
 
-def _list(dumper: _Dumper, values: list[Any]) -> yaml.Node:
-    plain = all(isinstance(value, (int, float)) for value in values)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=plain)
+def _validation_clips(keys: Keys) -> None:
+    if _is_image(keys, _VAL):
+        if keys.take(f"{_VAL}.is_video_dataset", True):
+            keys.left_out[_VAL] = "validation scores whole videos instead of single frames"
+        return
+    length = keys.integer(f"{_VAL}.chunk_size", 6)
+    if keys.take(f"{_VAL}.use_chunks", True):
+        reason = f"validation scores whole videos instead of clips of {length} frames, so video metrics differ"
+        keys.left_out[f"{_VAL}.use_chunks"] = reason
 
 
-_Dumper.add_representer(list, _list)
+def _pictures(keys: Keys, options: dict[str, Any]) -> None:
+    """Size, crop and normalisation of the frames, and the form of the masks."""
+    sections = [f"{pipeline}.transforms" for pipeline in (_TRAIN, _VAL) if keys.below(f"{pipeline}.transforms")]
+    kinds = {str(keys.take(f"{section}.name")).partition("_")[0] for section in sections}
+    sizes = [keys.take(f"{section}.input_size") for section in sections]
+    halves = [bool(keys.take(f"{section}.use_movi_normalization", False)) for section in sections]
+    crops = [_CROPS[keys.choose(f"{section}.crop_type", *_CROPS, default=None)] for section in sections]
+    # Where training crops at random, evaluation takes the centre; no crop in one of them has no counterpart.
+    alike = len(kinds) < 2 and sizes[1:] in ([], sizes[:1]) and halves[1:] in ([], halves[:1])
+    alike = alike and (len(crops) < 2 or crops[1] == ("none" if crops[0] == "none" else "center"))
+    expected = "name, input_size, use_movi_normalization and crop_type of training and validation to agree"
+    require(alike, expected, sorted(kinds), sizes, halves, crops, advice="Make them alike.")
+    mean, std = _HALF if any(halves) else _IMAGENET
+    options |= {
+        "flip_probability": keys.number(f"{_TRAIN}.transforms.h_flip_prob", 0.0),
+        "image_size": sizes[0] if sizes else None,
+        "crop": crops[0] if crops else "none",
+        "resize_mode": "bicubic",
+        "mean": list(mean),
+        "std": list(std),
+    }
+    if not kinds:
+        return
+    kind = kinds.pop()
+    known = kind in ("movi", "ytvis", "davis", "coco")
+    require(known, f"{_VAL}.transforms.name to be of movi, ytvis, davis or coco", repr(kind))
+    classes = keys.integer(f"{_VAL}.transforms.num_classes", None)
+    options["has_background"] = kind == "movi"
+    options["mask_format"] = "ids" if kind in ("movi", "davis") else "channels"
+    # One-hot ids of MOVi count the background; the other sets only mark objects.
+    options["max_objects"] = classes - 1 if classes is not None and kind == "movi" else classes
+    masks = keys.take(f"{_VAL}.transforms.mask_size", sizes[0])
+    if masks != sizes[0]:
+        keys.skip(f"{_VAL}.transforms.mask_size", f"masks are scored at {sizes[0]} pixels instead of {masks}")

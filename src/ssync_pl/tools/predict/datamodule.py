@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.tools.predict.features import FeatureMaker, find_features
+from ssync_pl.tools.predict.features import find_features, make_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
 from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
 from ssync_pl.tools.predict.writer import WINDOW_KEY
@@ -26,16 +26,8 @@ __all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
 class InputDataModule(L.LightningDataModule):
     """Gives the windows of a user's videos as the configuration's data module would give them.
 
-    Args:
-        data: The data module of the configuration: image size, resize mode, crop, normalisation, cached features.
-        inputs: What `--input` names.
-        clip_frames: Most frames per window.
-        projection: `projection.npz` of the cache that the host was trained on, where it is not in its folder.
-        backbone_checkpoint: Weights of the cache's backbone, where they are not the published ones.
-
-    Raises:
-        ConfigError: The data module is none of the package's, or an input or the features cannot be used.
-        ShardError: A video cannot be read.
+    The data module of the configuration says image size, resize mode, crop, normalisation and cached features; the
+    other arguments are the options of the command.
     """
 
     def __init__(
@@ -53,22 +45,20 @@ class InputDataModule(L.LightningDataModule):
                 f"how frames are resized and normalised, but got {type(data).__name__}. Add `--data ShardDataModule "
                 "--data.image_size SIZE`, with the values of the training."
             )
-        window_length(None, clip_frames)
-        self.videos = find_videos(inputs)
-        self.clip_frames = clip_frames
+        self.lengths = {video: window_length(video.total, clip_frames) for video in find_videos(inputs)}
         self.mean, self.std = data.mean, data.std
         self.has_background, self.ignore_overlaps = data.has_background, data.ignore_overlaps
-        self.transform = _transform(data)
-        source = find_features(data, projection)
-        self.maker = None if source is None else FeatureMaker(source, data, backbone_checkpoint)
+        self.transform = copy.copy(data.transform)
+        if self.transform.image_size is None and isinstance(data, SyntheticDataModule):
+            self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
+        found = find_features(data, projection)
+        self.maker = None if found is None else make_features(*found, backbone_checkpoint)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Builds the loader: one window per batch, decoded in this process."""
-        rules = SampleRules(
-            image_size=self.transform.image_size, crop=self.transform.crop, reference=self.transform.reference
-        )
-        windows = _Windows(self.videos, self.clip_frames, rules)
-        return DataLoader(windows, batch_size=None, collate_fn=_as_it_is)
+        seen = self.transform
+        rules = SampleRules(image_size=seen.image_size, crop=seen.crop, reference=seen.reference)
+        return DataLoader(_Windows(self.lengths, rules), batch_size=None, collate_fn=_as_it_is)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Resizes, crops and normalises the frames, and computes features where the host wants them."""
@@ -77,17 +67,17 @@ class InputDataModule(L.LightningDataModule):
         tensors = {"video": batch["video"], "crop": batch["crop"]}
         out = self.transform(tensors)
         if self.maker is not None:
-            out["features"] = self.maker(tensors)
+            features = self.maker(batch["video"][0], batch["crop"][0], str(batch["__key__"]))
+            out["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
         precision = getattr(self.trainer, "precision_plugin", None)
         out = out if precision is None else precision.convert_input(out)
         return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
 
 
 class CarrySlots(L.Callback):
-    """Lets each window of a video begin with the slots that the window before ended with.
+    """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    The shared frame is corrected once more from its own slots, so that slots keep their objects. Hosts that cannot
-    start from given slots are left alone: their windows are only matched (`match_slots`).
+    The shared frame is corrected once more from its own slots, so that slots keep their objects.
     """
 
     def __init__(self) -> None:
@@ -128,10 +118,10 @@ class CarrySlots(L.Callback):
 
 
 def carries_slots(host: nn.Module) -> bool:
-    """Whether a host can start a clip from given slots.
+    """Whether a host can start a clip from given slots, which its attribute `carries_slots` says.
 
-    It can when its attribute `carries_slots` is true: then `host.initializer(...)` gives the first slots (B, S, D) of a
-    clip, and `host(...).slots` (B, T, S, D) are those of each frame.
+    `host.initializer(...)` gives the first slots (B, S, D) of a clip; `host(...).slots` (B, T, S, D) are those of each
+    frame.
     """
     return bool(getattr(host, "carries_slots", False)) and isinstance(getattr(host, "initializer", None), nn.Module)
 
@@ -139,40 +129,24 @@ def carries_slots(host: nn.Module) -> bool:
 class _Windows(IterableDataset[dict[str, Any]]):
     """The windows of some videos, one batch each."""
 
-    def __init__(self, videos: Sequence[InputVideo], clip_frames: int, rules: SampleRules) -> None:
-        self.videos, self.clip_frames, self.rules = list(videos), clip_frames, rules
+    def __init__(self, lengths: Mapping[InputVideo, int], rules: SampleRules) -> None:
+        self.lengths, self.rules = lengths, rules
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rules = self.rules
-        for video in self.videos:
-            count = 0
-            for window in cut_windows(video.frames(), window_length(video.total, self.clip_frames)):
-                frames = window.frames
-                offsets = crop_offsets(frames, rules, None, None)
-                source = (frames.shape[1], frames.shape[2])
-                region = seen_region(source, offsets.tolist(), rules.image_size, rules.crop, rules.reference)
-                count += len(frames)
-                facts: dict[str, Any] = {"key": video.key, "source": video.source, "rate": video.rate, "frames": frames}
-                facts |= {"start": window.start, "last": window.last, "region": region}
-                tensors = {"video": torch.from_numpy(frames)[None], "crop": offsets[None]}
-                yield {**tensors, "__key__": [video.key], WINDOW_KEY: facts}
-            if not count:
+        size, crop, reference = self.rules.image_size, self.rules.crop, self.rules.reference
+        for video, length in self.lengths.items():
+            window = None
+            for window in cut_windows(video.frames(), length):
+                offsets = crop_offsets(window.frames, self.rules, None, None)
+                region = seen_region(window.frames.shape[1:3], offsets.tolist(), size, crop, reference)
+                tensors = {"video": torch.from_numpy(window.frames)[None], "crop": offsets[None]}
+                yield {
+                    **tensors,
+                    "__key__": [video.key],
+                    WINDOW_KEY: {**window._asdict(), "video": video, "region": region},
+                }
+            if window is None:
                 raise ShardError(f"Expected {video.source} to have frames, but it has none. Encode it again.")
-
-
-def _transform(data: ShardDataModule) -> BatchTransform:
-    transform = data.transform
-    if transform.image_size is not None or not isinstance(data, SyntheticDataModule):
-        return transform
-    size = data.config.resolution  # the stored size, which the host was trained at
-    return BatchTransform(
-        (size, size),
-        resize_mode=transform.resize_mode,
-        crop=transform.crop,
-        mean=data.mean,
-        std=data.std,
-        reference=transform.reference,
-    )
 
 
 def _as_it_is(item: Any) -> Any:

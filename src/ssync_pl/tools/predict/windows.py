@@ -1,10 +1,9 @@
-"""Long videos in windows that share one frame, and slots that keep their numbers from window to window."""
+"""Long videos in windows that share one frame, slots that keep their numbers, and labels at the video's own size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssync_pl.data.transforms import Size, central_square, covering_size
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import require
 from ssync_pl.tools.viz import resize_nearest
 
 __all__ = [
@@ -32,8 +31,7 @@ OUTSIDE = 255
 """Label of pixels that the model did not see, because a crop cut them off."""
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Consecutive frames of a video, uint8 (T, H, W, 3); frame 0 repeats the last window's end unless `start` is 0."""
 
     start: int
@@ -42,11 +40,8 @@ class Window:
 
 
 def window_length(total: int | None, most: int) -> int:
-    """Frames per window, so that all windows are about as long; `total` is None where nothing says it."""
-    if most < 2:
-        raise ConfigError(
-            f"Expected --clip-frames to be at least 2, as windows share a frame, but got {most}. Take 16 or more."
-        )
+    """Frames per window, so that all windows of a video are about as long; `total` is None where nothing says it."""
+    require(most >= 2, "--clip-frames to be at least 2, as windows share a frame", most, advice="Take 16 or more.")
     if total is None or total <= most:
         return most
     steps = total - 1  # a window brings one frame less than it has
@@ -69,20 +64,11 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
 
 
 def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> NDArray[np.int64]:
-    """Finds which slot of a window continues which slot of the window before, from the frame that both share.
+    """Finds the number (S,) that each slot of a window gets, from labels (H, W) of the frame that both windows share.
 
     One to one, so that most pixels of the frame keep their label. Where pixels do not decide, slots keep their number.
-
-    Args:
-        before: Integers (H, W), labels of the frame in the window before; labels from `num_slots` on do not count.
-        after: The same in this window.
-        num_slots: S, number of slots.
-
-    Returns:
-        int64 (S,): the number that each slot of this window gets, a permutation.
+    Labels from `num_slots` on do not count.
     """
-    if before.shape != after.shape:
-        raise ShapeError(f"Expected two label maps of one size, but got {before.shape} and {after.shape}.")
     known = (before < num_slots) & (after < num_slots)
     pairs = after[known].astype(np.int64) * num_slots + before[known].astype(np.int64)
     overlap = np.bincount(pairs, minlength=num_slots * num_slots).reshape(num_slots, num_slots).astype(np.float64)
@@ -100,21 +86,13 @@ def relabel(labels: NDArray[np.uint8], names: NDArray[np.int64]) -> NDArray[np.u
 def seen_region(
     source: Size, offsets: Sequence[int], image_size: Size | None, crop: str, reference: bool
 ) -> tuple[slice, slice]:
-    """Finds the part of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
+    """Finds rows and columns of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
 
-    Args:
-        source: Height and width of the frame.
-        offsets: Top and left of the crop in the resized frame.
-        image_size: Height and width that the model sees; None for the frame's own.
-        crop: `none`, `center` or `random`.
-        reference: Whether the central square is cut before resizing.
-
-    Returns:
-        Rows and columns of the frame.
+    `source` is the size of the frame, `offsets` are top and left of the crop in the resized frame.
     """
     if crop == "none" or image_size is None:
         return slice(0, source[0]), slice(0, source[1])
-    if reference:
+    if reference:  # the central square is cut before resizing
         return central_square(source)
     covered = covering_size(source, image_size)
     sides = []
@@ -125,16 +103,9 @@ def seen_region(
 
 
 def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> NDArray[np.uint8]:
-    """Labels the pixels of the video's frames.
+    """Labels the pixels of the video's frames, uint8 (T, H, W); `OUTSIDE` where the maps show nothing.
 
-    Args:
-        maps: Masks (T, S, h, w), enlarged smoothly before the largest slot is taken; or integer labels (T, h, w), which
-            go to the nearest pixel.
-        source: Height H and width W of the video's frames.
-        region: Rows and columns that the maps show.
-
-    Returns:
-        uint8 (T, H, W), `OUTSIDE` where the maps show nothing.
+    Masks (T, S, h, w) are enlarged smoothly before the largest slot is taken; labels (T, h, w) go to the nearest pixel.
     """
     rows, columns = region
     size = (rows.stop - rows.start, columns.stop - columns.start)

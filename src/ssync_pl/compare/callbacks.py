@@ -1,0 +1,254 @@
+"""The callbacks of every compared run: `RunRecorder` scores the trained host, `KeepCheckpoints` saves it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ssync_pl.adapters import HostAdapter, locate
+from ssync_pl.adapters.capture import Capture
+from ssync_pl.data.files import write_bytes
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts.evaluation import frame_validity
+from ssync_pl.hosts.training import SlotHost
+from ssync_pl.metrics import SegmentationMetrics, metric_names
+from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.plugin.schedule import steps_of
+
+__all__ = ["KeepCheckpoints", "RunRecorder"]
+
+# A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
+_EARLIER_STEPS = 8
+
+
+class RunRecorder(L.Callback):
+    """Scores the trained host more closely than its validation does, on the whole validation set.
+
+    Writes `evaluation.json` into the run's `log_dir` at the end of `fit`: `scores` of the decoder's map and, with
+    `encoder_` before their names, of slot attention's; `first_step`, `step`, `wall_seconds` and `cpu_seconds` of the
+    training; `device`, `torch` and `date`. Scores that are not known are left out. It is the last file of a run, so
+    that a run that has it is finished. Weights, random states and checkpoints of the run are the same to the bit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = (0, time.monotonic(), time.process_time())
+        self._found: dict[str, Any] = {"scores": {}}
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not isinstance(pl_module, SlotHost):
+            raise ConfigError(
+                f"Expected a host with `evaluate` (a subclass of SlotHost), but got {type(pl_module).__name__}. Derive "
+                "it from ssync_pl.hosts.training.SlotHost."
+            )
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = (trainer.global_step, time.monotonic(), time.process_time())
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, SlotHost)  # `setup` refuses others
+        step, wall, cpu = self._start
+        device = trainer.strategy.root_device
+        self._found = {
+            "first_step": step,
+            "step": trainer.global_step,
+            "wall_seconds": round(time.monotonic() - wall, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+            "torch": str(torch.__version__),
+            "date": date.today().isoformat(),
+        }
+        with isolate_rng(), torch.no_grad():
+            torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
+            pl_module.eval()
+            scores = _final_scores(trainer, pl_module)
+            pl_module.train()
+        self._found["scores"] = {name: value for name, value in scores.items() if math.isfinite(value)}
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        log_dir = trainer.log_dir  # collective, so asked on each rank
+        if trainer.is_global_zero and log_dir is not None:
+            for logger in trainer.loggers:
+                logger.save()
+            write_bytes(Path(log_dir) / "evaluation.json", f"{json.dumps(self._found, indent=1)}\n".encode())
+
+
+class KeepCheckpoints(Checkpoint):
+    """Saves `last.ckpt` at the end of the training, and one checkpoint for each switch that other runs start from.
+
+    Such a checkpoint is taken after a step before the switch that no validation follows, since a run that starts from
+    it would skip that validation. In a job of a comparison the training ends when the job is gone.
+    """
+
+    def __init__(self, folder: str, switches: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.switches = tuple(switches)
+        self.last_model_path = ""
+        self._latest: dict[str, int] = {}
+        self._job = os.getppid() if "SUBMITIT_EXECUTOR" in os.environ else None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self._latest = {
+            one["name"]: steps_of(one["ratio"], one["steps"], total) - one["watch"] for one in self.switches
+        }
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._job not in (None, os.getppid()):
+            raise SystemExit("The job that started this training is gone.")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # no checkpoint holds gradients that are being gathered
+        step = trainer.global_step
+        due = [name for name, latest in self._latest.items() if max(0, latest - _EARLIER_STEPS) < step <= latest]
+        if due and not _validation_may_follow(trainer, batch_idx):
+            for name in due:
+                trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+                del self._latest[name]
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.last_model_path = str(self.folder / "last.ckpt")
+        trainer.save_checkpoint(self.last_model_path)
+
+
+def _validation_may_follow(trainer: L.Trainer, batch_idx: int) -> bool:
+    if trainer.is_last_batch or trainer.global_step >= trainer.estimated_stepping_batches:
+        return True
+    interval = trainer.val_check_batch
+    if not isinstance(interval, int) or interval < 1:
+        return False
+    whole = trainer.check_val_every_n_epoch is None
+    return ((trainer.fit_loop.total_batch_idx if whole else batch_idx) + 1) % interval == 0
+
+
+def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
+    """Scores of the first validation loader, as far as `limit_val_batches` lets it be read; none without one."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        # No validation was due in this training: the loaders were never asked for.
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    loaders = [] if trainer.val_dataloaders is None else CombinedLoader(trainer.val_dataloaders).flattened
+    if not loaders or loaders[0] is None:
+        rank_zero_warn("RunRecorder scores nothing: there is no validation set.")
+        return {}
+    limit = trainer.num_val_batches[0]
+    data = getattr(trainer, "datamodule", None) or host
+    decoder, encoder = (_scores_of(host).to(trainer.strategy.root_device) for _ in range(2))
+    reader = _AttentionReader(trainer, host)
+    seen = heard = 0
+    try:
+        for raw in islice(loaders[0], int(limit) if math.isfinite(limit) else None):
+            moved = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
+            batch = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
+            if not isinstance(batch, Mapping) or not isinstance(batch.get("segmentations"), Tensor):
+                got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
+            reader.open()
+            with trainer.precision_plugin.val_step_context():
+                masks, _ = host.evaluate(batch)
+            attention = reader.read(batch, masks)
+            true, valid = batch["segmentations"], frame_validity(batch)
+            decoder.update(masks, true, valid)
+            if attention is not None:
+                encoder.update(attention, true, valid)
+            seen, heard = seen + len(masks), heard + (0 if attention is None else len(masks))
+    finally:
+        reader.remove()
+    if not seen:
+        return {}
+    scores = {name: float(value) for name, value in decoder.compute().items()}
+    # Of all videos or of none: half a score would be another score. Processes have to agree.
+    if trainer.strategy.reduce_boolean_decision(heard == seen, all=True):
+        scores.update({f"encoder_{name}": float(value) for name, value in encoder.compute().items()})
+    return scores
+
+
+def _scores_of(host: SlotHost) -> SegmentationMetrics:
+    """All scores of one map: segmentation, borders, and what becomes of slots."""
+    names = (*metric_names("segmentation"), *metric_names("slots"))
+    return SegmentationMetrics("", host.evaluation.has_background, host.evaluation.ignore_overlaps, scores=names)
+
+
+class _AttentionReader:
+    """Reads slot attention's map during `evaluate`; whatever goes wrong ends that and not the evaluation."""
+
+    def __init__(self, trainer: L.Trainer, host: nn.Module) -> None:
+        self.adapter: HostAdapter | None = None
+        self.capture: Capture | None = None
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+        try:
+            located = locate("auto", host) if named is None else locate(named.adapter, host, named.grid)
+            self.adapter, self.capture = located.adapter, located.adapter.attach(located.root)
+        except Exception as error:
+            self._give_up(error)
+
+    def open(self) -> None:
+        if self.capture is not None:
+            self.capture.clear()
+            self.capture.open()
+
+    def read(self, batch: Mapping[str, Any], masks: Tensor) -> Tensor | None:
+        """Returns the attention `(B, T, S, h, w)` where it is one map per frame, in the order of the masks."""
+        if self.capture is None or self.adapter is None:
+            return None
+        try:
+            self.capture.close()
+            maps = self.adapter.collect(self.capture, batch=batch)
+            if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
+                return None
+            seen = _probabilities(maps.mask_logits, maps.mask_probs).unflatten(-1, maps.grid)
+            given = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(seen)
+            if not torch.allclose(seen, given, atol=1e-3):
+                return None  # a host that orders its slots anew afterwards: its attention is in the old order
+            return _probabilities(maps.attention_logits, maps.attention_probs).unflatten(-1, maps.grid)
+        except Exception as error:
+            self._give_up(error)
+        return None
+
+    def remove(self) -> None:
+        capture, self.capture = self.capture, None
+        if capture is not None:
+            capture.remove()
+
+    def _give_up(self, error: Exception) -> None:
+        self.remove()
+        rank_zero_warn(f"RunRecorder scores no map of slot attention: {type(error).__name__}: {error}")
+
+
+def _probabilities(logits: Tensor | None, probs: Tensor | None) -> Tensor:
+    if probs is not None:
+        return probs.float()
+    assert logits is not None  # SSyncMaps has one or the other
+    return logits.float().softmax(dim=2)

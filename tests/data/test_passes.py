@@ -1,0 +1,187 @@
+"""Who reads what: every clip once per pass, equally many batches on all ranks, and shares by weight."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from ssync_pl.data import ShardWriter, sampling
+from ssync_pl.data.dataset import ShardDataset, ShardSource
+from ssync_pl.data.index import SampleEntry, ShardEntry
+from ssync_pl.data.samples import SampleRules
+from ssync_pl.data.stream import ShardStream
+from ssync_pl.errors import ConfigError
+
+WORLDS, WORKERS, SHARDS, BATCH = (1, 2, 3, 8), (1, 2, 4), (1, 2, 5, 30), 2
+CLIPS = SampleRules(clip_length=2, seed=3)
+
+
+def source(counts, sizes=(), weights=()):
+    """Shards that are never read, with so many videos each."""
+    entries = [
+        ShardEntry(f"{n}.tar", 0, tuple(SampleEntry(f"{n}/{k}", {}) for k in range(c))) for n, c in enumerate(counts)
+    ]
+    return ShardSource([entry.name for entry in entries], entries, True, sizes or (len(counts),), weights)
+
+
+def in_turns(parts):
+    """Put the batches of workers together as a loader does: in turns, leaving out those that have ended."""
+    queues = [[part[k : k + BATCH].tolist() for k in range(0, len(part), BATCH)] for part in parts]
+    return [batch for turn in itertools.zip_longest(*queues) for batch in turn if batch]
+
+
+def parts_of_workers(data, epoch, workers, start=0):
+    part = data.part(epoch)
+    shards = data._shards_of(part)
+    return [sampling.worker_part(part, worker, workers, BATCH, shards, start) for worker in range(workers)]
+
+
+@pytest.mark.parametrize("kind", [ShardDataset, ShardStream])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("videos", [48, 37, 5, 1])
+def test_ranks_and_workers_share_each_pass_exactly(kind, training, videos):
+    for shards, world, epoch in itertools.product(SHARDS, WORLDS, (0, 1)):
+        counts = np.diff(np.linspace(0, videos, shards + 1).round().astype(int)).tolist()
+        read = []
+        for rank in range(world):
+            rules = CLIPS if training else SampleRules()
+            data = kind(source(counts), rules, batch_size=BATCH, rank=rank, world=world)
+            part = data.part(epoch)
+            assert -(-len(part) // BATCH) == len(data)
+            for workers in WORKERS if kind is ShardStream else ():
+                pieces = parts_of_workers(data, epoch, workers)
+                assert np.concatenate(pieces).tolist() == part.tolist()
+                batches = in_turns(pieces)
+                assert len(batches) == len(data)
+                assert sum(len(batch) < BATCH for batch in batches) <= (not training)
+            read += [data.place(clip) for clip in part]
+        real = [video for visit, _, video, counts in read if counts]
+        assert len(set(real)) == len(real), "a video came twice"
+        assert {visit for visit, *_ in read} <= ({epoch} if training else {0, 1})
+        assert len(real) == (videos // (world * BATCH) * world * BATCH if training else videos)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_resumed_stream_begins_at_a_shard_and_has_as_many_batches_as_were_left(start, workers):
+    for rank in range(2):
+        data = ShardStream(source([7] * 8), CLIPS, batch_size=BATCH, rank=rank, world=2)
+        whole, rest = (parts_of_workers(data, 0, workers, begin) for begin in (0, start))
+        assert sum(len(piece) for piece in rest) == 28 - start * BATCH
+        for before, after in zip(whole, rest, strict=True):
+            if len(after):
+                assert set(after) <= set(before)
+                place = before.tolist().index(after[0])
+                shards = data._shards_of(before)
+                assert place == 0 or shards[place - 1] != shards[place]
+
+
+@pytest.mark.parametrize("kind", [ShardDataset, ShardStream])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.5, 5.0)])
+def test_mixed_sets_follow_the_weights_and_come_to_every_video_before_any_again(kind, weights):
+    data = kind(source([3, 2, 4, 6, 1], (3, 2), weights), CLIPS)
+    seen = collections.Counter()
+    orders = []
+    for epoch in range(60):
+        clips = [data.place(clip) for clip in data.part(epoch)]
+        assert len(clips) == 16
+        assert abs(sum(video < 9 for _, _, video, _ in clips) - 16 * weights[0] / sum(weights)) < 1
+        seen.update(video for _, _, video, _ in clips)
+        orders.append(tuple(clips))
+    for videos in (range(9), range(9, 16)):
+        counts = [seen[video] for video in videos]
+        assert max(counts) - min(counts) <= 1
+    assert len(set(orders)) == 60
+    assert tuple(data.place(clip) for clip in data.part(7)) == orders[7]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [((3, 2), (1e-6, 1.0)), ((3, 2), (0.0, 1.0)), ((3, 2), (float("nan"), 1))]
+)
+def test_mixtures_that_make_no_sense_are_refused(sizes, weights):
+    with pytest.raises(ConfigError, match="weight"):
+        ShardDataset(source([3, 2, 4, 6, 1], sizes, weights), CLIPS)
+
+
+def test_clips_of_a_video_are_numbered_and_a_stream_comes_to_the_rest_in_other_passes():
+    for kind in (ShardDataset, ShardStream):
+        data = kind(source([3, 4]), CLIPS, clips_per_video=3)
+        clips = [data.place(clip)[1:3] for clip in data.part(2)]
+        assert sorted(clips) == sorted(itertools.product(range(3), range(7)))
+    left = ShardStream(source([11]), CLIPS, batch_size=4)
+    assert {video for epoch in range(40) for video in left.part(epoch) % 11} == set(range(11))
+
+
+def test_permutation_is_a_function_of_seed_and_pass_without_favourites():
+    orders = {(seed, epoch): sampling.permutation(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+    # Written down so that a change of NumPy or of this code, which would change resumed runs, is noticed.
+    assert sampling.permutation(8, 0, 0).tolist() == [5, 7, 3, 2, 6, 4, 0, 1]
+    places = np.array([np.argsort(sampling.permutation(10, 0, epoch))[3] for epoch in range(2000)])
+    assert 140 < np.bincount(places, minlength=10).min() <= np.bincount(places, minlength=10).max() < 260
+
+
+def test_draws_depend_on_everything_and_cover_all_starts():
+    words = [("a/7", 0, 0, 0), ("a/8", 0, 0, 0), ("a/7", 1, 0, 0), ("a/7", 0, 1, 0), ("a/7", 0, 0, 1)]
+    assert len({sampling.draw_clip(*word, 1000, 0.5) for word in words * 2}) == 5
+    draws = [sampling.draw_clip("a/7", 0, 0, epoch, 5, 0.25) for epoch in range(4000)]
+    starts = collections.Counter(draw.start for draw in draws)
+    assert set(starts) == set(range(5))
+    assert min(starts.values()) > 700
+    assert 0.22 < np.mean([draw.flip for draw in draws]) < 0.28
+    assert all(0 <= draw.top < 1 and 0 <= draw.left < 1 for draw in draws)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(-1, 1), (1, 1)])
+def test_ranks_out_of_range(rank, world):
+    with pytest.raises(ConfigError, match="rank"):
+        ShardDataset(source([4]), CLIPS, rank=rank, world=world).part(0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    with ShardWriter(folder, "t", 8) as writer:
+        for key in range(37):
+            writer.write(str(key), {"video.npy": np.full((3, 2, 2, 3), key, np.uint8)})
+    return f"{folder}/t-*.tar"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["mmap", "webdataset"])
+@pytest.mark.parametrize(
+    ("world", "workers", "method"),
+    [
+        (3, 0, None),
+        (1, 2, "fork"),
+        *(
+            pytest.param(world, workers, method, marks=pytest.mark.slow)
+            for world in WORLDS
+            for workers in WORKERS
+            for method in ("fork", "forkserver", "spawn")
+        ),
+    ],
+)
+def test_real_loaders_share_the_data_exactly(tiny, opened, training, backend, world, workers, method):
+    if method is not None and method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    keys, lengths = [], set()
+    for rank in range(world):
+        options = {"num_workers": workers, "backend": backend, "shuffle_buffer": 5, "start_method": method}
+        stage = "fit" if training else "predict"
+        data = opened(tiny if training else None, rank, world, stage=stage, predict=tiny, **options)
+        loader = data.train_dataloader() if training else data.predict_dataloader()
+        batches = list(loader)
+        lengths.add(len(batches))
+        assert len(batches) == len(loader)
+        for batch in batches:
+            real = [True] * BATCH if training else batch["batch_padding_mask"].tolist()
+            assert batch["video"][:, 0, 0, 0, 0].tolist() == [int(key) for key in batch["__key__"]]
+            keys += [key for key, counts in zip(batch["__key__"], real, strict=True) if counts]
+    assert len(lengths) == 1
+    assert len(set(keys)) == len(keys) == (37 // world // BATCH * BATCH * world if training else 37)

@@ -1,0 +1,353 @@
+"""What must hold whatever the reference says: invariances, gradients, precision, padding, refusals, backends."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ssync_cases import Case, logits_of_kind, run, softmax, tensors
+from torch.autograd import forward_ad
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.method import describe_backend, ssync_loss
+from ssync_pl.method.maps import SSyncMaps
+
+QUIET = {"deadline": None, "derandomize": True}
+LOSSES = pytest.mark.parametrize("loss", ["brier", "ce"])
+
+
+def gradients(*leaves, **options):
+    return torch.autograd.grad(run(*leaves, **options).loss, leaves)
+
+
+def assert_equal(ours, theirs, *names):
+    for name in names:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@settings(max_examples=20, **QUIET)
+@given(seed=st.integers(0, 2**32 - 1), s=st.integers(2, 8), merge=st.booleans())
+def test_permuting_slots_permutes_labels(seed, s, merge):
+    rng = np.random.default_rng(seed)
+    # Distinct logits and areas that differ: else the lowest index decides, which a permutation changes.
+    d = logits_of_kind(rng, "copies", 2, 2, s, (4, 5)) + rng.random((2, 2, s, 20)) / 64
+    a = logits_of_kind(rng, "blobs", 2, 2, s, (4, 5)) + rng.random((2, 2, s, 20)) / 64
+    order = rng.permutation(s)
+    options, back = {"merge": merge, "merge_threshold": 0.5123}, torch.tensor(order)
+    first = ssync_loss(Case(d, a, (4, 5)).maps(), **options)
+    second = ssync_loss(Case(d[:, :, order], a[:, :, order], (4, 5)).maps(), **options)
+    assert torch.equal(first.raw_encoder_labels, back[second.raw_encoder_labels])
+    assert torch.equal(first.raw_decoder_labels, back[second.raw_decoder_labels])
+    assert_equal(first, second, "boundary", "interior", "merged_slots")
+    if merge:
+        torch.testing.assert_close(first.slot_iou[:, order][:, :, order], second.slot_iou, atol=1e-6, rtol=0)
+    areas = [[(first.raw_encoder_labels[b] == i).sum().item() for i in range(s)] for b in range(2)]
+    pairs = [(b, i, j) for b in range(2) for i in range(s) for j in range(i)]
+    if not any(areas[b][i] == areas[b][j] and first.winners[b, i] == first.winners[b, j] for b, i, j in pairs):
+        assert torch.equal(first.encoder_labels, back[second.encoder_labels])
+        assert torch.equal(first.decoder_labels, back[second.decoder_labels])
+        torch.testing.assert_close(first.loss, second.loss)
+
+
+@settings(max_examples=15, **QUIET)
+@given(seed=st.integers(0, 2**32 - 1), loss=st.sampled_from(["brier", "ce"]))
+def test_a_constant_over_the_slots_of_a_patch_changes_nothing(seed, loss):
+    d, a = tensors(seed, grad=False)
+    shift = torch.randint(-64, 65, (2, 3, 1, 12), generator=torch.Generator().manual_seed(seed)) / 8
+    # Merging compares one slot's logits across patches, so the encoder is shifted with merging off.
+    first, second = (run(x, y, merge=False, loss=loss) for x, y in ((d, a), (d + shift, a - shift)))
+    assert_equal(first, second, "encoder_labels", "boundary")
+    torch.testing.assert_close(first.loss, second.loss, rtol=2e-6, atol=0)
+    first, second = run(d, a, loss=loss), run(d, a + shift, loss=loss)
+    assert_equal(first, second, "winners")
+    torch.testing.assert_close(first.loss, second.loss, rtol=2e-6, atol=0)
+
+
+def test_videos_and_frames_far_apart_do_not_touch_each_other():
+    d, a = tensors(2)
+    both, single = run(d, a), [run(d[b : b + 1], a[b : b + 1]) for b in range(2)]
+    for name in ("encoder_labels", "decoder_labels", "boundary", "interior", "winners"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(x, name) for x in single]))
+    # One mean over the selected patches of the whole batch, not a mean over videos.
+    expected = sum(x.boundary_loss * x.boundary_count for x in single) / both.boundary_count
+    torch.testing.assert_close(both.boundary_loss, expected)
+    far = run(d, a, frame_index=torch.tensor([[0, 5, 10], [3, 9, 11]]), merge=False)
+    images = [run(d[:, t : t + 1], a[:, t : t + 1], merge=False) for t in range(3)]
+    assert torch.equal(far.boundary, torch.cat([x.boundary for x in images], dim=1))
+    assert torch.equal(far.interior, torch.cat([x.interior for x in images], dim=1))
+
+
+def test_a_mirrored_clip_gives_mirrored_regions():
+    d, a = tensors(3, (1, 3, 4, 12), grad=False)
+    options = {"n_bd": 4, "n_nbd": 6, "n_noise": 2, "merge_threshold": 0.3}
+    first = run(d, a, **options)
+    second = run(*(x.unflatten(-1, (3, 4)).flip(1, 3, 4).flatten(-2) for x in (d, a)), **options)
+    for name in ("encoder_labels", "decoder_labels", "boundary", "interior"):
+        assert torch.equal(getattr(first, name).flip(1, 2, 3), getattr(second, name)), name
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((1, 256, 8, 64), (8, 8)), ((1, 1, 300, 36), (6, 6))])
+def test_long_clips_and_many_slots(shape, grid):
+    d, a = tensors(0, shape)
+    out = run(d, a, grid)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert torch.equal(out.raw_encoder_labels.flatten(2), d.detach().argmax(2))
+
+
+def test_weights_scale_the_two_terms_and_labels_carry_no_gradient():
+    d, a = tensors(5)
+    before = [d.detach().clone(), a.detach().clone()]
+    out, plain = run(d, a, boundary_weight=0.25, interior_weight=3.0), run(d, a)
+    torch.testing.assert_close(out.loss, 0.25 * plain.boundary_loss + 3 * plain.interior_loss)
+    out.loss.backward()
+    assert torch.equal(d, before[0])
+    assert torch.equal(a, before[1])
+    for name in ("encoder_labels", "boundary", "winners", "slot_iou", "agreement", "used_encoder_slots"):
+        assert not getattr(out, name).requires_grad
+
+
+@LOSSES
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+def test_gradcheck(loss, temperature, kind):
+    pair = tensors(0, (1, 2, 3, 4), torch.float64, grad=False)
+    pair = [(x.softmax(2) if kind == "probs" else x).requires_grad_() for x in pair]
+    valid = torch.tensor([[True, False, True]])
+
+    def losses(x, y):
+        maps = SSyncMaps(**{f"attention_{kind}": x, f"mask_{kind}": y}, grid=(2, 2), slot_valid=valid)
+        out = ssync_loss(maps, n_nbd=5, loss=loss, temperature=temperature)
+        return out.boundary_loss, out.interior_loss
+
+    assert all(value.dtype == torch.float64 and value > 0 for value in losses(*pair))
+    assert torch.autograd.gradcheck(losses, pair)
+
+
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
+def test_gradient_of_one_side_or_none(wants):
+    both = tensors()
+    expected = gradients(*both)
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(both, wants, strict=True)]
+    loss = run(*leaves).loss
+    assert loss.requires_grad == any(wants)
+    if any(wants):
+        loss.backward()
+    for leaf, want, gradient in zip(leaves, wants, expected, strict=True):
+        assert (leaf.grad is not None) == want
+        assert not want or torch.equal(leaf.grad, gradient)
+
+
+def test_it_behaves_as_a_function_of_autograd():
+    leaves = tensors()
+    expected = gradients(*leaves)
+    loss = run(*leaves).loss
+    for _ in range(2):  # a retained graph gives the same gradients again
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), expected, rtol=0, atol=0)
+    inner = [x * 1.0 for x in leaves]
+    loss = run(*inner).loss
+    for x in inner:
+        x.zero_()  # inputs may be changed before the backward pass
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected, rtol=0, atol=0)
+    loss = run(*leaves).loss
+    loss += leaves[0].square().mean()  # losses may be added to in place
+    added = (expected[0] + 2 * leaves[0] / leaves[0].numel(), expected[1])
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), tuple(x.detach() for x in added))
+    d, a = (x.detach() for x in leaves)
+    torch.testing.assert_close(torch.func.grad(lambda x: run(x, a).loss)(d), expected[0])
+    direction = torch.ones_like(d)
+    direction[:, :, 0] = 2.0
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(run(forward_ad.make_dual(d, direction), a).loss).tangent
+    torch.testing.assert_close(slope, (expected[0] * direction).sum(), rtol=1e-4, atol=1e-7)
+    wide = tensors(dtype=torch.float64)
+    grads = torch.autograd.grad(run(*wide, n_nbd=9).loss, wide, create_graph=True)
+    assert all(g.any() for g in torch.autograd.grad(sum(g.square().sum() for g in grads), wide))
+
+
+def test_half_precision_is_computed_in_float32_and_sides_may_differ():
+    d, a = tensors(6, dtype=torch.bfloat16)
+    out = run(d, a)
+    assert out.loss.dtype == torch.float32
+    wide = [x.detach().float().requires_grad_() for x in (d, a)]
+    expected = run(*wide)
+    assert_equal(out, expected, "loss", "encoder_labels")
+    for x, y in zip(torch.autograd.grad(out.loss, (d, a)), torch.autograd.grad(expected.loss, wide), strict=True):
+        assert x.dtype == torch.bfloat16
+        assert torch.equal(x, y.bfloat16())
+    for other in (d.detach(), d.detach().double()):
+        mixed = run(other, wide[1].detach())
+        assert_equal(mixed, expected, "encoder_labels")
+        torch.testing.assert_close(mixed.loss.float(), expected.loss.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    d, a = tensors(8, dtype=dtype)
+    out, grads = run(d, a), gradients(d, a)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(d, a)
+        # 257 and 256 are one number in bfloat16: areas and overlaps counted there would tie.
+        many = torch.zeros(1, 1, 2, 600)
+        many[0, 0, 0, :299], many[0, 0, 1, 2:] = 2.0, 1.0
+        counted = run(many, many.clone(), grid=(20, 30), merge_threshold=0.4)
+    assert inside.loss.dtype == torch.float32
+    assert_equal(out, inside, "loss", "slot_iou", "winners")
+    torch.testing.assert_close(torch.autograd.grad(inside.loss, (d, a)), grads, rtol=0, atol=0)
+    assert counted.slot_iou[0, 0, 1].item() == pytest.approx(297 / 600, abs=1e-6)
+    assert counted.winners.tolist() == [[1, 1]]
+
+
+@LOSSES
+def test_large_logits_and_zero_probabilities_stay_finite(loss):
+    leaves = [(x * 1e4).requires_grad_() for x in tensors(9, grad=False)]
+    assert all(torch.isfinite(g).all() for g in gradients(*leaves, loss=loss))
+    p = torch.tensor(softmax(np.random.default_rng(0).normal(size=(1, 2, 3, 4))))
+    p[:, :, 2] = 0
+    p = p / p.sum(2, keepdim=True)
+    for temperature in (1.0, 0.5, 2.0):
+        x, y = p.clone().requires_grad_(), p.flip(-1).clone().requires_grad_()
+        maps = SSyncMaps(attention_probs=x, mask_probs=y, grid=(2, 2))
+        out = ssync_loss(maps, n_nbd=9, temperature=temperature)
+        out.loss.backward()
+        assert all(torch.isfinite(value).all() for value in (out.loss, x.grad, y.grad))
+
+
+@pytest.mark.parametrize("what", ["slots", "patches"])
+@pytest.mark.parametrize("filler", [-math.inf, 1e30, -1e30])
+@LOSSES
+def test_the_content_of_what_is_invalid_does_not_matter(what, filler, loss):
+    pair = tensors(13, grad=False)
+    if what == "slots":
+        valid = {"slot_valid": torch.tensor([[True, False, True, True], [True, True, True, False]])}
+        hole = ~valid["slot_valid"][:, None, :, None].expand_as(pair[0])
+    else:
+        valid = {"patch_valid": torch.rand((2, 3, 12), generator=torch.Generator().manual_seed(15)) < 0.7}
+        hole = ~valid["patch_valid"][:, :, None].expand_as(pair[0])
+        filler = max(filler, -1e30)
+    outputs, grads = [], []
+    for leaves in ([x.clone() for x in pair], [x.masked_fill(hole, filler) for x in pair]):
+        leaves = [x.requires_grad_() for x in leaves]
+        outputs.append(run(*leaves, **valid, loss=loss))
+        grads.append(torch.autograd.grad(outputs[-1].loss, leaves))
+    assert_equal(*outputs, "loss", "slot_iou", "winners", "boundary", "interior", "agreement")
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert not any(g[hole].any() for g in grads[1])
+
+
+def test_invalid_slots_equal_a_smaller_model():
+    d, a = tensors(14)
+    whole = run(d, a, merge_threshold=0.4)
+    wide = [torch.cat([x.detach(), torch.randn(2, 3, 2, 12) * 9], dim=2).requires_grad_() for x in (d, a)]
+    padded = run(*wide, slot_valid=torch.tensor([True] * 4 + [False] * 2).expand(2, 6), merge_threshold=0.4)
+    torch.testing.assert_close(padded.loss, whole.loss)
+    assert_equal(padded, whole, "encoder_labels", "merged_slots")
+    assert torch.equal(padded.winners[:, :4], whole.winners)
+
+
+def test_padded_videos_and_empty_selections_add_nothing():
+    d, a = tensors(17)
+    valid, slots = torch.ones(2, 3, 12, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    valid[1] = slots[1] = False
+    for extra in ({}, {"slot_valid": slots}):  # padding may also have no slots at all
+        out = run(d, a, patch_valid=valid, **extra)
+        torch.testing.assert_close(out.loss, run(d[:1], a[:1]).loss)
+        (grad,) = torch.autograd.grad(out.loss, d)
+        assert not grad[1].any()
+        assert torch.isfinite(grad).all()
+    nothing = run(d, a, patch_valid=torch.zeros(2, 3, 12, dtype=torch.bool))
+    assert nothing.loss.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(nothing.loss, (d, a)))
+    for name in ("boundary_fraction", "interior_fraction", "overlap_fraction", "agreement"):
+        assert math.isfinite(getattr(nothing, name).item()), name
+    # Every decoder patch differs from a neighbour, and one encoder label leaves no boundary: both selections are empty.
+    board = torch.tensor([0, 1, 0, 1, 0, 1]).view(1, 1, 1, 6)
+    a = torch.cat([1.0 - board, 1.0 * board], dim=2).requires_grad_()
+    d = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 6).clone().requires_grad_()
+    for loss in ("brier", "ce"):
+        out = run(d, a, (1, 6), merge=False, loss=loss)
+        assert (out.boundary_count.item(), out.interior_count.item(), out.loss.item()) == (0, 0, 0)
+        assert not any(g.any() for g in torch.autograd.grad(out.loss, (d, a)))
+
+
+def test_fractions_of_everything_are_one():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(1, 1, 2, 49, dtype=dtype)
+        for valid in (None, torch.ones(1, 1, 49, dtype=torch.bool)):
+            out = run(x, x.clone(), (7, 7), patch_valid=valid)
+            assert out.interior_fraction.item() == out.agreement.item() == 1
+
+
+def test_what_probabilities_stand_in_for():
+    x, y = tensors(21, dtype=torch.float64, grad=False)
+    logits = ssync_loss(SSyncMaps(attention_logits=x, mask_logits=y, grid=(3, 4)), merge=False, temperature=0.5)
+    maps = SSyncMaps(attention_probs=x.softmax(2), mask_probs=y.softmax(2), grid=(3, 4))
+    torch.testing.assert_close(ssync_loss(maps, temperature=0.5).loss, logits.loss)
+    with pytest.warns(UserWarning, match="coverage"):  # they merge only when asked, and say so
+        assert ssync_loss(maps, merge=True).slot_iou is not None
+    # At temperature 1 they are used as they are. Half of the mass is missing: (1/4)^2 + (3/4)^2, not (1/2)^2.
+    d = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    maps = SSyncMaps(attention_logits=d, mask_probs=torch.full((1, 1, 2, 2), 0.25), grid=(1, 2))
+    assert ssync_loss(maps, merge=False).boundary_loss.item() == pytest.approx((1 / 16 + 9 / 16) / 2)
+
+
+REFUSED = {"merge_threshold": [-0.1, 1.5, math.nan], "n_bd": [-1, 12], "n_nbd": [-1, 12], "n_noise": [-1, 12],
+           "temperature": [0.0, -1.0, math.nan, math.inf], "loss": ["mse"],
+           "backend": ["fused", None]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_bad_options_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=name):
+        run(*tensors(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["attention_logits", "mask_logits", "attention_probs", "mask_probs"])
+def test_nan_is_refused_by_name_unless_it_is_invalid_or_not_looked_for(name):
+    x, y = tensors(grad=False)
+    kind = name.split("_")[1]
+    maps = {f"attention_{kind}": x, f"mask_{kind}": y}
+    maps = {key: value.softmax(2) if kind == "probs" else value.clone() for key, value in maps.items()}
+    maps[name][1, 2, 3, 4] = math.nan
+    with pytest.raises(ShapeError, match=name):
+        ssync_loss(SSyncMaps(**maps, grid=(3, 4)))
+    if kind == "probs":
+        return
+    out = ssync_loss(SSyncMaps(**maps, grid=(3, 4)), check_finite=False)
+    assert out.boundary_loss.isnan() == (name == "mask_logits")
+    assert out.interior_loss.isnan() == (name == "attention_logits")
+    probs = {"attention_probs": x.softmax(2), "mask_probs": y.softmax(2)}  # in logits beside good probabilities
+    if name == "attention_logits":
+        with pytest.raises(ShapeError, match=name):
+            ssync_loss(SSyncMaps(**maps, **probs, grid=(3, 4)))
+    valid, slots = torch.ones(2, 3, 12, dtype=torch.bool), torch.tensor([[True, True, True, False]] * 2)
+    valid[0, 1, 5] = False
+    bad = [t.clone().masked_fill(~slots[:, None, :, None], math.nan) for t in (x, y)]
+    for t in bad:
+        t[0, 1, :, 5] = math.nan
+        t.requires_grad_()
+    out = run(*bad, slot_valid=slots, patch_valid=valid)
+    assert_equal(out, run(x, y, slot_valid=slots, patch_valid=valid), "loss", "winners")
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.loss, bad))
+
+
+def test_the_backend_and_the_reason_are_told_and_kernels_that_cannot_serve_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    d, a = tensors(grad=False)
+    logits = SSyncMaps(d, a, grid=(3, 4))
+    padded = SSyncMaps(d, a, grid=(3, 4), slot_valid=torch.ones(2, 4, dtype=torch.bool))
+    reasons = {
+        "cpu": describe_backend(logits),
+        "asked": describe_backend(logits, backend="torch"),
+        "temperature": describe_backend(logits, temperature=0.5),
+        "brier": describe_backend(logits, loss="ce"),
+        "valid": describe_backend(padded),
+    }
+    for word, choice in reasons.items():
+        assert choice.name == "torch"
+        assert word in choice.reason
+    for options in ({}, {"loss": "ce"}, {"temperature": 2.0}):
+        with pytest.raises(ConfigError, match="backend='auto'"):
+            ssync_loss(logits, backend="triton", **options)

@@ -1,0 +1,215 @@
+"""Settings are checked when they are made, named in errors, and are the same wherever a user gives them."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+import types
+
+import lightning.pytorch as L
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from ssync_pl import SSyncCallback, SSyncConfig, attach, ssync_loss
+from ssync_pl.adapters import PathAdapter, SaviAdapter
+from ssync_pl.errors import ConfigError
+from ssync_pl.hosts import SAVi
+from ssync_pl.plugin.callback import callback_class
+from ssync_pl.plugin.schedule import Phase, Schedule, training_length
+
+NAN, INF = float("nan"), float("inf")
+PATHS = {"attention": "corrector:masks", "masks": "decoder:masks"}
+# Values that are taken, and values that are refused
+RANGES = {
+    "merge_threshold": ([0.0, 1.0], [-0.1, 1.1, NAN, "0.7"]),
+    "merge": ([False], ["yes"]),
+    "n_bd": ([0, 10], [-1, 11, 1.5, True]),
+    "n_nbd": ([1, 11], [0, 12, "1"]),
+    "n_noise": ([4], [-1, 11]),
+    "temperature": ([0.5], [0.0, -1.0, INF, NAN]),
+    "loss": (["ce"], ["mse", None]),
+    "boundary_weight": ([0.0, 1], [-1.0, INF, NAN]),
+    "interior_weight": ([0.25], [-1.0, INF, NAN]),
+    "relative_weight": ([1e-6, 10.0, None], [0.0, -1.0, INF, NAN, "0.1"]),
+    "warmup_ratio": ([0.0, 1.0], [-0.1, 1.1, NAN, True]),
+    "warmup_steps": ([0, None], [-1, 1.5]),
+    "ramp_steps": ([8], [-1, None]),
+    "on_collapse": (["stop"], ["ignore", None]),
+    "collapse_threshold": ([0.7], [0.0, 1.0, NAN]),
+    "guard_window": ([1], [0, -1, 2.0]),
+    "sync_counts": ([True], [None]),
+    "backend": (["torch"], ["cuda", None]),
+}
+NAMES = [field.name for field in dataclasses.fields(SSyncConfig)]
+
+
+def test_defaults_are_the_published_ones():
+    config = SSyncConfig()
+    assert (config.merge_threshold, config.n_bd, config.n_nbd, config.n_noise, config.temperature) == (0.7, 1, 1, 1, 1)
+    assert (config.loss, config.boundary_weight, config.interior_weight) == ("brier", 1, 1)
+    assert (config.warmup_ratio, config.ramp_steps, config.relative_weight, config.sync_counts) == (0.3, 0, None, False)
+    parameters, options = inspect.signature(ssync_loss).parameters, config.loss_options()
+    assert {name: parameters[name].default for name in options} == options
+    changed = SSyncConfig(merge_threshold=0.5, merge=False, n_bd=2, loss="ce", sync_counts=True).loss_options()
+    assert changed == {**options, "merge_threshold": 0.5, "merge": False, "n_bd": 2, "loss": "ce", "sync_counts": True}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranges(name):
+    taken, refused = RANGES[name]
+    for value in taken:
+        assert getattr(SSyncConfig(**{name: value}), name) == value
+        assert SSyncCallback(**{name: value}).engine.config == SSyncConfig(**{name: value})
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"Expected argument `{name}` to be .*, but got ") as caught:
+            SSyncConfig(**{name: value})
+        assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [SSyncCallback, lambda **options: attach(SAVi(num_slots=2), **options)])
+def test_a_setting_that_does_not_exist_is_named(make):
+    with pytest.raises(ConfigError, match="start"):
+        make(start="mature")
+
+
+def test_the_command_line_lists_and_explains_every_setting(capsys):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(SSyncCallback, "callback")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--callback.help", "SSyncCallback"])
+    text = capsys.readouterr().out
+    own = ["adapter", "attention", "masks", "attention_kind", "masks_kind", "grid"]
+    for name in [*own, *NAMES]:
+        # The option at the start of a line, its explanation behind it.
+        entry = text[text.index(f"\n  --callback.{name} ") :].split("\n  --")[1]
+        assert len(entry.partition("(type:")[0].split()) >= 5, name
+    assert set(inspect.signature(SSyncCallback).parameters) == {*own, *NAMES}
+
+
+def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(SSyncCallback, "callback")
+    file = tmp_path / "a.yaml"
+    file.write_text("callback: {class_path: SSyncCallback, init_args: {relative_weight: 0.1, grid: [3, 4], merge: no}}")
+    made = parser.instantiate_classes(parser.parse_args(["--config", str(file), "--callback.n_bd=2"])).callback
+    assert made.config == SSyncConfig(relative_weight=0.1, merge=False, n_bd=2)
+    assert made.grid == (3, 4)
+    file.write_text("callback: {class_path: SSyncCallback, init_args: {start: mature}}")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config", str(file)])
+    assert "start" in capsys.readouterr().err
+
+
+def test_paths_make_a_path_adapter():
+    adapter = SSyncCallback(**PATHS, attention_kind="logits", grid=(6, 8)).adapter
+    assert isinstance(adapter, PathAdapter)
+    assert (adapter.attention, adapter.masks) == ("corrector:masks", "decoder:masks")
+    assert (adapter.attention_kind, adapter.masks_kind, adapter.grid) == ("logits", "probs", (6, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"attention": "corrector"}, "`attention` and `masks` to come together"),
+        ({"masks": "decoder"}, "`attention` and `masks` to come together"),
+        ({"adapter": "savi", **PATHS}, "either `adapter` or `attention` and `masks`"),
+        ({"adapter": SaviAdapter(), **PATHS}, "either `adapter` or `attention` and `masks`"),
+        ({"attention_kind": "logits"}, "only beside `attention` and `masks`"),
+        ({"masks_kind": "logits"}, "only beside `attention` and `masks`"),
+    ],
+)
+def test_arguments_that_contradict_each_other(options, match):
+    with pytest.raises(ConfigError, match=match):
+        SSyncCallback(**options)
+
+
+def test_state_is_plain_and_loads_safely_and_copies_are_their_own(tmp_path):
+    callback = SSyncCallback(**PATHS, relative_weight=0.1)
+    callback.engine._host_average, callback.engine.first_step = torch.tensor(0.1), 3
+    callback.engine.guard.watch(torch.tensor([3.0, 4.0]))
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    other = SSyncCallback(relative_weight=0.1)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.state_dict() == callback.state_dict()
+    other.load_state_dict({key: value for key, value in callback.state_dict().items() if key != "first_step"})
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert twin.config == callback.config
+        assert twin.adapter.attention == "corrector:masks"
+        assert twin.engine is not callback.engine
+
+
+def test_a_class_of_another_namespace():
+    class OldCallback:
+        """Stands for the `Callback` of a package whose Trainer accepts no other."""
+
+    namespace = types.ModuleType("old_lightning")
+    namespace.Callback = OldCallback
+    kind = callback_class(namespace)
+    made = kind(merge_threshold=0.6, warmup_steps=3)
+    assert isinstance(made, OldCallback)
+    assert not isinstance(made, L.Callback)
+    assert (kind.__name__, kind.__doc__) == ("SSyncCallback", SSyncCallback.__doc__)
+    assert made.config == SSyncCallback(merge_threshold=0.6, warmup_steps=3).config
+    # Whatever Lightning may call is there in both.
+    hooks = [name for name in dir(L.Callback) if not name.startswith("_")]
+    own = [name for name in hooks if getattr(SSyncCallback, name) is not getattr(L.Callback, name)]
+    assert own
+    assert all(getattr(kind, name) is getattr(SSyncCallback, name) for name in own)
+    assert callback_class(L) is SSyncCallback
+    with pytest.raises(ConfigError, match="a class `Callback`"):
+        callback_class(types)
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+    assert issubclass(callback_class(pytorch_lightning), pytorch_lightning.Callback)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 100_001])
+@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.1, 0.3, 0.7, 1.0])
+def test_start_is_the_first_step_that_is_not_below_the_ratio(ratio, total):
+    start = Schedule.resolve(SSyncConfig(warmup_ratio=ratio), total).start
+    assert not start < ratio * total
+    assert start == 0 or start - 1 < ratio * total
+
+
+def test_unknown_lengths():
+    for total in (INF, -1, NAN):
+        with pytest.raises(ConfigError, match=r"`warmup_ratio`=0.3.*`warmup_steps`"):
+            Schedule.resolve(SSyncConfig(), total)
+        assert Schedule.resolve(SSyncConfig(warmup_ratio=0.0), total).start == 0
+        assert Schedule.resolve(SSyncConfig(warmup_steps=7, warmup_ratio=0.5), total).start == 7
+
+
+@pytest.mark.parametrize(
+    ("schedule", "phases", "weights"),
+    [
+        (Schedule.resolve(SSyncConfig(warmup_steps=4, guard_window=2), 100), "off off watch watch on", [0, 0, 0, 0, 1]),
+        (Schedule(start=2, watch_steps=50), "watch watch on on on", [0, 0, 1, 1, 1]),
+        (Schedule(start=0, watch_steps=50, ramp_steps=4), "on on on on on", [0.25, 0.5, 0.75, 1, 1]),
+        (Schedule(start=2, ramp_steps=2), "off off on on on", [0, 0, 0.5, 1, 1]),
+    ],
+)
+def test_phases_and_weights(schedule, phases, weights):
+    assert [schedule.phase(step) for step in range(5)] == [Phase(one) for one in phases.split()]
+    assert [schedule.weight(step) for step in range(5)] == weights
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "settings", "steps"),
+    [
+        (None, {}, 80),
+        (None, {"estimated_stepping_batches": -1}, INF),
+        (None, {"estimated_stepping_batches": INF}, INF),
+        ({0: 1, 1: 8}, {}, 8 + 9),
+        ({0: 3, 5: 1}, {}, 5 * 3 + 5 * 8),
+        ({0: 1, 1: 8}, {"max_steps": 12, "estimated_stepping_batches": 12}, 12),
+        ({0: 1, 1: 8}, {"max_steps": 12, "max_epochs": -1, "estimated_stepping_batches": 12}, 12),
+        ({0: 1}, {"max_steps": 5, "estimated_stepping_batches": 5, "num_training_batches": INF}, 5),
+    ],
+)
+def test_length_of_a_training(scheduling, settings, steps):
+    defaults = {"estimated_stepping_batches": 80, "max_epochs": 10, "max_steps": -1, "num_training_batches": 8}
+    callbacks = [] if scheduling is None else [GradientAccumulationScheduler(scheduling)]
+    trainer = types.SimpleNamespace(callbacks=callbacks, accumulate_grad_batches=1, **{**defaults, **settings})
+    assert training_length(trainer) == steps

@@ -1,0 +1,40 @@
+"""A configuration of `ssync-pl fit` that trains in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TINY_SAVI: dict[str, Any] = {
+    "num_slots": 3,
+    "slot_dim": 8,
+    "feature_dim": 8,
+    "encoder_channels": [8],
+    "encoder_strides": [2],
+    "encoder_mlp_hidden": 8,
+    "corrector_mlp_hidden": 8,
+    "predictor_mlp_hidden": 8,
+    "decoder_broadcast": [4, 4],
+    "decoder_channels": [8],
+    "decoder_strides": [2],
+    "warmup_steps": 1,
+}
+
+
+def tiny_config(root: Path, **trainer: Any) -> dict[str, Any]:
+    """SAVi on four rendered videos below `root`, for two steps unless `trainer` says otherwise."""
+    data = {"root": str(root), "num_train": 4, "num_validation": 2, "resolution": 16, "frames": 2}
+    data |= {"generate_workers": 0, "scene": {"antialias": 1}, "batch_size": 2, "clip_length": 2, "num_workers": 0}
+    return {
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, **trainer},
+        "model": {"class_path": "SAVi", "init_args": TINY_SAVI},
+        "data": {"class_path": "SyntheticDataModule", "init_args": data},
+    }
+
+
+def write_tiny(path: Path, root: Path, **trainer: Any) -> Path:
+    """Writes the configuration as YAML."""
+    path.write_text(yaml.safe_dump(tiny_config(root, **trainer)), encoding="utf-8")
+    return path
