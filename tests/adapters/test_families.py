@@ -8,36 +8,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import feature_hosts as fh
 import pytest
+import savi_hosts as sh
 import torch
-from feature_hosts import (
-    KEPT,
-    NONE_LEFT,
-    VALID,
-    AdaSlotHost,
-    Aggregat,
-    BroadcastDecoder,
-    Corrector,
-    MixerDecode,
-    MLPDecoder,
-    OclfHost,
-    PatchDecoder,
-    PixelDecoder,
-    RandSFQWrap,
-    RefusedDecode,
-    VideosaurHost,
-)
 from host_table import existing, hear, own_maps
 from package_hosts import PackageAttention, PackageCodes, PackageHost
-from savi_hosts import (
-    TOKENS,
-    Genera1zHelper,
-    JunkeunYiCorrector,
-    JunkeunYiHost,
-    JunkeunYiInverted,
-    SlotFormerHost,
-    TokenHost,
-)
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
 
@@ -64,13 +40,13 @@ def without(host: Any, path: str) -> Any:
 @pytest.mark.parametrize(
     ("adapter", "host"),
     [
-        (VideosaurAdapter, lambda: without(VideosaurHost(), "processor.module.corrector.scale")),
-        (VideosaurAdapter, lambda: VideosaurHost(nn.Identity())),
-        (OclfAdapter, lambda: without(OclfHost(), "models.perceptual_grouping.slot_attention.n_heads")),
-        (OclfAdapter, lambda: OclfHost(nn.Linear(1, 1))),
+        (VideosaurAdapter, lambda: without(fh.VideosaurHost(), "processor.module.corrector.scale")),
+        (VideosaurAdapter, lambda: fh.VideosaurHost(nn.Identity())),
+        (OclfAdapter, lambda: without(fh.OclfHost(), "models.perceptual_grouping.slot_attention.n_heads")),
+        (OclfAdapter, lambda: fh.OclfHost(nn.Linear(1, 1))),
         (JunkeunYiSaviAdapter, lambda: _two_correctors()),
-        (RandSFQAdapter, lambda: nn.Sequential(Aggregat())),
-        (AutoregressiveAdapter, lambda: TokenHost("elsewhere", "decoder")),  # tokens, but slots come from a file
+        (RandSFQAdapter, lambda: nn.Sequential(fh.Aggregat())),
+        (AutoregressiveAdapter, lambda: sh.TokenHost("elsewhere", "decoder")),  # tokens, but slots come from a file
         (SlotAttentionPackageAdapter, lambda: nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})),
         (lambda: SlotAttentionPackageAdapter(masks="nowhere"), PackageHost),
         (lambda: SlotAttentionPackageAdapter(attention="encoder"), PackageHost),
@@ -83,8 +59,8 @@ def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapt
 
 
 def _two_correctors() -> nn.Module:
-    host = JunkeunYiHost()
-    host.processor["corrector"] = JunkeunYiCorrector(1, 1)
+    host = sh.JunkeunYiHost()
+    host.processor["corrector"] = sh.JunkeunYiCorrector(1, 1)
     return host
 
 
@@ -97,34 +73,34 @@ def test_a_grid_is_two_positive_integers(adapter: Any, grid: object) -> None:
 
 def test_grids_of_features() -> None:
     """Of the frames and the patch size; of a decoder's pixels; of a square; as it is given."""
-    host = VideosaurHost(MLPDecoder((16,)))
+    host = fh.VideosaurHost(fh.MLPDecoder((16,)))
     heard = hear(host, batch={"video": torch.rand(1, 2, 3, 8, 32)})
     assert heard.maps().grid == (2, 8)  # and no square
-    wide = hear(VideosaurHost(MLPDecoder((32,))), batch={"video": torch.rand(1, 2, 3, 16, 32)})
+    wide = hear(fh.VideosaurHost(fh.MLPDecoder((32,))), batch={"video": torch.rand(1, 2, 3, 16, 32)})
     assert wide.maps().grid == (4, 8)
     with pytest.raises(HostError, match=r"32 patches, which is no square. Pass grid=\(H, W\)"):
         wide.adapter.collect(wide.capture)
     assert VideosaurAdapter(grid=(8, 4)).collect(wide.capture, wide.batch).grid == (8, 4)
     with pytest.raises(HostError, match="`grid` to have 32 patches"):
         VideosaurAdapter(grid=(5, 5)).collect(wide.capture, wide.batch)
-    for known in (hear(VideosaurHost(BroadcastDecoder(FRAME))), hear(OclfHost(PixelDecoder(FRAME)))):
+    for known in (hear(fh.VideosaurHost(fh.BroadcastDecoder(FRAME))), hear(fh.OclfHost(fh.PixelDecoder(FRAME)))):
         assert known.adapter.collect(known.capture).grid == GRID
-    heard = hear(OclfHost(PatchDecoder(3 * N)))
+    heard = hear(fh.OclfHost(fh.PatchDecoder(3 * N)))
     with pytest.raises(HostError, match=r"decoder of 24 patches to have the proportions of \(2, 4\)"):
         heard.maps()
 
 
-class BareDecoder(MLPDecoder):
+class BareDecoder(fh.MLPDecoder):
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
         return {"alpha": super().forward(slots)["masks"]}
 
 
-class IdleCorrector(Corrector):
+class IdleCorrector(fh.Corrector):
     def forward(self, slots: Tensor, features: Tensor, n_iters: int | None = None) -> dict[str, Tensor]:
         return {"slots": slots, "masks": self.to_k(features)[:, :S]}
 
 
-class Patches(PatchDecoder):
+class Patches(fh.PatchDecoder):
     """With the axes of its masks in another order, or with vectors from its network."""
 
     def __init__(self, how: str) -> None:
@@ -140,7 +116,7 @@ class Patches(PatchDecoder):
         return output
 
 
-class FoldedDecode(MixerDecode):
+class FoldedDecode(fh.MixerDecode):
     def forward(self, clue: Any, slots: Tensor) -> Any:
         return tuple(value[1:] for value in super().forward(clue, slots))
 
@@ -173,22 +149,38 @@ NAMED = {"masks": "decoder", "alpha_axis": 1}
 @pytest.mark.parametrize(
     ("host", "options", "message"),
     [
-        (lambda: VideosaurHost(BareDecoder()), None, "BareDecoder .* as 'masks', but got dict with keys alpha"),
-        (lambda: changed(VideosaurHost(), "processor.module.corrector", IdleCorrector), None, "to call 'to_q'"),
-        (lambda: OclfHost(Patches("reordered")), None, r"shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
-        (lambda: OclfHost(Patches("vectors")), None, r"inner network to give \(B \* S, N, C\) or .* Tensor \(8, 4\)"),
-        (lambda: Genera1zHelper(colours=4), None, r"decoder\.readout to give 3 colours and alpha, but got 5"),
-        (lambda: RandSFQWrap(FoldedDecode()), None, r"draw the 2 x 3 x 4 slots .* ran on 5 x 4"),
-        (lambda: changed(RandSFQWrap(), "m.encode_backbone", FlatBackbone), None, r"feature map .*Tensor \(6, 8, 8\)"),
+        (lambda: fh.VideosaurHost(BareDecoder()), None, "BareDecoder .* as 'masks', but got dict with keys alpha"),
+        (lambda: changed(fh.VideosaurHost(), "processor.module.corrector", IdleCorrector), None, "to call 'to_q'"),
+        (lambda: fh.OclfHost(Patches("reordered")), None, r"shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
+        (
+            lambda: fh.OclfHost(Patches("vectors")),
+            None,
+            r"inner network to give \(B \* S, N, C\)",
+        ),
+        (lambda: sh.Genera1zHelper(colours=4), None, r"decoder\.readout to give 3 colours and alpha, but got 5"),
+        (lambda: fh.RandSFQWrap(FoldedDecode()), None, r"draw the 2 x 3 x 4 slots .* ran on 5 x 4"),
+        (
+            lambda: changed(fh.RandSFQWrap(), "m.encode_backbone", FlatBackbone),
+            None,
+            r"feature map .*\(6, 8, 8\)",
+        ),
         (lambda: PackageHost(GrowingAttention(), "loop"), NAMED, "'attention' to give one shape"),
         (OnceForAll, NAMED, "ran 3 times and the decoder once, on frames folded into its batch"),
         (OnceForAll, {}, r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
         (PackageHost, {"masks": "decoder"}, r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
         (lambda: PackageHost(PackageCodes()), {}, "MetaSlotAttention averages slots of one code and packs"),
-        (lambda: OclfHost(_tokens(), video=True), None, "_Tokens to draw object masks, but it predicts patches"),
-        (lambda: OclfHost(_densities()), None, "_Densities .* renders densities"),
-        (lambda: RandSFQWrap(RefusedDecode(False)), None, r"predicts patches one.* of its last block \(need_weights"),
-        (lambda: RandSFQWrap(RefusedDecode(True)), None, "is a diffusion model.* an nn.Identity .* of its denoiser"),
+        (lambda: fh.OclfHost(_tokens(), video=True), None, "_Tokens to draw object masks, but it predicts patches"),
+        (lambda: fh.OclfHost(_densities()), None, "_Densities .* renders densities"),
+        (
+            lambda: fh.RandSFQWrap(fh.RefusedDecode(False)),
+            None,
+            r"one after the other.* \(need_weights",
+        ),
+        (
+            lambda: fh.RandSFQWrap(fh.RefusedDecode(True)),
+            None,
+            "diffusion model.* an nn.Identity .* of its denoiser",
+        ),
         (lambda: _predicted_only(), None, "masks of predicted slots show the next frame"),
     ],
 )
@@ -199,27 +191,27 @@ def test_what_cannot_be_heard_is_refused_by_name(host: Any, options: dict[str, A
 
 
 def _tokens() -> nn.Module:
-    class _Tokens(PatchDecoder):
+    class _Tokens(fh.PatchDecoder):
         use_decoder_masks = False
 
     return _Tokens()
 
 
 def _densities() -> nn.Module:
-    class _Densities(PixelDecoder):
+    class _Densities(fh.PixelDecoder):
         depth_positions = 5
 
     return _Densities()
 
 
 def _predicted_only() -> nn.Module:
-    host = JunkeunYiHost(predicted=True)
+    host = sh.JunkeunYiHost(predicted=True)
     host.decode_corrected = False
     return host
 
 
 def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
-    host = VideosaurHost()
+    host = fh.VideosaurHost()
     host.loss_fns = nn.ModuleDict({"loss_featrec": nn.Identity(), "loss_grp2deccls": nn.Identity()})
     with pytest.warns(UserWarning, match=r"VideosaurHost has SSync's losses itself \(loss_grp2deccls\)"):
         VideosaurAdapter().attach(host).remove()
@@ -230,7 +222,7 @@ def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
 
 
 def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_calls_are_refused() -> None:
-    host, adapter = OclfHost(PixelDecoder(), video=True), OclfAdapter()
+    host, adapter = fh.OclfHost(fh.PixelDecoder(), video=True), OclfAdapter()
     capture = adapter.attach(host)
     capture.open()
     slots, states = host.seeds.expand(B, -1, -1), []
@@ -254,7 +246,7 @@ def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_cal
 @pytest.mark.parametrize("mask_type", ["mask_normalized", "mask", "logit"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_adaslot_loses_each_image_with_its_own_number_of_slots(heads: int, mask_type: str) -> None:
-    host = AdaSlotHost(mask_type, heads, [[1.0, 0, 1, 1], [1.0, 1, 1, 1]])
+    host = fh.AdaSlotHost(mask_type, heads, [[1.0, 0, 1, 1], [1.0, 1, 1, 1]])
     maps, own = hear(host).maps(), own_maps(host)
     output = ssync_loss(maps, merge=False)
     sums, entries = torch.zeros(2), torch.zeros(2)
@@ -270,7 +262,7 @@ def test_adaslot_loses_each_image_with_its_own_number_of_slots(heads: int, mask_
 
 @pytest.mark.parametrize("size", [(N,), GRID, FRAME])
 def test_adaslot_images_without_slots_are_left_out(size: tuple[int, ...]) -> None:
-    host = AdaSlotHost(kept=NONE_LEFT, heads=2, size=size)
+    host = fh.AdaSlotHost(kept=fh.NONE_LEFT, heads=2, size=size)
     maps = hear(host).maps()
     assert not maps.masks.isnan().any()
     assert not maps.attention.isnan().any()
@@ -287,7 +279,7 @@ def test_adaslot_images_without_slots_are_left_out(size: tuple[int, ...]) -> Non
 
 
 def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_are_dropped() -> None:
-    host, adapter = AdaSlotHost("mask", kept=KEPT), AdaSlotAdapter()
+    host, adapter = fh.AdaSlotHost("mask", kept=fh.KEPT), AdaSlotAdapter()
     capture = adapter.attach(host)
     parts(host)[1].mask_type = "none"
     capture.open()
@@ -295,16 +287,16 @@ def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_a
     with pytest.raises(HostError, match="masks that 'decoder' returns"):
         adapter.verify(capture, adapter.collect(capture, host.batch()))
 
-    class Masked(AdaSlotHost):
+    class Masked(fh.AdaSlotHost):
         valid = torch.tensor([[True, True, True, False], [True] * S])
 
-    maps = hear(Masked(kept=KEPT)).maps()
-    assert torch.equal(maps.slot_valid, torch.tensor(KEPT).bool() & Masked.valid)
+    maps = hear(Masked(kept=fh.KEPT)).maps()
+    assert torch.equal(maps.slot_valid, torch.tensor(fh.KEPT).bool() & Masked.valid)
     assert ssync_loss(maps).loss.isfinite()
 
 
 def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
-    host, flips = RandSFQWrap(slot_mask=VALID), iter([VALID, VALID.flip(0), VALID])
+    host, flips = fh.RandSFQWrap(slot_mask=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
     host.m.aggregat.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)}), with_kwargs=True
     )
@@ -315,7 +307,7 @@ def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
 
 @pytest.mark.parametrize("loss", ["brier", "ce"])
 def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: Any) -> None:
-    host = RandSFQWrap(slot_mask=VALID)
+    host = fh.RandSFQWrap(slot_mask=fh.VALID)
     twin, batch = copy.deepcopy(host), host.batch()
     torch._dynamo.reset()
     with attach(host, warmup_steps=0, loss=loss) as ssync, attach(twin, warmup_steps=0, loss=loss) as expected:
@@ -328,7 +320,7 @@ def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: An
 
 
 def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> None:
-    host = Genera1zHelper()
+    host = sh.Genera1zHelper()
     batch = host.batch(padded=2)
     with attach(host, warmup_steps=0, merge_threshold=0.3) as ssync:
         ssync.add(host.training_step(batch, 0)).backward()
@@ -339,7 +331,7 @@ def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> No
 
 
 def test_genera1z_loops_that_call_methods_of_the_model_are_served_without_the_check_of_the_reconstruction() -> None:
-    host, adapter = Genera1zHelper(), Genera1zSaviAdapter()
+    host, adapter = sh.Genera1zHelper(), Genera1zSaviAdapter()
     host.model.decoder.sharpen = 2.0  # would be refused, if the model itself were called
     capture, batch = adapter.attach(host.model), host.batch()
     capture.open()
@@ -349,19 +341,19 @@ def test_genera1z_loops_that_call_methods_of_the_model_are_served_without_the_ch
 
 
 def test_junkeun_yi_positional_arguments_are_understood() -> None:
-    class Positional(JunkeunYiInverted):
+    class Positional(sh.JunkeunYiInverted):
         def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
             updates, attention = self.attn_fn(*given.values())
             return updates.flatten(2), attention
 
-    host = changed(JunkeunYiHost(), "corrector.inverted_attention", Positional)
+    host = changed(sh.JunkeunYiHost(), "corrector.inverted_attention", Positional)
     heard = hear(host)
     assert torch.equal(heard.maps().attention_logits, own_maps(host).attention_logits)
     heard.adapter.verify(heard.capture, heard.maps())
 
 
 def test_slotformer_trainers_that_go_past_the_models_call_or_wrap_it_are_served() -> None:
-    host = SlotFormerHost()
+    host = sh.SlotFormerHost()
     with attach(nn.DataParallel(host), warmup_steps=0) as ssync:  # calls the model itself without several devices
         loss = host.loss_function({"img": host.batch()["video"]})
         total = ssync.add(loss)
@@ -401,9 +393,9 @@ def test_package_places_are_checked() -> None:
         SlotAttentionPackageAdapter(alpha_axis=1)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", sh.TOKENS)
 def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: str) -> None:
-    host: Any = TOKENS[name]()
+    host: Any = sh.TOKENS[name]()
     assert isinstance(locate("auto", nn.ModuleDict({"model": host})).adapter, AutoregressiveAdapter)
     with pytest.raises(HostError, match="draws object masks, but TokenHost predicts tokens") as error:
         attach(host, warmup_steps=0).__enter__()
@@ -430,7 +422,7 @@ def _show(host: Any, module: Any) -> None:
 
 
 def test_autoregressive_oclf_names_its_attention() -> None:
-    host = OclfHost(_tokens(), video=True)
+    host = fh.OclfHost(_tokens(), video=True)
     assert type(find_adapter(host)) is OclfAdapter
     named = "attention='softmax:models.perceptual_grouping.module.slot_attention', masks='models.object_decoder:masks'"
     with pytest.raises(HostError) as error:

@@ -103,16 +103,6 @@ def test_the_finer_map_is_averaged_in_full_precision(dtype: torch.dtype) -> None
         maps_on_common_grid(coarse, (2, 2), fine[..., :3, :])
 
 
-def test_heads_with_one_softmax_are_its_sum_and_the_gradient_is_the_hosts() -> None:
-    logits = 4 * torch.randn(B, S, HEADS, N, dtype=torch.float64, requires_grad=True)
-    together = logits.flatten(1, 2).softmax(1).unflatten(1, (S, HEADS)).sum(2)
-    weights, mine = torch.randn(B, S, N, dtype=torch.float64), joint_heads(logits, -2).softmax(1)
-    torch.testing.assert_close(mine, together)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((value * weights).sum(), logits, retain_graph=True)[0] for value in (mine, together))
-    )
-
-
 def test_heads_with_a_softmax_each_are_their_mean() -> None:
     logits = 2 * torch.randn(B, HEADS, S, N)
     maps = separate_heads(logits, 1, 2)

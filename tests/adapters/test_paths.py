@@ -134,25 +134,6 @@ def test_grids_that_do_not_fit_are_refused(attention: Any, masks: Any, grid: Any
         _collect([rand(1, 1, 2, *attention)], [rand(1, 1, 2, *masks)], grid=grid)
 
 
-def test_the_finer_map_is_averaged_as_probabilities() -> None:
-    coarse, fine = rand(1, 1, 2, 4), rand(1, 1, 2, 8, 8)
-
-    def blocks(value: Tensor) -> Tensor:
-        return value.unflatten(4, (2, 4)).unflatten(3, (2, 4)).mean((4, 6)).flatten(3)
-
-    maps = _collect([coarse], [fine])
-    assert maps.grid == (2, 2)
-    assert maps.attention_logits is coarse
-    assert maps.mask_logits is None
-    torch.testing.assert_close(maps.mask_probs, blocks(fine.softmax(2)))
-    maps = _collect([fine], [coarse])
-    torch.testing.assert_close(maps.attention_logits, blocks(fine))
-    torch.testing.assert_close(maps.attention_probs, blocks(fine.softmax(2)))
-    assert maps.mask_logits is coarse
-    maps = _collect([coarse], [fine.softmax(2)], masks_kind="probs")
-    torch.testing.assert_close(maps.mask_probs, blocks(fine.softmax(2)))  # not squashed again
-
-
 @pytest.mark.parametrize(
     ("attention", "masks"),
     [((1, 1, 2, 4), (1, 1, 3, 4)), ((1, 2, 2, 4), (1, 3, 2, 4)), ((2, 2, 2, 4), (1, 2, 2, 4))],

@@ -5,22 +5,8 @@ import random
 from typing import Any
 
 import pytest
+import solv_hosts as solv
 import torch
-from solv_hosts import (
-    COLUMNS,
-    FRAMES,
-    KEPT,
-    PATCHES,
-    RADIUS,
-    ROWS,
-    SLOTS,
-    VIDEOS,
-    Binder,
-    SolvHost,
-    packaged,
-    solv_inputs,
-    training_loss,
-)
 from torch import Tensor, nn
 
 from ssync_pl import attach, ssync_loss
@@ -29,41 +15,41 @@ from ssync_pl.adapters.solv import SolvAdapter, merge_member_logits, scatter_tok
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
-Run = tuple[SolvHost, Any, Capture, SSyncMaps, tuple[Tensor, Tensor, Tensor]]
+Run = tuple[solv.SolvHost, Any, Capture, SSyncMaps, tuple[Tensor, Tensor, Tensor]]
 
 
-def _run(host: SolvHost | None = None, seed: int = 3) -> Run:
-    host = host or SolvHost()
-    adapter, batch = SolvAdapter(), solv_inputs()
+def _run(host: solv.SolvHost | None = None, seed: int = 3) -> Run:
+    host = host or solv.SolvHost()
+    adapter, batch = SolvAdapter(), solv.solv_inputs()
     capture = adapter.attach(host)
     random.seed(seed)
     capture.open()
-    training_loss(host, batch)
+    solv.training_loss(host, batch)
     capture.close()
     return host, adapter, capture, adapter.collect(capture, batch), batch
 
 
-def _expected(host: SolvHost, places: Tensor) -> SSyncMaps:
+def _expected(host: solv.SolvHost, places: Tensor) -> SSyncMaps:
     """Maps, cluster by cluster, from what the host kept of itself."""
-    dots = host.s_bind.own_logits.unflatten(0, (-1, FRAMES))[:, RADIUS]
-    where = places.unflatten(0, (-1, FRAMES))[:, RADIUS]
-    clusters = host.merge.own_clusters if host.merge_slots else [list(range(SLOTS))] * len(dots)
-    logits, masks = torch.zeros(2, len(dots), 1, SLOTS, PATCHES)
-    slots, patches = torch.zeros(len(dots), SLOTS).bool(), torch.zeros(len(dots), 1, PATCHES).bool()
+    dots = host.s_bind.own_logits.unflatten(0, (-1, solv.FRAMES))[:, solv.RADIUS]
+    where = places.unflatten(0, (-1, solv.FRAMES))[:, solv.RADIUS]
+    clusters = host.merge.own_clusters if host.merge_slots else [list(range(solv.SLOTS))] * len(dots)
+    logits, masks = torch.zeros(2, len(dots), 1, solv.SLOTS, solv.PATCHES)
+    slots, patches = torch.zeros(len(dots), solv.SLOTS).bool(), torch.zeros(len(dots), 1, solv.PATCHES).bool()
     for video, labels in enumerate(clusters):
         patches[video, 0, where[video]] = True
         masks[video, 0, : len(host.own_alpha[video])] = host.own_alpha[video]
         for cluster in set(labels):
-            members = [slot for slot in range(SLOTS) if labels[slot] == cluster]
+            members = [slot for slot in range(solv.SLOTS) if labels[slot] == cluster]
             slots[video, cluster] = True
             row = dots[video, members[0]] if len(members) == 1 else dots[video, members].logsumexp(0)
             logits[video, 0, cluster, where[video]] = row
-    return SSyncMaps(logits, masks, grid=(ROWS, COLUMNS), slot_valid=slots, patch_valid=patches)
+    return SSyncMaps(logits, masks, grid=(solv.ROWS, solv.COLUMNS), slot_valid=slots, patch_valid=patches)
 
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_maps_and_loss_are_the_hosts_own(merge: bool) -> None:
-    host, adapter, capture, maps, batch = _run(SolvHost(merge))
+    host, adapter, capture, maps, batch = _run(solv.SolvHost(merge))
     own = _expected(host, batch[2])
     assert maps.grid == own.grid
     assert torch.equal(maps.patch_valid, own.patch_valid)
@@ -75,7 +61,7 @@ def test_maps_and_loss_are_the_hosts_own(merge: bool) -> None:
     else:
         assert maps.slot_valid is None
         assert torch.equal(maps.attention_logits, own.attention_logits)
-    there = own.slot_valid[:, None, :, None].expand(VIDEOS, 1, SLOTS, PATCHES)
+    there = own.slot_valid[:, None, :, None].expand(solv.VIDEOS, 1, solv.SLOTS, solv.PATCHES)
     assert torch.equal(maps.mask_logits[there], own.mask_logits[there])
     adapter.verify(capture, maps)
     maps.check_values()
@@ -91,12 +77,12 @@ def test_both_ways_to_find_the_members_agree_with_the_clustering(seed: int) -> N
     host, _, capture, _, batch = _run(seed=seed)
     members = capture.only("merger")[2]
     for video, labels in enumerate(host.merge.own_clusters):
-        assert [labels[slot] for slot in range(SLOTS)] == members[video, 0].int().argmax(0).tolist()
+        assert [labels[slot] for slot in range(solv.SLOTS)] == members[video, 0].int().argmax(0).tolist()
     capture.clear()
     random.seed(seed)
     with torch.no_grad():  # as in validation, where there is no gradient to read
         capture.open()
-        training_loss(host, batch)
+        solv.training_loss(host, batch)
         after = random.random()
         capture.close()
     assert torch.equal(capture.only("merger")[2], members)
@@ -106,8 +92,8 @@ def test_both_ways_to_find_the_members_agree_with_the_clustering(seed: int) -> N
 
 
 def test_hooks_change_nothing_and_go_away() -> None:
-    host = SolvHost()
-    twin, batch, keys = copy.deepcopy(host), solv_inputs(), list(host.state_dict())
+    host = solv.SolvHost()
+    twin, batch, keys = copy.deepcopy(host), solv.solv_inputs(), list(host.state_dict())
     with attach(host, warmup_steps=10):
         results = []
         for model in (host, twin):
@@ -127,7 +113,7 @@ def test_hooks_change_nothing_and_go_away() -> None:
     ("part", "word"), [("s_bind", "attention of the binder"), ("merge", "of the merger"), ("", "masks of the host")]
 )
 def test_a_host_that_changes_its_maps_is_refused(part: str, word: str) -> None:
-    host = SolvHost()
+    host = solv.SolvHost()
     (getattr(host, part) if part else host).tamper = True
     host, adapter, capture, maps, _ = _run(host)
     with pytest.raises(HostError, match=word):
@@ -136,8 +122,8 @@ def test_a_host_that_changes_its_maps_is_refused(part: str, word: str) -> None:
 
 def test_autocast_is_kept_and_memory_of_the_loop_let_go() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        host, adapter, capture, maps, _ = _run(SolvHost(merge=False, iterations=4))
-    own = host.s_bind.own_logits.unflatten(0, (-1, FRAMES))[:, RADIUS]
+        host, adapter, capture, maps, _ = _run(solv.SolvHost(merge=False, iterations=4))
+    own = host.s_bind.own_logits.unflatten(0, (-1, solv.FRAMES))[:, solv.RADIUS]
     assert torch.equal(capture.only("binder").logits[:, 0], own)
     assert own.dtype == torch.bfloat16
     adapter.verify(capture, maps)
@@ -145,7 +131,7 @@ def test_autocast_is_kept_and_memory_of_the_loop_let_go() -> None:
 
 
 def test_other_layouts_are_refused() -> None:
-    class KeysOnly(Binder):
+    class KeysOnly(solv.Binder):
         def forward(self, inputs: Tensor, token_indices: Tensor) -> tuple[Tensor, Tensor]:
             slots = self.Q(self.slots.expand(len(inputs), -1, -1))
             return slots, torch.einsum("bsd,bnd->bsn", slots, self.f(self.initial_mlp(inputs)))
@@ -155,7 +141,7 @@ def test_other_layouts_are_refused() -> None:
     host(*batch)
     with pytest.raises(HostError, match="'binder' to run once"):
         adapter.collect(capture, batch)
-    host = SolvHost()
+    host = solv.SolvHost()
     host.s_bind = KeysOnly()
     SolvAdapter().attach(host).open()
     with pytest.raises(HostError, match="KeysOnly to call 'f'"):
@@ -169,26 +155,26 @@ def test_other_layouts_are_refused() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_maps_of_the_packaged_host(training: bool) -> None:
-    host, adapter = packaged().train(training), SolvAdapter()
+    host, adapter = solv.packaged().train(training), SolvAdapter()
     capture = adapter.attach(host)
     capture.open()
-    out = host(torch.randn(2, FRAMES if training else 6, PATCHES, 6))
+    out = host(torch.randn(2, solv.FRAMES if training else 6, solv.PATCHES, 6))
     maps = adapter.collect(capture)
     adapter.verify(capture, maps)
     if not training:  # all frames, as probabilities
-        assert maps.shape == (2, 6, SLOTS, PATCHES)
+        assert maps.shape == (2, 6, solv.SLOTS, solv.PATCHES)
         assert maps.patch_valid is None
         torch.testing.assert_close(maps.mask_probs, out.masks)
         attention = torch.einsum("btij,btjn->btin", out.members.float(), out.attention_logits.softmax(2))
         torch.testing.assert_close(maps.attention_probs, attention)
         return
-    assert maps.shape == (2, 1, SLOTS, PATCHES)
+    assert maps.shape == (2, 1, solv.SLOTS, solv.PATCHES)
     assert torch.equal(maps.mask_logits, out.mask_logits)
     assert torch.equal(maps.slot_valid, out.slot_valid[:, 0])
     assert not maps.slot_valid.all()
-    assert maps.patch_valid.sum().item() == 2 * KEPT
+    assert maps.patch_valid.sum().item() == 2 * solv.KEPT
     for video in range(2):
-        own, where = out.attention_logits[video, RADIUS], out.token_indices[video, RADIUS]
+        own, where = out.attention_logits[video, solv.RADIUS], out.token_indices[video, solv.RADIUS]
         for slot, members in enumerate(out.members[video, 0]):
             if members.any():
                 row = maps.attention_logits[video, 0, slot, where]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,10 +94,14 @@ def test_a_strange_state_is_refused_and_random_numbers_of_the_run_left_alone(mak
 def test_workers_end_with_their_loader(make_shards, opened):
     gc.collect()
     gc.disable()  # no cycle of references keeps them
+    garbage = torch.nn.Module()
+    garbage.__dict__["cycle"], reference = garbage, weakref.ref(garbage)
+    del garbage
     try:
         batches = iter(opened(make_shards(count=8), num_workers=1).train_dataloader())
         next(batches)
         assert multiprocessing.active_children()
+        assert reference() is None  # gone before the fork: in a worker, garbage of PyAV would hang
         del batches
         assert not multiprocessing.active_children()
     finally:

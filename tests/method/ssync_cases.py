@@ -42,22 +42,15 @@ class Case:
     def maps(self, dtype: torch.dtype = torch.float64) -> SSyncMaps:
         """Fresh leaves: every map needs a gradient."""
 
-        def leaf(x: np.ndarray | None) -> torch.Tensor | None:
-            return None if x is None else torch.tensor(x, dtype=dtype, requires_grad=True)
-
-        def plain(x: np.ndarray | None) -> torch.Tensor | None:
-            return None if x is None else torch.tensor(x)
-
-        return SSyncMaps(
-            attention_logits=leaf(self.encoder_logits),
-            mask_logits=leaf(self.decoder_logits),
-            attention_probs=leaf(self.encoder_probs),
-            mask_probs=leaf(self.decoder_probs),
-            grid=self.grid,
-            slot_valid=plain(self.slot_valid),
-            patch_valid=plain(self.patch_valid),
-            frame_index=plain(self.frame_index),
-        )
+        given = {
+            name.replace("encoder", "attention").replace("decoder", "mask"): x for name, x in self.arrays().items()
+        }
+        for name, x in given.items():
+            if name.endswith(("logits", "probs")):
+                given[name] = None if x is None else torch.tensor(x, dtype=dtype, requires_grad=True)
+            elif name != "grid":
+                given[name] = None if x is None else torch.tensor(x)
+        return SSyncMaps(**given)
 
     def check(self, dtype: torch.dtype = torch.float64, rtol: float = 1e-9):
         """Compares everything with the reference; returns both outputs."""

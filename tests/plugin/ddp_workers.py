@@ -51,8 +51,8 @@ def fit_rank(host: Any, *callbacks: Any, steps: int = STEPS, clips: Any = None, 
     return fit(host, *callbacks, steps=steps, loader=data, **settings)
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(index: int, first: int, port: int, folder: str) -> None:
+    rank = first + index
     warnings.simplefilter("ignore")
     # These make Lightning believe that its processes were started from outside.
     os.environ.update(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections import namedtuple
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -13,33 +14,17 @@ from torch.utils.data import DataLoader
 from ssync_pl import SSyncCallback, SSyncMaps, SSyncRegularizer, ssync_loss
 
 SLOTS, DIM, GRID, FRAMES = 4, 6, (3, 4), 2
-PATHS = {
-    "attention": "corrector:logits",
-    "masks": "decoder:mask_logits",
-    "attention_kind": "logits",
-    "masks_kind": "logits",
-    "grid": GRID,
-}
-
-
-class Corrected(NamedTuple):
-    slots: Tensor
-    logits: Tensor
-
-
-class Decoded(NamedTuple):
-    reconstruction: Tensor
-    mask_logits: Tensor
+PLACES = {"attention": "corrector:logits", "masks": "decoder:mask_logits"}
+PATHS = {**PLACES, "attention_kind": "logits", "masks_kind": "logits", "grid": GRID}
+Corrected = namedtuple("Corrected", ["slots", "logits"])
+Decoded = namedtuple("Decoded", ["reconstruction", "mask_logits"])
 
 
 class TinyCorrector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.to_q = nn.Linear(DIM, DIM, bias=False)
-        self.to_k = nn.Linear(DIM, DIM, bias=False)
-        self.update = nn.Linear(DIM, DIM)
-        self.soft = nn.Softmax(1)
-        self.detach = False
+        self.to_q, self.to_k = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
+        self.update, self.soft, self.detach = nn.Linear(DIM, DIM), nn.Softmax(1), False
 
     def forward(self, slots: Tensor, features: Tensor) -> Corrected:
         logits = 3 * torch.einsum("bsd,bnd->bsn", self.to_q(slots), self.to_k(features))
@@ -52,27 +37,16 @@ class TinyCorrector(nn.Module):
 class TinyDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        patches = GRID[0] * GRID[1]
-        self.position = nn.Parameter(torch.randn(patches, DIM))
-        self.to_mask = nn.Linear(DIM, DIM, bias=False)
-        self.to_color = nn.Linear(DIM, 3)
-        self.detach = False
-        self.nan = False
-        self.extra_slots = 0
-        self.bias = 0.0
+        self.position = nn.Parameter(torch.randn(GRID[0] * GRID[1], DIM))
+        self.to_mask, self.to_color = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, 3)
+        self.detach, self.nan, self.extra_slots, self.bias = False, False, 0, 0.0
 
     def forward(self, slots: Tensor) -> Decoded:
         logits = torch.einsum("btsd,nd->btsn", self.to_mask(slots), self.position)
-        first = torch.zeros(logits.shape[2])
-        first[0] = self.bias
-        logits = logits + first[:, None]
-        if self.nan:
-            logits = logits * torch.nan
-        masks = logits.softmax(2)
-        colors = self.to_color(slots)
-        reconstruction = torch.einsum("btsn,btsc->btnc", masks, colors)
-        if self.extra_slots:
-            logits = torch.cat([logits, logits[:, :, : self.extra_slots]], dim=2)
+        logits = logits + self.bias * torch.eye(logits.shape[2])[:, :1]
+        logits = logits * torch.nan if self.nan else logits
+        reconstruction = torch.einsum("btsn,btsc->btnc", logits.softmax(2), self.to_color(slots))
+        logits = torch.cat([logits, logits[:, :, : self.extra_slots]], dim=2) if self.extra_slots else logits
         return Decoded(reconstruction, logits.detach() if self.detach else logits)
 
 
@@ -84,14 +58,9 @@ class TinyParts:
     def __init__(self, returns: str = "tensor", checkpointing: str = "", scale: float = 1.0, grow: bool = False):
         super().__init__()
         self.initial = nn.Parameter(torch.randn(1, SLOTS, DIM))
-        self.encoder = nn.Linear(3, DIM)
-        self.corrector = TinyCorrector()
-        self.decoder = TinyDecoder()
+        self.encoder, self.corrector, self.decoder = nn.Linear(3, DIM), TinyCorrector(), TinyDecoder()
         self.automatic_optimization = self.automatic
-        self.returns = returns
-        self.checkpointing = checkpointing
-        self.scale = scale
-        self.grow = grow
+        self.returns, self.checkpointing, self.scale, self.grow = returns, checkpointing, scale, grow
         self.collapse_at: int | None = None
         self.kept: Any = None
 
@@ -106,7 +75,7 @@ class TinyParts:
             else:
                 out = self.corrector(slots, features[:, t])
             slots = out[0]
-            clip.append(out[0])
+            clip.append(slots)
             logits.append(out[1])
         return features, torch.stack(logits, 1), self.decoder(torch.stack(clip, 1))
 
@@ -188,19 +157,9 @@ def make_loader(count: int = 8, batch_size: int = 2) -> DataLoader:
 
 
 def make_trainer(*callbacks: Any, steps: int = 4, trainer: Any = L.Trainer, **options: Any) -> Any:
-    settings = {
-        "max_steps": steps,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "log_every_n_steps": 1,
-        **options,
-    }
-    return trainer(callbacks=list(callbacks), **settings)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    steps = {"max_steps": steps, "log_every_n_steps": 1, "limit_val_batches": 0}
+    return trainer(callbacks=list(callbacks), **{"accelerator": "cpu", "devices": 1, **quiet, **steps, **options})
 
 
 def fit(host: Any, *callbacks: Any, steps: int = 4, loader: DataLoader | None = None, **options: Any) -> Any:

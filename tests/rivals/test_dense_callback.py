@@ -121,24 +121,22 @@ def test_the_step_adds_what_the_module_gives(kind):
 
 
 def test_projections_are_trained_clipped_and_follow_the_hosts_rate():
-    callback = make_callback(warmup_steps=3)
-    start = []
+    callback, start, look = make_callback(warmup_steps=3), [], L.Callback()
 
-    class Look(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            start.append(copy.deepcopy(callback.losses.state_dict()))
-            trained = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
-            assert {id(p) for p in (*pl_module.parameters(), *callback.losses.parameters())} == trained
+    def at_start(trainer, module):
+        start.append(copy.deepcopy(callback.losses.state_dict()))
+        trained = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+        assert {id(p) for p in (*module.parameters(), *callback.losses.parameters())} == trained
 
-        def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            if trainer.global_step > 3:
-                assert all(p.grad is not None for p in callback.losses.parameters())
-                every = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-                assert torch.stack([g.norm() for g in every]).norm() <= 1e-3 * (1 + 1e-4)
+    def before_zero(trainer, module, optimizer):
+        if trainer.global_step > 3:
+            assert all(p.grad is not None for p in callback.losses.parameters())
+            every = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            assert torch.stack([g.norm() for g in every]).norm() <= 1e-3 * (1 + 1e-4)
 
-    plain = make_host()
-    _, alone = fit(plain, gradient_clip_val=1e-3)
-    _, recorder = fit(make_host(), callback, Look(), gradient_clip_val=1e-3)
+    look.on_train_start, look.on_before_zero_grad = at_start, before_zero
+    _, alone = fit(make_host(), gradient_clip_val=1e-3)
+    _, recorder = fit(make_host(), callback, look, gradient_clip_val=1e-3)
     assert recorder.rates == alone.rates
     assert len({rate for rates in recorder.rates for rate in rates}) > 3
     moved = callback.losses.state_dict()
@@ -234,24 +232,18 @@ def test_refusals():
     refuse("already has SSync", make_host(), SSyncCallback(), make_callback())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("weight", -1.0),
-        ("warmup_ratio", 1.5),
-        ("warmup_steps", -1),
-        ("projection_dim", 0),
-        ("group_frames", 0),
-        ("neighbours", 0),
-        ("redundant", 0),
-        ("redundancy_weight", -0.1),
-        ("redundancy_ratio", -0.1),
-        ("redundancy_steps", -2),
-    ],
-)
-def test_bad_settings_are_refused_when_it_is_made(name, value):
-    with pytest.raises(ConfigError, match=f"`{name}`"):
-        DenseAlignmentCallback(**{name: value})
+def test_bad_settings_are_refused_when_it_is_made():
+    bad = {"weight": -1.0, "warmup_ratio": 1.5, "warmup_steps": -1, "projection_dim": 0, "group_frames": 0}
+    bad |= {
+        "neighbours": 0,
+        "redundant": 0,
+        "redundancy_weight": -0.1,
+        "redundancy_ratio": -0.1,
+        "redundancy_steps": -2,
+    }
+    for name, value in bad.items():
+        with pytest.raises(ConfigError, match=f"`{name}`"):
+            DenseAlignmentCallback(**{name: value})
 
 
 def test_the_host_is_put_back_copies_are_plain_and_a_callback_can_be_used_twice():

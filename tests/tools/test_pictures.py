@@ -77,6 +77,18 @@ class ClipHost(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class FrameHost(ClipHost):
+    """Sees each frame as a clip of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Patches()
+
+    def _shared(self, batch: Any) -> Tensor:
+        frames = batch["video"].flatten(0, 1)
+        return (self.dropout(self.corrector(frames)) - self.decoder(frames)).square().mean()
+
+
 def picture_adapter() -> PathAdapter:
     return PathAdapter("corrector", "decoder", "logits", "logits", (4, 4))
 
@@ -150,48 +162,44 @@ def drawn(spy: Spy, video: int, word: str) -> np.ndarray:
     return found
 
 
-def validate(tmp_path: Path, callbacks: list[L.Callback], batches: list[Any]) -> ClipHost:
-    host = ClipHost()
+def validate(tmp_path: Path, batch: Any, host: L.LightningModule) -> Spy:
+    spy = Spy(picture_adapter())
     trainer = L.Trainer(
-        accelerator="cpu", logger=CSVLogger(str(tmp_path)), callbacks=callbacks, enable_progress_bar=False
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[spy], enable_progress_bar=False
     )
-    trainer.validate(host, DataLoader(batches, batch_size=None), verbose=False)
-    return host
+    trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
+    return spy
 
 
 def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path) -> None:
-    spy = Spy(picture_adapter())
-    validate(tmp_path, [spy], [picture_batch(1, padded=True)])
+    spy = validate(tmp_path, picture_batch(1, padded=True), ClipHost())
     (captions,) = spy.videos
     assert next(iter(captions)) == "video clip-1\nframes 0, 1"
     truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1).numpy()
     assert np.array_equal(drawn(spy, 0, "ground truth"), color_labels(truth, background=0))
 
 
-def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path) -> None:
-    spy, batch = Spy(picture_adapter()), picture_batch(5)
-    host = ClipHost()
-    ids = host.decoder(batch["video"]).argmax(2).unflatten(-1, (4, 4))
+@pytest.mark.parametrize("kind", [ClipHost, FrameHost])
+def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path, kind: type[ClipHost]) -> None:
+    batch, host = picture_batch(5), kind()
+    frames = batch["video"].flatten(0, 1)
+    ids = Patches.forward(host.decoder, frames).argmax(1).view(2, FRAMES, 4, 4)
     ids = torch.tensor([2, 0, 1])[ids].repeat_interleave(4, -1).repeat_interleave(4, -2)
     batch["segmentations"] = nn.functional.one_hot(ids, 3).movedim(-1, 2).bool()
-    trainer = L.Trainer(accelerator="cpu", logger=CSVLogger(str(tmp_path)), callbacks=[spy])
-    trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
-    assert len(spy.videos) == 2
+    spy = validate(tmp_path, batch, host)
+    labels = host.corrector(frames).argmax(1).view(2, FRAMES, 4, 4).numpy()
+    encoder = color_labels(np.array([2, 0, 1])[labels], background=0).repeat(4, 2).repeat(4, 3)
     for video in range(2):
         assert np.array_equal(drawn(spy, video, "decoder\n"), drawn(spy, video, "ground truth"))
-        labels = host.corrector(batch["video"][video]).argmax(1).view(FRAMES, 4, 4)
-        encoder = color_labels(np.array([2, 0, 1])[labels.numpy()], background=0)
-        assert np.array_equal(drawn(spy, video, "encoder\n"), encoder.repeat(4, 1).repeat(4, 2))
+        assert np.array_equal(drawn(spy, video, "encoder\n"), encoder[video])
 
 
 def test_without_truth_slots_keep_their_own_colours(tmp_path: Path) -> None:
-    spy, batch = Spy(picture_adapter()), picture_batch(5)
+    batch, host = picture_batch(5), ClipHost()
     del batch["segmentations"], batch["__key__"]
     batch["frames"] = batch.pop("video")  # found by its shape
-    host = ClipHost()
-    host.validation_step = lambda batch, batch_idx: host._shared({"video": batch["frames"]})
-    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[spy])
-    trainer.validate(host, DataLoader([batch], batch_size=None), verbose=False)
+    host.validation_step = lambda batch, batch_idx: host._shared({"video": batch.get("frames", batch.get("video"))})
+    spy = validate(tmp_path, batch, host)
     labels = host.decoder(batch["frames"])[0].argmax(1).view(FRAMES, 4, 4).numpy()
     assert np.array_equal(drawn(spy, 0, "decoder\n"), slot_colors(SLOTS)[labels].repeat(4, 1).repeat(4, 2))
     assert not any("truth" in caption for caption in spy.videos[0])

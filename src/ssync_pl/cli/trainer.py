@@ -29,7 +29,7 @@ from ssync_pl.errors import ConfigError, SSyncError
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
-from ssync_pl.tools.predict.datamodule import CarrySlots, InputDataModule, carries_slots
+from ssync_pl.tools.predict.datamodule import InputDataModule, carries_slots
 from ssync_pl.tools.predict.writer import SlotPredictions
 
 __all__ = ["Configured", "SSyncArgumentParser", "SSyncCLI", "from_configuration", "run_trainer"]
@@ -102,11 +102,13 @@ class SSyncCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ModuleNotFoundError) as error:
-            reason = next((one for one in _chain(error) if isinstance(one, SSyncError | ModuleNotFoundError)), None)
-            if isinstance(reason, SSyncError):
-                raise reason from None
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, SSyncError | ModuleNotFoundError):
+                reason = reason.__cause__ or reason.__context__
             if reason is None:
                 raise
+            if isinstance(reason, SSyncError):
+                raise reason from None
             text = " ".join(str(reason).split())
             raise ConfigError(
                 f"Expected the packages of the configuration's classes, but one is missing ({text}). Install it with "
@@ -147,7 +149,6 @@ class SSyncCLI(LightningCLI):
                 own = SlotPredictions(out, label_pngs=True, cell=480) if self._inputs() else SlotPredictions()
                 added.append(own)
         if self._inputs():
-            added.append(CarrySlots())
             kwargs.setdefault("devices", 1)  # the windows of a video go one after the other
             kwargs.setdefault("num_nodes", 1)
         if added:
@@ -238,15 +239,6 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, MisconfigurationException) or any(file == "callback_connector.py" for file, _ in places):
         return str(error)
     return None
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and those behind it."""
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _as_list(callbacks: Any) -> list[Any]:

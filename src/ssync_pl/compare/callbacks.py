@@ -7,7 +7,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ssync_pl.adapters import HostAdapter, locate
+from ssync_pl.adapters import locate
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.hosts.training import SlotHost
+from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.schedule import steps_of
@@ -53,11 +55,8 @@ class RunRecorder(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(pl_module, SlotHost):
-            raise ConfigError(
-                f"Expected a host with `evaluate` (a subclass of SlotHost), but got {type(pl_module).__name__}. Derive "
-                "it from ssync_pl.hosts.training.SlotHost."
-            )
+        known = isinstance(pl_module, SlotHost)
+        require(known, "a host that derives from ssync_pl.hosts.training.SlotHost", type(pl_module).__name__)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -158,93 +157,77 @@ def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True
-    loaders = [] if trainer.val_dataloaders is None else CombinedLoader(trainer.val_dataloaders).flattened
-    if not loaders or loaders[0] is None:
+    if trainer.val_dataloaders is None:
         rank_zero_warn("RunRecorder scores nothing: there is no validation set.")
         return {}
     limit = trainer.num_val_batches[0]
     data = getattr(trainer, "datamodule", None) or host
-    decoder, encoder = (_scores_of(host).to(trainer.strategy.root_device) for _ in range(2))
-    reader = _AttentionReader(trainer, host)
+    names = (*metric_names("segmentation"), *metric_names("slots"))
+    truth = (host.evaluation.has_background, host.evaluation.ignore_overlaps)
+    device = trainer.strategy.root_device
+    decoder, encoder = (SegmentationMetrics("", *truth, scores=names).to(device) for _ in range(2))
     seen = heard = 0
-    try:
-        for raw in islice(loaders[0], int(limit) if math.isfinite(limit) else None):
+    with _reading(trainer, host) as read:
+        loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
+        for raw in islice(loader, int(limit) if math.isfinite(limit) else None):
             moved = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
             batch = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
             if not isinstance(batch, Mapping) or not isinstance(batch.get("segmentations"), Tensor):
                 got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
                 raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
-            reader.open()
             with trainer.precision_plugin.val_step_context():
-                masks, _ = host.evaluate(batch)
-            attention = reader.read(batch, masks)
+                masks, attention = read(batch)
             true, valid = batch["segmentations"], frame_validity(batch)
             decoder.update(masks, true, valid)
             if attention is not None:
                 encoder.update(attention, true, valid)
             seen, heard = seen + len(masks), heard + (0 if attention is None else len(masks))
-    finally:
-        reader.remove()
-    if not seen:
-        return {}
-    scores = {name: float(value) for name, value in decoder.compute().items()}
+    scores = {name: float(value) for name, value in decoder.compute().items()} if seen else {}
     # Of all videos or of none: half a score would be another score. Processes have to agree.
-    if trainer.strategy.reduce_boolean_decision(heard == seen, all=True):
+    if trainer.strategy.reduce_boolean_decision(seen == heard > 0, all=True):
         scores.update({f"encoder_{name}": float(value) for name, value in encoder.compute().items()})
     return scores
 
 
-def _scores_of(host: SlotHost) -> SegmentationMetrics:
-    """All scores of one map: segmentation, borders, and what becomes of slots."""
-    names = (*metric_names("segmentation"), *metric_names("slots"))
-    return SegmentationMetrics("", host.evaluation.has_background, host.evaluation.ignore_overlaps, scores=names)
+@contextmanager
+def _reading(trainer: L.Trainer, host: SlotHost) -> Iterator[Callable[[Any], tuple[Tensor, Tensor | None]]]:
+    """Gives a function from a batch to the masks and, where it can be read, slot attention's map in their order."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+    try:
+        located = locate("auto", host) if named is None else locate(named.adapter, host, named.grid)
+        capture: Capture | None = located.adapter.attach(located.root)
+    except SSyncError as error:
+        rank_zero_warn(f"RunRecorder scores no map of slot attention: {error}")
+        capture = None
 
-
-class _AttentionReader:
-    """Reads slot attention's map during `evaluate`; whatever goes wrong ends that and not the evaluation."""
-
-    def __init__(self, trainer: L.Trainer, host: nn.Module) -> None:
-        self.adapter: HostAdapter | None = None
-        self.capture: Capture | None = None
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+    def read(batch: Any) -> tuple[Tensor, Tensor | None]:
+        if capture is None:
+            return host.evaluate(batch)[0], None
+        capture.clear()
+        capture.open()
+        masks, _ = host.evaluate(batch)
+        capture.close()
         try:
-            located = locate("auto", host) if named is None else locate(named.adapter, host, named.grid)
-            self.adapter, self.capture = located.adapter, located.adapter.attach(located.root)
-        except Exception as error:
-            self._give_up(error)
+            return masks, _attention(located.adapter.collect(capture, batch=batch), masks)
+        except SSyncError:  # a finished training must not fail for want of a score
+            return masks, None
 
-    def open(self) -> None:
-        if self.capture is not None:
-            self.capture.clear()
-            self.capture.open()
-
-    def read(self, batch: Mapping[str, Any], masks: Tensor) -> Tensor | None:
-        """Returns the attention `(B, T, S, h, w)` where it is one map per frame, in the order of the masks."""
-        if self.capture is None or self.adapter is None:
-            return None
-        try:
-            self.capture.close()
-            maps = self.adapter.collect(self.capture, batch=batch)
-            if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
-                return None
-            seen = _probabilities(maps.mask_logits, maps.mask_probs).unflatten(-1, maps.grid)
-            given = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(seen)
-            if not torch.allclose(seen, given, atol=1e-3):
-                return None  # a host that orders its slots anew afterwards: its attention is in the old order
-            return _probabilities(maps.attention_logits, maps.attention_probs).unflatten(-1, maps.grid)
-        except Exception as error:
-            self._give_up(error)
-        return None
-
-    def remove(self) -> None:
-        capture, self.capture = self.capture, None
+    try:
+        yield read
+    finally:
         if capture is not None:
             capture.remove()
 
-    def _give_up(self, error: Exception) -> None:
-        self.remove()
-        rank_zero_warn(f"RunRecorder scores no map of slot attention: {type(error).__name__}: {error}")
+
+def _attention(maps: SSyncMaps, masks: Tensor) -> Tensor | None:
+    """Slot attention's map `(B, T, S, h, w)`; None where it is not one per frame, or its slots are in another order."""
+    if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
+        return None
+    seen = _probabilities(maps.mask_logits, maps.mask_probs).unflatten(-1, maps.grid)
+    given = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(seen)
+    alike = torch.allclose(seen, given, atol=1e-3)
+    return _probabilities(maps.attention_logits, maps.attention_probs).unflatten(-1, maps.grid) if alike else None
 
 
 def _probabilities(logits: Tensor | None, probs: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssync_pl.compare.job import run_job
 from ssync_pl.compare.matrix import Matrix, Run
@@ -34,8 +34,7 @@ _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 _ADVICE = "Pass another --out, or remove that folder."
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """A run that did not finish, and the end of its log."""
 
     run: Run

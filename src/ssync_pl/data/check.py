@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ssync_pl.data.decode import ALLOWED_EXTENSIONS, member_extension
-from ssync_pl.data.index import INDEX_NAMES, ShardEntry, read_index, scan_shard, write_index
+from ssync_pl.data.index import FolderIndex, ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.patterns import expand_braces, expand_shards, is_compressed, is_remote, masked_url, shard_name
 from ssync_pl.data.remote import fetch_index, stream_shard
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample
@@ -158,12 +158,11 @@ def check_shards(
     problems += [problem for facts in found.values() for problem in facts.problems]
     problems += _duplicates(by_set)
     notes: list[str] = []
-    local = [facts for facts in found.values() if not is_remote(facts.path) and not is_compressed(facts.path)]
-    for folder in dict.fromkeys(Path(facts.path).parent for facts in local):
-        here = [facts for facts in local if Path(facts.path).parent == folder]
-        problems += _rebuild(folder, here, notes) if rebuild_index else _compare_local(folder, here, notes)
+    if rebuild_index:
+        local = [facts for facts in found.values() if not is_remote(facts.path) and not is_compressed(facts.path)]
+        _rebuild_indices(local, notes)
+    problems += _compare_indices(list(found.values()), notes)
     for name, shards in by_set.items():
-        problems += _compare_remote(name, [facts for facts in shards if is_remote(facts.path)], notes)
         read = Counter(member for facts in shards for sample in facts.samples for member in sample.members)
         unread = [f"{m} ({n})" for m, n in sorted(read.items()) if member_extension(m) not in ALLOWED_EXTENSIONS]
         notes += [f"{name}: members that are never read: {', '.join(unread)}"] if unread else []
@@ -173,16 +172,9 @@ def check_shards(
 def group_shards(patterns: Sequence[str]) -> tuple[dict[str, list[str]], list[Problem]]:
     """Sorts what a user names into sets, so that training and validation of one folder are told apart.
 
-    Shards of one folder, or of one pattern, whose names differ only in their last number are one set.
-
-    Args:
-        patterns: Paths, URLs and patterns.
-
-    Returns:
-        Shards by name of the set, and one problem for each missing shard of a pattern of which others exist.
-
-    Raises:
-        ConfigError: A pattern is malformed, or nothing that it names exists.
+    Shards of one folder, or of one pattern, whose names differ only in their last number are one set. Returns shards by
+    name of the set, and one problem for each missing shard of a pattern of which others exist; a pattern that is
+    malformed or names nothing that exists is a `ConfigError`.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     problems: list[Problem] = []
@@ -344,47 +336,47 @@ def _duplicates(by_set: Mapping[str, Sequence[_Shard]]) -> Iterator[Problem]:
                     yield Problem("content", shown, sample.key, message)
 
 
-def _rebuild(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> list[Problem]:
-    index = read_index(folder)
-    read = {Path(facts.path).name: facts.entry for facts in shards}
-    known = {name: entry for name, entry in (index.shards if index else {}).items() if (folder / name).exists()}
-    present = [entry for entry in (known | read).values() if entry is not None]
-    try:
-        written = write_index(folder, present, index.recipe if index else {})
-    except OSError as error:
-        raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
-    notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
-    return []
-
-
-def _compare_local(folder: Path, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
-    index, path = read_index(folder), folder / INDEX_NAMES[0]
-    if index is None:
-        there = "is another program's and left as it is" if path.exists() else "is written when shards are first used"
-        notes.append(f"{path} {there}.")
-    for entry in (facts.entry for facts in shards):
-        before = index.shards.get(entry.name, entry) if index and entry else entry
-        if entry and before and before != entry:
-            message = (
-                f"Expected {entry.name} as the index says ({len(before.samples)} samples, {before.size} bytes), but it "
-                f"has {len(entry.samples)}, {entry.size}. Run `ssync-pl data check --rebuild-index`."
+def _compare_indices(shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
+    """Finds shards that are not what the index beside them says."""
+    for folder in dict.fromkeys(os.path.dirname(facts.path) for facts in shards):
+        here = [facts for facts in shards if os.path.dirname(facts.path) == folder]
+        remote = is_remote(here[0].path)
+        try:
+            index = None if remote else read_index(folder)
+            entries = (
+                fetch_index([facts.path for facts in here]) if remote else (index or FolderIndex()).shards.values()
             )
-            yield Problem("index", str(path), None, message)
+        except ShardError as error:
+            yield Problem("index", masked_url(here[0].path), None, str(error))
+            continue
+        if not entries:
+            what = "only one process can read them" if remote else "it is written when they are first used"
+            if not remote and Path(folder, "index.json").exists():
+                what = "the one that is there is another program's and left as it is"
+            notes.append(f"{masked_url(folder)}: no index.json of ours beside the shards; {what}.")
+        known = {entry.name: entry for entry in entries or ()}
+        for facts in here:
+            entry = known.get(shard_name(facts.path))
+            if entry is None or facts.problems:
+                continue
+            said = [(one.key, {m: size for m, (_, size) in one.members.items()}) for one in entry.samples]
+            read = [(sample.key, sample.members) for sample in facts.samples]
+            if said != read or facts.entry not in (entry, None):
+                message = "Expected the samples and the size that the index names, but the shard has others."
+                advice = "Copy both again, or run `ssync-pl data check --rebuild-index`."
+                yield Problem("index", masked_url(facts.path), None, f"{message} {advice}")
 
 
-def _compare_remote(name: str, shards: Sequence[_Shard], notes: list[str]) -> Iterator[Problem]:
-    try:
-        entries = fetch_index([facts.path for facts in shards])
-    except ShardError as error:
-        yield Problem("index", masked_url(shards[0].path), None, str(error))
-        return
-    if entries is None:
-        notes.append(f"{name}: no index beside the remote shards; only one process can read them.")
-    for facts, entry in zip(shards, entries or (), strict=False):
-        said = [(sample.key, {m: size for m, (_, size) in sample.members.items()}) for sample in entry.samples]
-        if said != [(sample.key, sample.members) for sample in facts.samples] and not facts.problems:
-            message = "Expected the samples that the index names, but the shard differs. Upload both again."
-            yield Problem("index", masked_url(facts.path), None, message)
+def _rebuild_indices(shards: Sequence[_Shard], notes: list[str]) -> None:
+    for folder in dict.fromkeys(Path(facts.path).parent for facts in shards):
+        index = read_index(folder) or FolderIndex()
+        read = {Path(facts.path).name: facts.entry for facts in shards if Path(facts.path).parent == folder}
+        known = {name: entry for name, entry in index.shards.items() if (folder / name).exists()}
+        try:
+            written = write_index(folder, filter(None, (known | read).values()), index.recipe)
+        except OSError as error:
+            raise ShardError(f"Expected to write the index of {folder}, but writing failed ({error}).") from error
+        notes.append(f"{written or folder}: {'written anew.' if written else 'no name for an index is free.'}")
 
 
 def _summary(name: str, shards: Sequence[_Shard]) -> SetSummary:

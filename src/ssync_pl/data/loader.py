@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -123,6 +124,9 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if place.epoch != self._place.epoch or place.batch > self._place.batch:
             # A second iterator over the same pass does not turn the count back.
             self._place, self._ended = place, False
+        if self.num_workers:
+            # A forked worker that collects what PyAV left behind waits for decoding threads that it does not have.
+            gc.collect()
         batches = self._without_bad(super().__iter__())
         return self._count(batches if self._prefetcher is None else self._prefetcher(batches), place)
 

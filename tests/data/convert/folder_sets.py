@@ -12,19 +12,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from ssync_pl.cli.data import run_data
 from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
 from ssync_pl.data.shards import ShardReader
 
 MADE_FRAMES = 4
-
-
-def run_convert(*words: object) -> int:
-    """Run `ssync-pl data convert WORDS`, quietly and without processes unless the words ask for some."""
-    texts = [str(word) for word in words]
-    workers = [] if "--workers" in texts else ["--workers", "0"]
-    return run_data(["convert", *texts, "--no-progress", *workers])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,6 +77,17 @@ def encode_file(
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
     return path
+
+
+def own_set(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write two folders of frames, the first with masks; return its frames and ids."""
+    video, ids = smooth_video(6), np.zeros((6, 10, 14), np.uint8)
+    for t in range(6):
+        ids[t, :2, t : t + 4], ids[t, 2:4, t : t + 4] = 255, 3
+    write_pictures(root / "a", video)
+    write_pictures(root / "b", video)
+    write_pictures(root / "a_masks", ids, "{}.png")
+    return video, ids
 
 
 # -- DAVIS ------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,13 @@ def test_another_recipe_needs_another_folder(make_videos, make_backbone, tmp_pat
     assert files(tmp_path / "out") == before
 
 
+def test_more_components_than_channels_are_refused(make_videos, backbone, tmp_path):
+    for components in (0, 6):
+        with pytest.raises(ConfigError, match="from 1 to 5"):
+            run(make_videos(1, prefix=f"{components}"), backbone, tmp_path / "out", components=components)
+    assert not files(tmp_path / "out")
+
+
 def test_a_lost_projection_is_asked_for(make_videos, backbone, tmp_path):
     shards, out = make_videos(), tmp_path / "out"
     run(shards[:1], backbone, out, components=3)
@@ -262,8 +269,6 @@ def test_a_full_disk_leaves_nothing_half_written(make_videos, backbone, tmp_path
         ({"batch_size": 0}, "batch_size"),
         ({"on_bad_sample": "ignore"}, "ignore"),
         ({"resize_mode": "area"}, "bilinear"),
-        ({"components": 0}, "components"),
-        ({"components": 6}, "5 channels"),
         ({"shards": ["https://host/a.tar"]}, "Download"),
     ],
 )

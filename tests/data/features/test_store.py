@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.features import recipe as recipe_module
+from ssync_pl.data.features import store as recipe_module
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.data.features.store import FeatureStore
 from ssync_pl.data.index import ShardEntry, scan_shard

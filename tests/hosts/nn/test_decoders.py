@@ -51,15 +51,6 @@ def test_mixer_equals_its_formula() -> None:
     torch.testing.assert_close(output["reconstruction"], decoder.output_transform(hidden))
 
 
-@pytest.mark.parametrize("build", [MLPDecoder, SlotMixerDecoder])
-def test_decoders_know_no_order_of_slots(build: Any) -> None:
-    decoder, slots, order = build(8, 3, [8], 6), torch.randn(1, 4, 8), torch.tensor([2, 0, 3, 1])
-    output, permuted = decoder(slots), decoder(slots[:, order])
-    torch.testing.assert_close(permuted["masks"], output["masks"][:, order])
-    torch.testing.assert_close(permuted["reconstruction"], output["reconstruction"])
-    torch.testing.assert_close(output["masks"].sum(1), torch.ones(1, 6))
-
-
 @pytest.mark.parametrize("memory_efficient", [False, True])
 def test_the_mixture_is_that_of_each_patch_by_hand(memory_efficient: bool) -> None:
     decoder = RelativeMixtureDecoder(4, 6, 3, hidden=(8, 7), memory_efficient=memory_efficient)

@@ -1,6 +1,8 @@
 """Videos of two moving squares, as the files that users have."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,3 +48,13 @@ def write_shard(folder: Path, *videos: np.ndarray, prefix: str = "clips") -> Pat
         for number, video in enumerate(videos):
             writer.write(str(number), {"video.npy": video})
     return folder / f"{prefix}-000000.tar"
+
+
+def index(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "index.json").read_text())["videos"]
+
+
+def labels_of(out: Path, name: str) -> np.ndarray:
+    with np.load(out / f"{name}.labels.npz") as stored:  # allow_pickle is off
+        assert stored.files == ["labels"]
+        return stored["labels"]

@@ -1,59 +1,41 @@
 from typing import Any
 
-import lightning.pytorch as L
+import pytest
 import torch
 
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
 from ssync_pl.tools.predict.datamodule import CarrySlots, carries_slots
-from ssync_pl.tools.predict.writer import WINDOW_KEY
 
 FEATURES = {"backbone": None, "feature_dim": 6, "grid": (2, 2), "num_slots": 3, "slot_dim": 8, "encoder_hidden": 8}
+SMALL = {"num_slots": 3, "slot_dim": 8, "slot_init": "learned", "encoder_channels": (8,), "encoder_strides": (2,)}
 
 
-def batch(start: int) -> dict[str, Any]:
-    return {WINDOW_KEY: {"start": start}}
-
-
-def check(host: L.LightningModule, inputs: torch.Tensor) -> None:
-    """Two windows that share a frame: the second begins with the slots that the first ended with."""
-    host.eval()
-    carry = CarrySlots()
-    trainer: Any = None
+@pytest.mark.parametrize(
+    ("kind", "options", "shape"), [(SAVi, SMALL, (1, 5, 3, 16, 16)), (SlotContrast, FEATURES, (1, 5, 4, 6))]
+)
+def test_a_window_begins_with_the_slots_that_the_one_before_ended_with(kind: Any, options: Any, shape: Any) -> None:
+    torch.manual_seed(0)
+    host, inputs = kind(**options).eval(), torch.rand(shape)
     with torch.no_grad():
-        plain = host(inputs[:, 2:])
-        carry.on_predict_start(trainer, host)
-        carry.on_predict_batch_start(trainer, host, batch(0), 0)
-        first = host(inputs[:, :3])
-        given = []
+        plain = host(inputs[:, 2:]).slots
+        carry = CarrySlots(host)
+        first = host(inputs[:, :3]).slots
+        given: list[torch.Tensor] = []
         handle = host.initializer.register_forward_hook(lambda module, args, output: given.append(output))
-        carry.on_predict_batch_start(trainer, host, batch(2), 1)
-        second = host(inputs[:, 2:])
+        second = host(inputs[:, 2:]).slots
         handle.remove()
-        assert torch.equal(given[0], first.slots[:, -1])
-        assert not torch.allclose(second.slots, plain.slots)
-        carry.on_predict_batch_start(trainer, host, batch(0), 2)  # another video
-        assert torch.equal(host(inputs[:, 2:]).slots, plain.slots)
-        carry.on_predict_end(trainer, host)
-        assert carry.slots is None
+        assert torch.equal(given[0], first[:, -1])
+        assert not torch.allclose(second, plain)
+        carry.slots = None  # another video
+        assert torch.equal(host(inputs[:, 2:]).slots, plain)
+        carry.close()
         host(inputs)
         assert carry.slots is None  # nothing listens any more
 
 
-def test_savi_carries_slots() -> None:
-    torch.manual_seed(0)
-    host = SAVi(num_slots=3, slot_dim=8, slot_init="learned", encoder_channels=(8,), encoder_strides=(2,))
-    check(host, torch.rand(1, 5, 3, 16, 16))
-
-
-def test_feature_hosts_carry_slots() -> None:
-    torch.manual_seed(0)
-    check(SlotContrast(**FEATURES), torch.randn(1, 5, 4, 6))
-
-
 def test_hosts_of_single_frames_are_left_alone() -> None:
     host = DINOSAUR(**FEATURES)
+    carry = CarrySlots(host)
     assert not carries_slots(host)
-    carry = CarrySlots()
-    carry.on_predict_start(None, host)  # type: ignore[arg-type]
     host(torch.randn(1, 2, 4, 6))
     assert carry.slots is None

@@ -63,7 +63,7 @@ def bad(tmp_path: Path, name: str) -> Path:
         ("sound.txt", ConfigError, "is none of them"),
         ("one.png", ConfigError, "Name the folder"),
         ("nothing", ConfigError, "but got nothing"),
-        ("sizes", ShardError, r"one size.*f2.png"),
+        ("sizes", ShardError, r"size.*f2.png"),
         ("torn", ShardError, "f1.png"),
         ("both", ConfigError, "one kind of input"),
     ],

@@ -8,7 +8,6 @@ import torch
 
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
-from ssync_pl.errors import ConfigError
 from ssync_pl.tools.predict.windows import (
     OUTSIDE,
     cut_windows,
@@ -16,7 +15,6 @@ from ssync_pl.tools.predict.windows import (
     relabel,
     restore_labels,
     seen_region,
-    window_length,
 )
 
 
@@ -28,7 +26,7 @@ def blank(count):
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 9, 15, 16, 64, 65])
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_windows_share_a_frame_and_cover_all(total, most):
-    windows = list(cut_windows(blank(total), window_length(total, most)))
+    windows = list(cut_windows(blank(total), most))
     joined: list[int] = []
     for window in windows:
         numbers = window.frames[:, 0, 0, 0].tolist()
@@ -41,14 +39,10 @@ def test_windows_share_a_frame_and_cover_all(total, most):
     assert len(windows) == max(1, -(-(total - 1) // (most - 1)))
 
 
-def test_windows_are_about_as_long_and_decoded_one_at_a_time():
+def test_windows_are_decoded_one_at_a_time():
     frames = blank(66)
-    first = next(cut_windows(frames, window_length(66, 64)))
-    assert len(first.frames) == 34
+    assert len(next(cut_windows(frames, 34)).frames) == 34
     assert len(list(frames)) == 66 - 35
-    assert window_length(None, 8) == 8
-    with pytest.raises(ConfigError, match="--clip-frames to be at least 2"):
-        window_length(10, 1)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,5 +1,4 @@
 import errno
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from input_files import MODEL
+from input_files import MODEL, index, labels_of
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -83,10 +82,6 @@ def clip(keys: list[str] | None = None, count: int = 1, **more: Any) -> dict[str
     return {"video": video, **({} if keys is None else {"__key__": keys}), **more}
 
 
-def index(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "index.json").read_text())["videos"]
-
-
 def test_every_video_with_its_own_length(tmp_path: Path, shards: str) -> None:
     av = pytest.importorskip("av")
     callback = SlotPredictions(cell=48)
@@ -98,11 +93,9 @@ def test_every_video_with_its_own_length(tmp_path: Path, shards: str) -> None:
     )
     found = [(video["key"], video["name"], video["frames"], video["slots_used"]) for video in index(folder)]
     assert found == [("clip-0", "clip-0", 2, 1), ("clip-1", "clip-1", 5, 3), ("clip-2", "clip-2", 3, 3)]
-    with np.load(folder / "clip-1.labels.npz") as stored:  # allow_pickle is off
-        assert stored.files == ["labels"]
-        assert stored["labels"].dtype == np.uint8
-        assert stored["labels"].shape == (5, 12, 12)
-        assert stored["labels"][4, 7].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    labels = labels_of(folder, "clip-1")
+    assert (labels.dtype, labels.shape) == (np.uint8, (5, 12, 12))
+    assert labels[4, 7].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     with av.open(str(folder / "clip-1.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 6
@@ -127,7 +120,7 @@ def test_padding_is_not_written_and_batches_without_keys_are_numbered(tmp_path: 
     predict(tmp_path, SlotPredictions(str(tmp_path / "out"), video=False), batches(batch, clip(count=2)))
     found = [(video["key"], video["frames"]) for video in index(tmp_path / "out")]
     assert found == [("a", 1), ("000001", 2), ("000002", 2)]
-    assert np.load(tmp_path / "out" / "a.labels.npz")["labels"].shape == (1, 6, 6)
+    assert labels_of(tmp_path / "out", "a").shape == (1, 6, 6)
 
 
 def test_keys_cannot_leave_the_folder_or_replace_each_other(tmp_path: Path) -> None:
@@ -183,7 +176,7 @@ def test_a_folder_with_files_of_others_is_refused_by_name(tmp_path: Path, name: 
 def test_hosts_of_others(tmp_path: Path, answer: Any) -> None:
     callback = SlotPredictions(str(tmp_path / "out"), video=False)
     predict(tmp_path, callback, batches(clip(["a"])), BrightnessHost(answer))
-    assert np.load(tmp_path / "out" / "a.labels.npz")["labels"][1, 3].tolist() == [0, 0, 1, 1, 2, 2]
+    assert labels_of(tmp_path / "out", "a")[1, 3].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,19 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ssync_pl.data.convert.davis import Davis
-from ssync_pl.data.convert.media import require_packages
 from ssync_pl.data.convert.movi import Movi
 from ssync_pl.data.convert.videos import Videos
-from ssync_pl.data.convert.writer import ConversionReport, Decode, Item, convert
+from ssync_pl.data.convert.writer import ConversionReport, Item, convert
 from ssync_pl.data.convert.ytvis import Ytvis
-from ssync_pl.data.video import encode_mp4
-from ssync_pl.errors import ShardError
 
 __all__ = ["add_sources"]
 
 _PLACES = ("root", "splits", "prefix")  # they decide where videos are found, and not what is made of them
-_FPS = 12  # of mp4 files of folders of pictures
 
 
 def add_sources(commands: Any) -> None:
@@ -62,8 +58,6 @@ def _add_source(commands: Any, name: str, kind: type, title: str) -> Callable[..
     add("--samples-per-shard", type=int, default=32, metavar="N", help="videos per shard (default: 32)")
     help = "stop at the first bad video, or leave it out and name it (default: raise)"
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help=help)
-    help = "npy: exact pixels, fastest to read; mp4: H.264, far smaller, lossy, needs PyAV (default: npy)"
-    add("--video-format", choices=("npy", "mp4"), default="npy", help=help)
     add("--no-progress", action="store_true", help="show no progress bar")
     parser.set_defaults(run=_convert, kind=kind)
     return add
@@ -85,15 +79,13 @@ def _pixels(text: str) -> int | None:
 def _convert(options: argparse.Namespace) -> int:
     source = options.kind(**{field.name: getattr(options, field.name) for field in fields(options.kind)})
     recipe = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in _PLACES}
-    if options.video_format == "mp4":
-        require_packages("video", "av")
     for split in source.plan():
         report = convert(
             [Item(f"{number:06d}", one) for number, one in enumerate(split.sources)],
-            _Mp4(source) if options.video_format == "mp4" else source,
+            source,
             options.out,
             split.prefix,
-            recipe={"source": options.source, "video_format": options.video_format, **recipe},
+            recipe={"source": options.source, **recipe},
             samples_per_shard=options.samples_per_shard,
             num_workers=options.workers,
             on_bad_sample=options.on_bad_sample,
@@ -101,23 +93,6 @@ def _convert(options: argparse.Namespace) -> int:
         )
         sys.stdout.write("\n".join(_describe(split.prefix, report, split.notes)) + "\n")
     return 0
-
-
-@dataclass(frozen=True)
-class _Mp4:
-    """Stores the videos of another source as H.264."""
-
-    decode: Decode
-
-    def __call__(self, item: Item) -> dict[str, Any]:
-        members = dict(self.decode(item))
-        video, fps = members.pop("video.npy"), members["info.json"]["fps"]
-        if video.shape[1] % 2 or video.shape[2] % 2:  # a padded video would not fit its masks
-            raise ShardError(
-                f"Expected an even height and width for --video-format mp4, but video {item.key} has "
-                f"{video.shape[1]} x {video.shape[2]}. Take --video-format npy."
-            )
-        return {**members, "video.mp4": encode_mp4(video, fps=max(1, round(fps or _FPS)))}
 
 
 def _describe(prefix: str, report: ConversionReport, notes: Sequence[str]) -> list[str]:

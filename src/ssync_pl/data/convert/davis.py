@@ -12,7 +12,7 @@ from typing import Any
 from ssync_pl.data.convert.media import list_pictures
 from ssync_pl.data.convert.videos import read_video
 from ssync_pl.data.convert.writer import Item, Split
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import require
 
 __all__ = ["Davis"]
 
@@ -57,7 +57,7 @@ def _names(path: Path) -> list[str]:
     names = path.read_text(encoding="utf-8").splitlines()
     names = [name.strip() for name in names if name.strip()]
     odd = [name for name in names if name in (".", "..") or any(mark in name for mark in "/\\")]
-    if odd or not names or len(set(names)) < len(names):
-        got = repr(odd[0]) if odd else f"{len(names)} names, {len(set(names))} of them different"
-        raise ConfigError(f"Expected one name of a video per line in {path}, each once, but got {got}.")
+    got = repr(odd[0]) if odd else f"{len(names)} names, {len(set(names))} of them different"
+    plain = not odd and 0 < len(names) == len(set(names))
+    require(plain, f"one name of a video per line in {path}, each once", got)
     return names

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ssync_pl.data.decode import decode_picture, decode_video, open_video
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ShardError, require, require_shard
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 """Files that are taken for videos."""
@@ -33,10 +33,8 @@ _MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 def require_packages(extra: str, *modules: str) -> None:
     """Refuse to start without the packages of an extra."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f'Expected {", ".join(missing)} to be installed, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
-        )
+    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
+    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
@@ -44,19 +42,12 @@ def require_packages(extra: str, *modules: str) -> None:
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video file says of itself, without decoding.
-
-    Attributes:
-        frames: Number of frames that it holds and shows.
-        rate: Frames per second on average; None where nothing says.
-        stamps: The container's time stamp of each frame, for seeking; None where they are missing or not unique.
-        missing: What the file lacks by its own header; None when it is whole.
-    """
+    """What a video file says of itself, without decoding."""
 
     frames: int
-    rate: float | None = None
-    stamps: tuple[int, ...] | None = None
-    missing: str | None = None
+    rate: float | None = None  # per second, on average; None where nothing says
+    stamps: tuple[int, ...] | None = None  # of each frame, for seeking; None where they are missing or not unique
+    missing: str | None = None  # what the file lacks by its own header; None when it is whole
 
 
 def inspect_video(path: Path, where: str) -> VideoFacts:
@@ -98,12 +89,8 @@ def read_frames(
 ) -> Iterator[np.ndarray]:
     """Read frames (h, w, 3) uint8 of one size; `ShardError` when one is missing or damaged.
 
-    Args:
-        path: The video file, or the folder of pictures.
-        names: Files in the folder, in order; None for a video file.
-        wanted: Numbers of the frames; None for all.
-        stamp: The container's time stamp of the first wanted frame, to seek to; None reads from the start.
-        where: The video, for messages.
+    `names` are the pictures in a folder; None for a video file. `stamp` is the time stamp of its first wanted frame, to
+    seek to; None reads from the start.
     """
     if names is None:
         yield from decode_video(path, where, wanted, stamp=stamp)
@@ -112,11 +99,8 @@ def read_frames(
     for name in names if wanted is None else names[wanted.start : wanted.stop]:
         frame = decode_picture(path / name, f"frame {path / name} of {where}")
         size = size or frame.shape
-        if frame.shape != size:
-            raise ShardError(
-                f"Expected all frames of {where} to have one size, {size[0]} x {size[1]} (height x width) like the "
-                f"first, but {name} has {frame.shape[0]} x {frame.shape[1]}. Resize the frames, or split the folder."
-            )
+        expected = f"all frames of {where} to have the first one's size, {size[0]} x {size[1]} (height x width)"
+        require_shard(frame.shape == size, expected, f"{frame.shape[0]} x {frame.shape[1]} in {name}")
         yield frame
 
 
@@ -128,23 +112,16 @@ def stack_frames(
     The shorter side becomes `short_side` pixels; the long one is rounded down, as in published shards.
     """
     kept: list[np.ndarray] = []
-    original = size = (0, 0)
+    original = (0, 0)
     for frame in frames:
-        original = size = (frame.shape[0], frame.shape[1])
+        original = (frame.shape[0], frame.shape[1])
         if short_side is not None and min(original) != short_side:
-            size = (
-                max(short_side, original[0] * short_side // min(original)),
-                max(short_side, original[1] * short_side // min(original)),
-            )
-            frame = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+            height, width = (side * short_side // min(original) for side in original)
+            frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
         kept.append(frame)
-        if len(kept) * frame.nbytes > _MAX_BYTES:
-            raise ShardError(
-                f"Expected the frames of {where} to take at most {_MAX_BYTES >> 30} GiB, but they take more. Cut the "
-                "video with `convert videos --clip-frames`, or take smaller frames with --short-side."
-            )
-    if not kept:
-        raise ShardError(f"Expected {where} to have frames, but got none. Unpack or export it again.")
+        fits, advice = len(kept) * frame.nbytes <= _MAX_BYTES, "Cut it with --clip-frames, or take a --short-side."
+        require_shard(fits, f"the frames of {where} to take at most {_MAX_BYTES} bytes", "more", advice=advice)
+    require_shard(bool(kept), f"{where} to have frames", "none", advice="Unpack or export it again.")
     return np.stack(kept), original
 
 
@@ -174,12 +151,8 @@ def list_frames(folder: Path) -> list[str]:
     names = list_pictures(folder)
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(Path(name).stem, name)
-        if other != name:
-            raise ConfigError(
-                f"Expected one picture per frame in {folder}, but got {other} and {name}. If one of them is a mask, "
-                f"move the masks to {folder}_masks."
-            )
+        other, advice = first.setdefault(Path(name).stem, name), f"Move masks to {folder}_masks."
+        require(other == name, f"one picture per frame in {folder}", other, name, advice=advice)
     return names
 
 
@@ -215,12 +188,9 @@ def _number(name: str) -> int:
 def read_ids(folder: Path, names: Sequence[str], where: str, size: tuple[int, int]) -> np.ndarray:
     """Read id masks (F, h, w), grey or palette pictures of the size that their frames have."""
     ids = [decode_picture(folder / name, f"mask {folder / name} of {where}", ids=True) for name in names]
+    expected = f"the masks of {where} to be {size[0]} x {size[1]} (height x width) like its frames"
     for name, one in zip(names, ids, strict=True):
-        if one.shape != size:
-            raise ShardError(
-                f"Expected the masks of {where} to be {size[0]} x {size[1]} (height x width) like its frames, but "
-                f"{folder / name} is {one.shape[0]} x {one.shape[1]}. Export them at the video's size."
-            )
+        require_shard(one.shape == size, expected, f"{one.shape[0]} x {one.shape[1]} in {folder / name}")
     return np.stack(ids)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ssync_pl.data.convert.media import require_packages
 from ssync_pl.data.convert.writer import Item, Split
 from ssync_pl.data.decode import decode_picture, parse_json
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ShardError, require, require_shard
 
 __all__ = ["Movi"]
 
@@ -39,30 +39,22 @@ class Movi:
         """List the records of each split, after a look at all files."""
         require_packages("convert", "tfrecord")
         name, files = _find(self.root)
-        for split in self.splits or ():
-            if split not in files:
-                raise ConfigError(f"Expected --splits among {', '.join(files)} of {name}, but got {split!r}.")
         splits = dict.fromkeys(self.splits or files)
+        choices = ", ".join(files)
+        require(all(split in files for split in splits), f"--splits of {name} among {choices}", ", ".join(splits))
         return [Split(f"{name}-{split}", self._records(f"{name}-{split}", split, files[split])) for split in splits]
 
     def _records(self, name: str, split: str, files: Sequence[Path]) -> list[tuple[str, int]]:
         """List the records of a split as (file below the root, offset)."""
-        totals = {int(path.name[-5:]) for path in files}
-        numbers = [int(path.name[-14:-9]) for path in files]
-        if len(totals) > 1 or numbers != list(range(*totals)):
-            missing = sorted(set(range(max(totals))) ^ set(numbers))[:10]
-            raise ShardError(
-                f"Expected the files {name}.tfrecord-… to be all of one set of {max(totals)}, but missing or too much "
-                f"are {missing}, and the names end in {sorted(f'-of-{total:05d}' for total in totals)}. Download the "
-                "split again."
-            )
+        names = {path.name[-14:] for path in files}
+        total = max(names)[-5:]
+        odd = sorted(names ^ {f"{number:05d}-of-{total}" for number in range(int(total))})
+        got = f"{', '.join(odd[:5])} missing or too much"
+        require_shard(not odd, f"{int(total)} files {name}.tfrecord-…-of-{total}", got, advice="Download them again.")
         found = [(str(path.relative_to(self.root)), offset) for path in files for offset in _offsets(path)]
         stated = _stated(files[0].parent / "dataset_info.json", split)
-        if stated not in (None, len(found)):
-            raise ShardError(
-                f"Expected {stated} records of {name} in {files[0].parent} as its dataset_info.json says, but got "
-                f"{len(found)}. Files are cut short or of another version: download the split again."
-            )
+        expected = f"{stated} records of {name} as dataset_info.json in {files[0].parent} says"
+        require_shard(stated in (None, len(found)), expected, len(found), advice="Download the split again.")
         return found
 
     def __call__(self, item: Item) -> dict[str, Any]:
@@ -80,8 +72,8 @@ class Movi:
             raise ShardError(f"Expected {where} to be a tf.train.Example, but it is malformed ({error}).") from error
         video = _pictures(features, "video", where)
         masks = _pictures(features, "segmentations", where, ids=True)[..., None]
-        if masks.shape[:3] != video.shape[:3]:
-            raise ShardError(f"Expected `segmentations` of {where} to fit {video.shape} pixels, but got {masks.shape}.")
+        fits = masks.shape[:3] == video.shape[:3]
+        require_shard(fits, f"`segmentations` of {where} to fit a video {video.shape}", masks.shape)
         titles = features["metadata/video_name"].bytes_list.value
         info = {"fps": _FPS, "record": item.source, "video_name": b"".join(titles).decode("utf-8", "replace")}
         return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
@@ -89,20 +81,16 @@ class Movi:
 
 def _find(root: Path) -> tuple[str, _Files]:
     """Find the one MOVi set in a folder or up to three levels below it: its name, and files by split."""
-    if not root.is_dir():
-        raise ConfigError(f"Expected --root to be a folder, but there is no {root}. Name the folder of the records.")
+    require(root.is_dir(), "--root to be a folder", root, advice="Name the folder of the records.")
     sets: dict[tuple[Path, str], _Files] = {}
     for path in sorted(path for depth in range(4) for path in root.glob("*/" * depth + "*.tfrecord-*")):
         match = _NAME.fullmatch(path.name)
         # TFDS downloads into folders of this name, and renames them when they are complete.
         if match is not None and "incomplete" not in path.parent.name:
             sets.setdefault((path.parent, match[1]), {}).setdefault(match[2], []).append(path)
-    if len(sets) != 1:
-        listed = ", ".join(f"{name} in {folder}" for folder, name in sorted(sets)) or "none"
-        raise ConfigError(
-            f"Expected the files of one data set such as movi_c-train.tfrecord-00000-of-00256 in {root}, or in "
-            f"{root}/movi_c/128x128/1.0.0, but got {listed}. Name the folder of one set with --root."
-        )
+    listed = ", ".join(f"{name} in {folder}" for folder, name in sorted(sets)) or "none"
+    expected = f"the files of one data set such as movi_c-train.tfrecord-00000-of-00256 in {root} or below"
+    require(len(sets) == 1, expected, listed, advice="Name the folder of one set with --root.")
     (((_, name), files),) = sets.items()
     return name, files
 
@@ -121,8 +109,7 @@ def _offsets(path: Path) -> list[int]:
         while offset < size:
             found.append(offset)
             offset += _length(stream, offset, f"the record of {path} at byte {offset}") + 16
-    if offset > size:
-        raise _truncated(f"the record of {path} at byte {found[-1]}")
+    _require_whole(offset == size, f"the last record of {path}")
     return found
 
 
@@ -136,18 +123,15 @@ def _read(stream: BinaryIO, count: int, what: str) -> bytes:
     from tfrecord.writer import TFRecordWriter
 
     data, footer = stream.read(count), stream.read(4)
-    if len(footer) < 4:
-        raise _truncated(what)
-    if footer != TFRecordWriter.masked_crc(data):
-        raise ShardError(
-            f"Expected {what} to fit its checksum, but it does not. The file is damaged, compressed or no TFRecord "
-            "file: download it again."
-        )
+    _require_whole(len(footer) == 4, what)
+    whole = footer == TFRecordWriter.masked_crc(data)
+    advice = "The file is damaged, compressed or no TFRecord file: download it again."
+    require_shard(whole, f"{what} to fit its checksum", "another", advice=advice)
     return data
 
 
-def _truncated(what: str) -> ShardError:
-    return ShardError(f"Expected {what} to be whole, but the file is truncated. Download it again.")
+def _require_whole(whole: bool, what: str) -> None:
+    require_shard(whole, f"{what} to be whole", "the end of the file: it is truncated", advice="Download it again.")
 
 
 def _pictures(features: Any, name: str, where: str, *, ids: bool = False) -> np.ndarray:
@@ -157,10 +141,8 @@ def _pictures(features: Any, name: str, where: str, *, ids: bool = False) -> np.
         decode_picture(data, f"frame {number} of `{name}` of {where}", ids=ids, formats=("PNG",))
         for number, data in enumerate(files)
     ]
-    if len({frame.shape for frame in frames}) != 1 or frames[0].dtype != np.uint8:
-        got = sorted({f"{frame.dtype} {frame.shape}" for frame in frames}) or f"none among {sorted(features)[:20]}"
-        raise ShardError(
-            f"Expected `{name}` of {where} to hold PNG files of 8 bits and one size, but got {got}. The record is "
-            "damaged or of an unknown version."
-        )
+    kinds = sorted({f"{frame.dtype} {frame.shape}" for frame in frames})
+    fits = len(kinds) == 1 and kinds[0].startswith("uint8")
+    got = kinds or f"none among {sorted(features)[:20]}"
+    require_shard(fits, f"`{name}` of {where} to hold PNG files of 8 bits and one size", got)
     return np.stack(frames)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.writer import Item, Split
-from ssync_pl.errors import ConfigError, ShardError, require
+from ssync_pl.errors import ShardError, require, require_shard
 
 __all__ = ["Videos", "read_video"]
 
@@ -77,15 +77,12 @@ def read_video(root: Path, source: _Source, short_side: int | None, void: int | 
     where = f"video {path}"
     clip = range(source["start"], source["stop"]) if "start" in source else None
     facts = media.VideoFacts(source["total"], source["rate"]) if clip else _inspect(root, source)
-    if facts.missing:
-        raise ShardError(f"Expected {where} to be whole, but {facts.missing}. Copy or encode it again.")
+    advice = "Copy or encode it again."
+    require_shard(not facts.missing, f"{where} to be whole", f"a part: {facts.missing}", advice=advice)
     frames = media.read_frames(path, source["names"], clip, source.get("stamp"), where)
     video, original = media.stack_frames(frames, short_side, where)
-    if clip is None and len(video) < facts.frames:
-        raise ShardError(
-            f"Expected {where} to be whole, but only {len(video)} of its {facts.frames} frames can be decoded. Copy or "
-            "encode it again."
-        )
+    whole = clip is not None or len(video) >= facts.frames
+    require_shard(whole, f"{where} to be whole", f"only {len(video)} of {facts.frames} frames", advice=advice)
     shown = clip or range(len(video))
     total = facts.frames if clip else len(video)  # only a reading of the whole counts what is there
     info = {"video": source["video"], "frames": [*shown], "source_frames": total, "fps": facts.rate}
@@ -107,46 +104,37 @@ def _inspect(root: Path, source: _Source) -> media.VideoFacts:
 
 def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tuple[int, int], where: str) -> np.ndarray:
     """Read the masks (F, h, w, N) of the frames that are shown."""
-    names, array = source["masks"]["names"], None
+    names, part = source["masks"]["names"], slice(shown.start, shown.stop)
+    counted = "as many masks as frames for " + where
     if names is not None:
         names = media.pair_masks(source["names"], names, where, path)
-    else:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            array = array[..., None] if array.ndim == 3 else array
-        except Exception as error:  # NumPy raises almost anything on damaged files
-            raise ShardError(f"Expected masks {path} of {where} to be an array, but got {error}.") from error
-    count = len(names if array is None else array)
-    if count != total:
-        raise ShardError(
-            f"Expected as many masks as frames for {where}, but got {count} masks in {path} and {total} frames. "
-            "Export both from the same frames."
-        )
-    part = slice(shown.start, shown.stop)
-    masks = media.read_ids(path, names[part], where, size)[..., None] if array is None else np.asarray(array[part])
-    if masks.ndim != 4 or masks.shape[1:3] != size or masks.dtype.kind not in "uib" or masks.min() < 0:
-        raise ShardError(
-            f"Expected the masks of {where} to be integer ids from 0 on (frames, height, width) or (frames, height, "
-            f"width, objects) of the size {size} like its frames, but {path} holds {masks.dtype} {masks.shape}, least "
-            f"{masks.min(initial=0)}. Export them at the video's size."
-        )
+        require_shard(len(names) == total, counted, f"{len(names)} masks in {path}", f"{total} frames")
+        return media.read_ids(path, names[part], where, size)[..., None]
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        count, array = len(array), array[..., None] if array.ndim == 3 else array
+    except Exception as error:  # NumPy raises almost anything on damaged files
+        raise ShardError(f"Expected masks {path} of {where} to be an array, but got {error}.") from error
+    require_shard(count == total, counted, f"{count} masks in {path}", f"{total} frames")
+    masks = np.asarray(array[part])
+    fits = (
+        masks.ndim == 4 and masks.size and masks.shape[1:3] == size and masks.dtype.kind in "uib" and masks.min() >= 0
+    )
+    shape = f"(frames, {size[0]}, {size[1]}[, objects])"
+    expected = f"the masks of {where} to be integers {shape} like its frames, ids from 0 on"
+    require_shard(bool(fits), expected, f"{masks.dtype} {masks.shape} in {path}")
     return masks
 
 
-def _number_objects(
-    masks: np.ndarray, size: tuple[int, ...], void: int | None, where: str
-) -> tuple[np.ndarray, list[int]]:
+def _number_objects(masks: np.ndarray, size: Any, void: int | None, where: str) -> tuple[np.ndarray, list[int]]:
     """Resize masks and number ids from 1 on (masks of 0 and 255 show one object); also return the ids that they had."""
     masks = media.resize_ids(masks, size)
     if masks.shape[-1] > 1:
         return (masks != 0).astype(np.uint8), list(range(masks.shape[-1]))
     masks = np.where(masks == void, 0, masks) if void is not None else masks
     found = [int(number) for number in np.unique(masks) if number]
-    if len(found) > 255:
-        raise ShardError(
-            f"Expected at most 255 objects in the masks of {where}, but got {len(found)}. The masks may be pictures "
-            "with smooth shades instead of ids: export them without anti-aliasing and as PNG."
-        )
+    advice = "Pictures with smooth shades are no ids: export them without anti-aliasing and as PNG."
+    require_shard(len(found) < 256, f"at most 255 objects in the masks of {where}", len(found), advice=advice)
     return np.searchsorted(np.array([0, *found]), masks.astype(np.int64)).astype(np.uint8), found
 
 
@@ -178,21 +166,15 @@ def _scan(root: Path) -> tuple[list[_Source], list[str]]:
         else:
             ignored.append(name)
     masks.pop("", None)  # the folders `masks` and `mask` themselves
-    if not videos:
-        raise ConfigError(
-            f"Expected videos ({', '.join(media.VIDEO_EXTENSIONS)}) or sub-folders of frames "
-            f"({', '.join(media.PICTURE_EXTENSIONS)}) in {root}, but got {', '.join(ignored[:5]) or 'nothing'}. Name "
-            "the folder that holds the videos themselves, with the frames of each in a sub-folder of its own."
-        )
+    expected = f"videos ({', '.join(media.VIDEO_EXTENSIONS)}) or one sub-folder of frames per video in {root}"
+    require(bool(videos), expected, ", ".join(ignored[:5]) or "nothing", advice="Name the folder that holds them.")
     by_stem: dict[str, list[str]] = {}
     for name, video in videos.items():
         by_stem.setdefault(name if video["names"] else Path(name).stem, []).append(name)
     for stem, places in masks.items():
         owners = by_stem.get(stem, [])
-        if len(owners) != 1 or len(places) != 1:
-            raise ConfigError(
-                f"Expected one video called {stem!r} for the masks in one place, but got the videos {sorted(owners)} "
-                f"and the masks {sorted(one['path'] for one in places)} in {root}. Rename or move them."
-            )
+        got = f"the videos {sorted(owners)} and the masks {sorted(one['path'] for one in places)}"
+        single = len(owners) == len(places) == 1
+        require(single, f"one video called {stem!r} for the masks in one place of {root}", got)
         videos[owners[0]]["masks"] = places[0]
     return [videos[name] for name in sorted(videos, key=media.natural_key)], sorted(ignored)

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
 from ssync_pl.data.shards import ShardReader, ShardWriter
-from ssync_pl.errors import ShardError, choose, require
+from ssync_pl.errors import ShardError, choose, require, require_shard
 
 __all__ = ["ConversionReport", "Decode", "Item", "Split", "convert"]
 
@@ -32,9 +33,10 @@ _LOCK = ".convert.lock"
 # Errors of the machine, not of one source file: skipping the sample would lose all the others too.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or change its permissions"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file has the name of the folder: choose another one"),
+    errno.EAGAIN: "Another process converts into this folder: wait for it, or choose another one.",
+    errno.ENOSPC: "Free some space and run the same command again: finished shards are kept.",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or change its permissions."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file has the name of the folder: choose another one."),
 }
 
 _logger = logging.getLogger(__name__)
@@ -96,25 +98,12 @@ def convert(
 
     Each shard is made whole by one process under a hidden name, read back, and only then renamed. The same call goes on
     where a killed one was. Equal arguments give equal bytes, whatever the number of workers and the interruptions.
-
-    Args:
-        items: The future samples, in order.
-        decode: Makes the members of one.
-        out: Folder of the shards; made when absent. Several prefixes may share it.
-        prefix: Start of the shards' names.
-        recipe: Settings that decide the samples, as JSON values.
-        samples_per_shard: Items per shard.
-        num_workers: Processes; 0 works in this one. None: one per CPU and shard, but this one for a single shard.
-        on_bad_sample: `raise` stops at the first bad item, `skip` leaves it out, logs, names and counts it.
-        progress: Show a bar on standard error.
-
-    Returns:
-        What was written.
+    `recipe` holds the settings that decide the samples, as JSON values; several prefixes may share a folder.
 
     Raises:
         ConfigError: An argument is out of range.
-        ShardError: An item is bad, the folder holds shards of another conversion, another process works on the same
-            shards, or the disk is full or refuses. Finished shards stay.
+        ShardError: An item is bad and `on_bad_sample` is not `skip`, the folder holds shards of another conversion,
+            another process works on it, or the disk is full or refuses. Finished shards stay.
     """
     plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
     require(bool(plain), "the prefix to be a plain file name part", repr(prefix))
@@ -136,22 +125,14 @@ def convert(
             finally:
                 _remove_leftovers(out, prefix)
             return _finish(out, prefix, settings, made)
-    except BlockingIOError as error:
-        raise ShardError(
-            f"Expected to be the only process that converts into {out}, but another one does. Wait for it, or choose "
-            "another folder."
-        ) from error
     except BrokenProcessPool as error:
         raise ShardError(
-            f"Expected the worker processes to live until {out} is complete, but one ended early: memory ran out, or "
-            "the main script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are "
-            "kept."
+            f"Expected the workers to live until {out} is complete, but one ended early: memory ran out, or the main "
+            "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
         ) from error
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "Run the same command again, or choose another folder")
-        raise ShardError(
-            f"Expected to write shards to {out}, but got {error}. {advice}; finished shards are kept."
-        ) from error
+        advice = _ADVICE.get(error.errno or 0, "Run the same command again: finished shards are kept.")
+        raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
 def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[Item], names: Sequence[str]) -> None:
@@ -160,37 +141,32 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[
     sources = json.dumps([(item.key, item.source) for item in items], sort_keys=True)
     record = {"format": "ssync_pl.conversion", "version": 2, "settings": settings}
     record = json.loads(json.dumps({**record, "sources": hashlib.sha256(sources.encode()).hexdigest()}))
-    try:
-        before = json.loads(path.read_bytes()) if path.exists() else {}
-        ours = not before or (before["format"], before["version"]) == (record["format"], record["version"])
-    except (ValueError, TypeError, KeyError):
-        ours = False
-    if not ours:
-        raise ShardError(
-            f"Expected {path} to be the record of a conversion by this version of ssync_pl, but it is something else. "
-            "Choose another folder with --out, or for `videos` another --prefix."
-        )
+    before: dict[str, Any] = {}
+    if path.exists():
+        with contextlib.suppress(ShardError):
+            before = parse_json(path.read_bytes(), str(path), dict)
+        ours = (before.get("format"), before.get("version")) == (record["format"], record["version"])
+        expected = f"{path} to be the record of a conversion by this version of ssync_pl"
+        advice = "Choose another folder with --out, or for `videos` another --prefix."
+        require_shard(ours, expected, "something else", advice=advice)
     pattern = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
     found = sorted(name for name in os.listdir(out) if pattern.fullmatch(name))
-    why = _differences(before, record) if before else ["no record of a conversion lies beside them"]
+    then, now = before.get("settings", {}), record["settings"]
+    why = [
+        f"{name} {json.dumps(then.get(name))[:60]}, not {json.dumps(now.get(name))[:60]}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if not before:
+        why = ["no record of a conversion lies beside them"]
+    elif not why and before.get("sources") != record["sources"]:
+        why = ["other source files, or the same ones in another order"]
     why = why or [f"{name} is none of this conversion" for name in found if name not in names]
-    if found and why:
-        raise ShardError(
-            f"Expected the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion, but they are not: "
-            f"{'; '.join(why[:4])}. Run with the earlier settings to go on, move the shards away, or choose another "
-            "folder with --out."
-        )
+    expected = f"the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion"
+    advice = "Run with the earlier settings to go on, move the shards away, or choose another folder with --out."
+    require_shard(not (found and why), expected, "; ".join(why[:4]), advice=advice)
     if before != record:
         write_bytes(path, json.dumps(record, sort_keys=True).encode())
-
-
-def _differences(before: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    then, now = before["settings"], record["settings"]
-    names = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    found = [f"{name} {json.dumps(then.get(name))[:60]}, not {json.dumps(now.get(name))[:60]}" for name in names]
-    if not found and before["sources"] != record["sources"]:
-        found = ["other source files, or the same ones in another order"]
-    return found
 
 
 def _remove_leftovers(out: Path, prefix: str) -> None:
@@ -204,31 +180,32 @@ def _remove_leftovers(out: Path, prefix: str) -> None:
 def _run(
     make: Callable[..., _Made], paths: Sequence[Path], parts: Sequence[Any], wanted: int | None, title: str | None
 ) -> list[_Made]:
-    """Make all shards, in this process or in others that end with the first error or Ctrl-C."""
+    """Make all shards, in this process or in others."""
     from tqdm import tqdm
 
     workers = min(cpu_count() if wanted is None else wanted, len(paths))
-    made: list[_Made] = []
-    with tqdm(total=sum(map(len, parts)), desc=title, unit="video", disable=title is None) as bar:
-
-        def collect(results: Iterator[_Made]) -> None:
-            for part, result in zip(parts, results, strict=True):
-                made.append(result)
-                bar.update(len(part))
-
-        if not may_start_processes() or workers == 0 or (wanted is None and workers == 1):
-            collect(map(make, paths, parts))
-            return made
-        others = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
-        with one_thread_each(), ProcessPoolExecutor(workers, context, end_with_parent) as pool:
-            try:
-                collect(pool.map(make, paths, parts))
-            except BaseException:
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()  # the shard that it is at may take minutes
-                raise
+    alone = not may_start_processes() or workers == 0 or (wanted is None and workers == 1)
+    made = []
+    bar = tqdm(total=sum(map(len, parts)), desc=title, unit="video", disable=title is None)
+    with bar, contextlib.nullcontext(map) if alone else _mapper(workers) as apply:
+        for part, result in zip(parts, apply(make, paths, parts), strict=True):
+            made.append(result)
+            bar.update(len(part))
     return made
+
+
+@contextlib.contextmanager
+def _mapper(workers: int) -> Iterator[Callable[..., Iterator[_Made]]]:
+    """A `map` in other processes, which end with the first error or Ctrl-C."""
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
+    with one_thread_each(), ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # the shard that it is at may take minutes
+            raise
 
 
 def _make(decode: Decode, skip: bool, path: Path, items: Sequence[Item]) -> _Made:
@@ -298,11 +275,8 @@ def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[
     entries = [result.entry for result in made if result.entry is not None]
     for key, reason in skipped.items():
         _logger.warning("Left out video %s: %s", key, reason)
-    if not entries:
-        raise ShardError(
-            f"Expected at least one good video for {out}, but all {len(skipped)} were skipped; the first because: "
-            f"{next(iter(skipped.values()))}"
-        )
+    first = next(iter(skipped.values()), "")
+    require_shard(bool(entries), f"a good video for {out}", f"{len(skipped)} bad ones, the first because: {first}")
     before = read_index(out)
     known = {name: entry for name, entry in (before.shards if before else {}).items() if (out / name).exists()}
     known |= {entry.name: entry for entry in entries}

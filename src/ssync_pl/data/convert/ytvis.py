@@ -15,7 +15,7 @@ import numpy as np
 
 from ssync_pl.data.convert.media import read_frames, require_packages, resize_ids, stack_frames
 from ssync_pl.data.convert.writer import Item, Split
-from ssync_pl.errors import ConfigError, ShardError, require
+from ssync_pl.errors import ShardError, require, require_shard
 
 __all__ = ["Ytvis"]
 
@@ -61,12 +61,8 @@ class Ytvis:
         where = f"video {source['id']} ({names[0].rpartition('/')[0] if names else 'no frames'})"
         frames = read_frames(self.root / source["folder"], names, None, None, where)
         video, original = stack_frames(frames, self.short_side, where)
-        if [*original] != source["size"]:
-            raise ShardError(
-                f"Expected the frames of {where} to be {source['size']} (height, width) as the annotation file says, "
-                f"but got {original}. The pictures and the annotation file are of different releases: download both "
-                "again."
-            )
+        expected = f"the frames of {where} to be {source['size']} (height, width) as the annotation file says"
+        require_shard([*original] == source["size"], expected, original, advice="Download both again.")
         objects = source["objects"]
         info = {"video_id": source["id"], "file_names": names, "original_size": original, "fps": _FPS}
         if objects is None:
@@ -84,22 +80,16 @@ class Ytvis:
 def read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
     """Cut an annotation file into what each video needs, as JSON values; crowds are left out.
 
-    Returns:
-        Per video `id`, `size`, `frames` (files below `folder`), and `objects`: None where the file has no annotations.
-
-    Raises:
-        ShardError: The file is not in YouTube-VIS's format.
+    Per video these are `id`, `size`, `frames` (files below `folder`), and `objects`: None without any annotations.
     """
     places = [root / name for name in (f"{split}/instances.json", f"{split}/{split}.json", f"{split}.json")]
-    path = next((path for path in places if path.is_file()), None)
-    if path is None:
-        raise ConfigError(
-            f"Expected the annotations of split `{split}` at {' or '.join(map(str, places))}, but there is no such "
-            "file. Unpack the set there, or name the splits that you have with --splits."
-        )
+    found = [path for path in places if path.is_file()]
+    advice = "Unpack the set there, or name the splits that you have with --splits."
+    expected = f"the annotations of split `{split}` at {' or '.join(map(str, places))}"
+    require(bool(found), expected, "no such file", advice=advice)
     videos: dict[Any, dict[str, Any]] = {}
     try:
-        content = json.loads(path.read_bytes(), object_hook=_pack)
+        content = json.loads(found[0].read_bytes(), object_hook=_pack)
         annotations = content.get("annotations") or []
         categories = {int(entry["id"]): str(entry["name"]) for entry in content.get("categories") or []}
         for video in content["videos"]:
@@ -112,12 +102,12 @@ def read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
             if thing["video_id"] not in videos:
                 raise ValueError(f"annotation {thing['id']} of the unknown video {thing['video_id']}")
             if not thing.get("iscrowd"):
-                found = {"id": thing["id"], "category": number, "name": categories.get(number, str(number))}
-                videos[thing["video_id"]]["objects"].append({**found, "masks": masks})
+                facts = {"id": thing["id"], "category": number, "name": categories.get(number, str(number))}
+                videos[thing["video_id"]]["objects"].append({**facts, "masks": masks})
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
-            f"Expected {path} to be a JSON file with `videos`, `categories` and `annotations` with `segmentations` as "
-            f"of YouTube-VIS 2019 or 2021, but got {error!r}. Repair it, or download it again."
+            f"Expected {found[0]} to be JSON with `videos`, `categories` and `annotations` with `segmentations` as of "
+            f"YouTube-VIS 2019 or 2021, but got {error!r}. Repair it, or download it again."
         ) from error
     return list(videos.values())
 
@@ -151,12 +141,9 @@ def _video(video: Mapping[str, Any]) -> dict[str, Any]:
 def _draw_object(thing: Mapping[str, Any], frames: int, size: tuple[int, int], where: str) -> np.ndarray:
     """Draw one instance (F, h, w) with its category id."""
     name, category, masks = f"instance {thing['id']} of {where}", thing["category"], thing["masks"]
-    if type(category) is not int or not 1 <= category <= 255 or len(masks) != frames:
-        raise ShardError(
-            f"Expected {name} to have a category id in 1..255, the numbers that a byte mask can hold, and a "
-            f"segmentation (or null) for each of {frames} frames, but got category id {category!r} and {len(masks)} "
-            "segmentations. Repair the annotation file."
-        )
+    fits = type(category) is int and 1 <= category <= 255 and len(masks) == frames
+    expected = f"{name} to have a category id in 1..255 and a segmentation (or null) for each of {frames} frames"
+    require_shard(fits, expected, f"{category!r} and {len(masks)} segmentations", advice="Repair the annotation file.")
     drawn = np.zeros((frames, *size), np.uint8)
     for number, segmentation in enumerate(masks):
         if segmentation:

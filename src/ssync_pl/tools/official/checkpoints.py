@@ -6,7 +6,6 @@ import importlib
 import io
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -59,8 +58,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
     except Exception as error:
         raise ConfigError(
             f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({type(error).__name__}: {_reason(error)}). Take another file; none is read in a "
-            "way that could run what is in it."
+            f"but reading it failed ({type(error).__name__}). Take another file; none is read in a way that could run "
+            "what is in it."
         ) from error
     whole = content if isinstance(content, Mapping) else {}
     state = whole.get("state_dict", whole)
@@ -70,14 +69,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
     require(not strange, f"{str(path)!r} to hold tensors by name", f"{', '.join(strange[:4])}, which are none")
     epoch, step = (value if isinstance(value, int) else 0 for value in (whole.get("epoch"), whole.get("global_step")))
     return PublicCheckpoint(dict(state), epoch, step)
-
-
-def _reason(error: Exception) -> str:
-    """Why a file could not be read, without PyTorch's advice to read it in a way that runs what is in it."""
-    text = str(error)
-    found = re.search(r"(?i)unsupported (?:global|class|operand)[^\n]*?(?= whose| was not| by default|\n|$)", text)
-    first = found[0] if found else text.splitlines()[0] if text else "it ends early"
-    return re.split(r"In PyTorch 2\.6|Re-running", first)[0].strip()
 
 
 def convert_checkpoint(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[str]:

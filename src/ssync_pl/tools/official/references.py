@@ -177,11 +177,9 @@ def _joined(sign: str) -> Callable[..., Any]:
 def _vit_property(table: str, name: str, key: str) -> int:
     """Width (`FEAT_DIM`) or number of patches (`NUM_PATCHES`) of a vision transformer, by its name in old timm."""
     found = _VIT.fullmatch(str(name))
-    if table != "VIT_PARAMS" or key not in ("FEAT_DIM", "NUM_PATCHES") or found is None:
-        raise ConfigError(
-            "Expected FEAT_DIM or NUM_PATCHES of VIT_PARAMS for a vision transformer such as vit_base_patch16_224_dino,"
-            f" but got {key!r} of {table!r} for {name!r}. Write the number itself."
-        )
+    known = table == "VIT_PARAMS" and key in ("FEAT_DIM", "NUM_PATCHES")
+    if not known or found is None:
+        raise ConfigError(f"Expected FEAT_DIM or NUM_PATCHES of a vision transformer, but got {key!r} of {name!r}.")
     return _WIDTHS[found["size"]] if key == "FEAT_DIM" else (int(found["pixels"] or 224) // int(found["patch"])) ** 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.errors import ConfigError, ShardError
+from ssync_pl.errors import ConfigError, ShardError, require
 from ssync_pl.tools.predict.features import find_features, make_features
 from ssync_pl.tools.predict.inputs import InputVideo, find_videos
-from ssync_pl.tools.predict.windows import cut_windows, seen_region, window_length
+from ssync_pl.tools.predict.windows import cut_windows, seen_region
 from ssync_pl.tools.predict.writer import WINDOW_KEY
 
 __all__ = ["CarrySlots", "InputDataModule", "carries_slots"]
@@ -45,7 +45,9 @@ class InputDataModule(L.LightningDataModule):
                 f"how frames are resized and normalised, but got {type(data).__name__}. Add `--data ShardDataModule "
                 "--data.image_size SIZE`, with the values of the training."
             )
-        self.lengths = {video: window_length(video.total, clip_frames) for video in find_videos(inputs)}
+        few = "--clip-frames to be at least 2, as windows share a frame"
+        require(clip_frames >= 2, few, clip_frames, advice="Take 16 or more.")
+        self.videos, self.clip_frames = find_videos(inputs), clip_frames
         self.mean, self.std = data.mean, data.std
         self.has_background, self.ignore_overlaps = data.has_background, data.ignore_overlaps
         self.transform = copy.copy(data.transform)
@@ -53,17 +55,30 @@ class InputDataModule(L.LightningDataModule):
             self.transform.image_size = (data.config.resolution, data.config.resolution)  # that of the training
         found = find_features(data, projection)
         self.maker = None if found is None else make_features(*found, backbone_checkpoint)
+        self.carry: CarrySlots | None = None
+
+    def setup(self, stage: str) -> None:
+        """Hooks the host, so that windows go on where the one before ended."""
+        if self.trainer is not None:
+            self.carry = CarrySlots(self.trainer.lightning_module)
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the host as it was."""
+        if self.carry is not None:
+            self.carry.close()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Builds the loader: one window per batch, decoded in this process."""
         seen = self.transform
         rules = SampleRules(image_size=seen.image_size, crop=seen.crop, reference=seen.reference)
-        return DataLoader(_Windows(self.lengths, rules), batch_size=None, collate_fn=_as_it_is)
+        return DataLoader(_Windows(self.videos, self.clip_frames, rules), batch_size=None, collate_fn=_as_it_is)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Resizes, crops and normalises the frames, and computes features where the host wants them."""
         if not isinstance(batch, dict) or WINDOW_KEY not in batch:
             return batch
+        if self.carry is not None and batch[WINDOW_KEY]["start"] == 0:
+            self.carry.slots = None
         tensors = {"video": batch["video"], "crop": batch["crop"]}
         out = self.transform(tensors)
         if self.maker is not None:
@@ -74,41 +89,25 @@ class InputDataModule(L.LightningDataModule):
         return {**out, "__key__": batch["__key__"], WINDOW_KEY: batch[WINDOW_KEY]}
 
 
-class CarrySlots(L.Callback):
+class CarrySlots:
     """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    The shared frame is corrected once more from its own slots, so that slots keep their objects.
+    The shared frame is corrected once more from its own slots, so that slots keep their objects. `slots` is set to None
+    where another video begins.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, host: nn.Module) -> None:
         self.slots: Tensor | None = None
         self._handles: list[Any] = []
+        if carries_slots(host):
+            initializer: Any = host.initializer
+            self._handles = [initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hooks the host."""
-        self.slots = None
-        if carries_slots(pl_module):
-            initializer: Any = pl_module.initializer
-            self._handles = [initializer.register_forward_hook(self._begin), pl_module.register_forward_hook(self._end)]
-
-    def on_predict_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Forgets the slots where another video begins."""
-        window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
-        if window is None or window["start"] == 0:
-            self.slots = None
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def close(self) -> None:
         """Leaves the host as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.slots = [], None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves the host as it was."""
-        self.on_predict_end(trainer, pl_module)
+        self.slots = None
 
     def _begin(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output if self.slots is None else self.slots.to(output.dtype)
@@ -129,14 +128,14 @@ def carries_slots(host: nn.Module) -> bool:
 class _Windows(IterableDataset[dict[str, Any]]):
     """The windows of some videos, one batch each."""
 
-    def __init__(self, lengths: Mapping[InputVideo, int], rules: SampleRules) -> None:
-        self.lengths, self.rules = lengths, rules
+    def __init__(self, videos: Sequence[InputVideo], clip_frames: int, rules: SampleRules) -> None:
+        self.videos, self.clip_frames, self.rules = videos, clip_frames, rules
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         size, crop, reference = self.rules.image_size, self.rules.crop, self.rules.reference
-        for video, length in self.lengths.items():
+        for video in self.videos:
             window = None
-            for window in cut_windows(video.frames(), length):
+            for window in cut_windows(video.frames(), self.clip_frames):
                 offsets = crop_offsets(window.frames, self.rules, None, None)
                 region = seen_region(window.frames.shape[1:3], offsets.tolist(), size, crop, reference)
                 tensors = {"video": torch.from_numpy(window.frames)[None], "crop": offsets[None]}

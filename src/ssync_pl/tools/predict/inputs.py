@@ -34,12 +34,11 @@ _KINDS = (
 
 
 class InputVideo(NamedTuple):
-    """A video of the user's; number of frames and frames per second are None where nothing says them."""
+    """A video of the user's; frames per second are None where nothing says them."""
 
     key: str
     source: str  # for messages and the index
     frames: Callable[[], Iterator[NDArray[np.uint8]]]  # decodes one after the other, (H, W, 3)
-    total: int | None
     rate: float | None = None
 
 
@@ -95,12 +94,12 @@ def _video_file(path: Path) -> InputVideo:
     if missing is not None:
         raise ShardError(f"Expected {path} to be a whole video, but it is not ({missing}). Copy or encode it again.")
     frames = partial(read_frames, path, None, None, None, where)
-    return InputVideo(path.stem, str(path), frames, facts.frames, facts.rate)
+    return InputVideo(path.stem, str(path), frames, facts.rate)
 
 
 def _frame_folder(path: Path) -> InputVideo:
     names, key = list_frames(path), path.name or path.resolve().name
-    return InputVideo(key, str(path), partial(read_frames, path, names, None, None, f"video {path}"), len(names))
+    return InputVideo(key, str(path), partial(read_frames, path, names, None, None, f"video {path}"))
 
 
 def _shard(path: Path) -> list[InputVideo]:
@@ -110,7 +109,7 @@ def _shard(path: Path) -> list[InputVideo]:
 
     def video(sample: SampleEntry) -> InputVideo:
         frames = partial(_shard_frames, str(path), entry, sample)
-        return InputVideo(sample.key, f"{path}, key {sample.key}", frames, sample.frames)
+        return InputVideo(sample.key, f"{path}, key {sample.key}", frames)
 
     return [video(sample) for sample in entry.samples]
 

@@ -13,7 +13,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ssync_pl.data.transforms import Size, central_square, covering_size
-from ssync_pl.errors import require
 from ssync_pl.tools.viz import resize_nearest
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "relabel",
     "restore_labels",
     "seen_region",
-    "window_length",
 ]
 
 OUTSIDE = 255
@@ -37,16 +35,6 @@ class Window(NamedTuple):
     start: int
     frames: NDArray[np.uint8]
     last: bool
-
-
-def window_length(total: int | None, most: int) -> int:
-    """Frames per window, so that all windows of a video are about as long; `total` is None where nothing says it."""
-    require(most >= 2, "--clip-frames to be at least 2, as windows share a frame", most, advice="Take 16 or more.")
-    if total is None or total <= most:
-        return most
-    steps = total - 1  # a window brings one frame less than it has
-    count = -(-steps // (most - 1))
-    return -(-steps // count) + 1
 
 
 def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Window]:
