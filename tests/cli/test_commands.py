@@ -90,34 +90,20 @@ def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: py
     assert type(pickle.loads(pickle.dumps(saver.parser))) is type(cli.parser)
 
 
-def test_fit_with_short_names_writes_a_fresh_folder_each_time(
+def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["fit", "--config", str(config), "--trainer.callbacks+=SSyncCallback", "--trainer.callbacks.warmup_ratio=0"]
-    args += ["--trainer.callbacks+=SSyncPictures", "--trainer.callbacks+=ValidationSummary"]
-    for version in range(2):
-        assert main(args) == 0
-        folder = tmp_path / "runs" / "tiny" / f"version_{version}"
-        assert (folder / "config.yaml").is_file()
-        assert (folder / "metrics.csv").is_file()
-        assert (folder / "summary.json").is_file()
-        assert (folder / "pictures" / "step-000002.png").is_file()
-        assert list((folder / "checkpoints").glob("*.ckpt"))
+    names = ["SSyncCallback", "SSyncPictures", "ValidationSummary"]
+    callbacks = [f"--trainer.callbacks+={name}" for name in names]
+    assert main(["fit", "--config", str(config), *callbacks]) == 0
     assert "| this run " in capsys.readouterr().out
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["name"] == "tiny"
-    assert saved["seed_everything"] == 0
-    assert [c["class_path"].rsplit(".", 1)[-1] for c in saved["trainer"]["callbacks"]] == [
-        "SSyncCallback",
-        "SSyncPictures",
-        "ValidationSummary",
-    ]
-
-
-def test_a_saved_configuration_and_its_checkpoint_run_again(config: Path, tmp_path: Path) -> None:
-    assert main(["fit", "--config", str(config)]) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0"
+    for name in ("metrics.csv", "summary.json", "pictures/step-000002.png"):
+        assert (folder / name).is_file(), name
     (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["name"], saved["seed_everything"]) == ("tiny", 0)
+    assert [one["class_path"].rsplit(".", 1)[-1] for one in saved["trainer"]["callbacks"]] == names
     assert main(["fit", "--config", str(folder / "config.yaml")]) == 0
     assert (tmp_path / "runs" / "tiny" / "version_1" / "config.yaml").is_file()
     for verb in ("validate", "test", "predict"):
@@ -151,6 +137,11 @@ def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
             "Expected argument `merge_threshold` to be in [0, 1], but got 2.0.",
         ),
         (["--trainer.max_steps=-1", "--trainer.fast_dev_run=-1"], "fast_dev_run"),
+        (["--trainer.callbacks+=SSyncCallback"] * 2, "more than one stateful callback"),
+        (
+            ["--trainer.callbacks+=SSyncCallback", "--model=lightning.pytorch.demos.boring_classes.BoringModel"],
+            "BoringModel is none",
+        ),
         (["--config=none.yaml"], "'none.yaml', which is none"),
         (["--config", "tabs.yaml"], "tabs.yaml to hold YAML in UTF-8"),
         (["-c", "wide.yaml"], "wide.yaml to hold YAML in UTF-8"),
@@ -176,16 +167,6 @@ def test_what_is_missing_is_named(config: Path, capsys: pytest.CaptureFixture[st
     assert "Expected --config FILE" in capsys.readouterr().err
     assert main(["fit", "--trainer.max_steps=1"]) == 2
     assert "the following arguments are required" in capsys.readouterr().err
-
-
-def test_a_host_that_is_not_recognised_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--trainer.callbacks+=SSyncCallback", "--model=lightning.pytorch.demos.boring_classes.BoringModel"]
-    broken = config.with_name("boring.yaml")
-    settings = yaml.safe_load(config.read_text())
-    del settings["model"]
-    broken.write_text(yaml.safe_dump(settings))
-    assert main(["fit", "--config", str(broken), *words]) == 2
-    assert "BoringModel is none" in last_error(capsys)
 
 
 def test_debug_shows_the_traceback(
@@ -293,12 +274,6 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
 
 
-def test_a_callback_that_is_there_twice_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--trainer.callbacks+=SSyncCallback", "--trainer.callbacks+=SSyncCallback"]
-    assert main(["fit", "--config", str(config), *words]) == 2
-    assert "more than one stateful callback" in last_error(capsys)
-
-
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(words: list[str]) -> int:
         raise KeyboardInterrupt
@@ -311,8 +286,6 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_a_run_of_unknown_length_says_what_to_set() -> None:
-    from types import SimpleNamespace
-
     from ssync_pl import SSyncConfig
     from ssync_pl.errors import ConfigError
     from ssync_pl.hosts.training import schedule_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -131,23 +132,20 @@ def test_trainings_end_with_the_comparison(tmp_path, number):
     assert not (tmp_path / "seed_0" / "evaluation.json").exists()
 
 
-def _wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def _wait_for(condition):
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def _alive(folder):
-    """Processes whose command names the folder, and what they started: all in their process groups."""
-    found = []
+    """Whether there are processes whose command names the folder; what they started is in their process groups."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if str(folder).encode() in path.read_bytes():
-                found.append(path.parent.name)
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
+                return True
+    return False
 
 
 @pytest.fixture

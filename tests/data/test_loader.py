@@ -94,8 +94,8 @@ def test_a_strange_state_is_refused_and_random_numbers_of_the_run_left_alone(mak
 def test_workers_end_with_their_loader(make_shards, opened):
     gc.collect()
     gc.disable()  # no cycle of references keeps them
-    garbage = SimpleNamespace()
-    garbage.cycle, reference = garbage, weakref.ref(garbage)
+    garbage = torch.nn.Module()
+    garbage.__dict__["cycle"], reference = garbage, weakref.ref(garbage)
     del garbage
     try:
         batches = iter(opened(make_shards(count=8), num_workers=1).train_dataloader())

@@ -1,4 +1,4 @@
-"""Figures of the report, drawn with matplotlib: every seed, learning curves, merging, and scores over slot counts."""
+"""Figures of the report, drawn with matplotlib: every seed, learning curves, and merging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssync_pl.compare.results import REFERENCES
 from ssync_pl.compare.tables import Group
 from ssync_pl.metrics.table import METRICS, metric_names
 
-__all__ = ["Figure", "group_figures", "slots_figure"]
+__all__ = ["Figure", "group_figures"]
 
 _COLORS = ("#0b84d8", "#e07b00", "#1a9e6c", "#cc5fa5", "#d8452e", "#8c6bd1", "#a6862d", "#16a3a3")
 _GREY = "#808890"  # of the baseline
@@ -66,33 +66,6 @@ def group_figures(group: Group, curves: Curves, slug: str) -> list[Figure]:
         _curve_figure(group, curves, _MERGING, f"merging_{slug}", "Merging and slots in use", merging),
     ]
     return [figure for figure in made if figure is not None]
-
-
-def slots_figure(groups: Sequence[Group], name: str) -> Figure | None:
-    """Draws scores over the slot counts of one data set; None with one slot count or without a score."""
-    groups = sorted(groups, key=lambda group: group.slots)
-    scores = {key: title for key, title in _MAIN.items() if any(group.has(key) for group in groups)}
-    if len(groups) < 2 or not scores:
-        return None
-    variants = list(dict.fromkeys(variant for group in groups for variant in group.variants))
-    counts = [group.slots for group in groups]
-    apart = min(b - a for a, b in itertools.pairwise(counts)) / (4 * len(variants))
-
-    def paint(axes: Any, key: str) -> None:
-        for place, variant in enumerate(variants):
-            found = [(group.slots + apart * place, group.mean(variant, key)) for group in groups]
-            known = [(x, value.mean, value.half_width or 0.0) for x, value in found if value is not None]
-            if known:
-                x, y, half = zip(*known, strict=True)
-                look = _look(variants, groups[0].baseline, variant)
-                axes.errorbar(x, y, yerr=half, marker="o", ms=3.5, lw=1.6, capsize=2.5, **look)
-        axes.set_xticks(counts)
-        axes.set_xlabel("slots")
-
-    title = "Slot counts" if groups[0].set == "default" else f"Slot counts, set {groups[0].set}"
-    caption = "Means with 95 % intervals over seeds. A flat line: the number of slots does not matter to the variant."
-    alt = f"{', '.join(scores.values())} over {', '.join(map(str, counts))} slots for {', '.join(variants)}."
-    return _draw(name, title, caption, alt, scores, paint)
 
 
 def _paired_figure(group: Group, name: str) -> Figure | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ssync_pl.compare.figures import Figure, group_figures, slots_figure
+from ssync_pl.compare.figures import Figure, group_figures
 from ssync_pl.compare.results import Comparison, load_comparison, write_results
 from ssync_pl.compare.statistics import judge
 from ssync_pl.compare.tables import Group, group_tables, groups_of
@@ -35,9 +35,6 @@ def write_report(folder: Path) -> Path:
     baseline = str(matrix.get("baseline", "without"))
     groups = groups_of(frame, baseline)
     sections = [_section(comparison, group, place) for place, group in enumerate(groups, start=1)]
-    of_sets = [[group for group in groups if group.set == name] for name in dict.fromkeys(frame["set"])]
-    drawn = [slots_figure(part, f"slots_{place}") for place, part in enumerate(of_sets, start=1)]
-    overall = [figure for figure in drawn if figure is not None]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ssync_pl.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,15 +50,14 @@ def write_report(folder: Path) -> Path:
         sections=sections,
         tested=sum(len(one["sure"]) + len(one["unsure"]) for part in sections for one in part["verdicts"]),
         fewest=min((len(part) for _, part in frame.groupby(["set", "slots", "variant"])), default=0),
-        overall=overall,
         facts=_facts(frame, matrix),
         commands=[record.command for record in comparison.records.values()],
         table=write_results(out / "results.csv", frame).read_bytes(),
     )
-    figures: list[Figure] = [*(figure for part in sections for figure in part["figures"]), *overall]
+    figures: list[Figure] = [figure for part in sections for figure in part["figures"]]
     # A figure of an earlier report that this one lacks would be taken for its part.
     for old in out.glob("*.png"):
-        if re.match(r"(paired|learning|merging|slots)_\d", old.name) and old.stem not in {one.name for one in figures}:
+        if re.match(r"(paired|learning|merging)_\d", old.name) and old.stem not in {one.name for one in figures}:
             old.unlink()
     for figure in figures:
         write_bytes(out / f"{figure.name}.png", figure.png)

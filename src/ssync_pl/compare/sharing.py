@@ -16,7 +16,7 @@ from ssync_pl.compare.variants import Variant, ssync_defaults, ssync_options
 
 __all__ = ["Share", "Switch", "plan_sharing"]
 
-# Parts of words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
+# Words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
 _UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path", "--data.init_args.backend")
 
 

@@ -158,12 +158,8 @@ class ShardDataModule(L.LightningDataModule):
         for name, pattern in (("validation", validation), ("test", test), ("predict", predict)):
             weighted = isinstance(pattern, dict)
             require(not weighted, f"argument `{name}` to be a list, as weights are for `train` only", pattern)
-        self.patterns: dict[str, Patterns | None] = {
-            "train": train,
-            "validation": validation,
-            "test": test,
-            "predict": predict,
-        }
+        self.patterns: dict[str, Patterns | None] = {"train": train, "validation": validation}
+        self.patterns |= {"test": test, "predict": predict}
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.clips_per_video = clips_per_video
@@ -172,22 +168,15 @@ class ShardDataModule(L.LightningDataModule):
         self.mask_format = mask_format
         self.backend: Backend = backend
         self.features = features
-        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
-        self.persistent_workers, self.start_method = persistent_workers, start_method
-        self.pin_memory = pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._workers: dict[str, Any] = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor}
+        self._workers["multiprocessing_context"] = start_method
         self.shuffle_buffer = shuffle_buffer
         self.skip_bad = on_bad_sample == "skip"
         self.max_member_bytes = max_member_bytes
         self.bad_samples: dict[str, str] = {}
-        self.transform = BatchTransform(
-            size,
-            resize_mode=resize_mode,
-            crop=crop,
-            mean=mean,
-            std=std,
-            has_background=has_background,
-            reference=reference,
-        )
+        pixels: dict[str, Any] = {"resize_mode": resize_mode, "crop": crop, "mean": mean, "std": std}
+        self.transform = BatchTransform(size, has_background=has_background, reference=reference, **pixels)
         evaluation = SampleRules(image_size=size, crop=crop, max_objects=max_objects, seed=seed)
         training = replace(
             evaluation,
@@ -321,11 +310,6 @@ class ShardDataModule(L.LightningDataModule):
         pin = self.pin_memory
         if pin == "auto":
             pin = torch.cuda.is_available() and (device is None or device.type == "cuda")
-        options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": pin}
-        if self.num_workers > 0:
-            options["persistent_workers"] = self.persistent_workers
-            options["prefetch_factor"] = self.prefetch_factor
-            options["multiprocessing_context"] = self.start_method
         return ShardLoader(
             dataset,
             clock,
@@ -334,7 +318,9 @@ class ShardDataModule(L.LightningDataModule):
             on_bad=self._count_bad,
             # Ranks need equally many batches.
             leave_out=clock is None and dataset.world == 1,
-            **options,
+            num_workers=self.num_workers,
+            pin_memory=pin,
+            **(self._workers if self.num_workers > 0 else {}),
         )
 
     def _count_bad(self, bad: list[tuple[str, str]]) -> None:

@@ -16,7 +16,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def write_index(
     directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
 ) -> Path | None:
     """Writes a folder's sidecar in one step, never over a file of another program; `None` when no name is free."""
-    entries = [_entry_to_json(entry) for entry in sorted(shards, key=lambda entry: entry.name)]
+    entries = [asdict(entry) for entry in sorted(shards, key=lambda entry: entry.name)]
     content = {"format": _FORMAT, "version": _VERSION, "recipe": dict(recipe or {}), "shards": entries}
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
     free = (path for path in (Path(directory, name) for name in INDEX_NAMES) if _may_replace(path))
@@ -260,14 +260,6 @@ def _may_replace(path: Path) -> bool:
         return True
     except (OSError, ShardError):
         return False
-
-
-def _entry_to_json(entry: ShardEntry) -> dict[str, Any]:
-    samples = [{"key": s.key, "members": s.members, "frames": s.frames} for s in entry.samples]
-    content: dict[str, Any] = {"name": entry.name, "size": entry.size, "samples": samples}
-    if entry.links or entry.ignored:
-        content |= {"links": dict(entry.links), "ignored": list(entry.ignored)}
-    return content
 
 
 def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:

@@ -14,7 +14,7 @@ import re
 import tarfile
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
@@ -32,10 +32,11 @@ from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
 from ssync_pl.errors import ShardError, require_shard
 
-RETRY_SECONDS = 120.0
-"""Seconds without a new byte, over all tries, after which a transfer has failed."""
+RETRY_SECONDS = 100.0
+"""Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
 
 _STALL_SECONDS = 30.0
+_SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 10.0)
 _CHUNK = 1 << 20
 # Client errors that another try can mend: timeout, too early, too many requests.
@@ -58,6 +59,7 @@ class RemoteFile(io.RawIOBase):
         self._position = 0
         self._size: int | None = None
         self._ended = False
+        self._patience = RETRY_SECONDS
 
     def readable(self) -> bool:
         """Says that the file can be read."""
@@ -68,15 +70,20 @@ class RemoteFile(io.RawIOBase):
         if self.failure is not None:
             raise ShardError(self.failure)
         view = memoryview(buffer).cast("B")
-        began = time.monotonic()
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             if self._ended:
                 break
+            began = time.monotonic()
             try:
                 if self._source is None:
                     self._open()
                 data = self._source.read(len(view))
+                self._patience -= time.monotonic() - began
+                began = time.monotonic()
+                if data and self._patience < 0:
+                    raise OSError(f"fewer than {_SLOWEST} bytes per second came for {RETRY_SECONDS:g} s")
                 if data:
+                    self._patience = min(RETRY_SECONDS, self._patience + len(data) / _SLOWEST)
                     view[: len(data)] = data
                     self._position += len(data)
                     return len(data)
@@ -87,7 +94,8 @@ class RemoteFile(io.RawIOBase):
             except Exception as error:  # each file system of fsspec has errors of its own
                 self._drop()
                 reason = _describe(error, self.url)
-                if _is_final(error) or time.monotonic() - began + pause > RETRY_SECONDS:
+                self._patience -= time.monotonic() - began + pause
+                if _is_final(error) or self._patience < 0:
                     self.absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
                     self.failure = (
                         f"Expected to read {masked_url(self.url)} to its end, but at byte {self._position} it failed "
@@ -132,7 +140,8 @@ class RemoteFile(io.RawIOBase):
         import aiohttp
         from fsspec.core import url_to_fs
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALL_SECONDS, sock_read=_STALL_SECONDS)
+        stall = max(_STALL_SECONDS / 3, min(_STALL_SECONDS, self._patience))
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
         system, path = url_to_fs(self.url, client_kwargs={"timeout": timeout})
         headers = {"Accept-Encoding": "identity"}
         if self._position:
@@ -152,13 +161,6 @@ class RemoteFile(io.RawIOBase):
         return begin
 
 
-class _Member(NamedTuple):
-    key: str
-    name: str
-    size: int
-    content: bytes | None
-
-
 def stream_shard(
     path_or_url: str,
     max_bytes: int = MAX_MEMBER_BYTES,
@@ -166,16 +168,9 @@ def stream_shard(
 ) -> Generator[tuple[str, Members], None, None]:
     """Reads a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way.
 
-    Args:
-        path_or_url: The shard.
-        max_bytes: Most bytes of a member; the content of larger ones is not kept.
-        fields: First parts of the names of members whose content is kept; `None` keeps all.
-
-    Yields:
-        Key and members of each sample.
-
-    Raises:
-        ShardError: The transfer failed, the shard is damaged or cut off, or it holds links.
+    Yields key and members of each sample. The content of members is kept up to `max_bytes`, and where the first part of
+    the name is one of `fields`, or `fields` is `None`. Raises `ShardError` when the transfer failed, or the shard is
+    damaged, cut off or holds links.
     """
     shown = masked_url(path_or_url)
     raw: io.RawIOBase
@@ -183,21 +178,49 @@ def stream_shard(
         raw = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
     except OSError as error:
         raise ShardError(f"Expected to read {shown}, but got {error.strerror}. Check the path.") from error
-    with contextlib.closing(raw), open_tar_stream(raw, shown) as tar:
-        members = _read_members(tar, shown, max_bytes, fields)
-        for key, group in itertools.groupby(members, lambda member: member.key):
-            yield key, _as_members(f"{shown}, key {key}", list(group), max_bytes)
+    with contextlib.closing(raw):
+        stream: Any = io.BufferedReader(raw, _CHUNK)
+        plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)
+        with open_tar(plain, "r|", shown) as tar:
+            for key, group in itertools.groupby(_read_members(tar, shown, max_bytes, fields), lambda item: item[0]):
+                yield key, _as_members(f"{shown}, key {key}", list(group), max_bytes)
+            while plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
+                pass
 
 
-@contextlib.contextmanager
-def open_tar_stream(raw: io.RawIOBase, shown: str) -> Iterator[tarfile.TarFile]:
-    """Opens a tar, packed or not, to be read once; at its end the rest is read, which says if a transfer was whole."""
-    stream: Any = io.BufferedReader(raw, _CHUNK)
-    plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)
-    with open_tar(plain, "r|", shown) as tar:
-        yield tar
-        while plain.read(_CHUNK):
-            pass
+def _read_members(
+    tar: tarfile.TarFile, shown: str, max_bytes: int, fields: Collection[str] | None
+) -> Iterator[tuple[str, str, int, bytes]]:
+    """Yields key, name, size and content of each member that belongs to a sample."""
+    ignored: list[str] = []
+    for info in tar:
+        parts = split_member_name(info.name)
+        if info.isdir() or (info.isreg() and parts is None):
+            continue
+        advice = "Read the shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
+        linked = info.issym() or info.islnk()
+        require_shard(not linked, f"plain members in stream {shown}", f"link {escaped(info.name)}", advice=advice)
+        if parts is None or not info.isreg() or info.issparse() or not is_utf8(info.name):
+            ignored.append(escaped(info.name))
+            continue
+        wanted = (fields is None or parts[1].split(".")[0] in fields) and info.size <= max_bytes
+        content = cast(IO[bytes], tar.extractfile(info)).read() if wanted else b""
+        if wanted and len(content) != info.size:
+            raise EOFError(f"member {info.name} ends early")
+        yield *parts, info.size, content
+    warn_ignored(shown, ignored)
+
+
+def _as_members(where: str, group: list[tuple[str, str, int, bytes]], max_bytes: int) -> Members:
+    sizes = {name: size for _, name, size, _ in group}
+    contents = {name: content for _, name, _, content in group}
+    require_shard(len(sizes) == len(group), f"each member of {where} once", "one twice", advice="Build it again.")
+
+    def fetch(name: str, start: int, length: int) -> bytes:
+        require_size(sizes[name], f"member `{name}` of {where}", max_bytes)
+        return contents[name][start : start + length]
+
+    return Members(where, sizes, fetch, max_bytes)
 
 
 def fetch_index(urls: Sequence[str]) -> list[ShardEntry] | None:
@@ -225,40 +248,6 @@ def _fetch_folder(folder: str) -> dict[str, ShardEntry]:
                     raise
                 _logger.info("No index at %s: %s", masked_url(url), error)
     return {}
-
-
-def _read_members(
-    tar: tarfile.TarFile, shown: str, max_bytes: int, fields: Collection[str] | None
-) -> Iterator[_Member]:
-    ignored: list[str] = []
-    for info in tar:
-        parts = split_member_name(info.name)
-        if info.isdir() or (info.isreg() and parts is None):
-            continue
-        advice = "Read the shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
-        linked = info.issym() or info.islnk()
-        require_shard(not linked, f"plain members in stream {shown}", f"link {escaped(info.name)}", advice=advice)
-        if parts is None or not info.isreg() or info.issparse() or not is_utf8(info.name):
-            ignored.append(escaped(info.name))
-            continue
-        wanted = (fields is None or parts[1].split(".")[0] in fields) and info.size <= max_bytes
-        content = cast(IO[bytes], tar.extractfile(info)).read() if wanted else None
-        if content is not None and len(content) != info.size:
-            raise EOFError(f"member {info.name} ends early")
-        yield _Member(*parts, info.size, content)
-    warn_ignored(shown, ignored)
-
-
-def _as_members(where: str, group: list[_Member], max_bytes: int) -> Members:
-    sizes = {member.name: member.size for member in group}
-    contents = {member.name: member.content for member in group}
-    require_shard(len(sizes) == len(group), f"each member of {where} once", "one twice", advice="Build it again.")
-
-    def fetch(name: str, start: int, length: int) -> bytes:
-        require_size(sizes[name], f"member `{name}` of {where}", max_bytes)
-        return (contents[name] or b"")[start : start + length]
-
-    return Members(where, sizes, fetch, max_bytes)
 
 
 def _is_final(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,7 @@ class Members:
     sizes: Mapping[str, int]  # in bytes
     fetch: Callable[[str, int, int], Data]  # returns so many bytes of a member from a place on
     max_bytes: int = MAX_MEMBER_BYTES  # of a member, stored and decoded
+    headers: dict[str, NpyHeader] = field(default_factory=dict)  # those that were read
 
     def name(self, member: str) -> str:
         """Names a member for messages."""
@@ -99,11 +100,13 @@ class Members:
 
     def header(self, member: str) -> NpyHeader:
         """Reads the header of an array member; raises `ShardError` when the member is damaged or half written."""
-        head = self.fetch(member, 0, min(self.sizes[member], HEADER_BYTES))
-        header = read_npy_header(head, member, self.where, self.max_bytes)
-        if member_extension(member) == "npy":
-            require_elements(header, self.sizes[member] - header.data_offset, self.name(member))
-        return header
+        if member not in self.headers:
+            head = self.fetch(member, 0, min(self.sizes[member], HEADER_BYTES))
+            header = read_npy_header(head, member, self.where, self.max_bytes)
+            if member_extension(member) == "npy":
+                require_elements(header, self.sizes[member] - header.data_offset, self.name(member))
+            self.headers[member] = header
+        return self.headers[member]
 
     def rows(self, member: str, cut: slice) -> np.ndarray:
         """Reads some rows of an array member, and no others where it is stored plainly."""

@@ -105,7 +105,7 @@ class SyntheticDataModule(ShardDataModule):
         if all((Path(self.features) / Path(shard).name).is_file() for shards in parts for shard in shards):
             return
         # Deferred: the backbone's packages are extras.
-        from ssync_pl.data.features.backbone import backbone_by_name
+        from ssync_pl.data.features import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
         backbone = backbone_by_name(name, layer)

@@ -107,21 +107,10 @@ def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background:
 
 
 class BatchTransform:
-    """Turns what the workers emit into the batch that hosts see.
+    """Turns what the workers emit into the batch that hosts see; `ShardDataModule` explains the settings.
 
-    Args:
-        image_size: Height and width of the result; `None` keeps the stored size.
-        resize_mode: `bilinear` or `bicubic`.
-        crop: `none` resizes to `image_size`; `random` and `center` resize so that it is covered, then cut the window
-            whose offsets come with the batch.
-        mean: Per-channel mean of frames in [0, 1].
-        std: Per-channel standard deviation of frames in [0, 1].
-        has_background: Whether masks get a background channel, the first.
-        reference: Take the arithmetic of published VideoSAUR-style pipelines: no smoothing where frames shrink, sizes
-            rounded down, and `center` cuts the central square before it is resized.
-
-    Raises:
-        ConfigError: A setting is out of range.
+    With `reference` the arithmetic is that of published VideoSAUR-style pipelines: no smoothing where frames shrink,
+    sizes rounded down, and `center` cuts the central square before it is resized.
     """
 
     def __init__(
@@ -162,9 +151,8 @@ class BatchTransform:
                 passed on.
 
         Returns:
-            The batch with `video` (B, T, 3, H, W) float32, where they are cached `features` (B, T, N, D) float32, and,
-            where there were masks, `segmentations` (B, T, C, H, W) bool, empty on padded frames; without `crop`,
-            `flip`, `mask_ids` and `max_objects`. A batch without `video` gets none.
+            `video` (B, T, 3, H, W) float32, `features` (B, T, N, D) float32 where they are cached, and where there were
+            masks `segmentations` (B, T, C, H, W) bool, empty on padded frames. A batch without `video` gets none.
 
         Raises:
             ShapeError: Sizes differ between the videos and no `image_size` unites them.

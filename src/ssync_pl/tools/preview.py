@@ -20,21 +20,12 @@ __all__ = ["draw_preview"]
 def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> tuple[Bytes, int, list[str]]:
     """Draws the first videos of each shard, from shards in random order, one row per video.
 
-    Args:
-        shards: Local paths, or URLs, of which only the starts are read.
-        count: Number of videos; fewer come where there are fewer.
-        frames: Frames per video, evenly spaced.
-        cell: Longer side of a frame on the sheet, in pixels.
-
-    Returns:
-        The sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
-
-    Raises:
-        ConfigError: A number is out of range.
-        ShardError: No video can be read.
+    Returns the sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
+    `frames` of each video are evenly spaced; `cell` is their longer side in pixels. Of remote shards only the starts
+    are read. Raises `ShardError` when no video can be read.
     """
-    require(min(count, frames) >= 1 and cell >= 16, "--videos and --frames from 1 and --cell from 16 on",
-            count, frames, cell)  # fmt: skip
+    fits = min(count, frames) >= 1 and cell >= 16
+    require(fits, "--videos and --frames from 1 and --cell from 16 on", count, frames, cell)
     videos: list[tuple[str, list[Bytes]]] = []
     skipped: list[str] = []
     for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):

@@ -112,13 +112,12 @@ def stack_frames(
     The shorter side becomes `short_side` pixels; the long one is rounded down, as in published shards.
     """
     kept: list[np.ndarray] = []
-    original = size = (0, 0)
+    original = (0, 0)
     for frame in frames:
-        original = size = (frame.shape[0], frame.shape[1])
+        original = (frame.shape[0], frame.shape[1])
         if short_side is not None and min(original) != short_side:
             height, width = (side * short_side // min(original) for side in original)
-            size = (max(1, height), max(1, width))
-            frame = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+            frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
         kept.append(frame)
         fits, advice = len(kept) * frame.nbytes <= _MAX_BYTES, "Cut it with --clip-frames, or take a --short-side."
         require_shard(fits, f"the frames of {where} to take at most {_MAX_BYTES} bytes", "more", advice=advice)

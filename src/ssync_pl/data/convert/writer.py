@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
 from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
@@ -32,10 +33,10 @@ _LOCK = ".convert.lock"
 # Errors of the machine, not of one source file: skipping the sample would lose all the others too.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ADVICE = {
-    errno.EAGAIN: "Another process converts into this folder: wait for it, or choose another one",
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or change its permissions"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file has the name of the folder: choose another one"),
+    errno.EAGAIN: "Another process converts into this folder: wait for it, or choose another one.",
+    errno.ENOSPC: "Free some space and run the same command again: finished shards are kept.",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or change its permissions."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file has the name of the folder: choose another one."),
 }
 
 _logger = logging.getLogger(__name__)
@@ -130,10 +131,8 @@ def convert(
             "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
         ) from error
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "Run the same command again, or choose another folder")
-        raise ShardError(
-            f"Expected to write shards to {out}, but got {error}. {advice}; finished shards are kept."
-        ) from error
+        advice = _ADVICE.get(error.errno or 0, "Run the same command again: finished shards are kept.")
+        raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
 def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[Item], names: Sequence[str]) -> None:
@@ -142,14 +141,14 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[
     sources = json.dumps([(item.key, item.source) for item in items], sort_keys=True)
     record = {"format": "ssync_pl.conversion", "version": 2, "settings": settings}
     record = json.loads(json.dumps({**record, "sources": hashlib.sha256(sources.encode()).hexdigest()}))
-    try:
-        before = json.loads(path.read_bytes()) if path.exists() else {}
-        ours = not before or (before["format"], before["version"]) == (record["format"], record["version"])
-    except (ValueError, TypeError, KeyError):
-        ours = False
-    expected = f"{path} to be the record of a conversion by this version of ssync_pl"
-    advice = "Choose another folder with --out, or for `videos` another --prefix."
-    require_shard(ours, expected, "something else", advice=advice)
+    before: dict[str, Any] = {}
+    if path.exists():
+        with contextlib.suppress(ShardError):
+            before = parse_json(path.read_bytes(), str(path), dict)
+        ours = (before.get("format"), before.get("version")) == (record["format"], record["version"])
+        expected = f"{path} to be the record of a conversion by this version of ssync_pl"
+        advice = "Choose another folder with --out, or for `videos` another --prefix."
+        require_shard(ours, expected, "something else", advice=advice)
     pattern = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
     found = sorted(name for name in os.listdir(out) if pattern.fullmatch(name))
     then, now = before.get("settings", {}), record["settings"]
@@ -160,7 +159,7 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Sequence[
     ]
     if not before:
         why = ["no record of a conversion lies beside them"]
-    elif not why and before["sources"] != record["sources"]:
+    elif not why and before.get("sources") != record["sources"]:
         why = ["other source files, or the same ones in another order"]
     why = why or [f"{name} is none of this conversion" for name in found if name not in names]
     expected = f"the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion"
@@ -276,10 +275,8 @@ def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[
     entries = [result.entry for result in made if result.entry is not None]
     for key, reason in skipped.items():
         _logger.warning("Left out video %s: %s", key, reason)
-    reasons = list(skipped.values())
-    require_shard(
-        bool(entries), f"a good video for {out}", f"{len(reasons)} bad ones; the first because: {reasons[:1]}"
-    )
+    first = next(iter(skipped.values()), "")
+    require_shard(bool(entries), f"a good video for {out}", f"{len(skipped)} bad ones, the first because: {first}")
     before = read_index(out)
     known = {name: entry for name, entry in (before.shards if before else {}).items() if (out / name).exists()}
     known |= {entry.name: entry for entry in entries}

@@ -10,7 +10,6 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssync_pl.data.features import recipe as recipes
-from ssync_pl.data.features.backbone import Backbone
+from ssync_pl.data.features import Backbone, store
 from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, fit_projection, read_projection
-from ssync_pl.data.features.recipe import FeatureRecipe
-from ssync_pl.data.features.store import member_name
+from ssync_pl.data.features.store import FeatureRecipe, member_name
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.patterns import is_remote
@@ -50,11 +47,6 @@ class FeatureMaker:
     batch_size: int = 32
     device: torch.device | str | None = None
 
-    @cached_property
-    def _transform(self) -> BatchTransform:
-        size, names = self.recipe.image_size, ("resize_mode", "crop", "mean", "std")
-        return BatchTransform(size, **{name: getattr(self.recipe, name) for name in names})
-
     @torch.no_grad()
     def __call__(self, video: Tensor, crop: Tensor, where: str, flip: bool = False) -> Tensor:
         """Compute features (T, N, D) of frames (T, h, w, 3) uint8 with crops at `crop` (2,), mirrored with `flip`.
@@ -64,10 +56,12 @@ class FeatureMaker:
         device = self.device or video.device
         projection = None if self.projection is None else self.projection.to(device)
         self.backbone.to(device)
+        r = self.recipe
+        transform = BatchTransform(r.image_size, resize_mode=r.resize_mode, crop=r.crop, mean=r.mean, std=r.std)
         parts = []
         for frames in video.split(self.batch_size):
             batch = {"video": frames[None], "crop": crop[None], "flip": torch.tensor([flip])}
-            seen = self._transform({name: value.to(device) for name, value in batch.items()})["video"][0]
+            seen = transform({name: value.to(device) for name, value in batch.items()})["video"][0]
             features, _ = self.backbone(seen)
             parts.append(features if projection is None else projection(features))
         features = torch.cat(parts)
@@ -138,9 +132,7 @@ def cache_features(
     require(batch_size >= 1, "argument `batch_size` to be at least 1", batch_size)
     choose("on_bad_sample", on_bad_sample, "raise", "skip")
     choose("resize_mode", resize_mode, "bicubic", "bilinear")
-    recipes.require_crop(crop)
-    expected = f"argument `components` to be from 1 to the {backbone.dim} channels of backbone {backbone.name}"
-    require(components is None or 1 <= components <= backbone.dim, expected, components)
+    store.require_crop(crop)
     remote = [path for path in shards if is_remote(path)]
     require(not remote, "local shards with stored features", *remote[:1], advice="Download them first.")
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
@@ -154,7 +146,7 @@ def cache_features(
         folder.mkdir(parents=True, exist_ok=True)
         maker = _projected(maker, folder, components, sources, skip)
         for path in sorted(folder.glob("*.tar")):
-            recipes.require_same(path, recipes.read_recipe(path)[0], maker.recipe)
+            store.require_same(path, store.read_recipe(path)[0], maker.recipe)
         report = CacheReport(maker.recipe, maker.projection)
         for shard, entry in tqdm(sources, unit="shard", disable=not progress):
             _store_shard(shard, entry, maker, folder, skip, report)
@@ -178,7 +170,7 @@ def _projected(
                 expected = f"{PROJECTION_FILE} beside the features in {folder}"
                 require(not any(folder.glob("*.tar")), expected, "none", advice="Put it back, or take another --out.")
                 fitted = fit_projection(_sample(maker, sources, skip), maker.backbone.layer_dims, components)
-                facts = [asdict(recipes.source_facts(*source, folder)) for source in sources]
+                facts = [asdict(store.source_facts(*source, folder)) for source in sources]
                 info = {**fitted.info, "sources": facts, "features": asdict(maker.recipe)}
                 write_bytes(path, replace(fitted, info=info).pack())
     if not path.exists():
@@ -186,7 +178,7 @@ def _projected(
     projection = read_projection(path)
     dim, recipe = projection.matrix.shape[1], maker.recipe
     there = replace(FeatureRecipe.from_json(projection.info["features"]), components=dim, flips=recipe.flips)
-    recipes.require_same(path, there, replace(recipe, components=components or 0))
+    store.require_same(path, there, replace(recipe, components=components or 0))
     recipe = replace(recipe, dim=dim, components=dim, projection=projection.fingerprint)
     return replace(maker, recipe=recipe, projection=projection)
 
@@ -211,11 +203,11 @@ def _store_shard(
     path: str, entry: ShardEntry, maker: FeatureMaker, folder: Path, skip: bool, report: CacheReport
 ) -> None:
     """Write the features of a shard, unless they are there, or another process is writing them."""
-    facts, start = recipes.source_facts(path, entry, folder), time.perf_counter()
-    target, there = recipes.find_shard(folder, facts)
+    facts, start = store.source_facts(path, entry, folder), time.perf_counter()
+    target, there = store.find_shard(folder, facts)
     try:
         with contextlib.nullcontext() if there else exclusive(folder / f".{facts.sha256[:12]}.lock"):
-            target, there = recipes.find_shard(folder, facts)  # asked again: another process may have finished it
+            target, there = store.find_shard(folder, facts)  # asked again: another process may have finished it
             if not there:
                 videos = _read(path, entry, maker.recipe, report.skipped if skip else None)
                 target, frames = _write_shard(path, videos, facts, maker, folder)
@@ -227,22 +219,22 @@ def _store_shard(
 
 
 def _write_shard(
-    path: str, videos: Iterator[_Video], facts: recipes.SourceFacts, maker: FeatureMaker, folder: Path
+    path: str, videos: Iterator[_Video], facts: store.SourceFacts, maker: FeatureMaker, folder: Path
 ) -> tuple[Path, int]:
     """Write a shard under a temporary name, then rename it; return where it lies, and how many frames it holds."""
     temporary, count = folder / f".{facts.sha256[:12]}.tmp", 0
     try:
         with tarfile.open(temporary, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            _add(tar, recipes.RECIPE_MEMBER, recipes.pack_recipe(maker.recipe, facts))
+            _add(tar, store.RECIPE_MEMBER, store.pack_recipe(maker.recipe, facts))
             for key, video in videos:
                 for flip in (False, True)[: 1 + maker.recipe.flips]:
                     features = maker(video["video"], video["crop"], f"{path}, key {key}", flip)
                     bits = features.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
                     _add(tar, f"{key}.{member_name(flip)}", encode_member(member_name(flip), bits))
                     count += len(bits)
-        if recipes.source_facts(path, load_shards([path])[0], folder) != facts:
+        if store.source_facts(path, load_shards([path])[0], folder) != facts:
             raise ShardError(f"Expected {path} to stay as it is while it is read, but it changed. Run again.")
-        target, _ = recipes.find_shard(folder, facts)
+        target, _ = store.find_shard(folder, facts)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,18 @@
-"""Reading stored features, clip by clip."""
+"""Stored features: what they were made from, whether they still fit, and reading them clip by clip.
+
+Every shard of features begins with the member `__features__/recipe.json`: the recipe, and the digest of the videos it
+was made from. So each shard can be judged alone, whatever became of the others and of the index.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +20,143 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssync_pl.data.features.recipe import find_shard, read_recipe, require_crop, require_same, source_facts
+from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
+from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ShardError, require
 
-__all__ = ["FeatureStore", "member_name"]
+__all__ = ["FeatureRecipe", "FeatureStore", "SourceFacts", "read_recipe", "require_crop"]
+
+RECIPE_MEMBER = "__features__/recipe.json"
+"""Name of the first member of a shard of features; names of this form belong to no sample."""
+
+_FORMAT, _VERSION = "ssync_pl.features", 1
+_MEMO = ".verified.json"
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """All that the features of a frame depend on besides the frame."""
+
+    backbone: str
+    layer: str
+    weights: str  # fingerprint
+    dim: int
+    grid: tuple[int, int]  # rows and columns of patches
+    image_size: tuple[int, int]
+    resize_mode: str
+    crop: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: str = "bf16"
+    flips: bool = False  # whether there are features of the mirrored frames too
+    components: int = 0  # principal components that the channels were projected to; 0 without a PCA
+    projection: str = ""  # fingerprint
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
+        """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
+        require(known, "a recipe of features in bf16", plain, advice="Make the features again.")
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """Which videos a shard of features was made from: name of their shard, digest of keys and videos (not of masks)."""
+
+    name: str
+    sha256: str
+
+
+def require_crop(crop: str) -> None:
+    """Refuse crops whose features cannot be stored."""
+    expected = "argument `crop` to be none or center with stored features, as a random crop moves the patches"
+    require(crop in ("none", "center"), expected, repr(crop), advice="Train with crop=center, or without `features`.")
+
+
+def pack_recipe(recipe: FeatureRecipe, source: SourceFacts) -> bytes:
+    """Write the content of the recipe member."""
+    content = {"format": _FORMAT, "version": _VERSION, "recipe": asdict(recipe), "source": asdict(source)}
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, SourceFacts]:
+    """Read how a shard of features was made, from its first member; `ShardError` when it is none."""
+    try:
+        with open(path, "rb") as stream:
+            info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            if info.name != RECIPE_MEMBER or info.size > 1 << 20:
+                raise ValueError(f"it begins with {info.name!r}")
+            content = json.loads(stream.read(info.size))
+        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        return FeatureRecipe.from_json(content["recipe"]), SourceFacts(**content["source"])
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(
+            f"Expected {path} to be a shard of features (format {_FORMAT!r}, version {_VERSION}), but it is none "
+            f"({error}). Take another folder; features of another version are made again."
+        ) from error
+
+
+def find_shard(folder: Path, facts: SourceFacts) -> tuple[Path, bool]:
+    """Where the features of a shard lie or would lie in a folder, and whether they are there.
+
+    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
+    """
+    plain = folder / facts.name
+    if not plain.exists() or read_recipe(plain)[1] == facts:
+        return plain, plain.exists()
+    keyed = folder / f"{facts.name.removesuffix('.tar')}-{facts.sha256[:12]}.tar"
+    return keyed, keyed.exists() and read_recipe(keyed)[1] == facts
+
+
+def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> None:
+    """Refuse a file of features that was not made as it is wanted, and say in what."""
+    pairs = [(item.name, getattr(there, item.name), getattr(wanted, item.name)) for item in fields(wanted)]
+    wrong = "; ".join(f"{name}: {stored} there, {ours} wanted" for name, stored, ours in pairs if stored != ours)
+    advice = "Set what is there, or make features with what is wanted and another --out."
+    require(not wrong, f"{path} to be made as it is wanted", f"another recipe ({wrong})", advice=advice)
+
+
+def source_facts(path: str, entry: ShardEntry, folder: Path) -> SourceFacts:
+    """Digest the videos of a shard, whose index entry names all samples.
+
+    The digest of a file that has not changed since (by size and time of change) is taken from a note in the folder of
+    the features, which may be read-only; another file is read whole.
+    """
+    memo, place, status = _read_memo(folder), os.path.abspath(path), os.stat(path)
+    stamp = [status.st_size, status.st_mtime_ns]
+    if memo.get(place, [])[:2] != stamp:
+        memo[place] = [*stamp, _digest(path, entry)]
+        with contextlib.suppress(OSError):  # without the note the next start only takes longer
+            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), place: memo[place]}).encode())
+    return SourceFacts(entry.name, str(memo[place][2]))
+
+
+def _digest(path: str, entry: ShardEntry) -> str:
+    digest = hashlib.sha256()
+    with contextlib.closing(ShardReader()) as reader:
+        for sample in entry.samples:
+            try:
+                member = find_member(sample.members, "video")
+            except ShardError:
+                digest.update(f"{sample.key}\0\0".encode())  # the sample is refused by name where it is used
+                continue
+            view = reader.member(path, entry, sample, member)
+            digest.update(f"{sample.key}\0{member}\0{len(view)}\0".encode())
+            digest.update(view)
+    return digest.hexdigest()
+
+
+def _read_memo(folder: Path) -> dict[str, list[Any]]:
+    try:
+        memo = json.loads((folder / _MEMO).read_bytes())
+        return {place: note for place, note in memo.items() if len(note) == 3 and isinstance(note[2], str)}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def member_name(flip: bool) -> str:

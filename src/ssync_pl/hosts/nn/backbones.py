@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.data.features.backbone import offer_backbones
+from ssync_pl.data.features import offer_backbones
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]

@@ -114,24 +114,16 @@ def _trainer(keys: Keys, max_steps: int, half_precision: bool) -> dict[str, Any]
     """Arguments of Lightning's Trainer, with the official script's own defaults."""
     import lightning.pytorch as L
 
-    options: dict[str, Any] = {
+    known = inspect.signature(L.Trainer.__init__).parameters
+    names = [name for name in keys.below("trainer") if name in known and f"trainer.{name}" not in keys.left_out]
+    return ({"precision": "16-mixed"} if half_precision else {}) | {
+        **{name: keys.take(f"trainer.{name}") for name in names},
         "max_steps": max_steps,
         "max_epochs": -1,
         "val_check_interval": keys.take("trainer.val_check_interval", 5_000),
         "check_val_every_n_epoch": None,
         "log_every_n_steps": keys.integer("trainer.log_every_n_steps", 100),
     }
-    if half_precision:
-        options["precision"] = "16-mixed"
-    for name in inspect.signature(L.Trainer.__init__).parameters:
-        value = keys.take(f"trainer.{name}", None)
-        if (
-            value is not None
-            and (name == "precision" or name not in options)
-            and f"trainer.{name}" not in keys.left_out
-        ):
-            options[name] = value
-    return options
 
 
 def _optimizer(keys: Keys, max_steps: int) -> dict[str, Any]:
@@ -206,27 +198,31 @@ def _validation_clips(keys: Keys) -> None:
 def _pictures(keys: Keys, options: dict[str, Any]) -> None:
     """Size, crop and normalisation of the frames, and the form of the masks."""
     sections = [f"{pipeline}.transforms" for pipeline in (_TRAIN, _VAL) if keys.below(f"{pipeline}.transforms")]
-    kinds = {str(keys.take(f"{section}.name")).partition("_")[0] for section in sections}
-    sizes = [keys.take(f"{section}.input_size") for section in sections]
-    halves = [bool(keys.take(f"{section}.use_movi_normalization", False)) for section in sections]
-    crops = [_CROPS[keys.choose(f"{section}.crop_type", *_CROPS, default=None)] for section in sections]
+    facts = [
+        (
+            str(keys.take(f"{section}.name")).partition("_")[0],
+            keys.take(f"{section}.input_size"),
+            bool(keys.take(f"{section}.use_movi_normalization", False)),
+            _CROPS[keys.choose(f"{section}.crop_type", *_CROPS, default=None)],
+        )
+        for section in sections
+    ]
+    kind, size, half, crop = facts[0] if facts else ("", None, False, "none")
     # Where training crops at random, evaluation takes the centre; no crop in one of them has no counterpart.
-    alike = len(kinds) < 2 and sizes[1:] in ([], sizes[:1]) and halves[1:] in ([], halves[:1])
-    alike = alike and (len(crops) < 2 or crops[1] == ("none" if crops[0] == "none" else "center"))
+    wanted = (kind, size, half, "none" if crop == "none" else "center")
     expected = "name, input_size, use_movi_normalization and crop_type of training and validation to agree"
-    require(alike, expected, sorted(kinds), sizes, halves, crops, advice="Make them alike.")
-    mean, std = _HALF if any(halves) else _IMAGENET
+    require(facts[1:] in ([], [wanted]), expected, *facts, advice="Make them alike.")
+    mean, std = _HALF if half else _IMAGENET
     options |= {
         "flip_probability": keys.number(f"{_TRAIN}.transforms.h_flip_prob", 0.0),
-        "image_size": sizes[0] if sizes else None,
-        "crop": crops[0] if crops else "none",
+        "image_size": size,
+        "crop": crop,
         "resize_mode": "bicubic",
         "mean": list(mean),
         "std": list(std),
     }
-    if not kinds:
+    if not facts:
         return
-    kind = kinds.pop()
     known = kind in ("movi", "ytvis", "davis", "coco")
     require(known, f"{_VAL}.transforms.name to be of movi, ytvis, davis or coco", repr(kind))
     classes = keys.integer(f"{_VAL}.transforms.num_classes", None)
@@ -234,6 +230,6 @@ def _pictures(keys: Keys, options: dict[str, Any]) -> None:
     options["mask_format"] = "ids" if kind in ("movi", "davis") else "channels"
     # One-hot ids of MOVi count the background; the other sets only mark objects.
     options["max_objects"] = classes - 1 if classes is not None and kind == "movi" else classes
-    masks = keys.take(f"{_VAL}.transforms.mask_size", sizes[0])
-    if masks != sizes[0]:
-        keys.skip(f"{_VAL}.transforms.mask_size", f"masks are scored at {sizes[0]} pixels instead of {masks}")
+    masks = keys.take(f"{_VAL}.transforms.mask_size", size)
+    if masks != size:
+        keys.skip(f"{_VAL}.transforms.mask_size", f"masks are scored at {size} pixels instead of {masks}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ssync_pl.data.datamodule import ShardDataModule
 from ssync_pl.data.features.cache import FeatureMaker
 from ssync_pl.data.features.projection import PROJECTION_FILE, Projection, read_projection
-from ssync_pl.data.features.recipe import FeatureRecipe, read_recipe
+from ssync_pl.data.features.store import FeatureRecipe, read_recipe
 from ssync_pl.errors import ConfigError, require
 
 __all__ = ["find_features", "make_features"]
