@@ -66,7 +66,7 @@ def test_stores_features_and_says_what_it_did(pattern, means, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--crop", "random"), "random crop moves"),
+        (("--crop", "random"), "invalid choice: 'random'"),
         (("--image-size", "0"), "expected a number of pixels"),
         (("--image-size", "8x"), "but got '8x'"),
         (("--device", "nowhere"), "Expected --device"),

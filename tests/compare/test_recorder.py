@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -132,22 +133,12 @@ def test_a_validation_that_was_never_due_is_read_at_the_end(tmp_path: Path) -> N
     assert not (tmp_path / "blind" / "evaluation.json").exists()
 
 
-def test_no_validation_set_leaves_no_scores(tmp_path: Path) -> None:
+def test_no_validation_set_leaves_no_scores_and_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no validation set"):
         fit(tmp_path, make_host(SlotContrast), RunRecorder(), limit_val_batches=0)
     assert read(tmp_path)["scores"] == {}
-
-
-def test_other_models_are_refused(tmp_path: Path) -> None:
-    class Other(L.LightningModule):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            return None
-
-        def configure_optimizers(self) -> None:
-            return None
-
     with pytest.raises(ConfigError, match="SlotHost"):
-        fit(tmp_path, Other(), RunRecorder())
+        fit(tmp_path, BoringModel(), RunRecorder())
 
 
 @pytest.mark.gpu

@@ -126,11 +126,11 @@ def test_what_does_not_fit_is_refused(tiny, name, message):
         make_variant(name, tiny)
 
 
-@pytest.mark.parametrize("name", ["with", "published", "no-merging", "threshold-0.8"])
-def test_variants_of_ssync_want_it_in_the_configuration(tiny, name):
+def test_variants_of_ssync_want_it_in_the_configuration(tiny):
     del tiny["trainer"]["callbacks"][0]
-    with pytest.raises(ConfigError, match="an SSyncCallback"):
-        make_variant(name, tiny)
+    for name in ("with", "published", "no-merging", "threshold-0.8"):
+        with pytest.raises(ConfigError, match="an SSyncCallback"):
+            make_variant(name, tiny)
 
 
 def configured(matrix):
@@ -150,13 +150,12 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     variants = ("without", "ssync-no-contrast", "threshold-0.8")
     found = configured(build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("a",))))
     for parts in found.values():
-        assert parts.host.hparams["num_slots"] == 11
-        assert parts.host.hparams["slot_dim"] == 64
+        assert (parts.host.hparams["num_slots"], parts.host.hparams["slot_dim"]) == (11, 64)
         assert (parts.data.config.name, parts.data.config.max_objects) == ("a", 10)
     assert [found[name].host.contrast_weight for name in variants] == [0.1, 0.0, 0.1]
-    callbacks = {name: {type(one).__name__: one for one in parts.callbacks} for name, parts in found.items()}
-    assert "SSyncCallback" not in callbacks["without"]
-    config = callbacks["threshold-0.8"]["SSyncCallback"].config
+    configs = {name: [one.config for one in parts.callbacks if hasattr(one, "config")] for name, parts in found.items()}
+    assert configs["without"] == []
+    (config,) = configs["threshold-0.8"]
     assert (config.merge_threshold, config.relative_weight, config.warmup_ratio) == (0.8, 0.15, 0.5)
 
 
@@ -189,6 +188,8 @@ def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tin
 
 def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
     """LightningCLI itself, on the same files, sees the same callbacks and options."""
+    base = {"model": {"class_path": "A", "init_args": {"x": 1}}}
+    assert merge(base, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}  # options of another class go
     overs = [
         {"trainer": {"callbacks+": [{"class_path": "SSyncPictures"}]}},
         {"model": {"init_args": {"num_slots": 5}}, "trainer": {"callbacks+": [{"class_path": "StepSeed"}]}},
@@ -202,13 +203,6 @@ def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
     assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
     assert found.host.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
     assert found.host.hparams["slot_dim"] == 8
-
-
-def test_options_of_another_class_go():
-    base = {"model": {"class_path": "A", "init_args": {"x": 1}}}
-    over = {"model": {"class_path": "B", "init_args": {"y": 2}}}
-    assert merge(base, over) == {"model": {"class_path": "B", "init_args": {"y": 2}}}
-    assert merge(base, {"model": {"init_args": {"y": 2}}})["model"]["init_args"] == {"x": 1, "y": 2}
 
 
 @pytest.mark.parametrize(

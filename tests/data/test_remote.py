@@ -62,7 +62,11 @@ def test_lasting_failures_are_not_tried_again(flaky, code):
     assert len(flaky.requests) == 1
 
 
-@pytest.mark.parametrize(("script", "said"), [([("length", 5)], ""), ([("cut", 100), *[("status", 503)] * 99], "503")])
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [([("length", 5)], ""), ([("cut", 100), *[("status", 503)] * 99], "503"), ([("cut", 1)], "for good")],
+    ids=["too short", "refused", "one byte per connection"],
+)
 def test_a_transfer_without_progress_ends_at_its_deadline(flaky, monkeypatch, script, said):
     monkeypatch.setattr(remote, "RETRY_SECONDS", 4.0)
     flaky.script = script * 20

@@ -148,18 +148,16 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--flips", action="store_true", help="store features of mirrored frames too")
     add("--components", type=int, help="store this many principal components of standardised channels")
     add("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
-    add("--crop", choices=("none", "center", "random"), default="none", help="random is refused")
+    add("--crop", choices=("none", "center"), default="none", help="how frames are cropped")
     add("--batch-size", type=int, default=32, help="frames per call of the backbone")
     add("--device", default="auto", help="where it runs: auto, cpu, cuda, cuda:1, …")
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help="unreadable videos")
     options = parser.parse_args(words)
     from ssync_pl.data.features.cache import cache_features
     from ssync_pl.data.features.projection import describe_projection
-    from ssync_pl.data.features.store import require_crop
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.hosts.nn.backbones import load_backbone
 
-    require_crop(options.crop)
     device = _device(options.device)
     shards = expand_shards(options.shards)
     backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)

@@ -32,10 +32,11 @@ from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
 from ssync_pl.errors import ShardError, require_shard
 
-RETRY_SECONDS = 120.0
-"""Seconds without a new byte, over all tries, after which a transfer has failed."""
+RETRY_SECONDS = 100.0
+"""Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
 
 _STALL_SECONDS = 30.0
+_SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 10.0)
 _CHUNK = 1 << 20
 # Client errors that another try can mend: timeout, too early, too many requests.
@@ -58,6 +59,7 @@ class RemoteFile(io.RawIOBase):
         self._position = 0
         self._size: int | None = None
         self._ended = False
+        self._patience = RETRY_SECONDS
 
     def readable(self) -> bool:
         """Says that the file can be read."""
@@ -68,15 +70,20 @@ class RemoteFile(io.RawIOBase):
         if self.failure is not None:
             raise ShardError(self.failure)
         view = memoryview(buffer).cast("B")
-        began = time.monotonic()
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             if self._ended:
                 break
+            began = time.monotonic()
             try:
                 if self._source is None:
                     self._open()
                 data = self._source.read(len(view))
+                self._patience -= time.monotonic() - began
+                began = time.monotonic()
+                if data and self._patience < 0:
+                    raise OSError(f"fewer than {_SLOWEST} bytes per second came for {RETRY_SECONDS:g} s")
                 if data:
+                    self._patience = min(RETRY_SECONDS, self._patience + len(data) / _SLOWEST)
                     view[: len(data)] = data
                     self._position += len(data)
                     return len(data)
@@ -87,7 +94,8 @@ class RemoteFile(io.RawIOBase):
             except Exception as error:  # each file system of fsspec has errors of its own
                 self._drop()
                 reason = _describe(error, self.url)
-                if _is_final(error) or time.monotonic() - began + pause > RETRY_SECONDS:
+                self._patience -= time.monotonic() - began + pause
+                if _is_final(error) or self._patience < 0:
                     self.absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
                     self.failure = (
                         f"Expected to read {masked_url(self.url)} to its end, but at byte {self._position} it failed "
@@ -132,7 +140,8 @@ class RemoteFile(io.RawIOBase):
         import aiohttp
         from fsspec.core import url_to_fs
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALL_SECONDS, sock_read=_STALL_SECONDS)
+        stall = max(_STALL_SECONDS / 3, min(_STALL_SECONDS, self._patience))
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
         system, path = url_to_fs(self.url, client_kwargs={"timeout": timeout})
         headers = {"Accept-Encoding": "identity"}
         if self._position:
