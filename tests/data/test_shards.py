@@ -288,3 +288,8 @@ def test_replaced_shards_are_refused(some):
         Path(path).write_bytes(content)
         with pytest.raises(ShardError, match=message):
             ShardReader().member(path, shard, shard.samples[0], "video.npy")
+    reader, (_, third, *_), (_, entry, *_) = ShardReader(), *some
+    reader.member(third, entry, entry.samples[0], "video.npy")
+    os.truncate(third, 2048)  # while it is open
+    with pytest.raises(ShardError, match="cut off"):
+        reader.member(third, entry, entry.samples[1], "video.npy")

@@ -129,7 +129,10 @@ def test_mp4_round_trip() -> None:
     av = pytest.importorskip("av")
     values = [0, 80, 160, 240]
     frames = np.stack([np.full((31, 47, 3), value, dtype=np.uint8) for value in values])  # codecs want even sides
-    with av.open(io.BytesIO(video.encode_mp4(frames, fps=5))) as container:
+    encoder = video.Mp4Encoder(fps=5)
+    for part in (frames[:1], frames[1:]):
+        encoder.add(part)
+    with av.open(io.BytesIO(encoder.close())) as container:
         assert container.streams.video[0].average_rate == 5
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(decoded) == 4
@@ -140,7 +143,7 @@ def test_mp4_round_trip() -> None:
 
 def test_mp4_needs_frames_and_av(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ShapeError, match="T"):
-        video.encode_mp4(solid((0, 0, 0), 0))
+        video.Mp4Encoder().add(solid((0, 0, 0), 0))
     monkeypatch.setattr(video, "mp4_available", lambda: False)
     with pytest.raises(ModuleNotFoundError, match="av"):
-        video.encode_mp4(solid((0, 0, 0), 1))
+        video.Mp4Encoder().add(solid((0, 0, 0), 1))
