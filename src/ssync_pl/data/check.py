@@ -293,7 +293,7 @@ def _summary(name: str, shards: Sequence[_Shard]) -> SetSummary:
     samples = [sample for shard in shards for sample in shard.samples]
     frames = [sample.frames for sample in samples if sample.frames is not None]
     sizes = Counter("{}x{}".format(*sample.size) for sample in samples if sample.size is not None)
-    formats = {sample.mask_format for sample in samples} - {None}
+    formats = {sample.mask_format for sample in samples if sample.mask_format is not None}
     on_disk = {shard.path: os.path.getsize(shard.path) for shard in shards if os.path.isfile(shard.path)}
     return SetSummary(
         name=name,

@@ -72,7 +72,8 @@ class ShardReader:
             self.close()
             size = os.path.getsize(path)
             _require_bytes(path, shard, size == shard.size, size)
-            self._file, self._open_as = io.BufferedReader(io.FileIO(path)), (path, os.getpid())
+            # Next to no buffer: it would hold what the file was before it was cut off or replaced.
+            self._file, self._open_as = io.BufferedReader(io.FileIO(path), 1), (path, os.getpid())
         return self._file
 
 
