@@ -117,35 +117,22 @@ PICTURE = io.BytesIO()
 Image.fromarray(noise(3)[0]).save(PICTURE, format="JPEG")
 
 
-def with_masks(masks: np.ndarray) -> dict[str, bytes]:
-    return {"video.npy": VIDEO, "segmentations.npy": encode_member("segmentations.npy", masks)}
-
-
 @pytest.mark.parametrize(
-    ("members", "message"),
+    "members",
     [
-        ({"video.npy": b"\x00" * 400}, "key 7"),
-        ({"video.npy": VIDEO[:-100]}, "key 7"),
-        ({"video.npy": VIDEO, "segmentations.npy.gz": gzip.compress(MASKS)[:-12]}, "key 7"),
-        ({"video.npy": VIDEO, "segmentations.npy.gz": MASKS}, "key 7"),
-        ({"image.jpg": PICTURE.getvalue()[:60]}, "key 7"),
-        ({"video.npy": VIDEO, "info.json": b"{"}, "key 7"),
-        *(({"video.npy": VIDEO, f"meta.{kind}": b"\x80\x04N."}, "execute code") for kind in ("pkl", "pth", "pyd")),
-        ({"video.npy": encode_member("video.npy", noise(1).astype(np.float32))}, "uint8 frames .* dtype float32"),
-        (with_masks(ids(1, frames=3)), "frames"),
-        (with_masks(ids(1).astype(np.float32)), "integer masks"),
-        (with_masks(np.zeros((4, 8, 16, 1), np.uint8)), "proportions"),
-        (with_masks(ids(1).astype(np.int16) - 1), "from 0 on"),
-        ({"segmentations.npy": MASKS}, "one of the members video.npy"),
+        {"video.npy": VIDEO, "segmentations.npy.gz": gzip.compress(MASKS)[:-12]},
+        {"video.npy": VIDEO, "segmentations.npy.gz": MASKS},
+        {"image.jpg": PICTURE.getvalue()[:60]},
+        {"video.npy": VIDEO, "info.json": b"{"},
+        *({"video.npy": VIDEO, f"meta.{kind}": b"\x80\x04N."} for kind in ("pkl", "pth", "pyd")),
     ],
 )
-def test_damaged_and_refused_samples_are_named(members, message, write_tar):
+def test_damaged_and_refused_members_are_named(members, write_tar):
     bad = {f"7.{name}": data for name, data in members.items()}
     good = [encode_member("video.npy", noise(seed)) for seed in (9, 10)]
     report = check(write_tar({"6.video.npy": good[0], **bad, "8.video.npy": good[1]}))
     assert found(report) == [("sample", "7")]
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(report.problems[0].message)
+    assert "key 7" in report.problems[0].message
     assert report.sets[0].videos == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_decode import grey, video_bytes
 
+from ssync_pl.data.check import check_shards
 from ssync_pl.data.dataset import ShardDataset, ShardSource, collate
 from ssync_pl.data.index import load_shards
 from ssync_pl.data.samples import SampleRules, find_member
@@ -140,6 +142,10 @@ def test_bad_samples_are_named(write_tar, npy_bytes, numbered_video):
             _open(path, SampleRules(masks=True)).sample(0)
         with pytest.raises(ShardError, match="at least one readable sample"):
             _open(path, SampleRules(masks=True), skip_bad=True).sample(0)
+        if rest:  # data check reads videos without masks
+            (problem,) = check_shards({"case": [str(path)]}).problems
+            assert (problem.kind, problem.key) == ("sample", "0")
+            assert re.search(message, problem.message)
 
 
 def test_limits_name_key_and_count(make_shards):
