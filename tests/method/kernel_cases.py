@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from ssync_cases import logits_of_kind
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.method import describe_backend, loss, ssync_loss
@@ -15,24 +17,10 @@ EXACT = (*LABELS, *REGIONS, "overlap_fraction", "agreement", "used_encoder_slots
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def clip(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "blobs"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two maps of blobs that overlap, or of integers full of ties; multiples of 1/64, so that means are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    b, t, s, h, w = shape
-    pair = []
-    for _ in range(2):
-        if kind == "integers":
-            value = torch.randint(-2, 3, (b, t, s, h * w), generator=generator).float()
-        else:
-            centre = torch.rand(b, 1, s, 1, 2, generator=generator) * torch.tensor([h, w])
-            place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
-            value = 3 - (place - centre).abs().sum(-1) / 2 + 0.2 * torch.randn(b, t, s, h * w, generator=generator)
-            if s > 2:
-                value[:, :, 1] = value[:, :, 0] + 0.05
-        pair.append((value * 64).round().div(64).to(DEVICE, dtype))
-    return pair[0], pair[1]
+def clip(shape, dtype=torch.float32, seed=0, kind="copies"):
+    """Two maps, whose entries are multiples of 1/64, so that means are exact."""
+    rng, (b, t, s, *grid) = np.random.default_rng(seed), shape
+    return [torch.tensor(logits_of_kind(rng, kind, b, t, s, grid)).to(DEVICE, dtype) for _ in range(2)]
 
 
 def maps_of(d, a, grid):
@@ -74,8 +62,8 @@ OPTIONS = [
     ("shape", "kind", "options"),
     [
         *((shape, "integers", {}) for shape in ((1, 1, 1, 1, 1), (1, 2, 2, 2, 3), (2, 3, 5, 6, 7), (1, 2, 11, 12, 12))),
-        *((shape, "blobs", {}) for shape in ((2, 1, 16, 5, 5), (1, 1, 17, 9, 9), (1, 1, 64, 9, 9))),
-        *(((1, 3, 6, 7, 5), "blobs", options) for options in OPTIONS),
+        *((shape, "copies", {}) for shape in ((2, 1, 16, 5, 5), (1, 1, 17, 9, 9), (1, 1, 64, 9, 9))),
+        *(((1, 3, 6, 7, 5), "copies", options) for options in OPTIONS),
     ],
 )
 def case_shapes_ties_and_options(shape, kind, options):
