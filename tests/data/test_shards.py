@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from ssync_pl.data import index as module
+from ssync_pl.data.check import check_shards
 from ssync_pl.data.index import FolderIndex, ShardEntry, load_shards, parse_index, read_index, scan_shard, write_index
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
@@ -236,6 +237,7 @@ def test_links_are_read_as_what_they_point_to_and_odd_members_named(tmp_path, nu
             link = tarfile.TarInfo(f"{name}.video.npy")
             link.type, link.linkname = kind, target
             tar.addfile(link)
+    assert {problem.kind for problem in check_shards({"a": [str(path)]}).problems} == {"sample", "content"}
     for _ in range(2):  # scanned, and from the index
         (entry,) = load_shards([path])
         assert [sample.key for sample in entry.samples] == ["sub/0", "1", "sub/2", "é"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from ssync_pl.data.patterns import expand_braces, expand_shards, is_compressed, 
 from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.data.remote import fetch_index, stream_shard
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample
+from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import MissingShardError, ShardError, require, require_shard
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
@@ -195,7 +197,7 @@ def _inspect(deep: bool, path: str) -> _Shard:
     except (OSError, ShardError) as error:
         shard.add("shard", None, str(error))
     try:
-        for key, members in stream_shard(path, fields=None if deep else ()):
+        for key, members in _members(shard, None if deep else ()):
             shard.samples.append(_decode(key, members, shard) if deep else _Sample(key, dict(members.sizes)))
     except (OSError, MemoryError, ShardError) as error:
         if not any(problem.kind == "shard" for problem in shard.problems):
@@ -205,6 +207,16 @@ def _inspect(deep: bool, path: str) -> _Shard:
     if not shard.samples and not shard.problems:
         shard.add("shard", None, "Expected at least one sample, but got none. Name members `<key>.video.npy`.")
     return shard
+
+
+def _members(shard: _Shard, fields: Collection[str] | None) -> Iterator[tuple[str, Members]]:
+    """Reads in place what training reads in place, and streams the rest, and what lies before damage."""
+    if shard.entry is None:
+        yield from stream_shard(shard.path, fields=fields)
+        return
+    with contextlib.closing(ShardReader()) as reader:
+        for sample in shard.entry.samples:
+            yield sample.key, reader.sample(shard.path, shard.entry, sample)
 
 
 def _decode(key: str, members: Members, shard: _Shard) -> _Sample:
