@@ -1,7 +1,5 @@
 """Configurations in the form of the public ones, written for these tests."""
 
-from __future__ import annotations
-
 import pytest
 
 SLOTCONTRAST = """

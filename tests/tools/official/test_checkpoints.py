@@ -1,7 +1,5 @@
 """Public checkpoints, and the commands: what they write runs under `ssync-pl fit` and `validate`."""
 
-from __future__ import annotations
-
 import pathlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """References of public configurations: what they resolve to, and what is refused without a traceback or a long wait."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
