@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssync_pl import SSyncMaps, attach
 from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
+from ssync_pl.hosts.nn import decoders
+from ssync_pl.hosts.nn.decoders import MLPDecoder
 from ssync_pl.method import ssync_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +134,7 @@ def test_the_memory_of_every_subject(load, tmp_path, capsys):
     assert "two sizes or more" in capsys.readouterr().err
 
 
-def test_peaks_and_largest_batches(load):
+def test_peaks_and_largest_batches(load, monkeypatch):
     memory, shape, kept = load("memory"), (1024, 256), []  # a MiB
 
     def step():
@@ -144,6 +146,21 @@ def test_peaks_and_largest_batches(load):
         kept.append(second + third)
 
     assert memory.peak_bytes(step, torch.device("cpu")) == pytest.approx(3 * 2**20, rel=0.01)
+    monkeypatch.setattr(decoders, "_CHUNK_BYTES", {"cpu": 1 << 17})
+    decoder, slots = MLPDecoder(8, 48, [128] * 3, 144), torch.randn(4, 11, 8, requires_grad=True)
+
+    def lean():
+        decoder.zero_grad()
+        out = decoder(slots)
+        (out["reconstruction"].square().mean() + out["masks"].square().mean()).backward()
+
+    def all_pairs():
+        decoder.zero_grad()
+        decoded = decoder.mlp(slots.unsqueeze(2) + decoder.pos_emb)
+        masks = decoded[..., -1].softmax(1)
+        ((decoded[..., :-1] * masks.unsqueeze(-1)).sum(1).square().mean() + masks.square().mean()).backward()
+
+    assert memory.peak_bytes(lean, torch.device("cpu")) <= 0.5 * memory.peak_bytes(all_pairs, torch.device("cpu"))
     rows = [{"batch": 1, "peak_mib": 300.0}, {"batch": 3, "peak_mib": 700.0}]
     # 100 MiB and 200 MiB per clip
     assert memory.fitted_batch(rows, 1) == 4

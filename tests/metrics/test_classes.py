@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import lightning.pytorch as L
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -153,30 +152,6 @@ def test_half_precision_hosts_keep_float64_sums_and_no_state(scene, dtype):
     assert torch.equal(host.metrics.total, reference.metrics.total)
     assert host.single.compute().item() == reference.single.compute().item()
     assert host.state_dict() == {}
-
-
-def test_logs_inside_lightning(scene, tmp_path):
-    pred, true = scene
-
-    class Model(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.metrics = SegmentationMetrics(prefix="val/")
-
-        def validation_step(self, batch: int, batch_idx: int) -> None:
-            self.metrics.update(pred[int(batch)][None], true[int(batch)][None])
-
-        def on_validation_epoch_end(self) -> None:
-            self.log_dict(self.metrics.compute())
-            self.metrics.reset()
-
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
-    loader = torch.utils.data.DataLoader([0, 1, 2], batch_size=1)
-    results = trainer.validate(Model(), loader, verbose=False)[0]
-    expected = items(adjusted_rand_index, pred, true, background=True).mean().item()
-    assert results["val/video_fg_ari"] == pytest.approx(expected, abs=1e-6)
-    assert set(results) == {f"val/{name}" for name in metric_names("segmentation")}
 
 
 def test_two_ranks_equal_one_process(scene, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
@@ -186,6 +187,13 @@ def assert_same_weights(one: nn.Module, two: nn.Module, exact: bool = False) -> 
 def assert_untouched(host: nn.Module) -> None:
     assert "training_step" not in host.__dict__
     assert hooks_of(host) == 0
+
+
+def in_hook(hook: str, call: Callable[..., Any]) -> L.Callback:
+    """A callback that does something in one hook."""
+    callback = L.Callback()
+    setattr(callback, hook, call)
+    return callback
 
 
 class Recorder(L.Callback):

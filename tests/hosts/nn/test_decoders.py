@@ -106,40 +106,6 @@ def test_lean_decoding_has_second_derivatives_and_compiles_to_one_graph() -> Non
     torch.testing.assert_close(decoder(slots)["reconstruction"], expected)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    used = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        most = max(most, used)
-    return most
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_a_step_peaks_below_half_of_decoding_all_pairs(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_CHUNK_BYTES", {"cpu": 1 << 17})
-    decoder, slots = MLPDecoder(8, 48, [128] * layers, 144), torch.randn(4, 11, 8, requires_grad=True)
-
-    def step(reconstruction: Tensor, masks: Tensor) -> None:
-        decoder.zero_grad()
-        (reconstruction.square().mean() + masks.square().mean()).backward()
-
-    def lean() -> None:
-        out = decoder(slots)
-        step(out["reconstruction"], out["masks"])
-
-    def all_pairs() -> None:
-        decoded = decoder.mlp(slots.unsqueeze(2) + decoder.pos_emb)
-        masks = decoded[..., -1].softmax(1)
-        step((decoded[..., :-1] * masks.unsqueeze(-1)).sum(1), masks)
-
-    assert peak_bytes(lean) <= 0.5 * peak_bytes(all_pairs)
-
-
 def test_half_precision_keeps_logits_in_float32() -> None:
     decoder, slots = MLPDecoder(32, 24, [128] * 3, 50), torch.randn(2, 6, 32)
     exact = decoder(slots)

@@ -96,20 +96,6 @@ def test_soft_kmeans_compares_slots_and_features(sharpness: float) -> None:
     assert (corrector.to_q.weight.abs().amax(1) < 0.95 * sharpness).all()
 
 
-def test_soft_kmeans_groups_alike_patches_before_any_training() -> None:
-    generator, labels = torch.Generator().manual_seed(1), torch.arange(60) % 3
-    kinds = torch.randn(3, 16, generator=generator)
-    features = (kinds[labels] + 0.2 * torch.randn(60, 16, generator=generator))[None]
-    first = features[:, :3] + torch.randn(1, 3, 16, generator=generator)
-    corrector, purities = SlotCorrector(16, 16, mlp_hidden=0), []
-    for _ in range(2):
-        winners = corrector(first, features, 3)["masks"][0].argmax(0)
-        purities.append(sum(labels[winners == slot].bincount(minlength=3).max().item() for slot in range(3)) / 60)
-        init_soft_kmeans_(corrector, 1.5)
-    assert purities[0] < 0.9
-    assert purities[1] == 1.0
-
-
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_a_block_equals_its_formula_and_blocks_follow_each_other(with_memory: bool) -> None:
     block = SlotTransformerBlock(8, heads=2, mlp_hidden=12).double()
