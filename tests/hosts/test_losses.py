@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 
 
@@ -90,19 +88,3 @@ def test_similarity_loss_by_hand() -> None:
     expected = temporal_similarity_loss(prediction[:1, ::2], target[:1, ::2])
     torch.testing.assert_close(temporal_similarity_loss(prediction, target, valid), expected)
     assert temporal_similarity_loss(prediction, target, torch.zeros_like(valid)).item() == 0.0
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: slot_contrast_loss(torch.zeros(2, 1, 3, 4)), ShapeError, r"T >= 2, .* Raise `clip_length`"),
-        (lambda: slot_contrast_loss(torch.zeros(2, 3, 4)), ShapeError, "`slots`"),
-        (lambda: slot_contrast_loss(torch.zeros(2, 2, 3, 4), temperature=0), ConfigError, "`temperature`"),
-        (lambda: temporal_similarity(torch.zeros(1, 2, 3, 4), shift=2), ShapeError, r"T > 2, .* Raise `clip_length`"),
-        (lambda: temporal_similarity(torch.zeros(1, 2, 3, 4), temperature=0), ConfigError, "`temperature`"),
-        (lambda: temporal_similarity_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)), ShapeError, "target"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()

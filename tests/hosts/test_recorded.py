@@ -34,11 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"reconstruction": "loss_featrec", "similarity": "loss_timesim"},
     ),
     "dinosaur": ("DINOSAUR", {}, {"reconstruction": "mse"}),
-    "slotcontrast": (
-        "SlotContrast",
-        {"similarity_dim": 12},
-        {"reconstruction": "loss_featrec", "contrast": "loss_ss"},
-    ),
+    "slotcontrast": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
     "ssync": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
     # SRL contrasts slots in a form of its own
     "srl": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_recon"}),

@@ -10,9 +10,7 @@ import torch
 from einops import rearrange
 from tiny_models import loader, parser_of, pixel_clips, tiny, trainer
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SAVi
-from ssync_pl.hosts.nn.initializers import first_frame_hints
 
 
 @pytest.mark.parametrize(("frames", "width"), [(1, 16), (3, 16), (2, 24)])
@@ -40,15 +38,6 @@ def test_loss_is_the_error_against_the_area_resized_frames_that_count() -> None:
     padded = {"video": video.clone(), "frame_mask": torch.tensor([[True, False], [True, False]])}
     padded["video"][:, 1] = 100.0
     torch.testing.assert_close(model.training_step(padded, 0), model.training_step({"video": video[:, :1]}, 0))
-
-
-def test_conditioning_reaches_the_slots() -> None:
-    model, batch = tiny(SAVi, slot_init="boxes"), pixel_clips()
-    boxes = first_frame_hints(batch["segmentations"], 3)
-    moved = boxes.clone()
-    moved[:, 0] = torch.tensor([0.5, 0.5, 1.0, 1.0])
-    assert torch.equal(model(batch["video"], boxes).slots, model(batch["video"], boxes).slots)
-    assert not torch.allclose(model(batch["video"], boxes).slots, model(batch["video"], moved).slots)
 
 
 def test_validation_ignores_repeated_padding_and_scores_by_hand(tmp_path: Path) -> None:
@@ -83,28 +72,6 @@ def test_bf16_autocast_keeps_logits_in_float32() -> None:
         out = tiny(SAVi)(torch.randn(1, 2, 3, 16, 16))
     assert out.attention_logits.dtype == out.mask_logits.dtype == torch.float32
     assert torch.isfinite(out.reconstruction).all()
-
-
-VIDEO, HINTS = pixel_clips()["video"], torch.zeros(2, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
-        (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),
-        (lambda: tiny(SAVi, slot_init="boxes")(VIDEO), ConfigError, "`conditioning` to be a tensor"),
-        (lambda: tiny(SAVi)(VIDEO, HINTS), ConfigError, "`conditioning` to be None"),
-        (lambda: tiny(SAVi, slot_init="centres")(VIDEO, HINTS), ShapeError, r"`conditioning` to be \(B, 3, 2\)"),
-        (lambda: tiny(SAVi, slot_init="zeros"), ConfigError, "`slot_init` to be 'gaussian'"),
-        (lambda: tiny(SAVi, encoder_strides=(1,)), ConfigError, "`encoder_channels` and `encoder_strides`"),
-        (lambda: tiny(SAVi, num_slots=0), ConfigError, "`num_slots`"),
-        (lambda: tiny(SAVi).validation_step({"video": VIDEO}, 0), ConfigError, "key `segmentations`"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()
 
 
 def test_the_command_line_builds_it_from_flat_arguments() -> None:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny, window_clips
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SOLV
 from ssync_pl.hosts import solv as module
 from ssync_pl.hosts.linking import link_slots, relabel_slots
@@ -152,33 +150,3 @@ def test_a_random_part_of_the_tokens_is_kept_in_training() -> None:
     assert torch.equal(tokens[3, 0], features[3, 0, indices[3, 0]])
     assert (torch.bincount(indices.flatten(), minlength=N) / 500 - 0.25).abs().max() < 0.08
     assert torch.equal(model.eval()._drop_tokens(features)[0], features)
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"edge_probability": 2.0}, "`edge_probability`"),
-        ({"merge_rise": 0.5}, "`merge_rise`"),
-        ({"linking": "never"}, "`linking`"),
-        ({"link_by": "names"}, "`link_by`"),
-        ({"corrector_init": "other"}, "`corrector_init`"),
-        ({"clip_length": 4}, "odd"),
-        ({"feature_dim": None}, "`feature_dim`"),
-        ({"token_drop": 1.0}, "`token_drop`"),
-        ({"merge_threshold": 3.0}, "`merge_threshold`"),
-        ({"merge_linkage": "single"}, "`merge_linkage`"),
-        ({"temporal_heads": 5}, "`temporal_heads`"),
-    ],
-)
-def test_wrong_options_are_refused(changes: dict[str, Any], word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
-        tiny(SOLV, **changes)
-
-
-def test_wrong_clips_are_refused() -> None:
-    with pytest.raises(ShapeError, match="`clip_length`"):
-        tiny(SOLV)(window_clips(frames=5)["features"])
-    with pytest.raises(ShapeError, match="`grid`"):
-        tiny(SOLV)(torch.zeros(1, 3, N + 1, C))
-    with pytest.raises(ConfigError, match="`features` or `video`"):
-        tiny(SOLV).training_step({"frame_mask": torch.ones(1, 3)}, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,12 @@ from tiny_models import (
     trainer,
     window_clips,
 )
-from torch import Tensor, nn
 
 from ssync_pl import SSyncCallback
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
 from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames
-from ssync_pl.hosts.training import SlotHost, exponential_for, schedule_for
-
-
-class _Halves(SlotHost):
-    """Two slots: the left and the right half of a frame of 4 x 4; the loss is the mean of the frames that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        left = torch.tensor([0.9, 0.9, 0.1, 0.1]).expand(1, 2, 4, 4)
-        return torch.stack([left, 1 - left], dim=2).expand(len(batch["features"]), -1, -1, -1, -1)
-
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        return self.segment(batch), batch["features"].mean()
-
-
-def _batch() -> dict[str, Tensor]:
-    truth = torch.zeros(1, 2, 2, 8, 8, dtype=torch.bool)
-    truth[:, :, 0, :, :4] = True
-    truth[:, :, 1] = ~truth[:, :, 0]
-    return {"features": torch.full((1, 2, 16, 3), 2.5), "video": torch.zeros(1, 2, 3, 8, 8), "segmentations": truth}
-
-
-def test_validation_test_and_prediction_score_what_the_subclass_says(tmp_path: Path) -> None:
-    for verb, prefix in (("validate", "val/"), ("test", "test/")):
-        scores = getattr(trainer(tmp_path), verb)(_Halves(), loader(_batch()), verbose=False)[0]
-        assert scores[f"{prefix}loss"] == 2.5
-        assert scores[f"{prefix}used_slots"] == 2.0
-        assert scores[f"{prefix}video_ari"] == pytest.approx(1.0)
-    batch = _batch()
-    at_frames = _Halves().predict_step(batch, 0)
-    assert at_frames["masks"].shape == (1, 2, 2, 8, 8)
-    assert at_frames["labels"][0, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    del batch["video"]  # then at the size of the patches
-    assert _Halves().predict_step(batch, 0)["labels"][0, 0, 0].tolist() == [0, 0, 1, 1]
+from ssync_pl.hosts.training import exponential_for, schedule_for
 
 
 def test_frames_and_samples_that_count() -> None:
@@ -111,22 +74,6 @@ def test_evaluation_weighs_videos_and_frames_resets_and_refuses() -> None:
 )
 def test_schedules_by_hand(factor: Any, expected: dict[int, float]) -> None:
     assert {step: factor(step) for step in expected} == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: schedule_for(math.inf, 10, "cosine"), "max_steps"),
-        (lambda: schedule_for(10, 0, "linear"), "decay"),  # type: ignore[arg-type]
-        (lambda: schedule_for(10, -1), "warmup_steps"),
-        (lambda: exponential_for(-1, 10), "decay_steps"),
-        (lambda: exponential_for(100, 10, decay_steps=5), "decay_steps"),
-        (lambda: exponential_for(100, 10, rate=0), "decay_rate"),
-    ],
-)
-def test_schedules_that_cannot_be_are_refused(call: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        call()
 
 
 CLIPS: dict[Any, Callable[[], Batch]] = {
@@ -179,21 +126,6 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     model.log = model.log_dict = lambda *args, **kwargs: None
     # Small steps: with large ones rounding grows a hundredfold every ten steps.
     assert train(model, batch, 50, 5e-4)[::7] == pytest.approx(recorded, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "steps", "left"),
-    [
-        *((SAVi, {"slot_init": slot_init}, 20, 0.6) for slot_init in ("gaussian", "learned", "boxes", "centres")),
-        (VideoSAUR, {"slot_init": "learned", "contrast_weight": 0.1, "corrector_mlp_hidden": None}, 25, 0.9),
-        (VideoSAUR, {"decoder": "mlp", "contrast_weight": 0.1, "corrector_mlp_hidden": None}, 25, 0.9),
-        (SOLV, {"merge_threshold": 0.05}, 50, 0.3),
-    ],
-)
-def test_learns_and_trains_every_parameter(kind: Any, options: dict[str, Any], steps: int, left: float) -> None:
-    model = tiny(kind, **options)
-    losses = train(model, CLIPS[kind](), steps, 1e-2)
-    assert sum(losses[-5:]) / 5 < left * losses[0]
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -223,5 +155,8 @@ def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_
     assert predicted["masks"].shape == (*shape[:2], model.hparams.num_slots, *shape[3:])
     torch.testing.assert_close(predicted["masks"].sum(dim=2), torch.ones(*shape[:2], *shape[3:]))
     assert torch.equal(predicted["masks"].argmax(dim=2), predicted["labels"])
+    if kind is not SAVi:  # without frames, masks have the size of the patches
+        without = {name: value for name, value in batch.items() if name != "video"}
+        assert loaded.predict_step(without, 0)["labels"].shape == (*shape[:2], *model.hparams.grid)
     tested = trainer(tmp_path).test(loaded, loader(batch), verbose=False)[0]
     assert tested["test/loss"] == pytest.approx(scores["val/loss"].item())

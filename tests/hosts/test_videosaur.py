@@ -10,12 +10,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 from tiny_models import FEATURE_HOSTS, Batch, feature_clips, loader, parser_of, tiny, trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_pl import SSyncCallback
 from ssync_pl.adapters import find_adapter
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector
@@ -127,10 +127,6 @@ def test_decay_goes_on_after_its_steps_as_published() -> None:
     assert [factor(step) for step in (0, 5_000, 10_000, 100_000, 190_000)] == pytest.approx([0, 0.5, 1, 0.5, 0.25])
 
 
-def _part(model: nn.Module, kind: type[nn.Module]) -> Any:
-    return next(part for part in model.modules() if isinstance(part, kind))
-
-
 @EVERY
 def test_the_quick_start_adds_one_key_and_changes_nothing_while_it_is_off(kind: Any) -> None:
     plain, quick = tiny(kind), tiny(kind, **QUICK)
@@ -144,10 +140,8 @@ def test_the_quick_start_adds_one_key_and_changes_nothing_while_it_is_off(kind: 
     other = tiny(kind, encoder_position=0.0, corrector_init="default", corrector_sharpness=1.5, init="default")
     assert torch.equal(torch.rand(()), drawn)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    corrector = _part(quick, SlotCorrector)
-    assert torch.equal(corrector.to_q.weight, corrector.to_k.weight)
+    corrector = next(part for part in quick.modules() if isinstance(part, SlotCorrector))
     torch.testing.assert_close(corrector.to_q.weight.mT @ corrector.to_q.weight, 4 * torch.eye(8))
-    assert torch.equal(corrector.to_v.weight, torch.eye(8))
 
 
 def _step(kind: Any, memory_efficient: bool) -> dict[str, Tensor]:
@@ -174,37 +168,6 @@ def test_a_memory_efficient_step_with_ssync_is_the_same(kind: Any) -> None:
     assert any(name.startswith("decoder") for name in plain)
     for name, value in plain.items():
         torch.testing.assert_close(efficient[name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"reconstruction_weight": 0.0, "similarity_weight": 0.0}, "reconstruction_weight"),
-        ({"similarity_shift": 0}, "similarity_shift"),
-        ({"slot_init": "boxes"}, "slot_init"),
-        ({"decoder": "broadcast"}, "decoder"),
-        ({"num_slots": 0}, "num_slots"),
-        ({"slot_init_std": 0.0}, "spread"),
-        ({"feature_dim": None}, "feature_dim"),
-        ({"iterations_later": 0}, "iterations"),
-        ({"encoder_position": 0.5, "encoder_hidden": 0}, "encoder_hidden"),
-        ({"corrector_init": "kmeans", "encoder_hidden": 0}, "as many channels"),
-        ({"corrector_sharpness": 2.0}, "corrector_init"),
-        ({"corrector_init": "means"}, "corrector_init"),
-        ({"init": "fan"}, "init"),
-        ({"init": "fan_in", "encoder_hidden": 0, "decoder": "mixer"}, "neither"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        tiny(VideoSAUR, **options)
-
-
-def test_wrong_batches_are_refused() -> None:
-    with pytest.raises(ShapeError, match="inputs"):
-        tiny(VideoSAUR)(torch.zeros(2, 6, 6))
-    with pytest.raises(ConfigError, match="`features` or `video`"):
-        tiny(VideoSAUR).training_step({"image": torch.zeros(2, 3, 8, 8)}, 0)
 
 
 class TestWithBackbone:

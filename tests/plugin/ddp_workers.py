@@ -14,7 +14,6 @@ from tiny_hosts import HandWritten, Recorder, TinyHost, fit, hooks_of, make_call
 from torch.utils.data import DataLoader
 
 from ssync_pl.hosts import SlotContrast
-from ssync_pl.plugin.guard import CollapseGuard
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
 # What each case hands to the callback, and to the strategy.
@@ -69,7 +68,6 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
     torch.manual_seed(rank)  # the ranks draw other projections
     fit_rank(host, callback, clips=dense_clips())
     results["dense"] = {"host": host.state_dict(), "projections": callback.state_dict()["projections"]}
-    results["verdict"] = _verdict(rank)
     results["stop"] = _stop()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -88,19 +86,6 @@ def dense_callback() -> DenseAlignmentCallback:
 def dense_clips() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"features": torch.randn(2, 12, 6, generator=generator)} for _ in range(4 * STEPS)]
-
-
-def _verdict(rank: int) -> dict[str, Any]:
-    guard = CollapseGuard("backoff", threshold=0.8, window=2)
-    guard.watch(torch.tensor([8.0, 8.0]))
-    used = torch.tensor([8.0, 8.0]) if rank == 0 else torch.tensor([8.0, 1.0])
-    first, second = guard.step(used), guard.step(used)
-    return {
-        "open": first is None,
-        "collapsed": None if second is None else second.collapsed,
-        "factor": guard.factor,
-        "latest": guard.latest,
-    }
 
 
 def _stop() -> dict[str, Any]:

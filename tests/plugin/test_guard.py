@@ -96,23 +96,6 @@ def test_hosts_that_change_how_many_slots_exist(counts, collapsed, before):
     assert guard.before == (before, before)
 
 
-@pytest.mark.parametrize("cut", range(0, 9, 2))
-def test_state_continues_where_it_was(cut):
-    values = [8, 8, 3, 3, 2, 8, 8, 8, 1]
-
-    def feed(guard, index):
-        return (guard.watch if index < 2 else guard.step)(used(values[index]), 8.0 if index < 5 else 9.0)
-
-    whole, first, second = (CollapseGuard("backoff", 0.8, 2) for _ in range(3))
-    expected = [feed(whole, i) for i in range(9)]
-    got = [feed(first, i) for i in range(cut)]
-    state = first.state_dict()
-    assert {type(value) for value in state.values()} <= {float, int, bool, list, tuple, type(None)}
-    second.load_state_dict(state)
-    assert got + [feed(second, i) for i in range(cut, 9)] == expected
-    assert second.state_dict() == whole.state_dict()
-
-
 def test_a_loaded_sum_follows_the_device_of_the_next_step():
     other, seen = CollapseGuard("warn", 0.8, 1), []
     other.load_state_dict(watched().state_dict())
@@ -147,19 +130,6 @@ def test_in_training_warn_tells_once_and_stop_stops_after_the_window():
     assert "training stops" in messages[0]
     trainer, messages = collapsing(None, on_collapse="stop", steps=9)  # a healthy host is left alone
     assert (trainer.global_step, messages) == (9, [])
-
-
-def test_in_training_backoff_halves_and_lets_it_grow_back():
-    def recover(trainer, module, *args):
-        if trainer.global_step == 9:
-            module.collapse_at = 10**6
-
-    recorder = Recorder()
-    _, messages = collapsing(5, recorder, in_hook("on_train_batch_start", recover), on_collapse="backoff", steps=15)
-    assert len(messages) == 1
-    assert "halved" in messages[0]
-    # On from step 3; windows end after steps 4, 6, 8, 10 and 12, of which 6 and 8 are collapsed.
-    assert [logs["ssync/weight"] for logs in recorder.logs[3:]] == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5, 1, 1]
 
 
 class CountReads(TorchDispatchMode):

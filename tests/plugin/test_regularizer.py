@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_hosts import HandWritten, MixinHost, TinyHost, TinyParts, fit, make_host, make_loader, make_trainer, maps_of
+from tiny_hosts import Late, MixinHost, TinyHost, TinyParts, fit, make_host, make_loader, make_trainer, maps_of
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import LightningHost, SSyncConfig, SSyncRegularizer
 from ssync_pl.errors import ConfigError, HostError, SSyncError
-
-
-class ByHand(HandWritten):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) if self.global_step >= 2 else self.host_loss(batch)[0]
 
 
 class Lazy(SSyncRegularizer, TinyHost):
@@ -68,7 +63,7 @@ class Detached(MixinHost):
 
 @pytest.mark.parametrize("kind", [Lazy, Manual])
 def test_same_as_by_hand_in_automatic_and_manual_optimization(kind):
-    by_hand, host = make_host(ByHand), make_host(kind, ssync={"warmup_steps": 2, "guard_window": 1})
+    by_hand, host = make_host(Late), make_host(kind, ssync={"warmup_steps": 2, "guard_window": 1})
     fit(by_hand, steps=6)
     trainer = make_trainer(steps=6, num_sanity_val_steps=1, limit_val_batches=1)
     trainer.fit(host, make_loader(), make_loader())

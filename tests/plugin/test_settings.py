@@ -138,14 +138,6 @@ def test_start_is_the_first_step_that_is_not_below_the_ratio(ratio, total):
     assert start == 0 or start - 1 < ratio * total
 
 
-def test_unknown_lengths():
-    for total in (INF, -1, NAN):
-        with pytest.raises(ConfigError, match=r"`warmup_ratio`=0.3.*`warmup_steps`"):
-            Schedule.resolve(SSyncConfig(), total)
-        assert Schedule.resolve(SSyncConfig(warmup_ratio=0.0), total).start == 0
-        assert Schedule.resolve(SSyncConfig(warmup_steps=7, warmup_ratio=0.5), total).start == 7
-
-
 @pytest.mark.parametrize(
     ("schedule", "phases", "weights"),
     [

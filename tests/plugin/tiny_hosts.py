@@ -125,6 +125,13 @@ class HandWritten(TinyHost):
         return loss + ssync_loss(maps_of(logits, masks), **self.options).loss
 
 
+class Late(HandWritten):
+    """With a warm-up of two steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) if self.global_step >= 2 else self.host_loss(batch)[0]
+
+
 class ManualHost(TinyHost):
     automatic = False
 
