@@ -50,6 +50,7 @@ def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_
     (tmp_path / "crowd.yaml").write_text("data: {init_args: {num_train: 4}}")
     run = build_matrix(replace(asked, sets=(str(tmp_path / "crowd.yaml"),))).runs[0]
     assert run.key.set == "crowd"
+    assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
     files = [Path(run.command[place + 1]).name for place, word in enumerate(run.command) if word == "--config"]
     assert files == ["tiny.yaml", "crowd.yaml", "overlay.yaml", "settings.yaml"]
 
@@ -74,10 +75,6 @@ def test_what_does_not_fit_is_refused(asked, tmp_path, monkeypatch, changes, mes
         (tmp_path / f"{name}.yaml").write_text("trainer: {max_steps: 4}")
     with pytest.raises(ConfigError, match=message):
         build_matrix(replace(asked, **changes))
-
-
-def test_another_baseline_can_be_named(asked):
-    assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
 
 
 def test_contrast_that_is_so_already_is_the_same_training(asked, tiny):

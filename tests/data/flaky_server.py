@@ -13,7 +13,7 @@ class FlakyServer:
     """Serves a folder. Each request takes the next entry of `script`; when it is empty, files come whole.
 
     Entries: ("status", code, headers), ("cut", n) closes after n bytes of the body, ("stall", n) sends nothing more
-    after them, ("hang",) never answers, ("length", n) announces n bytes more than there are, ("redirect", address).
+    after them, ("hang",) never answers, ("length", n) announces n bytes more than there are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,7 +22,6 @@ class FlakyServer:
         self.requests: list[tuple[str, str | None]] = []
         self.authorizations: list[str | None] = []
         self.ranges = True
-        self.tag = '"1"'
         self.over = Event()
         # Not HTTPServer, which asks for the host's name first, and that can take seconds.
         self._server = ThreadingTCPServer(("127.0.0.1", 0), _handler(self))
@@ -52,18 +51,13 @@ def _handler(server: FlakyServer) -> type[BaseHTTPRequestHandler]:
             if kind == "hang":
                 server.over.wait(10)
                 return
-            if kind in ("status", "redirect") or not path.is_file():
-                code = {"redirect": 302}.get(kind, rest[0] if rest else 404)
-                headers = {"Location": rest[0]} if kind == "redirect" else (rest[1] if len(rest) > 1 else {})
-                self.send_response(code)
-                for name, value in {"Content-Length": "0", **headers}.items():
-                    self.send_header(name, value)
+            if kind == "status" or not path.is_file():
+                self.send_response(rest[0] if rest else 404)
+                self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
             data = path.read_bytes()
             begin = int(span[len("bytes=") : -1]) if span and server.ranges else 0
-            if self.headers.get("If-Range", server.tag) != server.tag:
-                begin = 0
             if begin >= len(data):
                 self.send_response(416)
                 self.end_headers()
@@ -71,7 +65,6 @@ def _handler(server: FlakyServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(206 if begin else 200)
             if begin:
                 self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
-            self.send_header("ETag", server.tag)
             self.send_header("Content-Length", str(len(data) - begin + (rest[0] if kind == "length" else 0)))
             self.end_headers()
             self.wfile.write(data[begin : begin + rest[0]] if kind in ("cut", "stall") else data[begin:])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssync_pl.data.transforms import BatchTransform, covering_size, crop_and_flip, one_hot_masks, resize_masks
+from ssync_pl.data.transforms import BatchTransform, covering_size, one_hot_masks, resize_masks
 from ssync_pl.errors import ConfigError, ShapeError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -113,17 +113,6 @@ def test_nearest_exact_agrees_with_torch_but_for_ties(source, target):
     assert torch.equal(got[~ties], want[~ties])
 
 
-def test_ids_to_one_hot():
-    ids = torch.tensor([[0, 1], [3, 0]], dtype=torch.uint8).view(1, 1, 1, 2, 2)
-    hot = one_hot_masks(ids, 4, ids=True, has_background=True)
-    assert hot.shape == (1, 1, 5, 2, 2)
-    assert hot.dtype == torch.bool
-    assert hot.sum(2).eq(1).all()
-    assert [int(hot[0, 0, c].sum()) for c in range(5)] == [2, 1, 0, 1, 0]
-    bare = one_hot_masks(ids, 4, ids=True, has_background=False)
-    assert torch.equal(bare, hot[:, :, 1:])
-
-
 def test_channels_to_one_hot_keep_overlaps():
     channels = torch.zeros(1, 1, 2, 1, 3, dtype=torch.uint8)
     channels[0, 0, 0, 0, :2] = 7  # category ids, not instance numbers
@@ -150,26 +139,6 @@ def test_mixed_sizes_equal_single_transforms():
     assert not out["segmentations"][1, 1].any()
     with pytest.raises(ShapeError, match="Set `image_size`"):
         BatchTransform()({"video": videos, "crop": crops})
-
-
-def test_crop_and_flip_agree_with_slicing():
-    frames = torch.randn(3, 2, 4, 9, 11)
-    offsets = torch.tensor([[0, 0], [4, 1], [2, 5]])
-    flip = torch.tensor([False, True, True])
-    got = crop_and_flip(frames, offsets, flip, (5, 6))
-    for b, (top, left) in enumerate(offsets.tolist()):
-        want = frames[b, :, :, top : top + 5, left : left + 6]
-        assert torch.equal(got[b], want.flip(-1) if flip[b] else want)
-
-
-@pytest.mark.parametrize("source", [(320, 568), (568, 320), (64, 64), (3, 1000), (37, 41)])
-@pytest.mark.parametrize("target", [(64, 64), (33, 57)])
-def test_covering_size_covers_and_touches(source, target):
-    height, width = covering_size(source, target)
-    assert height >= target[0]
-    assert width >= target[1]
-    assert height == target[0] or width == target[1]
-    assert abs(height / width - source[0] / source[1]) / (source[0] / source[1]) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     torch.manual_seed(0)
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     names: dict[str, Any] = {}
     for block in BLOCKS[:2]:
         exec(compile(block, str(PAGE), "exec"), names)
-    yield names
-    torch.set_num_threads(threads)
+    return names
 
 
 def test_the_page_has_a_host_an_adapter_and_its_use() -> None:

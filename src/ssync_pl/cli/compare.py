@@ -51,15 +51,15 @@ def _compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
     slots = parse_numbers(options.slots, "--slots") if options.slots else ()
     matrix = build_matrix(
         Asked(
-            tuple(options.config),
-            options.out,
-            variants,
-            parse_seeds(options.seeds),
-            slots,
-            sets,
-            options.baseline,
-            tuple(words[place + 1 :]),
-            not options.no_sharing,
+            configs=tuple(options.config),
+            out=options.out,
+            variants=variants,
+            seeds=parse_seeds(options.seeds),
+            slots=slots,
+            sets=sets,
+            baseline=options.baseline,
+            extra=tuple(words[place + 1 :]),
+            share=not options.no_sharing,
         )
     )
     if options.dry_run:

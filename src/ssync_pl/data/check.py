@@ -253,7 +253,7 @@ def _inspect(job: tuple[str, bool, int | None]) -> _Shard:
             sizes = dict(sorted(members.sizes.items()))
             facts.samples.append(_decode(key, members, sizes, max_objects, facts) if deep else _Sample(key, sizes))
     except (OSError, MemoryError, ShardError) as error:
-        if not facts.problems:
+        if not any(problem.kind == "shard" for problem in facts.problems):
             facts.add("shard", None, str(error))
     for name in facts.entry.ignored if facts.entry else ():
         facts.add("member", None, f"Expected plain files with UTF-8 names, but got {name}. Pack the shard again.")

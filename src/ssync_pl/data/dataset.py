@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -93,13 +94,19 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         self.samples = [(n, sample) for n, entry in enumerate(source.entries or ()) for sample in entry.samples]
         # Shared memory, so that workers that outlive a pass see the next one: pass, first batch.
         self._state = torch.zeros(2, dtype=torch.int64).share_memory_()
+        ends = np.cumsum([0, *(len(entry.samples) for entry in source.entries or ())]).tolist()
+        visits = len(self.samples) * np.arange(self.repeats)
+        shards = [(np.arange(begin, end)[:, None] + visits).ravel() for begin, end in pairwise(ends)]
+        # The clips of each shard of each mixed set
+        self._sets = [shards[begin:end] for begin, end in pairwise(np.cumsum([0, *(source.sizes or (len(shards),))]))]
+        self._sizes = [sum(map(len, clips)) for clips in self._sets]
         if rules.training and source.weights:
-            sizes = [sum(map(len, self._chunks(number))) for number in range(len(source.sizes))]
-            for number, share in enumerate(shares_by_weight(sum(sizes), source.weights), start=1):
-                expected = "every mixed set to give at least one clip per pass"
-                got = f"set {number} of {len(sizes)} ({sizes[number - 1]} clips, {share} of a pass)"
-                advice = "Raise its weight, or leave it out."
-                require(min(share, sizes[number - 1]) > 0, expected, got, advice=advice)
+            shares = shares_by_weight(sum(self._sizes), source.weights)
+            expected, advice = (
+                "every mixed set to give at least one clip per pass",
+                "Raise its weight, or leave it out.",
+            )
+            require(min(*shares, *self._sizes) > 0, expected, f"{shares} of {self._sizes} clips", advice=advice)
 
     @property
     def epoch(self) -> int:
@@ -145,25 +152,14 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         return visit, repeat, video, self.rules.training or visit == 0
 
     def _order(self, epoch: int) -> np.ndarray:
-        seed, source = self.rules.seed, self.source
-        if not source.weights:
-            return self._shuffled(self._chunks(None), seed, epoch) + epoch * len(self.samples) * self.repeats
-        chunks = [self._chunks(number) for number in range(len(source.sizes))]
+        seed, weights = self.rules.seed, self.source.weights
+        if not weights:
+            return self._shuffled(self._sets[0], seed, epoch) + epoch * len(self.samples) * self.repeats
 
         def visit_order(number: int, visit: int) -> np.ndarray:
-            return self._shuffled(chunks[number], seed + (number + 1) * _SET_SEED, visit)
+            return self._shuffled(self._sets[number], seed + (number + 1) * _SET_SEED, visit)
 
-        sizes = [sum(map(len, shards)) for shards in chunks]
-        return self._blended(mixed_rows(sizes, source.weights, visit_order, epoch), epoch)
-
-    def _chunks(self, number: int | None) -> list[np.ndarray]:
-        """Returns the clips of each shard of a mixed set, or of all."""
-        ends = np.cumsum([len(entry.samples) for entry in self.source.entries or ()], dtype=np.int64).tolist()
-        first = 0 if number is None else sum(self.source.sizes[:number])
-        last = len(ends) if number is None else first + self.source.sizes[number]
-        videos = [np.arange(begin, end) for begin, end in zip([0, *ends], ends, strict=False)][first:last]
-        visits = len(self.samples) * np.arange(self.repeats)
-        return [(one[:, None] + visits).ravel() for one in videos]
+        return self._blended(mixed_rows(self._sizes, weights, visit_order, epoch), epoch)
 
     def _shuffled(self, chunks: list[np.ndarray], seed: int, visit: int) -> np.ndarray:
         raise NotImplementedError

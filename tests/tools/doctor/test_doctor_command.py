@@ -14,14 +14,14 @@ import yaml
 
 from ssync_pl import SSyncCallback
 from ssync_pl.cli import main
+<<<<<<< HEAD
 from ssync_pl.tools.doctor.steps import build_model, working_folder_first
+=======
+from ssync_pl.tools.doctor.load import build_model, working_folder_first
+from tiny_run import TINY_SAVI as SAVI
+>>>>>>> main
 
 BATCH = "2,2,3,4,4"
-SAVI = {
-    "num_slots": 3, "slot_dim": 8, "feature_dim": 8, "encoder_channels": [8], "encoder_strides": [2],
-    "encoder_mlp_hidden": 8, "corrector_mlp_hidden": 8, "predictor_mlp_hidden": 8, "decoder_broadcast": [4, 4],
-    "decoder_channels": [8], "decoder_strides": [2],
-}  # fmt: skip
 CALLBACK = {"class_path": "SSyncCallback", "init_args": {"adapter": "savi"}}
 
 
