@@ -28,7 +28,7 @@ BUDGETS = {
     "data": 6_670,
     "compare": 1862,
     "tools": 3042,
-    "cli": 1093,
+    "cli": 1092,
 }
 TOTAL = 22_860  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

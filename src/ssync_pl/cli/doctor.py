@@ -74,7 +74,7 @@ def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> A
     from ssync_pl.tools.doctor.steps import build_model, load_weights, parse_batch
 
     settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    configured, data = None, None
+    own, data = None, None
     if named:
         host = build_model(named[0], key_values(options.init, "--init"))
     else:
@@ -84,16 +84,14 @@ def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> A
         parts = from_configuration([word for file in options.config for word in ("--config", file)] + rest)
         host, data = parts.host, parts.data
         own = next((one for one in parts.callbacks if isinstance(one, SSyncCallback)), None)
-        configured = own and {"adapter": own.adapter, "grid": own.grid}
     if options.ckpt_path is not None:
         load_weights(host, options.ckpt_path)
     data = parse_batch(options.batch) if options.batch else data
     require(data is not None, "the shape of a batch", "none", advice="Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
-    report = diagnose(host, data, settings or configured or {}, options.call)
-    if configured is None:
-        return report
+    configured = {"adapter": own.adapter, "grid": own.grid} if own else {}
+    report = diagnose(host, data, settings or configured, options.call)
     note = "The configuration has an SSyncCallback already; it was examined with its settings."
-    return replace(report, hints=(note, *report.hints), lines=())
+    return replace(report, hints=(note, *report.hints), lines=()) if own else report
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -14,12 +14,8 @@ import yaml
 
 from ssync_pl import SSyncCallback
 from ssync_pl.cli import main
-<<<<<<< HEAD
 from ssync_pl.tools.doctor.steps import build_model, working_folder_first
-=======
-from ssync_pl.tools.doctor.load import build_model, working_folder_first
 from tiny_run import TINY_SAVI as SAVI
->>>>>>> main
 
 BATCH = "2,2,3,4,4"
 CALLBACK = {"class_path": "SSyncCallback", "init_args": {"adapter": "savi"}}
