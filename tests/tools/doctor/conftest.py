@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 USER_MODULE = """
 import lightning.pytorch as L
 import torch
 from torch import nn
 
-from ssync_pl import SSyncMaps, SSyncRegularizer
+from ssync_pl import SSyncRegularizer
 
 class Binder(nn.Module):
     def __init__(self):
@@ -112,11 +111,3 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     yield tmp_path
     for name in ("user_code", "broken_code"):
         sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
