@@ -219,5 +219,5 @@ def _rows(value: Any, place: slice) -> Any:
     return value[place.start][None] if isinstance(value, list) else value if value is None else value[place]
 
 
-def _join(pieces: Sequence[Any]) -> Any:
+def _join(pieces: tuple[Any, ...]) -> Any:
     return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces)
