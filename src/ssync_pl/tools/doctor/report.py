@@ -71,7 +71,10 @@ def hints(report: DoctorReport) -> tuple[str, ...]:
         ),
         (not 0.2 <= abs(loss) <= 5.0 and math.isfinite(loss), f"The host's own loss is {loss:.3g}, and {scale}."),
         (slots == 1, "There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing."),
-        *((used < 0.5 * slots, f"In the {side}, {used:.1f} of {slots} slots win: {collapse}.") for side, used in sides),
+        *(
+            (used < 0.5 * slots, f"In the {side}, {used:.1f} of {slots} slots win a patch: {collapse}.")
+            for side, used in sides
+        ),
         (
             agreement < 0.5,
             f"Both maps name the same slot in {agreement:.0%} of the patches only, as in an untrained host: leave the "
