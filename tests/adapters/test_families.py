@@ -11,7 +11,7 @@ import feature_hosts as fh
 import pytest
 import savi_hosts as sh
 import torch
-from host_table import existing, hear, own_maps
+from host_table import hear, own_maps
 from package_hosts import PackageAttention, PackageCodes, PackageHost
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from ssync_pl.adapters.savi import Genera1zSaviAdapter, JunkeunYiSaviAdapter
 from ssync_pl.adapters.slot_attention_package import SlotAttentionPackageAdapter
 from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.method.maps import SSyncMaps
 
 
 def without(host: Any, path: str, part: str) -> Any:
@@ -197,21 +196,6 @@ def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_cal
     capture.clear()
     with pytest.raises(HostError, match="'slot_attention' to run inside the training step, but it did not"):
         adapter.collect(capture)
-
-
-@pytest.mark.parametrize("mask_type", ["mask_normalized", "mask", "logit"])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_adaslot_loses_each_image_with_its_own_number_of_slots(heads: int, mask_type: str) -> None:
-    host = fh.AdaSlotHost(mask_type, heads, [[1.0, 0, 1, 1], [1.0, 1, 1, 1]])
-    maps, own = hear(host).maps(), own_maps(host)
-    output, sums, entries = ssync_loss(maps, merge=False), torch.zeros(2), torch.zeros(2)
-    for image, kept in enumerate(existing(host)):
-        attention, masks = (logits[[image]][:, :, kept] for logits in (own.attention_logits, own.mask_logits))
-        one = ssync_loss(SSyncMaps(attention, masks, grid=GRID), merge=False)
-        counts = torch.stack([one.boundary_count, one.interior_count]) * kept.sum()
-        sums += torch.stack([one.boundary_loss, one.interior_loss]) * counts
-        entries += counts
-    torch.testing.assert_close(torch.stack([output.boundary_loss, output.interior_loss]), sums / entries.clamp_min(1))
 
 
 @pytest.mark.parametrize("size", [(N,), GRID, FRAME])
