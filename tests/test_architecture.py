@@ -27,7 +27,7 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 6_524,
     "compare": 1862,
-    "tools": 2973,
+    "tools": 2967,
     "cli": 1086,
 }
 TOTAL = 22_556  # the aim is 20_000
