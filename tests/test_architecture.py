@@ -26,9 +26,9 @@ BUDGETS = {
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 6_670,
-    "compare": 1862,
+    "compare": 1857,
     "tools": 3128,
-    "cli": 1093,
+    "cli": 822,
 }
 TOTAL = 22_860  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

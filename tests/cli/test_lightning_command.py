@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from ssync_pl import cli
-from ssync_pl.cli import lightning_command
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def run(monkeypatch, capsys):
 
         monkeypatch.setattr(metadata, "distribution", find)
         monkeypatch.setattr(sys, "argv", ["lightning", *words])
-        return lightning_command.main(), capsys.readouterr()
+        return cli.lightning(), capsys.readouterr()
 
     return call
 

@@ -150,9 +150,9 @@ def test_the_command_line_reads_overlays_as_they_are_meant(tmp_path):
     variants = ("without", "ssync-no-contrast", "threshold-0.8")
     found = configured(build_matrix(Asked((example,), tmp_path / "out", variants, slots=(11,), sets=("a",))))
     for parts in found.values():
-        assert (parts.host.hparams["num_slots"], parts.host.hparams["slot_dim"]) == (11, 64)
-        assert (parts.data.config.name, parts.data.config.max_objects) == ("a", 10)
-    assert [found[name].host.contrast_weight for name in variants] == [0.1, 0.0, 0.1]
+        assert (parts.model.hparams["num_slots"], parts.model.hparams["slot_dim"]) == (11, 64)
+        assert (parts.datamodule.config.name, parts.datamodule.config.max_objects) == ("a", 10)
+    assert [found[name].model.contrast_weight for name in variants] == [0.1, 0.0, 0.1]
     configs = {name: [one.config for one in parts.callbacks if hasattr(one, "config")] for name, parts in found.items()}
     assert configs["without"] == []
     (config,) = configs["threshold-0.8"]
@@ -201,8 +201,8 @@ def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
     found = from_configuration(words)
     merged = merge(merge(tiny, overs[0]), overs[1])
     assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
-    assert found.host.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
-    assert found.host.hparams["slot_dim"] == 8
+    assert found.model.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
+    assert found.model.hparams["slot_dim"] == 8
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(
     streams = capsys.readouterr()
     folder = tmp_path / "runs" / "tiny" / "version_0" / "predictions"
     assert streams.out.splitlines()[-1] == f"predictions: 3 videos in {folder}"
-    assert "without --ckpt_path the host predicts with the weights that it starts with" in streams.err
+    assert "without --ckpt_path the host has the weights that it starts with" in streams.err
     assert [video["frames"] for video in index(folder)] == [2, 5, 3]
     own = ["--trainer.callbacks+=SlotPredictions", f"--trainer.callbacks.out={tmp_path / 'mine'}"]
     done = run_trainer([*words, *own, "--trainer.callbacks.video=false"])
