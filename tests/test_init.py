@@ -9,23 +9,11 @@ import pytest
 
 import ssync_pl
 
-PUBLIC = [
-    "AttachedSSync",
-    "DenseAlignmentCallback",
-    "LightningHost",
-    "SSyncCallback",
-    "SSyncConfig",
-    "SSyncMaps",
-    "SSyncOutput",
-    "SSyncPictures",
-    "SSyncRegularizer",
-    "SlotPredictions",
-    "StepSeed",
-    "ValidationSummary",
-    "__version__",
-    "attach",
-    "ssync_loss",
-]
+PUBLIC = {
+    "AttachedSSync", "DenseAlignmentCallback", "LightningHost", "SSyncCallback", "SSyncConfig", "SSyncMaps",
+    "SSyncOutput", "SSyncPictures", "SSyncRegularizer", "SlotPredictions", "StepSeed", "ValidationSummary",
+    "__version__", "attach", "ssync_loss",
+}  # fmt: skip
 HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "webdataset", "jsonargparse", "matplotlib", "av"]
 STEPS = [
     "import ssync_pl",
@@ -56,8 +44,8 @@ def test_importing_it_is_quick_and_pulls_in_nothing_heavy():
 
 def test_public_names_are_these_and_documented():
     assert sorted(ssync_pl.__all__) == sorted(PUBLIC)
-    assert set(PUBLIC) <= set(dir(ssync_pl))
-    for name in set(PUBLIC) - {"__version__"}:
+    assert set(dir(ssync_pl)) >= PUBLIC
+    for name in PUBLIC - {"__version__"}:
         value = getattr(ssync_pl, name)
         assert value.__doc__
         assert value.__name__ == name
@@ -65,9 +53,7 @@ def test_public_names_are_these_and_documented():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(
-        AttributeError, match=r"has no attribute 'SSyncCalback'; public names: .*SSyncCallback.*ssync_loss"
-    ):
+    with pytest.raises(AttributeError, match=r"SSyncCalback.*SSyncCallback.*ssync_loss"):
         _ = ssync_pl.SSyncCalback
     with pytest.raises(ImportError, match="SSyncCalback"):
         from ssync_pl import SSyncCalback  # noqa: F401

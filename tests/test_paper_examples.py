@@ -71,11 +71,7 @@ def test_published_settings_and_the_overlay_that_takes_ssync_away(parse, name):
     callback, *others = trainer["callbacks"]
     assert callback["class_path"].endswith("SSyncCallback")
     settings = callback["init_args"]
-    assert (settings["merge_threshold"], settings["warmup_ratio"], settings["relative_weight"]) == (
-        threshold,
-        0.3,
-        None,
-    )
+    assert [settings[key] for key in ("merge_threshold", "warmup_ratio", "relative_weight")] == [threshold, 0.3, None]
     assert {settings[key] for key in ("n_bd", "n_nbd", "n_noise", "temperature")} == {1}
     without = parse(name, "without_ssync")
     assert {**config, "trainer": {**trainer, "callbacks": others}} == without

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from ssync_pl import SSyncConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,18 +39,6 @@ def test_the_readme_keeps_short():
     assert len(README.split()) <= 1200
 
 
-def test_the_docs_list_every_setting_of_the_callback():
-    import inspect
-
-    from ssync_pl import SSyncCallback, SSyncConfig
-
-    settings = set(inspect.signature(SSyncConfig).parameters)
-    assert settings <= set(inspect.signature(SSyncCallback).parameters)
+def test_the_docs_list_every_setting():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert not [name for name in settings if f"`{name}`" not in page]
-
-
-def test_callback_and_configuration_agree_on_defaults():
-    from ssync_pl import SSyncCallback, SSyncConfig
-
-    assert SSyncCallback().config == SSyncConfig()
+    assert not [name for name in inspect.signature(SSyncConfig).parameters if f"`{name}`" not in page]

@@ -8,7 +8,23 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from stand_in_parts import DIM, FRAME, GRID, PATCH, B, Decoder, Images, Kept, N, S, SlotAttention, StandIn, T, parts
+from stand_in_parts import (
+    DIM,
+    FRAME,
+    GRID,
+    PATCH,
+    B,
+    Decoder,
+    Kept,
+    N,
+    S,
+    SlotAttention,
+    StandIn,
+    T,
+    parts,
+    patches,
+    scan,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,26 +44,29 @@ class Corrector(SlotAttention):
         return {**output, "dots": self.own_logits[-1]} if self.dots else output
 
 
-class MLPDecoder(Decoder):
-    name = "mlp"
+class Images(nn.Module):
+    """Patches ``(..., N, D)`` of images or videos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images.flatten(0, -4)).flatten(2).mT.unflatten(0, images.shape[:-3])
+
+
+class VideosaurDecoder(Decoder):
+    """An MLP at places, or a spatial broadcast; ``folds`` the frames itself, where others are wrapped."""
+
+    def __init__(self, *size: int, folds: bool = False) -> None:
+        self.name = "mlp" if len(size) < 2 else "output_transform"
+        super().__init__(size or (N,))
+        if self.pixels:
+            self.backbone = nn.Identity()
+        self.folds = folds
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        return {"masks": self.paint(slots)[1]}
-
-
-class BroadcastDecoder(MLPDecoder):
-    name = "output_transform"
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__(size)
-        self.backbone = nn.Identity()
-
-
-class FoldingDecoder(MLPDecoder):
-    """Folds the frames itself, where others are wrapped."""
-
-    def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        return super().forward(slots.flatten(0, 1))
+        return {"masks": self.paint(slots.flatten(0, 1) if self.folds else slots)[1]}
 
 
 class MixerDecoder(Kept):
@@ -66,14 +85,14 @@ class MixerDecoder(Kept):
 
 
 class OverTime(nn.Module):
-    """Runs a module on frames folded into the batch, or ``as_they_are``."""
+    """Runs a module on frames folded into the batch, unless the module folds them."""
 
-    def __init__(self, module: nn.Module, as_they_are: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.as_they_are = module, as_they_are
+        self.module = module
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        output = self.module(slots if self.as_they_are else slots.flatten(0, 1))
+        output = self.module(slots if getattr(self.module, "folds", False) else slots.flatten(0, 1))
         return {key: value.unflatten(0, slots.shape[:2]) for key, value in output.items()}
 
 
@@ -100,16 +119,13 @@ class VideosaurHost(StandIn, L.LightningModule):
         decoder: nn.Module | None = None,
         slots: tuple[int, ...] = (S,),
         growth: tuple[int, ...] = (),
-        lr: float = 1e-2,
-        folds: bool = False,
         **corrector: Any,
     ) -> None:
         super().__init__()
-        self.counts, self.growth, self.lr = slots, growth, lr
+        self.counts, self.growth = slots, growth
         self.seeds = nn.Parameter(4 * torch.randn(slots[-1], DIM))
         self.encoder, self.processor = Images(), Scan(Corrector(**corrector))
-        self.decoder = OverTime(MLPDecoder() if decoder is None else decoder, as_they_are=folds)
-        self.host_losses: list[Tensor] = []
+        self.decoder = OverTime(VideosaurDecoder() if decoder is None else decoder)
         self.corrector_calls: list[int] = []
 
     @property
@@ -125,15 +141,13 @@ class VideosaurHost(StandIn, L.LightningModule):
         return self.decoder(states)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = (self(batch["video"])["masks"] - 0.3).square().mean()
-        self.host_losses.append(loss.detach())
-        return loss
+        return (self(batch["video"])["masks"] - 0.3).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self(batch["video"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 class VideosaurImages(VideosaurHost):
@@ -141,11 +155,10 @@ class VideosaurImages(VideosaurHost):
 
     def __init__(self) -> None:
         super().__init__()
-        self.processor, self.decoder = nn.ModuleDict({"corrector": Corrector()}), MLPDecoder()
+        self.processor, self.decoder = nn.ModuleDict({"corrector": Corrector()}), VideosaurDecoder()
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
-        slots = self.seeds.expand(len(video), -1, -1)
-        return self.decoder(self.processor.corrector(slots, self.encoder(video[:, 0]))["slots"])
+        return self.decoder(self.processor.corrector(self.first_slots(video), self.encoder(video[:, 0]))["slots"])
 
 
 class OclfAttention(SlotAttention):
@@ -192,22 +205,13 @@ class DroppingAttention(OclfAttention):
         return slots, attention, soft, decision if self.kept is None else self.kept - soft.detach() + soft
 
 
-class PatchDecoder(Decoder):
-    def __init__(self, patches: int = N) -> None:
-        super().__init__((patches,))
-        self.num_patches = patches
+class OclfDecoder(Decoder):
+    """On patches, or with two sizes on pixels."""
 
-    def forward(self, slots: Tensor) -> Any:
-        picture, masks = self.paint(slots)
-        return SimpleNamespace(reconstruction=picture, masks=masks)
-
-
-class PixelDecoder(Decoder):
-    amodal = False
-
-    def __init__(self, size: tuple[int, int] = GRID, colours: int = 3, amodal: bool = False) -> None:
-        super().__init__(size, colours)
-        self.initial_conv_size, self.amodal = size, amodal
+    def __init__(self, *size: int, colours: int = 3, amodal: bool = False) -> None:
+        super().__init__(size or (N,), colours)
+        setattr(self, "initial_conv_size" if self.pixels else "num_patches", size)
+        self.amodal = amodal
 
     def forward(self, slots: Tensor) -> Any:
         picture, masks = self.paint(slots)
@@ -250,11 +254,7 @@ class Carried(nn.Module):
         self.module = module
 
     def forward(self, features: Tensor, slots: Tensor, masked: Tensor | None = None) -> tuple[Tensor, ...]:
-        states = []
-        for frame in features.unbind(1):
-            slots = self.module(frame, slots, masked)[0]
-            states.append(slots)
-        return (torch.stack(states, 1),)
+        return (scan(features, slots, lambda frame, slots, t: self.module(frame, slots, masked)[0]),)
 
 
 class OncePerFrame(nn.Module):
@@ -281,7 +281,7 @@ class OclfHost(StandIn):
         super().__init__()
         grouping = Grouping(OclfAttention() if attention is None else attention)
         models = {"feature_extractor": Images(), "perceptual_grouping": Carried(grouping) if video else grouping}
-        self.models = nn.ModuleDict({**models, name: PatchDecoder() if decoder is None else decoder})
+        self.models = nn.ModuleDict({**models, name: OclfDecoder() if decoder is None else decoder})
         self.video, self.name, self.n_slots = video, name, n_slots
 
     def batch(self) -> dict[str, Tensor]:
@@ -296,8 +296,8 @@ class OclfHost(StandIn):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         features, valid = self.models["feature_extractor"](batch["image"]), self.valid
-        slots, masked = self.seeds.expand(len(features), -1, -1), None if valid is None else ~valid
-        return self.decode(self.models["perceptual_grouping"](features, slots, masked))
+        masked = None if valid is None else ~valid
+        return self.decode(self.models["perceptual_grouping"](features, self.first_slots(features), masked))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch).square().mean()
@@ -311,10 +311,6 @@ class AdaSlotHost(OclfHost):
     ) -> None:
         kept = None if kept is None else torch.tensor(kept)
         super().__init__(DroppingDecoder(mask_type, size), DroppingAttention(heads, kept))
-
-    @property
-    def valid(self) -> Tensor | None:
-        return None  # no slot is masked before the attention
 
     @property
     def kept(self) -> Tensor | None:
@@ -389,43 +385,26 @@ class RefusedDecode(nn.Module):
         self.backbone = nn.TransformerDecoder(layer, 1)
 
 
-class RandSFQHost(nn.Module):
-    """A video model, or an image model without ``transit``."""
+class RandSFQHost(StandIn):
+    """A video model, or an image model without ``transit``; ``valid`` are the slots that exist."""
 
-    def __init__(self, decode: nn.Module | None = None, video: bool = True, slot_mask: Tensor | None = None) -> None:
+    def __init__(self, decode: nn.Module | None = None, video: bool = True, valid: Tensor | None = None) -> None:
         super().__init__()
         self.encode_backbone, self.aggregat = nn.Conv2d(3, DIM, PATCH, PATCH), Aggregat()
-        self.initializ = nn.Parameter(3 * torch.randn(S, DIM))
-        self.decode = BroadcastDecode() if decode is None else decode
+        self.decode, self.valid = BroadcastDecode() if decode is None else decode, valid
         if video:
             self.transit = nn.Linear(DIM, DIM)
-        self.slot_mask = slot_mask
+
+    def attend(self, frame: Tensor, query: Tensor, t: int) -> Tensor:
+        smask = {} if self.valid is None else {"smask": self.valid}
+        return self.aggregat(frame, query, **smask, num_iter=None if t == 0 else 1)[0]
 
     def forward(self, video: Tensor) -> Tensor:
-        frames = T if hasattr(self, "transit") else 1
-        features = self.encode_backbone(3 * video[:, :frames].flatten(0, 1)).flatten(2).mT.unflatten(0, (-1, frames))
-        query, states = self.initializ.expand(len(video), -1, -1), []
-        for t, frame in enumerate(features.unbind(1)):
-            smask = {} if self.slot_mask is None else {"smask": self.slot_mask}
-            states.append(self.aggregat(frame, query, **smask, num_iter=None if t == 0 else 1)[0])
-            query = self.transit(states[-1]) if frames > 1 else query
-        smask = {} if self.slot_mask is None else {"smask": self.slot_mask.repeat_interleave(frames, 0)}
-        return self.decode(features, torch.stack(states, 1).flatten(0, 1), **smask)[0]
-
-
-class RandSFQWrap(StandIn):
-    """The wrapper of these code bases."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.m = RandSFQHost(*args, **kwargs)
-
-    @property
-    def valid(self) -> Tensor | None:
-        return self.m.slot_mask
-
-    def forward(self, video: Tensor) -> Tensor:
-        return self.m(video)
+        frames, transit = (T, self.transit) if hasattr(self, "transit") else (1, nn.Identity())
+        features = patches(self.encode_backbone, 3 * video[:, :frames])
+        states = scan(features, self.first_slots(video), self.attend, transit)
+        smask = {} if self.valid is None else {"smask": self.valid.repeat_interleave(frames, 0)}
+        return self.decode(features, states.flatten(0, 1), **smask)[0]
 
 
 KEPT, NONE_LEFT = [[1.0, 0, 1, 1], [0, 1, 1, 0]], [[1.0, 0, 1, 1], [0.0, 0, 0, 0]]
@@ -434,25 +413,25 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "videosaur": {
         "videosaur_mlp": VideosaurHost,
         "videosaur_mixer": lambda: VideosaurHost(MixerDecoder()),
-        "videosaur_broadcast": lambda: VideosaurHost(BroadcastDecoder(GRID)),
-        "videosaur_pixels": lambda: VideosaurHost(BroadcastDecoder(FRAME)),
+        "videosaur_broadcast": lambda: VideosaurHost(VideosaurDecoder(*GRID)),
+        "videosaur_pixels": lambda: VideosaurHost(VideosaurDecoder(*FRAME)),
         "videosaur_images": VideosaurImages,
         "videosaur_dots": lambda: VideosaurHost(dots=True),
-        "videosaur_two_softmaxes": lambda: VideosaurHost(FoldingDecoder(), folds=True, over_patches=True),
+        "videosaur_two_softmaxes": lambda: VideosaurHost(VideosaurDecoder(folds=True), over_patches=True),
         "videosaur_growing": lambda: VideosaurHost(slots=(2, 3, 4), growth=(1, 2)),
     },
     "oclf": {
         "oclf_dinosaur": OclfHost,
         "oclf_heads": lambda: OclfHost(attention=OclfAttention(heads=4)),
-        "oclf_slot_attention": lambda: OclfHost(PixelDecoder()),
-        "oclf_flow": lambda: OclfHost(PixelDecoder(colours=2)),
-        "oclf_amodal": lambda: OclfHost(PixelDecoder(FRAME, amodal=True)),
-        "oclf_more_patches": lambda: OclfHost(PatchDecoder(4 * N)),
-        "oclf_savi": lambda: OclfHost(PixelDecoder(), video=True),
-        "oclf_savi_code": lambda: OclfHost(OncePerFrame(PixelDecoder()), video=True, name="decoder"),
+        "oclf_slot_attention": lambda: OclfHost(OclfDecoder(*GRID)),
+        "oclf_flow": lambda: OclfHost(OclfDecoder(*GRID, colours=2)),
+        "oclf_amodal": lambda: OclfHost(OclfDecoder(*FRAME, amodal=True)),
+        "oclf_more_patches": lambda: OclfHost(OclfDecoder(4 * N)),
+        "oclf_savi": lambda: OclfHost(OclfDecoder(*GRID), video=True),
+        "oclf_savi_code": lambda: OclfHost(OncePerFrame(OclfDecoder(*GRID)), video=True, name="decoder"),
         "oclf_masked": lambda: OclfHost(n_slots=(2, 3)),
-        "oclf_masked_heads": lambda: OclfHost(PixelDecoder(FRAME), OclfAttention(2), n_slots=(2, S)),
-        "oclf_masked_video": lambda: OclfHost(PixelDecoder(FRAME), video=True, n_slots=(3, 2)),
+        "oclf_masked_heads": lambda: OclfHost(OclfDecoder(*FRAME), OclfAttention(2), n_slots=(2, S)),
+        "oclf_masked_video": lambda: OclfHost(OclfDecoder(*FRAME), video=True, n_slots=(3, 2)),
     },
     "adaslot": {
         "adaslot": AdaSlotHost,
@@ -465,10 +444,10 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "adaslot_ignored": lambda: AdaSlotHost("none", kept=KEPT),
     },
     "randsfq": {
-        "randsfq": RandSFQWrap,
-        "randsfq_images": lambda: RandSFQWrap(video=False),
-        "randsfq_mixer": lambda: RandSFQWrap(MixerDecode()),
-        "randsfq_random_order": lambda: RandSFQWrap(MixerDecode(random_order=True)),
-        "randsfq_masked": lambda: RandSFQWrap(slot_mask=VALID),
+        "randsfq": RandSFQHost,
+        "randsfq_images": lambda: RandSFQHost(video=False),
+        "randsfq_mixer": lambda: RandSFQHost(MixerDecode()),
+        "randsfq_random_order": lambda: RandSFQHost(MixerDecode(random_order=True)),
+        "randsfq_masked": lambda: RandSFQHost(valid=VALID),
     },
 }

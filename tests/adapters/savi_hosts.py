@@ -6,7 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from stand_in_parts import DIM, FRAME, GRID, PATCH, B, Decoder, Kept, S, SlotAttention, StandIn, mean_of_heads
+from stand_in_parts import (
+    DIM,
+    FRAME,
+    GRID,
+    PATCH,
+    B,
+    Decoder,
+    Kept,
+    S,
+    SlotAttention,
+    StandIn,
+    mean_of_heads,
+    patches,
+    scan,
+)
 from torch import Tensor, nn
 
 FINE = (4, 8)
@@ -26,8 +40,8 @@ class SoldEncoder(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Conv2d(3, DIM, PATCH, PATCH), nn.Identity())
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder(images).flatten(2).mT
+    def forward(self, video: Tensor) -> Tensor:
+        return patches(self.encoder, video)
 
 
 class SoldDecoder(Decoder):
@@ -53,11 +67,9 @@ class SoldHost(StandIn):
 
     def forward(self, video: Tensor) -> Tensor:
         model: Any = self.autoencoder
-        states, slots = [], model.initializer(self.seeds).expand(len(video), -1, -1)
-        for t, frame in enumerate(video.unbind(1)):
-            states.append(model.corrector(model.encoder(frame), slots, is_first=t == 0))
-            slots = model.predictor(states[-1])
-        return model.decoder(torch.stack(states, 1).flatten(0, 1))[0]
+        attend = lambda frame, slots, t: model.corrector(frame, slots, is_first=t == 0)  # noqa: E731
+        slots = scan(model.encoder(video), self.first_slots(video), attend, model.predictor)
+        return model.decoder(slots.flatten(0, 1))[0]
 
 
 class SlotFormerAttention(SlotAttention):
@@ -91,21 +103,17 @@ class SlotFormerHost(StandIn):
         self.encoder, self.encoder_pos_embedding = nn.Conv2d(3, DIM, PATCH, PATCH), nn.Identity()
         self.decoder, self.decoder_pos_embedding = RawDecoder(size), nn.Identity()
 
+    def attend(self, frame: Tensor, slots: Tensor, t: int) -> Tensor:
+        noise = torch.randn_like(slots) if self.stochastic else 0.0
+        return self.slot_attention(frame, self.predictor(slots) + noise)
+
     def forward(self, data_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         video = data_dict["img"]
-        features = self.encoder_pos_embedding(self.encoder(video.flatten(0, 1))).flatten(2).mT
-        slots, states = self.seeds.expand(len(video), -1, -1), []
-        for frame in features.unflatten(0, video.shape[:2]).unbind(1):
-            noise = torch.randn_like(slots) if self.stochastic else 0.0
-            slots = self.slot_attention(frame, self.predictor(slots) + noise)
-            states.append(slots)
-        picture, masks = self.decode(torch.stack(states, 1).flatten(0, 1))
-        return {"recon": picture, "post_masks": masks.unflatten(0, video.shape[:2])}
-
-    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        slots = scan(patches(self.encoder, video), self.first_slots(video), self.attend).flatten(0, 1)
         drawn = self.decoder(self.decoder_pos_embedding(slots)).unflatten(0, slots.shape[:2])
         masks = (self.decoder.sharpen * drawn[:, :, -1:]).softmax(1)
-        return (drawn[:, :, :3] * masks).sum(1), masks
+        picture = (drawn[:, :, :3] * masks).sum(1)
+        return {"recon": picture, "post_masks": masks.unflatten(0, video.shape[:2])}
 
     def loss_function(self, data_dict: dict[str, Tensor]) -> Tensor:
         """As older trainers call it: past ``__call__``, so that no hook on the model itself runs."""
@@ -133,8 +141,8 @@ class Genera1zDecoder(Decoder):
         self.backbone = nn.Identity()
 
 
-class Genera1zHost(nn.Module):
-    """Slots start from boxes; the model returns the picture first, and all channels last."""
+class Genera1zHost(StandIn):
+    """Slots start from boxes; the model returns the picture first."""
 
     def __init__(self, iterations: int = 1, size: tuple[int, int] = GRID, colours: int = 3) -> None:
         super().__init__()
@@ -143,33 +151,20 @@ class Genera1zHost(nn.Module):
                                         "predict": nn.Linear(DIM, DIM)})  # fmt: skip
         self.decoder = Genera1zDecoder(size, colours)
 
-    def forward(self, frames: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.encoder["backbone"](frames.flatten(0, 1)).flatten(2).mT.unflatten(0, frames.shape[:2])
-        slots, states = self.processor["initialize"](5 * condition), []
-        for frame in features.unbind(1):
-            states.append(self.processor["correct"](slots, frame))
-            slots = self.processor["predict"](states[-1])
-        picture, masks = self.decoder.paint(torch.stack(states, 1).flatten(0, 1))
-        return picture.unflatten(0, frames.shape[:2]), masks
-
-
-class Genera1zHelper(StandIn):
-    """Takes the batch apart and names the outputs, as the loop around the model does."""
-
-    def __init__(self, **model: Any) -> None:
-        super().__init__()
-        self.model = Genera1zHost(**model)
-
     def batch(self, padded: int = 0) -> dict[str, Tensor]:
         boxes = torch.rand(B, S, 4)
         boxes[:, S - padded :] = 0
         return {**super().batch(), "boxes": boxes}
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("flow", "segment"), self.model(batch["video"], batch["boxes"]), strict=True))
+    def forward(self, frames: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        initialize, correct, predict = self.processor.values()
+        attend = lambda frame, slots, t: correct(slots, frame)  # noqa: E731
+        slots = scan(patches(self.encoder["backbone"], frames), initialize(5 * condition), attend, predict)
+        picture, masks = self.decoder.paint(slots.flatten(0, 1))
+        return picture.unflatten(0, frames.shape[:2]), masks
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch)["flow"].square().mean()
+        return self(batch["video"], batch["boxes"])[0].square().mean()
 
 
 class JunkeunYiProducts(Kept):
@@ -187,10 +182,10 @@ class JunkeunYiProducts(Kept):
 class JunkeunYiInverted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attn_fn = JunkeunYiProducts()
+        self.attn_fn, self.positional = JunkeunYiProducts(), False
 
     def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
-        updates, attention = self.attn_fn(**given)
+        updates, attention = self.attn_fn(*given.values()) if self.positional else self.attn_fn(**given)
         return updates.flatten(2), attention
 
 
@@ -238,23 +233,27 @@ class JunkeunYiDecoder(Kept):
 
 class JunkeunYiHost(StandIn):
     def __init__(
-        self, heads: int = 1, iterations: int = 1, size: tuple[int, int] = GRID, predicted: bool = False
+        self,
+        heads: int = 1,
+        iterations: int = 1,
+        size: tuple[int, int] = GRID,
+        predicted: bool = False,
+        positional: bool = False,
     ) -> None:
         super().__init__()
         self.decode_corrected, self.decode_predicted = True, predicted
         self.encoder, self.decoder = JunkeunYiEncoder(3, DIM, PATCH, PATCH), JunkeunYiDecoder(size)
         self.corrector, self.predictor = JunkeunYiCorrector(heads, iterations), nn.Linear(DIM, DIM)
+        self.corrector.inverted_attention.positional = positional
         self.processor = nn.ModuleDict({"corrector": self.corrector, "predictor": self.predictor})
 
     def forward(self, video: Tensor) -> Tensor:
         features = self.encoder(video.movedim(2, -1).flatten(0, 1)).flatten(1, 2).unflatten(0, video.shape[:2])
-        corrected, predicted = [], [self.seeds.expand(len(video), -1, -1)]
-        for frame in features.unbind(1):
-            corrected.append(self.corrector(predicted[-1], frame)[0])
-            predicted.append(self.predictor(corrected[-1]))
-        picture = self.decoder(torch.stack(corrected, 1).flatten(0, 1))["flow"]
+        attend = lambda frame, slots, t: self.corrector(slots, frame)[0]  # noqa: E731
+        corrected = scan(features, self.first_slots(video), attend, self.predictor)
+        picture = self.decoder(corrected.flatten(0, 1))["flow"]
         if self.decode_predicted:
-            self.decoder(torch.stack(predicted[1:], 1).flatten(0, 1))
+            self.decoder(self.predictor(corrected).flatten(0, 1))
         return picture
 
 
@@ -286,20 +285,16 @@ class TokenHost(StandIn):
 
     def forward(self, video: Tensor) -> Tensor:
         attention, masks = (self.get_submodule(path) for path in self.places)
-        tokens = self.dvae(video.flatten(0, 1)).flatten(2).mT
-        slots, states = self.seeds.expand(len(video), -1, -1), []
-        for frame in tokens.unflatten(0, video.shape[:2]).unbind(1):
-            slots = attention(frame, slots)
-            states.append(slots)
-        return masks(tokens, torch.stack(states, 1).flatten(0, 1)) - tokens.detach()
+        tokens = patches(self.dvae, video)
+        slots = scan(tokens, self.first_slots(video), lambda frame, slots, t: attention(frame, slots))
+        return masks(tokens.flatten(0, 1), slots.flatten(0, 1)) - tokens.flatten(0, 1).detach()
 
 
-TOKENS: dict[str, Callable[[], TokenHost]] = {
+TOKENS: dict[str, Callable[[], TokenHost]] = {  # recognised and refused
     "slotformer_steve": lambda: TokenHost("slot_attention", "trans_decoder.blocks.1.encoder_decoder_attn"),
     "steve": lambda: TokenHost("steve_encoder.savi", "steve_decoder.tf.blocks.1.encoder_decoder_attn"),
     "slate": lambda: TokenHost("slot_attn", "tf_dec.blocks.1.encoder_decoder_attn"),
 }
-"""Recognised and refused."""
 HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "sold": {"sold": SoldHost, "sold_fine": lambda: SoldHost(FINE)},
     "slotformer": {
@@ -308,15 +303,16 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "slotformer_fine": lambda: SlotFormerHost(size=FRAME),
     },
     "genera1z-savi": {
-        "genera1z": Genera1zHelper,
-        "genera1z_iterations": lambda: Genera1zHelper(iterations=2),
-        "genera1z_fine": lambda: Genera1zHelper(size=FINE),
+        "genera1z": Genera1zHost,
+        "genera1z_iterations": lambda: Genera1zHost(iterations=2),
+        "genera1z_fine": lambda: Genera1zHost(size=FINE),
     },
     "junkeun-yi-savi": {
         "junkeun_yi": JunkeunYiHost,
         "junkeun_yi_iterations": lambda: JunkeunYiHost(iterations=3),
         "junkeun_yi_fine": lambda: JunkeunYiHost(size=FINE),
         "junkeun_yi_predicted": lambda: JunkeunYiHost(predicted=True),
+        "junkeun_yi_positional": lambda: JunkeunYiHost(positional=True),
         "junkeun_yi_heads": lambda: JunkeunYiHost(heads=2, iterations=2),
         "junkeun_yi_heads_coarse": lambda: JunkeunYiHost(heads=2, size=(1, 2)),
     },

@@ -131,6 +131,11 @@ class SolvHost(nn.Module):
         return {"rec": torch.stack(rec), "mask": masks, "slots": slots, "slot_nums": numbers}
 
 
+def centre(value: Tensor) -> Tensor:
+    """The centre frame of each window, of values of all frames."""
+    return value.unflatten(0, (-1, FRAMES))[:, RADIUS]
+
+
 def solv_inputs(videos: int = VIDEOS) -> tuple[Tensor, Tensor, Tensor]:
     frames = torch.randn(videos * FRAMES, KEPT, CHANNELS)
     places = torch.stack([torch.randperm(PATCHES)[:KEPT].sort().values for _ in range(videos * FRAMES)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class SlotAttention(Kept):
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return torch.einsum("bsd,bnd->bsn", query, keys) * self.scale
 
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1)
+
     def attend(
         self, features: Tensor, slots: Tensor, iterations: int | None = None, present: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -51,7 +55,7 @@ class SlotAttention(Kept):
             logits = self.product(to_q(slots), keys)
             if present is not None:
                 logits = logits.masked_fill(~present[:, :, None], float("-inf"))
-            probs = (self.sharpen * logits).softmax(1)
+            probs = self.softmax(self.sharpen * logits)
             weights = (probs + self.eps) / (probs + self.eps).sum(-1, keepdim=True)
             update = weights @ values
             slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
@@ -61,6 +65,22 @@ class SlotAttention(Kept):
     def whole(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of all frames, ``(B, T, ...)``, as one map, and its probabilities where no logits give them."""
         return logits, None
+
+
+def scan(
+    features: Tensor, slots: Tensor, attend: Callable[..., Tensor], predict: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Slots ``(B, T, S, D)`` of all frames: ``attend(frame, slots, t)`` sees those predicted from the frame before."""
+    states = []
+    for t, frame in enumerate(features.unbind(1)):
+        states.append(attend(frame, slots, t))
+        slots = predict(states[-1])
+    return torch.stack(states, 1)
+
+
+def patches(encoder: nn.Module, video: Tensor) -> Tensor:
+    """Features ``(B, T, N, D)`` of a convolution."""
+    return encoder(video.flatten(0, 1)).flatten(2).mT.unflatten(0, video.shape[:2])
 
 
 def mean_of_heads(logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -89,22 +109,14 @@ class Decoder(Kept):
         self.own_logits.append(output.select(axis, -1))
         return output.narrow(axis, 0, output.shape[axis] - 1), self.sharpen * self.own_logits[-1]
 
+    def softmax(self, alpha: Tensor, axis: int) -> Tensor:
+        return alpha.softmax(axis)
+
     def paint(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Gives the picture and the masks."""
         colours, alpha = self.draw(slots)
-        masks = alpha.softmax(slots.ndim - 2)
+        masks = self.softmax(alpha, slots.ndim - 2)
         return (colours * masks.unsqueeze(slots.ndim - 1)).sum(slots.ndim - 2), masks
-
-
-class Images(nn.Module):
-    """A convolution that cuts images into patches ``(..., N, D)``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.patch_embed(images.flatten(0, -4)).flatten(2).mT.unflatten(0, images.shape[:-3])
 
 
 class StandIn(nn.Module):
@@ -113,6 +125,9 @@ class StandIn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seeds = nn.Parameter(3 * torch.randn(S, DIM))
+
+    def first_slots(self, videos: Tensor) -> Tensor:
+        return self.seeds.expand(len(videos), -1, -1)
 
     def batch(self) -> Any:
         return {"video": torch.rand(B, T, 3, *FRAME)}

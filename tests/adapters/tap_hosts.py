@@ -7,25 +7,27 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from stand_in_parts import DIM, Decoder, SlotAttention, patches, scan
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-SLOTS, DIM, HEIGHT, WIDTH = 3, 6, 4, 4
+SLOTS, HEIGHT, WIDTH = 3, 4, 4
 PATCHES = HEIGHT * WIDTH
 
-# How hosts call the softmax: each takes logits and the axis of the slots.
-SOFTMAXES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "method": lambda x, axis: x.softmax(axis),
-    "method_keyword": lambda x, axis: x.softmax(dim=axis),
-    "torch": lambda x, axis: torch.softmax(x, axis),
-    "negative": lambda x, axis: torch.softmax(x, dim=axis - x.ndim),
-    "functional": lambda x, axis: F.softmax(x, dim=axis),
-    "keywords": lambda x, axis: F.softmax(input=x, dim=axis),
-    "module": lambda x, axis: nn.Softmax(dim=axis)(x),
-    "special": lambda x, axis: torch.special.softmax(x, axis),
-    "log": lambda x, axis: F.log_softmax(x, axis).exp(),
-    "float": lambda x, axis: x.softmax(axis, dtype=torch.float32),
+# How hosts call the softmax over the slots of logits (B, S, N), also with other layouts; it comes back in their shape
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda x: x.softmax(1),
+    "method_keyword": lambda x: x.softmax(dim=1),
+    "torch": lambda x: torch.softmax(x, 1),
+    "negative": lambda x: torch.softmax(x, dim=-2),
+    "functional": lambda x: F.softmax(x, dim=1),
+    "keywords": lambda x: F.softmax(input=x, dim=1),
+    "module": lambda x: nn.Softmax(dim=1)(x),
+    "special": lambda x: torch.special.softmax(x, 1),
+    "log": lambda x: F.log_softmax(x, 1).exp(),
+    "float": lambda x: x.softmax(1, dtype=torch.float32),
+    "patches_first": lambda x: x.mT.softmax(2).mT,
 }
 # How decoders lay out alpha (B, T, S, N) of h x w pixels for the softmax, which comes back in its shape
 MASKS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -39,52 +41,37 @@ MASKS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-class SlotsOnly(nn.Module):
-    """Slot attention that returns slots, with its logits as ``(B, S, N)``, ``(B, N, S)`` or with heads."""
+class SlotsOnly(SlotAttention):
+    """Slot attention that returns slots alone; a ``bias`` of minus infinity rules slots out."""
 
-    def __init__(self, layout: str = "bsn", softmax: str = "method", iterations: int = 2, heads: int = 1) -> None:
-        super().__init__()
-        self.to_q, self.to_k = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        self.update = nn.Linear(DIM, DIM)
-        self.layout, self.softmax, self.iterations, self.heads = layout, SOFTMAXES[softmax], iterations, heads
-        self.kept: list[Tensor] = []
+    def __init__(self, how: str = "method", iterations: int = 2) -> None:
+        super().__init__(iterations)
+        self.how, self.bias = how, torch.zeros(())
 
-    def forward(self, slots: Tensor, features: Tensor) -> Tensor:
-        for _ in range(self.iterations):
-            q, k = self.to_q(slots), self.to_k(features)
-            if self.heads > 1:
-                q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k))
-                logits = q @ k.mT  # (B, heads, S, N)
-                weights = self.softmax(logits, 2).mean(1)
-            elif self.layout == "bns":
-                logits = k @ q.mT
-                weights = self.softmax(logits, 2).mT
-            else:
-                logits = q @ k.mT
-                weights = self.softmax(logits, 1)
-            weights = weights / (weights.sum(2, keepdim=True) + 1e-8)
-            # A second softmax over other axes, as of a predictor, must not be taken for the map.
-            mixed = (slots @ slots.mT).softmax(2) @ slots
-            slots = slots + self.update(weights @ features) + 0.1 * mixed
-        self.kept.append(logits)
-        return slots
+    def product(self, query: Tensor, keys: Tensor) -> Tensor:
+        return super().product(query, keys) + self.bias
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return SOFTMAXES[self.how](logits)
+
+    def forward(self, features: Tensor, slots: Tensor) -> Tensor:
+        slots, _ = self.attend(features, slots)
+        # A second softmax over other axes, as of a predictor, must not be taken for the map.
+        return slots + 0.1 * (slots @ slots.mT).softmax(2) @ slots
 
 
-class PicturesOnly(nn.Module):
-    """Decoder that returns the reconstruction ``(B, T, 3, N)`` of slots ``(B, T, S, D)``."""
+class PicturesOnly(Decoder):
+    """Decoder that returns the reconstruction ``(B, T, 3, N)`` of slots ``(B, T, S, D)`` alone."""
 
-    def __init__(self, layout: str = "bsn", scale: int = 1) -> None:
-        super().__init__()
-        self.layout, self.scale = layout, scale
-        self.position = nn.Parameter(torch.randn(PATCHES * scale**2, DIM))
-        self.out = nn.Linear(DIM, 4)
-        self.kept: list[Tensor] = []
+    def __init__(self, layout: str = "bsn") -> None:
+        super().__init__((PATCHES,))
+        self.layout = layout
+
+    def softmax(self, alpha: Tensor, axis: int) -> Tensor:
+        return MASKS[self.layout](alpha, HEIGHT, WIDTH)
 
     def forward(self, slots: Tensor) -> Any:
-        out = self.out((slots[:, :, :, None] + self.position).tanh())  # (B, T, S, N, 4)
-        self.kept.append(out[..., 3])
-        masks = MASKS[self.layout](out[..., 3], HEIGHT * self.scale, WIDTH * self.scale)
-        return torch.einsum("btsn,btsnc->btcn", masks, out[..., :3])
+        return self.paint(slots)[0]
 
 
 class Unknown(nn.Module):
@@ -92,34 +79,24 @@ class Unknown(nn.Module):
 
     def __init__(self, attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> None:
         super().__init__()
-        self.seeds, self.eyes = nn.Parameter(torch.randn(1, SLOTS, DIM)), nn.Linear(3, DIM)
+        self.seeds, self.eyes = nn.Parameter(3 * torch.randn(1, SLOTS, DIM)), nn.Conv2d(3, DIM, 1)
         self.place = nn.Parameter(2 * torch.randn(PATCHES, DIM))
         self.binder = SlotsOnly() if attention is None else attention
         self.painter = PicturesOnly() if decoder is None else decoder
         self.checkpointing = ""
 
-    def forward(self, video: Tensor) -> Tensor:
-        features = self.eyes(video.flatten(3).mT) + self.place
-        slots, clip = self.seeds.repeat(len(video), 1, 1), []
-        for frame in features.unbind(1):
-            if self.checkpointing:
-                slots = checkpoint(self.binder, slots, frame, use_reentrant=self.checkpointing == "reentrant")
-            else:
-                slots = self.binder(slots, frame)
-            clip.append(slots)
-        return self.painter(torch.stack(clip, 1))
+    def attend(self, frame: Tensor, slots: Tensor, t: int) -> Tensor:
+        if self.checkpointing:
+            return checkpoint(self.binder, frame, slots, use_reentrant=self.checkpointing == "reentrant")
+        return self.binder(frame, slots)
 
-    def loss_function(self, video: Tensor) -> Tensor:
-        return (self(video) - video.flatten(3)).square().mean()
+    def forward(self, video: Tensor) -> Tensor:
+        features = patches(self.eyes, video) + self.place
+        return self.painter(scan(features, self.seeds.repeat(len(video), 1, 1), self.attend))
 
     def own(self) -> tuple[Tensor, Tensor]:
-        """The host's own tensors of the last step, as ``(B, T, S, N)`` where there are no heads."""
-        attention = torch.stack(self.binder.kept, 1)
-        return attention.mT if self.binder.layout == "bns" else attention, self.painter.kept[-1]
-
-    def forget(self) -> None:
-        self.binder.kept.clear()
-        self.painter.kept.clear()
+        """The host's own logits of its last step, as ``(B, T, S, N)``."""
+        return torch.stack(self.binder.own_logits, 1), self.painter.own_logits[-1]
 
 
 class UnknownImages(nn.Module):
@@ -155,10 +132,7 @@ class UnknownHost(L.LightningModule):
 
 def make_unknown(attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> Unknown:
     torch.manual_seed(0)
-    host = Unknown(attention, decoder)
-    with torch.no_grad():
-        host.seeds.mul_(3)  # slots that differ enough to win patches
-    return host
+    return Unknown(attention, decoder)
 
 
 def tap_clip(batch: int = 2, frames: int = 2, seed: int = 0) -> Tensor:

@@ -50,8 +50,7 @@ def test_only_wants_one_call() -> None:
     capture.open()
     with pytest.raises(HostError, match="'layer' to run once inside the training step, but it ran 0 times"):
         capture.only("layer")
-    output = layer(X)
-    assert capture.only("layer") is output
+    assert layer(X) is capture.only("layer")
     layer(X)
     with pytest.raises(HostError, match="ran 2 times"):
         capture.only("layer")

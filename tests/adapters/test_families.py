@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import feature_hosts as fh
@@ -18,7 +17,7 @@ from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
 
 from ssync_pl import attach, ssync_loss
-from ssync_pl.adapters import HostAdapter, SaviAdapter, find_adapter, locate
+from ssync_pl.adapters import HostAdapter, find_adapter, locate
 from ssync_pl.adapters.autoregressive import AutoregressiveAdapter
 from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
 from ssync_pl.adapters.randsfq import RandSFQAdapter
@@ -26,28 +25,47 @@ from ssync_pl.adapters.savi import Genera1zSaviAdapter, JunkeunYiSaviAdapter
 from ssync_pl.adapters.slot_attention_package import SlotAttentionPackageAdapter
 from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.hosts import SAVi
 from ssync_pl.method.maps import SSyncMaps
 
 
-def without(host: Any, path: str) -> Any:
-    """A host that lacks a part."""
-    *outer, last = path.split(".")
-    delattr(host.get_submodule(".".join(outer)), last)
+def without(host: Any, path: str, part: str) -> Any:
+    """A host one of whose modules lacks a part."""
+    delattr(host.get_submodule(path), part)
     return host
+
+
+def altered(host: Any, path: str, **parts: Any) -> Any:
+    """A host one of whose modules has other parts."""
+    for name, part in parts.items():
+        setattr(host.get_submodule(path), name, part)
+    return host
+
+
+def giving(host: Any, path: str, change: Callable[[Any], Any]) -> Any:
+    """A host one of whose modules returns something else."""
+    host.get_submodule(path).register_forward_hook(lambda module, args, output: change(output))
+    return host
+
+
+SLOT_ATTENTION = "models.perceptual_grouping.slot_attention"
+TWO_PACKAGES = nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})
+NAMED = {"masks": "decoder", "alpha_axis": 1}
 
 
 @pytest.mark.parametrize(
     ("adapter", "host"),
     [
-        (VideosaurAdapter, lambda: without(fh.VideosaurHost(), "processor.module.corrector.scale")),
+        (VideosaurAdapter, lambda: without(fh.VideosaurHost(), "processor.module.corrector", "scale")),
         (VideosaurAdapter, lambda: fh.VideosaurHost(nn.Identity())),
-        (OclfAdapter, lambda: without(fh.OclfHost(), "models.perceptual_grouping.slot_attention.n_heads")),
+        (OclfAdapter, lambda: without(fh.OclfHost(), SLOT_ATTENTION, "n_heads")),
         (OclfAdapter, lambda: fh.OclfHost(nn.Linear(1, 1))),
-        (JunkeunYiSaviAdapter, lambda: _two_correctors()),
+        (
+            JunkeunYiSaviAdapter,
+            lambda: altered(sh.JunkeunYiHost(), "processor", corrector=sh.JunkeunYiCorrector(1, 1)),  # two of them
+        ),
         (RandSFQAdapter, lambda: nn.Sequential(fh.Aggregat())),
         (AutoregressiveAdapter, lambda: sh.TokenHost("elsewhere", "decoder")),  # tokens, but slots come from a file
-        (SlotAttentionPackageAdapter, lambda: nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})),
+        (SlotAttentionPackageAdapter, lambda: TWO_PACKAGES),
         (lambda: SlotAttentionPackageAdapter(masks="nowhere"), PackageHost),
         (lambda: SlotAttentionPackageAdapter(attention="encoder"), PackageHost),
     ],
@@ -58,12 +76,6 @@ def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapt
         adapter().attach(host())
 
 
-def _two_correctors() -> nn.Module:
-    host = sh.JunkeunYiHost()
-    host.processor["corrector"] = sh.JunkeunYiCorrector(1, 1)
-    return host
-
-
 @pytest.mark.parametrize("adapter", [VideosaurAdapter, OclfAdapter, SlotAttentionPackageAdapter])
 @pytest.mark.parametrize("grid", [(3,), (0, 4), (2.5, 4), "ab"])
 def test_a_grid_is_two_positive_integers(adapter: Any, grid: object) -> None:
@@ -72,58 +84,19 @@ def test_a_grid_is_two_positive_integers(adapter: Any, grid: object) -> None:
 
 
 def test_grids_of_features() -> None:
-    """Of the frames and the patch size; of a decoder's pixels; of a square; as it is given."""
-    host = fh.VideosaurHost(fh.MLPDecoder((16,)))
-    heard = hear(host, batch={"video": torch.rand(1, 2, 3, 8, 32)})
-    assert heard.maps().grid == (2, 8)  # and no square
-    wide = hear(fh.VideosaurHost(fh.MLPDecoder((32,))), batch={"video": torch.rand(1, 2, 3, 16, 32)})
+    """Of the frames and the patch size; of a decoder's pixels; as it is given."""
+    flat = hear(fh.VideosaurHost(fh.VideosaurDecoder(16)), batch={"video": torch.rand(1, 2, 3, 8, 32)})
+    assert flat.maps().grid == (2, 8)  # and no square
+    wide = hear(fh.VideosaurHost(fh.VideosaurDecoder(32)), batch={"video": torch.rand(1, 2, 3, 16, 32)})
     assert wide.maps().grid == (4, 8)
     with pytest.raises(HostError, match=r"32 patches, which is no square. Pass grid=\(H, W\)"):
         wide.adapter.collect(wide.capture)
     assert VideosaurAdapter(grid=(8, 4)).collect(wide.capture, wide.batch).grid == (8, 4)
     with pytest.raises(HostError, match="`grid` to have 32 patches"):
         VideosaurAdapter(grid=(5, 5)).collect(wide.capture, wide.batch)
-    for known in (hear(fh.VideosaurHost(fh.BroadcastDecoder(FRAME))), hear(fh.OclfHost(fh.PixelDecoder(FRAME)))):
-        assert known.adapter.collect(known.capture).grid == GRID
-    heard = hear(fh.OclfHost(fh.PatchDecoder(3 * N)))
-    with pytest.raises(HostError, match=r"decoder of 24 patches to have the proportions of \(2, 4\)"):
-        heard.maps()
-
-
-class BareDecoder(fh.MLPDecoder):
-    def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        return {"alpha": super().forward(slots)["masks"]}
-
-
-class IdleCorrector(fh.Corrector):
-    def forward(self, slots: Tensor, features: Tensor, n_iters: int | None = None) -> dict[str, Tensor]:
-        return {"slots": slots, "masks": self.to_k(features)[:, :S]}
-
-
-class Patches(fh.PatchDecoder):
-    """With the axes of its masks in another order, or with vectors from its network."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, slots: Tensor) -> Any:
-        if self.how == "vectors":
-            self.decoder(slots.flatten(0, 1))
-            return SimpleNamespace(masks=slots[..., :1], reconstruction=slots)
-        output = super().forward(slots)
-        output.masks = output.masks.transpose(1, 2)
-        return output
-
-
-class FoldedDecode(fh.MixerDecode):
-    def forward(self, clue: Any, slots: Tensor) -> Any:
-        return tuple(value[1:] for value in super().forward(clue, slots))
-
-
-class FlatBackbone(nn.Conv2d):
-    def forward(self, frames: Tensor) -> Tensor:
-        return super().forward(frames).flatten(2)
+    for host in (fh.VideosaurHost(fh.VideosaurDecoder(*FRAME)), fh.OclfHost(fh.OclfDecoder(*FRAME))):
+        pixels = hear(host)
+        assert pixels.adapter.collect(pixels.capture).grid == GRID
 
 
 class GrowingAttention(PackageAttention):
@@ -137,77 +110,61 @@ class OnceForAll(PackageHost):
         return self.decoder(torch.cat(slots))
 
 
-def changed(host: Any, path: str, kind: type) -> Any:
-    """A host one of whose parts is of another class."""
-    host.get_submodule(path).__class__ = kind
-    return host
+def tokens() -> Any:
+    return altered(fh.OclfHost(video=True), "models.object_decoder", use_decoder_masks=False)
 
 
-NAMED = {"masks": "decoder", "alpha_axis": 1}
+UNHEARD: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: giving(fh.VideosaurHost(), "decoder.module", lambda output: {"alpha": output["masks"]}),
+        "VideosaurDecoder .* as 'masks', but got dict with keys alpha",
+    ),
+    (
+        lambda: giving(fh.OclfHost(), "models.object_decoder.decoder", lambda output: output[:, 0]),
+        r"inner network to give \(B \* S, N, C\)",
+    ),
+    (lambda: fh.OclfHost(fh.OclfDecoder(3 * N)), r"decoder of 24 patches to have the proportions of \(2, 4\)"),
+    (tokens, "OclfDecoder to draw object masks, but it predicts patches"),
+    (lambda: altered(fh.OclfHost(), "models.object_decoder", depth_positions=5), "OclfDecoder .* renders densities"),
+    (lambda: sh.Genera1zHost(colours=4), r"decoder\.readout to give 3 colours and alpha, but got 5"),
+    (
+        lambda: giving(fh.RandSFQHost(fh.MixerDecode()), "decode", lambda output: [x[1:] for x in output]),
+        r"draw the 2 x 3 x 4 slots .* ran on 5 x 4",
+    ),
+    (
+        lambda: giving(fh.RandSFQHost(), "encode_backbone", lambda output: output.flatten(2)),
+        r"feature map .*\(6, 8, 8\)",
+    ),
+    (lambda: fh.RandSFQHost(fh.RefusedDecode(False)), r"one after the other.* \(need_weights"),
+    (lambda: fh.RandSFQHost(fh.RefusedDecode(True)), "diffusion model.* an nn.Identity .* of its denoiser"),
+    (
+        lambda: altered(sh.JunkeunYiHost(predicted=True), "", decode_corrected=False),
+        "masks of predicted slots show the next frame",
+    ),
+]
+
+
+@pytest.mark.parametrize(("host", "message"), UNHEARD)
+def test_what_cannot_be_heard_is_refused_by_name(host: Callable[[], Any], message: str) -> None:
+    with pytest.raises(HostError, match=message):
+        hear(host()).maps()
 
 
 @pytest.mark.parametrize(
     ("host", "options", "message"),
     [
-        (lambda: fh.VideosaurHost(BareDecoder()), None, "BareDecoder .* as 'masks', but got dict with keys alpha"),
-        (lambda: changed(fh.VideosaurHost(), "processor.module.corrector", IdleCorrector), None, "to call 'to_q'"),
-        (lambda: fh.OclfHost(Patches("reordered")), None, r"shape of its masks, \(2, 8, 4\), but got \(8, 8\)"),
-        (
-            lambda: fh.OclfHost(Patches("vectors")),
-            None,
-            r"inner network to give \(B \* S, N, C\)",
-        ),
-        (lambda: sh.Genera1zHelper(colours=4), None, r"decoder\.readout to give 3 colours and alpha, but got 5"),
-        (lambda: fh.RandSFQWrap(FoldedDecode()), None, r"draw the 2 x 3 x 4 slots .* ran on 5 x 4"),
-        (
-            lambda: changed(fh.RandSFQWrap(), "m.encode_backbone", FlatBackbone),
-            None,
-            r"feature map .*\(6, 8, 8\)",
-        ),
         (lambda: PackageHost(GrowingAttention(), "loop"), NAMED, "'attention' to give one shape"),
         (OnceForAll, NAMED, "ran 3 times and the decoder once, on frames folded into its batch"),
         (OnceForAll, {}, r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
         (PackageHost, {"masks": "decoder"}, r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
         (lambda: PackageHost(PackageCodes()), {}, "MetaSlotAttention averages slots of one code and packs"),
-        (lambda: fh.OclfHost(_tokens(), video=True), None, "_Tokens to draw object masks, but it predicts patches"),
-        (lambda: fh.OclfHost(_densities()), None, "_Densities .* renders densities"),
-        (
-            lambda: fh.RandSFQWrap(fh.RefusedDecode(False)),
-            None,
-            r"one after the other.* \(need_weights",
-        ),
-        (
-            lambda: fh.RandSFQWrap(fh.RefusedDecode(True)),
-            None,
-            "diffusion model.* an nn.Identity .* of its denoiser",
-        ),
-        (lambda: _predicted_only(), None, "masks of predicted slots show the next frame"),
     ],
 )
-def test_what_cannot_be_heard_is_refused_by_name(host: Any, options: dict[str, Any] | None, message: str) -> None:
-    adapter = "auto" if options is None else SlotAttentionPackageAdapter(**options)
+def test_models_around_the_package_that_are_refused(
+    host: Callable[[], Any], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(HostError, match=message):
-        hear(host(), adapter).maps()
-
-
-def _tokens() -> nn.Module:
-    class _Tokens(fh.PatchDecoder):
-        use_decoder_masks = False
-
-    return _Tokens()
-
-
-def _densities() -> nn.Module:
-    class _Densities(fh.PixelDecoder):
-        depth_positions = 5
-
-    return _Densities()
-
-
-def _predicted_only() -> nn.Module:
-    host = sh.JunkeunYiHost(predicted=True)
-    host.decode_corrected = False
-    return host
+        hear(host(), SlotAttentionPackageAdapter(**options)).maps()
 
 
 def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
@@ -222,19 +179,18 @@ def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
 
 
 def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_calls_are_refused() -> None:
-    host, adapter = fh.OclfHost(fh.PixelDecoder(), video=True), OclfAdapter()
+    host, adapter = fh.OclfHost(fh.OclfDecoder(*GRID), video=True), OclfAdapter()
+    grouping, slots = host.models["perceptual_grouping"], host.seeds.expand(B, -1, -1)
+    nothing, second = torch.zeros(B, S).bool(), (torch.arange(S) == 1).expand(B, S)
     capture = adapter.attach(host)
     capture.open()
-    slots, states = host.seeds.expand(B, -1, -1), []
-    for masked in ([False] * S, [False, True, False, False]):
-        slots = host.models["perceptual_grouping"].module(torch.randn(B, N, DIM), slots, torch.tensor([masked] * B))[0]
-        states.append(slots)
+    states = [grouping.module(torch.randn(B, N, DIM), slots, masked)[0] for masked in (nothing, second)]
     host.models["object_decoder"](torch.stack(states, 1))
     maps = adapter.collect(capture)
-    assert torch.equal(maps.slot_valid, torch.tensor([[True, False, True, True]] * B))
+    assert torch.equal(maps.slot_valid, ~second)
     assert ssync_loss(maps).loss.isfinite()
     capture.clear()
-    host.models["perceptual_grouping"](torch.randn(B, 2, N, DIM), host.seeds.expand(B, -1, -1))
+    grouping(torch.randn(B, 2, N, DIM), slots)
     host.training_step(host.batch(), 0)
     with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it ran on 2 x 3 x 4"):
         adapter.collect(capture)
@@ -248,16 +204,14 @@ def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_cal
 def test_adaslot_loses_each_image_with_its_own_number_of_slots(heads: int, mask_type: str) -> None:
     host = fh.AdaSlotHost(mask_type, heads, [[1.0, 0, 1, 1], [1.0, 1, 1, 1]])
     maps, own = hear(host).maps(), own_maps(host)
-    output = ssync_loss(maps, merge=False)
-    sums, entries = torch.zeros(2), torch.zeros(2)
+    output, sums, entries = ssync_loss(maps, merge=False), torch.zeros(2), torch.zeros(2)
     for image, kept in enumerate(existing(host)):
-        attention, masks = own.attention_logits[[image]][:, :, kept], own.mask_logits[[image]][:, :, kept]
+        attention, masks = (logits[[image]][:, :, kept] for logits in (own.attention_logits, own.mask_logits))
         one = ssync_loss(SSyncMaps(attention, masks, grid=GRID), merge=False)
         counts = torch.stack([one.boundary_count, one.interior_count]) * kept.sum()
         sums += torch.stack([one.boundary_loss, one.interior_loss]) * counts
         entries += counts
-    expected = sums / entries.clamp_min(1)
-    torch.testing.assert_close(torch.stack([output.boundary_loss, output.interior_loss]), expected)
+    torch.testing.assert_close(torch.stack([output.boundary_loss, output.interior_loss]), sums / entries.clamp_min(1))
 
 
 @pytest.mark.parametrize("size", [(N,), GRID, FRAME])
@@ -292,14 +246,12 @@ def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_a
 
     maps = hear(Masked(kept=fh.KEPT)).maps()
     assert torch.equal(maps.slot_valid, torch.tensor(fh.KEPT).bool() & Masked.valid)
-    assert ssync_loss(maps).loss.isfinite()
 
 
 def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
-    host, flips = fh.RandSFQWrap(slot_mask=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
-    host.m.aggregat.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)}), with_kwargs=True
-    )
+    host, flips = fh.RandSFQHost(valid=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
+    flip = lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)})  # noqa: E731
+    host.aggregat.register_forward_pre_hook(flip, with_kwargs=True)
     heard = hear(host)
     with pytest.raises(HostError, match="differ by up to"):
         heard.adapter.verify(heard.capture, heard.maps())
@@ -307,7 +259,7 @@ def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
 
 @pytest.mark.parametrize("loss", ["brier", "ce"])
 def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: Any) -> None:
-    host = fh.RandSFQWrap(slot_mask=fh.VALID)
+    host = fh.RandSFQHost(valid=fh.VALID)
     twin, batch = copy.deepcopy(host), host.batch()
     torch._dynamo.reset()
     with attach(host, warmup_steps=0, loss=loss) as ssync, attach(twin, warmup_steps=0, loss=loss) as expected:
@@ -321,10 +273,9 @@ def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: An
 
 
 def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> None:
-    host = sh.Genera1zHelper()
-    batch = host.batch(padded=2)
+    host = sh.Genera1zHost()
     with attach(host, warmup_steps=0, merge_threshold=0.3) as ssync:
-        ssync.add(host.training_step(batch, 0)).backward()
+        ssync.add(host.training_step(host.batch(padded=2), 0)).backward()
     logits = own_maps(host).attention_logits
     torch.testing.assert_close(logits[:, :, 2], logits[:, :, 3])
     assert float(ssync.logs["ssync/merged_slots"]) >= 1
@@ -332,25 +283,13 @@ def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> No
 
 
 def test_genera1z_loops_that_call_methods_of_the_model_are_served_without_the_check_of_the_reconstruction() -> None:
-    host, adapter = sh.Genera1zHelper(), Genera1zSaviAdapter()
-    host.model.decoder.sharpen = 2.0  # would be refused, if the model itself were called
-    capture, batch = adapter.attach(host.model), host.batch()
+    host, adapter = sh.Genera1zHost(), Genera1zSaviAdapter()
+    host.decoder.sharpen = 2.0  # would be refused, if the model itself were called
+    capture, batch = adapter.attach(host), host.batch()
     capture.open()
-    host.model.forward(batch["video"], batch["boxes"])
+    host.forward(batch["video"], batch["boxes"])
     assert not capture.is_empty
     adapter.verify(capture, adapter.collect(capture))
-
-
-def test_junkeun_yi_positional_arguments_are_understood() -> None:
-    class Positional(sh.JunkeunYiInverted):
-        def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
-            updates, attention = self.attn_fn(*given.values())
-            return updates.flatten(2), attention
-
-    host = changed(sh.JunkeunYiHost(), "corrector.inverted_attention", Positional)
-    heard = hear(host)
-    assert torch.equal(heard.maps().attention_logits, own_maps(host).attention_logits)
-    heard.adapter.verify(heard.capture, heard.maps())
 
 
 def test_slotformer_trainers_that_go_past_the_models_call_or_wrap_it_are_served() -> None:
@@ -388,8 +327,7 @@ def test_package_frames_are_clips_whatever_the_decoder_gives(
 
 
 def test_package_places_are_checked() -> None:
-    two = nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})
-    assert SlotAttentionPackageAdapter(attention="b").match(two)
+    assert SlotAttentionPackageAdapter(attention="b").match(TWO_PACKAGES)
     with pytest.raises(ConfigError, match="`alpha_axis` only with the output of a module"):
         SlotAttentionPackageAdapter(alpha_axis=1)
 
@@ -400,12 +338,17 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
     assert isinstance(locate("auto", nn.ModuleDict({"model": host})).adapter, AutoregressiveAdapter)
     with pytest.raises(HostError, match="draws object masks, but TokenHost predicts tokens") as error:
         attach(host, warmup_steps=0).__enter__()
-    attention, masks = f"softmax:{host.places[0]}", f"softmax:{host.places[1]}"
+    attention, masks = (f"softmax:{place}" for place in host.places)
     options: dict[str, Any] = {"attention": attention, "masks": masks, "warmup_steps": 0}
+    one, two = parts(host)
     if name == "steve":  # its attention runs once for all frames
         assert "call an nn.Identity" in str(error.value)
         host.add_module("seen", nn.Identity())
-        host.get_submodule(host.places[0]).register_forward_hook(lambda module, args, output: _show(host, module))
+
+        def show(*call: Any) -> None:
+            host.seen(one.own_logits[-1])
+
+        one.register_forward_hook(show)
         options |= {"attention": "seen", "attention_kind": "logits"}
     else:
         assert f"SSyncCallback(attention='{attention}', masks='{masks}')" in str(error.value)
@@ -413,31 +356,14 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
         for _ in range(2):
             forget(host)
             ssync.add(host.training_step(host.batch(), 0)).backward()
-    one, two = parts(host)
     assert torch.equal(ssync.maps.attention_logits, torch.stack(one.own_logits, 1))
     assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].mT.unflatten(0, (B, T)))
 
 
-def _show(host: Any, module: Any) -> None:
-    host.seen(module.own_logits[-1])
-
-
 def test_autoregressive_oclf_names_its_attention() -> None:
-    host = fh.OclfHost(_tokens(), video=True)
+    host = tokens()
     assert type(find_adapter(host)) is OclfAdapter
     named = "attention='softmax:models.perceptual_grouping.module.slot_attention', masks='models.object_decoder:masks'"
     with pytest.raises(HostError) as error:
         OclfAdapter().attach(host)
     assert named in str(error.value)
-
-
-def test_our_savi_refuses_two_passes_in_a_step() -> None:
-    host = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,
-                decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))  # fmt: skip
-    adapter = SaviAdapter()
-    capture = adapter.attach(host)
-    capture.open()
-    for _ in range(2):
-        host(torch.randn(1, 1, 3, 16, 16))
-    with pytest.raises(HostError, match=r"'decoder' to run once .* ran 2 times"):
-        adapter.collect(capture)

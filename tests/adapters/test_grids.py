@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssync_pl import SSyncConfig, ssync_loss
-from ssync_pl.adapters import frame_size, maps_on_common_grid, resolve_grid, stack_frames
+from ssync_pl.adapters import frame_size, maps_on_common_grid, resolve_grid
 from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import HostError
@@ -17,14 +17,6 @@ from ssync_pl.plugin.engine import check_first
 
 B, T, S, HEADS, N = 2, 3, 4, 3, 16
 ABSENT = torch.tensor([[False, True, False, True], [False, False, False, True]])
-
-
-def test_frames_are_stacked() -> None:
-    stacked = stack_frames([torch.full((2, 3), float(t)) for t in range(4)], "corrector")
-    assert torch.equal(stacked[1, :, 0], torch.arange(4.0))
-    for values, message in (([torch.zeros(2, 3), torch.zeros(2, 4)], "one shape"), ([], "'corrector' to run inside")):
-        with pytest.raises(HostError, match=message):
-            stack_frames(values, "corrector")
 
 
 @pytest.mark.parametrize(
@@ -103,28 +95,12 @@ def test_the_finer_map_is_averaged_in_full_precision(dtype: torch.dtype) -> None
         maps_on_common_grid(coarse, (2, 2), fine[..., :3, :])
 
 
-def test_heads_with_a_softmax_each_are_their_mean() -> None:
-    logits = 2 * torch.randn(B, HEADS, S, N)
-    maps = separate_heads(logits, 1, 2)
-    torch.testing.assert_close(maps.probs, sum(logits[:, h].softmax(1) for h in range(HEADS)) / HEADS)
-    torch.testing.assert_close(maps.logits, sum(logits[:, h] for h in range(HEADS)) / HEADS)
-    shifted = separate_heads(logits + torch.tensor([0.0, 8.0, -3.0])[:, None, None], 1, 2)
-    torch.testing.assert_close(shifted.probs, maps.probs)  # a constant in one head changes nothing
-    for half in (torch.float32, torch.bfloat16):  # one head is the host to the bit, several are merged in float32
-        one = logits[:, :1].to(half)
-        assert torch.equal(joint_heads(one, 1), one[:, 0])
-        assert separate_heads(one, 1, 2)[1] is None
-        assert joint_heads(logits.to(half), 1).dtype == separate_heads(logits.to(half), 1, 2).probs.dtype
-        assert joint_heads(logits.to(half), 1).dtype == torch.float32
-
-
 @pytest.mark.parametrize("added", [False, True])
 def test_absent_slots_of_heads_stay_absent_without_a_nan(added: bool) -> None:
-    logits = torch.randn(B, S, HEADS, N, requires_grad=True)
-    everywhere = ABSENT[:, :, None, None].expand_as(logits)
+    logits, gone = torch.randn(B, S, HEADS, N, requires_grad=True), ABSENT[:, :, None, None]
     # Unlike a fill, an addition hands a NaN in the gradient on.
-    bias = torch.zeros(logits.shape).masked_fill(everywhere, float("-inf"))
-    masked = logits + bias if added else logits.masked_fill(everywhere, float("-inf"))
+    bias = torch.zeros(gone.shape).masked_fill(gone, float("-inf"))
+    masked = logits + bias if added else logits.masked_fill(gone, float("-inf"))
     merged = joint_heads(masked, 2)
     assert torch.equal(merged.isneginf(), ABSENT[:, :, None].expand(B, S, N))
     for probs in (merged.softmax(1), separate_heads(masked, 2, 1).probs):
@@ -185,20 +161,12 @@ def test_what_belongs_together(attention: Seen, masks: Seen, sizes: tuple[int, i
 
 
 def test_the_likelier_pair_wins() -> None:
-    slots_of_slots, cross, early, last = (
-        seen((2, 3, 3), 2, 4), seen((8, 2, 16, 3), 3), seen((8, 3, 16), 1), seen((8, 16, 3), 2),
-    )  # fmt: skip
+    slots_of_slots, cross = seen((2, 3, 3), 2, 4), seen((8, 2, 16, 3), 3)
+    early, last = seen((8, 3, 16), 1), seen((8, 16, 3), 2)
     pair = find_pair([SCAN, slots_of_slots], [cross, early, last, cross._replace(name="c")])
     assert pair.attention is SCAN
     assert pair.masks is last  # as late as can be, but not the heads of a cross-attention
     assert find_pair([SCAN], [SCAN]) is None  # one softmax is not both maps
-
-
-def test_values_go_where_they_belong() -> None:
-    attention, masks = seen((2, 16, 3), 2, 4), seen((8, 3, 1, 4, 4), 1, name="b")
-    maps = join_maps(find_pair([attention], [masks]))
-    assert torch.equal(maps.attention_logits, torch.stack(attention.values, 1).mT)
-    assert torch.equal(maps.mask_logits, masks.values[0].flatten(2).unflatten(0, (2, 4)))
 
 
 def test_heads_in_front_of_patches_are_not_rows_where_the_grids_would_not_fit() -> None:

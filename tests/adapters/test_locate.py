@@ -24,11 +24,11 @@ from ssync_pl.hosts import SAVi
 from ssync_pl.method.maps import SSyncMaps
 
 
-class _Marked(HostAdapter):
-    name = "marked"
+class _Flat(HostAdapter):
+    name = "flat"
 
     def match(self, host: nn.Module) -> bool:
-        return hasattr(host, "marked")
+        return isinstance(host, nn.Flatten)
 
     def attach(self, host: nn.Module) -> Capture:
         return Capture()
@@ -37,14 +37,8 @@ class _Marked(HostAdapter):
         raise HostError("nothing to collect")
 
 
-class _MarkedToo(_Marked):
-    name = "marked-too"
-
-
-def _marked() -> nn.Module:
-    host = nn.Identity()
-    host.marked = True
-    return host
+class _FlatToo(_Flat):
+    name = "flat-too"
 
 
 def _savi() -> SAVi:
@@ -53,24 +47,22 @@ def _savi() -> SAVi:
 
 def _nested(path: str, inner: nn.Module) -> nn.Module:
     for name in reversed(path.split(".")):
-        outer = nn.Module()
-        outer.add_module(name, inner)
-        inner = outer
+        inner = nn.ModuleDict({name: inner})
     return inner
 
 
 def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    assert register_adapter(_Marked) is _Marked
-    assert "marked" in adapter_names()
+    assert register_adapter(_Flat) is _Flat
+    assert "flat" in adapter_names()
     assert adapter_names() == sorted(adapter_names())
-    for found in (find_adapter(_marked()), locate("marked", _marked()).adapter):
-        assert isinstance(found, _Marked)
-    own = _MarkedToo()
+    for found in (find_adapter(nn.Flatten()), locate("flat", nn.Flatten()).adapter):
+        assert isinstance(found, _Flat)
+    own = _FlatToo()
     assert locate(own, nn.Identity()).adapter is own
-    register_adapter(_MarkedToo)
-    with pytest.raises(HostError, match=r"marked \(at the host\), marked-too \(at the host\) all do"):
-        find_adapter(_marked())
+    register_adapter(_FlatToo)
+    with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
+        find_adapter(nn.Flatten())
 
 
 def test_the_host_itself_comes_first() -> None:
@@ -100,7 +92,7 @@ def test_wrappers_do_not_count_as_depth() -> None:
 @pytest.mark.parametrize(
     ("spec", "host", "grid", "error", "message"),
     [
-        ("auto", _nested("a.b.c", _savi()), None, HostError, r"Module is none.*`ssync-pl doctor`"),
+        ("auto", _nested("a.b.c", _savi()), None, HostError, r"ModuleDict is none.*`ssync-pl doctor`"),
         ("auto", nn.ModuleDict({"one": _savi(), "two": _savi()}), None, HostError, r"savi \(at one\), savi \(at two\)"),
         ("auto", nn.ModuleDict({"slot_attention": nn.Identity()}), None, HostError, r"Candidates: slot_attention\."),
         ("auto", nn.Identity(), None, HostError, "Candidates: none found by name"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
 
-Output = namedtuple("Output", ["slots", "attention"])
+Output, Wrong = namedtuple("Output", ["slots", "attention"]), namedtuple("Wrong", ["slots"])
 
 
 class _Give(nn.Module):
@@ -58,31 +59,19 @@ def test_kinds_go_to_the_right_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "wrap"),
+    ("path", "wrap", "wrong", "message"),
     [
-        ("grouping:attention", lambda v: {"slots": 0, "attention": v}),
-        ("grouping:attention", lambda v: Output(0, v)),
-        ("grouping:1", lambda v: (0, v)),
-        ("grouping:-1", lambda v: [0, v]),
+        ("grouping:attention", lambda v: {"slots": 0, "attention": v}, {"attn": 1}, "dict with keys attn"),
+        ("grouping:attention", lambda v: Output(0, v), Wrong(0), "Wrong with fields slots"),
+        ("grouping:1", lambda v: (0, v), (0,), "tuple of 1"),
+        ("grouping:-1", lambda v: [0, v], [], "list of 0"),
     ],
 )
-def test_entries_of_an_output(path: str, wrap: Any) -> None:
+def test_entries_of_an_output(path: str, wrap: Callable[[Tensor], Any], wrong: Any, message: str) -> None:
     value = rand(1, 1, 2, 4)
     assert _collect([wrap(value)], [value], path=path).attention_logits is value
-
-
-@pytest.mark.parametrize(
-    ("path", "output", "message"),
-    [
-        ("grouping", {"slots": 0, "attn": 1}, "dict with keys slots, attn"),
-        ("grouping:masks", Output(0, 1), "Output with fields slots, attention"),
-        ("grouping:2", (0, 1), "tuple of 2"),
-        ("grouping:-3", (0, 1), "tuple of 2"),
-    ],
-)
-def test_an_entry_that_is_no_tensor_is_refused(path: str, output: Any, message: str) -> None:
     with pytest.raises(HostError, match=f"tensor at '{path}', .*of type {message}.*'grouping:key'"):
-        _collect([output], [rand(1, 1, 2, 4)], path=path)
+        _collect([wrong], [value], path=path)
 
 
 @pytest.mark.parametrize("inner", ["", "model"])
@@ -134,13 +123,7 @@ def test_grids_that_do_not_fit_are_refused(attention: Any, masks: Any, grid: Any
         _collect([rand(1, 1, 2, *attention)], [rand(1, 1, 2, *masks)], grid=grid)
 
 
-@pytest.mark.parametrize(
-    ("attention", "masks"),
-    [((1, 1, 2, 4), (1, 1, 3, 4)), ((1, 2, 2, 4), (1, 3, 2, 4)), ((2, 2, 2, 4), (1, 2, 2, 4))],
-)
-def test_maps_that_do_not_belong_together_are_refused(attention: Any, masks: Any) -> None:
-    with pytest.raises(ShapeError, match=r"same slots, videos and frames.*'grouping' gave \(.*'decoder' gave \("):
-        _collect([rand(*attention)], [rand(*masks)])
+NOT_TOGETHER = r"same slots, videos and frames.*'grouping' gave \(.*'decoder' gave \("
 
 
 @pytest.mark.parametrize(
@@ -151,6 +134,7 @@ def test_maps_that_do_not_belong_together_are_refused(attention: Any, masks: Any
         ([rand(1, 1, 2, 4)] * 2, HostError, r"gave \(1, 1, 2, 4\) in 2 call"),
         ([rand(1, 2, 4), rand(1, 3, 4)], HostError, "one shape for all frames"),
         ([torch.zeros(1, 1, 2, 4, dtype=torch.long)], ShapeError, "floating-point"),
+        *(([rand(*shape)], ShapeError, NOT_TOGETHER) for shape in ((1, 1, 3, 4), (1, 2, 2, 4), (2, 1, 2, 4))),
     ],
 )
 def test_values_that_are_not_understood(values: list[Tensor], error: Any, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import lightning.pytorch as L
 import pytest
 import tap_hosts as taps
 import torch
+from host_table import hear, own_maps
+from savi_hosts import FINE, JunkeunYiHost
+from stand_in_parts import forget
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,13 +25,14 @@ from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
 
 TAPS = ("softmax:binder", "softmax:painter")
+NAMED = {"attention": TAPS[0], "masks": TAPS[1], "warmup_steps": 0}
+CLIP = taps.tap_clip(2, 3)
 
 
 def tapped(host: Any, *places: str, video: Any = None, check: bool = True, run: Any = None) -> SSyncMaps:
     adapter = PathAdapter(*(places or TAPS))
     capture = adapter.attach(host)
-    if isinstance(host, taps.Unknown):
-        host.forget()
+    forget(host)
     capture.open()
     (host if run is None else run)(taps.tap_clip() if video is None else video)
     capture.close()
@@ -38,96 +43,70 @@ def tapped(host: Any, *places: str, video: Any = None, check: bool = True, run: 
     return maps
 
 
+def assert_own(maps: SSyncMaps, host: taps.Unknown) -> None:
+    """Both maps are the host's own tensors of its last step."""
+    attention, masks = host.own()
+    assert torch.equal(maps.attention_logits, attention)
+    assert torch.equal(maps.mask_logits, masks)
+
+
 def no_recorder_is_on() -> bool:
     return not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("softmax", taps.SOFTMAXES)
 def test_every_way_to_call_a_softmax(softmax: str) -> None:
-    host = taps.make_unknown(taps.SlotsOnly(softmax=softmax))
+    host = taps.make_unknown(taps.SlotsOnly(softmax))
     maps = tapped(host)
-    assert torch.equal(maps.attention_logits, host.own()[0])
-    assert torch.equal(maps.mask_logits, host.own()[1])
+    assert_own(maps, host)
     assert maps.grid == (4, 4)
     assert maps.slot_valid is None
 
 
-@pytest.mark.parametrize("attention", ["bsn", "bns"])
-@pytest.mark.parametrize("masks", ["bsn", "bns", "btsn", "btns", "bs1hw", "bshw1", "btshw"])
+@pytest.mark.parametrize("attention", ["method", "patches_first"])
+@pytest.mark.parametrize("masks", taps.MASKS)
 def test_every_layout_is_read_and_found(attention: str, masks: str) -> None:
     for frames in (1, 2, 3):
-        host = taps.make_unknown(taps.SlotsOnly(attention, iterations=2), taps.PicturesOnly(masks))
+        host = taps.make_unknown(taps.SlotsOnly(attention), taps.PicturesOnly(masks))
         maps = tapped(host, video=taps.tap_clip(2, frames))
         # One frame of two videos may as well be two frames of one: the sizes decide, the values are the same.
         assert maps.shape == (2, frames, taps.SLOTS, 16)
-        assert torch.equal(maps.attention_logits, host.own()[0])
-        assert torch.equal(maps.mask_logits, host.own()[1])
-    found = discover(host, lambda: host(taps.tap_clip(2, 3))).pairs[0]
+        assert_own(maps, host)
+    found = discover(host, lambda: host(CLIP)).pairs[0]
     assert found.places == TAPS
     assert (found.batch, found.frames, found.attention.calls, found.masks.calls) == (2, 3, 3, 1)
     assert found.attention.has_gradient
 
 
 def test_pixels_are_averaged_and_heads_count_as_their_mean() -> None:
-    host = taps.make_unknown(taps.SlotsOnly(heads=2), taps.PicturesOnly("bs1hw", scale=2))
-    maps = tapped(host)
-    attention, masks = host.own()  # (B, T, heads, S, N)
-    torch.testing.assert_close(maps.attention_probs, attention.softmax(3).mean(2))
-    torch.testing.assert_close(maps.attention_logits, attention.mean(2))
-    torch.testing.assert_close(maps.mask_probs, masks.softmax(2).unflatten(3, (4, 2, 4, 2)).mean((4, 6)).flatten(3))
-    assert discover(host, lambda: host(taps.tap_clip(2, 3))).pairs[0].places == TAPS
+    host = JunkeunYiHost(heads=2, size=FINE)
+    maps, own = hear(host, PathAdapter("softmax:corrector", "softmax:decoder")).maps(), own_maps(host)
+    for key in ("attention_probs", "attention_logits", "mask_probs"):
+        torch.testing.assert_close(getattr(maps, key), getattr(own, key))
 
 
 def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
-    class Both(taps.PicturesOnly):
-        def forward(self, slots: Tensor) -> Any:
-            super().forward(slots)
-            return {"masks": self.kept[-1].softmax(2)}
-
-    host = taps.make_unknown(decoder=Both())
+    host = taps.make_unknown()
+    host.painter.register_forward_hook(lambda painter, args, output: {"masks": painter.own_logits[-1].softmax(2)})
     maps = tapped(host, "softmax:binder", "painter:masks")
     assert torch.equal(maps.attention_logits, host.own()[0])
     assert torch.equal(maps.mask_probs, host.own()[1].softmax(2))
-    assert torch.equal(tapped(host, "softmax:binder", "softmax:painter:-2").mask_logits, host.own()[1])
+    assert_own(tapped(host, "softmax:binder", "softmax:painter:-2"), host)
 
 
-class Masked(taps.SlotsOnly):
-    """Absent slots: filled in, by a mask that may change, or by a bias from elsewhere."""
-
-    gone: Any = None
-    bias: Any = 0.0
-
-    def forward(self, slots: Tensor, features: Tensor) -> Tensor:
-        logits = self.to_q(slots) @ self.to_k(features).transpose(1, 2) + self.bias
-        logits = logits if self.gone is None else logits.masked_fill(self.gone, float("-inf"))
-        self.kept.append(logits)
-        return slots + self.update(self.softmax(logits, 1) @ features)
-
-
-def test_absent_slots_are_marked_and_give_finite_gradients() -> None:
-    host = taps.make_unknown(Masked())
-    for loss in ("brier", "ce"):
-        host.binder.bias = torch.tensor([0.0, 0.0, float("-inf")])[:, None]
-        maps = tapped(host)
-        assert maps.slot_valid.tolist() == [[True, True, False]] * 2
-        maps.check_values()
-        output = ssync_loss(maps, loss=loss)
-        assert output.loss > 0
-        for gradient in torch.autograd.grad(output.loss, [host.binder.to_q.weight, host.painter.position]):
-            assert gradient.isfinite().all()
-            assert gradient.any()
-
-
-def test_slots_that_are_absent_later_are_marked_too() -> None:
-    host, adapter = taps.make_unknown(Masked()), PathAdapter(*TAPS)
-    capture = adapter.attach(host)
-    for gone in (False, True):
-        host.binder.gone = torch.tensor([False, False, gone]).view(1, 3, 1)
-        capture.clear()
-        capture.open()
-        host(taps.tap_clip())
-        capture.close()
-        assert adapter.collect(capture).slot_valid.tolist() == [[True, True, not gone]] * 2
+@pytest.mark.parametrize("loss", ["brier", "ce"])
+def test_absent_slots_are_marked_also_later_and_give_finite_gradients(loss: Any) -> None:
+    host = taps.make_unknown()
+    assert tapped(host).slot_valid is None
+    host.binder.bias = torch.tensor([0.0, 0.0, float("-inf")])[:, None]
+    maps = tapped(host)
+    assert maps.slot_valid.tolist() == [[True, True, False]] * 2
+    maps.check_values()
+    output = ssync_loss(maps, loss=loss)
+    assert output.loss > 0
+    for gradient in torch.autograd.grad(output.loss, [host.binder.to_q.weight, host.painter.places]):
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
@@ -136,7 +115,6 @@ def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
     maps = tapped(host, "softmax:.", "softmax:.", run=lambda video: host.paint(host.bind(features)))  # no forward pass
     assert torch.equal(maps.attention_logits[:, 0], ((features + host.position) @ host.seeds.T).transpose(1, 2))
     assert torch.equal(maps.mask_logits[:, 0], host.bind(features) @ host.position.T)
-    assert no_recorder_is_on()
     outer = taps.UnknownHost()
     pair = discover(outer, lambda: outer.training_step({"image": image}, 0)).pairs[0]
     assert pair.places == ("softmax:.", "softmax:.")
@@ -156,16 +134,12 @@ def test_loss_and_gradients_are_those_of_the_hosts_own_tensors(checkpointing: st
     plain, host = taps.make_unknown(), taps.make_unknown()
     host.checkpointing = checkpointing
     total = ssync_loss(tapped(host)).loss
-    tapped(plain)
-    attention, masks = plain.own()
-    expected = ssync_loss(SSyncMaps(attention_logits=attention, mask_logits=masks, grid=(4, 4))).loss
+    plain(taps.tap_clip())
+    expected = ssync_loss(SSyncMaps(*plain.own(), grid=(4, 4))).loss
     assert torch.equal(total, expected)
     total.backward()
     expected.backward()
-    for one, two in zip(host.parameters(), plain.parameters(), strict=True):
-        assert (one.grad is None) == (two.grad is None)
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close([p.grad for p in host.parameters()], [p.grad for p in plain.parameters()])
     assert host.binder.to_q.weight.grad.any()
 
 
@@ -174,33 +148,29 @@ def test_recomputation_is_not_heard_and_reentrant_checkpointing_refused() -> Non
     host.checkpointing = "plain"
     capture = PathAdapter(*TAPS).attach(host)
     capture.open()
-    loss = host.loss_function(taps.tap_clip())
-    loss.backward()
+    host(taps.tap_clip()).square().mean().backward()
     assert len(capture["softmax:binder"]) == 2
     assert no_recorder_is_on()
     host.checkpointing = "reentrant"
     with (
-        attach(host, attention=TAPS[0], masks=TAPS[1], warmup_steps=0) as ssync,
+        attach(host, **NAMED) as ssync,
         pytest.raises(HostError, match="reentrant activation checkpointing"),
     ):
-        ssync.add(host.loss_function(taps.tap_clip()))
+        ssync.add(host(taps.tap_clip()).square().mean())
 
 
 def test_compiled_hosts() -> None:
     torch._dynamo.reset()
     host, adapter = taps.make_unknown(), PathAdapter("softmax:binder", "softmax:.")
-    capture = adapter.attach(host)
-    compiled = torch.compile(host, backend="eager")
+    capture, compiled = adapter.attach(host), torch.compile(host, backend="eager")
+    compiled(taps.tap_clip())  # with a closed window
     for seed in (0, 1):
-        compiled(taps.tap_clip(seed=seed))  # with a closed window
-        host.forget()
+        forget(host)
         capture.clear()
         capture.open()
         compiled(taps.tap_clip(seed=seed))
         capture.close()
-        maps = adapter.collect(capture)
-        assert torch.equal(maps.attention_logits, host.own()[0])
-        assert torch.equal(maps.mask_logits, host.own()[1])
+        assert_own(adapter.collect(capture), host)
     torch._dynamo.reset()
 
 
@@ -210,26 +180,26 @@ def test_a_host_inside_ddp(tmp_path: Path) -> None:
     try:
         host = taps.make_unknown()
         ddp = nn.parallel.DistributedDataParallel(host)
-        with attach(ddp, attention=TAPS[0], masks=TAPS[1], warmup_steps=0) as ssync:
+        with attach(ddp, **NAMED) as ssync:
             for seed in range(2):
-                host.forget()
+                forget(host)
                 ssync.add(ddp(taps.tap_clip(seed=seed)).square().mean()).backward()
-                assert torch.equal(ssync.maps.attention_logits, host.own()[0])
+                assert_own(ssync.maps, host)
     finally:
         dist.destroy_process_group()
 
 
 def test_nothing_of_the_host_changes_even_when_it_fails() -> None:
-    host, plain = taps.make_unknown(), taps.make_unknown()
+    host, plain, bad = taps.make_unknown(), taps.make_unknown(), torch.rand(1, 2, 5, 4, 4)
     keys = list(host.state_dict())
     capture = PathAdapter("softmax:binder", "softmax:.").attach(host)
     capture.open()
     assert torch.equal(host(taps.tap_clip()), plain(taps.tap_clip()))
     with pytest.raises(RuntimeError):
-        host(torch.rand(1, 2, 5, 4, 4))
+        host(bad)
     capture.close()
     assert no_recorder_is_on()
-    host.forget()
+    forget(host)
     heard = len(capture["softmax:binder"])
     capture.open()
     copy.deepcopy(host)(taps.tap_clip())
@@ -237,51 +207,52 @@ def test_nothing_of_the_host_changes_even_when_it_fails() -> None:
     assert len(capture["softmax:binder"]) == heard
     capture.remove()
     with pytest.raises(RuntimeError):
-        discover(host, lambda: host(torch.rand(1, 1, 5, 4, 4)))
+        discover(host, lambda: host(bad))
     assert list(host.state_dict()) == keys
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
     assert no_recorder_is_on()
 
 
-class Logs(taps.PicturesOnly):
-    """Draws a sharper picture for a log, after the masks."""
-
-    def forward(self, slots: Tensor) -> Tensor:
-        out = super().forward(slots)
-        with torch.no_grad():
-            picture = (self.kept[-1] * 100).flatten(0, 1)
-            picture.softmax(1)
-            picture.unflatten(2, (2, 8)).softmax(1)
-        return out
-
-
 def test_a_softmax_without_gradient_takes_no_place() -> None:
-    host = taps.make_unknown(decoder=Logs("bsn"))
-    assert torch.equal(tapped(host).mask_logits, host.own()[1])
-    first, *others = discover(host, lambda: host(taps.tap_clip(2, 3))).pairs
+    class Logs(taps.PicturesOnly):
+        """Draws a sharper picture for a log, after the masks."""
+
+        def forward(self, slots: Tensor) -> Tensor:
+            out = super().forward(slots)
+            with torch.no_grad():
+                picture = (self.own_logits[-1] * 100).flatten(0, 1)
+                picture.softmax(1)
+                picture.unflatten(2, (2, 8)).softmax(1)
+            return out
+
+    host = taps.make_unknown(decoder=Logs())
+    assert_own(tapped(host), host)
+    first, *others = discover(host, lambda: host(CLIP)).pairs
     assert first.masks.has_gradient
     assert others
     assert not any(pair.masks.has_gradient for pair in others)
     with torch.no_grad():
-        assert not tapped(taps.make_unknown(taps.SlotsOnly(iterations=3))).attention_logits.requires_grad
+        assert not tapped(taps.make_unknown()).attention_logits.requires_grad
 
 
-def test_the_axis_may_be_named_where_the_shape_is_ambiguous() -> None:
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_axis_may_be_named_where_the_shape_is_ambiguous(axis: int) -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.softmax(1) + x.softmax(2)  # as many patches as slots
 
     host, a = nn.Sequential(Square(), Square()), torch.randn(2, 4, 4)
-    for axis in (1, 2):
-        maps = tapped(host, f"softmax:0:{axis}", f"softmax:1:{axis}", video=a)
-        assert torch.equal(maps.attention_logits[:, 0], a if axis == 1 else a.transpose(1, 2))
+    maps = tapped(host, f"softmax:0:{axis}", f"softmax:1:{axis}", video=a)
+    assert torch.equal(maps.attention_logits[:, 0], a if axis == 1 else a.mT)
 
 
 class Modular(taps.SlotsOnly):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Softmax(1)
-        self.softmax = lambda x, axis: self.inner(x)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return self.inner(logits)
 
 
 class InLoop(nn.Module):
@@ -294,7 +265,7 @@ class InLoop(nn.Module):
     def forward(self, video: Tensor) -> None:
         slots = torch.ones(len(video), taps.SLOTS, taps.DIM) * torch.arange(taps.SLOTS)[:, None]
         for frame in video.unbind(1):
-            slots = self.binder(slots, frame)
+            slots = self.binder(frame, slots)
             alpha = (slots @ frame.transpose(1, 2)).unflatten(2, (4, 4))
             alpha.softmax(1) if self.drawn is None else self.drawn(alpha)
 
@@ -306,33 +277,32 @@ class Growing(nn.Sequential):
         self[1](torch.zeros(2, 3, 4))
 
 
+FRAMES = torch.rand(2, 3, 16, taps.DIM)
+
+
 @pytest.mark.parametrize(
     ("host", "places", "video", "message"),
     [
-        (taps.Unknown, ("softmax:eyes", "softmax:painter"), None, "softmax to run inside 'eyes' .* but none did"),
-        (
-            lambda: taps.make_unknown(Modular()),
-            ("softmax:binder.inner", TAPS[1]),
-            None,
-            r"axis 1 in 4 call\(s\)",
-        ),
-        (lambda: Growing(nn.Softmax(1), nn.Softmax(1)), ("softmax:0", "softmax:1"), None, "one shape in all calls"),
-        (InLoop, ("softmax:.", "softmax:."), torch.rand(2, 3, 16, taps.DIM), "the last"),
-        (InLoop, ("softmax:binder", "softmax:."), torch.rand(2, 3, 16, taps.DIM), "the last"),
+        (taps.Unknown, ("softmax:eyes", TAPS[1]), CLIP, "softmax to run inside 'eyes' .* but none did"),
+        (lambda: taps.Unknown(Modular()), ("softmax:binder.inner", TAPS[1]), CLIP, r"axis 1 in 6 call\(s\)"),
+        (lambda: Growing(nn.Softmax(1), nn.Softmax(1)), ("softmax:0", "softmax:1"), CLIP, "one shape in all calls"),
+        (InLoop, ("softmax:.", "softmax:."), FRAMES, "the last"),
+        (InLoop, (TAPS[0], "softmax:."), FRAMES, "the last"),
     ],
 )
-def test_modules_around_the_wrong_softmaxes_are_refused(host: Any, places: Any, video: Any, message: str) -> None:
+def test_modules_around_the_wrong_softmaxes_are_refused(
+    host: Callable[[], Any], places: tuple[str, str], video: Tensor, message: str
+) -> None:
     with pytest.raises((HostError, ShapeError), match=message):
         tapped(host(), *places, video=video)
 
 
 def test_masks_of_each_frame_and_iterations_of_images_are_no_further_masks() -> None:
-    maps = tapped(InLoop(True), "softmax:binder", "softmax:drawn", video=torch.rand(2, 3, 16, taps.DIM), check=False)
+    maps = tapped(InLoop(True), TAPS[0], "softmax:drawn", video=FRAMES, check=False)
     assert maps.shape == (2, 3, taps.SLOTS, 16)
     for masks in ("softmax:.", "softmax:painter"):
-        host = taps.make_unknown(taps.SlotsOnly(iterations=3), taps.PicturesOnly("bsn"))
-        maps = tapped(host, "softmax:binder", masks, video=taps.tap_clip(2, 1))
-        assert torch.equal(maps.mask_logits, host.own()[1])
+        host = taps.make_unknown(taps.SlotsOnly(iterations=3))
+        assert_own(tapped(host, TAPS[0], masks, video=taps.tap_clip(2, 1)), host)
 
 
 class TokensToTokens(nn.Module):

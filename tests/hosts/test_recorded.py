@@ -34,11 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"reconstruction": "loss_featrec", "similarity": "loss_timesim"},
     ),
     "dinosaur": ("DINOSAUR", {}, {"reconstruction": "mse"}),
-    "slotcontrast": (
-        "SlotContrast",
-        {"similarity_dim": 12},
-        {"reconstruction": "loss_featrec", "contrast": "loss_ss"},
-    ),
+    "slotcontrast": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
     "ssync": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
     # SRL contrasts slots in a form of its own
     "srl": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_recon"}),
@@ -55,7 +51,9 @@ def _load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _host(name: str, state: dict[str, Tensor]) -> Any:
     kind, options, _ = CASES[name]
     host = getattr(hosts, kind)(**{**SHARED, **options}).eval()
-    host.load_state_dict({key: value for key, value in state.items() if not key.startswith("projector")}, strict=True)
+    own = {key: value for key, value in state.items() if not key.startswith("projector")}
+    assert [key for key, _ in host.named_parameters()] == list(own)  # optimizer states are kept by position
+    host.load_state_dict(own, strict=True)
     return host
 
 
@@ -84,14 +82,6 @@ def test_a_public_state_dict_gives_the_public_numbers(name):
         torch.testing.assert_close(losses[ours][1], recorded[f"loss/{theirs}"], atol=1e-5, rtol=0)
 
 
-def test_other_slots_would_be_noticed():
-    state, recorded = _load("slotcontrast")
-    state["processor.module.corrector.norm_slots.bias"][0] += 0.01
-    with torch.no_grad():
-        gap = (_host("slotcontrast", state)(recorded["features"]).slots - recorded["slots"]).abs().max()
-    assert gap > 1e-4
-
-
 def test_ssync_on_the_loaded_host_gives_the_public_losses():
     state, recorded = _load("ssync")
     with torch.no_grad():
@@ -101,7 +91,3 @@ def test_ssync_on_the_loaded_host_gives_the_public_losses():
     assert found.merged_slots.sum() > 0
     torch.testing.assert_close(found.boundary_loss, recorded["loss/loss_grp2deccls"], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.interior_loss, recorded["loss/loss_dec2grpcls"], atol=1e-5, rtol=0)
-
-
-def test_the_recordings_are_small():
-    assert sum(path.stat().st_size for path in RECORDED.glob("*.npz")) < 300_000

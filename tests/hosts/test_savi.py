@@ -8,11 +8,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from einops import rearrange
-from tiny_models import loader, parser_of, pixel_clips, tiny, train, trainer
+from tiny_models import loader, parser_of, pixel_clips, tiny, trainer
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SAVi
-from ssync_pl.hosts.nn.initializers import first_frame_hints
 
 
 @pytest.mark.parametrize(("frames", "width"), [(1, 16), (3, 16), (2, 24)])
@@ -32,20 +30,6 @@ def test_the_defaults_are_the_published_sizes() -> None:
     assert len(model.predictor.blocks) == 1
 
 
-def test_modules_are_called_as_adapters_expect() -> None:
-    model = tiny(SAVi, slot_init="learned", iterations_first=3, iterations_later=2).eval()
-    calls: dict[str, list[Any]] = {"encoder": [], "corrector": [], "predictor": [], "decoder": []}
-    for name, seen in calls.items():
-        getattr(model, name).register_forward_hook(lambda _m, args, out, seen=seen: seen.append((args, out)))
-    out = model(torch.randn(2, 3, 3, 16, 16))
-    assert [len(seen) for seen in calls.values()] == [1, 3, 2, 1]
-    assert [args[2] for args, _ in calls["corrector"]] == [3, 2, 2]
-    torch.testing.assert_close(torch.stack([o.logits for _, o in calls["corrector"]], 1), out.attention_logits)
-    torch.testing.assert_close(calls["decoder"][0][1].mask_logits, out.mask_logits)
-    second = model.corrector(model.predictor(out.slots[:, 0]), calls["corrector"][1][0][1], 2)
-    torch.testing.assert_close(out.slots[:, 1], second.slots)
-
-
 def test_loss_is_the_error_against_the_area_resized_frames_that_count() -> None:
     model, video = tiny(SAVi, slot_init="learned"), pixel_clips()["video"]
     loss = model.training_step({"video": video}, 0)
@@ -54,42 +38,6 @@ def test_loss_is_the_error_against_the_area_resized_frames_that_count() -> None:
     padded = {"video": video.clone(), "frame_mask": torch.tensor([[True, False], [True, False]])}
     padded["video"][:, 1] = 100.0
     torch.testing.assert_close(model.training_step(padded, 0), model.training_step({"video": video[:, :1]}, 0))
-
-
-@pytest.mark.parametrize("slot_init", ["gaussian", "learned", "boxes", "centres"])
-def test_learns_and_trains_every_parameter(slot_init: str) -> None:
-    model = tiny(SAVi, slot_init=slot_init)
-    losses = train(model, pixel_clips(), 20, 1e-2)
-    assert losses[-1] < 0.6 * losses[0]
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_conditioning_reaches_the_slots() -> None:
-    model, batch = tiny(SAVi, slot_init="boxes"), pixel_clips()
-    boxes = first_frame_hints(batch["segmentations"], 3)
-    moved = boxes.clone()
-    moved[:, 0] = torch.tensor([0.5, 0.5, 1.0, 1.0])
-    assert torch.equal(model(batch["video"], boxes).slots, model(batch["video"], boxes).slots)
-    assert not torch.allclose(model(batch["video"], boxes).slots, model(batch["video"], moved).slots)
-
-
-def test_fit_validates_saves_loads_and_predicts(tmp_path: Path) -> None:
-    model, batch = tiny(SAVi, trained=True, slot_init="learned", decay="cosine"), pixel_clips()
-    run = trainer(tmp_path, max_steps=4)
-    run.fit(model, loader(batch, 4), loader(batch))
-    scores = run.callback_metrics
-    assert {"val/loss", "val/used_slots", "val/video_fg_ari", "val/video_ari", "val/video_mbo"} <= set(scores)
-    assert 1.0 <= scores["val/used_slots"].item() <= 3.0
-    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
-    run.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = SAVi.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True, map_location="cpu")
-    assert loaded.hparams == model.hparams
-    assert not [key for key in loaded.state_dict() if key.startswith("evaluation")]
-    torch.testing.assert_close(loaded(batch["video"]).slots, model(batch["video"]).slots)
-    (first,) = trainer(tmp_path).predict(loaded, loader(batch))  # type: ignore[misc]
-    assert first["masks"].shape == (2, 2, 3, 16, 16)
-    torch.testing.assert_close(first["masks"].sum(dim=2), torch.ones(2, 2, 16, 16))
-    assert torch.equal(first["masks"].argmax(dim=2), first["labels"])
 
 
 def test_validation_ignores_repeated_padding_and_scores_by_hand(tmp_path: Path) -> None:
@@ -124,28 +72,6 @@ def test_bf16_autocast_keeps_logits_in_float32() -> None:
         out = tiny(SAVi)(torch.randn(1, 2, 3, 16, 16))
     assert out.attention_logits.dtype == out.mask_logits.dtype == torch.float32
     assert torch.isfinite(out.reconstruction).all()
-
-
-VIDEO, HINTS = pixel_clips()["video"], torch.zeros(2, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
-        (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),
-        (lambda: tiny(SAVi, slot_init="boxes")(VIDEO), ConfigError, "`conditioning` to be a tensor"),
-        (lambda: tiny(SAVi)(VIDEO, HINTS), ConfigError, "`conditioning` to be None"),
-        (lambda: tiny(SAVi, slot_init="centres")(VIDEO, HINTS), ShapeError, r"`conditioning` to be \(B, 3, 2\)"),
-        (lambda: tiny(SAVi, slot_init="zeros"), ConfigError, "`slot_init` to be 'gaussian'"),
-        (lambda: tiny(SAVi, encoder_strides=(1,)), ConfigError, "`encoder_channels` and `encoder_strides`"),
-        (lambda: tiny(SAVi, num_slots=0), ConfigError, "`num_slots`"),
-        (lambda: tiny(SAVi).validation_step({"video": VIDEO}, 0), ConfigError, "key `segmentations`"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()
 
 
 def test_the_command_line_builds_it_from_flat_arguments() -> None:

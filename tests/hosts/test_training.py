@@ -3,75 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FEATURES, OPTIONS, loader, trainer
-from torch import Tensor, nn
+from tiny_models import (
+    FEATURE_HOSTS,
+    FEATURES,
+    OPTIONS,
+    Batch,
+    feature_clips,
+    loader,
+    pixel_clips,
+    tiny,
+    train,
+    trainer,
+    window_clips,
+)
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl import SSyncCallback
+from ssync_pl.errors import ShapeError
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
-from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames, resize_masks
-from ssync_pl.hosts.training import SlotHost, exponential_for, schedule_for
-
-
-class _Halves(SlotHost):
-    """Two slots: the left and the right half of a frame of 4 x 4; the loss is the mean of the frames that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        left = torch.tensor([0.9, 0.9, 0.1, 0.1]).expand(1, 2, 4, 4)
-        return torch.stack([left, 1 - left], dim=2).expand(len(batch["features"]), -1, -1, -1, -1)
-
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        return self.segment(batch), batch["features"].mean()
-
-
-def _batch() -> dict[str, Tensor]:
-    truth = torch.zeros(1, 2, 2, 8, 8, dtype=torch.bool)
-    truth[:, :, 0, :, :4] = True
-    truth[:, :, 1] = ~truth[:, :, 0]
-    return {"features": torch.full((1, 2, 16, 3), 2.5), "video": torch.zeros(1, 2, 3, 8, 8), "segmentations": truth}
-
-
-def test_validation_test_and_prediction_score_what_the_subclass_says(tmp_path: Path) -> None:
-    for verb, prefix in (("validate", "val/"), ("test", "test/")):
-        scores = getattr(trainer(tmp_path), verb)(_Halves(), loader(_batch()), verbose=False)[0]
-        assert scores[f"{prefix}loss"] == 2.5
-        assert scores[f"{prefix}used_slots"] == 2.0
-        assert scores[f"{prefix}video_ari"] == pytest.approx(1.0)
-    batch = _batch()
-    at_frames = _Halves().predict_step(batch, 0)
-    assert at_frames["masks"].shape == (1, 2, 2, 8, 8)
-    assert at_frames["labels"][0, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    del batch["video"]  # then at the size of the patches
-    assert _Halves().predict_step(batch, 0)["labels"][0, 0, 0].tolist() == [0, 0, 1, 1]
+from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames
+from ssync_pl.hosts.training import exponential_for, schedule_for
 
 
 def test_frames_and_samples_that_count() -> None:
     frames, samples = torch.tensor([[True, False], [True, True]]), torch.tensor([True, False])
     batch = {"video": torch.zeros(2, 2, 3, 4, 4), "frame_mask": frames, "batch_padding_mask": samples}
     assert frame_validity(batch).tolist() == [[True, False], [False, False]]
-    assert frame_validity({"features": torch.zeros(2, 3, 5, 4), "batch_padding_mask": samples}).tolist() == [
-        [True] * 3,
-        [False] * 3,
-    ]
+    cached = {"features": torch.zeros(2, 3, 5, 4), "batch_padding_mask": samples}
+    assert frame_validity(cached).tolist() == [[True] * 3, [False] * 3]
     assert mean_over_frames(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
-
-
-def test_masks_are_resized_bilinearly_frame_by_frame() -> None:
-    masks = torch.rand(2, 3, 4, 5, 5).softmax(dim=2)
-    resized = resize_masks(masks, (10, 8))
-    torch.testing.assert_close(
-        resized[1, 2], nn.functional.interpolate(masks[1, 2][None], size=(10, 8), mode="bilinear")[0]
-    )
-    torch.testing.assert_close(resized.sum(dim=2), torch.ones(2, 3, 10, 8))
 
 
 def test_evaluation_weighs_videos_and_frames_resets_and_refuses() -> None:
@@ -111,22 +76,16 @@ def test_schedules_by_hand(factor: Any, expected: dict[int, float]) -> None:
     assert {step: factor(step) for step in expected} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: schedule_for(math.inf, 10, "cosine"), "max_steps"),
-        (lambda: schedule_for(10, 0, "linear"), "decay"),  # type: ignore[arg-type]
-        (lambda: schedule_for(10, -1), "warmup_steps"),
-        (lambda: exponential_for(-1, 10), "decay_steps"),
-        (lambda: exponential_for(100, 10, decay_steps=5), "decay_steps"),
-        (lambda: exponential_for(100, 10, rate=0), "decay_rate"),
-    ],
-)
-def test_schedules_that_cannot_be_are_refused(call: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        call()
-
-
+CLIPS: dict[Any, Callable[[], Batch]] = {
+    SAVi: pixel_clips,
+    **dict.fromkeys(FEATURE_HOSTS, feature_clips),
+    SOLV: window_clips,
+}
+# How learning rates of 3e-3 decay, and what is left of them after four steps
+DECAYS: dict[Any, tuple[dict[str, Any], float]] = {
+    SAVi: ({"slot_init": "learned", "decay": "cosine"}, 0.0),
+    SOLV: ({"decay": "exponential", "merge_rise": 1.0}, 3e-3 / 8),
+}
 PIXELS = {key: value for key, value in OPTIONS[SAVi].items() if key not in ("init", "learning_rate", "decay")}
 SMALL = {key: FEATURES[key] for key in ("num_slots", "slot_dim", "backbone", "feature_dim", "grid", "decoder_hidden")}
 WINDOW = {"clip_length": 3, "temporal_heads": 2, "temporal_blocks": 1, "dropout": 0.0}
@@ -166,11 +125,38 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     model = kind(**options)
     model.log = model.log_dict = lambda *args, **kwargs: None
     # Small steps: with large ones rounding grows a hundredfold every ten steps.
-    optimizer, losses = torch.optim.Adam(model.parameters(), 5e-4), []
-    for step in range(50):
-        loss = model.training_step(batch, step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[::7] == pytest.approx(recorded, rel=1e-4)
+    assert train(model, batch, 50, 5e-4)[::7] == pytest.approx(recorded, rel=1e-4)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_path: Path) -> None:
+    options, rate = DECAYS.get(kind, ({"slot_init": "learned", "decay_steps": None, "decay_rate": 0.5}, 1.5e-3))
+    batch = window_clips(frames=5) if kind is SOLV else CLIPS[kind]()
+    model = tiny(kind, trained=True, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = trainer(tmp_path, max_steps=4, callbacks=[SSyncCallback(warmup_ratio=0.0)])
+    run.fit(model, loader(CLIPS[kind](), 4), loader(batch))
+    scores = run.callback_metrics
+    wanted = {"train/loss", "val/loss", "val/used_slots", "val/video_fg_ari", "val/video_ari", "val/video_mbo"}
+    assert {*wanted, "ssync/interior_loss", "ssync/agreement"} <= set(scores)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate, abs=1e-9)
+    assert not any(part._forward_hooks for part in model.modules())
+    assert list(model.state_dict()) == list(before)
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any("decoder" in name for name in moved)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True, map_location="cpu").eval()
+    assert loaded.hparams == model.hparams
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.segment(batch), model.eval().segment(batch))
+    (predicted,) = trainer(tmp_path).predict(loaded, loader(batch))  # type: ignore[misc]
+    shape = batch["segmentations"].shape
+    assert predicted["masks"].shape == (*shape[:2], model.hparams.num_slots, *shape[3:])
+    torch.testing.assert_close(predicted["masks"].sum(dim=2), torch.ones(*shape[:2], *shape[3:]))
+    assert torch.equal(predicted["masks"].argmax(dim=2), predicted["labels"])
+    if kind is not SAVi:  # without frames, masks have the size of the patches
+        without = {name: value for name, value in batch.items() if name != "video"}
+        assert loaded.predict_step(without, 0)["labels"].shape == (*shape[:2], *model.hparams.grid)
+    tested = trainer(tmp_path).test(loaded, loader(batch), verbose=False)[0]
+    assert tested["test/loss"] == pytest.approx(scores["val/loss"].item())

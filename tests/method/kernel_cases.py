@@ -2,84 +2,45 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from ssync_cases import logits_of_kind
 
 from ssync_pl.errors import ConfigError
 from ssync_pl.method import describe_backend, loss, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 
-INTEGERS = (
-    "encoder_labels",
-    "decoder_labels",
-    "raw_encoder_labels",
-    "raw_decoder_labels",
-    "boundary",
-    "interior",
-    "winners",
-    "merged_slots",
-    "boundary_count",
-    "interior_count",
-    "boundary_fraction",
-    "interior_fraction",
-    "overlap_fraction",
-    "agreement",
-    "used_encoder_slots",
-    "used_decoder_slots",
-)
+LABELS = ("encoder_labels", "decoder_labels", "raw_encoder_labels", "raw_decoder_labels", "winners", "merged_slots")
+REGIONS = ("boundary", "interior", "boundary_count", "interior_count", "boundary_fraction", "interior_fraction")
+EXACT = (*LABELS, *REGIONS, "overlap_fraction", "agreement", "used_encoder_slots", "used_decoder_slots")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def clip(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "blobs"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two maps of blobs that overlap, or of integers full of ties; multiples of 1/64, so that means are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    b, t, s, h, w = shape
-    pair = []
-    for _ in range(2):
-        if kind == "integers":
-            value = torch.randint(-2, 3, (b, t, s, h * w), generator=generator).float()
-        else:
-            centre = torch.rand(b, 1, s, 1, 2, generator=generator) * torch.tensor([h, w])
-            place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
-            value = 3 - (place - centre).abs().sum(-1) / 2 + 0.2 * torch.randn(b, t, s, h * w, generator=generator)
-            if s > 2:
-                value[:, :, 1] = value[:, :, 0] + 0.05
-        pair.append((value * 64).round().div(64).to(DEVICE, dtype))
-    return pair[0], pair[1]
+def clip(shape, dtype=torch.float32, seed=0, kind="copies"):
+    """Two maps, whose entries are multiples of 1/64, so that means are exact."""
+    rng, (b, t, s, *grid) = np.random.default_rng(seed), shape
+    return [torch.tensor(logits_of_kind(rng, kind, b, t, s, grid)).to(DEVICE, dtype) for _ in range(2)]
 
 
-def both(d, a, grid, weights=(1.0, 1.0), **options):
-    """Outputs and gradients of the plain and the fused path."""
-    results = []
-    for backend in ("torch", "triton"):
-        leaves = [x.detach().requires_grad_() for x in (d, a)]
-        output = ssync_loss(
-            SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=grid),
-            boundary_weight=weights[0],
-            interior_weight=weights[1],
-            backend=backend,
-            **options,
-        )
-        output.loss.backward()
-        results.append((output, [leaf.grad for leaf in leaves]))
-    return results
+def maps_of(d, a, grid):
+    leaves = [x.detach().requires_grad_() for x in (d, a)]
+    return leaves, SSyncMaps(*leaves, grid=grid)
 
 
 def check(d, a, grid, **options):
-    (plain, expected), (fused, got) = both(d, a, grid, **options)
-    for name in INTEGERS:
-        ours, theirs = getattr(fused, name), getattr(plain, name)
-        assert ours.shape == theirs.shape, name
-        assert ours.dtype == theirs.dtype, name
-        assert torch.equal(ours, theirs), name
+    """Outputs and gradients of the fused path are those of the plain one, which it returns."""
+    results = []
+    for backend in ("torch", "triton"):
+        leaves, maps = maps_of(d, a, grid)
+        output = ssync_loss(maps, backend=backend, **options)
+        results.append((output, torch.autograd.grad(output.loss, leaves)))
+    (plain, expected), (fused, got) = results
+    for name in EXACT:
+        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=0, atol=0, msg=name)
     for name in ("loss", "boundary_loss", "interior_loss"):
         torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=2e-6, atol=1e-8)
-    if plain.slot_iou is None:
-        assert fused.slot_iou is None
-    else:
-        torch.testing.assert_close(fused.slot_iou, plain.slot_iou, rtol=0, atol=2e-6)
+    torch.testing.assert_close([fused.slot_iou], [plain.slot_iou], rtol=0, atol=2e-6)
     eps = torch.finfo(d.dtype).eps
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -88,27 +49,25 @@ def check(d, a, grid, **options):
     return plain
 
 
+OPTIONS = [
+    {"merge": False},
+    {"merge_threshold": 0.0},
+    {"n_bd": 3, "n_noise": 2, "n_nbd": 4},
+    {"n_bd": 0, "n_noise": 0, "n_nbd": 11},
+    {"boundary_weight": 0.0, "interior_weight": 2.0},
+]
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1, 1, 1), (2, 3, 5, 6, 7), (1, 2, 11, 12, 12), (2, 1, 16, 5, 5), (1, 1, 17, 9, 9)],
+    ("shape", "kind", "options"),
+    [
+        *((shape, "integers", {}) for shape in ((1, 1, 1, 1, 1), (1, 2, 2, 2, 3), (2, 3, 5, 6, 7), (1, 2, 11, 12, 12))),
+        *((shape, "copies", {}) for shape in ((2, 1, 16, 5, 5), (1, 1, 17, 9, 9), (1, 1, 64, 9, 9))),
+        *(((1, 3, 6, 7, 5), "copies", options) for options in OPTIONS),
+    ],
 )
-def case_shapes(shape):
-    check(*clip(shape, kind="integers" if shape[2] % 2 else "blobs"), shape[3:])
-
-
-def case_ties():
-    check(*clip((1, 2, 2, 2, 3), kind="integers"), (2, 3))
-
-
-def case_many_slots():
-    d, a = clip((1, 1, 64, 9, 9))
-    check(d, a, (9, 9))
-    d, a = clip((1, 1, 65, 4, 4))
-    maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4))
-    assert describe_backend(maps).name == "torch"
-    with pytest.raises(ConfigError, match="64 slots"):
-        ssync_loss(maps, backend="triton")
-    assert ssync_loss(maps).winners.shape == (1, 65)
+def case_shapes_ties_and_options(shape, kind, options):
+    check(*clip(shape, seed=3, kind=kind), shape[3:], **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,21 +88,6 @@ def case_strides():
     check(d[:, :1].expand(2, 3, 5, 36), a[:1, :1].expand(2, 3, 5, 36), (6, 6))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"merge": False},
-        {"merge_threshold": 0.0},
-        {"n_bd": 3, "n_noise": 2, "n_nbd": 4},
-        {"n_bd": 0, "n_noise": 0, "n_nbd": 11},
-        {"weights": (0.0, 2.0)},
-    ],
-)
-def case_options(options):
-    d, a = clip((1, 3, 6, 7, 5), seed=3)
-    check(d, a, (7, 5), **options)
-
-
 def case_chains_merge_transitively():
     d, a = clip((1, 2, 5, 8, 8), seed=1)
     for slot in range(1, 5):
@@ -156,60 +100,55 @@ def case_chains_merge_transitively():
 def case_nothing_selected():
     d = torch.zeros(1, 2, 3, 16, device=DEVICE)
     d[:, :, 0] = 1.0
-    (_, _), (fused, gradients) = both(d, d, (4, 4))
-    assert fused.boundary_loss.item() == 0.0
-    assert float(fused.boundary_count) == 0.0
-    assert not gradients[1].any()
+    plain = check(d, d, (4, 4))
+    assert float(plain.boundary_count) == float(plain.boundary_loss) == 0
 
 
-def leaves_of(d, a):
-    leaves = [x.detach().requires_grad_() for x in (d, a)]
-    return leaves, SSyncMaps(attention_logits=leaves[0], mask_logits=leaves[1], grid=(6, 6))
+def case_more_slots_than_the_kernels_hold():
+    _, maps = maps_of(*clip((1, 1, 65, 4, 4)), (4, 4))
+    assert describe_backend(maps).name == "torch"
+    with pytest.raises(ConfigError, match="64 slots"):
+        ssync_loss(maps, backend="triton")
+    assert ssync_loss(maps).winners.shape == (1, 65)
 
 
-def both_gradients(differentiate):
-    """What ``differentiate(leaves, maps, backend)`` gives with either backend has to agree."""
-    d, a = clip((1, 2, 4, 6, 6))
-    plain, fused = (differentiate(*leaves_of(d, a), backend) for backend in ("torch", "triton"))
-    for ours, theirs in zip(fused, plain, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
-    return plain
-
-
-@pytest.mark.parametrize("name", ["boundary_loss", "interior_loss"])
-def case_one_loss_at_a_time(name):
-    def differentiate(leaves, maps, backend):
-        loss = getattr(ssync_loss(maps, backend=backend), name).mul(3.0)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+def one_loss(name):
+    def differentiate(leaves, output):
+        grads = torch.autograd.grad(getattr(output, name).mul(3.0), leaves, allow_unused=True)
         return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
 
-    both_gradients(differentiate)
+    return differentiate
 
 
-def case_second_derivatives():
-    def differentiate(leaves, maps, backend):
-        first = torch.autograd.grad(ssync_loss(maps, backend=backend, n_nbd=5).loss, leaves, create_graph=True)
-        return (*first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+def second_derivatives(leaves, output):
+    first = torch.autograd.grad(output.loss, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+    assert all(value.any() for value in second)
+    return (*first, *second)
 
-    assert all(value.any() for value in both_gradients(differentiate))
+
+def added_in_place(leaves, output):
+    total = output.loss
+    total += leaves[0].square().mean()
+    return torch.autograd.grad(total, leaves)
 
 
-def case_losses_may_be_added_to_in_place():
-    def differentiate(leaves, maps, backend):
-        total = ssync_loss(maps, backend=backend).loss
-        total += leaves[0].square().mean()
-        return torch.autograd.grad(total, leaves)
-
-    both_gradients(differentiate)
+@pytest.mark.parametrize(
+    "differentiate", [one_loss("boundary_loss"), one_loss("interior_loss"), second_derivatives, added_in_place]
+)
+def case_ways_to_differentiate(differentiate):
+    results = []
+    for backend in ("torch", "triton"):
+        leaves, maps = maps_of(*clip((1, 2, 4, 6, 6)), (6, 6))
+        results.append([*differentiate(leaves, ssync_loss(maps, backend=backend, n_nbd=5))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("place", [(0, 0, 1, 5), (0, 0, 0, 0)])
 def case_a_nan_reaches_the_loss_or_is_refused(place):
     d, a = clip((1, 1, 3, 4, 4))
     d[place] = float("nan")
-    maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(4, 4))
+    maps = SSyncMaps(d, a, grid=(4, 4))
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="`attention_logits` to be finite, but got NaN"):
             ssync_loss(maps, backend="triton")
@@ -221,8 +160,12 @@ def case_a_nan_reaches_the_loss_or_is_refused(place):
 @pytest.mark.parametrize(("slots", "dtypes"), [(1, (torch.float32,) * 2), (20, (torch.bfloat16, torch.float32))])
 def case_kernels_that_agree_are_taken(slots, dtypes):
     d, a = (torch.zeros(1, 1, slots, 4, device=DEVICE, dtype=dtype) for dtype in dtypes)
-    choice = describe_backend(SSyncMaps(attention_logits=d, mask_logits=a, grid=(2, 2)))
-    assert choice == ("triton", "the kernels agree with torch")
+    _, maps = maps_of(d, a, (2, 2))
+    assert describe_backend(maps) == ("triton", "the kernels agree with torch")
+    assert "FusedBlock" in ssync_loss(maps).interior_loss.grad_fn.name()
+
+
+real = loss.fused_block
 
 
 def _wrong(*args, **kwargs):
@@ -235,23 +178,13 @@ def _broken(*args, **kwargs):
     raise RuntimeError("Failed to find C compiler")
 
 
-real = loss.fused_block
-
-
 @pytest.mark.parametrize(("kernels", "reason"), [(_wrong, "differ from torch"), (_broken, "Failed to find C compiler")])
 def case_kernels_that_fail_their_trial_are_not_taken(monkeypatch, kernels, reason):
     monkeypatch.setattr(loss, "fused_block", kernels)
     monkeypatch.setattr(loss, "_TRIALS", {})
-    d, a = clip((1, 1, 3, 4, 4))
-    maps = SSyncMaps(attention_logits=d.requires_grad_(), mask_logits=a, grid=(4, 4))
+    _, maps = maps_of(*clip((1, 1, 3, 4, 4)), (4, 4))
     with pytest.warns(UserWarning, match=reason):
         choice = describe_backend(maps)
     assert choice.name == "torch"
     assert reason in choice.reason
     assert torch.equal(ssync_loss(maps).loss, ssync_loss(maps, backend="torch").loss)
-
-
-def case_auto_takes_the_kernels():
-    d, a = clip((1, 1, 3, 4, 4))
-    output = ssync_loss(SSyncMaps(attention_logits=d.requires_grad_(), mask_logits=a, grid=(4, 4)))
-    assert "FusedBlock" in output.interior_loss.grad_fn.name()

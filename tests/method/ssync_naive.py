@@ -11,11 +11,11 @@ NEIGHBOURS_IN_FRAME = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1,
 
 
 def naive_ssync(
-    encoder_logits=None,
-    decoder_logits=None,
+    attention_logits=None,
+    mask_logits=None,
     *,
-    encoder_probs=None,
-    decoder_probs=None,
+    attention_probs=None,
+    mask_probs=None,
     grid,
     slot_valid=None,
     patch_valid=None,
@@ -35,31 +35,25 @@ def naive_ssync(
     `grad_decoder` is the gradient of the (unweighted) boundary loss with respect to the decoder side's input,
     `grad_encoder` that of the interior loss with respect to the encoder side's: probabilities where given, else logits.
     """
-    some = next(x for x in (encoder_logits, encoder_probs) if x is not None)
-    height, width = grid
-    b_, t_, s_, n_ = some.shape
-    assert n_ == height * width
+    encoder, decoder = (
+        np.asarray(logits if probs is None else probs, np.float64)
+        for logits, probs in ((attention_logits, attention_probs), (mask_logits, mask_probs))
+    )
+    b_, t_, s_, n_ = encoder.shape
+    assert n_ == grid[0] * grid[1]
+    places = list(np.ndindex(b_, t_, n_))
     sv = np.ones((b_, s_), bool) if slot_valid is None else np.asarray(slot_valid)
     pv = np.ones((b_, t_, n_), bool) if patch_valid is None else np.asarray(patch_valid)
     fi = np.tile(np.arange(t_), (b_, 1)) if frame_index is None else np.asarray(frame_index)
-    if merge is None:
-        merge = encoder_logits is not None
-
-    encoder = _side(encoder_logits, encoder_probs, slot_valid)
-    decoder = _side(decoder_logits, decoder_probs, slot_valid)
-    raw_e = _labels(encoder, sv)
-    raw_d = _labels(decoder, sv)
+    raw_e, raw_d = _labels(encoder, sv), _labels(decoder, sv)
+    area = np.zeros((b_, s_))
+    for b, t, x in places:
+        area[b, raw_e[b, t, x]] += pv[b, t, x]
 
     slot_iou, coverage = None, None
-    area = np.zeros((b_, s_))
-    for b in range(b_):
-        for t in range(t_):
-            for x in range(n_):
-                if pv[b, t, x]:
-                    area[b, raw_e[b, t, x]] += 1
     winners = np.tile(np.arange(s_), (b_, 1))
-    if merge:
-        logits = np.asarray(encoder_logits, np.float64) if encoder_logits is not None else _log(encoder_probs)
+    if (attention_logits is not None) if merge is None else merge:
+        logits = _log(attention_probs) if attention_logits is None else np.asarray(attention_logits, np.float64)
         coverage = _coverage(logits, sv, pv)
         slot_iou = _slot_iou(coverage)
         for b in range(b_):
@@ -72,32 +66,27 @@ def naive_ssync(
                     winners[b, i] = best
 
     merged_e, merged_d = raw_e.copy(), raw_d.copy()
-    for b in range(b_):
-        for t in range(t_):
-            for x in range(n_):
-                merged_e[b, t, x] = winners[b, raw_e[b, t, x]]
-                merged_d[b, t, x] = winners[b, raw_d[b, t, x]]
+    for b, t, x in places:
+        merged_e[b, t, x] = winners[b, raw_e[b, t, x]]
+        merged_d[b, t, x] = winners[b, raw_d[b, t, x]]
+    boundary, interior = np.zeros((2, b_, t_, n_), bool)
+    for b, t, x in places:
+        if pv[b, t, x]:
+            n_e, n_d = (_differing(labels, pv, fi, b, t, x, *grid) for labels in (merged_e, merged_d))
+            boundary[b, t, x] = n_e >= n_bd and 10 - n_e >= n_noise
+            interior[b, t, x] = n_d < n_nbd
 
-    boundary = np.zeros((b_, t_, n_), bool)
-    interior = np.zeros((b_, t_, n_), bool)
-    for b in range(b_):
-        for t in range(t_):
-            for x in range(n_):
-                if pv[b, t, x]:
-                    n_e = _differing(merged_e, pv, fi, b, t, x, height, width)
-                    n_d = _differing(merged_d, pv, fi, b, t, x, height, width)
-                    boundary[b, t, x] = n_e >= n_bd and 10 - n_e >= n_noise
-                    interior[b, t, x] = n_d < n_nbd
-
-    boundary_loss, grad_decoder = _loss(decoder, decoder_probs is not None, boundary, merged_e, sv, temperature, loss)
-    interior_loss, grad_encoder = _loss(encoder, encoder_probs is not None, interior, merged_d, sv, temperature, loss)
-
-    used_e, used_d = np.zeros(b_), np.zeros(b_)
-    for b in range(b_):
-        used_e[b] = len({int(raw_e[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]})
-        used_d[b] = len({int(raw_d[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]})
-    valid = int(pv.sum())
-    shape = (b_, t_, height, width)
+    renormalised = slot_valid is not None
+    options = (sv, temperature, loss)
+    boundary_loss, grad_decoder = _loss(decoder, mask_probs is not None, renormalised, boundary, merged_e, *options)
+    interior_loss, grad_encoder = _loss(
+        encoder, attention_probs is not None, renormalised, interior, merged_d, *options
+    )
+    used_e, used_d = (
+        np.array([len({int(raw[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]}) for b in range(b_)])
+        for raw in (raw_e, raw_d)
+    )
+    valid, shape = int(pv.sum()), (b_, t_, *grid)
     return SimpleNamespace(
         loss=boundary_weight * boundary_loss + interior_weight * interior_loss,
         boundary_loss=boundary_loss,
@@ -131,40 +120,27 @@ def _log(probs):
         return np.log(np.asarray(probs, np.float64))
 
 
-def _side(logits, probs, slot_valid):
-    """One side's scores: ("logits", z) or ("probs", p, whether to renormalise)."""
-    if probs is not None:
-        return "probs", np.asarray(probs, np.float64), slot_valid is not None
-    return "logits", np.asarray(logits, np.float64), None
-
-
-def _labels(side, sv):
-    scores = side[1]
+def _labels(scores, sv):
     b_, t_, s_, n_ = scores.shape
     out = np.zeros((b_, t_, n_), np.int64)
-    for b in range(b_):
-        for t in range(t_):
-            for x in range(n_):
-                best = None
-                for i in range(s_):
-                    if sv[b, i] and (best is None or scores[b, t, i, x] > scores[b, t, best, x]):
-                        best = i
-                out[b, t, x] = best
+    for b, t, x in np.ndindex(b_, t_, n_):
+        best = None
+        for i in range(s_):
+            if sv[b, i] and (best is None or scores[b, t, i, x] > scores[b, t, best, x]):
+                best = i
+        out[b, t, x] = best
     return out
 
 
 def _coverage(logits, sv, pv):
     b_, t_, s_, n_ = logits.shape
     out = np.zeros((b_, t_, s_, n_), bool)
-    for b in range(b_):
-        for i in range(s_):
-            values = [logits[b, t, i, x] for t in range(t_) for x in range(n_) if pv[b, t, x]]
-            if not sv[b, i] or not values:
-                continue
+    for b, i in np.ndindex(b_, s_):
+        values = [logits[b, t, i, x] for t in range(t_) for x in range(n_) if pv[b, t, x]]
+        if sv[b, i] and values:
             mean = math.fsum(values) / len(values)
-            for t in range(t_):
-                for x in range(n_):
-                    out[b, t, i, x] = pv[b, t, x] and logits[b, t, i, x] > mean
+            for t, x in np.ndindex(t_, n_):
+                out[b, t, i, x] = pv[b, t, x] and logits[b, t, i, x] > mean
     return out
 
 
@@ -173,14 +149,10 @@ def _slot_iou(coverage):
     out = np.zeros((b_, s_, s_))
     for b in range(b_):
         sets = [[{x for x in range(n_) if coverage[b, t, i, x]} for i in range(s_)] for t in range(t_)]
-        for i in range(s_):
-            for j in range(s_):
-                total = 0.0
-                for t in range(t_):
-                    first, second = sets[t][i], sets[t][j]
-                    both = len(first & second)
-                    total += both / ((len(first) + 1e-6) + (len(second) + 1e-6) - both)
-                out[b, i, j] = total / t_
+        for i, j, t in np.ndindex(s_, s_, t_):
+            first, second = sets[t][i], sets[t][j]
+            both = len(first & second)
+            out[b, i, j] += both / ((len(first) + 1e-6) + (len(second) + 1e-6) - both) / t_
     return out
 
 
@@ -221,26 +193,18 @@ def _differing(labels, pv, fi, b, t, x, height, width):
     return count
 
 
-def _loss(side, is_probs, selected, labels, sv, temperature, kind):
+def _loss(scores, is_probs, renormalise, selected, labels, sv, temperature, kind):
     """Mean over the selected patches (and, for Brier, valid slots); 0 and zero gradient when nothing is selected."""
-    scores = side[1]
-    b_, t_, s_, n_ = scores.shape
-    grad = np.zeros(scores.shape)
-    where = [(b, t, x) for b in range(b_) for t in range(t_) for x in range(n_) if selected[b, t, x]]
+    grad, terms = np.zeros(scores.shape), []
+    where = [tuple(place) for place in np.argwhere(selected)]
     if not where:
         return 0.0, grad
-    if kind == "brier":
-        divisor = sum(int(sv[b].sum()) for b, _, _ in where)
-    else:
-        divisor = len(where)
-    terms = []
+    divisor = sum(int(sv[b].sum()) for b, _, _ in where) if kind == "brier" else len(where)
     for b, t, x in where:
-        slots = [i for i in range(s_) if sv[b, i]]
+        slots = [i for i in range(scores.shape[2]) if sv[b, i]]
         z = [float(scores[b, t, i, x]) for i in slots]
-        if is_probs:
-            p = _from_probs(z, temperature, side[2])
-        else:
-            p = _softmax(z, temperature)
+        as_they_are = is_probs and temperature == 1 and not renormalise
+        p = z if as_they_are else _probabilities(z, is_probs, temperature)
         label = int(labels[b, t, x])
         if kind == "brier":
             terms += [(p[k] - (i == label)) ** 2 for k, i in enumerate(slots)]
@@ -248,7 +212,7 @@ def _loss(side, is_probs, selected, labels, sv, temperature, kind):
         else:
             terms.append(-math.log(p[slots.index(label)]))
             dp = [-1 / p[k] if i == label else 0.0 for k, i in enumerate(slots)]
-        if is_probs and temperature == 1 and not side[2]:
+        if as_they_are:
             dz = dp
         else:
             # q = u / sum(u): dz = u'(z)/u * q * (dp - <q, dp>), with u = exp(z/k) or z^(1/k).
@@ -262,16 +226,8 @@ def _loss(side, is_probs, selected, labels, sv, temperature, kind):
     return math.fsum(terms) / divisor, grad
 
 
-def _softmax(z, temperature):
+def _probabilities(z, is_probs, temperature):
     top = max(z)
-    e = [math.exp((v - top) / temperature) for v in z]
-    total = math.fsum(e)
-    return [v / total for v in e]
-
-
-def _from_probs(z, temperature, renormalise):
-    if temperature == 1 and not renormalise:
-        return z
-    u = [v ** (1 / temperature) for v in z]
+    u = [v ** (1 / temperature) if is_probs else math.exp((v - top) / temperature) for v in z]
     total = math.fsum(u)
     return [v / total for v in u]

@@ -3,10 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ssync_workers import CASES, batch_of, rank_step
-
-from ssync_pl.method import ssync_loss
-from ssync_pl.method.maps import SSyncMaps
+from ssync_workers import CASES, loss_and_gradients, rank_step
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +25,9 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_equal_one_process(ranks, case):
-    d, a, grid = batch_of(case)
-    leaves = [x.clone().requires_grad_() for x in (d, a)]
-    expected = ssync_loss(SSyncMaps(*leaves, grid=grid), **CASES[case])
-    grads = torch.autograd.grad(expected.loss, leaves)
-    if case == "one patch":
-        assert expected.boundary_count.item() == 1
-    torch.testing.assert_close((ranks[0][case]["loss"] + ranks[1][case]["loss"]) / 2, expected.loss.detach())
-    for side in range(2):
-        together = torch.cat([ranks[rank][case]["grads"][side] for rank in range(2)])
-        torch.testing.assert_close(together, grads[side])
-    maps = SSyncMaps(d, a, grid=grid)  # without processes it changes nothing
-    assert torch.equal(ssync_loss(maps, sync_counts=True).loss, ssync_loss(maps).loss)
+    expected, gradients = loss_and_gradients(case, slice(None))
+    (one, of_one), (two, of_two) = (rank[case] for rank in ranks)
+    torch.testing.assert_close((one + two) / 2, expected)  # as DDP averages
+    for mine, yours, whole in zip(of_one, of_two, gradients, strict=True):
+        torch.testing.assert_close(torch.cat([mine, yours]) / 2, whole)
+    assert loss_and_gradients(case, slice(None), sync_counts=True)[0] == expected  # without processes, no difference

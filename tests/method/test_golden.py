@@ -54,10 +54,10 @@ def test_labels_and_regions_are_equal_bit_for_bit(name):
     assert [len(raw.unique()) - len(merged.unique()) for raw, merged in pairs] == stats["merged_slots"]
     above = (torch.triu(output.slot_iou, diagonal=1) > options["merge_threshold"]).sum(dim=(1, 2))
     assert above.tolist() == stats["pairs_above"]
-    np.testing.assert_allclose(output.slot_iou.numpy(), record["slot_iou"], atol=1e-6)
     np.testing.assert_array_equal(reference.coverage, record["coverage"])
     np.testing.assert_array_equal(reference.area, record["area"])
-    np.testing.assert_allclose(reference.slot_iou, record["slot_iou"], atol=1e-6)
+    for iou in (output.slot_iou.numpy(), reference.slot_iou):
+        np.testing.assert_allclose(iou, record["slot_iou"], atol=1e-6)
 
 
 @NAMES
@@ -67,6 +67,7 @@ def test_losses_and_gradients(name, dtype):
     output, d, a = run(record, grid, options, dtype)
     for key, attribute in (("loss_grp2dec", "boundary_loss"), ("loss_dec2grp", "interior_loss")):
         expected, got = float(record[key]), getattr(output, attribute).item()
+        # The record is NaN where nothing is selected.
         assert got == (0 if np.isnan(expected) else pytest.approx(expected, rel=1e-6))
     assert output.loss.item() == pytest.approx(output.boundary_loss.item() + output.interior_loss.item(), rel=1e-6)
     output.loss.backward()
@@ -87,14 +88,3 @@ def test_the_gradients_do_not_cross():
         to_own, to_other = torch.autograd.grad(loss, (own, other), retain_graph=True, allow_unused=True)
         assert to_own.any()
         assert to_other is None or not to_other.any()
-
-
-def test_a_recorded_nan_is_zero_with_zero_gradient():
-    record, grid, options, _ = load("no_boundary")
-    assert np.isnan(record["loss_grp2dec"])
-    output, d, a = run(record, grid, options)
-    assert (output.boundary_loss.item(), output.boundary_count.item()) == (0, 0)
-    output.loss.backward()
-    assert a.grad is not None
-    assert not a.grad.any()
-    assert torch.isfinite(d.grad).all()

@@ -16,35 +16,32 @@ from ssync_pl.method.maps import SSyncMaps
 
 HERE = Path(__file__).parent
 COMMAND = [
-    sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_files=*_cases.py",
-    "-o", "python_functions=case_*", "-o", "addopts=",
+    sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_files=*_cases.py", "-o", "addopts=",
+    "-o", "python_functions=case_*", str(HERE / "kernel_cases.py"), "--rootdir", str(HERE.parents[1]),
 ]  # fmt: skip
+ON_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def _run(environment: dict[str, str]) -> str:
-    # Triton reads its settings when it is imported, hence a process of its own.
-    words = [*COMMAND, str(HERE / "kernel_cases.py"), "--rootdir", str(HERE.parents[1])]
-    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+def passed(environment: dict[str, str]) -> int:
+    """Runs the cases in a process of its own, since Triton reads its settings when it is imported."""
+    done = subprocess.run(COMMAND, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+    return int(re.search(r"(\d+) passed", done.stdout)[1])  # type: ignore[index]
 
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    printed = _run({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    passed = re.search(r"(\d+) passed", printed)
-    assert passed is not None
-    assert int(passed[1]) > 20
+    assert passed({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) > 20
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ON_DEVICE
 def test_kernels_on_the_device():
-    assert re.search(r"(\d+) passed", _run({"TRITON_INTERPRET": "0"})) is not None
+    assert passed({"TRITON_INTERPRET": "0"}) > 20
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ON_DEVICE
 def test_nothing_waits_for_the_device_and_a_graph_can_hold_it():
     d, a = (torch.randn(4, 4, 11, 576, device="cuda", requires_grad=True) for _ in range(2))
     maps = SSyncMaps(attention_logits=d, mask_logits=a, grid=(24, 24))

@@ -81,9 +81,8 @@ def test_half_precision_is_computed_in_float32_and_sides_may_differ():
     wide = [x.detach().float().requires_grad_() for x in (d, a)]
     expected = run(*wide)
     assert_equal(out, expected, "loss", "encoder_labels")
-    for x, y in zip(torch.autograd.grad(out.loss, (d, a)), torch.autograd.grad(expected.loss, wide), strict=True):
-        assert x.dtype == torch.bfloat16
-        assert torch.equal(x, y.bfloat16())
+    narrow = tuple(g.bfloat16() for g in torch.autograd.grad(expected.loss, wide))
+    torch.testing.assert_close(torch.autograd.grad(out.loss, (d, a)), narrow, rtol=0, atol=0)
     for other in (d.detach(), d.detach().double()):
         mixed = run(other, wide[1].detach())
         assert_equal(mixed, expected, "encoder_labels")
@@ -134,14 +133,12 @@ def test_the_content_of_what_is_invalid_does_not_matter(what, filler, loss):
         valid = {"patch_valid": torch.rand((2, 3, 12), generator=torch.Generator().manual_seed(15)) < 0.7}
         hole = ~valid["patch_valid"][:, :, None].expand_as(pair[0])
         filler = max(filler, -1e30)
-    outputs, grads = [], []
-    for leaves in ([x.clone() for x in pair], [x.masked_fill(hole, filler) for x in pair]):
-        leaves = [x.requires_grad_() for x in leaves]
-        outputs.append(run(*leaves, **valid, loss=loss))
-        grads.append(torch.autograd.grad(outputs[-1].loss, leaves))
+    filled = [x.masked_fill(hole, filler) for x in pair]
+    outputs = [run(*(x.requires_grad_() for x in leaves), **valid, loss=loss) for leaves in (pair, filled)]
     assert_equal(*outputs, "loss", "slot_iou", "winners", "boundary", "interior", "agreement")
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
-    assert not any(g[hole].any() for g in grads[1])
+    expected, got = (torch.autograd.grad(o.loss, x) for o, x in zip(outputs, (pair, filled), strict=True))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not any(g[hole].any() for g in got)
 
 
 def test_padded_videos_and_empty_selections_add_nothing():
@@ -169,12 +166,11 @@ def test_padded_videos_and_empty_selections_add_nothing():
         assert not any(g.any() for g in torch.autograd.grad(out.loss, (d, a)))
 
 
-def test_fractions_of_everything_are_one():
-    for dtype in (torch.float32, torch.float64):
-        x = torch.zeros(1, 1, 2, 49, dtype=dtype)
-        for valid in (None, torch.ones(1, 1, 49, dtype=torch.bool)):
-            out = run(x, x.clone(), (7, 7), patch_valid=valid)
-            assert out.interior_fraction.item() == out.agreement.item() == 1
+@pytest.mark.parametrize("valid", [None, torch.ones(1, 1, 49, dtype=torch.bool)])
+def test_fractions_of_everything_are_one(valid):
+    x = torch.zeros(1, 1, 2, 49)
+    out = run(x, x.clone(), (7, 7), patch_valid=valid)
+    assert out.interior_fraction.item() == out.agreement.item() == 1
 
 
 def test_what_probabilities_stand_in_for():
@@ -202,31 +198,31 @@ def test_bad_options_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("name", ["attention_logits", "mask_logits", "attention_probs", "mask_probs"])
-def test_nan_is_refused_by_name_unless_it_is_invalid_or_not_looked_for(name):
-    x, y = tensors(grad=False)
+def test_nan_is_refused_by_name_or_reaches_the_loss_where_it_is_not_looked_for(name):
     kind = name.split("_")[1]
-    maps = {f"attention_{kind}": x, f"mask_{kind}": y}
-    maps = {key: value.softmax(2) if kind == "probs" else value.clone() for key, value in maps.items()}
+    maps = {f"{side}_{kind}": x for side, x in zip(("attention", "mask"), tensors(grad=False), strict=True)}
+    maps = {key: value.softmax(2) if kind == "probs" else value for key, value in maps.items()}
     maps[name][1, 2, 3, 4] = math.nan
     with pytest.raises(ShapeError, match=name):
         ssync_loss(SSyncMaps(**maps, grid=(3, 4)))
-    if kind == "probs":
-        return
-    out = ssync_loss(SSyncMaps(**maps, grid=(3, 4)), check_finite=False)
-    assert out.boundary_loss.isnan() == (name == "mask_logits")
-    assert out.interior_loss.isnan() == (name == "attention_logits")
-    probs = {"attention_probs": x.softmax(2), "mask_probs": y.softmax(2)}  # in logits beside good probabilities
-    if name == "attention_logits":
+    if kind == "logits":
+        out = ssync_loss(SSyncMaps(**maps, grid=(3, 4)), check_finite=False)
+        assert out.boundary_loss.isnan() == (name == "mask_logits")
+        assert out.interior_loss.isnan() == (name == "attention_logits")
+    if name == "attention_logits":  # beside good probabilities
+        probs = {key.replace("logits", "probs"): torch.rand(2, 3, 4, 12).softmax(2) for key in maps}
         with pytest.raises(ShapeError, match=name):
             ssync_loss(SSyncMaps(**maps, **probs, grid=(3, 4)))
+
+
+def test_nan_in_what_is_invalid_is_no_matter():
+    pair = tensors(grad=False)
     valid, slots = torch.ones(2, 3, 12, dtype=torch.bool), torch.tensor([[True, True, True, False]] * 2)
     valid[0, 1, 5] = False
-    bad = [t.clone().masked_fill(~slots[:, None, :, None], math.nan) for t in (x, y)]
-    for t in bad:
-        t[0, 1, :, 5] = math.nan
-        t.requires_grad_()
+    hole = ~(slots[:, None, :, None] & valid[:, :, None])
+    bad = [x.masked_fill(hole, math.nan).requires_grad_() for x in pair]
     out = run(*bad, slot_valid=slots, patch_valid=valid)
-    assert_equal(out, run(x, y, slot_valid=slots, patch_valid=valid), "loss", "winners")
+    assert_equal(out, run(*pair, slot_valid=slots, patch_valid=valid), "loss", "winners")
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.loss, bad))
 
 
@@ -235,14 +231,14 @@ def test_the_backend_and_the_reason_are_told_and_kernels_that_cannot_serve_refus
     d, a = tensors(grad=False)
     logits = SSyncMaps(d, a, grid=(3, 4))
     padded = SSyncMaps(d, a, grid=(3, 4), slot_valid=torch.ones(2, 4, dtype=torch.bool))
-    reasons = {
-        "cpu": describe_backend(logits),
-        "asked": describe_backend(logits, backend="torch"),
-        "temperature": describe_backend(logits, temperature=0.5),
-        "brier": describe_backend(logits, loss="ce"),
-        "valid": describe_backend(padded),
-    }
-    for word, choice in reasons.items():
+    for word, maps, options in (
+        ("cpu", logits, {}),
+        ("asked", logits, {"backend": "torch"}),
+        ("temperature", logits, {"temperature": 0.5}),
+        ("brier", logits, {"loss": "ce"}),
+        ("valid", padded, {}),
+    ):
+        choice = describe_backend(maps, **options)
         assert choice.name == "torch"
         assert word in choice.reason
     for options in ({}, {"loss": "ce"}, {"temperature": 2.0}):

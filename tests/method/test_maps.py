@@ -19,11 +19,6 @@ def make(**changes):
     return SSyncMaps(**{"attention_logits": logits(), "mask_logits": logits(), "grid": (2, 3), **changes})
 
 
-def refuse(match, **changes):
-    with pytest.raises(ShapeError, match=match):
-        make(**changes)
-
-
 @pytest.mark.parametrize("attention", ["logits", "probs", "both"])
 @pytest.mark.parametrize("mask", ["logits", "probs", "both"])
 def test_probabilities_come_first(attention, mask):
@@ -37,31 +32,32 @@ def test_probabilities_come_first(attention, mask):
     assert maps.shape == (2, 3, 4, 6)
 
 
-def test_a_side_that_is_missing():
-    refuse("`attention_logits` or `attention_probs` to be given.*slot attention", attention_logits=None)
-    refuse("`mask_logits` or `mask_probs` to be given.*decoder masks", mask_logits=None)
+ONE_GRID = r"`grid` to be \(H, W\) with H \* W == 6, but got"
 
 
 @pytest.mark.parametrize(
-    ("value", "match"),
+    ("name", "value", "match"),
     [
-        (logits(dtype=torch.int64), "floating-point tensor .*got torch.int64"),
-        (np.zeros((2, 3, 4, 6)), "got ndarray"),
-        (logits(dtype=torch.complex64), "got torch.complex64"),
-        (torch.zeros(2, 4, 6), r"got \(2, 4, 6\). Add the frame axis of an image model with .unsqueeze\(1\)"),
-        (torch.zeros(2, 3, 4, 2, 3), r"shape \(B, T, S, N\).*got \(2, 3, 4, 2, 3\)\.$"),
-        (torch.zeros(2, 0, 4, 6), "no empty axis"),
-        (torch.zeros(2, 3, 5, 6), r"shape of `attention_logits`, \(2, 3, 4, 6\), but got \(2, 3, 5, 6\)"),
-        (logits(device="meta"), "on cpu, but got meta"),
+        ("attention_logits", None, "`attention_logits` or `attention_probs` to be given.*slot attention"),
+        ("mask_logits", None, "`mask_logits` or `mask_probs` to be given.*decoder masks"),
+        ("mask_logits", logits(dtype=torch.int64), "`mask_logits`.*floating-point tensor .*got torch.int64"),
+        ("mask_logits", np.zeros((2, 3, 4, 6)), "`mask_logits`.*got ndarray"),
+        ("mask_logits", logits(dtype=torch.complex64), "got torch.complex64"),
+        ("mask_logits", torch.zeros(2, 4, 6), r"got \(2, 4, 6\). Add the frame axis .* with .unsqueeze\(1\)"),
+        ("mask_logits", torch.zeros(2, 3, 4, 2, 3), r"shape \(B, T, S, N\).*got \(2, 3, 4, 2, 3\)\.$"),
+        ("mask_logits", torch.zeros(2, 0, 4, 6), "no empty axis"),
+        (
+            "mask_logits",
+            torch.zeros(2, 3, 5, 6),
+            r"shape of `attention_logits`, \(2, 3, 4, 6\), but got \(2, 3, 5, 6\)",
+        ),
+        ("mask_logits", logits(device="meta"), "on cpu, but got meta"),
+        *(("grid", grid, ONE_GRID) for grid in (None, (3, 3), (6,), (2, 3, 1), (0, 6), (-2, -3), 6, "2x3")),
     ],
 )
-def test_maps_that_are_refused(value, match):
-    refuse(f"`mask_logits`.*{match}", mask_logits=value)
-
-
-@pytest.mark.parametrize("grid", [None, (3, 3), (6,), (2, 3, 1), (0, 6), (-2, -3), 6, "2x3"])
-def test_grids_that_are_refused(grid):
-    refuse(r"`grid` to be \(H, W\) with H \* W == 6, but got", grid=grid)
+def test_maps_and_grids_that_are_refused(name, value, match):
+    with pytest.raises(ShapeError, match=match):
+        make(**{name: value})
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 6), [2, 3], torch.Size([2, 3]), (np.int64(2), np.int64(3))])
@@ -78,10 +74,15 @@ def test_grids_that_are_taken(grid):
 def test_companions(name, shape, dtype):
     good = torch.ones(shape, dtype=dtype)
     assert getattr(make(**{name: good}), name) is good
-    refuse(f"`{name}` to be a (bool|integer) tensor of shape", **{name: good[:1]})
-    refuse(f"`{name}` to be a (bool|integer) tensor of shape", **{name: good.float()})
-    refuse(f"`{name}` to be a tensor .*got list", **{name: good.tolist()})
-    refuse(f"`{name}` to be on cpu, but got meta", **{name: good.to("meta")})
+    shape_and_kind = "to be a (bool|integer) tensor of shape"
+    for bad, match in (
+        (good[:1], shape_and_kind),
+        (good.float(), shape_and_kind),
+        (good.tolist(), "to be a tensor .*got list"),
+        (good.to("meta"), "to be on cpu, but got meta"),
+    ):
+        with pytest.raises(ShapeError, match=f"`{name}` {match}"):
+            make(**{name: bad})
 
 
 def test_they_are_frozen_compared_by_identity_pickled_detached_and_shown_without_values():

@@ -1,15 +1,10 @@
-"""Makes the helper module beside the tests importable under importlib mode; small random scenes."""
+"""Small random scenes."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

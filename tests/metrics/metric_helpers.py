@@ -10,8 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.metrics import BoundaryF, ImageMIoU, SegmentationMetrics, SlotIdentity, SlotsPerObject, UnusedSlots
+from ssync_pl import metrics
+from ssync_pl.metrics import functional
 from ssync_pl.metrics.functional import contingency, read_scene
+
+# Class and function of each score, and whether its items are videos or frames
+CLASSES: dict[str, tuple[type[metrics.MaskMetric], Callable[..., Tensor], str]] = {
+    "video_fg_ari": (metrics.VideoARI, functional.adjusted_rand_index, "video"),
+    "image_fg_ari": (metrics.ImageARI, functional.adjusted_rand_index, "image"),
+    "video_mbo": (metrics.VideoMBO, functional.mean_best_overlap, "video"),
+    "image_mbo": (metrics.ImageMBO, functional.mean_best_overlap, "image"),
+    "video_miou": (metrics.VideoMIoU, functional.mean_iou, "video"),
+    "image_miou": (metrics.ImageMIoU, functional.mean_iou, "image"),
+    "slots_per_object": (metrics.SlotsPerObject, functional.slots_per_object, "video"),
+    "identity": (metrics.SlotIdentity, functional.slot_identity, "image"),
+}
 
 
 def items(
@@ -33,12 +46,10 @@ def items(
 
 def metrics_by_name() -> dict[str, Any]:
     return {
-        "all": SegmentationMetrics(),
-        "single": ImageMIoU(ignore_background=True),
-        "borders": BoundaryF(),
-        "per object": SlotsPerObject(ignore_background=True),
-        "identity": SlotIdentity(ignore_background=True),
-        "unused": UnusedSlots(),
+        "all": metrics.SegmentationMetrics(),
+        "borders": metrics.BoundaryF(),
+        "unused": metrics.UnusedSlots(),
+        **{name: CLASSES[name][0](ignore_background=True) for name in ("image_miou", "slots_per_object", "identity")},
     }
 
 

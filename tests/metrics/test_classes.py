@@ -5,62 +5,26 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import lightning.pytorch as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from metric_helpers import given, items, metrics_by_name, rank_main, second_rank
+from metric_helpers import CLASSES, given, items, metrics_by_name, rank_main, second_rank
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics import (
-    METRICS,
-    BoundaryF,
-    ImageARI,
-    ImageMBO,
-    ImageMIoU,
-    MaskMetric,
-    SegmentationMetrics,
-    SlotIdentity,
-    SlotsPerObject,
-    UnusedSlots,
-    VideoARI,
-    VideoMBO,
-    VideoMIoU,
-    metric_names,
-)
-from ssync_pl.metrics.functional import (
-    adjusted_rand_index,
-    boundary_f,
-    labels_to_masks,
-    mean_best_overlap,
-    mean_iou,
-    read_scene,
-    slot_identity,
-    slots_per_object,
-)
-
-CLASSES = {
-    VideoARI: (adjusted_rand_index, "video"),
-    ImageARI: (adjusted_rand_index, "image"),
-    VideoMBO: (mean_best_overlap, "video"),
-    ImageMBO: (mean_best_overlap, "image"),
-    VideoMIoU: (mean_iou, "video"),
-    ImageMIoU: (mean_iou, "image"),
-    SlotsPerObject: (slots_per_object, "video"),
-    SlotIdentity: (slot_identity, "image"),
-}
+from ssync_pl.metrics import METRICS, BoundaryF, MaskMetric, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
+from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("metric_class", [*CLASSES, BoundaryF])
-def test_class_is_the_mean_of_the_function(scene, metric_class, background):
+@pytest.mark.parametrize("name", [*CLASSES, "boundary_f"])
+def test_class_is_the_mean_of_the_function(scene, name, background):
     pred, true = scene
     valid = torch.tensor([[True] * 4, [True, True, False, True], [False] * 4])
-    if metric_class is BoundaryF:
+    if name == "boundary_f":
         metric, values = BoundaryF(), boundary_f(read_scene(pred, true, valid)).nanmean(dim=1)
     else:
-        function, level = CLASSES[metric_class]
+        metric_class, function, level = CLASSES[name]
         metric = pickle.loads(pickle.dumps(metric_class(ignore_background=background)))
         values = items(function, pred, true, valid, level=level, background=background)
     for video in range(3):
@@ -93,19 +57,11 @@ def test_collection_equals_single_metrics(scene, has_background):
     metrics = SegmentationMetrics("val/", has_background, skip_empty=True, resolution=(8, 8), scores=everything)
     options = {"ignore_background": has_background, "resolution": (8, 8)}
     singles = {
-        "video_fg_ari": VideoARI(skip_empty=True, **options),
-        "video_mbo": VideoMBO(**options),
-        "video_miou": VideoMIoU(**options),
-        "image_fg_ari": ImageARI(skip_empty=True, **options),
-        "image_mbo": ImageMBO(**options),
-        "image_miou": ImageMIoU(**options),
-        "boundary_f": BoundaryF(resolution=(8, 8)),
-        "identity": SlotIdentity(**options),
-        "slots_per_object": SlotsPerObject(**options),
-        "unused_slots": UnusedSlots(),
+        name: kind(**options, **({"skip_empty": True} if "ari" in name else {})) for name, (kind, *_) in CLASSES.items()
     }
+    singles |= {"boundary_f": BoundaryF(resolution=(8, 8)), "unused_slots": UnusedSlots()}
     if has_background:
-        singles |= {"video_ari": VideoARI(resolution=(8, 8)), "image_ari": ImageARI(resolution=(8, 8))}
+        singles["video_ari"] = VideoARI(resolution=(8, 8))
     for part in (slice(0, 2), slice(2, 3)):
         metrics.update(masks[part], truth[part])
         for name, single in singles.items():
@@ -153,30 +109,6 @@ def test_half_precision_hosts_keep_float64_sums_and_no_state(scene, dtype):
     assert torch.equal(host.metrics.total, reference.metrics.total)
     assert host.single.compute().item() == reference.single.compute().item()
     assert host.state_dict() == {}
-
-
-def test_logs_inside_lightning(scene, tmp_path):
-    pred, true = scene
-
-    class Model(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.metrics = SegmentationMetrics(prefix="val/")
-
-        def validation_step(self, batch: int, batch_idx: int) -> None:
-            self.metrics.update(pred[int(batch)][None], true[int(batch)][None])
-
-        def on_validation_epoch_end(self) -> None:
-            self.log_dict(self.metrics.compute())
-            self.metrics.reset()
-
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
-    loader = torch.utils.data.DataLoader([0, 1, 2], batch_size=1)
-    results = trainer.validate(Model(), loader, verbose=False)[0]
-    expected = items(adjusted_rand_index, pred, true, background=True).mean().item()
-    assert results["val/video_fg_ari"] == pytest.approx(expected, abs=1e-6)
-    assert set(results) == {f"val/{name}" for name in metric_names("segmentation")}
 
 
 def test_two_ranks_equal_one_process(scene, tmp_path: Path):

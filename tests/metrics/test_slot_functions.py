@@ -130,59 +130,28 @@ def test_used_slots_against_loops(seed: int) -> None:
     assert got[2].isnan()
 
 
-def square(top: int, left: int, side: int = 6, size: int = 16) -> Tensor:
-    labels = torch.zeros(size, size, dtype=torch.long)
-    labels[top : top + side, left : left + side] = 1
-    return labels
-
-
 def test_boundary_f_by_hand() -> None:
-    truth = labels_to_masks(square(4, 4).view(1, 1, 16, 16), 2)
+    truth = (torch.arange(16) - 7).abs().lt(4).long().expand(16, 16)
+    masks = labels_to_masks(truth.view(1, 1, 16, 16), 2)
 
-    def score(pred: Tensor) -> float:
-        return boundary_f(read_scene(pred.view(1, 1, 16, 16), truth)).item()
+    def score(pred: Tensor, **options: float) -> float:
+        return boundary_f(read_scene(pred.view(1, 1, 16, 16), masks), **options).item()
 
-    assert score(square(4, 4)) == 1.0
-    assert score(5 - square(4, 4)) == 1.0  # names of slots do not matter
-    assert score(square(5, 5)) == 1.0  # one pixel off is within the tolerance
-    assert score(square(7, 7)) < 0.7
+    assert score(truth) == score(5 - truth) == 1.0  # names of slots do not matter
+    assert score(truth.roll(1, 1)) == 1.0  # one pixel off is within the tolerance
+    assert score(truth.roll(3, 1)) < 0.7
+    assert score(truth.roll(3, 1), tolerance=0.15) == 1.0
     assert score(torch.zeros(16, 16, dtype=torch.long)) == 0.0  # one slot has no border
-    cut = square(4, 4) + 2 * (torch.arange(16) >= 13)
-    assert 0.5 < score(cut) < 1.0  # a border through the background costs precision
-    assert boundary_f(read_scene(square(7, 7).view(1, 1, 16, 16), truth), tolerance=0.15).item() == 1.0
-    empty = torch.zeros(16, 16, dtype=torch.long)  # a frame without a true border is skipped
-    frames = torch.stack([square(4, 4), empty])[None], torch.stack([square(4, 4), square(2, 2)])[None]
-    got = boundary_f(read_scene(frames[1], labels_to_masks(frames[0], 2)))[0]
-    assert got[0] == 1.0
-    assert got[1].isnan()
-    masks = torch.zeros(1, 1, 2, 4, 8, dtype=torch.bool)
-    masks[0, 0, 0, :, :4] = True  # no background channel
-    masks[0, 0, 1, :, 2:4] = True  # hidden by the first
+    hidden = torch.zeros(1, 1, 2, 4, 8, dtype=torch.bool)
+    hidden[0, 0, 0, :, :4] = hidden[0, 0, 1, :, 2:4] = True  # no background channel; the second hides behind the first
     pred = (torch.arange(8) < 4).long().expand(1, 1, 4, 8)
-    assert boundary_f(read_scene(pred, masks), tolerance=0.0).item() == 1.0
-
-
-def test_slots_per_object_by_hand() -> None:
-    true = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2]).view(1, 1, 1, 10)
-    masks = labels_to_masks(true, 3)
-
-    def score(*pred: int) -> float:
-        return items(slots_per_object, torch.tensor(pred).view(1, 1, 1, 10), masks, background=True).item()
-
-    assert score(0, 0, 0, 0, 1, 1, 1, 1, 2, 2) == 1.0
-    assert score(0, 5, 6, 7, 1, 1, 1, 1, 2, 2) == 1.0  # cutting the background costs nothing
-    assert score(0, 0, 0, 0, 1, 1, 3, 3, 2, 2) == 1.5
-    assert score(0, 0, 0, 0, 1, 3, 4, 5, 2, 6) == 3.0
-    assert score(0, 0, 0, 0, 1, 1, 1, 1, 1, 1) == 1.0  # the second object is missed, not over-segmented
-    assert score(0, 0, 0, 0, 0, 1, 1, 1, 2, 2) == 1.0  # a few pixels of the background's slot are no part of it
-    assert math.isnan(score(*[0] * 10))
-
-
-def identity(pred: Tensor, true: Tensor, valid: Tensor | None = None) -> Tensor:
-    return items(slot_identity, pred, true, valid, level="image", background=True)
+    assert boundary_f(read_scene(pred, hidden), tolerance=0.0).item() == 1.0
 
 
 def test_identity_by_hand() -> None:
+    def identity(pred: Tensor, true: Tensor, valid: Tensor | None = None) -> Tensor:
+        return items(slot_identity, pred, true, valid, level="image", background=True)
+
     true = torch.ones(1, 4, 1, 6, dtype=torch.long)
     masks = labels_to_masks(true, 2)
     rows = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 0, 0, 0]])

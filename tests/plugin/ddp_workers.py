@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make_clips, make_host, weights
+from tiny_hosts import HandWritten, Recorder, TinyHost, fit, hooks_of, make_callback, make_clips, make_host, weights
 from torch.utils.data import DataLoader
 
 from ssync_pl.hosts import SlotContrast
-from ssync_pl.plugin.guard import CollapseGuard
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
 # What each case hands to the callback, and to the strategy.
@@ -39,16 +38,12 @@ class OneSided(TinyHost):
         return super().host_loss(batch)
 
 
-def strategy(**options: Any) -> DDPStrategy:
-    return DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
-
-
 def fit_rank(host: Any, *callbacks: Any, steps: int = STEPS, clips: Any = None, **options: Any) -> Any:
     """Every second clip: Lightning's own sampler would shuffle them."""
     clips = make_clips(8) if clips is None else clips
     data = DataLoader(clips[int(os.environ["LOCAL_RANK"]) :: 2], batch_size=2)
-    settings = {"devices": 2, "use_distributed_sampler": False, "strategy": strategy(**options)}
-    return fit(host, *callbacks, steps=steps, loader=data, **settings)
+    ddp = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
+    return fit(host, *callbacks, steps=steps, loader=data, devices=2, use_distributed_sampler=False, strategy=ddp)
 
 
 def run_rank(index: int, first: int, port: int, folder: str) -> None:
@@ -65,7 +60,7 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
         if name == "compiled":
             host.corrector.compile(backend="eager")
         fit_rank(host, make_callback(**options), recorder, **ddp)
-        results[name] = {"gradients": recorder.gradients, "weights": weights(host), "hooks": _hooks(host)}
+        results[name] = {"gradients": recorder.gradients, "weights": weights(host), "hooks": hooks_of(host)}
     by_hand, recorder = make_host(HandWritten), Recorder()
     fit_rank(by_hand, recorder)
     results["by_hand"] = {"gradients": recorder.gradients, "weights": weights(by_hand)}
@@ -73,7 +68,6 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
     torch.manual_seed(rank)  # the ranks draw other projections
     fit_rank(host, callback, clips=dense_clips())
     results["dense"] = {"host": host.state_dict(), "projections": callback.state_dict()["projections"]}
-    results["verdict"] = _verdict(rank)
     results["stop"] = _stop()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -92,23 +86,6 @@ def dense_callback() -> DenseAlignmentCallback:
 def dense_clips() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"features": torch.randn(2, 12, 6, generator=generator)} for _ in range(4 * STEPS)]
-
-
-def _hooks(host: Any) -> int:
-    return sum(len(module._forward_hooks) for module in host.modules())
-
-
-def _verdict(rank: int) -> dict[str, Any]:
-    guard = CollapseGuard("backoff", threshold=0.8, window=2)
-    guard.watch(torch.tensor([8.0, 8.0]))
-    used = torch.tensor([8.0, 8.0]) if rank == 0 else torch.tensor([8.0, 1.0])
-    first, second = guard.step(used), guard.step(used)
-    return {
-        "open": first is None,
-        "collapsed": None if second is None else second.collapsed,
-        "factor": guard.factor,
-        "latest": guard.latest,
-    }
 
 
 def _stop() -> dict[str, Any]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
-from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.engine import SSyncEngine
 from ssync_pl.plugin.guard import used_slots
 
@@ -27,36 +26,6 @@ def term(engine, host_loss=None, step=0, maps=None, log=None):
     return 0.0 if value is None else float(value)
 
 
-class Trainer:
-    """Gives its lengths one after the other; asking once more than expected fails."""
-
-    max_epochs = None
-    num_training_batches = float("inf")
-
-    def __init__(self, *lengths):
-        self.lengths = list(lengths)
-
-    @property
-    def estimated_stepping_batches(self):
-        return self.lengths.pop(0)
-
-
-def test_length_of_the_trainer():
-    for options, start in (({"warmup_steps": 4}, 4), ({"warmup_ratio": 0.0}, 0)):
-        engine = SSyncEngine(SSyncConfig(**options))
-        engine.start_in(Trainer())
-        assert engine.schedule.start == start
-    engine, trainer = SSyncEngine(SSyncConfig()), Trainer(200, 100)
-    engine.start_in(trainer)
-    assert engine.schedule.start == 60
-    engine.start_in(trainer)
-    assert engine.schedule.start == 30
-    term(engine, step=30)
-    engine.start_in(trainer)  # once it runs, it stays on
-    with pytest.raises(ConfigError, match="warmup_steps"):
-        SSyncEngine(SSyncConfig()).start_in(Trainer(float("inf")))
-
-
 def test_ramp_and_guard_scale_what_is_added():
     maps, engine = random_maps(), started(warmup_steps=2, ramp_steps=4)
     full = float(ssync_loss(maps).loss)
@@ -67,18 +36,14 @@ def test_ramp_and_guard_scale_what_is_added():
 
 
 class TestRelativeWeight:
-    @pytest.mark.parametrize("host", [50.0, -50.0])
     @pytest.mark.parametrize("weight", [1.0, 10.0])
-    def test_first_step_has_exactly_the_share(self, host, weight):
-        engine = started(relative_weight=0.1, boundary_weight=weight, interior_weight=weight)
-        assert term(engine, host) == pytest.approx(5.0)
-
-    def test_running_average_by_hand(self):
-        engine, host_average, term_average = started(relative_weight=0.5), None, None
-        for step, host in enumerate([2.0, 4.0, 8.0]):
+    def test_running_average_by_hand(self, weight):
+        engine = started(relative_weight=0.5, boundary_weight=weight, interior_weight=weight)
+        host_average = term_average = None
+        for step, host in enumerate([2.0, -4.0, 8.0]):
             maps = random_maps(step)
             own = float(ssync_loss(maps).loss)
-            host_average = host if host_average is None else 0.98 * host_average + 0.02 * host
+            host_average = host if host_average is None else 0.98 * host_average + 0.02 * abs(host)
             term_average = own if term_average is None else 0.98 * term_average + 0.02 * own
             expected = 0.5 * host_average / term_average * own
             assert term(engine, host, step, maps) == pytest.approx(expected, rel=1e-5)
@@ -103,16 +68,6 @@ class TestRelativeWeight:
         value, _ = started(relative_weight=0.1).term(host, random_maps(), 0)
         assert torch.autograd.grad(value, host, allow_unused=True) == (None,)
 
-    def test_needs_the_host_s_loss_and_keeps_its_state(self):
-        one, two = started(relative_weight=0.1), started(relative_weight=0.1)
-        with pytest.raises(ConfigError, match="relative_weight"):
-            term(one)
-        term(one, 2.0)
-        two.load_state_dict(one.state_dict())
-        for step in (1, 2):
-            assert term(one, 5.0, step, random_maps(step)) == term(two, 5.0, step, random_maps(step))
-        assert one.state_dict() == two.state_dict()
-
 
 def test_used_slots_by_hand():
     attention = torch.full((2, 1, 3, 4), -1.0)
@@ -129,11 +84,3 @@ def test_used_slots_by_hand():
     assert used_slots(SSyncMaps(**kwargs, slot_valid=torch.tensor([[True, True, False]]))).tolist() == [2.0, 2.0]
     patches = torch.tensor([[[True, False, True, True]]])
     assert used_slots(SSyncMaps(**kwargs, patch_valid=patches)).tolist() == [2.0, 2.0]
-
-
-def test_used_slots_agree_with_the_loss():
-    for extra in ({}, {"slot_valid": torch.tensor([[True, True, False], [True, True, True]])}):
-        maps = random_maps(3, **extra)
-        out = ssync_loss(maps)
-        expected = torch.stack([out.used_encoder_slots.mean(), out.used_decoder_slots.mean()])
-        assert torch.equal(used_slots(maps), expected)

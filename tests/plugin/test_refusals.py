@@ -3,7 +3,7 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from tiny_hosts import ManualHost, MixinHost, TinyHost, assert_untouched, fit, make_callback, make_host
+from tiny_hosts import ManualHost, MixinHost, TinyHost, assert_untouched, fit, in_hook, make_callback, make_host
 from torch import nn
 
 from ssync_pl import SSyncCallback
@@ -38,6 +38,11 @@ def host_with(part, name, value):
         return host
 
     return make
+
+
+class ReturnsList(TinyHost):
+    def training_step(self, batch, batch_idx):
+        return [self.host_loss(batch)[0]]
 
 
 PROBS = {"attention_kind": "probs"}
@@ -76,6 +81,7 @@ CASES = {
     "two callbacks": (
         make_host, [make_callback(), make_callback(SecondCallback)], HostError, ["already has SSync"]
     ),
+    "a list is returned": (lambda: make_host(ReturnsList), {}, HostError, ["or None, but got list"]),
     "mixin beside the callback": (lambda: make_host(MixinHost), {}, HostError, ["is an SSyncRegularizer"]),
 }  # fmt: skip
 
@@ -101,9 +107,11 @@ def test_a_side_that_is_not_trained_needs_no_gradient(part, weight):
 
 
 def test_maps_that_turn_to_nan_later_are_named():
-    host, turn = make_host(), L.Callback()
-    turn.on_train_batch_start = lambda trainer, module, *args: setattr(module.decoder, "nan", trainer.global_step == 2)
+    def turn(trainer, module, *args):
+        module.decoder.nan = trainer.global_step == 2
+
+    host = make_host()
     with pytest.raises(ShapeError, match=r"mask.* to be finite"):
-        fit(host, make_callback(), turn)
+        fit(host, make_callback(), in_hook("on_train_batch_start", turn))
     assert_untouched(host)
     assert all(bool(torch.isfinite(value).all()) for value in host.state_dict().values())

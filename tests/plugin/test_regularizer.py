@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import lightning.pytorch as L
 import pytest
 import torch
-from tiny_hosts import make_trainer
+from tiny_hosts import Late, MixinHost, TinyHost, TinyParts, fit, make_host, make_loader, make_trainer, maps_of
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ssync_pl import LightningHost, SSyncConfig, SSyncMaps, SSyncRegularizer, ssync_loss
+from ssync_pl import LightningHost, SSyncConfig, SSyncRegularizer
 from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
-class Plain(L.LightningModule):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.made = 0
-        self.layer = nn.Linear(5, 6)
+class Lazy(SSyncRegularizer, TinyHost):
+    """Makes its maps only when they are asked for, and notes what Lightning calls."""
 
-    def parts(self, batch):
-        # (B, 12, 6) to two maps (B, 1, 3, 12)
-        out = self.layer(batch)
-        d, a = out.transpose(1, 2).unsqueeze(1).split(3, dim=2)
-        return out.square().mean(), 3 * d, 3 * a
+    made, called = 0, ()
 
-    def maps(self, d, a):
-        self.made += 1
-        return SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4))
+    def add(self, batch):
+        loss, logits, masks = self.host_loss(batch)
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        def make():
+            self.made += 1
+            return maps_of(logits, masks)
 
-
-class ByHand(Plain):
-    def training_step(self, batch, batch_idx):
-        loss, d, a = self.parts(batch)
-        return loss + ssync_loss(self.maps(d, a)).loss if self.global_step >= 2 else loss
-
-
-class Mixed(SSyncRegularizer, Plain):
-    called: Any = None
+        return loss, self.ssync(loss, make)
 
     def training_step(self, batch, batch_idx):
-        loss, d, a = self.parts(batch)
-        return self.ssync(loss, lambda: self.maps(d, a))
+        return self.add(batch)[1]
 
     def validation_step(self, batch, batch_idx):
-        loss, d, a = self.parts(batch)
-        assert self.ssync(loss, lambda: self.maps(d, a)) is loss
+        loss, added = self.add(batch)
+        assert added is loss
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.called += (stage,)
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.called += ("on_fit_start",)
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        self.called += tuple(key for key in checkpoint if key.startswith("ssync"))
 
 
-class Manual(Mixed):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
+class Manual(Lazy):
+    automatic = False
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -65,101 +56,61 @@ class Manual(Mixed):
         optimizer.step()
 
 
-class Detached(Mixed):
+class Detached(MixinHost):
     def ssync(self, loss, maps):
-        return super().ssync(loss, maps().detach())
+        return super().ssync(loss, maps.detach())
 
 
-def batches():
-    return DataLoader(torch.randn(8, 12, 5, generator=torch.Generator().manual_seed(1)), batch_size=2)
-
-
-def run(host, steps=6, **options):
-    trainer = make_trainer(steps=steps, num_sanity_val_steps=1, limit_val_batches=1, **options)
-    trainer.fit(host, batches(), batches() if hasattr(type(host), "ssync") else None)
-    return trainer
-
-
-def made(kind, **options):
-    torch.manual_seed(0)
-    return kind(**options)
-
-
-@pytest.mark.parametrize("kind", [Mixed, Manual])
+@pytest.mark.parametrize("kind", [Lazy, Manual])
 def test_same_as_by_hand_in_automatic_and_manual_optimization(kind):
-    by_hand, host = made(ByHand), made(kind, ssync={"warmup_steps": 2, "guard_window": 1})
-    assert set(host.state_dict()) == {"layer.weight", "layer.bias"}
-    run(by_hand)
-    trainer = run(host)
-    torch.testing.assert_close(host.layer.state_dict(), by_hand.layer.state_dict())
-    names = {"ssync/boundary_loss", "ssync/interior_loss", "ssync/used_slots", "ssync/agreement"}
-    assert names <= set(trainer.callback_metrics)
+    by_hand, host = make_host(Late), make_host(kind, ssync={"warmup_steps": 2, "guard_window": 1})
+    fit(by_hand, steps=6)
+    trainer = make_trainer(steps=6, num_sanity_val_steps=1, limit_val_batches=1)
+    trainer.fit(host, make_loader(), make_loader())
+    torch.testing.assert_close(host.state_dict(), by_hand.state_dict())
+    assert {"ssync/boundary_loss", "ssync/used_slots", "ssync/agreement"} <= set(trainer.callback_metrics)
     # Step 0 is off and only checked; step 1 is watched; the rest is on; validation asks for nothing.
     assert host.made == 6
 
 
 def test_settings_are_saved_and_loaded_and_hooks_of_the_host_called(tmp_path):
-    called = []
-
-    class Hooked(Mixed):
-        def setup(self, stage):
-            super().setup(stage)
-            called.append(("setup", stage))
-
-        def on_fit_start(self):
-            super().on_fit_start()
-            called.append("on_fit_start")
-
-        def on_save_checkpoint(self, checkpoint):
-            super().on_save_checkpoint(checkpoint)
-            called.append(sorted(k for k in checkpoint if k.startswith("ssync")))
-
-    host = made(Hooked, ssync=SSyncConfig(merge_threshold=0.6, warmup_steps=0))
-    run(host, steps=1).save_checkpoint(tmp_path / "a.ckpt")
-    assert called == [("setup", "fit"), "on_fit_start", ["ssync_regularizer"]]
-    again = Mixed.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    host = make_host(Lazy, ssync=SSyncConfig(merge_threshold=0.6, warmup_steps=0))
+    fit(host, steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    assert host.called == ("fit", "on_fit_start", "ssync_regularizer")
+    again = Lazy.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert again.ssync_config == host.ssync_config
     assert again.ssync_config.merge_threshold == 0.6
 
 
 def test_refusals():
     with pytest.raises(HostError, match="Detached to carry gradient"):
-        run(made(Detached, ssync={"warmup_steps": 100}))
+        fit(make_host(Detached, ssync={"warmup_steps": 100}))
     with pytest.raises(ConfigError, match="`merge_threshold`"):
-        Mixed(ssync={"merge_threshold": 7})
+        MixinHost(ssync={"merge_threshold": 7})
     with pytest.raises(ConfigError, match="but got nothing"):
-        Mixed(ssync={"nothing": 7})
-    with pytest.raises(SSyncError, match="Expected Mixed to run in a Trainer"):
-        Mixed().ssync(torch.tensor(1.0), None)
+        MixinHost(ssync={"nothing": 7})
+    with pytest.raises(SSyncError, match="Expected MixinHost to run in a Trainer"):
+        MixinHost().ssync(torch.tensor(1.0), None)
 
 
 def test_a_second_training_equals_one_of_a_fresh_host():
-    host = made(Mixed, ssync={"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2})
-    run(host)
-    fresh = Mixed(ssync=host.ssync_config)
+    host = make_host(MixinHost, ssync={"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2})
+    fit(host)
+    fresh = MixinHost(ssync=host.ssync_config)
     fresh.load_state_dict(host.state_dict())
-    run(host)
-    run(fresh)
-    assert torch.equal(host.layer.weight, fresh.layer.weight)
+    fit(host)
+    fit(fresh)
+    torch.testing.assert_close(host.state_dict(), fresh.state_dict(), rtol=0, atol=0)
     assert host._ssync_engine.state_dict() == fresh._ssync_engine.state_dict()
 
 
 def test_a_host_of_pytorch_lightning():
     pl = pytest.importorskip("pytorch_lightning")
 
-    class Other(SSyncRegularizer, pl.LightningModule):
-        configure_optimizers = Plain.configure_optimizers
+    class Other(SSyncRegularizer, TinyParts, pl.LightningModule):
+        training_step = MixinHost.training_step
 
-        def __init__(self):
-            super().__init__(ssync={"warmup_steps": 0})
-            self.layer = nn.Linear(5, 6)
-
-        def training_step(self, batch, batch_idx):
-            loss, d, a = Plain.parts(self, batch)
-            return self.ssync(loss, SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4)))
-
-    trainer = make_trainer(steps=2, trainer=pl.Trainer)
-    trainer.fit(Other(), batches())
+    trainer = fit(make_host(Other, ssync={"warmup_steps": 0}), steps=2, trainer=pl.Trainer)
     assert "ssync/boundary_loss" in trainer.callback_metrics
 
 
@@ -193,7 +144,6 @@ def test_a_plain_model_trains_with_the_given_optimizer_and_schedule():
     assert set(trainer.callback_metrics) >= {"train/loss", "train/error", "val/loss", "val/error"}
     assert "train/prediction" not in trainer.callback_metrics
     assert list(host.state_dict()) == ["model.weight", "model.bias"]
-    torch.testing.assert_close(host(first), model(first))
     default = LightningHost(model, _loss).configure_optimizers()
     assert isinstance(default, torch.optim.Adam)
     assert default.param_groups[0]["lr"] == 2e-4

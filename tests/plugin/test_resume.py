@@ -16,6 +16,7 @@ from tiny_hosts import (
     assert_same_weights,
     assert_untouched,
     fit,
+    in_hook,
     make_callback,
     make_clips,
     make_host,
@@ -31,35 +32,18 @@ from ssync_pl.errors import ConfigError
 WAYS = pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 
 
-class Raises(TinyHost):
-    def __init__(self, error, at=2):
-        super().__init__()
-        self.error, self.at = error, at
-
-    def training_step(self, batch, batch_idx):
-        loss = self.host_loss(batch)[0]
-        if batch_idx == self.at:
-            raise self.error
-        return loss
-
-
-class RaisesIn(L.Callback):
-    """An error in a hook of another callback."""
-
-    def __init__(self, hook):
-        def fail(*args, **kwargs):
-            raise ValueError(f"in {hook}")
-
-        setattr(self, hook, fail)
-
-
 @pytest.mark.parametrize("error", [ValueError("on purpose"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 def test_an_error_in_the_training_step_and_another_training_after_it(error):
-    host, callback = make_host(Raises, error=error), make_callback()
+    def fail(batch):
+        if host.global_step == 2:
+            raise error
+        return TinyHost.host_loss(host, batch)
+
+    host, callback = make_host(), make_callback()
+    host.host_loss = fail
     with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
         fit(host, callback)
     assert_untouched(host)
-    host.at = -1
     trainer = fit(host, callback, steps=2)
     assert "ssync/boundary_loss" in trainer.callback_metrics
     assert_untouched(host)
@@ -68,7 +52,10 @@ def test_an_error_in_the_training_step_and_another_training_after_it(error):
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_after_backward", "on_train_end"])
 @pytest.mark.parametrize("order", [0, 1])
 def test_an_error_in_another_callback(hook, order):
-    host, callbacks = make_host(), [make_callback(), RaisesIn(hook)]
+    def fail(*args):
+        raise ValueError(f"in {hook}")
+
+    host, callbacks = make_host(), [make_callback(), in_hook(hook, fail)]
     with pytest.raises(ValueError, match=f"in {hook}"):
         fit(host, *(callbacks if order else callbacks[::-1]), steps=1)
     assert_untouched(host)
@@ -92,14 +79,12 @@ def test_two_trainings_with_one_callback_or_trainer_equal_two_with_fresh_ones():
 def test_other_stages_are_not_touched(stage):
     host, callback, seen = make_host(), make_callback(), []
 
-    class Look(L.Callback):
-        def on_validation_batch_end(self, trainer, pl_module, *args):
-            seen.append(callback._session)
-            assert_untouched(pl_module)
+    def look(trainer, module, *args):
+        seen.append(callback._session)
+        assert_untouched(module)
 
-        on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    trainer = make_trainer(callback, Look(), limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
+    hook = in_hook(f"on_{stage.replace('validate', 'validation')}_batch_end", look)
+    trainer = make_trainer(callback, hook, limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
     getattr(trainer, stage)(host, make_loader(), **({"verbose": False} if stage != "predict" else {}))
     assert seen == [None]
     assert_same_weights(host, make_host(), exact=True)
@@ -118,39 +103,27 @@ def test_a_search_for_a_learning_rate_runs_the_plain_step():
             trainer.fit(host, make_loader())
             assert callbacks[0].engine.guard.state_dict()["count"] == 4
     assert found[0] == found[1]
-    host, callback = make_host(), make_callback()
-    host.lr = 1e-3
+    callback = make_callback()
     fit(host, callback, L.callbacks.LearningRateFinder(num_training_steps=5, **options))
     assert callback.engine.guard.state_dict()["count"] == 4
     assert_untouched(host)
-
-
-def train_alike(one, two):
-    fit(one[0], *one[1:], steps=3)
-    fit(two[0], *two[1:], steps=3)
-    assert_same_weights(one[0], two[0], exact=True)
-
-
-@WAYS
-def test_copies_before_and_after_a_training(way):
-    host, callback = make_host(), make_callback(relative_weight=0.1)
-    for _ in range(2):
-        train_alike((way(host), way(callback)), (host, callback))
 
 
 @WAYS
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_start", "on_after_backward", "on_train_end"])
 def test_copies_taken_during_a_training_run_the_plain_step_and_train_on(way, hook):
     host, copies = make_host(), []
-    callback, look = make_callback(relative_weight=0.1, guard_window=2), L.Callback()
-    setattr(look, hook, lambda trainer, module, *args: copies.append((way(module), way(callback))))
+    callback = make_callback(relative_weight=0.1, guard_window=2)
+    look = in_hook(hook, lambda trainer, module, *args: copies.append((way(module), way(callback))))
     fit(host, callback, look, steps=2)
     twin, other = copies[-1]
     assert other._session is None
     plain, batch = make_host(), next(iter(make_loader()))
     plain.load_state_dict(twin.state_dict())
     assert torch.equal(twin.training_step(batch, 0), plain.training_step(batch, 0))
-    train_alike((twin, other), (plain, make_callback(relative_weight=0.1, guard_window=2)))
+    fit(twin, other, steps=3)
+    fit(plain, make_callback(relative_weight=0.1, guard_window=2), steps=3)
+    assert_same_weights(twin, plain, exact=True)
 
 
 OPTIONS = {
@@ -237,17 +210,18 @@ def test_random_numbers_of_a_seeded_step_depend_on_its_place_alone(monkeypatch):
 
 def test_accumulated_batches_are_not_lost_by_a_resume(tmp_path):
     """A checkpoint in the middle of an optimizer step is not written by a resume, and not taken."""
-    middle, saved, look = tmp_path / "middle.ckpt", [], L.Callback()
-    look.on_train_batch_end = lambda trainer, module, outputs, batch, index: (
-        trainer.save_checkpoint(middle) if index == 0 else None
-    )
+    middle, saved = tmp_path / "middle.ckpt", []
+
+    def save(trainer, module, outputs, batch, index):
+        if index == 0:
+            trainer.save_checkpoint(middle)
 
     def run(*callbacks, epochs=2, ckpt_path=None):
         settings = {"steps": -1, "enable_checkpointing": True, "accumulate_grad_batches": 2, "max_epochs": epochs}
         fit(make_host(), StepSeed(0), *callbacks, ckpt_path=ckpt_path, **settings)
 
     first = ModelCheckpoint(tmp_path / "a", every_n_train_steps=2, save_last=True)
-    run(first, look, epochs=1)
+    run(first, in_hook("on_train_batch_end", save), epochs=1)
     again = ModelCheckpoint(tmp_path / "b", every_n_train_steps=2)
     again._save_checkpoint = lambda trainer, path: saved.append(trainer.global_step)
     run(again, ckpt_path=first.last_model_path)

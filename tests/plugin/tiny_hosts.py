@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
@@ -124,6 +125,13 @@ class HandWritten(TinyHost):
         return loss + ssync_loss(maps_of(logits, masks), **self.options).loss
 
 
+class Late(HandWritten):
+    """With a warm-up of two steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) if self.global_step >= 2 else self.host_loss(batch)[0]
+
+
 class ManualHost(TinyHost):
     automatic = False
 
@@ -186,6 +194,13 @@ def assert_same_weights(one: nn.Module, two: nn.Module, exact: bool = False) -> 
 def assert_untouched(host: nn.Module) -> None:
     assert "training_step" not in host.__dict__
     assert hooks_of(host) == 0
+
+
+def in_hook(hook: str, call: Callable[..., Any]) -> L.Callback:
+    """A callback that does something in one hook."""
+    callback = L.Callback()
+    setattr(callback, hook, call)
+    return callback
 
 
 class Recorder(L.Callback):

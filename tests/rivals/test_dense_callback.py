@@ -17,12 +17,9 @@ from ssync_pl.rivals.dense_alignment import DenseAlignment
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback, _extended
 
 SIZES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
-KEYS = {"dense/encoder_loss", "dense/decoder_loss", "dense/redundancy_loss", "dense/weight"}
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "limit_val_batches": 0,
+         "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 0.5}  # fmt: skip
+KINDS = pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
 
 
 class Recorder(L.Callback):
@@ -42,28 +39,26 @@ class Recorder(L.Callback):
 
 def make_host(kind=SlotContrast, **options):
     torch.manual_seed(0)
-    defaults = {"warmup_steps": 2, "learning_rate": 1e-2}
-    return kind(**{**SIZES, **defaults, **options})
+    return kind(**{**SIZES, "warmup_steps": 2, "learning_rate": 1e-2, **options})
 
 
 def make_callback(**options):
     return DenseAlignmentCallback(**{"warmup_steps": 0, "neighbours": 2, "redundancy_weight": 0.0, **options})
 
 
-def make_loader(frames=4, shuffle=False):
-    generator = torch.Generator().manual_seed(1)
+def hook(name, function):
+    """A callback of one function."""
+    callback = L.Callback()
+    setattr(callback, name, function)
+    return callback
+
+
+def fit(host, *callbacks, steps=6, frames=4, seed=3, shuffle=False, ckpt_path=None, **options):
+    generator, recorder = torch.Generator().manual_seed(1), Recorder()
     clips = [{"features": torch.randn(frames, 12, 6, generator=generator)} for _ in range(8)]
-    return DataLoader(clips, batch_size=2, shuffle=shuffle)
-
-
-def fit(host, *callbacks, steps=6, frames=4, shuffle=False, ckpt_path=None, **options):
-    recorder = Recorder()
-    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    settings.update(enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, gradient_clip_val=0.5)
-    trainer = L.Trainer(max_steps=steps, callbacks=[StepSeed(), *callbacks, recorder], **{**settings, **options})
-    if shuffle:
-        torch.manual_seed(5)
-    trainer.fit(host, make_loader(frames, shuffle), ckpt_path=ckpt_path)
+    trainer = L.Trainer(max_steps=steps, callbacks=[StepSeed(), *callbacks, recorder], **{**QUIET, **options})
+    torch.manual_seed(seed)
+    trainer.fit(host, DataLoader(clips, batch_size=2, shuffle=shuffle), ckpt_path=ckpt_path)
     return trainer, recorder
 
 
@@ -76,20 +71,18 @@ def assert_untouched(host):
     assert not any(module._forward_hooks for module in host.modules())
 
 
-@pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
+@KINDS
 def test_before_it_is_on_the_training_is_that_of_the_host_alone(kind):
-    plain, host = make_host(kind), make_host(kind)
+    plain, never = make_host(kind), make_host(kind)
     _, alone = fit(plain, shuffle=True, steps=4)
-    _, both = fit(host, make_callback(warmup_steps=3), shuffle=True, steps=4)
+    _, both = fit(make_host(kind), make_callback(warmup_steps=3), shuffle=True, steps=4)
     assert both.losses[:3] == alone.losses[:3]
     assert both.losses[3] != alone.losses[3]
-    assert list(host.state_dict()) == list(plain.state_dict())
-    never = make_host(kind)
     fit(never, make_callback(warmup_steps=100), shuffle=True, steps=4)
     assert_same(never.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
+@KINDS
 def test_the_step_adds_what_the_module_gives(kind):
     class ByHand(kind):
         """The losses written into the training step."""
@@ -104,15 +97,12 @@ def test_the_step_adds_what_the_module_gives(kind):
             valid = torch.ones(2, 4, dtype=torch.bool)
             return sum(weight * loss for weight, loss in self.losses(seen, valid).values()) + dense
 
-    by_hand, host = make_host(ByHand), make_host(kind)
+    by_hand, options = make_host(ByHand), {"neighbours": 2, "weight": 0.3, "redundancy_weight": 0.2}
     torch.manual_seed(3)
-    options = {"neighbours": 2, "weight": 0.3, "redundancy_weight": 0.2}
     by_hand.losses_of = DenseAlignment(6, 8, start_step=2, redundancy_steps=3, **options)
-    torch.manual_seed(3)
     callback = make_callback(warmup_steps=2, redundancy_steps=3, **options)
     _, expected = fit(by_hand, gradient_clip_val=None)
-    torch.manual_seed(3)
-    _, recorder = fit(host, callback, gradient_clip_val=None)
+    _, recorder = fit(make_host(kind), callback, gradient_clip_val=None)
     torch.testing.assert_close(recorder.losses, expected.losses, rtol=1e-5, atol=1e-6)
     for step, wanted in zip(recorder.gradients, expected.gradients, strict=True):
         own = {name: value for name, value in wanted.items() if not name.startswith("losses_of")}
@@ -121,10 +111,10 @@ def test_the_step_adds_what_the_module_gives(kind):
 
 
 def test_projections_are_trained_clipped_and_follow_the_hosts_rate():
-    callback, start, look = make_callback(warmup_steps=3), [], L.Callback()
+    callback, start = make_callback(warmup_steps=3), {}
 
     def at_start(trainer, module):
-        start.append(copy.deepcopy(callback.losses.state_dict()))
+        start.update(copy.deepcopy(callback.losses.state_dict()))
         trained = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
         assert {id(p) for p in (*module.parameters(), *callback.losses.parameters())} == trained
 
@@ -134,13 +124,12 @@ def test_projections_are_trained_clipped_and_follow_the_hosts_rate():
             every = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             assert torch.stack([g.norm() for g in every]).norm() <= 1e-3 * (1 + 1e-4)
 
-    look.on_train_start, look.on_before_zero_grad = at_start, before_zero
+    looks = hook("on_train_start", at_start), hook("on_before_zero_grad", before_zero)
     _, alone = fit(make_host(), gradient_clip_val=1e-3)
-    _, recorder = fit(make_host(), callback, look, gradient_clip_val=1e-3)
+    _, recorder = fit(make_host(), callback, *looks, gradient_clip_val=1e-3)
     assert recorder.rates == alone.rates
     assert len({rate for rates in recorder.rates for rate in rates}) > 3
-    moved = callback.losses.state_dict()
-    assert all(not torch.equal(value, start[0][name]) for name, value in moved.items())
+    assert all(not torch.equal(value, start[name]) for name, value in callback.losses.state_dict().items())
 
 
 @pytest.mark.parametrize(("stop", "redundancy"), [(2, 0.1), (5, 0.0)])
@@ -151,45 +140,38 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
     host, callback = make_host(), make_callback(**options)
     _, whole = fit(host, callback, saver, steps=8, enable_checkpointing=True, limit_train_batches=1)
     path = tmp_path / f"step={stop}.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["state_dict"]) == set(make_host().state_dict())
-
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == set(make_host().state_dict())
     again, other = make_host(), make_callback(**options)
-    torch.manual_seed(99)
-    _, rest = fit(again, other, steps=8, ckpt_path=path, limit_train_batches=1)
+    _, rest = fit(again, other, steps=8, seed=99, ckpt_path=path, limit_train_batches=1)
     assert rest.losses == whole.losses[stop:]
     assert_same(again.state_dict(), host.state_dict())
     assert_same(other.losses.state_dict(), callback.losses.state_dict())
 
 
 def test_a_checkpoint_of_the_host_alone_is_taken_up(tmp_path):
-    saver = ModelCheckpoint(tmp_path)
+    saver, moments = ModelCheckpoint(tmp_path), []
     alone, _ = fit(make_host(), saver, steps=2, enable_checkpointing=True)
-    steps = []
 
-    class Look(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            state = trainer.optimizers[0].state
-            steps.append([state[p]["exp_avg"].clone() for p in pl_module.parameters()])
-            assert len(state) == len(steps[0])
+    def at_start(trainer, module):
+        moments.extend(trainer.optimizers[0].state[p]["exp_avg"].clone() for p in module.parameters())
+        assert len(trainer.optimizers[0].state) == len(moments)
 
-    trainer, _ = fit(make_host(), make_callback(), Look(), steps=4, ckpt_path=saver.best_model_path)
+    look = hook("on_train_start", at_start)
+    trainer, _ = fit(make_host(), make_callback(), look, steps=4, ckpt_path=saver.best_model_path)
     assert trainer.global_step == 4
-    assert len(trainer.optimizers[0].state) == len(steps[0]) + 2
-    assert_same(enumerate(steps[0]), enumerate(s["exp_avg"] for s in alone.optimizers[0].state.values()))
+    assert len(trainer.optimizers[0].state) == len(moments) + 2
+    assert_same(enumerate(moments), enumerate(s["exp_avg"] for s in alone.optimizers[0].state.values()))
 
 
 def test_schedule_and_logs():
     callback = DenseAlignmentCallback(weight=0.3, warmup_ratio=0.5, redundancy_ratio=0.25, neighbours=2)
     _, recorder = fit(make_host(), callback, steps=8)
+    first, last = ({key: recorder.logs[i][f"dense/{key}"] for key in (
+        "encoder_loss", "decoder_loss", "redundancy_loss", "weight")} for i in (0, -1))  # fmt: skip
     assert (callback.losses.start_step, callback.losses.redundancy_steps) == (4, 2)
-    assert set(recorder.logs[0]) >= KEYS
-    assert recorder.logs[0]["dense/redundancy_loss"] > 0 == recorder.logs[0]["dense/encoder_loss"]
-    assert recorder.logs[1]["dense/weight"] == 0
-    last = recorder.logs[-1]
-    assert last["dense/weight"] == pytest.approx(0.3)
-    assert last["dense/encoder_loss"] > 0 < last["dense/decoder_loss"]
-    assert last["dense/redundancy_loss"] == 0
+    assert first["redundancy_loss"] > 0 == first["encoder_loss"] == first["decoder_loss"] == first["weight"]
+    assert last["redundancy_loss"] == 0 < min(last["encoder_loss"], last["decoder_loss"])
+    assert last["weight"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(("frames", "wanted", "group"), [(6, None, 3), (8, None, 4), (1, None, 1), (6, 6, 6)])
@@ -206,71 +188,70 @@ def test_other_trainers(options):
     assert recorder.logs[-1]["dense/decoder_loss"] > 0
 
 
-def refuse(match, host, *callbacks, error=HostError, **options):
+class Own(SlotContrast):
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()])
+
+
+def manual():
+    host = make_host()
+    host.automatic_optimization = False
+    return host
+
+
+@pytest.mark.parametrize(
+    ("host", "callbacks", "error", "match"),
+    [
+        (manual, [{}], HostError, "automatic_optimization=False"),
+        (lambda: SAVi(num_slots=2), [{}], HostError, "but got SAVi"),
+        (lambda: make_host(VideoSAUR, reconstruction_weight=0.0), [{}], HostError, "reconstruction_weight=0"),
+        (lambda: make_host(Own), [{}], HostError, "Build it from self.parameters"),
+        (make_host, [{"group_frames": 3, "warmup_steps": 9}], ShapeError, "divide the 4 frames"),
+        (make_host, [{"neighbours": 13}], ConfigError, r"`neighbours` to be in \[1, 12\]"),
+        (make_host, [{}, SSyncCallback], HostError, "already has dense alignment"),
+        (make_host, [SSyncCallback, {}], HostError, "already has SSync"),
+    ],
+)
+def test_what_cannot_be_trained_with_it_is_refused(host, callbacks, error, match):
+    made, clip = host(), None if host is manual else 0.5
     with pytest.raises(error, match=match):
-        fit(host, *callbacks, steps=1, **options)
-    assert_untouched(host)
+        fit(made, *(make_callback(**c) if isinstance(c, dict) else c() for c in callbacks), gradient_clip_val=clip)
+    assert_untouched(made)
 
 
-def test_refusals():
-    class Manual(SlotContrast):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.automatic_optimization = False
-
-    class Own(SlotContrast):
-        def configure_optimizers(self):
-            return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()])
-
-    refuse("automatic_optimization=False", make_host(Manual), make_callback(), gradient_clip_val=None)
-    refuse("but got SAVi", SAVi(num_slots=2), make_callback())
-    refuse("reconstruction_weight=0", make_host(VideoSAUR, reconstruction_weight=0.0), make_callback())
-    refuse("Build it from self.parameters", make_host(Own), make_callback())
-    refuse("divide the 4 frames", make_host(), make_callback(group_frames=3, warmup_steps=9), error=ShapeError)
-    refuse(r"`neighbours` to be in \[1, 12\]", make_host(), make_callback(neighbours=13), error=ConfigError)
-    refuse("already has dense alignment", make_host(), make_callback(), SSyncCallback())
-    refuse("already has SSync", make_host(), SSyncCallback(), make_callback())
+BAD = {"weight": -1.0, "warmup_ratio": 1.5, "warmup_steps": -1, "projection_dim": 0, "group_frames": 0,
+       "neighbours": 0, "redundant": 0, "redundancy_weight": -0.1, "redundancy_ratio": -0.1,
+       "redundancy_steps": -2}  # fmt: skip
 
 
-def test_bad_settings_are_refused_when_it_is_made():
-    bad = {"weight": -1.0, "warmup_ratio": 1.5, "warmup_steps": -1, "projection_dim": 0, "group_frames": 0}
-    bad |= {
-        "neighbours": 0,
-        "redundant": 0,
-        "redundancy_weight": -0.1,
-        "redundancy_ratio": -0.1,
-        "redundancy_steps": -2,
-    }
-    for name, value in bad.items():
-        with pytest.raises(ConfigError, match=f"`{name}`"):
-            DenseAlignmentCallback(**{name: value})
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_refused_when_it_is_made(name):
+    with pytest.raises(ConfigError, match=f"`{name}`"):
+        DenseAlignmentCallback(**{name: BAD[name]})
 
 
 def test_the_host_is_put_back_copies_are_plain_and_a_callback_can_be_used_twice():
-    twins, look, fails = [], L.Callback(), L.Callback()
-    look.on_train_batch_start = lambda trainer, module, *args: twins.append(
-        (copy.deepcopy(module), copy.deepcopy(callback))
-    )
-    host, callback = make_host(), make_callback()
-    fit(host, callback, look, steps=2)
-    assert_untouched(host)
-    for twin, other in twins:
-        assert "training_step" not in twin.__dict__ or twin.training_step.__func__ is SlotContrast.training_step
-        fit(twin, other, steps=1)
+    def copied(trainer, module, *args):
+        twins.append(copy.deepcopy((module, callback)))
 
     def fail(*args):
         raise RuntimeError("no more")
 
-    fails.on_train_batch_end = fail
-    with pytest.raises(RuntimeError, match="no more"):
-        fit(failing := make_host(), make_callback(), fails, steps=2)
-    assert_untouched(failing)
+    twins, host, failing = [], make_host(), make_host()
     callback = make_callback(warmup_ratio=0.5, warmup_steps=None)
-    first, second = (fit(make_host(), callback, steps=4)[1] for _ in range(2))
-    assert first.losses == second.losses
+    _, first = fit(host, callback, hook("on_train_batch_start", copied), steps=2)
+    assert_untouched(host)
+    for twin, other in twins:
+        assert "training_step" not in twin.__dict__ or twin.training_step.__func__ is SlotContrast.training_step
+        fit(twin, other, steps=1)
+    assert fit(make_host(), callback, steps=2)[1].losses == first.losses
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(failing, make_callback(), hook("on_train_batch_end", fail), steps=2)
+    assert_untouched(failing)
 
 
-def test_short_name_in_a_configuration(capsys):
+def test_short_name_in_a_configuration(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = ["--model=SlotContrast", "--data=SyntheticDataModule", "--trainer.callbacks=DenseAlignmentCallback"]
     with pytest.raises(SystemExit) as stop:
         run_trainer(["fit", *words, "--trainer.callbacks.weight=0.25", "--print_config"])
@@ -282,36 +263,35 @@ def test_short_name_in_a_configuration(capsys):
 
 def stepped(groups):
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.1)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.randn_like(parameter)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     return optimizer
 
 
-@pytest.mark.parametrize("layout", ["behind", "in the middle", "apart", "scattered"])
+# How an optimizer groups the parameters of two layers and those of the callback.
+LAYOUTS = {
+    "behind": lambda one, two, own: [{"params": [*one, *two, *own]}],
+    "in the middle": lambda one, two, own: [{"params": [*one, *own]}, {"params": two, "lr": 0.2}],
+    "apart": lambda one, two, own: [{"params": one}, {"params": own}, {"params": two}],
+    "scattered": lambda one, two, own: [{"params": [one[0], *own[:1], one[1]]}, {"params": [*own[1:], *two]}],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_state_of_the_optimizer_with_or_without_the_callbacks_parameters_is_taken_up(layout):
     host, extra = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Linear(5, 6)
-
-    def groups_of(own):
-        first, second = ([*layer.parameters()] for layer in host)
-        return {
-            "behind": [{"params": [*first, *second, *own]}],
-            "in the middle": [{"params": [*first, *own]}, {"params": second, "lr": 0.2}],
-            "apart": [{"params": first}, {"params": own}, {"params": second}],
-            "scattered": [{"params": [first[0], *own[:1], first[1]]}, {"params": [*own[1:], *second]}],
-        }[layout]
-
-    together = stepped(groups_of([*extra.parameters()]))
+    one, two, own = ([*layer.parameters()] for layer in (*host, extra))
+    together = stepped(LAYOUTS[layout](one, two, own))
     state = together.state_dict()
     assert _extended(extra, together, state) is state
     if layout != "apart":
-        alone, both = stepped(groups_of([])), torch.optim.Adam(groups_of([*extra.parameters()]))
+        alone, both = stepped(LAYOUTS[layout](one, two, [])), torch.optim.Adam(LAYOUTS[layout](one, two, own))
         both.load_state_dict(_extended(extra, both, alone.state_dict()))
         assert set(both.state) == set(host.parameters())
         for parameter in host.parameters():
             assert torch.equal(both.state[parameter]["exp_avg"], alone.state[parameter]["exp_avg"])
     # A state of another host is left for the optimizer to refuse.
-    other, both = stepped([{"params": [*host[0].parameters()]}]), torch.optim.Adam([*host.parameters()])
+    other, both = stepped([{"params": one}]), torch.optim.Adam([*host.parameters()])
     with pytest.raises(ValueError, match="parameter group"):
         both.load_state_dict(_extended(extra, both, other.state_dict()))

@@ -49,7 +49,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add = parser.add_argument
     patterns = f"{_SHARDS}; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
-    add("--quick", action="store_true", help="read headers only, rather than decode and compare all videos")
+    add("--quick", action="store_true", help="list members only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
     add("--rebuild-index", action="store_true", help="write the index of the folders anew")

@@ -56,13 +56,6 @@ def test_frames_normalised_otherwise_are_normalised_again():
     assert backbone.renormalize(ours, backbone.mean, backbone.std) is ours
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 4, 8, 8)])
-def test_what_are_no_frames_is_refused(shape):
-    for frames in (torch.zeros(shape), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(ShapeError, match="normalised float frames"):
-            Patches()(frames)
-
-
 def test_checkpoints_hold_the_fingerprint_only():
     host = Host()
     state = host.state_dict()
@@ -107,7 +100,10 @@ def test_the_fingerprint_sees_names_shapes_types_and_values_but_no_order():
     assert copy.deepcopy(backbone.to(torch.bfloat16)).fingerprint == before  # the same weights in another precision
 
 
-def test_missing_packages_and_contradictions_are_named(monkeypatch):
+def test_frames_packages_and_contradictions_that_cannot_be_are_named(monkeypatch):
+    for frames in (torch.zeros(2, 8, 8), torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ShapeError, match="normalised float frames"):
+            Patches()(frames)
     with pytest.raises(ConfigError, match="one of the arguments `weights` and `checkpoint`"):
         load_backbone("efficientnet_lite0", weights="none", checkpoint="a.pth")
     with pytest.raises(ConfigError, match="`weights`"):
@@ -213,15 +209,12 @@ class TestTimm:
             ("test_vit", "vit_block0", "vit_block6"),
             ("test_vit", "block1", "vit_block6"),
             ("test_resnet", "layer9", "one of act1, layer1"),
+            ("test_vit", "vit_block1", r"100x64.*divisible by patch size.*`image_size`"),
         ],
     )
-    def test_names_and_layers_are_checked(self, name, layer, message):
+    def test_names_layers_and_sizes_are_checked(self, name, layer, message):
         with pytest.raises(ConfigError, match=message):
-            load_backbone(name, layer, weights="none")
-
-    def test_sizes_that_a_net_cannot_take_are_named(self):
-        with pytest.raises(ConfigError, match=r"100x64.*divisible by patch size.*`image_size`"):
-            load_backbone("test_vit", weights="none")(torch.zeros(1, 3, 100, 64))
+            load_backbone(name, layer, weights="none")(torch.zeros(1, 3, 100, 64))
 
     def test_weights_that_cannot_be_downloaded_are_named(self, timm, monkeypatch):
         def offline(name, pretrained=False, **options):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
+from torch.nn.utils import prune, remove_weight_norm, weight_norm
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
@@ -22,33 +21,6 @@ from ssync_pl.hosts.nn.pixels import ConvEncoder, SpatialBroadcastDecoder
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_mlp_decoder_slot_by_slot_and_patch_by_patch(memory_efficient: bool) -> None:
-    decoder = MLPDecoder(4, 3, [8, 6], patches=5, memory_efficient=memory_efficient).double()
-    slots = torch.randn(2, 3, 4, dtype=torch.float64)
-    output = decoder(slots)
-    for m in range(2):
-        for n in range(5):
-            rows = torch.stack([decoder.mlp.layers(slots[m, s] + decoder.pos_emb[0, 0, n]) for s in range(3)])
-            torch.testing.assert_close(output["dots"][m, :, n], rows[:, 3])
-            torch.testing.assert_close(output["masks"][m, :, n], rows[:, 3].softmax(0))
-            torch.testing.assert_close(output["reconstruction"][m, n], rows[:, 3].softmax(0) @ rows[:, :3])
-
-
-def test_mixer_equals_its_formula() -> None:
-    decoder = SlotMixerDecoder(4, 3, [8, 6], patches=5, blocks=2, heads=2).double()
-    slots = torch.randn(2, 3, 4, dtype=torch.float64)
-    places = decoder.pos_emb.expand(2, -1, -1)
-    asked = decoder.allocator(places, decoder.norm_memory(slots))
-    logits = decoder.to_q(decoder.norm_q(asked)) @ decoder.to_k(decoder.norm_k(slots)).mT / 2  # (2, patches, slots)
-    mixed = logits.softmax(-1) @ slots + places
-    hidden = decoder.renderer.layers[2](decoder.renderer.layers[0](mixed).relu()).relu()
-    output = decoder(slots)
-    torch.testing.assert_close(output["dots"], logits.mT)
-    torch.testing.assert_close(output["masks"], logits.mT.softmax(1))
-    torch.testing.assert_close(output["reconstruction"], decoder.output_transform(hidden))
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True])
@@ -106,40 +78,6 @@ def test_lean_decoding_has_second_derivatives_and_compiles_to_one_graph() -> Non
     torch.testing.assert_close(decoder(slots)["reconstruction"], expected)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    used = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        most = max(most, used)
-    return most
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_a_step_peaks_below_half_of_decoding_all_pairs(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_CHUNK_BYTES", {"cpu": 1 << 17})
-    decoder, slots = MLPDecoder(8, 48, [128] * layers, 144), torch.randn(4, 11, 8, requires_grad=True)
-
-    def step(reconstruction: Tensor, masks: Tensor) -> None:
-        decoder.zero_grad()
-        (reconstruction.square().mean() + masks.square().mean()).backward()
-
-    def lean() -> None:
-        out = decoder(slots)
-        step(out["reconstruction"], out["masks"])
-
-    def all_pairs() -> None:
-        decoded = decoder.mlp(slots.unsqueeze(2) + decoder.pos_emb)
-        masks = decoded[..., -1].softmax(1)
-        step((decoded[..., :-1] * masks.unsqueeze(-1)).sum(1), masks)
-
-    assert peak_bytes(lean) <= 0.5 * peak_bytes(all_pairs)
-
-
 def test_half_precision_keeps_logits_in_float32() -> None:
     decoder, slots = MLPDecoder(32, 24, [128] * 3, 50), torch.randn(2, 6, 32)
     exact = decoder(slots)
@@ -176,35 +114,29 @@ def test_the_broadcast_decoder_mixes_pictures_by_masks() -> None:
     torch.testing.assert_close(out.reconstruction, (pictures * logits.softmax(dim=2).unsqueeze(3)).sum(dim=2))
 
 
-HOOKS: dict[str, tuple[Any, Any]] = {
-    "pruning": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
-    "weight norm": (weight_norm, remove_weight_norm),
-    "spectral norm": (spectral_norm, remove_spectral_norm),
-}
-KINDS: dict[str, Callable[[], Any]] = {
-    "broadcast": lambda: SpatialBroadcastDecoder(6, [5], [2], (3, 4)),
-    "mlp": lambda: MLPDecoder(6, 5, [8, 8], 7),
-    "mixer": lambda: SlotMixerDecoder(6, 5, [8, 8], 7, heads=2),
-    "relative": lambda: RelativeMixtureDecoder(7, 6, 5, [8, 8]),
-}
+HOOKS = [
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
+    (weight_norm, remove_weight_norm),
+]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_made_by_hooks_are_trained_and_used(kind: str, hook: str) -> None:
-    decoder, (put, remove) = KINDS[kind](), HOOKS[hook]
-    extra = (torch.randn(2, 1, 3, 7, 2), torch.ones(2, 1, 3, dtype=torch.bool)) if kind == "relative" else ()
-    slots = torch.randn(2, 3, 6) if kind in ("mlp", "mixer") else torch.randn(2, 1, 3, 6)
+@pytest.mark.parametrize(("put", "remove"), HOOKS)
+@pytest.mark.parametrize("kind", ["mlp", "relative"])
+def test_weights_made_by_hooks_are_trained_and_used(kind: str, put: Any, remove: Any) -> None:
+    decoder: Any = MLPDecoder(6, 5, [8, 8], 7) if kind == "mlp" else RelativeMixtureDecoder(7, 6, 5, [8, 8])
+    given = [torch.randn(2, 3, 6)]
+    if kind == "relative":
+        given = [given[0].unsqueeze(1), torch.randn(2, 1, 3, 7, 2), torch.ones(2, 1, 3, dtype=torch.bool)]
 
     def decode() -> Tensor:
-        output = decoder(slots, *extra)
-        return output["reconstruction"] if isinstance(output, dict) else output.reconstruction
+        output = decoder(*given)
+        return output["reconstruction"] if kind == "mlp" else output.reconstruction
 
-    layers = [part for part in decoder.modules() if isinstance(part, (nn.Linear, nn.ConvTranspose2d))]
+    layers = [part for part in decoder.modules() if isinstance(part, nn.Linear)]
     for layer in layers:
         put(layer)
-    optimizer, before = torch.optim.SGD(decoder.parameters(), lr=0.1), decode()
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     for _ in range(2):  # a weight that is left from an earlier step belongs to a graph that is gone
         optimizer.zero_grad()
         decode().square().mean().backward()
@@ -212,7 +144,6 @@ def test_weights_made_by_hooks_are_trained_and_used(kind: str, hook: str) -> Non
     assert all(parameter.grad is not None for parameter in decoder.parameters())
     decoder.eval()
     trained = decode()
-    assert not torch.allclose(trained, before)
     for layer in layers:  # the same weights without hooks, along the lean path
         remove(layer)
     torch.testing.assert_close(decode(), trained, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
 from ssync_pl.hosts.linking import link_slots, relabel_slots
-from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
+from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder, frame_windows
 from ssync_pl.hosts.nn.slot_merger import SlotMerger, agglomerate, cosine_distances
 
 GRID, S, D, C = (3, 4), 3, 8, 5
@@ -71,18 +71,6 @@ def test_the_binder_equals_the_published_order_pair_by_pair() -> None:
     torch.testing.assert_close(half.logits, bound.logits, rtol=0.2, atol=0.1)
 
 
-def test_a_pose_is_mean_and_spread_of_what_is_attended_to() -> None:
-    points = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    pose = attention_pose(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]), points)
-    torch.testing.assert_close(pose.position, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
-    torch.testing.assert_close(pose.spread, torch.tensor([[1.0001**0.5, 0.01], [0.01, 0.01]]))
-    relative = SlotPose(pose.position, pose.spread).relative(points)
-    torch.testing.assert_close(relative[0, 1], torch.tensor([1.0 / (5 * 1.0001**0.5), 0.0]))
-    logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)  # a slot on one patch
-    (grad,) = torch.autograd.grad(attention_pose(logits.softmax(1), points).spread.sum(), logits)
-    assert grad.isfinite().all()
-
-
 def test_an_untrained_binder_can_be_soft_k_means() -> None:
     centres, truth = 3 * torch.randn(3, 16), torch.arange(3).repeat_interleave(16)
     tokens = (centres[truth] + 0.3 * torch.randn(48, 16)).view(1, 1, 48, 16)
@@ -139,15 +127,6 @@ def test_clusters_equal_those_of_scikit_learn(linkage: Any, count: int) -> None:
         assert all(label == min(i for i in range(count) if own[i] == label) for label in own.tolist())
         sizes.add(len(own.unique()))
     assert count < 8 or len(sizes) > 1
-
-
-def test_complete_linkage_stops_where_average_goes_on() -> None:
-    # On a line at 0, 1 and 2.6: {0, 1} and 2.6 are 2.6 apart at most and 2.1 on average.
-    places = torch.tensor([0.0, 1.0, 2.6])
-    distances = (places[:, None] - places[None, :]).abs()
-    assert agglomerate(distances, 2.3, "complete").tolist() == [0, 0, 2]
-    assert agglomerate(distances, 2.3, "average").tolist() == [0, 0, 0]
-    assert agglomerate(distances, 1.0).tolist() == [0, 1, 2]  # at the threshold they stay apart
 
 
 def test_merged_slots_are_means_at_the_lowest_index() -> None:

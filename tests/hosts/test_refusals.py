@@ -1,0 +1,88 @@
+"""Options, batches and schedules that cannot be are refused by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import pixel_clips, tiny, window_clips
+
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
+from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.training import exponential_for, schedule_for
+
+OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
+    (SAVi, {"slot_init": "zeros"}, "`slot_init` to be 'gaussian'"),
+    (SAVi, {"encoder_strides": (1,)}, "`encoder_channels` and `encoder_strides`"),
+    (SAVi, {"num_slots": 0}, "`num_slots`"),
+    (VideoSAUR, {"reconstruction_weight": 0.0, "similarity_weight": 0.0}, "reconstruction_weight"),
+    (VideoSAUR, {"similarity_shift": 0}, "similarity_shift"),
+    (VideoSAUR, {"slot_init": "boxes"}, "slot_init"),
+    (VideoSAUR, {"decoder": "broadcast"}, "decoder"),
+    (VideoSAUR, {"num_slots": 0}, "num_slots"),
+    (VideoSAUR, {"slot_init_std": 0.0}, "spread"),
+    (VideoSAUR, {"feature_dim": None}, "feature_dim"),
+    (VideoSAUR, {"iterations_later": 0}, "iterations"),
+    (VideoSAUR, {"encoder_position": 0.5, "encoder_hidden": 0}, "encoder_hidden"),
+    (VideoSAUR, {"corrector_init": "kmeans", "encoder_hidden": 0}, "as many channels"),
+    (VideoSAUR, {"corrector_sharpness": 2.0}, "corrector_init"),
+    (VideoSAUR, {"corrector_init": "means"}, "corrector_init"),
+    (VideoSAUR, {"init": "fan"}, "init"),
+    (VideoSAUR, {"init": "fan_in", "encoder_hidden": 0, "decoder": "mixer"}, "neither"),
+    (SOLV, {"edge_probability": 2.0}, "`edge_probability`"),
+    (SOLV, {"merge_rise": 0.5}, "`merge_rise`"),
+    (SOLV, {"linking": "never"}, "`linking`"),
+    (SOLV, {"link_by": "names"}, "`link_by`"),
+    (SOLV, {"corrector_init": "other"}, "`corrector_init`"),
+    (SOLV, {"clip_length": 4}, "odd"),
+    (SOLV, {"feature_dim": None}, "`feature_dim`"),
+    (SOLV, {"token_drop": 1.0}, "`token_drop`"),
+    (SOLV, {"merge_threshold": 3.0}, "`merge_threshold`"),
+    (SOLV, {"merge_linkage": "single"}, "`merge_linkage`"),
+    (SOLV, {"temporal_heads": 5}, "`temporal_heads`"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "match"), OPTIONS)
+def test_options(kind: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        tiny(kind, **options)
+
+
+VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(2, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
+        (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),
+        (lambda: tiny(SAVi, slot_init="boxes")(VIDEO), ConfigError, "`conditioning` to be a tensor"),
+        (lambda: tiny(SAVi)(VIDEO, HINTS), ConfigError, "`conditioning` to be None"),
+        (lambda: tiny(SAVi, slot_init="centres")(VIDEO, HINTS), ShapeError, r"`conditioning` to be \(B, 3, 2\)"),
+        (lambda: tiny(SAVi).validation_step({"video": VIDEO}, 0), ConfigError, "key `segmentations`"),
+        (lambda: tiny(VideoSAUR)(torch.zeros(2, 6, 6)), ShapeError, "inputs"),
+        (lambda: tiny(VideoSAUR).training_step({"image": VIDEO}, 0), ConfigError, "`features` or `video`"),
+        (lambda: tiny(SOLV)(window_clips(frames=5)["features"]), ShapeError, "`clip_length`"),
+        (lambda: tiny(SOLV)(torch.zeros(1, 3, 9, 6)), ShapeError, "`grid`"),
+        (lambda: tiny(SOLV).training_step({"frame_mask": VIDEO}, 0), ConfigError, "`features` or `video`"),
+        (lambda: slot_contrast_loss(SLOTS[:, :1]), ShapeError, r"T >= 2, .* Raise `clip_length`"),
+        (lambda: slot_contrast_loss(SLOTS[0]), ShapeError, "`slots`"),
+        (lambda: slot_contrast_loss(SLOTS, temperature=0), ConfigError, "`temperature`"),
+        (lambda: temporal_similarity(SLOTS, shift=2), ShapeError, r"T > 2, .* Raise `clip_length`"),
+        (lambda: temporal_similarity(SLOTS, temperature=0), ConfigError, "`temperature`"),
+        (lambda: temporal_similarity_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)), ShapeError, "target"),
+        (lambda: schedule_for(math.inf, 10, "cosine"), ConfigError, "max_steps"),
+        (lambda: schedule_for(10, 0, "linear"), ConfigError, "decay"),  # type: ignore[arg-type]
+        (lambda: schedule_for(10, -1), ConfigError, "warmup_steps"),
+        (lambda: exponential_for(-1, 10), ConfigError, "decay_steps"),
+        (lambda: exponential_for(100, 10, decay_steps=5), ConfigError, "decay_steps"),
+        (lambda: exponential_for(100, 10, rate=0), ConfigError, "decay_rate"),
+    ],
+)
+def test_calls(call: Any, error: Any, match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
