@@ -27,7 +27,7 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 6_670,
     "compare": 1857,
-    "tools": 3128,
+    "tools": 2973,
     "cli": 822,
 }
 TOTAL = 22_860  # the aim is 20_000

@@ -1,7 +1,5 @@
 """`ssync-pl compare` from its words to its tables, on runs of a few steps that one in-process launcher makes."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -15,26 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
-from tiny_comparison import comparable
 
 from ssync_pl.cli import main
 from ssync_pl.compare.results import load_comparison, read_results
 from ssync_pl.compare.runs import Failure
 
-ROOT = Path(__file__).resolve().parents[2]
 SWITCHED_ON = 8  # half of the steps
 OWN = ["wall_seconds", "cpu_seconds", "shared_steps", "date"]
-
-
-def write_config(path: Path, root: Path, **trainer) -> Path:
-    config = comparable(root)
-    config["model"]["init_args"] = {**config["model"]["init_args"], "slot_init": "gaussian"}
-    config["trainer"]["callbacks"][0]["init_args"]["guard_window"] = 1
-    config["trainer"] |= trainer
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
 
 
 class Here:
@@ -54,15 +40,15 @@ class Here:
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
+def comparison(tmp_path_factory, write_config):
     """Three variants of one seed, with a shared warm-up and without."""
     root = tmp_path_factory.mktemp("compare")
-    config = write_config(root / "tiny.yaml", root / "data")
-    words = ["--config", str(config), "--variants", "with,without,warmup-0.25", "--seeds", "1"]
+    words = ["--config", str(write_config(root)), "--variants", "with,without,warmup-0.25", "--seeds", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("submitit.AutoExecutor", Here)
         patch.setattr(sys, "argv", ["ssync-pl"])
         assert main(["compare", *words, "--out", str(root / "shared")]) == 0
+        patch.setattr("ssync_pl.compare.report.write_report", lambda out: out / "report")
         assert main(["compare", *words, "--out", str(root / "apart"), "--no-sharing"]) == 0
     return root, words
 
@@ -122,15 +108,16 @@ def test_the_same_command_keeps_everything_and_prints_the_table(shared, capsys):
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     assert main(["compare", *words]) == 0
     printed = capsys.readouterr().out
-    for text in ("video FG-ARI", "1 seed, baseline", "one seed: no interval", "k-means on RGB"):
-        assert text in printed
+    told = ("video FG-ARI", "1 seed, baseline", "one seed: no interval", "k-means on RGB")
+    assert all(text in printed for text in told)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
 
 
-def test_a_damaged_run_is_named_and_the_others_are_shown(shared, capsys):
+def test_damaged_runs_and_failures_are_named_and_the_others_are_shown(shared, capsys, monkeypatch):
     out, words = shared
     path = out / "runs" / "default" / "slots_3" / "with" / "seed_0" / "evaluation.json"
     kept = path.read_bytes()
+    monkeypatch.setattr("ssync_pl.compare.runs.run_all", lambda runs, *rest: [Failure(runs[1], "  RuntimeError: oh")])
     try:
         path.write_bytes(kept[:40])
         assert main(["compare", *words]) == 1
@@ -138,15 +125,9 @@ def test_a_damaged_run_is_named_and_the_others_are_shown(shared, capsys):
         path.write_bytes(kept)
     printed = capsys.readouterr()
     assert "damaged: default, 3 slots, with, seed 0: evaluation.json" in printed.err
+    assert "failed: default, 3 slots, without, seed 0" in printed.err
+    assert "RuntimeError: oh" in printed.err
     assert "warmup-0.25" in printed.out
-
-
-def test_failures_are_shown_with_the_end_of_their_logs(shared, capsys, monkeypatch):
-    monkeypatch.setattr("ssync_pl.compare.runs.run_all", lambda runs, *rest: [Failure(runs[0], "  RuntimeError: oh")])
-    assert main(["compare", *shared[1]]) == 1
-    error = capsys.readouterr().err
-    assert "failed: default, 3 slots, with, seed 0" in error
-    assert "RuntimeError: oh" in error
 
 
 def test_what_is_not_this_comparison_is_refused(shared, tmp_path, capsys):
@@ -162,35 +143,38 @@ def test_what_is_not_this_comparison_is_refused(shared, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["chapter.tex"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--variants", "nope"], "among without, with, published"),
-        (["--variants", ","], "among --variants"),
-        (["--variants", "with"], "name another one by --baseline"),
-        (["--sets", "nope"], "Expected --sets to be among a, a_zoom, c,"),
-        (["--seeds", "0"], "Expected --seeds to be a number of seeds from 1 on"),
-        (["--slots", "0"], "Expected --slots to be whole numbers from 1 on"),
-        (["--processes", "0"], "--processes"),
-        (["--slurm", "account"], "Expected --slurm NAME=VALUE"),
-        (["--config", "none.yaml"], "'none.yaml', which is none"),
-        (["--seeds", "1"], "submitit"),
-    ],
-)
-def test_bad_words_are_refused_with_what_was_expected(tmp_path, capsys, monkeypatch, words, message):
+BAD_WORDS = [
+    (["--variants", ","], "among --variants"),
+    (["--variants", "with"], "name another one by --baseline"),
+    (["--processes", "0"], "--processes"),
+    (["--slurm", "account"], "Expected --slurm NAME=VALUE"),
+    (["--config", "none.yaml"], "'none.yaml', which is none"),
+    (["--seeds", "1"], "submitit"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_WORDS)
+def test_bad_words_are_refused_with_what_was_expected(tmp_path, write_config, capsys, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    config = write_config(tmp_path / "tiny.yaml", tmp_path / "data")
-    assert main(["compare", "--config", str(config), "--out", str(tmp_path / "out"), *words]) == 2
+    assert main(["compare", "--config", str(write_config(tmp_path)), "--out", str(tmp_path / "out"), *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert len(lines) == 1 or lines[0].startswith("usage: ssync-pl compare")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys):
-    config = write_config(tmp_path / "tiny.yaml", tmp_path / "data")
-    words = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "3,4", "--slots", "3,5", "--dry-run"]
-    assert main(["compare", *words, "--", "--trainer.precision=32"]) == 0
+def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, write_config, capsys):
+    words = [
+        "--config",
+        str(write_config(tmp_path)),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "3,4",
+        "--slots",
+        "3,5",
+    ]
+    assert main(["compare", *words, "--dry-run", "--", "--trainer.precision=32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if not line.startswith("#")]
     assert len(commands) == 8
@@ -201,11 +185,11 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
-    config = write_config(tmp_path / "tiny.yaml", tmp_path / "data", max_steps=120)
+def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, write_config, number):
+    config = str(write_config(tmp_path, max_steps=120))
 
     def start(name):
-        words = ["--config", str(config), "--out", str(tmp_path / name), "--seeds", "1"]
+        words = ["--config", config, "--out", str(tmp_path / name), "--seeds", "1"]
         return subprocess.Popen([sys.executable, "-m", "ssync_pl", "compare", *words], stdout=subprocess.DEVNULL)
 
     broken = start("broken")
@@ -227,26 +211,28 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, number):
     assert ours.equals(theirs)
 
 
-def _quality():
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+@pytest.fixture
+def quality():
+    """The script of the repository's own experiments."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
+    spec = importlib.util.spec_from_file_location("quality", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_experiments_of_the_repository_fit_its_examples(tmp_path, monkeypatch, capsys):
+def test_the_experiments_of_the_repository_fit_its_examples(quality, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for experiment in _quality().EXPERIMENTS:
-        assert _quality().main([experiment, "--seeds", "1", "--dry-run"]) == 0
+    for experiment in quality.EXPERIMENTS:
+        assert quality.main([experiment, "--seeds", "1", "--dry-run"]) == 0
         printed = capsys.readouterr().out
         assert "/without/seed_0/overlay.yaml" in printed
         assert "seed_1" not in printed  # the caller's options win
     assert not list(tmp_path.iterdir())
 
 
-def test_an_experiment_that_is_done_leaves_its_table(shared, tmp_path, monkeypatch):
+def test_an_experiment_that_is_done_leaves_its_table(quality, shared, tmp_path, monkeypatch):
     out, words = shared
-    module = _quality()
-    monkeypatch.setattr(module, "words_of", lambda *args: ["compare", *words])
-    assert module.main(["savi", "--out", str(out), "--results", str(tmp_path)]) == 0
+    monkeypatch.setattr(quality, "words_of", lambda *args: ["compare", *words])
+    assert quality.main(["savi", "--out", str(out), "--results", str(tmp_path)]) == 0
     assert (tmp_path / "quality_savi.csv").read_bytes() == (out / "results.csv").read_bytes()

@@ -1,4 +1,4 @@
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,10 @@ from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
-replace = dataclasses.replace
-
 
 @pytest.fixture
-def asked(tmp_path, tiny):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    return Asked((tmp_path / "tiny.yaml",), tmp_path / "out")
+def asked(tmp_path, write_config):
+    return Asked((write_config(tmp_path),), tmp_path / "out")
 
 
 def test_all_combinations_with_the_variants_of_a_seed_side_by_side(asked):
@@ -27,23 +24,20 @@ def test_all_combinations_with_the_variants_of_a_seed_side_by_side(asked):
     assert (first, second) == (RunKey("default", 3, "with", 3), RunKey("default", 3, "without", 3))
     assert first.folder(asked.out) == asked.out / "runs" / "default" / "slots_3" / "with" / "seed_3"
     (other,) = [run for run in matrix.runs if run.key == ("c", 5, "with", 4)]
-    assert {
-        *("--data.init_args.seed=4", "--model.init_args.num_slots=5", "--seed_everything=4"),
-    } <= set(other.command)
+    words = {"--data.init_args.seed=4", "--model.init_args.num_slots=5", "--seed_everything=4"}
+    assert words <= set(other.command)
     assert other.files["set.yaml"] == {"data": {"init_args": {"preset": "c", "scene": None}}}
 
 
 def test_the_recipe_holds_all_but_the_seed(asked):
-    def recipe(asked, place=0):
-        return build_matrix(asked).runs[place].recipe
+    def recipe(place=0, **changes):
+        return build_matrix(replace(asked, **changes)).runs[place].recipe
 
-    own = recipe(asked)
-    assert recipe(replace(asked, seeds=(7,))) == own
-    assert recipe(asked, 1) != own
-    for changes in ({"extra": ("--trainer.precision=32",)}, {"slots": (5,)}, {"sets": ("c",)}):
-        assert recipe(replace(asked, **changes)) != own, changes
+    own = recipe()
+    assert recipe(seeds=(7,)) == own
+    others = [recipe(1), recipe(extra=("--trainer.precision=32",)), recipe(slots=(5,)), recipe(sets=("c",))]
     asked.configs[0].write_text(asked.configs[0].read_text() + "\n")
-    assert recipe(asked) != own
+    assert own not in [*others, recipe()]
 
 
 def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_path):
@@ -55,20 +49,20 @@ def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_
     assert files == ["tiny.yaml", "set.yaml", "overlay.yaml", "settings.yaml"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"configs": ()}, "Expected --config FILE"),
-        ({"configs": (Path("none.yaml"),)}, "'none.yaml', which is none"),
-        ({"variants": ("with", "with")}, "each once, but got with twice"),
-        ({"variants": ("with", "nope"), "baseline": "with"}, "but got 'nope'"),
-        ({"variants": ("with",)}, "'without' .* among --variants, but got with.* --baseline"),
-        ({"variants": ("without", "a.yaml", "b.yaml")}, "'a' and 'b' are the same training"),
-        ({"sets": ("x",)}, "among a, a_zoom, .*'x'"),
-        ({"sets": ("none.yaml",)}, "Expected --sets to name a YAML file"),
-        ({"sets": ("c", "c")}, "each once, but got c twice"),
-    ],
-)
+REFUSED = [
+    ({"configs": ()}, "Expected --config FILE"),
+    ({"configs": (Path("none.yaml"),)}, "'none.yaml', which is none"),
+    ({"variants": ("with", "with")}, "each once, but got with twice"),
+    ({"variants": ("with", "nope"), "baseline": "with"}, "but got 'nope'"),
+    ({"variants": ("with",)}, "'without' .* among --variants, but got with.* --baseline"),
+    ({"variants": ("without", "a.yaml", "b.yaml")}, "'a' and 'b' are the same training"),
+    ({"sets": ("x",)}, "among a, a_zoom, .*'x'"),
+    ({"sets": ("none.yaml",)}, "Expected --sets to name a YAML file"),
+    ({"sets": ("c", "c")}, "each once, but got c twice"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(asked, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
@@ -77,27 +71,22 @@ def test_what_does_not_fit_is_refused(asked, tmp_path, monkeypatch, changes, mes
         build_matrix(replace(asked, **changes))
 
 
-def test_contrast_that_is_so_already_is_the_same_training(asked, tiny):
-    tiny["model"] = {"class_path": "SlotContrast", "init_args": {"num_slots": 7, "contrast_weight": 0.1}}
-    asked.configs[0].write_text(yaml.safe_dump(tiny))
-    with pytest.raises(ConfigError, match="'without' and 'slot-contrast' are the same"):
-        build_matrix(replace(asked, variants=("without", "slot-contrast")))
+SLOTCONTRAST = {"class_path": "SlotContrast", "init_args": {"num_slots": 7, "contrast_weight": 0.1}}
+SHARDS = {"class_path": "ShardDataModule", "init_args": {"train": "a-{000000..000002}.tar"}}
+CONFIGURATIONS = [
+    ({"data": None}, "to have `data` with a `class_path`"),
+    ({"model": None}, "to have `model` with a `class_path`"),
+    ({"model": {"class_path": "SAVi"}}, "`num_slots` among the options of SAVi"),
+    ({"data": SHARDS}, "SyntheticDataModule for .* 'c'"),
+    ({"model": SLOTCONTRAST}, "'without' and 'slot-contrast' are the same"),
+]
 
 
-@pytest.mark.parametrize(
-    ("part", "value", "message"),
-    [
-        ("data", None, "to have `data` with a `class_path`"),
-        ("model", None, "to have `model` with a `class_path`"),
-        ("model", {"class_path": "SAVi"}, "`num_slots` among the options of SAVi"),
-        ("data", {"class_path": "ShardDataModule", "init_args": {"train": "x.tar"}}, "SyntheticDataModule for .* 'c'"),
-    ],
-)
-def test_a_configuration_that_lacks_a_part_is_refused(asked, tiny, part, value, message):
-    tiny[part] = value
-    asked.configs[0].write_text(yaml.safe_dump(tiny))
+@pytest.mark.parametrize(("changes", "message"), CONFIGURATIONS)
+def test_a_configuration_that_does_not_fit_is_refused(asked, tiny, changes, message):
+    asked.configs[0].write_text(yaml.safe_dump(tiny | changes))
     with pytest.raises(ConfigError, match=message):
-        build_matrix(replace(asked, sets=("c",)))
+        build_matrix(replace(asked, variants=("without", "slot-contrast"), sets=("c",)))
 
 
 def test_seeds_and_slots():
@@ -109,14 +98,10 @@ def test_seeds_and_slots():
         parse_numbers("0,3", "--slots")
 
 
-def plan_of(names, extra=(), data=None, **options):
-    callbacks = [
-        {"class_path": "SSyncCallback", "init_args": {"warmup_ratio": 0.5, **options}},
-        {"class_path": "ValidationSummary"},
-    ]
-    model = {"class_path": "SlotContrast", "init_args": {"contrast_weight": 0.1}}
-    data = data or {"class_path": "ShardDataModule", "init_args": {"train": "a-{000000..000002}.tar"}}
-    config = {"trainer": {"callbacks": callbacks}, "model": model, "data": data}
+def plan_of(names, extra=(), data=SHARDS, **options):
+    ssync = {"class_path": "SSyncCallback", "init_args": {"warmup_ratio": 0.5, **options}}
+    callbacks = [ssync, {"class_path": "ValidationSummary"}]
+    config = {"trainer": {"callbacks": callbacks}, "model": SLOTCONTRAST, "data": data}
     variants = [make_variant(name, config) if isinstance(name, str) else name for name in names]
     return plan_sharing(variants, config, extra)
 
@@ -133,10 +118,8 @@ def test_variants_of_ssync_start_from_the_run_without_it():
         "ssync-no-contrast": ("no-contrast", half),
     }
     # Dense alignment has parameters of its own, and without a warm-up nothing is the same.
-    assert {name: share.keeps for name, share in plan.items() if share.keeps} == {
-        "without": (half, quarter, third),
-        "no-contrast": (half,),
-    }
+    keeps = {name: share.keeps for name, share in plan.items() if share.keeps}
+    assert keeps == {"without": (half, quarter, third), "no-contrast": (half,)}
     # what the configuration itself would start from, for a comparison that grows
     assert plan_of(["without"], warmup_steps=200, guard_window=7)["without"].keeps == (Switch(0.5, 200, 7),)
     assert plan_of(["with", "without"], ["--trainer.precision=32"])["with"].source == "without"
@@ -144,23 +127,23 @@ def test_variants_of_ssync_start_from_the_run_without_it():
     assert plan_of(["without", other])["other"].source is None
 
 
-@pytest.mark.parametrize(
-    ("names", "words", "data"),
-    [
-        (["with", "no-merging"], [], None),
-        (["with", "without"], ["--trainer.callbacks.warmup_ratio=0.1"], None),
-        (["with", "without"], ["--config=a.yaml"], None),
-        (["with", "without"], ["--data=Mine"], None),
-        (["with", "without"], [], {"class_path": "mine.MyData"}),
-        (
-            ["with", "without"],
-            [],
-            {"class_path": "ShardDataModule", "init_args": {"train": "a.tar", "backend": "webdataset"}},
-        ),
-        (["with", "without"], [], {"class_path": "ShardDataModule", "init_args": {"train": ["a.tar", "b.tar.gz"]}}),
-        (["with", "without"], [], {"class_path": "ShardDataModule", "init_args": {"train": "https://x/a.tar"}}),
-    ],
-)
-def test_nothing_is_shared_where_it_may_not_be_the_same(names, words, data):
-    plan = plan_of(names, words, data)
+def shards(**options):
+    return {"class_path": "ShardDataModule", "init_args": options}
+
+
+APART = [
+    {"names": ["with", "no-merging"]},
+    {"extra": ["--trainer.callbacks.warmup_ratio=0.1"]},
+    {"extra": ["--config=a.yaml"]},
+    {"extra": ["--data=Mine"]},
+    {"data": {"class_path": "mine.MyData"}},
+    {"data": shards(train="a.tar", backend="webdataset")},
+    {"data": shards(train=["a.tar", "b.tar.gz"])},
+    {"data": shards(train="https://x/a.tar")},
+]
+
+
+@pytest.mark.parametrize("changes", APART)
+def test_nothing_is_shared_where_it_may_not_be_the_same(changes):
+    plan = plan_of(**({"names": ["with", "without"]} | changes))
     assert all(share.source is None and not share.keeps for share in plan.values())

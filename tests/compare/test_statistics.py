@@ -30,19 +30,19 @@ def test_a_difference_is_paired_by_seed():
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(tuple(interval))
 
 
-@pytest.mark.parametrize(
-    ("difference", "text", "more_is_better", "less_is_better", "neither"),
-    [
-        (Estimate(0.3, 0.2, 3), "up", "better", "worse", "more"),
-        (Estimate(-0.3, 0.2, 3), "down", "worse", "better", "less"),
-        (Estimate(-0.1, 0.2, 3), "within noise", "", "", ""),
-        (Estimate(0.0, 0.0, 3), "within noise", "", "", ""),
-        (Estimate(0.3, None, 1), "one seed: no interval", "", "", ""),
-    ],
-)
-def test_verdicts(difference, text, more_is_better, less_is_better, neither):
+VERDICTS = [  # what it says, and judges where more is better, less is better, and neither
+    (Estimate(0.3, 0.2, 3), "up", ["better", "worse", "more"]),
+    (Estimate(-0.3, 0.2, 3), "down", ["worse", "better", "less"]),
+    (Estimate(-0.1, 0.2, 3), "within noise", [""] * 3),
+    (Estimate(0.0, 0.0, 3), "within noise", [""] * 3),
+    (Estimate(0.3, None, 1), "one seed: no interval", [""] * 3),
+]
+
+
+@pytest.mark.parametrize(("difference", "text", "judged"), VERDICTS)
+def test_verdicts(difference, text, judged):
     assert verdict(difference) == text
-    assert [judge(difference, better) for better in (1, -1, 0)] == [more_is_better, less_is_better, neither]
+    assert [judge(difference, better) for better in (1, -1, 0)] == judged
 
 
 def test_an_estimate_is_written_with_a_true_minus_sign():

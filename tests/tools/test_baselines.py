@@ -49,17 +49,13 @@ def coloured_video(seed: int, colours: int = 4) -> tuple[torch.Tensor, torch.Ten
     return corners[labels] + 0.03 * torch.randn(2, 10, 12, 3, generator=generator), labels
 
 
-def as_points(video: torch.Tensor) -> torch.Tensor:
-    """Points (1, T, H * W, 3) of a video (T, H, W, 3)."""
-    return video.flatten(1, 2)[None]
-
-
 def test_kmeans_finds_colours_and_padding_shapes_no_cluster():
     video, labels = coloured_video(0)
-    found = kmeans(as_points(video), 4)
+    points = video.flatten(1, 2)[None]
+    found = kmeans(points, 4)
     assert (found.shape, found.dtype) == ((1, 2, 120), torch.int64)
     assert adjusted_rand_score(labels.flatten(), found.flatten()) == 1.0
-    padded = torch.cat([as_points(video), torch.full((1, 2, 120, 3), 50.0)], dim=1)
+    padded = torch.cat([points, torch.full((1, 2, 120, 3), 50.0)], dim=1)
     assert torch.equal(kmeans(padded, 4, frame_mask=torch.tensor([[True, True, False, False]]))[:, :2], found)
     assert not kmeans(padded, 4, frame_mask=torch.zeros(1, 4, dtype=torch.bool)).any()
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from ssync_pl import SSyncCallback, SSyncPictures
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools import pictures
-from ssync_pl.tools.viz import SheetRow, color_labels, slot_colors
+from ssync_pl.tools import pictures, viz
+from ssync_pl.tools.viz import color_labels, slot_colors
 
 SLOTS, FRAMES, SIZE = 3, 4, 16
 
@@ -95,17 +95,9 @@ def picture_adapter() -> PathAdapter:
 
 def run(tmp_path: Path, callbacks: list[L.Callback], host: L.LightningModule | None = None, **options: Any) -> Any:
     torch.manual_seed(3)
-    host = ClipHost() if host is None else host
-    settings: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": CSVLogger(str(tmp_path), version=0),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": callbacks,
-    }
-    trainer = L.Trainer(**{**settings, **options})
+    off = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(tmp_path), version=0), **off, **options}
+    trainer, host = L.Trainer(callbacks=callbacks, **settings), host or ClipHost()
     train = DataLoader([picture_batch(k) for k in range(2)], batch_size=None)
     trainer.fit(host, train, DataLoader([picture_batch(7), picture_batch(8)], batch_size=None))
     return trainer
@@ -115,16 +107,11 @@ def names(trainer: L.Trainer) -> list[str]:
     return sorted(path.name for path in (Path(trainer.log_dir) / "pictures").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("every", "epochs", "steps"), [(1, 2, (2, 4)), (2, 3, (2, 6)), (3, 2, (2, 4))], ids=["all", "each second", "last"]
-)
-def test_a_sheet_per_chosen_validation_and_at_the_end(
-    tmp_path: Path, every: int, epochs: int, steps: tuple[int, ...]
-) -> None:
-    callback = SSyncPictures(picture_adapter(), max_frames=3, every_n_validations=every)
-    trainer = run(tmp_path, [callback], max_epochs=epochs, num_sanity_val_steps=2)
-    assert names(trainer) == [f"step-{step:06d}.png" for step in steps]
-    assert callback.last_path == Path(trainer.log_dir) / "pictures" / f"step-{steps[-1]:06d}.png"
+def test_a_sheet_per_validation(tmp_path: Path) -> None:
+    callback = SSyncPictures(picture_adapter(), max_frames=3)
+    trainer = run(tmp_path, [callback], num_sanity_val_steps=2)
+    assert names(trainer) == ["step-000002.png", "step-000004.png"]
+    assert callback.last_path == Path(trainer.log_dir) / "pictures" / "step-000004.png"
     sheet = np.asarray(Image.open(callback.last_path))
     assert sheet.shape[0] > 2 * 7 * 112  # two videos of seven rows
     assert 3 * 112 < sheet.shape[1] < 6 * 112
@@ -142,84 +129,85 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in drawn.modules())
 
 
-class Spy(SSyncPictures):
-    """Keeps what is drawn, by caption, of each video."""
+@pytest.fixture
+def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is drawn, by caption, of each video."""
+    found: list[dict[str, Any]] = []
+    draw = viz.draw_sheet
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.videos: list[dict[str, Any]] = []
-
-    def _rows(self, *args: Any) -> list[SheetRow]:
-        rows = super()._rows(*args)
+    def spy(rows: list[viz.SheetRow], **options: Any) -> Any:
         for row in rows:
-            self.videos += [{}] if row.caption.startswith("video") else []
-            self.videos[-1][row.caption] = row.frames
-        return rows
+            found.extend([{}] if row.caption.startswith("video") else [])
+            found[-1][row.caption] = row.frames
+        return draw(rows, **options)
 
-
-def drawn(spy: Spy, video: int, word: str) -> np.ndarray:
-    (found,) = (frames for caption, frames in spy.videos[video].items() if caption.startswith(word))
+    monkeypatch.setattr(viz, "draw_sheet", spy)
     return found
 
 
-def validate(tmp_path: Path, batch: Any, host: L.LightningModule) -> Spy:
-    spy = Spy(picture_adapter())
+def drawn(rows: dict[str, Any], word: str) -> np.ndarray:
+    (found,) = (frames for caption, frames in rows.items() if caption.startswith(word))
+    return found
+
+
+def validate(tmp_path: Path, batch: Any, host: L.LightningModule) -> None:
+    callbacks = [SSyncPictures(picture_adapter())]
     trainer = L.Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[spy], enable_progress_bar=False
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=callbacks, enable_progress_bar=False
     )
     trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
-    return spy
 
 
-def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path) -> None:
-    spy = validate(tmp_path, picture_batch(1, padded=True), ClipHost())
-    (captions,) = spy.videos
-    assert next(iter(captions)) == "video clip-1\nframes 0, 1"
+def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path, videos: list[Any]) -> None:
+    validate(tmp_path, picture_batch(1, padded=True), ClipHost())
+    (rows,) = videos
+    assert next(iter(rows)) == "video clip-1\nframes 0, 1"
     truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1).numpy()
-    assert np.array_equal(drawn(spy, 0, "ground truth"), color_labels(truth, background=0))
+    assert np.array_equal(drawn(rows, "ground truth"), color_labels(truth, background=0))
 
 
 @pytest.mark.parametrize("kind", [ClipHost, FrameHost])
-def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path, kind: type[ClipHost]) -> None:
+def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path, videos: Any, kind: Any) -> None:
     batch, host = picture_batch(5), kind()
     frames = batch["video"].flatten(0, 1)
-    ids = Patches.forward(host.decoder, frames).argmax(1).view(2, FRAMES, 4, 4)
-    ids = torch.tensor([2, 0, 1])[ids].repeat_interleave(4, -1).repeat_interleave(4, -2)
-    batch["segmentations"] = nn.functional.one_hot(ids, 3).movedim(-1, 2).bool()
-    spy = validate(tmp_path, batch, host)
+    ids = torch.tensor([2, 0, 1])[Patches.forward(host.decoder, frames).argmax(1)].view(2, FRAMES, 4, 4)
+    large = ids.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    batch["segmentations"] = nn.functional.one_hot(large, 3).movedim(-1, 2).bool()
+    validate(tmp_path, batch, host)
     labels = host.corrector(frames).argmax(1).view(2, FRAMES, 4, 4).numpy()
-    encoder = color_labels(np.array([2, 0, 1])[labels], background=0).repeat(4, 2).repeat(4, 3)
-    for video in range(2):
-        assert np.array_equal(drawn(spy, video, "decoder\n"), drawn(spy, video, "ground truth"))
-        assert np.array_equal(drawn(spy, video, "encoder\n"), encoder[video])
+    for video, rows in enumerate(videos):
+        assert np.array_equal(drawn(rows, "ground truth"), color_labels(large[video].numpy(), background=0))
+        assert np.array_equal(drawn(rows, "decoder\n"), color_labels(ids[video].numpy(), background=0))
+        encoder = color_labels(np.array([2, 0, 1])[labels[video]], background=0)
+        assert np.array_equal(drawn(rows, "encoder\n"), encoder)
 
 
-def test_without_truth_slots_keep_their_own_colours(tmp_path: Path) -> None:
+def test_without_truth_slots_keep_their_own_colours(tmp_path: Path, videos: list[Any]) -> None:
     batch, host = picture_batch(5), ClipHost()
     del batch["segmentations"], batch["__key__"]
     batch["frames"] = batch.pop("video")  # found by its shape
     host.validation_step = lambda batch, batch_idx: host._shared({"video": batch.get("frames", batch.get("video"))})
-    spy = validate(tmp_path, batch, host)
+    validate(tmp_path, batch, host)
     labels = host.decoder(batch["frames"])[0].argmax(1).view(FRAMES, 4, 4).numpy()
-    assert np.array_equal(drawn(spy, 0, "decoder\n"), slot_colors(SLOTS)[labels].repeat(4, 1).repeat(4, 2))
-    assert not any("truth" in caption for caption in spy.videos[0])
+    assert np.array_equal(drawn(videos[0], "decoder\n"), slot_colors(SLOTS)[labels])
+    assert not any("truth" in caption for caption in videos[0])
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_adapter_and_settings_of_the_callback_are_used(tmp_path: Path, merge: bool) -> None:
+def test_adapter_and_settings_of_the_callback_are_used(tmp_path: Path, videos: list[Any], merge: bool) -> None:
     paths = {"attention": "corrector", "masks": "decoder", "attention_kind": "logits", "masks_kind": "logits"}
-    spy = Spy()
-    run(tmp_path, [spy, SSyncCallback(**paths, grid=(4, 4), warmup_ratio=0.0, merge=merge)])
-    assert any("merged" in caption for caption in spy.videos[0]) == merge
+    callback = SSyncCallback(**paths, grid=(4, 4), warmup_ratio=0.0, merge=merge)
+    run(tmp_path, [SSyncPictures(), callback], max_epochs=1)
+    assert any("merged" in caption for caption in videos[0]) == merge
 
 
 def test_own_pictures_are_replaced_and_no_others(tmp_path: Path) -> None:
     for _ in range(2):
-        trainer = run(tmp_path, [SSyncPictures(picture_adapter())])
+        trainer = run(tmp_path, [SSyncPictures(picture_adapter())], max_epochs=1)
     file = Path(trainer.log_dir) / "pictures" / names(trainer)[0]
     file.write_bytes(b"mine")
     with pytest.warns(UserWarning, match=f"{file.name}.*Move it away"):
-        run(tmp_path, [SSyncPictures(picture_adapter())])
+        run(tmp_path, [SSyncPictures(picture_adapter())], max_epochs=1)
     assert file.read_bytes() == b"mine"
 
 
@@ -242,11 +230,8 @@ def test_trouble_gives_one_warning_and_trains(tmp_path: Path, monkeypatch: pytes
 
 
 def test_hooks_are_gone_after_an_exception(tmp_path: Path) -> None:
-    class Breaks(ClipHost):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            raise ArithmeticError("broken")
-
-    host = Breaks()
+    host = ClipHost()
+    host.validation_step = lambda batch, batch_idx: 1 / 0
     with pytest.raises(ArithmeticError):
         run(tmp_path, [SSyncPictures(picture_adapter())], host, num_sanity_val_steps=0)
     assert not any(module._forward_hooks for module in host.modules())
@@ -271,6 +256,7 @@ def test_the_sheet_goes_to_loggers_that_take_images(tmp_path: Path) -> None:
     assert images == [("pictures/slots", 3, 2), ("pictures/slots", 3, 4)]
 
 
-def test_settings_are_checked_at_once() -> None:
-    with pytest.raises(ConfigError, match="max_videos"):
-        SSyncPictures(max_videos=0)
+@pytest.mark.parametrize("name", ["max_videos", "max_frames"])
+def test_settings_are_checked_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        SSyncPictures(**{name: 0})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ssync_pl import ValidationSummary
 from ssync_pl.errors import ConfigError
@@ -56,24 +56,10 @@ def summary_loader(seeds: list[int]) -> DataLoader[Any]:
     return DataLoader([summary_batch(seed) for seed in seeds], batch_size=None)
 
 
-class TwoVideos(Dataset[Any]):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: value[index] for name, value in summary_batch(5).items()}
-
-
 def summary_trainer(path: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": CSVLogger(str(path)),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": callbacks,
-    }
-    return L.Trainer(**{**settings, **options})
+    off = {"enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(path), version=0), **off, **options}
+    return L.Trainer(callbacks=callbacks, **settings)
 
 
 def fit(path: Path, callbacks: list[L.Callback], **options: Any) -> tuple[L.Trainer, SummaryHost]:
@@ -167,8 +153,8 @@ def test_a_baseline_that_fails_costs_its_rows_only(tmp_path: Path, monkeypatch: 
 def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
     def rows(name: str, **options: Any) -> dict[str, Any]:
         trainer = summary_trainer(tmp_path / name, [ValidationSummary()], **options)
-        loader = DataLoader(TwoVideos(), batch_size=1)
-        trainer.validate(SummaryHost(), loader, verbose=False)
+        two_videos = [{name: value[index] for name, value in summary_batch(5).items()} for index in range(2)]
+        trainer.validate(SummaryHost(), DataLoader(two_videos, batch_size=1), verbose=False)
         (file,) = (tmp_path / name).rglob("summary.json")
         return json.loads(file.read_text())["rows"]
 
@@ -179,9 +165,7 @@ def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
 
 
 def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:
-    trainer = summary_trainer(
-        tmp_path, [ValidationSummary(baselines=False)], logger=CSVLogger(str(tmp_path), version=0)
-    )
+    trainer = summary_trainer(tmp_path, [ValidationSummary(baselines=False)])
     path = Path(trainer.log_dir) / "summary.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"rows": {}}')

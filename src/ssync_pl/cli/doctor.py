@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +52,35 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
     from ssync_pl.tools.doctor import render_report
-    from ssync_pl.tools.doctor.load import working_folder_first
+    from ssync_pl.tools.doctor.steps import working_folder_first
 
     with working_folder_first():
         report = _examine(options, named, rest)
-    sys.stdout.write((json.dumps(report.to_json(), indent=1) if options.json else render_report(report)) + "\n")
+    content = {"ready": report.ready, **asdict(report)}
+    sys.stdout.write((json.dumps(content, indent=1) if options.json else render_report(report)) + "\n")
     return 0 if report.ready else 1
 
 
 def _examine(options: argparse.Namespace, named: list[str], rest: list[str]) -> Any:
     from ssync_pl.tools.doctor import diagnose
-    from ssync_pl.tools.doctor.examine import settings_of
-    from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch
+    from ssync_pl.tools.doctor.steps import build_model, load_weights, parse_batch
 
     settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    configured, data = None, None
+    own, data = None, None
     if named:
         host = build_model(named[0], key_values(options.init, "--init"))
     else:
         from ssync_pl.cli.trainer import from_configuration
+        from ssync_pl.plugin.callback import SSyncCallback
 
         parts = from_configuration([f"--config={file}" for file in options.config] + rest)
-        host, data, configured = parts.model, parts.datamodule, settings_of(parts.callbacks)
+        host, data = parts.model, parts.datamodule
+        own = next((one for one in parts.callbacks if isinstance(one, SSyncCallback)), None)
     if options.ckpt_path is not None:
         load_weights(host, options.ckpt_path)
     data = parse_batch(options.batch) if options.batch else data
     require(data is not None, "the shape of a batch", "none", advice="Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
-    report = diagnose(host, data, settings or configured or {}, options.call)
-    if configured is None:
-        return report
+    configured = {"adapter": own.adapter, "grid": own.grid} if own else {}
+    report = diagnose(host, data, settings or configured, options.call)
     note = "The configuration has an SSyncCallback already; it was examined with its settings."
-    return replace(report, hints=(note, *report.hints), lines=() if report.ready else report.lines)
+    return replace(report, hints=(note, *report.hints), lines=()) if own else report

@@ -124,7 +124,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if place.epoch != self._place.epoch or place.batch > self._place.batch:
             # A second iterator over the same pass does not turn the count back.
             self._place, self._ended = place, False
-        if self.num_workers:
+        if self.num_workers and self._iterator is None:  # workers are started now, and may be kept for the next pass
             # A forked worker that collects what PyAV left behind waits for decoding threads that it does not have.
             gc.collect()
         batches = self._without_bad(super().__iter__())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ShapeError, require
+from ssync_pl.errors import ShapeError, require, require_shape
+from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.method.loss import SSyncOutput, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.callback import SSyncCallback
@@ -42,9 +43,9 @@ _REGIONS = "SSync regions\norange: boundary\nblue: interior\npink: both"
 class SSyncPictures(L.Callback):
     """Draws frames, ground truth, slots' labels and SSync's regions of the first validation videos.
 
-    Writes `<log_dir>/pictures/step-000123.png`, named by the optimizer step, on rank 0: at every n-th validation and at
-    the last one of a training. Loggers that take images get the sheet as well. A slot has the colour of the true
-    object that its mask covers best, so that an object keeps its colour in all rows, steps and runs.
+    Writes `<log_dir>/pictures/step-000123.png`, named by the optimizer step, on rank 0 at each validation. Loggers that
+    take images get the sheet as well. A slot has the colour of the true object that its mask covers best, so that an
+    object keeps its colour in all rows, steps and runs.
 
     The maps come from the validation step itself: nothing is computed twice, no random number is drawn, training is
     the same to the bit. A host or batch that cannot be drawn gives one warning and no pictures, never an error.
@@ -55,33 +56,23 @@ class SSyncPictures(L.Callback):
             if there is one, else the host is recognised.
         max_videos: videos per sheet, at least 1.
         max_frames: frames per video, evenly spaced, at least 1.
-        every_n_validations: draw at every n-th validation, at least 1.
 
     Raises:
         ConfigError: a setting is out of range.
     """
 
-    def __init__(
-        self,
-        adapter: str | HostAdapter = "auto",
-        max_videos: int = 4,
-        max_frames: int = 6,
-        every_n_validations: int = 1,
-    ) -> None:
+    def __init__(self, adapter: str | HostAdapter = "auto", max_videos: int = 4, max_frames: int = 6) -> None:
         super().__init__()
-        counts = {"max_videos": max_videos, "max_frames": max_frames, "every_n_validations": every_n_validations}
-        for name, value in counts.items():
+        for name, value in (("max_videos", max_videos), ("max_frames", max_frames)):
             require(value >= 1, f"argument `{name}` to be at least 1", value)
         self.adapter = adapter
         self.max_videos = max_videos
         self.max_frames = max_frames
-        self.every_n_validations = every_n_validations
         self.last_path: Path | None = None
-        self._validations = 0
         self._log_dir: str | None = None
+        self._config = SSyncConfig()
         self._failed = False
         self._session: HostSession | None = None
-        self._sheet: tuple[int, viz.Bytes] | None = None  # step and picture that are not written yet
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,7 +81,7 @@ class SSyncPictures(L.Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._attach(trainer, pl_module)  # of a host that is only validated
+        self._attach(trainer, pl_module)  # to a host that is only validated
         self._log_dir = trainer.log_dir  # collective, so asked on each rank
 
     @override
@@ -110,25 +101,15 @@ class SSyncPictures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        session = self._session
-        if session is None or not session.capture.is_open:
+        if self._session is None or not self._session.capture.is_open:
             return
-        own = _ssync_callback(trainer)
-        config = SSyncConfig() if own is None else own.config
         with self._sparing_the_run(), torch.no_grad():
-            maps = session.collect(batch, config)
-            output = ssync_loss(maps, **config.loss_options())
-            rows = self._rows(getattr(trainer, "datamodule", None), batch, maps, output)
-            self._sheet = (trainer.global_step, viz.draw_sheet(rows, title=f"step {trainer.global_step}"))
-            if self._validations % self.every_n_validations == 0:
-                self._write(trainer)
-            session.close()
-        self._validations += 1
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self._sparing_the_run():
-            self._write(trainer)
+            maps = self._session.collect(batch, self._config)
+            output = ssync_loss(maps, **self._config.loss_options())
+            data = getattr(trainer, "datamodule", None)
+            rows = _sheet_rows(batch, maps, output, data, self.max_videos, self.max_frames)
+            self._write(trainer, viz.draw_sheet(rows, title=f"step {trainer.global_step}"))
+            self._session.close()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -141,11 +122,13 @@ class SSyncPictures(L.Callback):
     def _attach(self, trainer: L.Trainer, host: L.LightningModule) -> None:
         if self._session is not None or self._failed or not trainer.is_global_zero:
             return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        own = next((callback for callback in callbacks if isinstance(callback, SSyncCallback)), None)
+        self._config = SSyncConfig() if own is None else own.config
         # Whoever told SSyncCallback about the host should not have to do it twice.
-        own = _ssync_callback(trainer)
-        theirs = (own.adapter, own.grid) if own is not None and self.adapter == "auto" else (self.adapter, None)
+        told = (self.adapter, None) if own is None or self.adapter != "auto" else (own.adapter, own.grid)
         with self._sparing_the_run():
-            self._session = HostSession(host, *theirs)
+            self._session = HostSession(host, *told)
 
     def _remove(self) -> None:
         session, self._session = self._session, None
@@ -159,51 +142,11 @@ class SSyncPictures(L.Callback):
             yield
         except Exception as error:
             self._remove()
-            self._failed, self._sheet = True, None
+            self._failed = True
             rank_zero_warn(f"SSyncPictures draws no picture: {type(error).__name__}: {error}")
 
-    def _rows(self, data: Any, batch: Any, maps: SSyncMaps, output: SSyncOutput) -> list[viz.SheetRow]:
-        """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
-        entries: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
-        video, truth = _find_video(batch), entries.get("segmentations")
-        if not isinstance(truth, Tensor) or truth.ndim != 5 or truth.shape[:2] != video.shape[:2]:
-            truth = None
-        real, keys = entries.get("batch_padding_mask"), entries.get("__key__")
-        chosen = [i for i in range(len(video)) if real is None or bool(real[i])][: self.max_videos]
-        if not chosen:
-            raise ShapeError("Expected a real video in the first validation batch, but all of them are padding.")
-        background = 0 if truth is not None and getattr(data, "has_background", True) else None
-        labels = {field: _by_clip(getattr(output, field), video) for field in (*_LABELS, "boundary", "interior")}
-        drawn: list[tuple[str, viz.Bytes]] = []
-        for i in chosen:
-            places, times = _frame_places(i, video, maps, labels, entries.get("frame_mask"), self.max_frames)
-            shown = {field: value[i][places].cpu().numpy() for field, value in labels.items()}
-            pixels = video[i][times].float().cpu().numpy()
-            frames = viz.to_uint8(pixels, getattr(data, "mean", None), getattr(data, "std", None))
-            name = str(keys[i])[:24] if isinstance(keys, (list, tuple)) else str(i)
-            drawn.append((f"video {name}\nframes {', '.join(map(str, times))}", frames))
-            colors = np.arange(maps.shape[2])
-            if truth is not None:
-                objects = viz.label_masks(truth[i][times].cpu().numpy())
-                drawn.append(("ground truth", viz.color_labels(objects, background=background)))
-                colors = _object_colors(objects, shown["raw_decoder_labels"], maps.shape[2])
-            for field, title in _LABELS.items():
-                if output.slot_iou is not None or field.startswith("raw"):
-                    caption = f"{title}\n{len(labels[field][i].unique())} slots"
-                    drawn.append((caption, viz.color_labels(colors[shown[field]], background=background)))
-            drawn.append((_REGIONS, _REGION_COLORS[shown["boundary"] + 2 * shown["interior"].astype(int)]))
-        width = max(len(frames) for _, frames in drawn)
-        rows = []
-        for caption, frames in drawn:
-            row = np.full((width, *video.shape[-2:], 3), 255, dtype=np.uint8)  # white where a video is shorter
-            row[: len(frames)] = viz.resize_nearest(frames, row.shape[1:3])
-            rows.append(viz.SheetRow(caption, row))
-        return rows
-
-    def _write(self, trainer: L.Trainer) -> None:
-        if self._sheet is None:
-            return
-        (step, sheet), self._sheet = self._sheet, None
+    def _write(self, trainer: L.Trainer, sheet: viz.Bytes) -> None:
+        step = trainer.global_step
         if self._log_dir is not None:
             path = Path(self._log_dir) / "pictures" / f"step-{step:06d}.png"
             refuse_foreign(path)
@@ -217,8 +160,41 @@ class SSyncPictures(L.Callback):
                 add_image("pictures/slots", sheet, step, dataformats="HWC")
 
 
-def _ssync_callback(trainer: L.Trainer) -> SSyncCallback | None:
-    return next((c for c in trainer.callbacks if isinstance(c, SSyncCallback)), None)  # type: ignore[attr-defined]
+def _sheet_rows(
+    batch: Any, maps: SSyncMaps, output: SSyncOutput, data: Any, max_videos: int, max_frames: int
+) -> list[viz.SheetRow]:
+    """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
+    entries: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    video, truth, keys = _find_video(batch), entries.get("segmentations"), entries.get("__key__")
+    if not isinstance(truth, Tensor) or truth.ndim != 5 or truth.shape[:2] != video.shape[:2]:
+        truth = None
+    valid = frame_validity({**entries, "video": video}).cpu()
+    chosen = valid.any(1).nonzero().flatten().tolist()[:max_videos]
+    require_shape(bool(chosen), "a real video in the first validation batch", valid)
+    background = 0 if truth is not None and getattr(data, "has_background", True) else None
+    labels = {field: _by_clip(getattr(output, field), video) for field in (*_LABELS, "boundary", "interior")}
+    rows: list[viz.SheetRow] = []
+    for i in chosen:
+        times = _times(i, video.shape[1], maps, labels["boundary"].shape[1])
+        real = [place for place, time in enumerate(times) if valid[i, time]]
+        places = [real[k] for k in np.linspace(0, len(real) - 1, min(len(real), max_frames)).round().astype(int)]
+        times = [times[place] for place in places]
+        shown = {field: value[i][places].cpu().numpy() for field, value in labels.items()}
+        pixels = video[i][times].float().cpu().numpy()
+        frames = viz.to_uint8(pixels, getattr(data, "mean", None), getattr(data, "std", None))
+        name = str(keys[i])[:24] if isinstance(keys, (list, tuple)) else str(i)
+        rows.append(viz.SheetRow(f"video {name}\nframes {', '.join(map(str, times))}", frames))
+        colors = np.arange(maps.shape[2])
+        if truth is not None:
+            objects = viz.label_masks(truth[i][times].cpu().numpy())
+            rows.append(viz.SheetRow("ground truth", viz.color_labels(objects, background=background)))
+            colors = _object_colors(objects, shown["raw_decoder_labels"], maps.shape[2])
+        for field, title in _LABELS.items():
+            if output.slot_iou is not None or field.startswith("raw"):
+                caption = f"{title}\n{len(labels[field][i].unique())} slots"
+                rows.append(viz.SheetRow(caption, viz.color_labels(colors[shown[field]], background=background)))
+        rows.append(viz.SheetRow(_REGIONS, _REGION_COLORS[shown["boundary"] + 2 * shown["interior"].astype(int)]))
+    return rows
 
 
 def _object_colors(objects: np.ndarray, slots: np.ndarray, num_slots: int) -> np.ndarray:
@@ -234,21 +210,12 @@ def _by_clip(labels: Tensor, video: Tensor) -> Tensor:
     return labels.flatten(0, 1).unflatten(0, video.shape[:2]) if alone else labels
 
 
-def _frame_places(
-    index: int, video: Tensor, maps: SSyncMaps, labels: Mapping[str, Tensor], frame_mask: Tensor | None, count: int
-) -> tuple[list[int], list[int]]:
-    """Places of `count` frames of a video in the maps and in the video: hosts may look at a part of the clip only."""
-    length, seen = video.shape[1], labels["boundary"].shape[1]
+def _times(index: int, length: int, maps: SSyncMaps, seen: int) -> Sequence[int]:
+    """Frames of a video of `length` frames that the `seen` frames of the maps show: hosts may look at a part only."""
     if maps.frame_index is not None and int(maps.frame_index.max()) < length:
-        times = maps.frame_index[index].tolist()
-    elif seen in (1, length):
-        times = [length // 2] if seen == 1 else list(range(length))
-    else:
-        raise ShapeError(f"Expected maps of {length} frames as in the video, but got {seen}.")
-    real = [place for place, t in enumerate(times) if frame_mask is None or bool(frame_mask[index, t])]
-    picked = np.linspace(0, len(real) - 1, min(len(real), count)).round().astype(int)
-    places = [real[k] for k in picked]
-    return places, [times[place] for place in places]
+        return [int(time) for time in maps.frame_index[index]]
+    require_shape(seen in (1, length), f"maps of {length} frames as in the video", (seen,))
+    return range(length) if seen == length else [length // 2]
 
 
 def _find_video(batch: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,16 @@ class ValidationSummary(L.Callback):
             trainer.num_sanity_val_steps = float("inf")
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._sanity_steps is not None:
+            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            if self.untrained:
-                self._keep(trainer, "untrained", "val/")
-            return
-        self._keep(trainer, "this run", "val/")
+        if not trainer.sanity_checking:
+            self._keep(trainer, "this run", "val/")
+        elif self.untrained:
+            self._keep(trainer, "untrained", "val/")
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
@@ -87,25 +91,13 @@ class ValidationSummary(L.Callback):
         self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_sanity_check(trainer)
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._restore_sanity_check(trainer)
-
-    @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": {name: dict(self.rows[name]) for name in _SCORED if name in self.rows}, "step": self._step}
+        return {"rows": {name: self.rows[name] for name in _SCORED if name in self.rows}, "step": self._step}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.update({name: dict(scores) for name, scores in state["rows"].items() if name in _SCORED})
         self._step = int(state["step"])
-
-    def _restore_sanity_check(self, trainer: L.Trainer) -> None:
-        if self._sanity_steps is not None:
-            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     def _keep(self, trainer: L.Trainer, row: str, prefix: str) -> None:
         logged = trainer.callback_metrics.items()
@@ -128,8 +120,8 @@ class ValidationSummary(L.Callback):
             return
         rows = {name: self.rows[name] for name in _ORDER if name in self.rows}
         places = _places(trainer)
-        lines = ["", format_table(rows), *(f"{name + ':':<12}{place}" for name, place in places.items()), ""]
-        sys.stdout.write("\n".join(lines))
+        where = "".join(f"{name + ':':<12}{place}\n" for name, place in places.items())
+        sys.stdout.write(f"\n{format_table(rows)}\n{where}")
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             finite = {row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in rows.items()}
@@ -141,27 +133,26 @@ class ValidationSummary(L.Callback):
     def _baselines(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, limits: Any) -> Rows:
         """Scores of all processes together; a finished training must not fail for want of a comparison."""
         data = getattr(trainer, "datamodule", None)
-        metrics = None
+        owner = pl_module if data is None else data
+        metrics = {}
         try:
             num_slots: Any = self.num_slots or getattr(pl_module.hparams, "num_slots", None)
-            require(
-                isinstance(num_slots, int), "the host to have `num_slots`", num_slots, advice="Give it to the callback."
-            )
+            advice = "Give it to the callback."
+            require(isinstance(num_slots, int), "the host to have `num_slots`", num_slots, advice=advice)
             loader = CombinedLoader(loaders, "sequential").flattened[0]
             limit = limits[0] if limits and math.isfinite(limits[0]) else None
             flags = (bool(getattr(data, "has_background", True)), bool(getattr(data, "ignore_overlaps", False)))
-            batches = _batches(loader, limit, pl_module if data is None else data)
             with isolate_rng():
+                raw = islice(loader, limit)
+                # These hooks turn what workers give into what hosts see.
+                batches = (owner.on_after_batch_transfer(owner.on_before_batch_transfer(one, 0), 0) for one in raw)
                 metrics = score_baselines(batches, num_slots, *flags)
         except Exception as error:
             rank_zero_warn(f"No baselines in the summary: {error}")
         if not trainer.strategy.reduce_boolean_decision(bool(metrics), all=True):
             return {}
-        device = trainer.strategy.root_device
-        return {
-            row: {name: float(value) for name, value in metric.to(device).compute().items()}
-            for row, metric in (metrics or {}).items()
-        }
+        on_device = {row: metric.to(trainer.strategy.root_device) for row, metric in metrics.items()}
+        return {row: {k: float(v) for k, v in metric.compute().items()} for row, metric in on_device.items()}
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -190,9 +181,3 @@ def _places(trainer: L.Trainer) -> dict[str, str]:
     if path:
         places["checkpoint"] = str(path)
     return places
-
-
-def _batches(loader: Any, limit: int | None, owner: Any) -> Iterator[Any]:
-    for batch in islice(loader, limit):
-        # These hooks turn what workers give into what hosts see.
-        yield owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)

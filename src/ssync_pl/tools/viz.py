@@ -1,4 +1,4 @@
-"""Pictures of slots: colours, sheets of frames and overlay videos, as pure functions on NumPy arrays."""
+"""Pictures of slots: colours, overlays and sheets of frames, as pure functions on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -93,20 +93,18 @@ class SheetRow(NamedTuple):
 
 
 def draw_sheet(rows: Sequence[SheetRow], *, title: str = "", columns: Sequence[str] = (), cell: int = 112) -> Bytes:
-    """Draws rows of equally many frames with captions, as one picture `(height, width, 3)`.
+    """Draws rows of frames with captions as one picture `(height, width, 3)`; short rows stay white at their ends.
 
     The first row sets the shape of the cells, whose longer side has `cell` pixels: smaller frames are enlarged by
     nearest pixel, larger ones averaged. `columns` are captions of the frames, above the first row.
     """
-    counts = {len(row.frames) for row in rows} | ({len(columns)} if columns else set())
-    require_shape(bool(rows) and len(counts) == 1, "rows and column captions of one number of frames", sorted(counts))
-    sides = rows[0].frames.shape[1:3]
+    sides, count = rows[0].frames.shape[1:3], max(len(row.frames) for row in rows)
     height, width = (max(1, round(cell * side / max(sides))) for side in sides)
     captions = [_extent(row.caption) for row in rows]
     left = _MARGIN + max(wide for wide, _ in captions) + 2 * _GAP
     top = _MARGIN + sum(_extent(text)[1] + _GAP for text in (title, "".join(columns)) if text)
     heights = [max(height, high) + _GAP for _, high in captions]
-    total = max(left + counts.pop() * (width + _GAP) - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
+    total = max(left + count * (width + _GAP) - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
     image = Image.new("RGB", (total, top + sum(heights) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_MARGIN, _MARGIN), title, _INK, _font())
@@ -122,22 +120,6 @@ def draw_sheet(rows: Sequence[SheetRow], *, title: str = "", columns: Sequence[s
             image.paste(picture, (left + index * (width + _GAP), middle - height // 2))
         top += space
     return np.asarray(image)
-
-
-def compose_frames(
-    panels: Sequence[Sequence[Bytes]], *, columns: Sequence[str], rows: Sequence[str], title: str = "", cell: int = 160
-) -> Bytes:
-    """Lays clips `(T, H, W, 3)` out on a captioned grid `(T, height, width, 3)`; shorter ones hold their last frame.
-
-    `panels` holds the clips of each video, one row per video and one column per kind of overlay.
-    """
-    require_shape(len(rows) == len(panels) > 0, f"one row caption per video of {len(panels)}", (len(rows),))
-    pictures = []
-    for time in range(max(len(clip) for clips in panels for clip in clips)):
-        now = [np.stack([clip[min(time, len(clip) - 1)] for clip in clips]) for clips in panels]
-        lines = [SheetRow(caption, frames) for caption, frames in zip(rows, now, strict=True)]
-        pictures.append(draw_sheet(lines, title=title, columns=columns, cell=cell))
-    return np.stack(pictures)
 
 
 def encode_png(image: Bytes) -> bytes:

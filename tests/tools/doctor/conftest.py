@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 USER_MODULE = """
 import lightning.pytorch as L
 import torch
 from torch import nn
 
-from ssync_pl import SSyncMaps, SSyncRegularizer
-
+from ssync_pl import SSyncRegularizer
 
 class Binder(nn.Module):
     def __init__(self):
@@ -28,7 +26,6 @@ class Binder(nn.Module):
             slots = slots + weights @ features
         return slots
 
-
 class Painter(nn.Module):
     def __init__(self, detach=False):
         super().__init__()
@@ -39,7 +36,6 @@ class Painter(nn.Module):
         alpha = slots.flatten(0, 1) @ self.place.T
         masks = (alpha.detach() if self.detach else alpha).softmax(1)
         return torch.einsum("bsn,bsd->bnd", masks, slots.flatten(0, 1))
-
 
 class Net(nn.Module):
     def __init__(self, slots=3, detach=False):
@@ -60,7 +56,6 @@ class Net(nn.Module):
     def loss_function(self, batch):
         return {"recon_loss": self(batch["img"]).square().mean()}
 
-
 class Host(L.LightningModule):
     def __init__(self, automatic=True, detach=False, key="video"):
         super().__init__()
@@ -77,37 +72,27 @@ class Host(L.LightningModule):
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters())
 
-
 class Bare(Host):
     def training_step(self, batch, batch_idx):
         return self.net(batch).square().mean()
-
 
 class Skips(Host):
     def training_step(self, batch):
         return None
 
-
 class Regularized(SSyncRegularizer, Host):
     pass
 
+class Tokens(nn.Module):
+    def forward(self, x):
+        x = x.flatten(0, 1).flatten(2).transpose(1, 2)
+        return (x @ x.transpose(1, 2)).softmax(2) @ x
 
 def classifier():
     return nn.Sequential(nn.Flatten(1), nn.Linear(96, 4), nn.Softmax(1))
 
-
-def tokens():
-    class Attention(nn.Module):
-        def forward(self, x):
-            x = x.flatten(0, 1).flatten(2).transpose(1, 2)
-            return (x @ x.transpose(1, 2)).softmax(2) @ x
-
-    return Attention()
-
-
-def fails(message="no weights"):
+def fails(message):
     raise ValueError(message)
-
 
 def leaves():
     raise SystemExit(3)
@@ -122,16 +107,7 @@ number = 3
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "user_code.py").write_text(USER_MODULE)
     (tmp_path / "broken_code.py").write_text("raise RuntimeError('at import')\n")
-    (tmp_path / "needy_code.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for name in ("user_code", "broken_code", "needy_code"):
+    for name in ("user_code", "broken_code"):
         sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

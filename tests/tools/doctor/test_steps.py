@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.tools.doctor.load import build_model, load_weights, parse_batch, working_folder_first
-from ssync_pl.tools.doctor.steps import describe_batch, in_trainer, namespace, plain_step
+from ssync_pl.tools.doctor.steps import (
+    StepError,
+    build_model,
+    describe_batch,
+    in_trainer,
+    load_weights,
+    parse_batch,
+    plain_step,
+    working_folder_first,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +43,7 @@ def test_a_class_a_function_or_a_model(user_folder: Path, target: str, settings:
         ("user_code", {}, "'user_code' to be a model or to build one.*Write package.module:name"),
         ("./user_code.py:Net", {}, "Write package.module:name as `import` does"),
         ("nowhere:Net", {}, "No module named 'nowhere'.*in the folder of your code"),
-        ("needy_code:Net", {}, "No module named 'a_module_that_is_not_there'"),
         ("broken_code:Net", {}, "RuntimeError: at import"),
-        ("user_code:Nett", {}, "no attribute 'Nett'"),
         ("user_code:number", {}, "TypeError: 'int'"),
         ("user_code:fails", {"message": "bad"}, "with message='bad' .*ValueError: bad"),
         ("user_code:leaves", {}, "SystemExit: 3"),
@@ -83,7 +89,8 @@ class _Bomb:
         return Path.touch, ("never",)
 
 
-def test_weights_are_read_and_nothing_in_them_runs(user_folder: Path) -> None:
+def test_weights_are_read_and_nothing_in_them_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.save(nn.Linear(2, 2).state_dict(), "plain.pt")
     torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
     with pytest.raises(ConfigError, match="plain values only"):
@@ -106,65 +113,58 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("make", "loss"),
     [
-        (lambda w, x: w.sum(), 2.0),
         (lambda w, *pair: (w * pair[0] * pair[1]).sum(), 4.0),
         (lambda w, *x: {"loss": w.sum(), "aux_loss": w.sum()}, 2.0),
         (lambda w, *x: {"post_loss": w.sum(), "kld_loss": 2 * w.sum(), "other": w}, 6.0),
         (lambda w, *x: 3 * w, 9.0),
         (lambda w, *x: {"masks": [w, 2 * w], "input": x}, 5.0),
-        (lambda w, *x: None, None),
     ],
 )
-def test_the_loss_of_a_plain_model(make: Any, loss: float | None) -> None:
-    several = loss == 4.0
-    found = plain_step(Gives(make), (torch.ones(2), 2 * torch.ones(2)) if several else torch.zeros(2))()
-    assert (found if found is None else float(found.detach())) == loss
+def test_the_loss_of_a_plain_model(make: Any, loss: float) -> None:
+    assert float(plain_step(Gives(make), (torch.ones(2), 2 * torch.ones(2)))().detach()) == loss
 
 
-def test_a_step_in_a_trainer_sees_the_batch_as_a_training_does(user_folder: Path) -> None:
-    with working_folder_first():
-        host = build_model("user_code:Host")
-    seen: list[Any] = []
+class Small(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
 
-    class Data(L.LightningDataModule):
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.rand(4, 2, 3, 4, 4), batch_size=2)
+    def training_step(self, batch: Any) -> Tensor:
+        return self.layer(batch["x"]).sum()
 
-        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return {"video": batch * 2}
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
 
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.rand(4, 2), batch_size=2)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"x": batch + 1}
+
+
+def test_a_step_in_a_trainer_sees_the_batch_as_a_training_does(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    host = Small()
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    in_trainer(host, Data(), lambda run, batch: seen.append((host.training, batch["video"].max() > 1, run().ndim)))
-    assert seen == [(True, True, 0)]
+    seen = in_trainer(host, Data(), lambda run, batch: (host.training, bool(batch["x"].min() >= 1), run().ndim))
+    assert seen == (True, True, 0)
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
-    assert not list(user_folder.glob("lightning_logs"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_hosts_of_the_other_namespace() -> None:
     pl = pytest.importorskip("pytorch_lightning")
-
-    class Other(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(2, 2)
-
-        def training_step(self, batch: Tensor) -> Tensor:
-            return self.layer(batch).sum()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    seen: list[float] = []
-    assert namespace(nn.Linear(1, 1)) is None
-    in_trainer(Other(), torch.ones(1, 2), lambda run, batch: seen.append(float(run().detach())))
-    assert len(seen) == 1
+    other = type("Other", (pl.LightningModule,), dict(vars(Small), __init__=pl.LightningModule.__init__))()
+    other.layer = nn.Linear(2, 2)
+    assert in_trainer(other, {"x": torch.ones(1, 2)}, lambda run, batch: run().ndim) == 0
 
 
-def test_a_trainer_that_does_not_get_there_is_explained(user_folder: Path) -> None:
-    with working_folder_first():
-        host = build_model("user_code:Host")
-    with pytest.raises(HostError, match="training data of Host to have a batch, but there was none"):
+def test_a_trainer_that_does_not_get_there_is_explained() -> None:
+    host = Small()
+    with pytest.raises(HostError, match="training data of Small to have a batch, but there was none"):
         in_trainer(host, L.LightningDataModule.from_datasets([]), lambda run, batch: None)
     host.configure_optimizers = lambda: 1 / 0
-    with pytest.raises(HostError, match=r"Host to run a training step .*, but it raised ZeroDivisionError"):
-        in_trainer(host, {"video": torch.rand(1, 1, 3, 4, 4)}, lambda run, batch: None)
+    with pytest.raises(StepError, match=r"Small to run a training step .*, but it raised ZeroDivisionError"):
+        in_trainer(host, {"x": torch.ones(1, 2)}, lambda run, batch: None)

@@ -1,17 +1,12 @@
 """Public checkpoints, and the commands: what they write runs under `ssync-pl fit` and `validate`."""
 
-from __future__ import annotations
-
 import pathlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from public_configs import TEXTS, write_config
-from torch import Tensor
 
 from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
@@ -19,25 +14,24 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import SlotContrast
 from ssync_pl.tools.official.checkpoints import convert_checkpoint, public_globals, read_checkpoint
 
-RECORDED = Path(__file__).parents[2] / "hosts" / "recorded"
 
-
-def recorded(name: str) -> dict[str, Tensor]:
-    with np.load(RECORDED / f"{name}.npz", allow_pickle=False) as file:
+@pytest.fixture(scope="module")
+def state():
+    """Weights of the public SRL."""
+    with np.load(Path(__file__).parents[2] / "hosts" / "recorded" / "srl.npz", allow_pickle=False) as file:
         return {key[6:]: torch.from_numpy(file[key]) for key in file.files if key.startswith("state/")}
 
 
-def old_file(path: Path, state: dict[str, Tensor]) -> Path:
+def old_file(path, state):
     """A file as a Lightning of the time wrote it: the folder of the checkpoints is a Path."""
-    content: dict[str, Any] = {"epoch": 3, "global_step": 100_000, "pytorch-lightning_version": "1.8.6"}
-    content |= {"state_dict": state, "loops": {"validate_loop": {"state_dict": {}}}, "optimizer_states": []}
-    content |= {"callbacks": {"ModelCheckpoint": {"dirpath": pathlib.Path("/home/me/logs"), "best_model_score": None}}}
-    torch.save(content, path)
+    content = {"epoch": 3, "global_step": 100_000, "pytorch-lightning_version": "1.8.6", "state_dict": state}
+    callbacks = {"ModelCheckpoint": {"dirpath": pathlib.Path("/home/me/logs"), "best_model_score": None}}
+    torch.save(content | {"callbacks": callbacks, "optimizer_states": []}, path)
     return path
 
 
-def test_files_are_read_without_running_anything_in_them(tmp_path):
-    state, allowed = recorded("srl"), torch.serialization.get_safe_globals()
+def test_files_are_read_without_running_anything_in_them(tmp_path, state):
+    allowed = torch.serialization.get_safe_globals()
     old = old_file(tmp_path / "old.ckpt", state)
     torch.save(state, tmp_path / "bare.pth")
     pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "a.safetensors")
@@ -53,17 +47,17 @@ def test_files_are_read_without_running_anything_in_them(tmp_path):
         torch.load(old, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"state_dict": {"a": torch.ones(1)}, "module": torch.nn.Linear(1, 1)}, "plain values only.*none is read"),
-        ({"state_dict": {"a": 3, "b": torch.ones(1)}}, "tensors by name, but got a"),
-        ([torch.ones(1)], "hold a state dict, but got list"),
-        ({}, "hold a state dict"),
-        (b"PK\x03\x04", "reading it failed"),
-        (None, "no such file"),
-    ],
-)
+DAMAGED = [
+    ({"state_dict": {"a": torch.ones(1)}, "module": torch.nn.Linear(1, 1)}, "plain values only.*none is read"),
+    ({"state_dict": {"a": 3, "b": torch.ones(1)}}, "tensors by name, but got a"),
+    ([torch.ones(1)], "hold a state dict, but got list"),
+    ({}, "hold a state dict"),
+    (b"PK\x03\x04", "reading it failed"),
+    (None, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED)
 def test_damaged_and_strange_files_are_refused(tmp_path, content, message):
     path = tmp_path / "a.ckpt"
     if isinstance(content, bytes):
@@ -75,8 +69,8 @@ def test_damaged_and_strange_files_are_refused(tmp_path, content, message):
     assert not (tmp_path / "ours.ckpt").exists()
 
 
-def test_a_converted_file_holds_what_the_host_needs(tmp_path, capsys):
-    state, out = recorded("srl"), tmp_path / "out" / "ours.ckpt"
+def test_a_converted_file_holds_what_the_host_needs(tmp_path, capsys, state):
+    out = tmp_path / "out" / "ours.ckpt"
     words = ["checkpoint", "convert", str(old_file(tmp_path / "old.ckpt", state)), str(out)]
     assert main(words) == 0
     told = capsys.readouterr()
@@ -94,10 +88,10 @@ def test_a_converted_file_holds_what_the_host_needs(tmp_path, capsys):
     assert main(["checkpoint"]) == 2
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_converted_configurations_parse(tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["slotcontrast", "ssync", "srl", "videosaur", "dinosaur"])
+def test_converted_configurations_parse(tmp_path, capsys, public, name):
     out = tmp_path / "ours.yaml"
-    assert main(["config", "convert", str(write_config(tmp_path, name)), "--out", str(out)]) == 0
+    assert main(["config", "convert", str(public(name)), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"converted: {out}\n"
     assert main(["fit", "--config", str(out), "--print_config"]) == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
@@ -109,8 +103,8 @@ def test_converted_configurations_parse(tmp_path, capsys, name):
     assert callbacks == [entry["class_path"] for entry in ours["trainer"]["callbacks"]]
 
 
-def test_config_convert_prints_lists_and_replaces_nothing_unasked(tmp_path, capsys):
-    path, out = str(write_config(tmp_path, "ssync")), tmp_path / "ours.yaml"
+def test_config_convert_prints_lists_and_replaces_nothing_unasked(tmp_path, capsys, public):
+    path, out = str(public("ssync")), tmp_path / "ours.yaml"
     assert main(["config", "convert", path, "--set", "globals.SLOTS=5", "--data-root", "sets"]) == 0
     printed = capsys.readouterr()
     config = yaml.safe_load(printed.out)
@@ -129,7 +123,7 @@ def test_config_convert_prints_lists_and_replaces_nothing_unasked(tmp_path, caps
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, public):
     """A small run on shards: a public configuration with a ViT, converted."""
     pytest.importorskip("timm")
     for split, frames in (("train", 8), ("validation", 3)):
@@ -146,7 +140,7 @@ def run(tmp_path):
         *("dataset.train_shards=movi/movi-train-000000.tar", "dataset.num_workers=0", "dataset.num_val_workers=0"),
         *("trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"),
     ]
-    official, config = write_config(tmp_path, "ssync", *changes), tmp_path / "ours.yaml"
+    official, config = public("ssync", *changes), tmp_path / "ours.yaml"
     assert main(["config", "convert", str(official), "--out", str(config), "--data-root", str(tmp_path)]) == 0
 
     def start(verb, *words):

@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import pytest
 import yaml
-from public_configs import write_config
 
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ConfigError
@@ -11,11 +8,8 @@ from ssync_pl.tools.official.convert import convert_config
 
 
 @pytest.fixture
-def convert(tmp_path):
-    def run(name, *changes, **options):
-        return convert_config(write_config(tmp_path, name, *changes), **options)
-
-    return run
+def convert(public):
+    return lambda name, *changes, **options: convert_config(public(name, *changes), **options)
 
 
 SLOTCONTRAST = """
@@ -48,87 +42,87 @@ data:
     crop: none, resize_mode: bicubic, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], has_background: true,
     mask_format: ids, max_objects: 10, sampling: reference}
 """
-SSYNC = {"merge_threshold": 0.65, "n_bd": 2, "n_nbd": 4, "n_noise": 3, "boundary_weight": 0.7, "interior_weight": 0.3}
-SSYNC |= {"temperature": 1.0, "warmup_ratio": 0.25}
-VIDEOSAUR = {"slot_init": "gaussian", "similarity_layer": "vit_block_keys12", "similarity_weight": 0.1}
-VIDEOSAUR |= {"similarity_temperature": 0.2, "similarity_threshold": 0.0, "similarity_shift": 1, "contrast_weight": 0.0}
-VIDEOSAUR |= {"corrector_mlp_hidden": 0, "decoder": "mixer", "decoder_hidden": [16, 16, 16], "mixer_blocks": 3}
-VIDEOSAUR |= {"mixer_heads": 4, "has_background": False}
+CONVERTED = """
+- name: videosaur
+  model: {class_path: VideoSAUR, slot_init: gaussian, similarity_layer: vit_block_keys12, similarity_weight: 0.1,
+    similarity_temperature: 0.2, similarity_threshold: 0.0, similarity_shift: 1, contrast_weight: 0.0,
+    corrector_mlp_hidden: 0, decoder: mixer, decoder_hidden: [16, 16, 16], mixer_blocks: 3, mixer_heads: 4,
+    has_background: false}
+  data: {crop: random, max_objects: 25, mask_format: channels}
+- name: videosaur
+  changes:
+  - model.losses.loss_featrec=null
+  - "model.loss_weights={loss_timesim: 0.3}"
+  - "model.losses={loss_timesim: {name: CrossEntropyLoss, remove_last_n_frames: 2, pred_dims: [0, 9],
+    target_transform: {name: utils.FeatureTimeSimilarity, softmax: true, time_shift: 2}}}"
+  - model.decoder.outp_dim=9
+  model: {reconstruction_weight: 0.0, similarity_weight: 0.3, similarity_layer: null, similarity_temperature: 1.0,
+    similarity_threshold: null, similarity_shift: 2}
+- name: ssync
+  model: {class_path: SlotContrast}
+  trainer: {precision: 16-mixed}
+  callback: {merge_threshold: 0.65, n_bd: 2, n_nbd: 4, n_noise: 3, boundary_weight: 0.7, interior_weight: 0.3,
+    temperature: 1.0, warmup_ratio: 0.25, warmup_steps: absent}
+  left_out: {model.visualize: SSyncPictures}
+- name: ssync
+  changes: [model.max_steps=3001]  # SSync's warm-up counts its own steps
+  callback: {warmup_steps: 751, warmup_ratio: absent}
+  left_out: {model.visualize: SSyncPictures}
+- name: ssync
+  changes: [model.max_steps=null]
+  callback: {warmup_steps: 25000, warmup_ratio: absent}
+  left_out: {model.visualize: SSyncPictures}
+- name: srl
+  model: {contrast_weight: 0.25}
+  left_out: {model.losses.loss_ss: symmetric, model.losses.loss_cl_dec: DECConsLoss, model.projector.name: SRL,
+    model.projector.inp_dim: SRL, model.projector.outp_dim: SRL, model.projector2.name: SRL,
+    model.projector2.inp_dim: SRL, model.projector2.outp_dim: SRL}
+- name: dinosaur
+  model: {class_path: DINOSAUR, iterations: 3, iterations_first: absent, predictor_blocks: absent,
+    contrast_weight: absent}
+  data: {clip_length: 1, ignore_overlaps: true, max_objects: 63}
+- name: slotcontrast
+  changes: [globals.VIT=vit_small_patch16_224, globals.PATCHES=4]
+  left_out: {model.encoder.backbone.model: normalised as timm says}
+- name: slotcontrast
+  changes: [model.losses.loss_ss.name=Img_Slot_Slot_Contrastive_Loss, dataset.train_pipeline.chunk_size=1]
+  model: {contrast_weight: 0.0}
+  left_out: {model.losses.loss_ss: no gradient}
+- name: slotcontrast
+  changes: [trainer=null, "optimizer={name: Adam, lr: 1e-3}", seed=5, checkpoint_every_n_steps=7]
+  trainer: {max_steps: 100000, val_check_interval: 5000, log_every_n_steps: 100}
+  model: {warmup_steps: 0, decay_rate: 1.0}
+  data: {seed: 5}
+  callback: {every_n_train_steps: 7}
+- name: slotcontrast
+  changes: ["optimizer={name: Adam, lr: 1e-3, lr_scheduler: {name: exp_decay_with_warmup}}"]
+  model: {warmup_steps: 1000, decay_steps: 100000, decay_rate: 0.5}
+"""
+
+
+@pytest.mark.parametrize("case", yaml.safe_load(CONVERTED))
+def test_what_the_others_become(convert, case):
+    done = convert(case["name"], *case.get("changes", ()))
+    found = {part: {**done.config[part], **done.config[part]["init_args"]} for part in ("model", "data")}
+    found |= {"trainer": done.config["trainer"], "callback": done.config["trainer"]["callbacks"][0]["init_args"]}
+    for part in found.keys() & case.keys():
+        assert {key: found[part].get(key, "absent") for key in case[part]} == case[part]
+    left_out = case.get("left_out", {})
+    assert done.left_out.keys() == left_out.keys()
+    assert all(word in done.left_out[key] for key, word in left_out.items())
 
 
 def test_slotcontrast_in_every_value(convert):
     done = convert("slotcontrast")
     assert not done.left_out
     assert done.config == yaml.safe_load(SLOTCONTRAST)
+    assert convert("slotcontrast", "seed=5").config["seed_everything"] == 5
 
 
-def test_videosaur_keeps_its_similarity_loss_and_its_mixer(convert):
-    done = convert("videosaur")
-    options, data = done.config["model"]["init_args"], done.config["data"]["init_args"]
-    assert done.config["model"]["class_path"] == "VideoSAUR"
-    assert {name: options[name] for name in VIDEOSAUR} == VIDEOSAUR
-    assert (data["crop"], data["max_objects"], data["mask_format"]) == ("random", 25, "channels")
-
-
-def test_similarities_alone_and_other_temperatures(convert):
-    changes = (
-        "model.losses.loss_featrec=null",
-        "model.loss_weights={loss_timesim: 0.3}",
-        "model.losses={loss_timesim: {name: CrossEntropyLoss, remove_last_n_frames: 2, pred_dims: [0, 9], "
-        "target_transform: {name: utils.FeatureTimeSimilarity, softmax: true, time_shift: 2}}}",
-        "model.decoder.outp_dim=9",
-    )
-    options = convert("videosaur", *changes).config["model"]["init_args"]
-    assert (options["reconstruction_weight"], options["similarity_weight"]) == (0.0, 0.3)
-    assert (options["similarity_layer"], options["similarity_temperature"]) == (None, 1.0)
-    assert (options["similarity_threshold"], options["similarity_shift"]) == (None, 2)
-
-
-def test_ssync_becomes_the_callback(convert):
-    done = convert("ssync")
-    assert done.config["trainer"]["callbacks"][0] == {"class_path": "SSyncCallback", "init_args": SSYNC}
-    assert done.config["trainer"]["precision"] == "16-mixed"
-    assert done.config["model"]["class_path"] == "SlotContrast"
-    assert done.left_out == {"model.visualize": "the callback SSyncPictures draws pictures"}
-    assert SSyncCallback(**SSYNC).config.n_noise == 3
-
-
-def test_ssyncs_warmup_counts_its_own_steps(convert):
-    for change, steps in (("model.max_steps=3001", 751), ("model.max_steps=null", 25_000)):
-        settings = convert("ssync", change).config["trainer"]["callbacks"][0]["init_args"]
-        assert settings["warmup_steps"] == steps
-        assert "warmup_ratio" not in settings
-
-
-def test_backbones_with_a_normalisation_of_their_own_are_named(convert):
-    done = convert("slotcontrast", "globals.VIT=vit_small_patch16_224", "globals.PATCHES=4")
-    assert "normalised as timm says" in done.left_out["model.encoder.backbone.model"]
-
-
-def test_srl_says_what_it_loses(convert):
-    done = convert("srl")
-    projectors = {f"model.projector{end}.{name}" for end in ("", "2") for name in ("name", "inp_dim", "outp_dim")}
-    assert set(done.left_out) == {"model.losses.loss_ss", "model.losses.loss_cl_dec", *projectors}
-    assert done.config["model"]["init_args"]["contrast_weight"] == 0.25
-
-
-def test_images(convert):
-    done = convert("dinosaur")
-    assert done.config["model"]["class_path"] == "DINOSAUR"
-    options, data = done.config["model"]["init_args"], done.config["data"]["init_args"]
-    assert options["iterations"] == 3
-    assert not {"iterations_first", "predictor_blocks", "contrast_weight"} & set(options)
-    assert (data["clip_length"], data["ignore_overlaps"], data["max_objects"]) == (1, True, 63)
-    assert not done.left_out
-
-
-def test_single_frames_have_nothing_to_contrast(convert):
-    changes = ("model.losses.loss_ss.name=Img_Slot_Slot_Contrastive_Loss", "dataset.train_pipeline.chunk_size=1")
-    done = convert("slotcontrast", *changes)
-    assert done.config["model"]["init_args"]["contrast_weight"] == 0.0
-    assert "no gradient" in done.left_out["model.losses.loss_ss"]
-    with pytest.raises(ConfigError, match="but got 4 frames"):
-        convert("slotcontrast", changes[0])
+def test_ssyncs_settings_are_those_of_the_callback(convert):
+    callback = convert("ssync").config["trainer"]["callbacks"][0]
+    assert callback["class_path"] == "SSyncCallback"
+    assert SSyncCallback(**callback["init_args"]).config.n_noise == 3
 
 
 def test_the_schedule_is_the_public_one(convert):
@@ -140,27 +134,16 @@ def test_the_schedule_is_the_public_one(convert):
         assert factor(step) == pytest.approx(0.5 ** ((step - 100) / 4900))
 
 
-def test_defaults_of_the_official_script(convert):
-    done = convert(
-        "slotcontrast", "trainer=null", "optimizer={name: Adam, lr: 1e-3}", "seed=5", "checkpoint_every_n_steps=7"
-    )
-    trainer, options = done.config["trainer"], done.config["model"]["init_args"]
-    assert (trainer["max_steps"], trainer["val_check_interval"], trainer["log_every_n_steps"]) == (100_000, 5000, 100)
-    assert (options["warmup_steps"], options["decay_rate"]) == (0, 1.0)
-    assert done.config["seed_everything"] == done.config["data"]["init_args"]["seed"] == 5
-    assert trainer["callbacks"][0]["init_args"]["every_n_train_steps"] == 7
-    schedule = "optimizer={name: Adam, lr: 1e-3, lr_scheduler: {name: exp_decay_with_warmup}}"
-    options = convert("slotcontrast", schedule).config["model"]["init_args"]
-    assert (options["warmup_steps"], options["decay_steps"], options["decay_rate"]) == (1000, 100_000, 0.5)
-
-
-def test_shards_go_below_a_root(convert):
-    for shards, root, expected in (
+@pytest.mark.parametrize(
+    ("shards", "root", "expected"),
+    [
         ("['a-{0..1}.tar', b.tar]", "https://host/s/", ["https://host/s/a-{0..1}.tar", "https://host/s/b.tar"]),
         ("/a.tar", "b", "/a.tar"),
-    ):
-        done = convert("slotcontrast", f"dataset.train_shards={shards}", root=root)
-        assert done.config["data"]["init_args"]["train"] == expected
+    ],
+)
+def test_shards_go_below_a_root(convert, shards, root, expected):
+    done = convert("slotcontrast", f"dataset.train_shards={shards}", root=root)
+    assert done.config["data"]["init_args"]["train"] == expected
 
 
 def test_what_has_no_counterpart_is_listed(convert):
@@ -193,48 +176,34 @@ def test_unknown_keys_that_could_matter_are_refused_until_they_are_null(convert)
 
 REFUSED = """
 slotcontrast | model.decoder.name=SpatialBroadcastDecoder        | model.decoder.name
-slotcontrast | model.target_type=input                           | target_type
-slotcontrast | model.target_encoder={name: FrameEncoder}         | target_encoder
-slotcontrast | model.grouper.use_gru=false                       | use_gru
 slotcontrast | model.grouper.inp_dim=6                           | model.grouper.inp_dim to be 8
 slotcontrast | model.grouper.n_iters=2.5                         | whole number
 slotcontrast | model.encoder.backbone.frozen=false               | frozen
 slotcontrast | model.encoder.backbone.frozen=null                | frozen
-slotcontrast | model.encoder.backbone.name=CNNEncoder            | TimmExtractor
-slotcontrast | model.encoder.backbone.features=3                 | features to be names
 slotcontrast | model.encoder.output_transform.layer_norm=false   | layer_norm to be true
 slotcontrast | model.encoder.output_transform=null               | output_transform.name
 slotcontrast | model.encoder.main_features_key=vit_block9        | 'vit_block9'
-slotcontrast | model.predictor.dropout=0.1                       | dropout
-slotcontrast | model.predictor.initial_residual_scale=0.1        | initial_residual_scale
 slotcontrast | model.decoder.outp_dim=21                         | outp_dim to be 12
-slotcontrast | model.decoder.hidden_dims=7                       | whole numbers
 slotcontrast | globals.PATCHES=8                                 | a square number
 slotcontrast | model.losses.loss_ss.name=NLLLoss                 | loss_ss.name
-slotcontrast | model.losses.loss_ss.pred_key=decoder.masks       | loss_ss.pred_key
 slotcontrast | model.loss_weights={loss_ss: 1}                   | loss_weights to name the losses
 slotcontrast | model.losses.loss_featrec.pred_dims=[0, 6]        | pred_dims
 slotcontrast | optimizer.name=SGD                                | Adam
-slotcontrast | optimizer.lr=fast                                 | optimizer.lr to be a number
 slotcontrast | optimizer.lr=.nan                                 | optimizer.lr to be a number
 slotcontrast | optimizer.param_groups=[{modules: encoder}]       | param_groups
-slotcontrast | optimizer.lr_scheduler.name=cosine                | lr_scheduler.name
 slotcontrast | dataset.train_pipeline.transforms.crop_type=random | crop_type
 slotcontrast | dataset.train_pipeline.transforms.crop_type=central | to agree
 slotcontrast | dataset.train_pipeline.transforms.input_size=70   | to agree
 slotcontrast | dataset.val_pipeline.transforms.name=dummy_val    | to agree
-slotcontrast | dataset.name=DummyDataModule                      | dataset.name
 slotcontrast | val_metrics.ari.pred_key=grouping_masks_hard      | decoder_masks_hard
 slotcontrast | val_metrics.ari.ignore_overlaps=true              | the same in all metrics
-slotcontrast | trainer.max_steps=many                            | a whole number
-slotcontrast | seed=.inf                                         | seed to be a whole number
 slotcontrast | seed=true                                         | seed to be a whole number
 slotcontrast | model=null                                        | got no model
+slotcontrast | model.losses.loss_ss.name=Img_Slot_Slot_Contrastive_Loss | but got 4 frames
 slotcontrast | model.grouper=3                                   | model.grouper
 slotcontrast | model.losses={}                                   | loss_weights
 ssync        | model.losses.loss_grp2deccls.target_key=dec_nbd_labels | target_key
 ssync        | model.losses.loss_grp2deccls.temperature=2.0      | one temperature
-videosaur    | model.decoder.pos_embed_mode=concat               | pos_embed_mode
 videosaur    | model.decoder.use_layer_norms=null                | use_layer_norms
 videosaur    | model.decoder.allocator.hidden_dim=8              | to be 32
 videosaur    | model.losses.loss_timesim.target_transform.softmax=false | softmax

@@ -1,8 +1,6 @@
 """Videos of two moving squares, as the files that users have."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +8,8 @@ from PIL import Image
 
 from ssync_pl.data import ShardWriter
 
-MODEL = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "encoder_channels": [8], "encoder_strides": [2]}
-MODEL |= {"encoder_mlp_hidden": 8, "corrector_mlp_hidden": 8, "predictor_mlp_hidden": 8, "warmup_steps": 1}
-MODEL |= {"decoder_broadcast": [4, 4], "decoder_channels": [8], "decoder_strides": [2], "slot_init": "learned"}
 
-
-def moving(frames: int, height: int = 24, width: int = 40) -> np.ndarray:
+def moving(frames, height=24, width=40):
     """A red square that moves to the right and a green one that moves to the left."""
     video = np.full((frames, height, width, 3), 60, np.uint8)
     for time, frame in enumerate(video):
@@ -25,10 +19,10 @@ def moving(frames: int, height: int = 24, width: int = 40) -> np.ndarray:
     return video
 
 
-def write_video(path: Path, video: np.ndarray, fps: int = 10) -> Path:
+def write_video(path, video):
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
+        stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -36,25 +30,25 @@ def write_video(path: Path, video: np.ndarray, fps: int = 10) -> Path:
     return path
 
 
-def write_frames(path: Path, video: np.ndarray) -> Path:
-    path.mkdir(parents=True)
+def write_frames(path, video):
+    path.mkdir()
     for number, frame in enumerate(video):
         Image.fromarray(frame).save(path / f"f{number}.png")
     return path
 
 
-def write_shard(folder: Path, *videos: np.ndarray, prefix: str = "clips") -> Path:
+def write_shard(folder, *videos, prefix="clips"):
     with ShardWriter(folder, prefix) as writer:
         for number, video in enumerate(videos):
             writer.write(str(number), {"video.npy": video})
     return folder / f"{prefix}-000000.tar"
 
 
-def index(out: Path) -> list[dict[str, Any]]:
+def index(out):
     return json.loads((out / "index.json").read_text())["videos"]
 
 
-def labels_of(out: Path, name: str) -> np.ndarray:
+def labels_of(out, name):
     with np.load(out / f"{name}.labels.npz") as stored:  # allow_pickle is off
         assert stored.files == ["labels"]
         return stored["labels"]

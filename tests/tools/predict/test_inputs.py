@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from input_files import moving, write_frames, write_shard, write_video
@@ -9,9 +7,8 @@ from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.tools.predict.inputs import find_videos
 
 
-def test_every_kind_of_input(tmp_path: Path) -> None:
-    video = moving(4)
-    clips = tmp_path / "clips"
+def test_every_kind_of_input(tmp_path):
+    video, clips = moving(4), tmp_path / "clips"
     clips.mkdir()
     write_video(clips / "b10.mp4", video)
     write_video(clips / "b9: 1.avi", video)
@@ -31,45 +28,29 @@ def test_every_kind_of_input(tmp_path: Path) -> None:
     assert np.array_equal(np.stack(list(found[3].frames())), video[:2])
 
 
-def bad(tmp_path: Path, name: str) -> Path:
-    path = tmp_path / name
-    if name in ("empty.mp4", "text.mp4", "sound.txt"):
-        path.write_text("" if name == "empty.mp4" else "no video at all\n" * 20)
-    elif name == "one.png":
-        Image.fromarray(moving(1)[0]).save(path)
-    elif name == "nothing":
-        path.mkdir()
-    elif name in ("sizes", "torn", "both"):
-        write_frames(path, moving(2))
-        if name == "sizes":
-            Image.fromarray(moving(1, 10, 12)[0]).save(path / "f2.png")
-        elif name == "torn":
-            (path / "f1.png").write_bytes(b"torn")
-        else:
-            write_video(path / "a.avi", moving(2))
-    elif name == "cut.mp4":
-        whole = write_video(tmp_path / "whole.mp4", moving(20)).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    return path
+def cut_video(path):
+    write_video(path, moving(20))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("gone.mp4", ConfigError, "does not exist"),
-        ("empty.mp4", ShardError, "an empty file"),
-        ("text.mp4", ShardError, "to be a whole video"),
-        ("cut.mp4", ShardError, "to be a whole video"),
-        ("sound.txt", ConfigError, "is none of them"),
-        ("one.png", ConfigError, "Name the folder"),
-        ("nothing", ConfigError, "but got nothing"),
-        ("sizes", ShardError, r"size.*f2.png"),
-        ("torn", ShardError, "f1.png"),
-        ("both", ConfigError, "one kind of input"),
-    ],
-)
-def test_bad_input_is_refused(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
-    path = str(bad(tmp_path, name))
+BAD = [
+    ("gone.mp4", lambda path: None, ConfigError, "does not exist"),
+    ("empty.mp4", lambda path: path.touch(), ShardError, "an empty file"),
+    ("text.mp4", lambda path: path.write_text("no video at all\n" * 20), ShardError, "to be a whole video"),
+    ("cut.mp4", cut_video, ShardError, "to be a whole video"),
+    ("sound.txt", lambda path: path.touch(), ConfigError, "is none of them"),
+    ("one.png", lambda path: Image.fromarray(moving(1)[0]).save(path), ConfigError, "Name the folder"),
+    ("nothing", lambda path: path.mkdir(), ConfigError, "but got nothing"),
+    ("folder/f2.png", lambda path: Image.fromarray(moving(1, 10, 12)[0]).save(path), ShardError, r"size.*f2.png"),
+    ("folder/f1.png", lambda path: path.write_bytes(b"torn"), ShardError, "f1.png"),
+    ("folder/a.avi", lambda path: write_video(path, moving(2)), ConfigError, "one kind of input"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), BAD)
+def test_bad_input_is_refused(tmp_path, name, spoil, error, message):
+    write_frames(tmp_path / "folder", moving(2))
+    spoil(tmp_path / name)
     with pytest.raises(error, match=message) as caught:
-        [list(video.frames()) for video in find_videos([path])]
+        [list(video.frames()) for video in find_videos([str(tmp_path / name.partition("/")[0])])]
     assert "--on-bad-sample" not in str(caught.value)

@@ -8,14 +8,7 @@ import torch
 
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
-from ssync_pl.tools.predict.windows import (
-    OUTSIDE,
-    cut_windows,
-    match_slots,
-    relabel,
-    restore_labels,
-    seen_region,
-)
+from ssync_pl.tools.predict.windows import OUTSIDE, cut_windows, match_slots, relabel, restore_labels, seen_region
 
 
 def blank(count):
@@ -27,7 +20,7 @@ def blank(count):
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_windows_share_a_frame_and_cover_all(total, most):
     windows = list(cut_windows(blank(total), most))
-    joined: list[int] = []
+    joined = []
     for window in windows:
         numbers = window.frames[:, 0, 0, 0].tolist()
         assert numbers == list(range(window.start, window.start + len(numbers)))

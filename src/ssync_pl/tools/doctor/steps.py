@@ -1,13 +1,15 @@
-"""One training step of any model, plain or in a Trainer, to be run as often as it takes."""
+"""A model, weights and a batch as the user names them, and one training step, to be run as often as it takes."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
+import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,29 +19,81 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssync_pl.errors import HostError, SSyncError
+from ssync_pl.errors import ConfigError, HostError, SSyncError, require
+from ssync_pl.tools.official.checkpoints import read_checkpoint
 
-Run = Callable[[], Tensor | None]
+Run = Callable[[], Tensor]
 
 _ENDLESS = 100_000  # steps, so that schedules of the host do not end
 _FOREIGN = ("site-packages", str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
 
 
-class StepError(HostError):
+class StepError(SSyncError, RuntimeError):
     """The model itself fails in its step."""
 
 
 class _DoneError(Exception):
-    """Ends a training that has served its purpose."""
+    """Ends a training that has served its purpose, with what was asked of it."""
+
+
+def build_model(target: str, settings: Mapping[str, Any]) -> nn.Module:
+    """Imports the model `package.module:name`, or calls the class or function of that name with `settings`."""
+    module, _, name = target.partition(":")
+    try:
+        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        model = found if isinstance(found, nn.Module) and not settings else found(**settings)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it gives {type(model).__name__} and no torch.nn.Module")
+    except SSyncError:
+        raise
+    except (Exception, SystemExit) as error:  # a script may read its own command line and exit
+        given = f" with {', '.join(f'{key}={value!r}' for key, value in settings.items())}" if settings else ""
+        raise ConfigError(
+            f"Expected {target!r}{given} to be a model or to build one, but got {type(error).__name__}: {error}. Write "
+            "package.module:name as `import` does, in the folder of your code, and arguments as --init name=value."
+        ) from error
+    return model
+
+
+def load_weights(host: nn.Module, path: Path) -> None:
+    """Puts the weights of a checkpoint or a state dict into a model."""
+    state = read_checkpoint(path).state
+    try:
+        host.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"Expected {path} to hold the weights of {type(host).__name__}, but: {reason}") from error
+
+
+def parse_batch(words: Sequence[str]) -> Any:
+    """Makes random numbers in [0, 1): a tensor, a tuple of tensors for several shapes, a dict for shapes with names."""
+    values: dict[str, Tensor] = {}
+    for place, word in enumerate(words):
+        name, equals, text = word.rpartition("=")
+        sizes = [int(size) if size.strip().isdecimal() else 0 for size in text.split(",")]
+        example = "sizes, e.g. 2,4,3,64,64 (B, T, 3, H, W) or video=2,4,3,64,64"
+        require(min(sizes) > 0 and bool(name) == bool(equals), f"--batch as {example}", repr(word))
+        try:
+            values[name or str(place)] = torch.rand(sizes, generator=torch.Generator().manual_seed(place))
+        except (RuntimeError, TypeError, MemoryError) as error:  # more than memory, or than 64 bits
+            raise ConfigError(f"Expected --batch to fit into memory, but got {word!r}. Give a smaller one.") from error
+    named = sum("=" in word for word in words)
+    alike = named in (0, len(words)) and len(values) == len(words)
+    require(alike, "--batch with one name per shape or without names", ", ".join(words))
+    return values if named else values["0"] if len(values) == 1 else tuple(values.values())
+
+
+def describe_batch(batch: Any) -> str:
+    """Describes the shapes of a batch, and names the type of anything else."""
+    if not isinstance(batch, (Tensor, Mapping, list, tuple)):
+        return type(batch).__name__
+    return str(apply_to_collection(batch, Tensor, lambda value: tuple(value.shape)))[:200]
 
 
 def namespace(host: nn.Module) -> str | None:
     """Returns the module whose Trainer takes a LightningModule, since the other one refuses it; None for no such."""
-    for cls in type(host).__mro__:
-        if cls.__name__ == "LightningModule":
-            top = cls.__module__.split(".")[0]
-            return {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}.get(top)
-    return None
+    tops = [cls.__module__.split(".")[0] for cls in type(host).__mro__ if cls.__name__ == "LightningModule"]
+    return {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}.get(tops[0]) if tops else None
 
 
 def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
@@ -48,17 +102,11 @@ def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
     if not callable(call):
         raise HostError(f"Expected {type(host).__name__} to have a method '{method}', but it has none. Check --call.")
     host.train()
-    arguments = batch if isinstance(batch, tuple) else (batch,)
-
-    def run() -> Tensor | None:
-        with _explained(host, batch):
-            return _loss(call(*arguments))
-
-    return run
+    return _step(host, call, batch, batch if isinstance(batch, tuple) else (batch,))
 
 
-def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
-    """Brings a LightningModule to its first training step, in a real Trainer, hands the step to `look`, and stops.
+def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
+    """Brings a LightningModule to its first training step, in a real Trainer, and returns what `look` makes of it.
 
     `data` is a data module or a batch. No optimizer step is taken, and nothing is written.
     """
@@ -66,12 +114,12 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
 
     class Stop(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            def run() -> Tensor | None:
-                with _explained(host, batch):
-                    return _loss(host.training_step(*_arguments(host, batch)))
-
-            look(run, batch)
-            raise _DoneError
+            arguments: tuple[Any, ...] = (batch, 0)
+            try:
+                inspect.signature(host.training_step).bind(*arguments)
+            except TypeError:
+                arguments = (batch,)
+            raise _DoneError(look(_step(host, host.training_step, batch, arguments), batch))
 
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     counts = {"max_steps": _ENDLESS, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
@@ -80,29 +128,29 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], None]) -> None:
         try:
             # A data module may take the place of a loader.
             lightning.Trainer(callbacks=[Stop()], **counts, **dict.fromkeys(off, False)).fit(host, source)
-        except _DoneError:
-            return
+        except _DoneError as done:
+            return done.args[0]
     raise HostError(
         f"Expected the training data of {type(host).__name__} to have a batch, but there was none. Check the data, or "
         "give the shape of a batch with --batch."
     )
 
 
-def _arguments(host: Any, batch: Any) -> tuple[Any, ...]:
-    try:
-        inspect.signature(host.training_step).bind(batch, 0)
-    except TypeError:
-        return (batch,)
-    return (batch, 0)
+def _step(host: nn.Module, call: Callable[..., Any], batch: Any, arguments: tuple[Any, ...]) -> Run:
+    def run() -> Tensor:
+        with _explained(host, batch):
+            return _loss(call(*arguments))
+
+    return run
 
 
-def _loss(output: Any) -> Tensor | None:
+def _loss(output: Any) -> Tensor:
     """Finds the loss in what a step gives; without one, the mean square of its tensors takes the place."""
-    if output is None or (isinstance(output, Tensor) and output.ndim == 0):
+    if isinstance(output, Tensor) and output.ndim == 0:
         return output
     if isinstance(output, Mapping):
-        scalars = {str(key): value for key, value in output.items() if isinstance(value, Tensor) and value.numel() == 1}
-        losses = {key: value for key, value in scalars.items() if "loss" in key and value.requires_grad}
+        terms = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.numel() == 1}
+        losses = {name: value for name, value in terms.items() if "loss" in str(name) and value.requires_grad}
         if losses:
             return losses["loss"] if "loss" in losses else torch.stack([*losses.values()]).sum()
     tensors: list[Tensor] = []
@@ -110,7 +158,9 @@ def _loss(output: Any) -> Tensor | None:
     values = [value for value in tensors if value.is_floating_point()]
     values = [value for value in values if value.requires_grad] or values
     if not values:
-        raise HostError(f"Expected the step to give a loss, or tensors, but got {type(output).__name__}.")
+        raise HostError(
+            f"Expected the step to give a loss, but this batch gave {type(output).__name__}. Was it skipped?"
+        )
     return torch.stack([value.float().square().mean() for value in values]).sum()
 
 
@@ -128,26 +178,29 @@ def _explained(host: nn.Module, batch: Any) -> Iterator[None]:
         raise StepError(
             f"Expected {type(host).__name__} to run a training step on {describe_batch(batch)}, but it raised "
             f"{type(error).__name__}: {text} ({Path(own[-1].filename).name}, line {own[-1].lineno}). Give a batch as "
-            "the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD where its loss has a "
-            "method of its own."
+            "the model expects it, e.g. --batch video=2,4,3,64,64 for a dict, and --call METHOD for another method."
         ) from error
-
-
-def describe_batch(batch: Any) -> str:
-    """Describes the shapes of a batch, and names the type of anything else."""
-    if not isinstance(batch, (Tensor, Mapping, list, tuple)):
-        return type(batch).__name__
-    return str(apply_to_collection(batch, Tensor, lambda value: tuple(value.shape)))[:200]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps back Lightning's notes on seeds, devices and workers, which are about trainings."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
             yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def working_folder_first() -> Iterator[None]:
+    """Finds the user's own modules, as `python train.py` does."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
     finally:
-        logging.disable(before)
+        if folder in sys.path:
+            sys.path.remove(folder)

@@ -16,14 +16,13 @@ from scipy import ndimage
 
 from ssync_pl.data.video import Mp4Encoder
 from ssync_pl.tools.predict.windows import OUTSIDE
-from ssync_pl.tools.viz import compose_frames, overlay_labels, slot_colors
+from ssync_pl.tools.viz import SheetRow, draw_sheet, overlay_labels, slot_colors
 
 __all__ = ["TEMPORARY", "TRACK_COLUMNS", "VideoFiles", "encode_label_png", "slot_tracks"]
 
 TEMPORARY = ".ssync_pl-"
 """Beginning of the names of folders that hold what is not whole yet."""
 TRACK_COLUMNS = ("frame", "slot", "area", "center_x", "center_y", "x0", "y0", "x1", "y1")
-_STEP = 16  # overlays of large frames take much memory
 
 
 def encode_label_png(labels: NDArray[np.uint8]) -> bytes:
@@ -86,13 +85,11 @@ class VideoFiles:
         if outside:
             slots[slots == OUTSIDE] = -1
         title = f"{self.key[-60:]}  |  slots used: {len(np.unique(slots[slots >= 0]))}"
-        for first in range(0, len(frames), _STEP):
-            if self._encoder is None:
-                break
-            part = frames[first : first + _STEP]
-            panels = [[part, overlay_labels(part, slots[first : first + _STEP])]]
-            sheet = compose_frames(panels, columns=["video", "slots"], rows=[""], title=title, cell=self.cell)
-            self._encoder.add(sheet)
+        if self._encoder is not None:
+            for frame, one in zip(frames, slots, strict=True):
+                row = SheetRow("", np.stack([frame, overlay_labels(frame, one)]))
+                sheet = draw_sheet([row], title=title, columns=["video", "slots"], cell=self.cell)
+                self._encoder.add(sheet[None])
         if self.label_pngs:
             self._pictures.mkdir(exist_ok=True)
             for number, picture in enumerate(labels, self.frames):
