@@ -58,11 +58,12 @@ class Images(nn.Module):
 class VideosaurDecoder(Decoder):
     """An MLP at places, or a spatial broadcast; ``folds`` the frames itself, where others are wrapped."""
 
+    name = "mlp"
+
     def __init__(self, *size: int, folds: bool = False) -> None:
-        self.name = "mlp" if len(size) < 2 else "output_transform"
+        if len(size) == 2:
+            self.name, self.beside = "output_transform", ("backbone",)
         super().__init__(size or (N,))
-        if self.pixels:
-            self.backbone = nn.Identity()
         self.folds = folds
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
@@ -377,12 +378,11 @@ class RefusedDecode(nn.Module):
 
     def __init__(self, diffusion: bool) -> None:
         super().__init__()
-        self.posit_embed, layer = nn.Identity(), nn.TransformerDecoderLayer(DIM, 2, 8, batch_first=True)
+        self.backbone = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, 2, 8, batch_first=True), 1)
         if diffusion:
-            self.noise_sched, self.posit_embed = nn.Identity(), None  # type: ignore[assignment]
+            self.noise_sched = nn.Identity()
         else:
             self.bos = nn.Parameter(torch.zeros(1))
-        self.backbone = nn.TransformerDecoder(layer, 1)
 
 
 class RandSFQHost(StandIn):

@@ -67,13 +67,11 @@ def existing(host: Any) -> Tensor | None:
 def own_maps(host: Any) -> SSyncMaps:
     """Maps from the tensors that the host kept in its last step."""
     attention, decoder = parts(host)
-    logits, probs = attention.whole(torch.stack(attention.own_logits, 1))
+    (logits, probs), drawn = attention.whole(torch.stack(attention.own_logits, 1)), decoder.own_logits
+    masks = torch.stack(drawn, 1) if 1 < len(drawn) == logits.shape[1] else drawn[0]
     if getattr(host, "frames", "") == "loop":  # frames without an identity of slots
-        logits, probs = (None if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs))
-    lead, drawn = logits.shape[:3], decoder.own_logits
-    masks = drawn[0] if len(drawn) == 1 or len(drawn) != lead[1] else torch.stack(drawn, 1)
-    if getattr(host, "frames", "") == "loop":
-        masks = torch.stack(drawn, 1).flatten(0, 1)
+        logits, probs, masks = (one if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs, masks))
+    lead = logits.shape[:3]
     masks = masks.reshape(*lead, *masks.shape[(masks.shape[:3] == lead and 3) or 2 :])
     if masks.ndim == 4 and masks.shape[3] != logits.shape[3]:
         masks = masks.unflatten(3, (2 * GRID[0], 2 * GRID[1]))

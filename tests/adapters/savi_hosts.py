@@ -27,9 +27,7 @@ FINE = (4, 8)
 
 
 class SoldCorrector(SlotAttention):
-    def __init__(self) -> None:
-        super().__init__()
-        self.epsilon = self.eps
+    epsilon = SlotAttention.eps
 
     def forward(self, features: Tensor, slots: Tensor, is_first: bool) -> Tensor:
         return self.attend(features, slots, 3 if is_first else 1)[0]
@@ -45,11 +43,7 @@ class SoldEncoder(nn.Module):
 
 
 class SoldDecoder(Decoder):
-    name = "encoder"
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__(size)
-        self.positional_embedding = nn.Identity()
+    name, beside = "encoder", ("positional_embedding",)
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         picture, masks = self.paint(slots)
@@ -73,11 +67,10 @@ class SoldHost(StandIn):
 
 
 class SlotFormerAttention(SlotAttention):
-    names, eps = ("project_q", "project_k", "project_v"), 1e-6
+    names, eps, attn_scale = ("project_q", "project_k", "project_v"), 1e-6, DIM**-0.5
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn_scale = DIM**-0.5
         self.project_q = nn.Sequential(nn.LayerNorm(DIM), self.project_q)
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
@@ -134,11 +127,7 @@ class Genera1zAttention(SlotAttention):
 
 
 class Genera1zDecoder(Decoder):
-    name = "readout"
-
-    def __init__(self, size: tuple[int, int], colours: int) -> None:
-        super().__init__(size, colours)
-        self.backbone = nn.Identity()
+    name, beside = "readout", ("backbone",)
 
 
 class Genera1zHost(StandIn):

@@ -91,15 +91,21 @@ def mean_of_heads(logits: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Decoder(Kept):
-    """Slots at places through the network ``name``, whose last channel is alpha; channels come first for pixels."""
+    """Slots at places through the network ``name``, whose last channel is alpha; channels come first for pixels.
+
+    ``beside`` names further parts by which its family is recognised.
+    """
 
     side, name = "masks", "decoder"
+    beside: tuple[str, ...] = ()
 
     def __init__(self, size: tuple[int, ...] = (N,), colours: int = 3) -> None:
         super().__init__()
         self.places = nn.Parameter(3 * torch.randn(DIM, *size))
         self.pixels = len(size) == 2
         setattr(self, self.name, nn.Conv2d(DIM, colours + 1, 1) if self.pixels else nn.Linear(DIM, colours + 1))
+        for part in self.beside:
+            self.add_module(part, nn.Identity())
 
     def draw(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Gives colours ``(..., S, C, *size)`` and alpha ``(..., S, *size)`` of slots ``(..., S, D)``."""

@@ -42,14 +42,17 @@ MASKS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 
 
 class SlotsOnly(SlotAttention):
-    """Slot attention that returns slots alone; a ``bias`` of minus infinity rules slots out."""
+    """Slot attention that returns slots alone; slots are absent by a ``bias`` from elsewhere, or filled in."""
+
+    gone: Tensor | None = None
 
     def __init__(self, how: str = "method", iterations: int = 2) -> None:
         super().__init__(iterations)
         self.how, self.bias = how, torch.zeros(())
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
-        return super().product(query, keys) + self.bias
+        logits = super().product(query, keys) + self.bias
+        return logits if self.gone is None else logits.masked_fill(self.gone, float("-inf"))
 
     def softmax(self, logits: Tensor) -> Tensor:
         return SOFTMAXES[self.how](logits)

@@ -95,9 +95,8 @@ def test_one_side_by_its_output_and_one_by_its_softmax() -> None:
 
 
 @pytest.mark.parametrize("loss", ["brier", "ce"])
-def test_absent_slots_are_marked_also_later_and_give_finite_gradients(loss: Any) -> None:
+def test_absent_slots_are_marked_and_give_finite_gradients(loss: Any) -> None:
     host = taps.make_unknown()
-    assert tapped(host).slot_valid is None
     host.binder.bias = torch.tensor([0.0, 0.0, float("-inf")])[:, None]
     maps = tapped(host)
     assert maps.slot_valid.tolist() == [[True, True, False]] * 2
@@ -107,6 +106,18 @@ def test_absent_slots_are_marked_also_later_and_give_finite_gradients(loss: Any)
     for gradient in torch.autograd.grad(output.loss, [host.binder.to_q.weight, host.painter.places]):
         assert gradient.isfinite().all()
         assert gradient.any()
+
+
+def test_slots_that_are_absent_later_are_marked_too() -> None:
+    host, adapter = taps.make_unknown(), PathAdapter(*TAPS)
+    capture = adapter.attach(host)
+    for gone in (False, True):
+        host.binder.gone = torch.tensor([False, False, gone])[:, None]
+        capture.clear()
+        capture.open()
+        host(taps.tap_clip())
+        capture.close()
+        assert adapter.collect(capture).slot_valid.tolist() == [[True, True, not gone]] * 2
 
 
 def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
@@ -129,10 +140,9 @@ def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
     assert no_recorder_is_on()
 
 
-@pytest.mark.parametrize("checkpointing", ["", "plain"])
-def test_loss_and_gradients_are_those_of_the_hosts_own_tensors(checkpointing: str) -> None:
+def test_a_checkpointed_host_gets_the_loss_and_gradients_of_its_own_tensors() -> None:
     plain, host = taps.make_unknown(), taps.make_unknown()
-    host.checkpointing = checkpointing
+    host.checkpointing = "plain"
     total = ssync_loss(tapped(host)).loss
     plain(taps.tap_clip())
     expected = ssync_loss(SSyncMaps(*plain.own(), grid=(4, 4))).loss

@@ -38,9 +38,7 @@ def test_problems_exit_with_1_and_are_all_listed(folder: Path, capsys: pytest.Ca
     assert "damaged shards (1)" in text
     content = json.loads(report.read_text())
     assert content["clean"] is False
-    assert [problem["kind"] for problem in content["problems"]] == ["missing", "missing", "shard", "member", "index"][
-        : len(content["problems"])
-    ]
+    assert [problem["kind"] for problem in content["problems"]] == ["missing", "missing", "shard"]
     assert content["sets"][0]["videos"] == 1
 
 
@@ -53,17 +51,6 @@ def test_quick_finds_no_leak_and_deep_does(folder: Path, capsys: pytest.CaptureF
     assert "--quick" in capsys.readouterr().out
     assert main(words) == 1
     assert "duplicate videos (1)" in capsys.readouterr().out
-
-
-def test_an_index_is_written_anew_on_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "index.json").write_text("{")
-    words = ["data", "check", str(folder / "*.tar")]
-    assert main(words) == 0
-    assert "left as it is" in capsys.readouterr().out
-    assert main([*words, "--rebuild-index"]) == 0
-    assert main(words) == 0
-    assert (folder / "index.json").read_text() == "{"
-    assert (folder / "ssync_index.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,7 @@ import io
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingTCPServer
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,20 +102,11 @@ def opened() -> Callable[..., ShardDataModule]:
     return open_module
 
 
-class _QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
     """Serve `tmp_path` over HTTP and return the address."""
-    # Not HTTPServer, which asks for the host's name first, and that can take seconds.
-    server = ThreadingTCPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(tmp_path)))
-    server.daemon_threads = True
-    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    from flaky_server import FlakyServer
+
+    server = FlakyServer(tmp_path)
+    yield server.url
+    server.close()

@@ -56,6 +56,11 @@ def test_arrays_come_back_whatever_their_order_and_packing(npy_bytes):
     for stored in (array, np.asfortranarray(array)):
         assert np.array_equal(decode.decode_member("video.npy", npy_bytes(stored)), array)
         assert np.array_equal(decode.decode_member("video.npy.gz", gzip.compress(npy_bytes(stored))), array)
+    for kind in ("<f4", ">f4", "?", "<M8[s]", [("a", "<i4"), ("b", "u1")]):
+        for shape in ((), (0,), (4, 2, 1, 3)):
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ones(shape, kind), version=(2, 0))
+            np.testing.assert_array_equal(decode.decode_member("a.npy", buffer.getvalue()), np.ones(shape, kind))
     data = npy_bytes(array)
     assert np.shares_memory(decode.view_npy(memoryview(data), "video.npy"), np.frombuffer(data, np.uint8))
 
@@ -135,21 +140,6 @@ def test_half_written_and_surplus_bytes_are_refused(npy_bytes):
             decode.decode_member(name, payload)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (4, 2, 1, 3)])
-@pytest.mark.parametrize("dtype", ["u1", ">f4", "?", "<U2", "<M8[s]", [("a", "<i4"), ("b", "u1")]])
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
-def test_headers_read_as_numpy_reads_them(shape, dtype, order, version):
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.zeros(shape, dtype, order=order), version=version)
-    header = decode.read_npy_header(buffer.getvalue(), "a.npy")
-    buffer.seek(0)
-    np.lib.format.read_magic(buffer)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    assert (header.shape, header.fortran_order, header.dtype) == read(buffer)
-    assert header.data_offset == buffer.tell()
-
-
 def test_members_over_the_limit_are_refused_and_an_option_raises_it(npy_bytes):
     array = npy_bytes(np.zeros((10, 32, 32, 3), np.uint8))
     members = {
@@ -174,9 +164,9 @@ def test_frames_of_a_video_come_back_in_part_and_whole():
     whole = decode.decode_member("video.mp4", data)
     assert whole.shape == (10, 16, 32, 3)
     assert np.abs(whole.mean((1, 2, 3)) - np.arange(0, 200, 20)).max() < 6
-    np.testing.assert_array_equal(np.stack(list(decode.decode_video(data, HERE, [2, 5, 5]))), whole[[2, 5, 5]])
+    np.testing.assert_array_equal(np.stack(list(decode.decode_video(data, HERE, range(2, 6, 3)))), whole[[2, 5]])
     with pytest.raises(ShardError, match="only 10"):
-        list(decode.decode_video(data, HERE, [8, 12]))
+        list(decode.decode_video(data, HERE, range(8, 13, 4)))
     for broken in (data[:200], b"", b"#EXTM3U\nhttp://127.0.0.1/a.ts"):
         with pytest.raises(ShardError, match=HERE):
             decode.decode_member("video.mp4", broken, HERE)
@@ -188,14 +178,14 @@ def test_frames_are_turned_and_mirrored_as_the_display_matrix_says(turns, mirror
     frame = np.zeros((16, 32, 3), np.uint8)
     frame[:8, :16] = 255
     data = bytearray(video_bytes([frame] * 2))
-    (plain,) = decode.decode_video(data, HERE, [0])
+    (plain,) = decode.decode_video(data, HERE, range(1))
     # The matrix maps (x, y) to (a x + c y, b x + d y); a mirror turns x around first.
     a, b, c, d = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
     a, b = (-a, -b) if mirrored else (a, b)
     start = data.index(b"tkhd") + 4 + 40  # version, times, track, duration, layer, group, volume
     matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
     data[start : start + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in matrix)
-    (shown,) = decode.decode_video(data, HERE, [0])
+    (shown,) = decode.decode_video(data, HERE, range(1))
     np.testing.assert_array_equal(shown, np.rot90(plain[:, ::-1] if mirrored else plain, turns))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 
 from ssync_pl.data import index as module
+from ssync_pl.data.check import check_shards
 from ssync_pl.data.index import FolderIndex, ShardEntry, load_shards, parse_index, read_index, scan_shard, write_index
+from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
 from ssync_pl.errors import ConfigError, ShardError
 
@@ -189,28 +193,31 @@ def test_an_index_is_written_whole_or_not_at_all(tmp_path):
     assert read_index(tmp_path) == FolderIndex({"a.tar": entry}, {"seed": 1})
 
 
-def test_shards_that_are_not_whole_are_refused_wherever_they_end(make_shards, tmp_path):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_shards_that_are_not_whole_are_refused_wherever_they_end(make_shards, tmp_path, pack):
     path = _shards(make_shards(count=3))[0]
-    data = path.read_bytes()
+    data, packed = path.read_bytes(), pack is not bytes
     with tarfile.open(path) as tar:
-        boundary, end = tar.getmembers()[-1].offset, tar.offset
-    for keep in (0, 100, 600, 2000, boundary, boundary + 512, end - 1, end):
-        path.write_bytes(data[:keep])
-        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole"):
-            scan_shard(path)
-    path.write_bytes(data[: end + 512])
-    assert len(scan_shard(path).samples) == 3
-    path.write_bytes(data[:boundary] + b"garbage" * 200)
-    with pytest.raises(ShardError, match="whole"):
-        scan_shard(path)
+        ends = [*(member.offset for member in tar.getmembers()), tar.offset]
+    whole = pack(data)
+    broken = [pack(data[:keep]) for keep in (0, 100, 600, *ends[1:], ends[-2] + 512, ends[-1] - 1)]
+    for content in (*broken, pack(data[: ends[-2]] + b"garbage" * 200), whole[: len(whole) * 2 // 3]):
+        path.write_bytes(content)
+        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole .*unpack"):
+            scan_shard(path, packed=packed)
+        with pytest.raises(ShardError, match=r"train-000000\.tar to be a whole .*packed"):
+            list(stream_shard(str(path)))
+    path.write_bytes(pack(data[: ends[-1] + 512]))  # one block of the two that mark the end is enough
+    assert len(scan_shard(path, packed=packed).samples) == len(list(stream_shard(str(path)))) == 3
     path.write_bytes(gzip.compress(data))
     with pytest.raises(ShardError, match="unpack"):
         scan_shard(path)
     with tarfile.open(path, "w") as tar:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("0.info.json"))
-    with pytest.raises(ShardError, match=r"`info\.json` twice"):
-        scan_shard(path)
+    for read in (scan_shard, lambda path: list(stream_shard(str(path)))):
+        with pytest.raises(ShardError, match="twice"):
+            read(path)
 
 
 def test_links_are_read_as_what_they_point_to_and_odd_members_named(tmp_path, numbered_video, caplog):
@@ -230,6 +237,7 @@ def test_links_are_read_as_what_they_point_to_and_odd_members_named(tmp_path, nu
             link = tarfile.TarInfo(f"{name}.video.npy")
             link.type, link.linkname = kind, target
             tar.addfile(link)
+    assert {problem.kind for problem in check_shards({"a": [str(path)]}).problems} == {"sample", "content"}
     for _ in range(2):  # scanned, and from the index
         (entry,) = load_shards([path])
         assert [sample.key for sample in entry.samples] == ["sub/0", "1", "sub/2", "é"]
@@ -288,3 +296,8 @@ def test_replaced_shards_are_refused(some):
         Path(path).write_bytes(content)
         with pytest.raises(ShardError, match=message):
             ShardReader().member(path, shard, shard.samples[0], "video.npy")
+    reader, (_, third, *_), (_, entry, *_) = ShardReader(), *some
+    reader.member(third, entry, entry.samples[0], "video.npy")
+    os.truncate(third, 2048)  # while it is open
+    with pytest.raises(ShardError, match="cut off"):
+        reader.member(third, entry, entry.samples[1], "video.npy")

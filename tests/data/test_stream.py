@@ -109,13 +109,10 @@ def test_bad_samples_raise_or_are_replaced_without_being_counted(write_tar, npy_
     if not rules.training:
         real = [batch["__key__"][0] for batch in batches if batch["batch_padding_mask"].all()]
         assert sorted(real) == ["1", "2", "4", "5"]
-
-
-def test_where_nothing_is_readable_that_is_an_error(write_tar):
     path = str(write_tar({f"{number}.video.npy": b"x" for number in range(3)}))
     for entries in (load_shards([path]), None):
         with pytest.raises(ShardError, match="at least one readable sample"):
-            list(stream([path], entries, SampleRules(), skip_bad=True))
+            list(stream([path], entries, rules, skip_bad=True))
 
 
 def test_members_over_the_limit_are_bad_samples_and_not_read(write_tar, npy_bytes):

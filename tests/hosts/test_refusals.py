@@ -12,6 +12,10 @@ from tiny_models import pixel_clips, tiny, window_clips
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
+from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.pixels import ConvEncoder, SpatialBroadcastDecoder
+from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_soft_kmeans_
+from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import exponential_for, schedule_for
 
 OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
@@ -81,6 +85,23 @@ VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(
         (lambda: exponential_for(-1, 10), ConfigError, "decay_steps"),
         (lambda: exponential_for(100, 10, decay_steps=5), ConfigError, "decay_steps"),
         (lambda: exponential_for(100, 10, rate=0), ConfigError, "decay_rate"),
+        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 5, 8), 0), ConfigError, "iterations"),
+        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 2, 5, 8)), ShapeError, "slots"),
+        (lambda: SlotAttention(8, sharpness=0.0), ConfigError, "sharpness"),
+        (lambda: SlotCorrector(8, 8, iterations=0), ConfigError, "iterations"),
+        (lambda: SlotCorrector(8, 8, eps=0), ConfigError, "corrector_eps"),
+        (lambda: init_soft_kmeans_(SlotCorrector(6, 4)), ConfigError, "encoder_hidden"),
+        (lambda: init_soft_kmeans_(SlotCorrector(4, 4), float("nan")), ConfigError, "corrector_sharpness"),
+        (lambda: SlotTransformer(8, blocks=1, heads=3), ConfigError, "heads"),
+        (lambda: SlotTransformer(8, blocks=-1, heads=2), ConfigError, "blocks"),
+        (lambda: MLPDecoder(8, 3, [], 6), ConfigError, "hidden layer"),
+        (lambda: SlotMixerDecoder(8, 3, [4], 0), ConfigError, "0 patches"),
+        (lambda: ConvEncoder([8], [1, 1]), ConfigError, "encoder_channels"),
+        (lambda: ConvEncoder([8], [1], kernel_size=4), ConfigError, "odd"),
+        (lambda: ConvEncoder([8], [1], position_scale=-1.0), ConfigError, "position_scale"),
+        (lambda: SpatialBroadcastDecoder(4, [8], [1], init="zeros"), ConfigError, "init"),  # type: ignore[arg-type]
+        (lambda: SpatialBroadcastDecoder(4, [8], [1], (0, 8)), ConfigError, "decoder_broadcast"),
+        (lambda: SpatialBroadcastDecoder(4, [8], [1])(torch.randn(1, 2, 4)), ShapeError, "slots"),
     ],
 )
 def test_calls(call: Any, error: Any, match: str) -> None:

@@ -59,63 +59,14 @@ def test_probabilities_beside_logits_are_the_loss_and_logits_the_merging(case, s
     case.check()
 
 
-def drawn(labels, slots=2):
-    """Logits (B, T, S, N) whose argmax is ``labels`` (B, T, N)."""
-    return (np.asarray(labels)[:, :, None] == np.arange(slots)[None, None, :, None]).astype(float)
-
-
-def test_one_slot_has_neither_boundary_nor_loss():
-    rng = np.random.default_rng(0)
-    output, _ = Case(rng.normal(size=(2, 3, 1, 6)), rng.normal(size=(2, 3, 1, 6)), (2, 3)).check()
-    assert (output.boundary_count.item(), output.loss.item()) == (0, 0)
-    assert (output.interior_fraction.item(), output.agreement.item()) == (1, 1)
-
-
 def test_one_patch_differs_only_in_time():
-    case = Case(drawn([[[1], [0], [0]]]), np.zeros((1, 3, 2, 1)), (1, 1), options={"merge": False})
+    labels_1_0_0 = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]).reshape(1, 3, 2, 1)
+    case = Case(labels_1_0_0, np.zeros((1, 3, 2, 1)), (1, 1), options={"merge": False})
     assert case.check()[0].boundary.flatten().tolist() == [True, True, False]
     case.frame_index = np.array([[4, 6, 7]])
     output, _ = case.check()
     assert not output.boundary.any()
     assert output.loss.item() == output.interior_loss.item()
-
-
-def test_the_border_counts_lateral_neighbours_again():
-    # The left patch sees label 1 to the right and, clamped, right-up and right-down.
-    logits = drawn([[[0, 1, 1]]])
-    for n_bd, expected in ((1, [1, 1, 0]), (3, [1, 1, 0]), (4, [0, 0, 0])):
-        output, _ = Case(logits, logits, (1, 3), options={"n_bd": n_bd, "merge": False}).check()
-        assert output.boundary.flatten().tolist() == expected
-
-
-@pytest.mark.parametrize(("n_noise", "kept"), [(2, True), (3, False)])
-def test_a_single_speck_is_noise(n_noise, kept):
-    # The speck differs from its 8 neighbours in the frame and equals itself twice in time.
-    logits = drawn([[[0, 0, 0, 0, 1, 0, 0, 0, 0]]])
-    output, _ = Case(logits, logits, (3, 3), options={"merge": False, "n_noise": n_noise}).check()
-    assert output.boundary[0, 0, 1, 1].item() is kept
-    assert output.boundary.sum().item() == 8 + kept
-
-
-def test_brier_by_hand():
-    # Two patches with labels 0 and 1, decoder flat: (1/2)^2 everywhere; its gradient is p (g - <p, g>) * 2 / 4.
-    _, reference = Case(drawn([[[0, 1]]]), np.zeros((1, 1, 2, 2)), (1, 2), options={"merge": False}).check()
-    assert reference.boundary_loss == pytest.approx(0.25)
-    np.testing.assert_allclose(reference.grad_decoder[0, 0], [[-0.125, 0.125], [0.125, -0.125]])
-    # The decoder's labels are 0 everywhere: the whole clip is interior and teaches label 0.
-    p = 1 / (1 + np.exp(-1.0))
-    assert reference.interior_loss == pytest.approx(((1 - p) ** 2 * 2 + p**2 * 2) / 4)
-
-
-def test_a_chain_merges_through_the_middle():
-    # Slots cover {0,1,2}, {1,2,3}, {2,3,4} of 8 patches: neighbours share 2 of 4, the ends 1 of 5.
-    d = np.full((1, 1, 3, 8), -1.0)
-    d[0, 0, 0, 0:3], d[0, 0, 1, 1:4], d[0, 0, 2, 2:5] = 1, 2, 1.5
-    output, reference = Case(d, d, (2, 4), options={"merge_threshold": 0.4}).check()
-    np.testing.assert_allclose(reference.slot_iou[0], [[1, 0.5, 0.2], [0.5, 1, 0.5], [0.2, 0.5, 1]], atol=1e-6)
-    # Areas: slot 0 wins patch 0 and the three ties on the rest, slot 1 patches 1 to 3, slot 2 patch 4.
-    assert reference.area[0].tolist() == [4, 3, 1]
-    assert output.winners.tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize(("threshold", "merged"), [(0.2, 1), (0.26, 0)])

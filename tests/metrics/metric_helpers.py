@@ -1,13 +1,11 @@
-"""Items of a score, and what the processes of the distributed test run (spawned ones import this module)."""
+"""Scores of items and of a small random scene."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ssync_pl import metrics
@@ -44,37 +42,25 @@ def items(
     return function(counts.videos() if level == "video" else counts, **options)
 
 
-def metrics_by_name() -> dict[str, Any]:
-    return {
-        "all": metrics.SegmentationMetrics(),
-        "borders": metrics.BoundaryF(),
-        "unused": metrics.UnusedSlots(),
-        **{name: CLASSES[name][0](ignore_background=True) for name in ("image_miou", "slots_per_object", "identity")},
-    }
+def random_scene() -> tuple[Tensor, Tensor]:
+    """Labels (3, 4, 16, 16) of 5 slots that loosely follow true masks (3, 4, 4, 16, 16), channel 0 = background."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 4, (3, 4, 4, 4), generator=generator)
+    truth = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise = torch.randint(0, 5, truth.shape, generator=generator)
+    pred = torch.where(torch.rand(truth.shape, generator=generator) < 0.4, noise, truth)
+    return pred, truth.unsqueeze(2) == torch.arange(4)[:, None, None]
 
 
-def given(name: str, pred: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if name == "unused":
-        return (torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float(),)
-    return (pred, true)
-
-
-def rank_main(rank: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
-    try:
-        # Uneven on purpose: rank 0 has one video, rank 1 two.
-        share = slice(0, 1) if rank == 0 else slice(1, 3)
-        results = {}
-        for name, metric in metrics_by_name().items():
-            metric.update(*given(name, pred[share], true[share]))
-            value = metric.compute()
-            results[name] = value if isinstance(value, dict) else {"value": value}
-        torch.save(results, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def second_rank(_: int, folder: str, pred: torch.Tensor, true: torch.Tensor) -> None:
-    rank_main(1, folder, pred, true)
+def scores_of(videos: slice) -> dict[str, Any]:
+    """Scores of every kind of metric on some videos of the scene, of all ranks where there are some."""
+    pred, true = (part[videos] for part in random_scene())
+    everything, borders, unused = metrics.SegmentationMetrics(), metrics.BoundaryF(), metrics.UnusedSlots()
+    names = ("image_miou", "slots_per_object", "identity")
+    singles = {f"single {name}": CLASSES[name][0](ignore_background=True) for name in names}
+    for metric in (everything, borders, *singles.values()):
+        metric.update(pred, true)
+    unused.update(torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float())
+    scores = {**singles, "borders": borders, "unused": unused}
+    scores = {name: metric.compute() for name, metric in scores.items()} | everything.compute()
+    return {name: float(value) for name, value in scores.items()}

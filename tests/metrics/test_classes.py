@@ -1,14 +1,12 @@
-"""The torchmetrics classes: equal to the functions, over batches, casts and ranks, inside Lightning; and the table."""
+"""The torchmetrics classes: equal to the functions, over batches and casts; and the table."""
 
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from metric_helpers import CLASSES, given, items, metrics_by_name, rank_main, second_rank
+from metric_helpers import CLASSES, items
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
@@ -109,25 +107,3 @@ def test_half_precision_hosts_keep_float64_sums_and_no_state(scene, dtype):
     assert torch.equal(host.metrics.total, reference.metrics.total)
     assert host.single.compute().item() == reference.single.compute().item()
     assert host.state_dict() == {}
-
-
-def test_two_ranks_equal_one_process(scene, tmp_path: Path):
-    pred, true = scene
-    # This process is rank 0: starting one more takes half as long as starting two.
-    child = mp.spawn(second_rank, args=(str(tmp_path), pred, true), nprocs=1, join=False)
-    try:
-        rank_main(0, str(tmp_path), pred, true)
-    finally:
-        while not child.join():
-            pass
-    expected = {}
-    for name, metric in metrics_by_name().items():
-        metric.update(*given(name, pred, true))
-        value = metric.compute()
-        expected[name] = value if isinstance(value, dict) else {"value": value}
-    for rank in range(2):
-        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert {name: list(values) for name, values in results.items()} == {n: list(v) for n, v in expected.items()}
-        for name, values in expected.items():
-            for score, value in values.items():
-                assert results[name][score].item() == pytest.approx(value.item(), abs=1e-12), (name, score)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_workers import CASES, STEPS, dense_callback, dense_clips, dense_host, run_rank
+from metric_helpers import scores_of
 from tiny_hosts import HandWritten, Recorder, fit, make_host, make_loader
 from torch.utils.data import DataLoader
 
@@ -75,3 +76,10 @@ def test_dense_alignment_trains_as_one_process_on_the_joined_batch(ranks):
     torch.manual_seed(0)  # what the first rank drew
     fit(host, callback, steps=STEPS, loader=DataLoader(dense_clips(), batch_size=4))
     torch.testing.assert_close(found["projections"], callback.state_dict()["projections"], rtol=1e-3, atol=1e-5)
+
+
+def test_metrics_are_those_of_one_process_on_all_videos(ranks):
+    expected = scores_of(slice(None))
+    assert [list(rank["metrics"]) for rank in ranks] == [list(expected)] * 2
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(expected, abs=1e-12)

@@ -107,13 +107,16 @@ def test_mp4_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     av = pytest.importorskip("av")
     values = [0, 80, 160, 240]
     frames = np.stack([np.full((31, 47, 3), value, dtype=np.uint8) for value in values])  # codecs want even sides
-    with av.open(io.BytesIO(video.encode_mp4(frames, fps=5))) as container:
+    encoder = video.Mp4Encoder(fps=5)
+    for part in (frames[:1], frames[1:]):
+        encoder.add(part)
+    with av.open(io.BytesIO(encoder.close())) as container:
         assert container.streams.video[0].average_rate == 5
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.shape for frame in decoded] == [(32, 48, 3)] * 4
     assert np.allclose([frame[:30, :46].mean() for frame in decoded], values, atol=6)
     with pytest.raises(ShapeError, match="T"):
-        video.encode_mp4(frames[:0])
+        video.Mp4Encoder().add(frames[:0])
     monkeypatch.setattr(video, "mp4_available", lambda: False)
     with pytest.raises(ModuleNotFoundError, match="av"):
-        video.encode_mp4(frames)
+        video.Mp4Encoder().add(frames)

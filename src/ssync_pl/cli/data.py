@@ -52,7 +52,6 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--quick", action="store_true", help="list members only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
-    add("--rebuild-index", action="store_true", help="write the index of the folders anew")
     options = parser.parse_args(words)
     from ssync_pl.data.check import check_shards, group_shards, render_report
     from ssync_pl.tools.owned import refuse_foreign, write_owned_json
@@ -60,10 +59,8 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     if options.json is not None:
         refuse_foreign(options.json)  # before work begins
     sets, missing = group_shards(options.patterns)
-    deep, shows = not options.quick, sys.stderr.isatty()
-    report = check_shards(
-        sets, deep=deep, num_workers=options.workers, rebuild_index=options.rebuild_index, progress=shows
-    )
+    quick, progress = options.quick, sys.stderr.isatty()
+    report = check_shards(sets, deep=not quick, num_workers=options.workers, progress=progress)
     report = replace(report, problems=(*missing, *report.problems))
     if options.json is not None:
         write_owned_json(options.json, report.to_json())

@@ -135,17 +135,20 @@ class ShardDataModule(L.LightningDataModule):
         max_member_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         super().__init__()
-        least = {"batch_size": batch_size, "val_batch_size": val_batch_size, "clip_length": clip_length}
-        least |= {"clips_per_video": clips_per_video, "max_objects": max_objects, "max_member_bytes": max_member_bytes}
-        for name, value in least.items():
-            require(value is None or value >= 1, f"argument `{name}` to be at least 1", value)
-        for name, value in (("num_workers", num_workers), ("shuffle_buffer", shuffle_buffer)):
-            require(value >= 0, f"argument `{name}` to be at least 0", value)
+        least: dict[str, tuple[int | None, int]] = {
+            "batch_size": (batch_size, 1),
+            "val_batch_size": (val_batch_size, 1),
+        }
+        least |= {"clips_per_video": (clips_per_video, 1), "max_member_bytes": (max_member_bytes, 1)}
+        least |= {"num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 0)}
+        for name, (value, low) in least.items():
+            require(value is None or value >= low, f"argument `{name}` to be at least {low}", value)
         choose("mask_format", mask_format, "auto", "ids", "channels")
         choose("sampling", sampling, "hashed", "reference")
         choose("backend", backend, "auto", "mmap", "webdataset")
         choose("on_bad_sample", on_bad_sample, "raise", "skip")
-        require(max_objects is None or max_objects <= 254, "argument `max_objects` to be at most 254", max_objects)
+        expected = "argument `max_objects` to be 1 to 254"
+        require(max_objects is None or 1 <= max_objects <= 254, expected, max_objects)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         require(size is None or len(size) == 2, "argument `image_size` to be one number or two", image_size)
         size = None if size is None else (int(size[0]), int(size[1]))
@@ -156,8 +159,8 @@ class ShardDataModule(L.LightningDataModule):
         cached = features is not None and not masks_in_training
         require(cached or not features_only, expected, repr(features), masks_in_training)
         for name, pattern in (("validation", validation), ("test", test), ("predict", predict)):
-            weighted = isinstance(pattern, dict)
-            require(not weighted, f"argument `{name}` to be a list, as weights are for `train` only", pattern)
+            expected = f"argument `{name}` to be a list, as weights are for `train` only"
+            require(not isinstance(pattern, dict), expected, pattern)
         self.patterns: dict[str, Patterns | None] = {"train": train, "validation": validation}
         self.patterns |= {"test": test, "predict": predict}
         self.batch_size = batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -102,10 +103,7 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         self._sizes = [sum(map(len, clips)) for clips in self._sets]
         if rules.training and source.weights:
             shares = shares_by_weight(sum(self._sizes), source.weights)
-            expected, advice = (
-                "every mixed set to give at least one clip per pass",
-                "Raise its weight, or leave it out.",
-            )
+            expected, advice = "every mixed set to give clips to each pass", "Raise its weight, or leave it out."
             require(min(*shares, *self._sizes) > 0, expected, f"{shares} of {self._sizes} clips", advice=advice)
 
     @property
@@ -151,6 +149,14 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         repeat, video = divmod(rest, len(self.samples))
         return visit, repeat, video, self.rules.training or visit == 0
 
+    def cut(self, members: Members, shard: str, key: str, visit: int, repeat: int) -> dict[str, Any]:
+        """Cuts one clip, or takes the whole video in evaluation; draws hang on the shard's name and the key."""
+        if self.rules.training:
+            sample = train_sample(members, f"{shard}/{key}", self.rules, visit, repeat)
+        else:
+            sample = eval_sample(members, self.rules)
+        return {**sample, "__key__": key}
+
     def _order(self, epoch: int) -> np.ndarray:
         seed, weights = self.rules.seed, self.source.weights
         if not weights:
@@ -190,12 +196,13 @@ class ShardDataset(ShardBatches):
         visit, repeat, video, real = self.place(clip)
         bad: list[tuple[str, str]] = []
         for step in range(len(self.samples)):
+            candidate = (video + step) % len(self.samples)
             try:
-                sample = self._build((video + step) % len(self.samples), visit, repeat)
+                sample = self._build(candidate, visit, repeat)
             except ShardError as error:
                 if not self.skip_bad:
                     raise
-                bad.append((self.members((video + step) % len(self.samples)).where, str(error)))
+                bad.append((self.members(candidate).where, str(error)))
                 continue
             # A stand-in keeps the batch full but must not count as a video of its own.
             return {**sample, "real": real and not bad, BAD_SAMPLES: bad}
@@ -235,16 +242,13 @@ class ShardDataset(ShardBatches):
             self.features.close()
 
     def _build(self, video: int, visit: int, repeat: int) -> dict[str, Any]:
-        number, sample = self.samples[video]
-        members, path = self.members(video), self.source.shards[number]
-        if self.rules.training:
-            name = f"{(self.source.entries or [])[number].name}/{sample.key}"
-            built = train_sample(members, name, self.rules, visit, repeat)
-        else:
-            built = eval_sample(members, self.rules)
+        number, entry = self.samples[video]
+        shard = self.source.shards[number]
+        sample = self.cut(self.members(video), os.path.basename(shard), entry.key, visit, repeat)
         if self.features is not None:
-            built |= self.features.read(path, sample.key, built["cut"], self.rules.training and bool(built["flip"]))
-        return {**built, "__key__": sample.key}
+            flip = self.rules.training and bool(sample["flip"])
+            sample |= self.features.read(shard, entry.key, sample["cut"], flip)
+        return sample
 
     def _shuffled(self, chunks: list[np.ndarray], seed: int, visit: int) -> np.ndarray:
         clips = np.sort(np.concatenate(chunks))

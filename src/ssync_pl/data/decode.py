@@ -31,8 +31,10 @@ MAX_MEMBER_BYTES = 1 << 30
 HEADER_BYTES = 1 << 14
 """Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
 
+EXECUTABLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so")
+"""Extensions of members that can execute code when they are loaded."""
+
 Data = bytes | bytearray | memoryview
-_EXECUTABLE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so"})
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
 _CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 
@@ -62,7 +64,7 @@ def member_extension(member: str) -> str:
 def require_allowed(member: str, where: str = "") -> str:
     """Returns the extension of a member, or raises `ShardError` when it is not one of `ALLOWED_EXTENSIONS`."""
     extension = member_extension(member)
-    why = "can execute code when it is loaded" if extension in _EXECUTABLE else "is not on the allow-list"
+    why = "can execute code when it is loaded" if extension in EXECUTABLE_EXTENSIONS else "is not on the allow-list"
     advice = "Write the member as `.npy` or `.json` and build the shard again."
     expected = f"{_place(member, where)} to be one of {', '.join(ALLOWED_EXTENSIONS)}"
     require_shard(extension in ALLOWED_EXTENSIONS, expected, f"`.{extension}`, which {why}", advice=advice)
@@ -251,7 +253,7 @@ def count_frames(source: Data | str | os.PathLike[str], where: str) -> int:
 def decode_video(
     source: Data | str | os.PathLike[str],
     where: str,
-    frames: Sequence[int] | None = None,
+    frames: range | None = None,
     *,
     stamp: int | None = None,
     max_bytes: int = MAX_MEMBER_BYTES,
@@ -262,29 +264,23 @@ def decode_video(
     Args:
         source: Bytes of an mp4 file, or the path of a video file.
         where: What it is, for messages.
-        frames: Frame numbers, not falling; `None` for all.
+        frames: Numbers of the wanted frames, rising; `None` for all.
         stamp: The container's time stamp of the first wanted frame, to seek to; `None` decodes from the start.
         max_bytes: Most bytes of one frame.
     """
     size: tuple[int, ...] | None = None
-    place = seen = 0
+    seen = 0
     for number, picture in _numbered_frames(source, where, frames, stamp, max_bytes):
         require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
         seen = number + 1
-        if frames is not None and (place == len(frames) or number < frames[place]):
-            continue
-        frame = _shown(picture, where, number)
-        size = size or frame.shape
-        if frame.shape != size:
-            raise ShardError(
-                f"Expected all frames of {where} to have one size, but the first has {size[0]} x {size[1]} and frame "
-                f"{number} has {frame.shape[0]} x {frame.shape[1]} (height x width). Split the video there."
-            )
-        times = 1 if frames is None else 0
-        while frames is not None and place < len(frames) and frames[place] == number:
-            times, place = times + 1, place + 1
-        yield from [frame] * times
-        if frames is not None and place == len(frames):
+        if frames is None or number in frames:
+            frame = _shown(picture, where, number)
+            size = size or frame.shape
+            expected = f"all frames of {where} to have one size, {size[0]} x {size[1]} (height x width)"
+            got = f"{frame.shape[0]} x {frame.shape[1]} in frame {number}"
+            require_shard(frame.shape == size, expected, got, advice="Split the video there.")
+            yield frame
+        if frames is not None and number >= frames[-1]:
             return
     if frames is not None or not seen:
         need = f"at least {frames[-1] + 1} frames" if frames else "frames"
@@ -293,7 +289,7 @@ def decode_video(
 
 
 def _numbered_frames(
-    source: Any, where: str, frames: Sequence[int] | None, stamp: int | None, max_bytes: int
+    source: Any, where: str, frames: range | None, stamp: int | None, max_bytes: int
 ) -> Iterator[tuple[int, Any]]:
     if frames and frames[0] > 0 and stamp is not None:
         with open_video(source, where, max_bytes) as (container, stream):

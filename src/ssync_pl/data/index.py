@@ -227,7 +227,7 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
     return entries
 
 
-def header_fits(header: bytes | memoryview, name: str, size: int) -> bool:
+def header_fits(header: bytes | bytearray, name: str, size: int) -> bool:
     """Whether the 512 bytes before a member are the tar header of the member with this full name and size."""
     try:
         info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -29,21 +31,30 @@ def may_start_processes() -> bool:
 
 
 @contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Lets processes that start meanwhile use one thread each: more would fight for the same CPUs."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
+def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` in other processes, which end with the first error or Ctrl-C; in this one with 0 workers."""
+    if workers == 0 or not may_start_processes():
+        yield map
+        return
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
+    before = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # workers with more threads would fight for the same CPUs
     try:
-        yield
+        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+            try:
+                yield pool.map
+            except BaseException:
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()  # what it is at may take minutes
+                raise
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in _THREADS:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Makes this worker leave Ctrl-C to its parent, and end when the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is None:

@@ -141,7 +141,11 @@ class Members:
         else:
             whole = self.decode(member)
             video = np.array((whole[None] if whole.ndim == 3 else whole)[cut], order="C")
-        return check_video(video, self.name(member))
+        fits = video.ndim == 4 and video.shape[-1] == 3 and video.dtype == np.uint8 and 0 not in video.shape
+        expected = f"{self.name(member)} to be uint8 frames (F, h, w, 3)"
+        got = f"shape {video.shape}, dtype {video.dtype}"
+        require_shard(fits, expected, got, advice="Convert the video to RGB bytes.")
+        return video
 
 
 def find_member(members: Collection[str], field: str, where: str = "") -> str:
@@ -171,14 +175,6 @@ def count_objects(members: Members, mask_format: MaskFormat) -> int:
     is_image = find_member(members.sizes, "video", members.where).startswith("image")
     # Frames of ids (F, h, w) of a video; of an image (N, h, w) or (h, w, N), with fewer objects than rows.
     return min(shape[0], shape[-1]) if is_image and len(shape) == 3 else 1
-
-
-def check_video(video: np.ndarray, place: str) -> np.ndarray:
-    """Returns the video when it is uint8 frames (F, h, w, 3), else raises `ShardError`."""
-    fits = video.ndim == 4 and video.shape[-1] == 3 and video.dtype == np.uint8 and 0 not in video.shape
-    got = f"shape {video.shape}, dtype {video.dtype}"
-    require_shard(fits, f"{place} to be uint8 frames (F, h, w, 3)", got, advice="Convert the video to RGB bytes.")
-    return video
 
 
 def arrange_masks(masks: np.ndarray, frames: int, size: tuple[int, int], place: str) -> np.ndarray:

@@ -29,8 +29,8 @@ class ShardReader:
     """Reads members of local shards, or parts of them, where the index says that they lie; keeps one shard open."""
 
     def __init__(self) -> None:
-        self._path = ""
-        self._file: io.FileIO | None = None
+        self._open_as: tuple[str, int] | None = None  # path and process: a fork must not share the place in the file
+        self._file: Any = None
 
     def sample(self, path: str, shard: ShardEntry, sample: SampleEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Members:
         """Returns the members of one sample, each read when it is asked for."""
@@ -40,7 +40,7 @@ class ShardReader:
             offset, file = sample.members[member][0], self._open(path, shard)
             if start == 0:
                 name = f"{sample.key}.{member}"
-                header = bytes(_read_at(file, offset - _BLOCK, _BLOCK))
+                header = _read_at(file, offset - _BLOCK, _BLOCK)
                 fits = len(header) < _BLOCK or header_fits(header, shard.links.get(name, name), sizes[member])
                 expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
                 advice = "The shard was replaced: delete its index, it is built again."
@@ -62,19 +62,18 @@ class ShardReader:
         self._file = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": "", "_file": None}
+        return {"_open_as": None, "_file": None}
 
     def __del__(self) -> None:
         self.close()
 
-    def _open(self, path: str, shard: ShardEntry) -> io.FileIO:
-        if self._file is None or self._path != path:
+    def _open(self, path: str, shard: ShardEntry) -> Any:
+        if self._file is None or self._open_as != (path, os.getpid()):
             self.close()
-            self._file, self._path = io.FileIO(path), path
-            size = os.fstat(self._file.fileno()).st_size
-            if size != shard.size:
-                self.close()
-                _require_bytes(path, shard, False, size)
+            size = os.path.getsize(path)
+            _require_bytes(path, shard, size == shard.size, size)
+            # Next to no buffer: it would hold what the file was before it was cut off or replaced.
+            self._file, self._open_as = io.BufferedReader(io.FileIO(path), 1), (path, os.getpid())
         return self._file
 
 
@@ -230,19 +229,9 @@ def _require_bytes(path: str, shard: ShardEntry, ok: bool, got: object) -> None:
     require_shard(ok, f"{path} to have {shard.size} bytes as its index says", got, advice=advice)
 
 
-def _read_at(file: io.FileIO, offset: int, length: int) -> bytearray:
+def _read_at(file: Any, offset: int, length: int) -> bytearray:
     """Reads bytes at a place; fewer where the file ends."""
     data = bytearray(length)
-    view, done = memoryview(data), 0
-    while done < length:
-        if hasattr(os, "preadv"):
-            got = os.preadv(file.fileno(), [view[done:]], offset + done)
-        else:  # Windows: no forked workers, which would share the file's position
-            file.seek(offset + done)
-            got = file.readinto(view[done:])
-        if not got:
-            break
-        done += got
-    view.release()
-    del data[done:]
+    file.seek(offset)
+    del data[file.readinto(data) :]
     return data

@@ -19,7 +19,7 @@ from webdataset.filters import batched, shuffle
 from ssync_pl.data.dataset import BAD_SAMPLES, ShardBatches, ShardSource, collate
 from ssync_pl.data.patterns import masked_url, shard_name
 from ssync_pl.data.remote import stream_shard
-from ssync_pl.data.samples import Members, SampleRules, eval_sample, train_sample
+from ssync_pl.data.samples import Members, SampleRules
 from ssync_pl.data.sampling import interleave, permutation, rotated, worker_part
 from ssync_pl.errors import ShardError, require_shard
 
@@ -130,7 +130,7 @@ class ShardStream(ShardBatches):
         for clip in clips:
             real, bad = clip.real, []
             try:
-                good = self._build(clip)
+                good = self._cut_clip(clip)
             except ShardError as error:
                 if not self.skip_bad:
                     raise
@@ -138,16 +138,11 @@ class ShardStream(ShardBatches):
                 good = self._first_readable(str(error)) if good is None else good
             yield {**good, "real": real, BAD_SAMPLES: bad}
 
-    def _build(self, clip: _Clip) -> dict[str, Any]:
-        if self.rules.training:
-            name = f"{shard_name(clip.url)}/{clip.key}"
-            built = train_sample(clip.members, name, self.rules, clip.visit, clip.repeat)
-        else:
-            built = eval_sample(clip.members, self.rules)
-        return {**built, "__key__": clip.key}
+    def _cut_clip(self, clip: _Clip) -> dict[str, Any]:
+        return self.cut(clip.members, shard_name(clip.url), clip.key, clip.visit, clip.repeat)
 
     def _first_readable(self, message: str) -> dict[str, Any]:
         for clip in self._read_all(self.epoch):
             with contextlib.suppress(ShardError):
-                return self._build(clip)
+                return self._cut_clip(clip)
         raise ShardError(f"Expected at least one readable sample, but all failed; one of them: {message}")

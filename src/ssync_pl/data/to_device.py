@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 
@@ -46,16 +47,7 @@ class DevicePrefetcher:
         if batch is None or self._stream is None:
             return None
         with torch.cuda.stream(self._stream):
-            moved = {name: _move(value, self.device) for name, value in batch.items()}
-            return moved, self._stream.record_event()
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [tensor.to(device, non_blocking=True) for tensor in value]
-    return value
+            return move_data_to_device(batch, self.device), self._stream.record_event()
 
 
 def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:

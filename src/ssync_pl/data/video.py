@@ -1,4 +1,4 @@
-"""Videos in memory, encoded as MP4 with PyAV."""
+"""Videos encoded as MP4 in memory, with PyAV."""
 
 from __future__ import annotations
 
@@ -11,35 +11,14 @@ from numpy.typing import NDArray
 
 from ssync_pl.errors import ShapeError, require_shape
 
-Bytes = NDArray[np.uint8]
-
 
 def mp4_available() -> bool:
     """Whether PyAV, which writes the MP4 files, is installed."""
     return importlib.util.find_spec("av") is not None
 
 
-def encode_mp4(frames: Bytes, *, fps: int = 6) -> bytes:
-    """Encodes frames as an H.264 video, or MPEG-4 where PyAV was built without x264.
-
-    Args:
-        frames: uint8 (T, H, W, 3), RGB. Odd heights and widths get one white line more: the codec needs even ones.
-        fps: Frames per second.
-
-    Returns:
-        The bytes of an MP4 file.
-
-    Raises:
-        ModuleNotFoundError: PyAV is not installed.
-        ShapeError: The frames are not (T, H, W, 3) with T of 1 or more.
-    """
-    encoder = Mp4Encoder(fps)
-    encoder.add(frames)
-    return encoder.close()
-
-
 class Mp4Encoder:
-    """Encodes a video piece by piece, so that a long one need not be in memory as a whole."""
+    """Encodes an H.264 video piece by piece (MPEG-4 without x264), so that a long one need not be in memory."""
 
     def __init__(self, fps: int = 6) -> None:
         self.fps = fps
@@ -47,8 +26,8 @@ class Mp4Encoder:
         self._container: Any = None
         self._stream: Any = None
 
-    def add(self, frames: Bytes) -> None:
-        """Encodes the next frames."""
+    def add(self, frames: NDArray[np.uint8]) -> None:
+        """Encodes frames (T, H, W, 3), RGB; odd heights and widths get one white line more, as the codec asks."""
         fits = frames.ndim == 4 and frames.shape[3] == 3 and frames.shape[0] > 0
         require_shape(fits, "argument `frames` to be (T, H, W, 3) with T >= 1", frames)
         if not mp4_available():

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_weight_norm, weight_norm
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
-from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
 from ssync_pl.hosts.nn.layers import coordinate_grid, init_fan_in_
 from ssync_pl.hosts.nn.pixels import ConvEncoder, SpatialBroadcastDecoder
 
@@ -155,21 +154,3 @@ def test_fan_in_scales_each_layer() -> None:
     spreads = [math.sqrt(2 / 75), math.sqrt(2 / (200 * 25 / 4)), math.sqrt(1 / 50)]
     assert [stack[i].weight.std().item() for i in (0, 2, 3)] == pytest.approx(spreads, rel=0.03)
     assert all((layer.bias == 0).all() for layer in stack if hasattr(layer, "bias"))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: MLPDecoder(8, 3, [], 6), ConfigError, "hidden layer"),
-        (lambda: SlotMixerDecoder(8, 3, [4], 0), ConfigError, "0 patches"),
-        (lambda: ConvEncoder([8], [1, 1]), ConfigError, "encoder_channels"),
-        (lambda: ConvEncoder([8], [1], kernel_size=4), ConfigError, "odd"),
-        (lambda: ConvEncoder([8], [1], position_scale=-1.0), ConfigError, "position_scale"),
-        (lambda: SpatialBroadcastDecoder(4, [8], [1], init="zeros"), ConfigError, "init"),  # type: ignore[arg-type]
-        (lambda: SpatialBroadcastDecoder(4, [8], [1], (0, 8)), ConfigError, "decoder_broadcast"),
-        (lambda: SpatialBroadcastDecoder(4, [8], [1])(torch.randn(1, 2, 4)), ShapeError, "slots"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer, SlotTransformerBlock
 
@@ -89,22 +87,3 @@ def test_the_usual_scale_equals_torchs_encoder_layer_with_norm_first() -> None:
     slots = torch.randn(2, 5, 8)
     torch.testing.assert_close(block(slots), reference(slots), rtol=1e-4, atol=1e-5)
     assert torch.equal(SlotTransformer(8, blocks=0, heads=2)(slots), slots)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 5, 8), 0), ConfigError, "iterations"),
-        (lambda: SlotAttention(8)(torch.zeros(1, 3, 8), torch.zeros(1, 2, 5, 8)), ShapeError, "slots"),
-        (lambda: SlotAttention(8, sharpness=0.0), ConfigError, "sharpness"),
-        (lambda: SlotCorrector(8, 8, iterations=0), ConfigError, "iterations"),
-        (lambda: SlotCorrector(8, 8, eps=0), ConfigError, "corrector_eps"),
-        (lambda: init_soft_kmeans_(SlotCorrector(6, 4)), ConfigError, "encoder_hidden"),
-        (lambda: init_soft_kmeans_(SlotCorrector(4, 4), float("nan")), ConfigError, "corrector_sharpness"),
-        (lambda: SlotTransformer(8, blocks=1, heads=3), ConfigError, "heads"),
-        (lambda: SlotTransformer(8, blocks=-1, heads=2), ConfigError, "blocks"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()

@@ -126,7 +126,7 @@ GOOD = DoctorReport(
         ({"loss": math.nan}, "loss is nan"),
         ({"shape": (2, 4, 1, 144)}, "There is one slot"),
         ({"agreement": 0.3}, "same slot in 30% of the patches only"),
-        ({"used_slots": (5.0, 1.5)}, "In the masks, 1.5 of 5 slots win"),
+        ({"used_slots": (5.0, 1.5)}, "In the masks, 1.5 of 5 slots win a patch"),
         ({"kinds": ("probs", "logits")}, "merged by logits only"),
     ],
 )

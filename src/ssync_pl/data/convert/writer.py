@@ -7,13 +7,11 @@ import errno
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +21,7 @@ from typing import Any, Literal
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, read_index, scan_shard, write_index
-from ssync_pl.data.processes import cpu_count, end_with_parent, may_start_processes, one_thread_each
+from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.data.shards import ShardReader, ShardWriter
 from ssync_pl.errors import ShardError, choose, require, require_shard
 
@@ -184,28 +182,14 @@ def _run(
     from tqdm import tqdm
 
     workers = min(cpu_count() if wanted is None else wanted, len(paths))
-    alone = not may_start_processes() or workers == 0 or (wanted is None and workers == 1)
+    workers = 0 if wanted is None and workers == 1 else workers
     made = []
     bar = tqdm(total=sum(map(len, parts)), desc=title, unit="video", disable=title is None)
-    with bar, contextlib.nullcontext(map) if alone else _mapper(workers) as apply:
+    with bar, mapper(workers) as apply:
         for part, result in zip(parts, apply(make, paths, parts), strict=True):
             made.append(result)
             bar.update(len(part))
     return made
-
-
-@contextlib.contextmanager
-def _mapper(workers: int) -> Iterator[Callable[..., Iterator[_Made]]]:
-    """A `map` in other processes, which end with the first error or Ctrl-C."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
-    with one_thread_each(), ProcessPoolExecutor(workers, context, end_with_parent) as pool:
-        try:
-            yield pool.map
-        except BaseException:
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()  # the shard that it is at may take minutes
-            raise
 
 
 def _make(decode: Decode, skip: bool, path: Path, items: Sequence[Item]) -> _Made:

@@ -61,22 +61,16 @@ def hints(report: DoctorReport) -> tuple[str, ...]:
     """Returns what the numbers of a host that can be used suggest."""
     slots, loss, agreement = report.shape[2], report.numbers["loss"], report.numbers["agreement"]
     scale = "the published weights go with one near 1: relative_weight=0.1 adds a tenth of the host's loss instead"
-    collapse = "untrained, or collapsed. Switch SSync on late (warmup_ratio), with on_collapse='backoff'"
+    collapse = "win a patch: untrained, or collapsed. Switch SSync on late (warmup_ratio), with on_collapse='backoff'."
+    untrained = "as in an untrained host: leave the warm-up on (warmup_ratio=0.3 or more)."
     merging = "Redundant slots are merged by logits only: attention='softmax:path' takes them from inside a module."
-    sides = zip(("attention", "masks"), report.used_slots, strict=True)
+    used_slots = zip(("attention", "masks"), report.used_slots, strict=True)
     advice = [
-        (
-            not math.isfinite(loss),
-            f"The host's own loss is {loss}: check the host and the batch.",
-        ),
+        (not math.isfinite(loss), f"The host's own loss is {loss}: check the host and the batch."),
         (not 0.2 <= abs(loss) <= 5.0 and math.isfinite(loss), f"The host's own loss is {loss:.3g}, and {scale}."),
         (slots == 1, "There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing."),
-        *((used < 0.5 * slots, f"In the {side}, {used:.1f} of {slots} slots win: {collapse}.") for side, used in sides),
-        (
-            agreement < 0.5,
-            f"Both maps name the same slot in {agreement:.0%} of the patches only, as in an untrained host: leave the "
-            "warm-up on (warmup_ratio=0.3 or more).",
-        ),
+        *((used < 0.5 * slots, f"In the {side}, {used:.1f} of {slots} slots {collapse}") for side, used in used_slots),
+        (agreement < 0.5, f"Both maps name the same slot in {agreement:.0%} of the patches only, {untrained}"),
         (report.kinds[0] == "probs", merging),
     ]
     return tuple(text for holds, text in advice if holds)
