@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
@@ -38,9 +39,8 @@ class DevicePrefetcher:
             ahead = self._copy(next(batches, None))
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(copied)
-            for tensor in _tensors(batch):
-                # The allocator must not hand the memory out again before the computing stream is done with it.
-                tensor.record_stream(computing)
+            # The allocator must not hand the memory out again before the computing stream is done with it.
+            apply_to_collection(batch, Tensor, Tensor.record_stream, computing)
             yield batch
 
     def _copy(self, batch: dict[str, Any] | None) -> tuple[dict[str, Any], torch.cuda.Event] | None:
@@ -48,8 +48,3 @@ class DevicePrefetcher:
             return None
         with torch.cuda.stream(self._stream):
             return move_data_to_device(batch, self.device), self._stream.record_event()
-
-
-def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:
-    for value in batch.values():
-        yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor))

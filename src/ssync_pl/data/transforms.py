@@ -164,17 +164,17 @@ class BatchTransform:
         if "video" not in batch:
             return out
         videos, masks = batch["video"], batch.get("segmentations")
-        sizes = sorted({tuple(video.shape[-3:-1]) for video in videos})
-        same = self.image_size is not None or len(sizes) == 1
-        require_shape(same, "the videos of a batch to have one size", *sizes, advice="Set `image_size`.")
+        if isinstance(videos, list):
+            sizes = sorted({tuple(video.shape[-3:-1]) for video in videos})
+            same = self.image_size is not None or len(sizes) == 1
+            require_shape(same, "the videos of a batch to have one size", *sizes, advice="Set `image_size`.")
         # On a CPU one video at a time stays in the caches: four times faster than all at once.
         alone = isinstance(videos, list) or videos.device.type == "cpu"
         places = [slice(n, n + 1) for n in range(len(videos))] if alone else [slice(None)]
         inputs = (videos, masks, batch["crop"], batch.get("flip"))
         parts = [self._pixels(*(_rows(value, place) for value in inputs)) for place in places]
-        out["video"] = torch.cat([frames for frames, _ in parts])
+        out["video"], masks = (_join(pieces) for pieces in zip(*parts, strict=True))
         if masks is not None:
-            masks = torch.cat([mask for _, mask in parts if mask is not None])
             hot = one_hot_masks(masks, batch["max_objects"], ids=batch["mask_ids"], has_background=self.has_background)
             padded = "frame_mask" in batch
             out["segmentations"] = hot & batch["frame_mask"][:, :, None, None, None] if padded else hot
@@ -217,3 +217,7 @@ def _central(pixels: Tensor) -> Tensor:
 def _rows(value: Any, place: slice) -> Any:
     """Returns some rows of a batch's tensor, or of a list of tensors of several sizes."""
     return value[place.start][None] if isinstance(value, list) else value if value is None else value[place]
+
+
+def _join(pieces: tuple[Any, ...]) -> Any:
+    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces)
