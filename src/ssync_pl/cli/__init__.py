@@ -56,7 +56,8 @@ def main(args: list[str] | None = None) -> int:
             return 143
         if isinstance(stop.code, str):
             sys.stderr.write(f"{stop.code}\n")
-        return int(isinstance(stop.code, str)) or int(stop.code or 0)
+            return 1
+        return stop.code or 0
     except KeyboardInterrupt:
         sys.stderr.write("\nssync-pl: stopped.\n")
         return 130
@@ -75,12 +76,8 @@ def lightning() -> Any:
     words = sys.argv[1:]
     if words and words[0] in _TRAINER:
         return main(words)
-    try:
-        entries = metadata.distribution("lightning-sdk").entry_points
-    except metadata.PackageNotFoundError:
-        entries = metadata.EntryPoints()
-    for entry in entries:
-        if (entry.group, entry.name) == ("console_scripts", "lightning"):
+    for entry in metadata.entry_points(group="console_scripts", name="lightning"):
+        if entry.dist is not None and entry.dist.name.replace("_", "-") == "lightning-sdk":
             return entry.load()()
     asks = not words or words[0] in ("-h", "--help")
     (sys.stdout if asks else sys.stderr).write(

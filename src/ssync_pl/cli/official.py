@@ -13,10 +13,7 @@ __all__ = ["checkpoint", "config"]
 
 
 def _ssync(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Print the configuration of SSync: `ssync-pl config ssync > ssync.yaml`.
-
-    It goes after your own: `python train.py fit --config mine.yaml --config ssync.yaml`.
-    """
+    """Print the configuration of SSync, which goes after your own: `… --config mine.yaml --config ssync.yaml`."""
     parser.parse_args(words)
     sys.stdout.write((resources.files("ssync_pl") / "configs" / "ssync.yaml").read_text(encoding="utf-8"))
     return 0

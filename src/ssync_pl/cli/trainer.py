@@ -58,10 +58,8 @@ class SSyncArgumentParser(LightningArgumentParser):
 class SSyncCLI(LightningCLI):
     """LightningCLI that logs to `runs/<name>/version_<n>`, a fresh folder per run.
 
-    * `trainer.logger: null` (default) writes `metrics.csv`; `true` writes TensorBoard files; `false` logs nothing; a
-      class path is taken as it is.
-    * `name` defaults to the name of the first configuration file, or to the model's class.
-    * The configuration of the run is saved beside its logs, and replaced if a fixed folder is used again.
+    `trainer.logger: null` (default) writes `metrics.csv`, `true` TensorBoard files, `false` nothing; a class path is
+    taken as it is. The configuration is saved beside the logs, and replaced if a fixed folder is used again.
     """
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
