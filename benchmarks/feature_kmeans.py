@@ -43,14 +43,14 @@ class _Collect(L.LightningModule):
 def validation_batches(words: list[str]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """All validation batches of a configuration, and the grid of its features."""
     parts = from_configuration(words)
-    if parts.data is None:
+    if parts.datamodule is None:
         raise SystemExit("Expected a configuration with data.")
     found = _Collect()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet).validate(
-        found, datamodule=parts.data, verbose=False
+        found, datamodule=parts.datamodule, verbose=False
     )
-    rows, columns = parts.host.hparams["grid"]
+    rows, columns = parts.model.hparams["grid"]
     return found.batches, (rows, columns)
 
 

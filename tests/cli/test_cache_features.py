@@ -49,27 +49,24 @@ def test_stores_features_and_says_what_it_did(pattern, means, tmp_path, capsys):
     status, text, _ = call(capsys, *words, "--layer", "pool", "--weights", "none")
     assert status == 0
     assert means == [("means", "pool", "none", None)]
-    assert "shards:   2 written, 0 kept" in text
     assert "means pool (2x3 patches, 3 channels)" in text
-    assert "24 frames, " in text
     size = sum(path.stat().st_size for path in out.glob("*.tar")) / 1e6
-    assert f"size:     {size:.1f} MB" in text
+    assert f"shards:   2 written, 0 kept, {size:.1f} MB" in text
     paths = sorted(map(str, (tmp_path / "videos").glob("*.tar")))
     sources = list(zip(paths, load_shards(paths), strict=True))
     store = FeatureStore(out, sources, image_size=(8, 12), resize_mode="bicubic", crop="none", flips=True)
     values = store.read(paths[1], "2", slice(None), True)["features"].float()
     assert torch.allclose(values, torch.full((4, 6, 3), (120 / 255 - 0.5) / 0.5), atol=1e-2)
     status, text, _ = call(capsys, *words)
-    assert (status, "0 written, 2 kept" in text, "speed" in text) == (0, True, False)
+    assert (status, "0 written, 2 kept" in text) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--crop", "random"), "invalid choice: 'random'"),
-        (("--image-size", "0"), "expected a number of pixels"),
+        (("--image-size", "0"), "expected HEIGHTxWIDTH"),
         (("--image-size", "8x"), "but got '8x'"),
-        (("--device", "nowhere"), "Expected --device"),
         (("--batch-size", "0"), "`batch_size` to be at least 1"),
     ],
 )
@@ -134,7 +131,7 @@ def test_projected_features_of_training_and_validation(noisy, means, tmp_path, c
     words = ("--backbone", "means", "--image-size", "16", "--components", "2")
     status, text, error = call(capsys, train, *words, "--out", tmp_path / "out")
     assert status == 0, error
-    assert "features: 2 components of 3 channels, " in text
+    assert "; 2 components of 3 channels, " in text
     assert " of the variance, fitted to 4 frames of train-000000.tar\n" in text
     status, text, error = call(capsys, validation, *words, "--out", tmp_path / "out")
     assert status == 0, error

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from ssync_pl import cli
-from ssync_pl.cli import lightning_command
 
 
 @pytest.fixture
@@ -14,18 +13,15 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr(cli, "main", lambda words: sys.stdout.write(f"ours {words}") and 5)
 
     def call(words, sdk):
-        def find(name):
-            if not sdk:
-                raise metadata.PackageNotFoundError(name)
-            entries = [
-                SimpleNamespace(group="console_scripts", name="other", load=None),
-                SimpleNamespace(group="console_scripts", name="lightning", load=lambda: lambda: 7),
-            ]
-            return SimpleNamespace(entry_points=entries)
+        def find(group, name):
+            assert (group, name) == ("console_scripts", "lightning")
+            ours = SimpleNamespace(dist=SimpleNamespace(name="ssync-pl"), load=None)
+            theirs = SimpleNamespace(dist=SimpleNamespace(name="lightning_sdk"), load=lambda: lambda: 7)
+            return [ours, theirs] if sdk else [ours]
 
-        monkeypatch.setattr(metadata, "distribution", find)
+        monkeypatch.setattr(metadata, "entry_points", find)
         monkeypatch.setattr(sys, "argv", ["lightning", *words])
-        return lightning_command.main(), capsys.readouterr()
+        return cli.lightning(), capsys.readouterr()
 
     return call
 

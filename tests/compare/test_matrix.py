@@ -24,8 +24,9 @@ def test_all_combinations_with_the_variants_of_a_seed_side_by_side(asked):
     assert (first, second) == (RunKey("default", 3, "with", 3), RunKey("default", 3, "without", 3))
     assert first.folder(asked.out) == asked.out / "runs" / "default" / "slots_3" / "with" / "seed_3"
     (other,) = [run for run in matrix.runs if run.key == ("c", 5, "with", 4)]
-    data = {"--data.init_args.preset=c", "--data.init_args.scene=null", "--data.init_args.seed=4"}
-    assert {*data, "--model.init_args.num_slots=5", "--seed_everything=4"} <= set(other.command)
+    words = {"--data.init_args.seed=4", "--model.init_args.num_slots=5", "--seed_everything=4"}
+    assert words <= set(other.command)
+    assert other.files["set.yaml"] == {"data": {"init_args": {"preset": "c", "scene": None}}}
 
 
 def test_the_recipe_holds_all_but_the_seed(asked):
@@ -45,7 +46,7 @@ def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_
     assert run.key.set == "crowd"
     assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
     files = [Path(run.command[place + 1]).name for place, word in enumerate(run.command) if word == "--config"]
-    assert files == ["tiny.yaml", "crowd.yaml", "overlay.yaml", "settings.yaml"]
+    assert files == ["tiny.yaml", "set.yaml", "overlay.yaml", "settings.yaml"]
 
 
 REFUSED = [

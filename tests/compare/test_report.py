@@ -122,7 +122,7 @@ def test_the_page_has_figures_and_the_last_sheet_of_each_run(plain):
 
 def test_the_numbers_are_those_of_the_rows(plain):
     folder, page = plain
-    rows = read_results(folder / "report" / "results.csv")
+    rows = read_results(folder / "results.csv")
     assert len(rows) == 9
     values = {name: part.set_index("seed")["video_ari"].to_dict() for name, part in rows.groupby("variant", sort=False)}
     width = 4.302653 / math.sqrt(3)  # of Student's t with two degrees of freedom

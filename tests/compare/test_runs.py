@@ -33,8 +33,8 @@ def make_run(tmp_path: Path, seed: int, code: str = BEGINS + ENDS, **changes) ->
     return dataclasses.replace(Run(key, folder, {"overlay.yaml": {}}, command, "r"), **changes)
 
 
-def launch(tmp_path, runs, at_once=2, show=lambda *what: None, **options):
-    return run_all(runs, Launcher(tmp_path / "jobs", at_once=at_once, **options), show)
+def launch(tmp_path, runs, at_once=2, **options):
+    return run_all(runs, Launcher(tmp_path / "jobs", at_once=at_once, **options))
 
 
 def words_of(run):
@@ -44,13 +44,11 @@ def words_of(run):
 def test_one_that_fails_leaves_the_others_and_the_end_of_its_log(tmp_path):
     bad = make_run(tmp_path, 1, "print('line'); raise SystemExit(3)")
     waits = BEGINS + "time.sleep(1)\n" + ENDS
-    shown = []
-    runs = [make_run(tmp_path, 0, waits), bad, make_run(tmp_path, 2, waits)]
-    failures = launch(tmp_path, runs, show=lambda *what: shown.append(what))
+    first, last = make_run(tmp_path, 0, waits), make_run(tmp_path, 2, waits)
+    failures = launch(tmp_path, [first, bad, last], at_once=1)
     assert [(failure.run.key.seed, failure.tail) for failure in failures] == [(1, "  line")]
     assert sorted(path.parent.name for path in tmp_path.rglob("evaluation.json")) == ["seed_0", "seed_2"]
-    assert shown[-1] == (2, 1, [])
-    assert max(len(running) for _, _, running in shown) == 2
+    assert words_of(last)[1] > words_of(first)[1] + 1  # one at a time
 
 
 def test_the_first_run_of_a_set_makes_its_data_alone(tmp_path):
@@ -180,10 +178,11 @@ def test_a_job_that_is_in_the_queue_already_is_waited_for(tmp_path, cluster):
     assert not (cluster / "2.sh").exists()
 
 
-def test_an_interrupt_cancels_slurm_jobs(tmp_path, cluster):
-    def show(*what):
+def test_an_interrupt_cancels_slurm_jobs(tmp_path, cluster, monkeypatch):
+    def interrupt(*what, **options):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("tqdm.tqdm.set_postfix_str", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        launch(tmp_path, [make_run(tmp_path, 0)], show=show, **SLURM)
+        launch(tmp_path, [make_run(tmp_path, 0)], **SLURM)
     assert (cluster / "cancelled").read_text().split() == ["1"]

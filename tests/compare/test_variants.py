@@ -129,7 +129,11 @@ def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tin
         kinds = [type(one).__name__ for one in parts.callbacks]
         assert all(kinds.count(kind) == 1 for kind in ("ValidationSummary", "SSyncPictures"))
         assert all(kinds.count(kind) == 1 for kind in ("RunRecorder", "KeepCheckpoints"))
-        assert (parts.host.hparams["num_slots"], parts.host.hparams["slot_dim"], parts.data.config.name) == (5, 8, "a")
+        assert (parts.model.hparams["num_slots"], parts.model.hparams["slot_dim"], parts.datamodule.config.name) == (
+            5,
+            8,
+            "a",
+        )
         configs[run.key.variant] = [one.config for one in parts.callbacks if type(one).__name__ == "SSyncCallback"]
     assert configs == {
         "without": [],
@@ -153,8 +157,8 @@ def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
         words += ["--config", str(tmp_path / f"{place}.yaml")]
     found, merged = from_configuration(words), merge(merge(tiny, pictures), slots)
     assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
-    assert found.host.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
-    assert found.host.hparams["slot_dim"] == 8
+    assert found.model.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
+    assert found.model.hparams["slot_dim"] == 8
 
 
 UNREADABLE = [

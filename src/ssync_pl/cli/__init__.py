@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import io
 import os
+import re
 import sys
 import traceback
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, metadata
+from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.errors import SSyncError
+from ssync_pl.errors import ConfigError, SSyncError, require
 
-__all__ = ["main"]
+__all__ = ["Command", "key_values", "lightning", "main", "run_command", "size"]
 
-_TRAINER_VERBS = {
+_TRAINER = {
     "fit": "train a host model, with SSync when the callback is in the configuration",
     "validate": "evaluate one pass over the validation videos",
     "test": "evaluate one pass over the test videos",
     "predict": "run the host over videos and write overlay videos and labels of their slots",
 }
-_OTHER_VERBS = {
+_VERBS = {
+    **_TRAINER,
     "data": "generate, convert, check, preview shards, cache features",
     "doctor": "say whether SSync can be used with a model, and what to write",
     "compare": "train variants, seeds, slot counts and sets, and say what differs",
     "config": "print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`",
     "checkpoint": "convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync",
 }
-_VERBS = {**_TRAINER_VERBS, **_OTHER_VERBS}
-_MODULES = {"config": "official", "checkpoint": "official"}
 _HELP = f"""usage: ssync-pl COMMAND [OPTIONS]
 
 SSync for video object-centric models on PyTorch Lightning.
@@ -35,62 +39,122 @@ SSync for video object-centric models on PyTorch Lightning.
 commands:
 {chr(10).join(f"  {name:<10} {text}" for name, text in _VERBS.items())}
 
-options:
-  -h, --help   show this text; `ssync-pl COMMAND --help` shows the options of a command
-  --version    print the version
-  --debug      show tracebacks of configuration errors, as SSYNC_DEBUG=1 does
-
-example:
-  ssync-pl fit --config examples/savi_synthetic.yaml
+`ssync-pl COMMAND --help` shows the options of a command, `ssync-pl --version` the version; with SSYNC_DEBUG=1 in the
+environment, errors show their tracebacks.
 """
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
     words = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in words or os.environ.get("SSYNC_DEBUG", "") not in ("", "0")
-    words = [word for word in words if word != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a name that the terminal cannot show must not end what works
     try:
-        return _dispatch(words, debug)
+        return _dispatch(words)
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
             return 143
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
-        sys.stderr.write(f"{stop.code}\n")
-        return 1
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
+            return 1
+        return stop.code or 0
     except KeyboardInterrupt:
-        resumes = words[:2] == ["data", "convert"] or words[:1] == ["compare"]
-        again = " The same command goes on where this one was stopped." if resumes else ""
-        sys.stderr.write(f"\nssync-pl: stopped.{again}\n")
+        sys.stderr.write("\nssync-pl: stopped.\n")
         return 130
-    except (SSyncError, OSError, UnicodeDecodeError) as error:
-        if debug:
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        if os.environ.get("SSYNC_DEBUG", "") not in ("", "0"):
             traceback.print_exc()
-        kind = "" if isinstance(error, SSyncError) else f"{type(error).__name__}: "
-        sys.stderr.write(f"ssync-pl: error: {kind}{error}\n")
+        sys.stderr.write(f"ssync-pl: error: {reason}\n")
         return 2
 
 
-def _dispatch(words: list[str], debug: bool) -> int:
+def lightning() -> Any:
+    """Runs the command `lightning`: its training verbs are those of `ssync-pl`, all others those of lightning-sdk."""
+    words = sys.argv[1:]
+    if words and words[0] in _TRAINER:
+        return main(words)
+    for entry in metadata.entry_points(group="console_scripts", name="lightning"):
+        if entry.dist is not None and entry.dist.name.replace("_", "-") == "lightning-sdk":
+            return entry.load()()
+    asks = not words or words[0] in ("-h", "--help")
+    (sys.stdout if asks else sys.stderr).write(
+        f"lightning {{{','.join(_TRAINER)}}} is ssync-pl; all other commands need `pip install lightning-sdk`.\n"
+    )
+    return 0 if asks else 2
+
+
+def _dispatch(words: list[str]) -> int:
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help", "--version"):
         sys.stdout.write(f"ssync-pl {__version__}\n" if verb == "--version" else _HELP)
         return 0 if words else 2
     # Lightning takes seconds to import, and only some commands need it.
-    if verb in _OTHER_VERBS:
-        return int(getattr(import_module(f"ssync_pl.cli.{_MODULES.get(verb, verb)}"), f"run_{verb}")(words[1:]))
-    if verb not in _TRAINER_VERBS and not verb.startswith("-"):
-        sys.stderr.write(f"ssync-pl: error: Expected a command ({', '.join(_VERBS)}), but got {verb!r}.\n")
-        return 2
-    if words == [verb] and verb in _TRAINER_VERBS:
-        sys.stderr.write(f"ssync-pl {verb}: error: Expected --config FILE or options. See ssync-pl {verb} --help.\n")
-        return 2
+    if verb in _VERBS and verb not in _TRAINER:
+        module = import_module(f"ssync_pl.cli.{'official' if verb in ('config', 'checkpoint') else verb}")
+        return run_command(f"ssync-pl {verb}", getattr(module, verb), words[1:])
+    known, alone = verb in _TRAINER or verb.startswith("-"), words == [verb] and verb in _TRAINER
+    require(known, f"a command ({', '.join(_VERBS)})", repr(verb))
+    require(not alone, "--config FILE or options", "none", advice=f"See ssync-pl {verb} --help.")
     if sys.stderr.isatty():
         sys.stderr.write("ssync-pl: loading PyTorch and Lightning\n")
     from ssync_pl.cli.trainer import run_trainer
 
-    run_trainer(words, debug=debug)
+    run_trainer(words)
     return 0
+
+
+def _reason(error: BaseException) -> str | None:
+    """Says in one line what users can mend; everything else is None, and keeps its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SSyncError):
+            return str(cause)
+        known = isinstance(cause, OSError | UnicodeDecodeError | ModuleNotFoundError)
+        if known or type(cause).__name__ == "MisconfigurationException":  # Lightning's, which takes seconds to import
+            text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            return text + ". Install it, or the extra of ssync-pl that has it." * isinstance(cause, ModuleNotFoundError)
+        cause = cause.__cause__  # jsonargparse wraps what classes refuse
+    return None
+
+
+Command = Callable[[argparse.ArgumentParser, list[str]], int]
+"""Adds options to a parser, parses words, runs, and returns the exit status; its docstring is the help."""
+
+
+def run_command(program: str, command: Command | Mapping[str, Command], words: list[str]) -> int:
+    """Runs a command that is called `program` on the command line, or the one of several that the first word names."""
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    if callable(command):
+        return command(argparse.ArgumentParser(program, description=inspect.getdoc(command), **raw), words)
+    lines = [f"  {name:<15} {(inspect.getdoc(one) or '').splitlines()[0]}" for name, one in command.items()]
+    parser = argparse.ArgumentParser(program, epilog="\n".join(["commands:", *lines]), **raw)
+    parser.add_argument("command", choices=command, metavar="COMMAND", help="see below, and COMMAND --help")
+    name = parser.parse_args(words[:1]).command
+    return run_command(f"{program} {name}", command[name], words[1:])
+
+
+def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
+    """Reads words like `num_slots=7`, whose values are YAML."""
+    import yaml
+
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        valid = bool(equals) and name.isidentifier()
+        require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
+        try:
+            values[name] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise ConfigError(f"Expected {option} {name}= with a YAML value, but got {text!r}.") from error
+    return values
+
+
+def size(text: str) -> tuple[int, int]:
+    """Reads `24x32` or `24,32` as height and width; one number is both."""
+    found = re.fullmatch(r"0*([1-9]\d*)(?:[x,]0*([1-9]\d*))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH or one number for both, but got {text!r}")
+    return int(found[1]), int(found[2] or found[1])

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ssync_pl.cli.words import choose_command, key_values, refuse_existing
-from ssync_pl.errors import ConfigError
+from ssync_pl.cli import key_values, size
+from ssync_pl.errors import require
 
-__all__ = ["run_data"]
+__all__ = ["data"]
 
-
-def run_data(words: list[str]) -> int:
-    """Runs one of the data commands and returns the exit status."""
-    commands = {
-        "generate": _generate,
-        "check": _check,
-        "preview": _preview,
-        "convert": _convert,
-        "cache-features": _cache_features,
-    }
-    return choose_command("ssync-pl data", commands, words)
+_SHARDS = "shards: paths, globs, braces or URLs"
 
 
 def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -41,23 +30,15 @@ def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
     from ssync_pl.data.synthetic import generate
     from ssync_pl.data.synthetic.config import preset
 
-    splits = {"train": options.train, "validation": options.validation}
-    if min(splits.values()) < 0 or not any(splits.values()):
-        raise ConfigError(f"Expected --train or --validation to be above 0 and none below, but got {splits}.")
+    counts = {"train": options.train, "validation": options.validation}
+    valid = min(counts.values()) >= 0 and any(counts.values())
+    require(valid, "--train or --validation to be above 0 and none below", counts)
     config = preset(options.preset, **key_values(options.changes, "--set"))
-    splits = {name: count for name, count in splits.items() if count}
-    folder = Path(generate(options.out, config, splits=splits, seed=options.seed, num_workers=options.workers))
-    sys.stdout.write(f"folder:     {folder}\n")
+    splits = {name: count for name, count in counts.items() if count}
+    folder = generate(options.out, config, splits=splits, seed=options.seed, num_workers=options.workers)
     for name, count in splits.items():
-        sys.stdout.write(f"{name + ':':<11} {_pattern(folder, name)} ({count} video{'s' * (count != 1)})\n")
+        sys.stdout.write(f"{name}: {folder / f'{config.name}-{name}-*.tar'} (videos: {count})\n")
     return 0
-
-
-def _pattern(folder: Path, split: str) -> str:
-    first, *_, last = sorted(path for path in folder.rglob("*.tar") if split in path.name) * 2
-    head, number = first.stem[:-6], first.stem[-6:]
-    name = first.name if first == last else f"{head}{{{number}..{last.stem[-6:]}}}.tar"
-    return str(first.with_name(name))
 
 
 def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -66,7 +47,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     Exit status: 0 clean, 1 problems found, 2 wrong usage.
     """
     add = parser.add_argument
-    patterns = "shards: paths, globs, braces or URLs; give training and validation to find videos that are in both"
+    patterns = f"{_SHARDS}; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
     add("--quick", action="store_true", help="list members only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
@@ -90,27 +71,25 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."""
     add = parser.add_argument
-    add("patterns", nargs="+", metavar="PATTERN", help="shards: paths, globs, braces or URLs")
-    add("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
+    add("patterns", nargs="+", metavar="PATTERN", help=_SHARDS)
+    add("--out", required=True, type=Path, metavar="FILE.png", help="a new picture, or an earlier one of this command")
     add("--videos", type=int, default=8, help="number of videos (default: %(default)s)")
     add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
     add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels (default: %(default)s)")
-    add("--force", action="store_true", help="replace files that exist")
     options = parser.parse_args(words)
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
+    from ssync_pl.tools.owned import refuse_foreign
     from ssync_pl.tools.preview import draw_preview
     from ssync_pl.tools.viz import encode_png
 
-    if options.out.suffix.lower() != ".png":
-        raise ConfigError(f"Expected --out to end in .png, but got {str(options.out)!r}.")
-    refuse_existing(options.out, "--out", options.force)
+    require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
+    refuse_foreign(options.out)
     shards = expand_shards(options.patterns, "patterns")
     sheet, videos, skipped = draw_preview(shards, options.videos, options.frames, options.cell)
-    for problem in skipped:
-        sys.stderr.write(f"left out: {problem}\n")
+    sys.stderr.write("".join(f"left out: {problem}\n" for problem in skipped))
     write_bytes(options.out, encode_png(sheet))
-    sys.stdout.write(f"{videos} video{'s' * (videos != 1)}: {options.out}\n")
+    sys.stdout.write(f"{options.out} (videos: {videos})\n")
     return 0
 
 
@@ -133,7 +112,7 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
     add("--backbone", required=True, help="efficientnet_lite0, or a model of timm")
-    add("--image-size", required=True, type=_size, help="size of the frames: 224, or HEIGHTxWIDTH")
+    add("--image-size", required=True, type=size, help="size of the frames: 224, or HEIGHTxWIDTH")
     add("--out", required=True, type=Path, help="folder of the features")
     add("--layer", help="layer, or several joined by +; each backbone has a default")
     source = parser.add_mutually_exclusive_group()
@@ -143,55 +122,32 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--components", type=int, help="store this many principal components of standardised channels")
     add("--resize-mode", choices=("bicubic", "bilinear"), default="bicubic", help="how frames resize")
     add("--crop", choices=("none", "center"), default="none", help="how frames are cropped")
-    add("--batch-size", type=int, default=32, help="frames per call of the backbone")
-    add("--device", default="auto", help="where it runs: auto, cpu, cuda, cuda:1, …")
+    add("--batch-size", type=int, default=32, help="frames per call of the backbone, on the GPU where there is one")
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help="unreadable videos")
-    options = parser.parse_args(words)
+    options = vars(parser.parse_args(words))
+    import torch
+
     from ssync_pl.data.features.cache import cache_features
     from ssync_pl.data.features.projection import describe_projection
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.hosts.nn.backbones import load_backbone
 
-    device = _device(options.device)
-    shards = expand_shards(options.shards)
-    backbone = load_backbone(options.backbone, options.layer, options.weights, options.checkpoint)
-    names = ("image_size", "resize_mode", "crop", "flips", "batch_size", "on_bad_sample", "components")
-    settings = {name: getattr(options, name) for name in names}
-    report = cache_features(shards, backbone, options.out, device=device, **settings)
+    shards = expand_shards(options.pop("shards"))
+    backbone = load_backbone(*(options.pop(name) for name in ("backbone", "layer", "weights", "checkpoint")))
+    report = cache_features(shards, backbone, device="cuda" if torch.cuda.is_available() else "cpu", **options)
     rows, columns = report.recipe.grid
-    lines = [
-        f"folder:   {options.out}",
-        f"backbone: {backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)",
-    ]
-    if report.projection is not None:
-        lines.append(f"features: {describe_projection(report.projection)}")
-    lines += [
-        f"shards:   {report.written} written, {report.kept} kept",
-        f"size:     {report.bytes / 1e6:.1f} MB",
-    ]
-    if report.written:
-        lines.append(f"speed:    {report.frames} frames, {report.frames / report.seconds:.1f} frames/s on {device}")
-    lines += [f"skipped:  {message}" for message in report.skipped]
-    if report.busy:
-        lines.append(f"left to another process: {', '.join(report.busy)}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    kind = f"{backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)"
+    kind += f"; {describe_projection(report.projection)}" if report.projection is not None else ""
+    wrote = f"{report.written} written, {report.kept} kept, {report.bytes / 1e6:.1f} MB"
+    lines = [f"features: {kind}", f"shards:   {wrote}", *(f"skipped:  {message}" for message in report.skipped)]
+    sys.stdout.write("\n".join([*lines, *(f"busy:     {name}" for name in report.busy)]) + "\n")
     return 0
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected a number of pixels or HEIGHTxWIDTH, but got {text!r}")
-    return int(found[1]), int(found[2] or found[1])
-
-
-def _device(name: str) -> str:
-    import torch
-
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"Expected --device to be one of this machine, but got {name!r} ({reason}).") from error
-    return name
+data = {
+    "generate": _generate,
+    "check": _check,
+    "preview": _preview,
+    "convert": _convert,
+    "cache-features": _cache_features,
+}

@@ -9,20 +9,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.cli.words import key_values, run_command
+from ssync_pl.cli import key_values, size
 from ssync_pl.errors import require
 
-__all__ = ["run_doctor"]
+__all__ = ["doctor"]
 
 _SETTINGS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 
 
-def run_doctor(words: list[str]) -> int:
-    """Examines a model and prints what to write."""
-    return run_command("ssync-pl doctor", _doctor, words)
-
-
-def _doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Say whether SSync can be used with a model, where its two maps are, what SSync costs, and which lines to add.
 
     It runs one training step of the model, without training it. It imports what you name, and runs nothing else.
@@ -48,28 +43,25 @@ def _doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--masks", metavar="PLACE", help="the same for the decoder's masks")
     add("--attention-kind", choices=("probs", "logits"), help="what attention gives (default: probs)")
     add("--masks-kind", choices=("probs", "logits"), help="what masks gives (default: probs)")
-    add("--grid", type=_grid, metavar="H,W", help="patches, where nothing else tells")
+    add("--grid", type=size, metavar="H,W", help="patches, where nothing else tells")
     add("--json", action="store_true", help="print JSON")
     named = words[:1] if words and not words[0].startswith("-") else []
     # A positional argument would swallow the values of options that are meant for the configuration.
     options, rest = parser.parse_known_args(words[len(named) :])
-    one = bool(named) != bool(options.config)
-    advice = "See ssync-pl doctor --help."
-    require(
-        one, "either a model as package.module:name or --config FILE", "both" if named else "neither", advice=advice
-    )
-    require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice=advice)
+    expected, got = "either a model as package.module:name or --config FILE", "both" if named else "neither"
+    require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
+    require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
     from ssync_pl.tools.doctor import render_report
     from ssync_pl.tools.doctor.steps import working_folder_first
 
     with working_folder_first():
-        report = _report(options, named, rest)
+        report = _examine(options, named, rest)
     content = {"ready": report.ready, **asdict(report)}
     sys.stdout.write((json.dumps(content, indent=1) if options.json else render_report(report)) + "\n")
     return 0 if report.ready else 1
 
 
-def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> Any:
+def _examine(options: argparse.Namespace, named: list[str], rest: list[str]) -> Any:
     from ssync_pl.tools.doctor import diagnose
     from ssync_pl.tools.doctor.steps import build_model, load_weights, parse_batch
 
@@ -81,8 +73,8 @@ def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> A
         from ssync_pl.cli.trainer import from_configuration
         from ssync_pl.plugin.callback import SSyncCallback
 
-        parts = from_configuration([word for file in options.config for word in ("--config", file)] + rest)
-        host, data = parts.host, parts.data
+        parts = from_configuration([f"--config={file}" for file in options.config] + rest)
+        host, data = parts.model, parts.datamodule
         own = next((one for one in parts.callbacks if isinstance(one, SSyncCallback)), None)
     if options.ckpt_path is not None:
         load_weights(host, options.ckpt_path)
@@ -92,10 +84,3 @@ def _report(options: argparse.Namespace, named: list[str], rest: list[str]) -> A
     report = diagnose(host, data, settings or configured, options.call)
     note = "The configuration has an SSyncCallback already; it was examined with its settings."
     return replace(report, hints=(note, *report.hints), lines=()) if own else report
-
-
-def _grid(text: str) -> tuple[int, int]:
-    sizes = text.replace("x", ",").split(",")
-    if len(sizes) != 2 or not all(size.strip().isdecimal() for size in sizes):
-        raise argparse.ArgumentTypeError(f"Expected H,W, but got {text!r}.")
-    return int(sizes[0]), int(sizes[1])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,16 +81,6 @@ class Matrix:
     on_cpu: bool
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """A data set: its name, and the files and words for `ssync-pl fit` that make these changes."""
-
-    name: str
-    files: tuple[Path, ...] = ()
-    words: tuple[str, ...] = ()
-    changes: Mapping[str, Any] = field(default_factory=dict)
-
-
 def build_matrix(asked: Asked) -> Matrix:
     """Lays out all runs; nothing is written or started."""
     require(bool(asked.configs), "--config FILE, the configuration that is compared", "none")
@@ -98,8 +88,8 @@ def build_matrix(asked: Asked) -> Matrix:
     config: dict[str, Any] = reduce(merge, map(read_yaml, asked.configs), {})
     model, options = class_of(config, "model")
     class_of(config, "data")
-    sets = [_data_set(name, config) for name in asked.sets] or [_DataSet("default")]
-    _refuse_doubles([one.name for one in sets], "--sets")
+    sets = [_data_set(name, config) for name in asked.sets or ("default",)]
+    _refuse_doubles([name for name, _ in sets], "--sets")
     own: Any = options.get("num_slots")
     known = bool(asked.slots) or isinstance(own, int)
     require(known, f"`num_slots` among the options of {model}, or --slots", repr(own), advice="Write it there.")
@@ -107,13 +97,13 @@ def build_matrix(asked: Asked) -> Matrix:
     texts = [path.read_text(encoding="utf-8") for path in asked.configs]
     runs: list[Run] = []
     variants: list[Variant] = []
-    for data_set in sets:
-        of_set = merge(config, data_set.changes)
+    for set_name, changes in sets:
+        of_set = merge(config, changes)
         variants = [make_variant(name, of_set) for name in asked.variants]
         _check_variants(variants, of_set, asked.baseline)
         plan = plan_sharing(variants, of_set, asked.extra) if asked.share else {}
         runs += [
-            _run(asked, data_set, RunKey(data_set.name, count, variant.name, seed), variant, of_set, texts, plan)
+            _run(asked, changes, RunKey(set_name, count, variant.name, seed), variant, of_set, texts, plan)
             for count in slots
             for seed in asked.seeds
             for variant in variants
@@ -123,7 +113,7 @@ def build_matrix(asked: Asked) -> Matrix:
         "variants": [{"name": one.name, "description": one.description} for one in variants],
         "seeds": list(asked.seeds),
         "slots": list(slots),
-        "sets": [one.name for one in sets],
+        "sets": [name for name, _ in sets],
         "baseline": asked.baseline,
         "extra": list(asked.extra),
         "version": __version__,
@@ -155,29 +145,24 @@ def _refuse_doubles(names: Sequence[str], option: str) -> None:
     require(not doubles, f"{option} to name each once", f"{', '.join(doubles)} twice")
 
 
-def _data_set(name: str, config: Mapping[str, Any]) -> _DataSet:
-    """`default`, a preset of the synthetic data, or a YAML file."""
+def _data_set(name: str, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name and changes of `default`, a preset of the synthetic data, or a YAML file."""
     if name == "default":
-        return _DataSet("default")
+        return name, {}
     if name.endswith((".yaml", ".yml")):
-        return _DataSet(Path(name).stem, files=(Path(name),), changes=read_yaml(name, "--sets"))
+        return Path(name).stem, read_yaml(name, "--sets")
     from ssync_pl.data.synthetic import PRESETS
 
     require(name in PRESETS, f"--sets to be among {', '.join(PRESETS)}, or paths of YAML files", repr(name))
     data, options = class_of(config, "data")
-    require(
-        data == "SyntheticDataModule",
-        f"data of SyntheticDataModule for the preset {name!r} of --sets",
-        f"{data} in the configuration",
-        advice="Name a YAML file with the other data.",
-    )
+    expected = f"data of SyntheticDataModule for the preset {name!r} of --sets"
+    advice = "Name a YAML file with the other data."
+    require(data == "SyntheticDataModule", expected, f"{data} in the configuration", advice=advice)
     if options.get("preset", "a") == name:
-        return _DataSet(name)
-    changes: dict[str, Any] = {"preset": name}
-    if options.get("scene") is not None:
-        changes["scene"] = None  # it was made for the configuration's own preset, and would undo this one
-    words = tuple(f"--data.init_args.{key}={'null' if value is None else value}" for key, value in changes.items())
-    return _DataSet(name, words=words, changes={"data": {"init_args": changes}})
+        return name, {}
+    # A scene was made for the configuration's own preset, and would undo this one.
+    scene = {} if options.get("scene") is None else {"scene": None}
+    return name, {"data": {"init_args": {"preset": name, **scene}}}
 
 
 def _check_variants(variants: Sequence[Variant], config: Mapping[str, Any], baseline: str) -> None:
@@ -222,7 +207,7 @@ def _settings(folder: Path, config: Mapping[str, Any], share: Share) -> dict[str
 
 def _run(
     asked: Asked,
-    data_set: _DataSet,
+    changes: Mapping[str, Any],
     key: RunKey,
     variant: Variant,
     config: Mapping[str, Any],
@@ -232,23 +217,24 @@ def _run(
     folder, share = key.folder(asked.out), plan.get(variant.name, Share())
     merged = merge(config, variant.overlay)
     data, options = class_of(merged, "data")
-    command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words((*asked.configs, *data_set.files))]
+    files: dict[str, Any] = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
+    paths = [*asked.configs, *([folder / "set.yaml"] if changes else [])]
+    command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words(paths)]
     if "callbacks" in variant.overlay.get("trainer", {}):
         # Else a callback of the overlay would keep what the one in its place had, and the overlay leaves out.
         command.append("--trainer.callbacks=null")
-    command += _config_words((folder / "overlay.yaml", folder / "settings.yaml"))
-    command += [*data_set.words, f"--seed_everything={key.seed}"]
+    command += [*_config_words([folder / name for name in files]), f"--seed_everything={key.seed}"]
     if data in _OWN_DATA or "seed" in options:
         command.append(f"--data.init_args.seed={key.seed}")
     if key.slots != class_of(merged, "model")[1].get("num_slots"):
         command.append(f"--model.init_args.num_slots={key.slots}")
     command += ["--trainer.enable_progress_bar=false", *asked.extra]
     # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
-    parts = [__version__, list(texts), data_set.changes, variant.overlay, key.slots, list(asked.extra)]
+    parts = [__version__, list(texts), changes, variant.overlay, key.slots, list(asked.extra)]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
     checkpoint = None
     if share.source is not None and share.switch is not None:
         source = key._replace(variant=share.source).folder(asked.out)
         checkpoint = source / "checkpoints" / f"{share.switch.name}.ckpt"
-    files = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
+    files |= {"set.yaml": changes} if changes else {}
     return Run(key, folder, files, tuple(command), recipe, share.source, checkpoint)

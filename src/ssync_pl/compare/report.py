@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page that needs nothing beside it, its figures as PNG, and `results.csv`."""
+"""The report of a comparison: one HTML page that needs nothing beside it, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_SEEDS = 3  # whose sheets of pictures are shown
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `<folder>/report/`: `index.html`, its figures as PNG, and `results.csv`; returns the page's path.
+    """Writes `results.csv` and `report/`, which has the figures as PNG and `index.html`, whose path it returns.
 
     The page holds all it shows, so that it can be sent as one file. Runs that have not finished or whose files are
     damaged are listed, so that a report can be made while a comparison goes on.
@@ -52,7 +52,7 @@ def write_report(folder: Path) -> Path:
         fewest=min((len(part) for _, part in frame.groupby(["set", "slots", "variant"])), default=0),
         facts=_facts(frame, matrix),
         commands=[record.command for record in comparison.records.values()],
-        table=write_results(out / "results.csv", frame).read_bytes(),
+        table=write_results(Path(folder) / "results.csv", frame).read_bytes(),
     )
     figures: list[Figure] = [figure for part in sections for figure in part["figures"]]
     # A figure of an earlier report that this one lacks would be taken for its part.

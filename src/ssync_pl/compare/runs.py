@@ -12,19 +12,20 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssync_pl.compare.job import run_job
 from ssync_pl.compare.matrix import Matrix, Run
-from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.data.files import exclusive, write_bytes
+from ssync_pl.errors import require
 
-__all__ = ["Failure", "Launcher", "check_folder", "is_finished", "log_lines", "run_all", "runs_at_once"]
+__all__ = ["Failure", "Launcher", "is_finished", "log_lines", "run_all", "run_matrix"]
 
 _PAUSE = 0.2
 _TAIL = 15
@@ -51,7 +52,7 @@ class Launcher:
 
     folder: Path
     slurm: bool = False
-    at_once: int | None = 1
+    at_once: int | None = None
     threads: int = 1
     gpus: int | None = None
     hours: float | None = None
@@ -108,22 +109,37 @@ class Launcher:
         return ",".join(known[place * self.gpus : (place + 1) * self.gpus])
 
 
-def runs_at_once(threads: int, gpus: int | None, on_cpu: bool) -> int:
-    """Returns how many runs have a GPU or CPUs of their own on this machine."""
+def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[str]) -> list[Failure]:
+    """Makes the runs of a comparison that are not in its folder yet, and returns what failed.
+
+    Without `launcher.at_once`, as many runs at a time as this machine has GPUs, or CPUs, for. Refuses a folder that
+    holds anything but this comparison.
+    """
+    _check_folder(out, matrix)
+    for run in matrix.runs:
+        is_finished(run)  # refuses what is no run, before anything is trained
+    if launcher.at_once is None and not launcher.slurm:
+        launcher = replace(launcher, at_once=_fitting(launcher, matrix.on_cpu))
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out / ".lock"):
+        write_bytes(out / "matrix.json", json.dumps({**matrix.facts, "command": [*command]}, indent=1).encode())
+        return run_all(matrix.runs, launcher)
+
+
+def _fitting(launcher: Launcher, on_cpu: bool) -> int:
     import torch
 
     if not on_cpu and torch.cuda.is_available():
-        return max(1, torch.cuda.device_count() // gpus) if gpus else 1
+        return max(1, torch.cuda.device_count() // launcher.gpus) if launcher.gpus else 1
     # Containers give a process fewer CPUs than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // threads)
+    return max(1, cpus // launcher.threads)
 
 
-def check_folder(out: Path, matrix: Matrix) -> None:
+def _check_folder(out: Path, matrix: Matrix) -> None:
     """Refuses a folder with anything but this comparison; more seeds, variants, slots or sets are welcome."""
     path = out / "matrix.json"
     kept = _read_json(path)
-    require(bool(kept) or not path.is_file(), f"{path} to hold a comparison", "a damaged file", advice=_ADVICE)
     empty = not out.exists() or (out.is_dir() and all(one.name == ".lock" for one in out.iterdir()))
     require(bool(kept) or empty, f"{out} to be empty or to hold a comparison", "other files", advice=_ADVICE)
     other = [name for name in ("config", "extra", "version") if kept and kept.get(name) != matrix.facts[name]]
@@ -141,16 +157,16 @@ def is_finished(run: Run) -> bool:
     return (run.folder / "evaluation.json").is_file()
 
 
-def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, list[Run]], None]) -> list[Failure]:
-    """Makes all runs that are not finished; one that fails does not stop the others.
+def run_all(runs: Sequence[Run], launcher: Launcher) -> list[Failure]:
+    """Makes all runs that are not finished, and returns what failed; one that fails does not stop the others."""
+    from tqdm import tqdm
 
-    Calls `show` with the numbers of finished and failed runs and the running ones, and returns what failed.
-    """
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[int, tuple[Run, Any]] = {}  # by place, which decides on GPUs
     failures: list[Failure] = []
     jobs: list[Any] = []
-    with _ending(jobs):
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    with _ending(jobs), tqdm(total=len(runs), desc="runs", mininterval=every, maxinterval=every) as bar:
         while waiting or running:
             for run in list(waiting):
                 if launcher.at_once is not None and len(running) >= launcher.at_once:
@@ -162,8 +178,7 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
                 job = launcher.adopt(run) or launcher.submit(run, place)
                 jobs.append(job)
                 running[place] = (run, job)
-            done = len(runs) - len(waiting) - len(running) - len(failures)
-            show(done, len(failures), [run for run, _ in running.values()])
+            bar.set_postfix_str(f"{len(failures)} failed, {len(running)} running", refresh=False)
             time.sleep(_PAUSE)
             for place, (run, job) in list(running.items()):
                 if job.done():
@@ -172,7 +187,7 @@ def run_all(runs: Sequence[Run], launcher: Launcher, show: Callable[[int, int, l
                         # The last lines of the run's log, or of its job's where the training did not start.
                         lines = log_lines(run.folder) or (job.stderr() or "").splitlines()
                         failures.append(Failure(run, "\n".join(f"  {line}" for line in lines[-_TAIL:])))
-    show(len(runs) - len(failures), len(failures), [])
+            bar.update(len(runs) - len(waiting) - len(running) - len(failures) - bar.n)
     return failures
 
 
@@ -200,20 +215,16 @@ def _may_start(run: Run, runs: Sequence[Run], waiting: Sequence[Run], running: S
 def _lay_out(run: Run, job: Mapping[str, Any]) -> None:
     """Empties the folder of a run, once nothing is at work in it, and writes what its job reads."""
     import yaml
-    from filelock import FileLock, Timeout
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run.folder / ".lock", timeout=30):
-            for path in run.folder.iterdir():
-                if path.name not in (".lock", "job.json"):  # by which the folder is known as one of ours
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            write_bytes(run.folder / "job.json", json.dumps(job, indent=1).encode())
-            for name, content in run.files.items():
-                plain = json.loads(json.dumps(content, default=str))
-                write_bytes(run.folder / name, yaml.safe_dump(plain, sort_keys=False).encode())
-    except Timeout as error:
-        raise ConfigError(f"Expected {run.folder} to be free, but a training is at work in it. Wait for it.") from error
+    with exclusive(run.folder / ".lock", timeout=30):
+        for path in run.folder.iterdir():
+            if path.name not in (".lock", "job.json"):  # by which the folder is known as one of ours
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_bytes(run.folder / "job.json", json.dumps(job, indent=1).encode())
+        for name, content in run.files.items():
+            plain = json.loads(json.dumps(content, default=str))
+            write_bytes(run.folder / name, yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 @contextlib.contextmanager

@@ -29,8 +29,8 @@ from folder_sets import (
 from PIL import Image
 from pycocotools import mask as coco
 
-from ssync_pl.cli import main
-from ssync_pl.cli.data import run_data
+from ssync_pl.cli import main, run_command
+from ssync_pl.cli.data import data
 from ssync_pl.data.convert import commands, media
 from ssync_pl.data.convert.ytvis import draw_mask
 from ssync_pl.errors import ConfigError, ShardError
@@ -41,7 +41,7 @@ ALL = ("--splits", "train", "--holdout", 0)  # of YouTube-VIS
 def convert(source: str, root: Path, out: Path, *words: object) -> int:
     """Run `ssync-pl data convert` quietly, in this process."""
     options = ("--root", root, "--out", out, "--workers", 0, "--no-progress", *words)
-    return run_data(["convert", source, *map(str, options)])
+    return run_command("data", data, ["convert", source, *map(str, options)])
 
 
 # -- what comes back --------------------------------------------------------------------------------------------------

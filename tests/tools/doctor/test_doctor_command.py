@@ -102,7 +102,7 @@ def test_models_that_cannot_or_need_not_be_changed(user_folder, capsys, words, s
         ("user_code:Net --batch 2,2,3,4,4 --adapter savvy", "`adapter` to be 'auto' or one of"),
         ("user_code:Net --batch 2,2,3,4,4 --attention softmax: --masks b", "place as 'path'"),
         ("user_code:Net --batch 2,2,3,4,4 --ckpt_path no.pt", "checkpoint at 'no.pt'"),
-        ("user_code:Net --batch 2,2,3,4,4 --grid 4", "--grid: Expected H,W, but got '4'"),
+        ("user_code:Net --batch 2,2,3,4,4 --grid 4,", "--grid: expected HEIGHTxWIDTH"),
         ("--config nothing.yaml", "nothing.yaml"),
     ],
 )

@@ -83,9 +83,8 @@ def test_a_converted_file_holds_what_the_host_needs(tmp_path, capsys, state):
     assert [path.name for path in out.parent.iterdir()] == ["ours.ckpt"]
     before = out.read_bytes()
     assert main(words) == 2
-    assert "Add --force" in capsys.readouterr().err
+    assert "which exists" in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert main([*words, "--force"]) == 0
     assert main(["checkpoint"]) == 2
 
 
@@ -114,9 +113,10 @@ def test_config_convert_prints_lists_and_replaces_nothing_unasked(tmp_path, caps
     assert printed.err == "not converted: model.visualize: the callback SSyncPictures draws pictures\n"
     out.write_text("mine")
     assert main(["config", "convert", path, "--out", str(out)]) == 2
-    assert "Add --force" in capsys.readouterr().err
+    assert "which exists" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert main(["config", "convert", path, "--out", str(out), "--force"]) == 0
+    out.unlink()
+    assert main(["config", "convert", path, "--out", str(out)]) == 0
     assert out.read_text().startswith("# Converted from ssync.yaml.")
     assert main(["config", "convert", str(tmp_path / "absent.yaml"), "--out", str(tmp_path / "never.yaml")]) == 2
     assert not (tmp_path / "never.yaml").exists()

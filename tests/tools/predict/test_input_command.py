@@ -30,7 +30,6 @@ def test_videos_frames_and_shards_without_a_configuration(tmp_path, run, frames,
     assert run("--input", clip, frames, "--input", shard, "--clip-frames", 5, "--out", out) == 0
     streams = capsys.readouterr()
     assert f"configuration: {checkpoint.parent.parent / 'config.yaml'}" in streams.err
-    assert "windows: clip (3), frames (2). Slots are carried over" in streams.out
     assert streams.out.splitlines()[-1] == f"predictions: 4 videos in {out}"
     sizes = {"clip": (11, 24, 40), "frames": (7, 24, 40), "0": (2, 20, 40), "1": (4, 24, 40)}
     found = [(video["key"], video["frames"], video["windows"]) for video in index(out)]
@@ -90,9 +89,9 @@ REFUSED = [
     (["--input", "gone.mp4"], "gone.mp4, which does not exist"),
     (["--input", "frames", "--clip_frames=1"], "--clip-frames to be at least 2"),
     (["--input", "frames", "--out", "file"], "to write predictions to"),
-    (OTHER_HOST, "a checkpoint of DINOSAUR, the model of the configuration, but it is one of SAVi"),
+    (OTHER_HOST, "a checkpoint of DINOSAUR, the model of the configuration, but got one of SAVi"),
     (["--ckpt_path", "nameless.ckpt", *OTHER_HOST], "a whole checkpoint of this model"),
-    (["--config", "settings.yaml", "--out", "out"], "only with --input"),
+    (["--config", "settings.yaml", "--clip-frames", "8"], "only with --input"),
     (["--ckpt_path", "alone.ckpt", "--input", "frames"], "--config FILE"),
     (["--input", "frames", "--trainer.callbacks+=SlotPredictions", "--out", "out"], "--out only without a prediction"),
 ]

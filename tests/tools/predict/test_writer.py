@@ -219,7 +219,7 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, shards,
     streams = capsys.readouterr()
     folder = tmp_path / "runs" / "tiny" / "version_0" / "predictions"
     assert streams.out.splitlines()[-1] == f"predictions: 3 videos in {folder}"
-    assert "without --ckpt_path the host predicts with the weights that it starts with" in streams.err
+    assert "without --ckpt_path the host has the weights that it starts with" in streams.err
     assert [(video["name"], video["frames"]) for video in index(folder)] == [
         ("clip-0", 2),
         ("clip-1", 5),
