@@ -180,10 +180,10 @@ class BatchTransform:
 
     def _one_by_one(self, *inputs: Any) -> tuple[Any, ...]:
         """Does as `_pixels`, also for lists of videos of several sizes."""
-        joined: tuple[Any, ...] = ()
-        count = len(inputs[0])
+        count, joined = len(inputs[0]), tuple[Any, ...]()
         for n in range(count):
-            frames, masks = self._pixels(*(None if value is None else value[n][None] for value in inputs))
+            rows: list[Any] = [None if value is None else value[n][None] for value in inputs]
+            frames, masks = self._pixels(*rows)
             joined = joined or tuple(p if p is None else p.new_empty(count, *p.shape[1:]) for p in (frames, masks))
             joined[0][n] = frames[0]
             if masks is not None:
