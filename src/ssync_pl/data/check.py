@@ -34,8 +34,7 @@ _KINDS = {
     "content": "duplicate videos",
     "index": "index.json that does not fit",
 }
-Spread = tuple[int, float, int]
-"""Least, median and most."""
+Spread = tuple[int, float, int]  # least, median and most
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ class _Shard:
     entry: ShardEntry | None = None  # of a plain local shard, as it is on disk
 
     def add(self, kind: str, key: str | None, message: str) -> None:
-        """Notes a problem."""
         self.problems.append(Problem(kind, masked_url(self.path), key, message))
 
 
