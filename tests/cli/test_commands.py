@@ -63,7 +63,10 @@ def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters() -> Non
 def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path: Path) -> None:
     code = "import sys; from ssync_pl.cli import main\n"
     code += "for verb in ('config', 'data', 'doctor', 'checkpoint', 'compare'): assert main([verb, '--help']) == 0\n"
-    code += "assert main(['fit']) == main(['fti']) == main(['compare', '--x']) == 2; assert 'torch' not in sys.modules"
+    code += (
+        "assert main(['fit']) == main(['fti']) == main(['compare', '--x']) == main(['predict', '--input', 'a']) == 2\n"
+    )
+    code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

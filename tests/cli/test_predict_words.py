@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ssync_pl.cli.trainer import add_predict_options, with_config
+from ssync_pl.cli import with_config
+from ssync_pl.cli.trainer import add_predict_options
 from ssync_pl.errors import ConfigError
 
 

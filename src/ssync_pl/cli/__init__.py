@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
 from ssync_pl.errors import ConfigError, SSyncError, require
 
-__all__ = ["Command", "key_values", "lightning", "main", "run_command", "size"]
+__all__ = ["Command", "key_values", "lightning", "main", "run_command", "size", "with_config"]
 
 _TRAINER = {
     "fit": "train a host model, with SSync when the callback is in the configuration",
@@ -98,6 +99,7 @@ def _dispatch(words: list[str]) -> int:
     known, alone = verb in _TRAINER or verb.startswith("-"), words == [verb] and verb in _TRAINER
     require(known, f"a command ({', '.join(_VERBS)})", repr(verb))
     require(not alone, "--config FILE or options", "none", advice=f"See ssync-pl {verb} --help.")
+    words = with_config(words)
     if sys.stderr.isatty():
         sys.stderr.write("ssync-pl: loading PyTorch and Lightning\n")
     from ssync_pl.cli.trainer import run_trainer
@@ -106,9 +108,8 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _reason(error: BaseException) -> str | None:
+def _reason(cause: BaseException | None) -> str | None:
     """Says in one line what users can mend; everything else is None, and keeps its traceback."""
-    cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SSyncError):
             return str(cause)
@@ -158,3 +159,24 @@ def size(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH or one number for both, but got {text!r}")
     return int(found[1]), int(found[2] or found[1])
+
+
+def with_config(words: list[str]) -> list[str]:
+    """Checks the files of `--config`; without one, adds that of the run whose checkpoint is named, and says so."""
+    from ssync_pl.compare.configs import read_yaml
+
+    parser = argparse.ArgumentParser("ssync-pl", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-c", action="append", default=[])
+    parser.add_argument("--ckpt_path", type=Path)
+    given, rest = parser.parse_known_args(words)
+    for file in given.config:
+        read_yaml(file)  # jsonargparse refuses a bad file without its name
+    apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
+    if given.config or apart or words[0] not in ("validate", "test", "predict"):
+        return words
+    folders = [] if given.ckpt_path is None else given.ckpt_path.expanduser().absolute().parents[:2]
+    found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    expected = "--config FILE, or --ckpt_path of a run in whose folder `ssync-pl fit` saved config.yaml"
+    require(found is not None, expected, given.ckpt_path or "neither")
+    sys.stderr.write(f"ssync-pl: configuration: {found}\n")
+    return [words[0], f"--config={found}", *words[1:]]

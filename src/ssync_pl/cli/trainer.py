@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import traceback
@@ -24,7 +23,7 @@ import ssync_pl.plugin.callback
 import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
-from ssync_pl.compare.configs import read_yaml
+from ssync_pl.cli import with_config
 from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
@@ -32,10 +31,9 @@ from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.datamodule import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
 
-__all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_configuration", "run_trainer", "with_config"]
+__all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_configuration", "run_trainer"]
 
 _ROOT = "runs"
-_CONFIG = "config.yaml"  # what `ssync-pl fit` saves its configuration as, in the folder of the run
 _OF_INPUT = {
     "clip_frames": (int | None, "Most frames that the host sees at once; windows of a longer video share a frame (64)"),
     "projection": (str | None, "Projection.npz of the training's cached features, where it is not in their folder"),
@@ -164,13 +162,12 @@ class _Parts(SSyncCLI):
 def from_configuration(words: list[str]) -> _Parts:
     """Builds `model`, `datamodule` and `callbacks` of a configuration, with `words` as after `ssync-pl fit`."""
     with quiet():
-        parts: _Parts = run_trainer(["fit", *words], kind=_Parts)
+        parts: _Parts = run_trainer(with_config(["fit", *words]), kind=_Parts)
     return parts
 
 
 def run_trainer(words: list[str], *, kind: Any = SSyncCLI) -> Any:
     """Parses the words, builds host, data and trainer, runs the verb, and returns the LightningCLI."""
-    words = with_config(words)
     try:
         with public_globals():  # public checkpoints can be named by --ckpt_path as they are
             return kind(
@@ -227,22 +224,3 @@ def _input_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in _OF_INPUT if options[name] is not None}
     require(bool(options["input"]) or not given, f"--{' and --'.join(given)} only with --input", "no --input")
     return given
-
-
-def with_config(words: list[str]) -> list[str]:
-    """Checks the files of `--config`; without one, adds that of the run whose checkpoint is named, and says so."""
-    parser = argparse.ArgumentParser("ssync-pl", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", "-c", action="append", default=[])
-    parser.add_argument("--ckpt_path", type=Path)
-    given, rest = parser.parse_known_args(words)
-    for file in given.config:
-        read_yaml(file)  # jsonargparse refuses a bad file without its name
-    apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
-    if given.config or apart or words[0] not in ("validate", "test", "predict"):
-        return words
-    folders = [] if given.ckpt_path is None else given.ckpt_path.expanduser().absolute().parents[:2]
-    found = next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
-    expected = f"--config FILE, or --ckpt_path of a run in whose folder `ssync-pl fit` saved {_CONFIG}"
-    require(found is not None, expected, given.ckpt_path or "neither")
-    sys.stderr.write(f"ssync-pl: configuration: {found}\n")
-    return [words[0], f"--config={found}", *words[1:]]
