@@ -532,7 +532,7 @@ def test_the_bar_counts_videos_an_error_is_one_line_and_help_lists_all(tmp_path,
     words = ["data", "convert", "movi", "--out", str(tmp_path / "out"), "--workers", "0", "--root"]
     assert main([*words, str(tmp_path / "tfds")]) == 0
     bar = capsys.readouterr().err
-    assert "converting movi_c-train: 100%" in bar
+    assert "writing movi_c-train: 100%" in bar
     assert "3/3" in bar
     assert main([*words, "/nowhere"]) == 2
     assert capsys.readouterr().err.startswith("ssync-pl: error: Expected --root to be a folder, but got /nowhere. Name")

@@ -119,7 +119,7 @@ def convert(
             _claim(out, prefix, settings, items, [path.name for path in paths])
             make = partial(_make, decode, on_bad_sample == "skip")
             try:
-                made = _run(make, paths, parts, num_workers, f"converting {prefix}" if progress else None)
+                made = _run(make, paths, parts, num_workers, f"writing {prefix}" if progress else None)
             finally:
                 _remove_leftovers(out, prefix)
             return _finish(out, prefix, settings, made)
