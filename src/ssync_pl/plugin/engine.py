@@ -90,7 +90,9 @@ class SSyncEngine:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
         if self.first_step is not None:
             return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
-        if self.schedule is not None and step <= self.schedule.start:
+        if self.schedule is None:
+            return "SSync never ran: `ssync` was not called in any training step. Call self.ssync(loss, maps) there."
+        if step <= self.schedule.start:
             setting = "warmup_ratio" if self.config.warmup_steps is None else "warmup_steps"
             return (
                 f"SSync never ran: its warm-up lasts {self.schedule.start} optimizer steps "
