@@ -58,7 +58,7 @@ RUNS = {
         "| frames T | torch | 2 – 8 |",
     ),
     "memory": (
-        [*QUICK, "--memory", "0.5", "2"],
+        [*QUICK, "--rounds", "1", "--memory", "0.5", "2"],
         {"subject": {"decoder", "slotcontrast", "solv"}, "batch": {"1", "2"}, "layout": {"plain", "memory_efficient"}},
         "| solv | 2 GiB |",
     ),

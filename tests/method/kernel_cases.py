@@ -36,11 +36,9 @@ def check(d, a, grid, **options):
         output = ssync_loss(maps, backend=backend, **options)
         results.append((output, torch.autograd.grad(output.loss, leaves)))
     (plain, expected), (fused, got) = results
-    for name in EXACT:
-        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=0, atol=0, msg=name)
-    for name in ("loss", "boundary_loss", "interior_loss"):
-        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=2e-6, atol=1e-8)
-    torch.testing.assert_close([fused.slot_iou], [plain.slot_iou], rtol=0, atol=2e-6)
+    close = {"loss": (2e-6, 1e-8), "boundary_loss": (2e-6, 1e-8), "interior_loss": (2e-6, 1e-8), "slot_iou": (0, 2e-6)}
+    for name, (rtol, atol) in {**dict.fromkeys(EXACT, (0, 0)), **close}.items():
+        torch.testing.assert_close([getattr(fused, name)], [getattr(plain, name)], rtol=rtol, atol=atol, msg=name)
     eps = torch.finfo(d.dtype).eps
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -121,21 +119,15 @@ def one_loss(name):
 
 
 def second_derivatives(leaves, output):
-    first = torch.autograd.grad(output.loss, leaves, create_graph=True)
+    total = output.loss
+    total += leaves[0].square().mean()  # losses may be added to in place
+    first = torch.autograd.grad(total, leaves, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
     assert all(value.any() for value in second)
     return (*first, *second)
 
 
-def added_in_place(leaves, output):
-    total = output.loss
-    total += leaves[0].square().mean()
-    return torch.autograd.grad(total, leaves)
-
-
-@pytest.mark.parametrize(
-    "differentiate", [one_loss("boundary_loss"), one_loss("interior_loss"), second_derivatives, added_in_place]
-)
+@pytest.mark.parametrize("differentiate", [one_loss("boundary_loss"), one_loss("interior_loss"), second_derivatives])
 def case_ways_to_differentiate(differentiate):
     results = []
     for backend in ("torch", "triton"):

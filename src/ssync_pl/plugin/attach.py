@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.errors import ConfigError, HostError, ShapeError, SSyncError
+from ssync_pl.errors import HostError, ShapeError, SSyncError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, tell_end
@@ -76,25 +76,25 @@ def attach(
         ...     bool(ssync.add(loss) > loss)
         True
     """
-    if config is not None and options:
-        raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
-    if config is None:
-        config = SSyncConfig.from_options(**options)
-    if not isinstance(config, SSyncConfig):
-        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
-    if not isinstance(model, nn.Module):
-        got = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ConfigError(f"Expected argument `model` to be a torch.nn.Module, but got {got}. Pass the model itself.")
-    if total_steps is not None and (not isinstance(total_steps, (int, float)) or not total_steps >= 0):
-        raise ConfigError(f"Expected argument `total_steps` to be a number of at least 0, but got {total_steps!r}.")
+    given = f"both ({', '.join(options)})"
+    require(config is None or not options, "either `config` or settings", given, advice="Leave one out.")
+    config = SSyncConfig.from_options(**options) if config is None else config
+    require(isinstance(config, SSyncConfig), "argument `config` to be an SSyncConfig", type(config).__name__)
+    name = getattr(model, "__name__", type(model).__name__)
+    require(
+        isinstance(model, nn.Module), "argument `model` to be a torch.nn.Module", name, advice="Pass the model itself."
+    )
+    known = total_steps is None or (isinstance(total_steps, (int, float)) and total_steps >= 0)
+    require(known, "argument `total_steps` to be a number of at least 0", repr(total_steps))
     for name, value, least in (("accumulate", accumulate, 1), ("start_step", start_step, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}.")
-    if total_steps is None and config.warmup_steps is None and config.warmup_ratio > 0:
-        raise ConfigError(
-            f"Expected argument `total_steps` for warmup_ratio={config.warmup_ratio}, but got None. Give the number of "
-            "optimizer steps of the whole training, or use `warmup_steps`."
-        )
+        whole = isinstance(value, int) and value >= least
+        require(whole, f"argument `{name}` to be an integer of at least {least}", repr(value))
+    require(
+        total_steps is not None or config.warmup_steps is not None or config.warmup_ratio == 0,
+        f"argument `total_steps` for warmup_ratio={config.warmup_ratio}",
+        None,
+        advice="Give the number of optimizer steps of the whole training, or use `warmup_steps`.",
+    )
     spec, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
     engine = SSyncEngine(config)
     engine.start(float("inf") if total_steps is None else total_steps)
@@ -189,8 +189,7 @@ class AttachedSSync:
         Returns:
             0-dim loss to train on; ``host_loss`` itself during the warm-up.
         """
-        if host_loss is None:
-            raise ConfigError("Expected argument `host_loss` to be the model's loss, but got None. Use ssync.loss().")
+        require(host_loss is not None, "argument `host_loss` to be the model's loss", None, advice="Use ssync.loss().")
         term = self._term(host_loss, batch)
         return host_loss if term is None else host_loss + term
 
@@ -218,12 +217,9 @@ class AttachedSSync:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
         known = set(state) if isinstance(state, Mapping) else set()
-        missing = {"calls", "guard", "host_average", "term_average"} - known
-        if missing:
-            raise ConfigError(
-                f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "
-                "it. Load the state that was saved, or use `start_step`."
-            )
+        missing = ", ".join(sorted({"calls", "guard", "host_average", "term_average"} - known))
+        expected, advice = "what `state_dict` of an attached SSync returned", "Load the state that was saved."
+        require(not missing, expected, f"{missing} is not in it", advice=advice)
         self._calls = self._first_call = int(state["calls"])
         self._engine.load_state_dict(dict(state))
         self._listen()
@@ -232,14 +228,11 @@ class AttachedSSync:
         session = self._session
         if session is None:
             raise SSyncError("Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.")
-        if host_loss is None and self.config.relative_weight is not None:
-            raise ConfigError("Expected the model's loss beside `relative_weight`, but got None. Use ssync.add(loss).")
-        if host_loss is not None and (not isinstance(host_loss, Tensor) or host_loss.numel() != 1):
-            shape = f"shape {tuple(host_loss.shape)}" if isinstance(host_loss, Tensor) else type(host_loss).__name__
-            raise ConfigError(
-                f"Expected argument `host_loss` to be a 0-dim tensor, but got {shape}. Sum up or average the loss of "
-                "the step first."
-            )
+        fits = host_loss is not None or self.config.relative_weight is None
+        require(fits, "the model's loss beside `relative_weight`", None, advice="Use ssync.add(loss).")
+        got = tuple(host_loss.shape) if isinstance(host_loss, Tensor) else type(host_loss).__name__
+        fits = host_loss is None or (isinstance(host_loss, Tensor) and host_loss.numel() == 1)
+        require(fits, "argument `host_loss` to be a 0-dim tensor", got, advice="Sum up or average the loss first.")
         step = self.step
         off = self._engine.phase(step) is Phase.OFF
         term, verdict = None, None
