@@ -78,43 +78,40 @@ def test_slots_that_the_guard_counts_are_those_of_the_loss(extra):
     assert existing_slots(maps) == (maps.slot_valid.sum(1).float().mean() if extra else 3)
 
 
-def used(encoder, decoder=8.0):
-    return torch.tensor([float(encoder), float(decoder)])
+# Settings; slots in use in the encoder's and the decoder's map, and slots that exist, first watched and then with SSync
+# on; which windows are a collapse (None inside of one); what counts as before at the end.
+GUARDED = {
+    "the encoder's map": ({}, [(8, 8), (6, 8)], [True], (8, 8)),
+    "the decoder's map": ({}, [(8, 8), (8, 6)], [True], (8, 8)),
+    "less than a fifth": ({}, [(8, 8), (7, 7)], [False], (8, 8)),
+    "another threshold": ({"threshold": 0.5}, [(8, 8), (4, 8)], [False], (8, 8)),
+    "nothing before": ({}, [(0, 0), (1, 1)], [False], (0, 0)),
+    "before is a mean": ({"watched": 2}, [(4, 6), (8, 2), (8, 8)], [False], (6, 4)),
+    "a window is a mean": ({"window": 3}, [(8, 8), (8, 8), (5, 8), (2, 8)], [None, None, True], (8, 8)),
+    "no warm-up": ({"window": 2, "watched": 0}, [(2, 8), (2, 8), (1, 8), (1, 8)], [None, False, None, True], (2, 8)),
+    "adds slots and uses them": ({}, [(2, 2, 2), (4, 4, 4), (8, 8, 8), (2, 2, 8)], [False, False, True], (8, 8)),
+    "adds slots while others fall out of use": ({}, [(4, 4, 4), (2, 2, 8)], [True], (4, 4)),
+    "drops slots": ({}, [(8, 8, 11), (5, 5, 5), (3, 3, 5)], [False, True], (8, 8)),
+    "wavers": ({}, [(5, 5, 6), (6, 6, 6.4), (6, 6, 5.9), (6, 6, 6.3)], [False, False, False], (5, 5)),
+}
 
 
-def watched(action="warn", threshold=0.8, window=1, before=(8.0, 8.0)):
-    guard = CollapseGuard(action, threshold, window)
-    guard.watch(torch.tensor(before))
+@pytest.mark.parametrize(("settings", "counts", "collapsed", "before"), GUARDED.values(), ids=GUARDED)
+def test_windows_are_compared_with_what_was_before(settings, counts, collapsed, before):
+    settings = {"threshold": 0.8, "window": 1, "watched": 1, **settings}
+    guard = CollapseGuard("warn", settings["threshold"], settings["window"])
+    steps = [(torch.tensor(one[:2]).float(), *map(torch.tensor, one[2:])) for one in counts]
+    for one in steps[: settings["watched"]]:
+        guard.watch(*one)
+    verdicts = [guard.step(*one) for one in steps[settings["watched"] :]]
+    assert [verdict and verdict.collapsed for verdict in verdicts] == collapsed
+    assert guard.before == before
+
+
+def watched(action="warn"):
+    guard = CollapseGuard(action, 0.8, 1)
+    guard.watch(torch.tensor([8.0, 8.0]))
     return guard
-
-
-def test_windows_average_and_are_judged_at_their_end():
-    guard = watched(window=3)
-    verdicts = [guard.step(used(count)) for count in (8, 5, 2, 8, 8, 8)]
-    assert [verdict and verdict.collapsed for verdict in verdicts] == [None, None, True, None, None, False]
-    guard = CollapseGuard("warn", 0.5, 1)  # before is the mean of all watched steps
-    guard.watch(used(4, 6))
-    guard.watch(used(8, 2))
-    guard.step(used(8))
-    assert guard.before == (6.0, 4.0)
-    guard = CollapseGuard("stop", 0.8, 2)  # or the first window, where there is no warm-up
-    verdicts = [guard.step(used(count)) for count in (2, 2, 1, 1)]
-    assert guard.before == (2.0, 8.0)
-    assert (verdicts[1].collapsed, verdicts[3].stop) == (False, True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "now", "collapsed"),
-    [
-        ({}, (6, 8), True),
-        ({}, (8, 6), True),
-        ({}, (7, 7), False),
-        ({"threshold": 0.5}, (4, 8), False),
-        ({"before": (0.0, 0.0)}, (1, 1), False),
-    ],
-)
-def test_either_map_counts(settings, now, collapsed):
-    assert watched(**settings).step(used(*now)).collapsed is collapsed
 
 
 @pytest.mark.parametrize(
@@ -128,32 +125,14 @@ def test_either_map_counts(settings, now, collapsed):
 def test_actions_and_one_message_until_it_recovers(action, hint, factors):
     guard, verdicts, seen = watched(action), [], []
     for count in [1] * 8 + [8] * 8:
-        verdicts.append(guard.step(used(count)))
+        verdicts.append(guard.step(torch.tensor([count, 8.0])))
         seen.append(guard.factor)
     assert seen == factors
     assert [verdict.stop for verdict in verdicts] == [action == "stop"] * 8 + [False] * 8
-    messages = [verdict.message for verdict in (*verdicts, guard.step(used(1)))]
+    messages = [verdict.message for verdict in (*verdicts, guard.step(torch.tensor([1.0, 8.0])))]
     assert [bool(message) for message in messages] == [True] + [False] * 15 + [True]
     assert "encoder 8.0 -> 1.0, decoder 8.0 -> 8.0 (threshold 80%)" in messages[0]
     assert hint in messages[0]
-
-
-# Slots in use and slots that exist, first watched, then with SSync on; which windows are a collapse; what counts after.
-HOSTS = {
-    "adds slots and uses them": ([(2, 2), (4, 4), (8, 8), (2, 8)], [False, False, True], 8.0),
-    "adds slots while others fall out of use": ([(4, 4), (2, 8)], [True], 4.0),
-    "drops slots": ([(8, 11), (5, 5), (3, 5)], [False, True], 8.0),
-    "wavers": ([(5, 6), (5.5, 6.4), (5.5, 5.9), (5.5, 6.3)], [False, False, False], 5.0),
-}
-
-
-@pytest.mark.parametrize(("counts", "collapsed", "before"), HOSTS.values(), ids=HOSTS.keys())
-def test_hosts_that_change_how_many_slots_exist(counts, collapsed, before):
-    guard = CollapseGuard("warn", 0.8, 1)
-    first, *later = [(used(count, count), torch.tensor(float(existing))) for count, existing in counts]
-    guard.watch(*first)
-    assert [guard.step(*one).collapsed for one in later] == collapsed
-    assert guard.before == (before, before)
 
 
 def test_a_loaded_sum_follows_the_device_of_the_next_step():

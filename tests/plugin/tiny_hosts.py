@@ -93,7 +93,7 @@ class TinyParts:
         if self.returns == "dict":
             self.kept = {"loss": loss, "aux": loss.detach()}
             return self.kept
-        return loss
+        return [loss] if self.returns == "list" else loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.host_loss(batch)[0])

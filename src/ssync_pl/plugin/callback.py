@@ -103,6 +103,10 @@ class SSyncHooks:
         self._wrapped = WrappedMethod(pl_module, "training_step", step, "SSync")
         self._log_steps = LogSteps()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fixes the warm-up, and refuses one that is a share of an unknown length."""
+        self.engine.phase_in(trainer)
+
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of the host's training step."""
         session = self._session
