@@ -144,7 +144,7 @@ class VideoMBO(MaskMetric):
     `MaskMetric`.
     """
 
-    item_values = staticmethod(mean_best_overlap)  # type: ignore[assignment]
+    item_values = staticmethod(mean_best_overlap)
 
 
 class ImageMBO(VideoMBO):
@@ -156,7 +156,7 @@ class ImageMBO(VideoMBO):
 class VideoMIoU(MaskMetric):
     """As `VideoMBO`, but objects and slots are matched one to one: mean IoU (mIoU); objects without a slot count 0."""
 
-    item_values = staticmethod(mean_iou)  # type: ignore[assignment]
+    item_values = staticmethod(mean_iou)
 
 
 class ImageMIoU(VideoMIoU):
@@ -188,7 +188,7 @@ class SlotIdentity(MaskMetric):
 
     level: Level = "image"  # the function takes the tables of all frames and gives one value per video
 
-    item_values = staticmethod(slot_identity)  # type: ignore[assignment]
+    item_values = staticmethod(slot_identity)
 
 
 class BoundaryF(ItemMean):
