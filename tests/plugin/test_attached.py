@@ -10,7 +10,7 @@ import torch
 from tiny_hosts import EXACT, PATHS, assert_same_weights, fit, hooks_of, make_callback, make_host, make_loader
 from torch import nn
 
-from ssync_pl import SSyncConfig, attach
+from ssync_pl import attach
 from ssync_pl.errors import ConfigError, HostError, SSyncError
 from ssync_pl.hosts import SAVi
 
@@ -141,8 +141,6 @@ def test_collapse_can_stop_a_loop(host):
     ("arguments", "message"),
     [
         ({"total_steps": None}, r"`total_steps` for warmup_ratio=0\.3"),
-        ({"config": SSyncConfig(), "n_bd": 2}, r"got both \(n_bd\)"),
-        ({"config": {"warmup_steps": 0}}, "`config` to be an SSyncConfig, but got dict"),
         ({"start": "mature"}, "got start. Did you mean `warmup_ratio`"),
         ({"accumulate": 0}, "`accumulate`.* but got 0"),
         ({"start_step": -1}, "`start_step`.* but got -1"),

@@ -103,6 +103,7 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
         ({"start": "mature"}, "but got start. Did you mean `warmup_ratio`"),
         ({"warm_up_steps": 3}, "but got warm_up_steps. Did you mean `warmup_steps`"),
         ({"zzz": 3}, "but got zzz.$"),
+        ({"relative_weight": "0.1"}, "a number above 0, without quotes, .* but got '0.1'"),
     ],
 )
 def test_arguments_that_contradict_each_other_or_do_not_exist(options, match):

@@ -35,8 +35,7 @@ def attach(
     total_steps: int | None = None,
     start_step: int = 0,
     accumulate: int = 1,
-    config: SSyncConfig | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> AttachedSSync:
     """Listens to a model that is trained by a loop of your own.
 
@@ -56,8 +55,7 @@ def attach(
         total_steps: Optimizer steps of the whole training; needed where the warm-up is a share of it.
         start_step: Optimizer steps taken before, in a run that is resumed; at least 0.
         accumulate: Calls of `AttachedSSync.loss` that make one optimizer step, at least 1.
-        config: The settings. None makes them from ``options``.
-        **options: Settings of `SSyncConfig`, as keywords.
+        **settings: Settings of `SSyncConfig`, as keywords.
 
     Returns:
         A context manager; see `AttachedSSync`.
@@ -76,10 +74,7 @@ def attach(
         ...     bool(ssync.add(loss) > loss)
         True
     """
-    given = f"both ({', '.join(options)})"
-    require(config is None or not options, "either `config` or settings", given, advice="Leave one out.")
-    config = SSyncConfig.from_options(**options) if config is None else config
-    require(isinstance(config, SSyncConfig), "argument `config` to be an SSyncConfig", type(config).__name__)
+    config = SSyncConfig.from_options(**settings)
     name = getattr(model, "__name__", type(model).__name__)
     require(
         isinstance(model, nn.Module), "argument `model` to be a torch.nn.Module", name, advice="Pass the model itself."
