@@ -13,9 +13,9 @@ from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
 class Lazy(SSyncRegularizer, TinyHost):
-    """Makes its maps only when they are asked for, and notes what Lightning calls."""
+    """Makes its maps only when they are asked for."""
 
-    made, called = 0, ()
+    made = 0
 
     def training_step(self, batch, batch_idx):
         loss, logits, masks = self.host_loss(batch)
@@ -29,14 +29,6 @@ class Lazy(SSyncRegularizer, TinyHost):
         return added
 
     validation_step = training_step
-
-    def setup(self, stage):
-        super().setup(stage)
-        self.called += (stage,)
-
-    def on_save_checkpoint(self, checkpoint):
-        super().on_save_checkpoint(checkpoint)
-        self.called += tuple(key for key in checkpoint if key.startswith("ssync"))
 
 
 class Manual(Lazy):
@@ -72,10 +64,9 @@ def test_same_as_by_hand_beside_validation_in_automatic_and_manual_optimization(
     assert kind is TinyHost or host.made == 6
 
 
-def test_settings_are_saved_and_loaded_and_hooks_of_the_host_called(tmp_path):
+def test_settings_are_saved_and_loaded(tmp_path):
     host = make_host(Lazy, ssync=SSyncConfig(merge_threshold=0.6, warmup_steps=0))
     fit(host, steps=1).save_checkpoint(tmp_path / "a.ckpt")
-    assert host.called == ("fit", "ssync_regularizer")
     again = Lazy.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert again.ssync_config == host.ssync_config == SSyncConfig(merge_threshold=0.6, warmup_steps=0)
 
@@ -91,17 +82,6 @@ def test_refusals():
         MixinHost().ssync(torch.tensor(1.0), None)
     with pytest.warns(UserWarning, match="SSync never ran.*call self.ssync"):
         fit(make_host(Forgetful), steps=1)
-
-
-def test_a_second_training_equals_one_of_a_fresh_host():
-    host = make_host(MixinHost, ssync={"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2})
-    fit(host)
-    fresh = MixinHost(ssync=host.ssync_config)
-    fresh.load_state_dict(host.state_dict())
-    fit(host)
-    fit(fresh)
-    torch.testing.assert_close(host.state_dict(), fresh.state_dict(), rtol=0, atol=0)
-    assert host._ssync_engine.state_dict() == fresh._ssync_engine.state_dict()
 
 
 def _loss(model, batch):

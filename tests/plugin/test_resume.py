@@ -10,7 +10,7 @@ import pytest
 import tiny_hosts as tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_hosts import EXACT, assert_same_weights, assert_untouched, fit, in_hook, make_callback, make_host, make_loader
+from tiny_hosts import EXACT, assert_untouched, either, fit, in_hook, make_callback, make_host, make_loader
 from torch.utils.data import DataLoader
 
 from ssync_pl import StepSeed
@@ -35,17 +35,15 @@ def test_an_error_anywhere_and_another_training_after_it(where, error):
     assert_untouched(host)
 
 
-def test_two_trainings_with_one_callback_or_trainer_equal_two_with_fresh_ones():
-    one, two, callback = make_host(), make_host(), make_callback(relative_weight=0.5, guard_window=2)
-    for _ in range(2):
-        fit(one, callback)
-        fit(two, make_callback(relative_weight=0.5, guard_window=2))
-    assert_same_weights(one, two, **EXACT)
-    trainer = tiny.make_trainer(callback := make_callback(), steps=2)
-    for steps in (2, 4):
-        trainer.fit_loop.epoch_loop.max_steps = steps
-        trainer.fit(one, make_loader())
-    assert callback.engine.guard.state_dict()["count"] == 2
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_second_training_equals_one_of_a_fresh_callback_or_host(mixin):
+    settings = {"warmup_steps": 2, "guard_window": 2, "relative_weight": 0.2}
+    (one, callbacks), (two, fresh) = either(mixin, **settings), either(mixin, **settings)
+    fit(one, *callbacks)
+    two.load_state_dict(one.state_dict())
+    fit(one, *callbacks)
+    fit(two, *fresh)
+    tiny.assert_same_weights(one, two, **EXACT)
 
 
 def test_validation_and_a_search_for_a_learning_rate_are_not_touched():
@@ -58,7 +56,7 @@ def test_validation_and_a_search_for_a_learning_rate_are_not_touched():
     trainer = tiny.make_trainer(callback, in_hook("on_validation_batch_end", look), limit_val_batches=1)
     trainer.validate(host, make_loader(), verbose=False)
     assert seen == [None]
-    assert_same_weights(host, make_host(), **EXACT)
+    tiny.assert_same_weights(host, make_host(), **EXACT)
     host.lr = 1e-3
     options = {"num_training_steps": 5, "early_stop_threshold": None, "update_attr": False}
     fit(host, callback, L.callbacks.LearningRateFinder(**options))
@@ -79,7 +77,7 @@ def test_copies_taken_during_a_training_run_the_plain_step_and_train_on(way, hoo
     assert torch.equal(twin.training_step(batch, 0), plain.training_step(batch, 0))
     fit(twin, other, steps=3)
     fit(plain, make_callback(relative_weight=0.1, guard_window=2), steps=3)
-    assert_same_weights(twin, plain, **EXACT)
+    tiny.assert_same_weights(twin, plain, **EXACT)
 
 
 GUARDED = {"on_collapse": "backoff", "collapse_threshold": 0.99, "relative_weight": 0.3}
@@ -95,8 +93,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options, stop, mix
     # Lightning starts the epoch's data over when it resumes inside an epoch, so all batches are alike.
     data = DataLoader(tiny.make_clips(2) * 4, batch_size=2)
     for extra, more in ([saver], {"enable_checkpointing": True}), ([], {"ckpt_path": str(path)}):
-        host = make_host(tiny.MixinHost, ssync=options) if mixin else make_host()
-        callbacks = [] if mixin else [make_callback(**options)]
+        host, callbacks = either(mixin, **options)
         host.collapse_at = 4
         fit(host, *callbacks, *extra, steps=10, loader=data, **more)
         ends.append((tiny.weights(host), (host._ssync_engine if mixin else callbacks[0].engine).state_dict()))

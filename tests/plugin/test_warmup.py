@@ -7,7 +7,7 @@ import pytest
 import tiny_hosts as tiny
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tiny_hosts import MixinHost, Recorder, TinyHost, fit, in_hook, make_callback, make_clips, make_host, make_loader
+from tiny_hosts import Recorder, TinyHost, fit, in_hook, make_callback, make_clips, make_host, make_loader
 from torch.utils.data import DataLoader, IterableDataset
 
 from ssync_pl import ssync_loss
@@ -54,10 +54,7 @@ def test_a_share_of_an_unknown_length_is_refused_with_a_hint_that_helps(loader, 
 
 def train(mixin, *callbacks, loader=None, epochs=5, steps=-1, **settings):
     """Trains with the callback or the mixin; returns the trainer, and the engine in it."""
-    if mixin:
-        host, own = make_host(MixinHost, ssync=settings), []
-    else:
-        host, own = make_host(), [make_callback(**{"warmup_steps": None, **settings})]
+    host, own = tiny.either(mixin, **{"warmup_steps": None, **settings})
     trainer = fit(host, *own, *callbacks, steps=steps, max_epochs=epochs, loader=loader)
     return trainer, host._ssync_engine if mixin else own[0].engine
 

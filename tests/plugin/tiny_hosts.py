@@ -144,6 +144,11 @@ def make_callback(kind: type[SSyncCallback] = SSyncCallback, **options: Any) -> 
     return kind(**{"warmup_steps": 0, **PATHS, **options})
 
 
+def either(mixin: bool, **settings: Any) -> tuple[Any, list[SSyncCallback]]:
+    """A host that adds SSync itself and no callback, or a plain host and the callback."""
+    return (make_host(MixinHost, ssync=settings), []) if mixin else (make_host(), [make_callback(**settings)])
+
+
 def make_clips(count: int = 8, seed: int = 1) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"video": torch.rand((FRAMES, 3, *GRID), generator=generator)} for _ in range(count)]

@@ -303,7 +303,8 @@ def _torch_block(
     batch, _, slots, _ = maps.shape
     grid: tuple[int, int] = maps.grid  # type: ignore[assignment]
     slot_valid, patch_valid, (n_bd, n_nbd, n_noise) = maps.slot_valid, maps.patch_valid, regions
-    sides = [_widened(maps.attention_logits, maps.attention_probs), _widened(maps.mask_logits, maps.mask_probs)]
+    given = (maps.attention_logits, maps.attention_probs), (maps.mask_logits, maps.mask_probs)
+    sides = [[None if x is None else x.to(compute_dtype(x.dtype)) for x in side] for side in given]
     probs = [slot_probabilities(*side, 1.0, slot_valid, patch_valid) for side in sides]
     dtype = probs[0].dtype
     with torch.no_grad():
@@ -364,14 +365,6 @@ def _torch_block(
         agreement=shares[3],
         used_encoder_slots=(areas[0] > 0).sum(1).to(dtype),
         used_decoder_slots=(areas[1] > 0).sum(1).to(dtype),
-    )
-
-
-def _widened(logits: Tensor | None, probs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """One side of the maps in the precision of the computation."""
-    return (
-        None if logits is None else logits.to(compute_dtype(logits.dtype)),
-        None if probs is None else probs.to(compute_dtype(probs.dtype)),
     )
 
 

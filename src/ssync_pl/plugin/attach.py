@@ -33,7 +33,6 @@ def attach(
     masks_kind: MapKind = "probs",
     grid: tuple[int, int] | None = None,
     total_steps: int | None = None,
-    start_step: int = 0,
     accumulate: int = 1,
     **settings: Any,
 ) -> AttachedSSync:
@@ -53,7 +52,6 @@ def attach(
         masks_kind: What ``masks`` gives.
         grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
         total_steps: Optimizer steps of the whole training; needed where the warm-up is a share of it.
-        start_step: Optimizer steps taken before, in a run that is resumed; at least 0.
         accumulate: Calls of `AttachedSSync.loss` that make one optimizer step, at least 1.
         **settings: Settings of `SSyncConfig`, as keywords.
 
@@ -81,9 +79,8 @@ def attach(
     )
     known = total_steps is None or (isinstance(total_steps, (int, float)) and total_steps >= 0)
     require(known, "argument `total_steps` to be a number of at least 0", repr(total_steps))
-    for name, value, least in (("accumulate", accumulate, 1), ("start_step", start_step, 0)):
-        whole = isinstance(value, int) and value >= least
-        require(whole, f"argument `{name}` to be an integer of at least {least}", repr(value))
+    whole = isinstance(accumulate, int) and accumulate >= 1
+    require(whole, "argument `accumulate` to be an integer of at least 1", repr(accumulate))
     require(
         total_steps is not None or config.warmup_steps is not None or config.warmup_ratio == 0,
         f"argument `total_steps` for warmup_ratio={config.warmup_ratio}",
@@ -93,7 +90,7 @@ def attach(
     spec, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
     engine = SSyncEngine(config)
     engine.start(float("inf") if total_steps is None else total_steps)
-    return AttachedSSync(model, spec, grid, engine, start_step * accumulate, accumulate)
+    return AttachedSSync(model, spec, grid, engine, accumulate)
 
 
 class AttachedSSync:
@@ -111,7 +108,6 @@ class AttachedSSync:
         adapter: str | HostAdapter,
         grid: tuple[int, int] | None,
         engine: SSyncEngine,
-        calls: int,
         accumulate: int,
     ) -> None:
         self.model = model
@@ -122,7 +118,7 @@ class AttachedSSync:
         self._adapter = adapter
         self._grid = grid
         self._engine = engine
-        self._calls = self._first_call = calls
+        self._calls = self._first_call = 0
         self._accumulate = accumulate
         self._session: HostSession | None = None
         self._root_hook: RemovableHandle | None = None

@@ -26,23 +26,13 @@ _GROUP_ELEMENTS = 2**22
 
 
 class Scene(NamedTuple):
-    """The F frames of a batch that count.
+    """The F frames of a batch that count."""
 
-    Attributes:
-        slots: int64 `(F, H, W)`, slot of each pixel.
-        objects: int64 `(F, H, W)`, channel of the first true mask of each pixel; -1 without one.
-        overlaps: bool `(F, H, W)`, pixels with several true masks.
-        places: int64 `(F,)`, places of the frames in `B * T`.
-        shape: `(B, T)`.
-        num_slots: S.
-        num_objects: C.
-    """
-
-    slots: Tensor
-    objects: Tensor
-    overlaps: Tensor
-    places: Tensor
-    shape: tuple[int, int]
+    slots: Tensor  # int64 (F, H, W), slot of each pixel
+    objects: Tensor  # int64 (F, H, W), channel of the first true mask of each pixel; -1 without one
+    overlaps: Tensor  # bool (F, H, W), pixels with several true masks
+    places: Tensor  # int64 (F,), places of the frames in B * T
+    shape: tuple[int, int]  # (B, T)
     num_slots: int
     num_objects: int
 
