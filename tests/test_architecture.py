@@ -18,7 +18,7 @@ FLOORS = (
     ("cli",),
 )
 BUDGETS = {
-    "method": 1274,
+    "method": 1278,
     "metrics": 959,
     "adapters": 2600,
     "plugin": 1559,
@@ -30,7 +30,7 @@ BUDGETS = {
     "tools": 2661,
     "cli": 812,
 }
-TOTAL = 21_664  # the aim is 20_000
+TOTAL = 21_668  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

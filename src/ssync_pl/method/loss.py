@@ -304,7 +304,7 @@ def _torch_block(
     grid: tuple[int, int] = maps.grid  # type: ignore[assignment]
     slot_valid, patch_valid, (n_bd, n_nbd, n_noise) = maps.slot_valid, maps.patch_valid, regions
     given = (maps.attention_logits, maps.attention_probs), (maps.mask_logits, maps.mask_probs)
-    sides = [[None if x is None else x.to(compute_dtype(x.dtype)) for x in side] for side in given]
+    sides = [(_widened(logits), _widened(probs)) for logits, probs in given]
     probs = [slot_probabilities(*side, 1.0, slot_valid, patch_valid) for side in sides]
     dtype = probs[0].dtype
     with torch.no_grad():
@@ -366,6 +366,10 @@ def _torch_block(
         used_encoder_slots=(areas[0] > 0).sum(1).to(dtype),
         used_decoder_slots=(areas[1] > 0).sum(1).to(dtype),
     )
+
+
+def _widened(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(compute_dtype(x.dtype))
 
 
 def brier_per_patch(probs: Tensor, labels: Tensor) -> Tensor:
