@@ -80,6 +80,12 @@ def test_collection_scores_segmentation_unless_told(scene):
     nothing = SegmentationMetrics()
     nothing.update(torch.zeros(1, 1, 2, 2, dtype=torch.long), torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool))
     assert all(value.isnan() for value in nothing.compute().values())
+    empty = torch.zeros(1, 1, 2, 2, dtype=torch.long)  # with background only
+    for skip in (False, True):
+        single, several = VideoARI(ignore_background=True, skip_empty=skip), SegmentationMetrics(skip_empty=skip)
+        single.update(empty, labels_to_masks(empty, 2))
+        several.update(empty, labels_to_masks(empty, 2))
+        assert [single.compute().isnan(), several.compute()["video_fg_ari"].isnan()] == [skip] * 2
 
 
 def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():
