@@ -129,6 +129,17 @@ def test_without_a_trainer_every_loop_is_another_pass(make_shards, opened, backe
     assert passes == [_keys(one.train_dataloader()) for one in named]
 
 
+def test_a_state_that_comes_with_another_verb_is_not_for_the_next_fit(make_shards, opened):
+    pattern = make_shards(count=8)
+    data, other = opened(pattern), opened(pattern)
+    data.trainer.train_dataloader = loader = data.train_dataloader()
+    next(iter(loader))
+    for verb, left in (("validate", 4), ("fit", 3)):
+        other.trainer.state.fn = verb
+        other.load_state_dict(data.state_dict())
+        assert len(list(other.train_dataloader())) == left
+
+
 def test_a_pass_of_unknown_length_that_ended_is_not_gone_on_with(make_shards, opened, served, caplog):
     caplog.set_level(logging.WARNING)
     (Path(make_shards(count=6)).parent / "index.json").unlink()

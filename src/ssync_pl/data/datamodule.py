@@ -186,6 +186,7 @@ class ShardDataModule(L.LightningDataModule):
         channels = mask_format == "channels" or not has_background
         self.ignore_overlaps = channels if ignore_overlaps is None else ignore_overlaps
         self._datasets: dict[str, ShardDataset | ShardStream] = {}
+        self._resumed: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets of a stage."""
@@ -205,6 +206,9 @@ class ShardDataModule(L.LightningDataModule):
         expected = f"argument `train` to hold batch_size={self.batch_size} clips for each of {data.world} processes"
         enough = data.clips is None or len(data) > 0
         require(enough, expected, data.clips, advice="Lower `batch_size`, or raise `clips_per_video`.")
+        if self._resumed:
+            loader.load_state_dict(self._resumed)
+            self._resumed = {}
         return loader
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
@@ -228,6 +232,18 @@ class ShardDataModule(L.LightningDataModule):
         precision = getattr(self.trainer, "precision_plugin", None)
         # Lightning converts batches before this hook, when frames are bytes still.
         return batch if precision is None else precision.convert_input(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Says how far the training pass has come, for the checkpoint."""
+        loader = getattr(self.trainer, "train_dataloader", None)
+        return loader.state_dict() if isinstance(loader, ShardLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next training loader go on where the checkpoint stopped."""
+        # Lightning itself restores loaders only where nobody asked for the number of steps before. It hands the state
+        # over for `validate` and `predict` as well: a later `fit` begins afresh.
+        fitting = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        self._resumed = dict(state_dict) if fitting else {}
 
     def _open(self, split: str, pattern: Patterns) -> ShardDataset | ShardStream:
         rules, source = self._rules[split], open_source(pattern, split, self.backend)
