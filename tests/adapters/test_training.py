@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,7 +11,7 @@ import pytest
 import torch
 from feature_hosts import VideosaurHost
 from stand_in_parts import FRAME, T
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssync_pl import SSyncCallback, attach
@@ -60,17 +59,8 @@ def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:
 
 
 def _checkpointed(host: Any) -> Any:
-    def wrap(module: nn.Module) -> None:
-        forward: Callable[..., Any] = module.forward
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            # The reentrant kind takes no keywords, so they are bound first.
-            return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=True)
-
-        module.forward = wrapped
-
-    wrap(host.processor.module.corrector)
-    wrap(host.decoder)
+    for part, name in ((host.processor.module.corrector, "forward"), (host, "draw")):
+        setattr(part, name, functools.partial(checkpoint, getattr(part, name), use_reentrant=True))
     return host
 
 
