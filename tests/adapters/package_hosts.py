@@ -63,14 +63,6 @@ class PackageWrapper(nn.Module):
         return slots, self.kept + soft - soft.detach()
 
 
-class PackageCodes(nn.Module):
-    """Averages slots of one code, and packs them to the front."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slot_attention, self.vq = PackageAttention(), nn.Identity()
-
-
 class Pictures(RawDecoder):
     """Channels come first, or ``last``."""
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import feature_hosts as fh
+import lightning.pytorch as L
 import pytest
 import savi_hosts as sh
 import torch
 from host_table import hear, own_maps
-from package_hosts import PackageAttention, PackageCodes, PackageHost
+from package_hosts import PackageAttention, PackageHost
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ssync_pl import attach, ssync_loss
+from ssync_pl import SSyncCallback, attach, ssync_loss
 from ssync_pl.adapters import HostAdapter, locate
 from ssync_pl.adapters.autoregressive import AutoregressiveAdapter
 from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
@@ -56,6 +59,7 @@ class OnceForAll(PackageHost):
         return self.decoder(torch.cat([self.slot_attn(frame) for frame in self.features(video).unbind(1)]))
 
 
+CODES = nn.ModuleDict({"slot_attention": PackageAttention(), "vq": nn.Identity()})  # packs slots to the front
 TWO_PACKAGES = nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})
 NAMED = {"masks": "decoder", "alpha_axis": 1}
 Package = SlotAttentionPackageAdapter
@@ -149,7 +153,7 @@ REFUSED: list[tuple[Callable[[], Any], Any, str]] = [
     (OnceForAll, Package(**NAMED), "ran 3 times and the decoder once, on frames folded into its batch"),
     (OnceForAll, Package(), r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
     (PackageHost, Package(masks="decoder"), r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
-    (lambda: PackageHost(PackageCodes()), Package(), "MetaSlotAttention averages slots of one code and packs"),
+    (lambda: PackageHost(CODES), Package(), "MetaSlotAttention averages slots of one code and packs"),
 ]
 
 
@@ -323,3 +327,61 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
             ssync.add(host.training_step(host.batch(), 0)).backward()
     assert torch.equal(ssync.maps.attention_logits, torch.stack(one.own_logits, 1))
     assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].unflatten(0, (B, T)))
+
+
+class _Totals(L.Callback):
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self.totals.append(loss.detach().clone())
+
+
+def _fit(host: Any, *callbacks: L.Callback, batches: int = 3, validate: bool = False) -> None:
+    clips = torch.randn(2 * batches, T, 3, *FRAME, generator=torch.Generator().manual_seed(0))
+    train, val = (torch.utils.data.DataLoader([{"video": one} for one in part], 2) for part in (clips, clips[:2]))
+    trainer = L.Trainer(
+        max_epochs=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=int(validate),
+        val_check_interval=1 if validate else None, limit_val_batches=int(validate),
+    )  # fmt: skip
+    trainer.fit(host, train, val if validate else None)
+
+
+def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:
+    def trained(validate: bool) -> tuple[Any, _Totals, SSyncCallback]:
+        torch.manual_seed(0)
+        host, totals = fh.VideosaurHost(slots=(2, 3, 4), growth=(1, 2)), _Totals()
+        callback = SSyncCallback(warmup_steps=0, guard_window=1)
+        with warnings.catch_warnings():  # growth is no collapse
+            warnings.filterwarnings("error", message="Slots fall out of use")
+            _fit(host, callback, totals, validate=validate)
+        return host, totals, callback
+
+    host, totals, callback = trained(validate=True)
+    # The sanity check and one validation after each step: T frames forth, T - 1 back, with all slots.
+    assert host.corrector_calls == [2 * T - 1, *[T, 2 * T - 1] * 3]
+    starts = [sum(host.corrector_calls[:n]) for n, calls in enumerate(host.corrector_calls) if calls == T]
+    assert [host.processor.module.corrector.own_logits[start].shape[1] for start in starts] == [2, 3, 4]
+    assert max(callback.engine.guard.before) > 2  # the guard followed the growth
+    quiet, same, _ = trained(validate=False)
+    torch.testing.assert_close(totals.totals, same.totals, rtol=0, atol=0)
+    torch.testing.assert_close([*host.parameters()], [*quiet.parameters()], rtol=0, atol=0)
+
+
+def _checkpointed(host: Any) -> Any:
+    for part, name in ((host.processor.module.corrector, "forward"), (host, "draw")):
+        setattr(part, name, functools.partial(checkpoint, getattr(part, name), use_reentrant=True))
+    return host
+
+
+def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
+    host = _checkpointed(fh.VideosaurHost())
+    with attach(host, warmup_steps=0) as ssync:
+        with pytest.raises(HostError, match=r"activation checkpointing without use_reentrant=False"):
+            host.training_step(host.batch(), 0)
+        host.processor.module.corrector = fh.VideosaurHost().processor.module.corrector
+        with pytest.raises(HostError, match=r"to run .*, but it did not.*reentrant activation checkpointing"):
+            ssync.add(host.training_step(host.batch(), 0))
+    with pytest.raises(HostError, match=r"to carry gradient.*use_reentrant=False"):
+        _fit(_checkpointed(fh.VideosaurHost()), SSyncCallback(warmup_steps=0), batches=1)
