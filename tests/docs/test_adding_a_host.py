@@ -77,7 +77,7 @@ def test_its_check_refuses_a_host_that_was_changed(page: dict[str, Any]) -> None
 
 
 def test_what_the_page_says_without_an_adapter(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssync_pl.tools.doctor import examine
+    from ssync_pl.tools.doctor.examine import examine
 
     monkeypatch.delitem(base._REGISTRY, "grouper")
     host, video = page["MyModel"](), torch.rand(2, 3, 3, 16, 24)
