@@ -11,7 +11,7 @@ from ssync_pl.errors import require
 
 __all__ = ["PRESETS", "SceneConfig", "preset"]
 
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "resolution": (8, 1024),
     "frames": (1, 1000),
     "fps": (1, 240),
