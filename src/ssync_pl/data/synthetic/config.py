@@ -91,7 +91,7 @@ class SceneConfig:
         require(not alone, "`camera_shell` beside `camera_elevation`", "none")
 
 
-def number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+def number(name: str, value: Any, kind: type[int] | type[float], low: float, high: float) -> Any:
     """Returns a number of this kind; raises `ConfigError` where it is another kind or out of range."""
     good = isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high
     what = "a whole number" if kind is int else "a number"
