@@ -81,7 +81,8 @@ class SyntheticDataModule(ShardDataModule):
     def prepare_data(self) -> None:
         """Renders the videos and stores their features unless they are there, once per machine."""
         synthetic.generate(*self._recipe, self.generate_workers)
-        if self._cache[0] is None or self.features is None:
+        name, layer, components = self._cache
+        if name is None or self.features is None:
             return
         parts = [expand_shards(str(self.patterns[split])) for split in ("train", "validation")]
         if all((Path(self.features) / Path(shard).name).is_file() for shards in parts for shard in shards):
@@ -90,7 +91,7 @@ class SyntheticDataModule(ShardDataModule):
         from ssync_pl.data.features import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
-        backbone, rules = backbone_by_name(*self._cache[:2]), self._rules["train"]
+        backbone, rules = backbone_by_name(name, layer), self._rules["train"]
         for shards in parts:  # training videos first: a projection is fitted to them
             cache_features(
                 shards,
@@ -100,7 +101,7 @@ class SyntheticDataModule(ShardDataModule):
                 resize_mode=self.transform.resize_mode,
                 crop=rules.crop,
                 flips=rules.flip_probability > 0,
-                components=self._cache[2],
+                components=components,
             )
 
     def setup(self, stage: str | None = None) -> None:
