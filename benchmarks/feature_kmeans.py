@@ -61,7 +61,7 @@ def score(
     metric = SegmentationMetrics("", True)
     for batch in batches:
         valid = frame_validity(batch)
-        labels = kmeans_features(batch["features"], grid, clusters, weight, seed, valid)
+        labels = kmeans_features(batch["features"], grid, clusters, valid, weight, seed)
         size = batch["segmentations"].shape[-2:]
         large = torch.nn.functional.interpolate(labels.float(), size=size, mode="nearest").long()
         metric.update(large, batch["segmentations"], valid)

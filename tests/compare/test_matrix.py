@@ -17,16 +17,18 @@ def asked(tmp_path, write_config):
 
 
 def test_all_combinations_with_the_variants_of_a_seed_side_by_side(asked):
-    matrix = build_matrix(replace(asked, seeds=(3, 4), slots=(3, 5), sets=("default", "c")))
+    matrix = build_matrix(replace(asked, seeds=(3, 4), slots=(3, 5)))
     assert matrix.on_cpu
-    assert len(matrix.runs) == len({run.folder for run in matrix.runs}) == 16
+    assert len(matrix.runs) == len({run.folder for run in matrix.runs}) == 8
     first, second = (run.key for run in matrix.runs[:2])
-    assert (first, second) == (RunKey("default", 3, "with", 3), RunKey("default", 3, "without", 3))
-    assert first.folder(asked.out) == asked.out / "runs" / "default" / "slots_3" / "with" / "seed_3"
-    (other,) = [run for run in matrix.runs if run.key == ("c", 5, "with", 4)]
+    assert (first, second) == (RunKey(3, "with", 3), RunKey(3, "without", 3))
+    assert first.folder(asked.out) == asked.out / "runs" / "slots_3" / "with" / "seed_3"
+    (other,) = [run for run in matrix.runs if run.key == (5, "with", 4)]
     words = {"--data.init_args.seed=4", "--model.init_args.num_slots=5", "--seed_everything=4"}
     assert words <= set(other.command)
-    assert other.files["set.yaml"] == {"data": {"init_args": {"preset": "c", "scene": None}}}
+    files = [Path(other.command[place + 1]).name for place, word in enumerate(other.command) if word == "--config"]
+    assert files == ["tiny.yaml", "overlay.yaml", "settings.yaml"]
+    assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
 
 
 def test_the_recipe_holds_all_but_the_seed(asked):
@@ -35,18 +37,9 @@ def test_the_recipe_holds_all_but_the_seed(asked):
 
     own = recipe()
     assert recipe(seeds=(7,)) == own
-    others = [recipe(1), recipe(extra=("--trainer.precision=32",)), recipe(slots=(5,)), recipe(sets=("c",))]
+    others = [recipe(1), recipe(extra=("--trainer.precision=32",)), recipe(slots=(5,))]
     asked.configs[0].write_text(asked.configs[0].read_text() + "\n")
     assert own not in [*others, recipe()]
-
-
-def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_path):
-    (tmp_path / "crowd.yaml").write_text("data: {init_args: {num_train: 4}}")
-    run = build_matrix(replace(asked, sets=(str(tmp_path / "crowd.yaml"),))).runs[0]
-    assert run.key.set == "crowd"
-    assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
-    files = [Path(run.command[place + 1]).name for place, word in enumerate(run.command) if word == "--config"]
-    assert files == ["tiny.yaml", "set.yaml", "overlay.yaml", "settings.yaml"]
 
 
 REFUSED = [
@@ -55,18 +48,20 @@ REFUSED = [
     ({"variants": ("with", "with")}, "each once, but got with twice"),
     ({"variants": ("with", "nope"), "baseline": "with"}, "but got 'nope'"),
     ({"variants": ("with",)}, "'without' .* among --variants, but got with.* --baseline"),
-    ({"variants": ("without", "a.yaml", "b.yaml")}, "'a' and 'b' are the same training"),
-    ({"sets": ("x",)}, "among a, a_zoom, .*'x'"),
-    ({"sets": ("none.yaml",)}, "Expected --sets to name a YAML file"),
-    ({"sets": ("c", "c")}, "each once, but got c twice"),
+    ({"variants": ("without", "a.yaml", "b.yaml")}, "'a' and 'b', which are the same"),
+    ({"variants": ("without", "=a.yaml")}, "begin with a letter"),
+    ({"variants": ("without", "...yaml")}, "begin with a letter"),
+    ({"variants": ("without", "seen.yaml")}, "validation shards of 'seen' .* but got a.tar"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(asked, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
+    for name in ("a", "b", "=a", ".."):
         (tmp_path / f"{name}.yaml").write_text("trainer: {max_steps: 4}")
+    seen = {"class_path": "ShardDataModule", "init_args": {"train": ["a.tar", "b.tar"], "validation": "a.tar"}}
+    (tmp_path / "seen.yaml").write_text(yaml.safe_dump({"data": seen}))
     with pytest.raises(ConfigError, match=message):
         build_matrix(replace(asked, **changes))
 
@@ -77,8 +72,7 @@ CONFIGURATIONS = [
     ({"data": None}, "to have `data` with a `class_path`"),
     ({"model": None}, "to have `model` with a `class_path`"),
     ({"model": {"class_path": "SAVi"}}, "`num_slots` among the options of SAVi"),
-    ({"data": SHARDS}, "SyntheticDataModule for .* 'c'"),
-    ({"model": SLOTCONTRAST}, "'without' and 'slot-contrast' are the same"),
+    ({"model": SLOTCONTRAST}, "'without' and 'slot-contrast', which are the same"),
 ]
 
 
@@ -86,7 +80,7 @@ CONFIGURATIONS = [
 def test_a_configuration_that_does_not_fit_is_refused(asked, tiny, changes, message):
     asked.configs[0].write_text(yaml.safe_dump(tiny | changes))
     with pytest.raises(ConfigError, match=message):
-        build_matrix(replace(asked, variants=("without", "slot-contrast"), sets=("c",)))
+        build_matrix(replace(asked, variants=("without", "slot-contrast")))
 
 
 def test_seeds_and_slots():

@@ -17,7 +17,7 @@ __all__ = ["compare"]
 
 
 def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Train a configuration under several variants, seeds, slot counts and data sets, and say what differs.
+    """Train a configuration under several variants, seeds and slot counts, and say what differs.
 
     All variants of a seed have the same initial weights, data order and number of steps; what they have in common until
     SSync switches on is trained once. The same command continues a comparison that was stopped: finished runs are kept.
@@ -34,7 +34,7 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
     _add_options(parser)
     options = parser.parse_args(words[:place])
     slurm = key_values(options.slurm, "--slurm") | ({"partition": options.partition} if options.partition else {})
-    named: dict[str, Any] = {name: getattr(options, name) for name in ("out", "variants", "sets", "baseline", "share")}
+    named: dict[str, Any] = {name: getattr(options, name) for name in ("out", "variants", "baseline", "share")}
     slots = parse_numbers(options.slots, "--slots") if options.slots else ()
     named |= {"seeds": parse_seeds(options.seeds), "slots": slots, "extra": tuple(words[place + 1 :])}
     matrix = build_matrix(Asked(tuple(options.config), **named))
@@ -52,17 +52,14 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     remote, kinds = options.launcher == "slurm", (options.processes, options.threads, options.gpus, options.hours)
     launcher = Launcher(options.out / "jobs", remote, *kinds, slurm)
-    failures = run_matrix(matrix, launcher, options.out, ["ssync-pl", "compare", *words])
+    run_matrix(matrix, launcher, options.out, ["ssync-pl", "compare", *words])
     report, comparison = write_report(options.out), load_comparison(options.out)
     sys.stdout.write(f"{printed_tables(comparison.frame, options.baseline)}\n\nreport: {report}\n")
-    for failure in failures:
-        log = failure.run.folder / "log.txt"
-        sys.stderr.write(f"\nfailed: {failure.run.key.label}. {log} ends with:\n{failure.tail}\n")
-    for key, why in comparison.damaged.items():
-        sys.stderr.write(f"\ndamaged: {key.label}: {why}.\n")
-    if failures:
-        sys.stderr.write(f"\n{len(failures)} of {len(matrix.runs)} runs failed. The same command tries them again.\n")
-    return int(bool(failures or comparison.damaged))
+    for key, why in comparison.absent.items():
+        sys.stderr.write(f"\nnot finished: {key.label} ({key.folder(options.out)}): {why}\n")
+    if comparison.absent:
+        sys.stderr.write(f"\n{len(comparison.absent)} runs are not finished. The same command tries them again.\n")
+    return int(bool(comparison.absent))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -74,7 +71,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     parser.usage = "ssync-pl compare --config FILE --out FOLDER [OPTIONS] [-- OPTIONS OF ssync-pl fit]"
     variants = f"{known_variants()} (default: %(default)s)"
-    sets = "presets of the synthetic data, or YAML files laid over the configuration; `default`: its own data"
     add: Any = parser.add_argument
     add("--config", action="append", default=[], type=Path, metavar="FILE", help="of `ssync-pl fit`; may be repeated")
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the comparison, e.g. runs/compare/NAME")
@@ -82,7 +78,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="without", metavar="A", help="variant to compare with (default: %(default)s)")
     add("--seeds", default="3", metavar="N", help="seeds 0 to N-1, or a list like 3,4 (default: %(default)s)")
     add("--slots", default="", metavar="A,B", help="numbers of slots (default: the configuration's)")
-    add("--sets", default="", type=_names, metavar="A,B", help=sets)
     add("--processes", type=PositiveInt, metavar="N", help="runs at a time (default: as they fit; Slurm: all)")
     add("--threads", type=PositiveInt, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
     add("--launcher", choices=("local", "slurm"), default="local", help="where runs are started (default: %(default)s)")

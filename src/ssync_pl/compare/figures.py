@@ -53,22 +53,22 @@ class Figure(NamedTuple):
     width: int
 
 
-def group_figures(group: Group, curves: Curves, slug: str) -> list[Figure]:
-    """Draws paired scores, learning curves and merging of one data set and slot count, as far as logged."""
+def group_figures(group: Group, curves: Curves) -> list[Figure]:
+    """Draws paired scores, learning curves and merging of one slot count, as far as logged."""
     learning = "Scores of the validation videos over training steps."
     merging = (
         "Slots that gave their label to another one, slots that own at least one patch, and the share of patches that "
         "slot attention and decoder give to the same slot."
     )
     made = [
-        _paired_figure(group, f"paired_{slug}"),
-        _curve_figure(group, curves, _LEARNING, f"learning_{slug}", "Learning curves", learning),
-        _curve_figure(group, curves, _MERGING, f"merging_{slug}", "Merging and slots in use", merging),
+        _paired_figure(group),
+        _curve_figure(group, curves, _LEARNING, "learning", "Learning curves", learning),
+        _curve_figure(group, curves, _MERGING, "merging", "Merging and slots in use", merging),
     ]
     return [figure for figure in made if figure is not None]
 
 
-def _paired_figure(group: Group, name: str) -> Figure | None:
+def _paired_figure(group: Group) -> Figure | None:
     """Lines from the baseline to each variant, one per seed: what the paired differences are made of."""
     scores = {key: title for key, title in _MAIN.items() if group.has(key)}
     others = [one for one in group.variants if one != group.baseline]
@@ -111,7 +111,7 @@ def _paired_figure(group: Group, name: str) -> Figure | None:
     to = ", ".join(others) or "nothing else"
     alt = f"{', '.join(scores.values())} of each seed, from {group.baseline} to {to}."
     columns = 4 if len(others) < 3 else 2 if len(others) < 6 else 1
-    return _draw(name, "Seed by seed", caption, alt, scores, paint, columns) if scores else None
+    return _draw(f"paired_{group.slots}", "Seed by seed", caption, alt, scores, paint, columns) if scores else None
 
 
 def _curve_figure(
@@ -148,7 +148,7 @@ def _curve_figure(
     if starts:
         caption += f" Dotted: SSync switches on, first logged at step {', '.join(f'{step:.0f}' for step in starts)}."
     alt = f"{title} over training steps: {', '.join(found.values())}, for {', '.join(shown)}."
-    return _draw(name, title, caption, alt, found, paint) if found else None
+    return _draw(f"{name}_{group.slots}", title, caption, alt, found, paint) if found else None
 
 
 def _plain(text: str) -> str:

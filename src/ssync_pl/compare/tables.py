@@ -11,30 +11,27 @@ from ssync_pl.compare.results import REFERENCES
 from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
 from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
 
-__all__ = ["SHOWN", "Cell", "Group", "Row", "Table", "group_tables", "groups_of", "printed_tables"]
+__all__ = ["Cell", "Group", "Row", "Table", "group_tables", "groups_of", "make_table", "printed_tables"]
 
-SHOWN = {
+_SHOWN = {
     **METRICS,
     **{f"encoder_{name}": info for name, info in METRICS.items() if info.both_maps},
     "merged_slots": MetricInfo("merged slots", 0, "slots", digits=2),
     "wall_seconds": MetricInfo("wall time, s", -1, "slots", digits=0),
     "cpu_seconds": MetricInfo("CPU time, s", -1, "slots", digits=0),
 }
-"""How each column of results is shown."""
-
 _SHEETS = {
     "Segmentation": metric_names("segmentation"),
     "Slots: edges, identity, how many are in use": (*metric_names("slots"), "merged_slots"),
-    "Slot attention's own map: the teacher at boundaries": tuple(n for n in SHOWN if n.startswith("encoder_")),
+    "Slot attention's own map: the teacher at boundaries": tuple(n for n in _SHOWN if n.startswith("encoder_")),
     "Cost of a run": ("wall_seconds", "cpu_seconds"),
 }
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of runs that can be compared with each other: one data set, one slot count."""
+    """Rows of runs that can be compared with each other: those of one slot count."""
 
-    set: str
     slots: int
     baseline: str
     frame: pd.DataFrame
@@ -42,8 +39,7 @@ class Group:
     @property
     def title(self) -> str:
         """What headings call it."""
-        slots = f"{self.slots} slot{'' if self.slots == 1 else 's'}"
-        return slots if self.set == "default" else f"Set {self.set}, {slots}"
+        return f"{self.slots} slot{'' if self.slots == 1 else 's'}"
 
     @property
     def variants(self) -> list[str]:
@@ -107,19 +103,18 @@ class Table(NamedTuple):
 
 
 def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
-    """Splits rows of runs by data set and slot count."""
-    parts = frame.groupby(["set", "slots"], sort=False)
-    return [Group(str(of), int(slots), baseline, part) for (of, slots), part in parts]
+    """Splits rows of runs by slot count."""
+    return [Group(int(slots), baseline, part) for slots, part in frame.groupby("slots", sort=False)]
 
 
 def group_tables(group: Group) -> list[Table]:
     """Makes the tables of the report, without columns and tables that have no number."""
-    tables = [_table(group, title, *names) for title, names in _SHEETS.items()]
+    tables = [make_table(group, title, *names) for title, names in _SHEETS.items()]
     return [table for table in tables if table.columns]
 
 
 def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
-    """Writes a table per data set and slot count for a terminal: means, paired differences, what needs no learning."""
+    """Writes a table per slot count for a terminal: means, paired differences, what needs no learning."""
     if frame.empty:
         return "No run is finished, so there is no table."
     parts = [
@@ -127,7 +122,7 @@ def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
         f"Below it: the paired difference to {baseline}, over the seeds that both have, with its verdict."
     ]
     for group in groups_of(frame, baseline):
-        table = _table(group, group.title, *metric_names(None, "headline", "table"))
+        table = make_table(group, group.title, *metric_names(None, "headline", "table"))
         lines = []
         for row in table.rows:
             lines.append([row.name, row.note, *(cell.value for cell in row.cells)])
@@ -138,8 +133,9 @@ def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
     return "\n\n".join(parts)
 
 
-def _table(group: Group, title: str, *names: str) -> Table:
-    columns = {name: SHOWN[name] for name in names if group.has(name)}
+def make_table(group: Group, title: str, *names: str) -> Table:
+    """Makes a table of some columns, as far as any run has them."""
+    columns = {name: _SHOWN[name] for name in names if group.has(name)}
     rows = []
     for variant in group.variants:
         cells = []

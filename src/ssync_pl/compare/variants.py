@@ -113,13 +113,11 @@ def make_variant(name: str, config: Mapping[str, Any]) -> Variant:
         unknown = sorted({key.split(".")[0].rstrip("+") for key in overlay} - _TOP_LEVEL)
         expected = f"{name} to hold keys of a configuration ({', '.join(sorted(_TOP_LEVEL))})"
         require(not unknown, expected, ", ".join(unknown), advice="Correct them.")
-        variant = Variant(Path(name).stem, f"with {Path(name).name} laid over the configuration", overlay)
-    else:
-        recipe = _FIXED.get(name) or _numbered(name)
-        variant = Variant(name, recipe.description, _overlay(name, recipe, config))
-    differs = name in ("with", "without") or explicit(merge(config, variant.overlay)) != explicit(config)
-    require(differs, f"variant {name!r} to change something", "one that changes nothing", advice="Leave it out.")
-    return variant
+        stem = Path(name).stem  # names a folder, and a cell of results.csv, which must not begin a formula
+        require(re.fullmatch(r"\w[\w .-]*", stem) is not None, "files of --variants to begin with a letter", repr(stem))
+        return Variant(stem, f"with {Path(name).name} laid over the configuration", overlay)
+    recipe = _FIXED.get(name) or _numbered(name)
+    return Variant(name, recipe.description, _overlay(name, recipe, config))
 
 
 @cache

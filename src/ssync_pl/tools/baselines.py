@@ -29,8 +29,8 @@ def score_baselines(
 ) -> dict[str, SegmentationMetrics]:
     """Fills the metrics of the grid and k-means, by row of the table, with as many parts as a model has slots.
 
-    Batches hold `video` `(B, T, 3, H, W)`, normalised or not, `segmentations` bool `(B, T, C, H, W)` and, where there
-    are any, cached `features` `(B, T, N, D)`, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
+    Batches hold `video` `(B, T, 3, H, W)`, `segmentations` bool `(B, T, C, H, W)` and, where there are any, cached
+    `features` `(B, T, N, D)`, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
     """
     metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
@@ -42,15 +42,14 @@ def score_baselines(
         scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
         small = [max(1, round(scale * side)) for side in video.shape[-2:]]
         pixels = F.interpolate(video.flatten(0, 1).float(), size=small, mode="area").flatten(2).transpose(1, 2)
-        colors = kmeans(pixels.unflatten(0, video.shape[:2]), num_slots, frame_mask=valid)
+        colors = kmeans(pixels.unflatten(0, video.shape[:2]), num_slots, valid)
         parts = {
             "grid": grid_partition(num_slots, size).expand(*true.shape[:2], -1, -1),
             "k-means RGB": colors.unflatten(2, small),
         }
         if features is not None:
             rows = max(1, round(math.sqrt(features.shape[2] * size[0] / size[1])))
-            patches = (rows, features.shape[2] // rows)
-            labels = kmeans_features(features, patches, num_slots, frame_mask=valid).float()
+            labels = kmeans_features(features, (rows, features.shape[2] // rows), num_slots, valid).float()
             parts["k-means features"] = F.interpolate(labels, size=size, mode="nearest").long()
         for row, labels in parts.items():
             if row not in metrics:
@@ -59,36 +58,30 @@ def score_baselines(
     return metrics
 
 
-def kmeans(points: Tensor, num_clusters: int, seed: int = 0, frame_mask: Tensor | None = None) -> Tensor:
+def kmeans(points: Tensor, num_clusters: int, valid: Tensor, seed: int = 0) -> Tensor:
     """Clusters the points `(B, T, P, D)` of each video over the whole clip; int64 labels `(B, T, P)` on the CPU.
 
-    Frames that `frame_mask` `(B, T)` marks False do not shape the clusters. The labels of a video depend on its points
-    and the seed alone: not on the other videos of the batch, nor on the number of cores.
+    Frames that `valid` `(B, T)` marks False do not shape the clusters. The labels of a video depend on its points and
+    the seed alone: not on the other videos of the batch, nor on the number of cores.
     """
     from sklearn.cluster import KMeans  # takes a second to import
     from threadpoolctl import threadpool_limits
 
     found = torch.zeros(points.shape[:3], dtype=torch.int64)
-    mask = torch.ones(points.shape[:2], dtype=torch.bool) if frame_mask is None else frame_mask.cpu()
     with threadpool_limits(1), warnings.catch_warnings():  # threads would add up in another order each time
         warnings.simplefilter("ignore")  # fewer colours than clusters leave clusters empty
-        for index, video in enumerate(points.double().cpu()):
-            real = video[mask[index]].flatten(0, 1)
-            if len(real):  # not padding from end to end
-                require_shape(len(real) >= num_clusters, f"at least {num_clusters} points per video", (len(real),))
-                model = KMeans(num_clusters, n_init=1, random_state=seed).fit(real.numpy())
+        for index, (video, real) in enumerate(zip(points.double().cpu(), valid.cpu(), strict=True)):
+            if real.any():  # not padding from end to end
+                seen = video[real].flatten(0, 1)
+                require_shape(len(seen) >= num_clusters, f"at least {num_clusters} points per video", (len(seen),))
+                model = KMeans(num_clusters, n_init=1, random_state=seed).fit(seen.numpy())
                 labels = torch.from_numpy(model.predict(video.flatten(0, 1).numpy()))
                 found[index] = labels.view(found.shape[1:])
     return found
 
 
 def kmeans_features(
-    features: Tensor,
-    grid: tuple[int, int],
-    num_clusters: int,
-    place_weight: float = 1.0,
-    seed: int = 0,
-    frame_mask: Tensor | None = None,
+    features: Tensor, grid: tuple[int, int], num_clusters: int, valid: Tensor, place_weight: float = 1.0, seed: int = 0
 ) -> Tensor:
     """Clusters features `(B, T, N, D)` of a grid `(h, w)` beside the places of its patches; labels `(B, T, h, w)`.
 
@@ -98,10 +91,9 @@ def kmeans_features(
     require_shape(fits, f"features (B, T, N, D) of a grid of {grid[0]} x {grid[1]}", features)
     points = features.float()
     axes = [torch.arange(size, device=points.device) / max(max(grid) - 1, 1) for size in grid]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-    scale = place_weight * points.square().sum(-1).mean().sqrt()
-    points = torch.cat([points, (scale * places).expand(*points.shape[:2], -1, -1)], dim=-1)
-    return kmeans(points, num_clusters, seed, frame_mask).unflatten(2, grid)
+    places = place_weight * points.square().sum(-1).mean().sqrt() * torch.cartesian_prod(*axes)
+    points = torch.cat([points, places.expand(*points.shape[:2], -1, -1)], dim=-1)
+    return kmeans(points, num_clusters, valid, seed).unflatten(2, grid)
 
 
 def grid_partition(num_cells: int, size: tuple[int, int]) -> Tensor:

@@ -25,62 +25,39 @@ __all__ = ["ValidationSummary", "format_table"]
 
 Rows = dict[str, dict[str, float]]
 
-_SCORED = ("this run", "untrained")
-_ORDER = (*_SCORED, "grid", "k-means RGB", "k-means features")
-
 
 class ValidationSummary(L.Callback):
     """Prints one table at the end of `fit`, `validate` or `test`, and writes it to `<log_dir>/summary.json`.
 
-    Rows: this run (the last validation), optionally the host before training, a grid of rectangles, and k-means with
-    as many parts as the host has slots, on RGB and, where the data has cached features, on these and the places of
-    the patches. A score means something only beside these: slots that settle into stripes reach a fair FG-ARI as well.
-    Below the table: where pictures and checkpoints are.
+    Rows: this run (the last validation), a grid of rectangles, and k-means with as many parts as the host has slots
+    (its hyperparameter `num_slots`; without one, no baselines), on RGB and, where the data has cached features, on
+    these and the places of the patches. A score means something only beside these: slots that settle into stripes
+    reach a fair FG-ARI as well. Below the table: where pictures and checkpoints are.
 
     Args:
-        untrained: score the whole validation set before training as well. It takes the place of Lightning's sanity
-            check, which leaves random states and training as they are; checkpoints hold the row for resumed runs.
         baselines: score the grid and k-means, which reads the validation set once more.
-        num_slots: parts of the baselines. None: the host's hyperparameter `num_slots`; without one, no baselines.
-
-    Raises:
-        ConfigError: `num_slots` is below 1.
     """
 
-    def __init__(self, untrained: bool = False, baselines: bool = True, num_slots: int | None = None) -> None:
+    def __init__(self, baselines: bool = True) -> None:
         super().__init__()
-        require(num_slots is None or num_slots >= 1, "argument `num_slots` to be at least 1", num_slots)
-        self.untrained = untrained
         self.baselines = baselines
-        self.num_slots = num_slots
         self.rows: Rows = {}
-        self._sanity_steps: int | float | None = None
         self._step = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.rows = {}
-        if stage == "fit" and self.untrained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._sanity_steps = trainer.num_sanity_val_steps
-            trainer.num_sanity_val_steps = float("inf")
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._sanity_steps is not None:
-            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._keep(trainer, "this run", "val/")
-        elif self.untrained:
-            self._keep(trainer, "untrained", "val/")
+            self._keep(trainer, "val/")
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._keep(trainer, "this run", "test/")
+        self._keep(trainer, "test/")
         self._report(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     @override
@@ -90,20 +67,11 @@ class ValidationSummary(L.Callback):
             bar.teardown(trainer, pl_module, "fit")  # its live lines would be drawn over the table
         self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": {name: self.rows[name] for name in _SCORED if name in self.rows}, "step": self._step}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows.update({name: dict(scores) for name, scores in state["rows"].items() if name in _SCORED})
-        self._step = int(state["step"])
-
-    def _keep(self, trainer: L.Trainer, row: str, prefix: str) -> None:
+    def _keep(self, trainer: L.Trainer, prefix: str) -> None:
         logged = trainer.callback_metrics.items()
         scores = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
         if scores:
-            self.rows[row] = scores
+            self.rows["this run"] = scores
             self._step = trainer.global_step
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, limits: Any) -> None:
@@ -118,15 +86,17 @@ class ValidationSummary(L.Callback):
             self.rows.update(self._baselines(trainer, pl_module, loaders, limits))
         if not trainer.is_global_zero:
             return
-        rows = {name: self.rows[name] for name in _ORDER if name in self.rows}
         places = _places(trainer)
         where = "".join(f"{name + ':':<12}{place}\n" for name, place in places.items())
-        sys.stdout.write(f"\n{format_table(rows)}\n{where}")
+        sys.stdout.write(f"\n{format_table(self.rows)}\n{where}")
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            finite = {row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in rows.items()}
+            rows = {
+                row: {name: value if math.isfinite(value) else None for name, value in scores.items()}
+                for row, scores in self.rows.items()
+            }
             try:
-                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": finite, **places})
+                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": rows, **places})
             except (ConfigError, OSError) as error:
                 rank_zero_warn(f"The summary is not written: {error}")
 
@@ -136,9 +106,8 @@ class ValidationSummary(L.Callback):
         owner = pl_module if data is None else data
         metrics = {}
         try:
-            num_slots: Any = self.num_slots or getattr(pl_module.hparams, "num_slots", None)
-            advice = "Give it to the callback."
-            require(isinstance(num_slots, int), "the host to have `num_slots`", num_slots, advice=advice)
+            num_slots: Any = getattr(pl_module.hparams, "num_slots", None)
+            require(isinstance(num_slots, int), "the host to have the hyperparameter `num_slots`", num_slots)
             loader = CombinedLoader(loaders, "sequential").flattened[0]
             limit = limits[0] if limits and math.isfinite(limits[0]) else None
             flags = (bool(getattr(data, "has_background", True)), bool(getattr(data, "ignore_overlaps", False)))
@@ -160,10 +129,8 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     shown = metric_names(None, "headline", "table")
     names = [name for name in shown if any(name in scores for scores in rows.values())]
     cells = [["", *(METRICS[name].title for name in names)]]
-    cells += [
-        [row, *(f"{scores[name]:.{METRICS[name].digits}f}" if name in scores else "-" for name in names)]
-        for row, scores in rows.items()
-    ]
+    for row, scores in rows.items():
+        cells.append([row, *(f"{scores[n]:.{METRICS[n].digits}f}" if n in scores else "-" for n in names)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -172,12 +139,10 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _places(trainer: L.Trainer) -> dict[str, str]:
-    places = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SSyncPictures) and callback.last_path is not None:
-            places["pictures"] = str(callback.last_path.parent)
     kept = trainer.checkpoint_callback
     path = getattr(kept, "best_model_path", "") or getattr(kept, "last_model_path", "") or trainer.ckpt_path
-    if path:
-        places["checkpoint"] = str(path)
-    return places
+    found = {"checkpoint": str(path)} if path else {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SSyncPictures) and callback.last_path is not None:
+            found["pictures"] = str(callback.last_path.parent)
+    return found

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from ssync_pl.data.video import Mp4Encoder
 from ssync_pl.tools.predict.windows import OUTSIDE
-from ssync_pl.tools.viz import SheetRow, draw_sheet, overlay_labels, slot_colors
+from ssync_pl.tools.viz import draw_sheet, overlay_labels, slot_colors
 
 __all__ = ["TEMPORARY", "TRACK_COLUMNS", "VideoFiles", "encode_label_png", "slot_tracks"]
 
@@ -87,8 +87,7 @@ class VideoFiles:
         title = f"{self.key[-60:]}  |  slots used: {len(np.unique(slots[slots >= 0]))}"
         if self._encoder is not None:
             for frame, one in zip(frames, slots, strict=True):
-                row = SheetRow("", np.stack([frame, overlay_labels(frame, one)]))
-                sheet = draw_sheet([row], title=title, columns=["video", "slots"], cell=self.cell)
+                sheet = draw_sheet([("", np.stack([frame, overlay_labels(frame, one)]))], title, self.cell)
                 self._encoder.add(sheet[None])
         if self.label_pngs:
             self._pictures.mkdir(exist_ok=True)
