@@ -8,8 +8,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from ssync_pl.errors import ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
-from ssync_pl.tools import baselines
-from ssync_pl.tools.baselines import grid_partition, kmeans, kmeans_features, score_baselines
+from ssync_pl.tools import summary
+from ssync_pl.tools.summary import grid_partition, kmeans, kmeans_features, score_baselines
 
 
 @pytest.mark.parametrize(
@@ -132,5 +132,5 @@ def test_scores_skip_padding_and_shrink_large_frames(monkeypatch):
     for row in expected:
         assert found[row] == pytest.approx(expected[row])
     large = {name: value.repeat_interleave(4, -1).repeat_interleave(4, -2) for name, value in batch.items()}
-    monkeypatch.setattr(baselines, "_LONGER_SIDE", 12)
+    monkeypatch.setattr(summary, "_LONGER_SIDE", 12)
     assert scores([large])["k-means RGB"]["video_ari"] == pytest.approx(1.0)

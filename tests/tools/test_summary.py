@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ssync_pl import ValidationSummary
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
-from ssync_pl.tools.baselines import score_baselines
+from ssync_pl.tools.summary import score_baselines
 
 
 def summary_batch(seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.cli import key_values, size
+from ssync_pl.cli import key_values, loading, size
 from ssync_pl.errors import require
 
 __all__ = ["doctor"]
@@ -51,6 +51,7 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     expected, got = "either a model as package.module:name or --config FILE", "both" if named else "neither"
     require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
+    loading()
     from ssync_pl.tools.doctor import render_report
     from ssync_pl.tools.doctor.steps import working_folder_first
 

@@ -128,23 +128,23 @@ def _curve_figure(
             bands[variant, key] = wide.agg(["mean", "min", "max"], axis=1)
     found = {key: label for key, label in keys.items() if any(of == key for _, of in bands)}
     shown = [variant for variant in group.variants if any(of == variant for of, _ in bands)]
-    weights = {of: one["ssync/weight"] for (of, _), one in curves.items() if "ssync/weight" in one}
-    starts = sorted({float(one.index[one > 0][0]) for one in weights.values() if (one > 0).any()})
+    weights = [one["ssync/weight"] for one in curves.values() if "ssync/weight" in one]
+    starts = sorted({float(one.index[one > 0][0]) for one in weights if (one > 0).any()})
+    banded = len(shown) <= _MOST_BANDS  # those of more would cover each other
 
     def paint(axes: Any, key: str) -> None:
         for variant in shown:
             if (variant, key) in bands:
                 band, look = bands[variant, key], _look(group.variants, group.baseline, variant)
                 axes.plot(band.index, band["mean"], lw=1.8, marker="o" if len(band) <= 12 else "", ms=3, **look)
-                if len(shown) <= _MOST_BANDS:  # those of more would cover each other
+                if banded:
                     axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=0.15, lw=0)
         for step in starts:
             axes.axvline(step, color="black", lw=1.0, ls=":", label="SSync switches on")
         axes.set_xlabel("training step")
         axes.set_xlim(left=0)
 
-    caption += " Lines: mean over seeds"
-    caption += "; bands: from the lowest to the highest seed." if len(shown) <= _MOST_BANDS else "."
+    caption += " Lines: mean over seeds" + ("; bands: from the lowest to the highest seed." if banded else ".")
     if starts:
         caption += f" Dotted: SSync switches on, first logged at step {', '.join(f'{step:.0f}' for step in starts)}."
     alt = f"{title} over training steps: {', '.join(found.values())}, for {', '.join(shown)}."
@@ -160,21 +160,17 @@ def _plain(text: str) -> str:
 
 def _look(variants: Sequence[str], baseline: str, name: str) -> dict[str, Any]:
     """Label, colour and dashes of a variant's lines: the same in all figures."""
-    if name == baseline:
-        return {"label": _plain(name), "color": _GREY, "linestyle": "-"}
-    place = [one for one in variants if one != baseline].index(name)
+    place = [baseline, *(one for one in variants if one != baseline)].index(name) - 1
+    color = _GREY if name == baseline else _COLORS[place % len(_COLORS)]
     dashes = "-" if place < len(_COLORS) else (0, (5, 1.5))
-    return {"label": _plain(name), "color": _COLORS[place % len(_COLORS)], "linestyle": dashes}
+    return {"label": _plain(name), "color": color, "linestyle": dashes}
+
+
+Paint = Callable[[Any, str], None]
 
 
 def _draw(
-    name: str,
-    title: str,
-    caption: str,
-    alt: str,
-    panels: Mapping[str, str],
-    paint: Callable[[Any, str], None],
-    columns: int = 4,
+    name: str, title: str, caption: str, alt: str, panels: Mapping[str, str], paint: Paint, columns: int = 4
 ) -> Figure:
     """Draws a panel per key of `panels`, titled with its value; `paint(axes, key)` fills it."""
     import matplotlib as mpl

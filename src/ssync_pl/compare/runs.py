@@ -1,7 +1,7 @@
 """Launches the runs of a comparison through submitit: on this machine, or as Slurm jobs.
 
 A finished run is recognised by its scores, `evaluation.json`; what a killed run left is removed, and the run is made
-again.
+again. Nothing here imports PyTorch at the top, since jobs only wait for their training.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,12 +21,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.compare.job import run_job
 from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.errors import require
 
-__all__ = ["Launcher", "is_finished", "log_lines", "run_all", "run_matrix"]
+__all__ = ["Launcher", "is_finished", "log_lines", "run_all", "run_job", "run_matrix"]
 
 _PAUSE = 0.2
 _CANCEL_SECONDS = 10.0
@@ -182,6 +182,39 @@ def run_all(runs: Sequence[Run], launcher: Launcher) -> None:
             bar.update(len(runs) - len(waiting) - len(running) - failed - bar.n)
 
 
+def run_job(folder: str) -> None:
+    """Runs what `job.json` of a folder says: `command` with `threads`, and `gpus` (null: all).
+
+    `owner` is the process of the comparison on this machine, with which the training ends; null under Slurm.
+    """
+    import submitit
+    from filelock import FileLock
+
+    place = Path(folder)
+    rank = submitit.JobEnvironment().global_rank
+    job = json.loads((place / "job.json").read_text(encoding="utf-8"))
+    owner = job["owner"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
+    if owner is not None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides the GPUs of jobs that ask for none
+        environment |= {} if job["gpus"] is None else {"CUDA_VISIBLE_DEVICES": job["gpus"]}
+    with (
+        contextlib.nullcontext() if owner is None else FileLock(place / ".lock"),
+        open(place / ("log.txt" if rank == 0 else f"log_{rank}.txt"), "wb") as log,
+    ):
+        training = subprocess.Popen(
+            job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            while training.poll() is None and (owner is None or _exists(owner)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    training.wait(0.5)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
+                os.killpg(training.pid, signal.SIGKILL)
+            training.wait()
+
+
 def log_lines(folder: Path) -> list[str]:
     """Returns the lines of a run's log, without colours and empty ones."""
     log = folder / "log.txt"
@@ -244,3 +277,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
