@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,10 @@ from torch import Tensor
 
 from ssync_pl.errors import ShardError, require
 
-__all__ = ["PROJECTION_FILE", "Projection", "describe_projection", "fit_projection", "read_projection"]
-
 PROJECTION_FILE = "projection.npz"
 """Name of the projection in a folder of features."""
 
-_FORMAT, _VERSION = "ssync_pl.projection", 1
+_HEAD = {"format": "ssync_pl.projection", "version": 1}
 # Below these shares of the largest value a channel or component is rounding error.
 _CONSTANT, _RANK = 1e-12, 1e-9
 
@@ -40,8 +37,8 @@ class Projection:
     info: Mapping[str, Any]  # what it was fitted to, as JSON values
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Project features (..., D) to (..., K)."""
-        return (features.float() - self.mean) @ self.matrix
+        """Project features (..., D) to (..., K), on their device."""
+        return (features.float() - self.mean.to(features.device)) @ self.matrix.to(features.device)
 
     @property
     def fingerprint(self) -> str:
@@ -51,14 +48,9 @@ class Projection:
             digest.update(part.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
-    def to(self, device: torch.device | str) -> Projection:
-        """Move it to a device."""
-        return Projection(self.mean.to(device), self.matrix.to(device), self.info)
-
     def pack(self) -> bytes:
         """Write the content of the projection's file."""
-        content = {"format": _FORMAT, "version": _VERSION, "info": dict(self.info)}
-        info = np.frombuffer(json.dumps(content, sort_keys=True).encode(), np.uint8)
+        info = np.frombuffer(json.dumps({**_HEAD, "info": dict(self.info)}, sort_keys=True).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, mean=self.mean.cpu().numpy(), matrix=self.matrix.cpu().numpy(), info=info)
         return buffer.getvalue()
@@ -103,10 +95,10 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
     try:
         with np.load(path, allow_pickle=False) as content:
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
-        if (head["format"], head["version"]) != (_FORMAT, _VERSION) or mean.shape != matrix.shape[:1]:
+        if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")
         return Projection(torch.from_numpy(mean), torch.from_numpy(matrix), dict(head["info"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy raises almost anything on damaged files
         raise ShardError(
             f"Expected {path} to be a {PROJECTION_FILE} of `ssync-pl data cache-features --components`, but it is none "
             f"({error}). Give that file, or make the features again."
@@ -116,6 +108,6 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
 def describe_projection(projection: Projection) -> str:
     """Say in a line how large a projection is and what it was fitted to."""
     (channels, kept), info = projection.matrix.shape, projection.info
-    names = [source["name"] for source in info.get("sources", ())]
-    fitted = f", fitted to {info.get('frames')} frames of {', '.join(names[:1])}{' …' if len(names) > 1 else ''}"
-    return f"{kept} components of {channels} channels, {info.get('explained', 0):.1%} of the variance{fitted}"
+    names = ", ".join(source["name"] for source in info.get("sources", ())[:2])
+    fitted = f"fitted to {info.get('frames')} frames of {names}"
+    return f"{kept} components of {channels} channels, {info.get('explained', 0):.1%} of the variance, {fitted}"
