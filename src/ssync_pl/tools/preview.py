@@ -12,7 +12,7 @@ from ssync_pl.data.patterns import shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, SampleRules, arrange_masks, eval_sample, find_member
 from ssync_pl.errors import ShardError, require
-from ssync_pl.tools.viz import Bytes, SheetRow, draw_sheet, label_masks, overlay_labels
+from ssync_pl.tools.viz import Bytes, draw_sheet, label_masks, overlay_labels
 
 __all__ = ["draw_preview"]
 
@@ -54,8 +54,8 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
         pictures = [
             [np.asarray(ImageOps.pad(Image.fromarray(clip[k]), size, color="white")) for clip in shown] for k in places
         ]
-        rows.append(SheetRow(caption, np.stack([np.concatenate(panel, axis=1) for panel in pictures])))
-    return draw_sheet(rows, cell=max(rows[0].frames.shape[1:3])), len(videos), skipped
+        rows.append((caption, np.stack([np.concatenate(panel, axis=1) for panel in pictures])))
+    return draw_sheet(rows, cell=max(rows[0][1].shape[1:3])), len(videos), skipped
 
 
 def _read(name: str, members: Members) -> tuple[str, list[Bytes]]:
