@@ -18,11 +18,11 @@ FLOORS = (
     ("cli",),
 )
 BUDGETS = {
-    "method": 1278,
+    "method": 1272,
     "metrics": 959,
     "adapters": 2600,
-    "plugin": 1559,
-    "rivals": 487,
+    "plugin": 1558,
+    "rivals": 477,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_961,
