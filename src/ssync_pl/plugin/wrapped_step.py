@@ -31,7 +31,7 @@ class WrappedMethod:
         functools.update_wrapper(self, method)
         self.host = host
         self.name = name
-        self.owner = owner
+        self.owner: str = owner
         self.run = run
         self._method = method
         self._own = host.__dict__.get(name)
