@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from ssync_pl.cli import key_values, size
@@ -49,7 +48,6 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add = parser.add_argument
     patterns = f"{_SHARDS}; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
-    add("--quick", action="store_true", help="list members only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
     options = parser.parse_args(words)
@@ -58,10 +56,8 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     if options.json is not None:
         refuse_foreign(options.json)  # before work begins
-    sets, missing = group_shards(options.patterns)
-    quick, progress = options.quick, sys.stderr.isatty()
-    report = check_shards(sets, deep=not quick, num_workers=options.workers, progress=progress)
-    report = replace(report, problems=(*missing, *report.problems))
+    sets = group_shards(options.patterns)
+    report = check_shards(sets, num_workers=options.workers, progress=sys.stderr.isatty())
     if options.json is not None:
         write_owned_json(options.json, report.to_json())
     sys.stdout.write(render_report(report) + "\n")

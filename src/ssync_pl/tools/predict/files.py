@@ -118,5 +118,3 @@ class VideoFiles:
     def discard(self) -> None:
         """Leaves nothing behind of what is not finished."""
         shutil.rmtree(self._hidden, ignore_errors=True)
-        if self._encoder is not None:
-            self._encoder.discard()

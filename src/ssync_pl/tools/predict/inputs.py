@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from ssync_pl.data.convert.media import (
     PICTURE_EXTENSIONS,
     VIDEO_EXTENSIONS,
-    inspect_video,
     is_mask_folder,
     list_frames,
     natural_key,
     read_frames,
 )
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
@@ -84,15 +84,8 @@ def _folder(path: Path) -> list[InputVideo]:
 
 def _video_file(path: Path) -> InputVideo:
     where = f"video {path}"
-    try:
-        facts = inspect_video(path, where)
-        missing = facts.missing or (None if facts.frames else "it has no frames")
-        if missing is None:
-            next(read_frames(path, None, range(1), None, where))
-    except ShardError as error:  # whose advice is the converter's
-        missing = "an empty file" if not path.stat().st_size else str(error.__cause__ or error).splitlines()[0]
-    if missing is not None:
-        raise ShardError(f"Expected {path} to be a whole video, but it is not ({missing}). Copy or encode it again.")
+    facts = inspect_video(path, where)
+    next(read_frames(path, None, range(1), None, where))
     frames = partial(read_frames, path, None, None, None, where)
     return InputVideo(path.stem, str(path), frames, facts.rate)
 
