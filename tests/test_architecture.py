@@ -25,12 +25,12 @@ BUDGETS = {
     "rivals": 500,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 6_523,
+    "data": 6_322,
     "compare": 1857,
-    "tools": 2967,
+    "tools": 2661,
     "cli": 812,
 }
-TOTAL = 22_272  # the aim is 20_000
+TOTAL = 21_764  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

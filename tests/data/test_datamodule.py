@@ -341,7 +341,7 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
         built.append((name, layer))
         return Means(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
 
-    monkeypatch.setattr("ssync_pl.data.features._offered", [load])
+    monkeypatch.setattr("ssync_pl.data.features.builders", [load])
     options = {"root": str(tmp_path), "flip_probability": 0.0, "cache_backbone": "means", "cache_layer": "pool"}
     options |= {"features_only": True, **SYNTHETIC, **PLAIN}
     data = SyntheticDataModule(**options)

@@ -91,7 +91,7 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Convert a data set or own videos to shards. A run that was stopped goes on where it was."""
-    from ssync_pl.data.convert.commands import add_sources  # imports PyTorch
+    from ssync_pl.data.convert.commands import add_sources
 
     add_sources(parser.add_subparsers(dest="source", required=True, metavar="SOURCE"))
     options = parser.parse_args(words)
@@ -101,9 +101,10 @@ def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
 def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Run a frozen backbone over every frame and store its features in shards of the same names.
 
-    Give the folder as `features` to the data module. A run that was stopped goes on where it was; several runs at once
-    share the work. With --components, run it for the training shards first: the projection is fitted to the first run's
-    shards, kept in the folder, and taken by every later run with the same --out (validation, test).
+    Give the folder as `features` to the data module. A run that was stopped goes on where it was; of several runs for
+    a folder, one works and the others wait. With --components, run it for the training shards first: the projection is
+    fitted to the first run's shards, kept in the folder, and taken by every later run with the same --out (validation,
+    test).
     """
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
@@ -134,9 +135,9 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     rows, columns = report.recipe.grid
     kind = f"{backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)"
     kind += f"; {describe_projection(report.projection)}" if report.projection is not None else ""
-    wrote = f"{report.written} written, {report.kept} kept, {report.bytes / 1e6:.1f} MB"
+    wrote = f"{report.written} written, {report.kept} kept"
     lines = [f"features: {kind}", f"shards:   {wrote}", *(f"skipped:  {message}" for message in report.skipped)]
-    sys.stdout.write("\n".join([*lines, *(f"busy:     {name}" for name in report.busy)]) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

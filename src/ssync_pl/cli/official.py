@@ -20,7 +20,7 @@ def _ssync(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 
 def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Translate a public configuration of VideoSAUR, SlotContrast, SRL or SSync into one for `ssync-pl fit --config`.
+    """Translate a public configuration of VideoSAUR, SlotContrast or SSync into one for `ssync-pl fit --config`.
 
     What has no counterpart is listed, above the result and on the screen.
     """

@@ -36,7 +36,6 @@ __all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_confi
 _ROOT = "runs"
 _OF_INPUT = {
     "clip_frames": (int | None, "Most frames that the host sees at once; windows of a longer video share a frame (64)"),
-    "projection": (str | None, "Projection.npz of the training's cached features, where it is not in their folder"),
     "backbone_checkpoint": (str | None, "Weights of the cached features' backbone, where they are not published ones"),
 }
 
@@ -127,8 +126,7 @@ class SSyncCLI(LightningCLI):
             inputs, out = bool(self._predict("input")), self._predict("out")
             _input_options(self.config_init["predict"])
             if lacks(SlotPredictions, BasePredictionWriter):
-                # Users' videos are larger than those that hosts are trained on.
-                added.append(SlotPredictions(out, label_pngs=True, cell=480) if inputs else SlotPredictions(out))
+                added.append(SlotPredictions(out))
             else:
                 expected = "--out only without a prediction writer in the configuration"
                 require(out is None, expected, "both", advice="Set the writer's folder instead.")

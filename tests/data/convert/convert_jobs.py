@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.writer import ConversionReport, Item, convert
+from ssync_pl.data.convert.writer import ConversionReport, convert
 from ssync_pl.errors import ShardError
 
 
-def items(count: int) -> list[Item]:
-    return [Item(f"{number:06d}", {"color": number}) for number in range(count)]
+def sources(count: int) -> list[dict[str, int]]:
+    return [{"color": number} for number in range(count)]
 
 
 def members(color: int) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def members(color: int) -> dict[str, Any]:
     return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": {"color": color}}
 
 
-def paint(item: Item) -> dict[str, Any]:
+def paint(source: dict[str, int]) -> dict[str, Any]:
     # A program that is to be stopped must not be able to finish first, however slow its killer is.
-    if item.source["color"] >= int(os.environ.get("CONVERT_JOBS_HANG_FROM", "256")):
+    if source["color"] >= int(os.environ.get("CONVERT_JOBS_HANG_FROM", "256")):
         time.sleep(600)
-    return members(item.source["color"])
+    return members(source["color"])
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class PaintExcept:
 
     bad: Path
 
-    def __call__(self, item: Item) -> dict[str, Any]:
-        if item.source["color"] in json.loads(self.bad.read_text()):
-            raise ShardError(f"Expected colour {item.source['color']} to be good, but it is bad.")
-        return members(item.source["color"])
+    def __call__(self, source: dict[str, int]) -> dict[str, Any]:
+        if source["color"] in json.loads(self.bad.read_text()):
+            raise ShardError(f"Expected colour {source['color']} to be good, but it is bad.")
+        return members(source["color"])
 
 
-def die(item: Item) -> dict[str, Any]:
+def die(source: dict[str, int]) -> dict[str, Any]:
     os._exit(9)
 
 
 def run(out: Path | str, count: int = 12, workers: int = 0, **options: Any) -> ConversionReport:
     settings = {"recipe": {"source": "paint"}, "samples_per_shard": 3, "progress": False, **options}
     decode = settings.pop("decode", paint)
-    return convert(items(count), decode, out, "colors-train", num_workers=workers, **settings)
+    return convert(sources(count), decode, out, "colors-train", num_workers=workers, **settings)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from folder_sets import contents, load_back
 
-from ssync_pl.data.convert.writer import Item, convert
+from ssync_pl.data.convert.writer import convert
 from ssync_pl.data.index import read_index
 from ssync_pl.errors import ConfigError, ShardError
 
@@ -32,14 +32,14 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_shards_load_back_exactly_and_the_index_names_all_prefixes(tmp_path: Path) -> None:
     report = convert_jobs.run(tmp_path, count=7)
-    assert [path.name for path in report.shards] == [f"colors-train-{number:06d}.tar" for number in range(3)]
-    assert (report.videos, report.frames, report.kept, report.skipped) == (7, 14, 0, {})
-    assert report.bytes == sum(path.stat().st_size for path in report.shards)
+    assert [shard.name for shard in report.shards] == [f"colors-train-{number:06d}.tar" for number in range(3)]
+    assert [sample.frames for sample in report.samples] == [2] * 7
+    assert (report.kept, report.skipped) == (0, {})
     for number, sample in enumerate(load_back(tmp_path, "colors-train")):
         expected = {"key": f"{number:06d}", **convert_jobs.members(number)}
         assert sample.keys() == expected.keys()
         assert all(np.array_equal(sample[name], expected[name]) for name in expected)
-    convert(convert_jobs.items(2), convert_jobs.paint, tmp_path, "colors-test", recipe={"a": (1, 2)}, progress=False)
+    convert(convert_jobs.sources(2), convert_jobs.paint, tmp_path, "colors-test", recipe={"a": (1, 2)}, progress=False)
     index = read_index(tmp_path)
     assert index is not None
     assert index.recipe == {
@@ -76,11 +76,11 @@ def test_foreign_shards_records_and_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises((ShardError, ConfigError), match=message):
             convert_jobs.run(tmp_path, **{"count": 2, **options})
         assert contents(tmp_path) == before
-    swapped = [Item("000000", {"color": 1}), Item("000001", {"color": 0})]
+    swapped = [{"color": 1}, {"color": 0}]
     record = tmp_path / RECORD
     text = record.read_bytes()
     same = {"recipe": {"source": "paint"}, "samples_per_shard": 3, "progress": False}
-    with pytest.raises(ShardError, match="other source files"):
+    with pytest.raises(ShardError, match="sources"):
         convert(swapped, convert_jobs.paint, tmp_path, "colors-train", **same)
     for foreign in ('{"format": "ssync_pl.conversion", "version": 9}', '{"plan": []}', "{}", "[]", "text"):
         record.write_text(foreign)
@@ -91,14 +91,17 @@ def test_foreign_shards_records_and_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no record"):
         convert_jobs.run(tmp_path, count=2)
     # `colors` is the start of the other prefix, and none of its shards
-    assert convert(convert_jobs.items(2), convert_jobs.paint, tmp_path, "colors", recipe={}, progress=False).videos == 2
+    assert (
+        len(convert(convert_jobs.sources(2), convert_jobs.paint, tmp_path, "colors", recipe={}, progress=False).samples)
+        == 2
+    )
     record.write_bytes(text)
     (tmp_path / "colors-train-000009.tar").write_bytes(b"mine")
     with pytest.raises(ShardError, match="000009"):
         convert_jobs.run(tmp_path, count=2)
     assert (tmp_path / "colors-train-000009.tar").read_bytes() == b"mine"
     for out in (record, record / "out"):
-        with pytest.raises(ShardError, match="A file has the name of the folder"):
+        with pytest.raises(ShardError, match="choose another folder"):
             convert_jobs.run(out)
 
 
@@ -109,18 +112,18 @@ def test_bad_samples_are_left_out_named_and_tried_again(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         report = convert_jobs.run(out, workers=2, **options)
     expected = {f"{n:06d}": f"Expected colour {n} to be good, but it is bad." for n in (1, 3, 4, 5)}
-    assert (report.skipped, report.videos) == (expected, 8)
+    assert (report.skipped, len(report.samples)) == (expected, 8)
     # every video of the second shard is bad
-    assert [path.name for path in report.shards] == [f"colors-train-{n:06d}.tar" for n in (0, 2, 3)]
+    assert [shard.name for shard in report.shards] == [f"colors-train-{n:06d}.tar" for n in (0, 2, 3)]
     assert "Left out video 000003: Expected colour 3" in caplog.text
     index = read_index(out)
     assert index is not None
     assert index.recipe["colors-train"]["skipped"] == expected
     again = convert_jobs.run(out, **options)
-    assert (again.skipped, again.kept, again.videos) == (expected, 3, 8)
+    assert (again.skipped, again.kept, len(again.samples)) == (expected, 3, 8)
     seen = stamps(out)
     bad.write_text("[0, 1, 2, 3, 4, 5]")  # sources that went away take no finished video with them
-    assert convert_jobs.run(out, **options).videos == 8
+    assert len(convert_jobs.run(out, **options).samples) == 8
     with pytest.raises(ShardError, match="colour 0"):
         convert_jobs.run(out, decode=options["decode"])
     assert stamps(out) == seen
@@ -131,25 +134,25 @@ def test_bad_samples_are_left_out_named_and_tried_again(tmp_path: Path, caplog: 
 
 
 def test_sources_that_cannot_be_read_are_bad_samples_but_mistakes_of_the_code_are_not(tmp_path: Path) -> None:
-    def missing_file(item: Item) -> dict[str, Any]:
-        return {"video.npy": Path("/nowhere", item.key).read_bytes()}
+    def missing_file(source: Any) -> dict[str, Any]:
+        return {"video.npy": Path("/nowhere", str(source["color"])).read_bytes()}
 
-    def mistaken(item: Item) -> dict[str, Any]:
+    def mistaken(source: Any) -> dict[str, Any]:
         raise ZeroDivisionError("a mistake in the decoder")
 
-    def executable(item: Item) -> dict[str, Any]:
+    def executable(source: Any) -> dict[str, Any]:
         return {"code.pkl": b""}
 
     for decode, options, error, message in (
         (missing_file, {"on_bad_sample": "skip"}, ShardError, "12 bad ones"),
-        (missing_file, {}, ShardError, "/nowhere/000000"),
+        (missing_file, {}, ShardError, "/nowhere/0"),
         (executable, {}, ShardError, "execute code"),
         (mistaken, {"on_bad_sample": "skip"}, ZeroDivisionError, "mistake"),
     ):
         with pytest.raises(error, match=message):
             convert_jobs.run(tmp_path, decode=decode, **options)
     assert not list(tmp_path.glob("*.tar"))
-    assert convert_jobs.run(tmp_path, samples_per_shard=4).videos == 12  # a record without shards is replaced
+    assert len(convert_jobs.run(tmp_path, samples_per_shard=4).samples) == 12  # a record without shards is replaced
 
 
 def test_a_full_disk_loses_nothing_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +167,7 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", addfile)
-        with pytest.raises(ShardError, match="Free some space"):
+        with pytest.raises(ShardError, match="make room"):
             convert_jobs.run(out, on_bad_sample="skip")
     assert sorted(contents(out)) == [RECORD, "colors-train-000000.tar"]
     assert convert_jobs.run(out).kept == 1
@@ -175,7 +178,7 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(tmp_path: Path, monke
 def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="fewer workers"):
         convert_jobs.run(tmp_path, decode=convert_jobs.die, workers=1)
-    assert convert_jobs.run(tmp_path).videos == 12
+    assert len(convert_jobs.run(tmp_path).samples) == 12
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -229,7 +232,7 @@ def test_a_stopped_run_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "out"
     process = start(out)
-    with pytest.raises(ShardError, match="Another process"):
+    with pytest.raises(ShardError, match="another process"):
         convert_jobs.run(out)
     finished = stamps(out)
     if sign is signal.SIGINT:

@@ -31,24 +31,15 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".npz")}
 
 
-def test_videos_of_other_sizes_and_pictures_share_a_cache(sources, backbone, tmp_path):
-    with ShardWriter(tmp_path / "videos", "coco") as writer:
-        writer.write("0", {"image.npy": np.full((9, 9, 3), 50, np.uint8)})
-        writer.write("1", {"video.npy.gz": np.full((2, 30, 20, 3), 99, np.uint8)})
-    shards = [str(tmp_path / "videos" / "coco-000000.tar")]
-    run(shards, backbone, tmp_path / "out")
-    assert [len(read(sources(shards), tmp_path / "out", shards[0], key)) for key in "01"] == [1, 2]
-
-
 @pytest.mark.parametrize("components", [None, 3])
 def test_the_same_call_again_computes_nothing_and_a_second_set_joins(make_videos, backbone, tmp_path, components):
     train, validation, out = make_videos(), make_videos(1, prefix="validation"), tmp_path / "out"
-    first = run(train, backbone, out, components=components)
+    run(train, backbone, out, components=components)
     before = files(out)
     assert run(validation, backbone, out, components=components).written == 1
     backbone.calls.clear()
     report = run(train, backbone, out, components=components)
-    assert (report.written, report.kept, report.frames, report.bytes) == (0, 3, 0, first.bytes)
+    assert (report.written, report.kept, report.frames) == (0, 3, 0)
     assert backbone.calls == [1]  # asks for the grid
     assert before.items() <= files(out).items()
 
@@ -95,35 +86,30 @@ def test_goes_on_after_a_kill(make_videos, make_backbone, sources, tmp_path, cal
     assert files(tmp_path / "whole") == files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("components", [None, 3])
-def test_two_at_once_share_the_work(make_videos, make_backbone, sources, tmp_path, components):
-    """While one computes the first shard, another takes the rest; while one fits a projection, another waits for it."""
-    shards, slow, started, release = make_videos(), make_backbone(), threading.Event(), threading.Event()
+def test_of_two_at_once_one_waits_and_finds_all_done(make_videos, make_backbone, tmp_path):
+    shards, slow, started, release, reports = make_videos(), make_backbone(), threading.Event(), threading.Event(), {}
 
     def wait():
         if len(slow.calls) == 2:  # the first asks for the grid
             started.set()
             assert release.wait(60)
 
+    def start(name, *words):
+        job = threading.Thread(target=lambda: reports.update({name: run(*words, tmp_path / "out", components=3)}))
+        job.start()
+        return job
+
     slow.before = wait
-    reports = {}
-    out, options = tmp_path / "out", {"components": components}
-    first = threading.Thread(target=lambda: reports.update(first=run(shards, slow, out, **options)))
-    other = threading.Thread(target=lambda: reports.update(other=run(shards[1:], make_backbone(), out, **options)))
-    first.start()
+    first = start("first", shards, slow)
     assert started.wait(60)
-    other.start()
-    other.join(0.3 if components else 60)
-    assert other.is_alive() == (components is not None)
-    if components is None:
-        assert run(shards, make_backbone(), out).busy == ["train-000000.tar"]
+    other = start("other", shards[1:], make_backbone())
+    other.join(0.3)
+    assert other.is_alive()
     release.set()
     first.join(60)
     other.join(60)
-    assert sum(report.written for report in reports.values()) == 3
-    if components:
-        assert len(read_projection(out / "projection.npz").info["sources"]) == 3
-    read(sources(shards), out, shards[0], "000")
+    assert [(report.written, report.kept) for _, report in sorted(reports.items())] == [(3, 0), (0, 2)]
+    assert len(read_projection(tmp_path / "out" / "projection.npz").info["sources"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -135,7 +121,7 @@ def test_two_at_once_share_the_work(make_videos, make_backbone, sources, tmp_pat
         ({}, {"flips": True}, "flips"),
         ({}, {"seed": 1}, "weights"),
         ({}, {"layer": "other"}, "layer"),
-        ({}, {"components": 3}, r"projection\.npz"),
+        ({}, {"components": 3}, r"projection\.npz beside the features"),
         ({"components": 3}, {}, "components: 3 there, 0 wanted"),
         ({"components": 3}, {"components": 2}, "components: 3 there, 2 wanted"),
         ({"components": 3}, {"components": 3, "seed": 1}, "weights"),
@@ -151,16 +137,6 @@ def test_another_recipe_needs_another_folder(make_videos, make_backbone, tmp_pat
     with pytest.raises(ConfigError, match=message):
         run(shards, other, tmp_path / "out", **second)
     assert files(tmp_path / "out") == before
-
-
-def test_a_lost_projection_is_asked_for(make_videos, backbone, tmp_path):
-    shards, out = make_videos(), tmp_path / "out"
-    run(shards[:1], backbone, out, components=3)
-    os.replace(out / "projection.npz", tmp_path / "kept.npz")
-    with pytest.raises(ConfigError, match=r"projection\.npz beside the features"):
-        run(shards, backbone, out, components=3)
-    os.replace(tmp_path / "kept.npz", out / "projection.npz")
-    assert run(shards, backbone, out, components=3).written == 2
 
 
 def test_foreign_and_damaged_files_are_never_replaced(make_videos, backbone, tmp_path):
@@ -185,35 +161,31 @@ def test_videos_that_change_meanwhile_are_noticed(make_videos, backbone, tmp_pat
             stream.write(b"\xff\x00\xff")
 
     backbone.before = lambda: len(backbone.calls) == 2 and meddle()
-    with pytest.raises(ShardError, match="changed"):
+    with pytest.raises(ShardError, match="got a change"):
         run(shards, backbone, tmp_path / "out")
     assert not files(tmp_path / "out")
 
 
 @pytest.mark.parametrize("components", [None, 2])
-def test_features_that_are_not_finite_name_their_video(make_videos, backbone, tmp_path, components):
-    backbone.conv.bias[1] = float("nan")
-    with pytest.raises(ShardError, match=r"key 000 hold NaN"):
-        run(make_videos(), backbone, tmp_path / "out", components=components)
-    assert not files(tmp_path / "out")
-
-
-@pytest.mark.parametrize("components", [None, 2])
-def test_unreadable_videos_are_refused_or_left_out(sources, backbone, tmp_path, components):
+def test_bad_videos_are_named_and_refused_or_left_out(sources, make_backbone, tmp_path, components):
+    """Videos and pictures of any size share a cache."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 12, 16, 3), dtype=np.uint8)
     with ShardWriter(tmp_path / "videos", "train") as writer:
-        writer.write("0", {"video.npy": noise[:2]})
+        writer.write("0", {"image.npy": noise[0, :9, :9]})
         writer.write("1", {"video.npy": np.zeros((2, 8, 8, 3), np.float32)})
         writer.write("2", {"info.json": {}})
-        writer.write("3", {"video.npy": noise})
-    shards, out = [str(tmp_path / "videos" / "train-000000.tar")], tmp_path / "out"
-    with pytest.raises(ShardError, match="key 1"):
-        run(shards, backbone, out, components=components)
-    assert not files(out)
-    report = run(shards, backbone, out, on_bad_sample="skip", components=components)
+        writer.write("3", {"video.npy.gz": noise})
+    shards, out, broken = [str(tmp_path / "videos" / "train-000000.tar")], tmp_path / "out", make_backbone()
+    broken.conv.bias[1] = float("nan")
+    for backbone, message in ((broken, "key 0, but got NaN"), (make_backbone(), "key 1")):
+        with pytest.raises(ShardError, match=message):
+            run(shards, backbone, out, components=components)
+        assert not files(out)
+    report = run(shards, make_backbone(), out, on_bad_sample="skip", components=components)
     assert [name in message for name, message in zip(("key 1", "key 2"), report.skipped, strict=True)] == [True, True]
-    assert read(sources(shards), out, shards[0], "3").shape == (5, 6, components or 5)
-    with pytest.raises(ShardError, match="key 1, but it has none"):
+    shapes = [read(sources(shards), out, shards[0], key).shape for key in "03"]
+    assert shapes == [(frames, 6, components or 5) for frames in (1, 5)]
+    with pytest.raises(ShardError, match="key 1, but got none"):
         read(sources(shards), out, shards[0], "1")
 
 

@@ -14,7 +14,6 @@ import pytest
 
 import ssync_pl.data.synthetic.dataset as dataset
 from ssync_pl.cli import main
-from ssync_pl.data.convert.writer import Item
 from ssync_pl.data.files import exclusive
 from ssync_pl.data.index import read_index
 from ssync_pl.data.shards import ShardWriter
@@ -64,8 +63,7 @@ def test_splits_and_seeds_share_no_video(made, tmp_path):
 
 
 def test_workers_render_what_this_process_renders():
-    item = Item("000002", [7, 2])
-    made = pickle.loads(pickle.dumps(functools.partial(dataset._render, TINY)))(item)
+    made = pickle.loads(pickle.dumps(functools.partial(dataset._render, TINY)))([7, 2])
     assert (made["video.npy"] == render_video(TINY, 7, 2)["video"]).all()
 
 

@@ -71,14 +71,6 @@ model:
   synergistic_warmup_ratio: 0.25
   max_steps: ${trainer.max_steps}
 """,
-    "srl": """
-model:
-  losses: {loss_cl_dec: {name: DECConsLoss, pred_key: encoder.feat_recon, target_key: encoder.feat_orig_dec,
-    train_start: 2000}}
-  loss_weights: {loss_ss: 0.25, loss_cl_dec: 0.1}
-  projector: {name: Projector, inp_dim: "${globals.FEATURES}", outp_dim: "${globals.DIM}"}
-  projector2: {name: Projector, inp_dim: "${globals.DIM}", outp_dim: "${globals.DIM}"}
-""",
     "videosaur": """
 globals: {SLOTS: 7}
 model:

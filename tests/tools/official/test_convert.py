@@ -53,11 +53,9 @@ CONVERTED = """
   changes:
   - model.losses.loss_featrec=null
   - "model.loss_weights={loss_timesim: 0.3}"
-  - "model.losses={loss_timesim: {name: CrossEntropyLoss, remove_last_n_frames: 2, pred_dims: [0, 9],
-    target_transform: {name: utils.FeatureTimeSimilarity, softmax: true, time_shift: 2}}}"
+  - model.losses.loss_timesim.pred_dims=[0, 9]
   - model.decoder.outp_dim=9
-  model: {reconstruction_weight: 0.0, similarity_weight: 0.3, similarity_layer: null, similarity_temperature: 1.0,
-    similarity_threshold: null, similarity_shift: 2}
+  model: {reconstruction_weight: 0.0, similarity_weight: 0.3, class_path: VideoSAUR}
 - name: ssync
   model: {class_path: SlotContrast}
   trainer: {precision: 16-mixed}
@@ -72,11 +70,6 @@ CONVERTED = """
   changes: [model.max_steps=null]
   callback: {warmup_steps: 25000, warmup_ratio: absent}
   left_out: {model.visualize: SSyncPictures}
-- name: srl
-  model: {contrast_weight: 0.25}
-  left_out: {model.losses.loss_ss: symmetric, model.losses.loss_cl_dec: DECConsLoss, model.projector.name: SRL,
-    model.projector.inp_dim: SRL, model.projector.outp_dim: SRL, model.projector2.name: SRL,
-    model.projector2.inp_dim: SRL, model.projector2.outp_dim: SRL}
 - name: dinosaur
   model: {class_path: DINOSAUR, iterations: 3, iterations_first: absent, predictor_blocks: absent,
     contrast_weight: absent}
@@ -89,14 +82,15 @@ CONVERTED = """
   model: {contrast_weight: 0.0}
   left_out: {model.losses.loss_ss: no gradient}
 - name: slotcontrast
-  changes: [trainer=null, "optimizer={name: Adam, lr: 1e-3}", seed=5, checkpoint_every_n_steps=7]
+  changes: [trainer=null, "optimizer={name: Adam, lr: 1e-3, lr_scheduler: {name: exp_decay_with_warmup}}", seed=5,
+    checkpoint_every_n_steps=7]
   trainer: {max_steps: 100000, val_check_interval: 5000, log_every_n_steps: 100}
-  model: {warmup_steps: 0, decay_rate: 1.0}
+  model: {warmup_steps: 1000, decay_steps: null, decay_rate: 0.5}
   data: {seed: 5}
   callback: {every_n_train_steps: 7}
 - name: slotcontrast
-  changes: ["optimizer={name: Adam, lr: 1e-3, lr_scheduler: {name: exp_decay_with_warmup}}"]
-  model: {warmup_steps: 1000, decay_steps: 100000, decay_rate: 0.5}
+  changes: ["optimizer.lr_scheduler.decay_steps=100000"]
+  model: {warmup_steps: 100, decay_steps: 100000, decay_rate: 0.5}
 """
 
 
@@ -180,9 +174,9 @@ slotcontrast | model.grouper.inp_dim=6                           | model.grouper
 slotcontrast | model.grouper.n_iters=2.5                         | whole number
 slotcontrast | model.encoder.backbone.frozen=false               | frozen
 slotcontrast | model.encoder.backbone.frozen=null                | frozen
-slotcontrast | model.encoder.output_transform.layer_norm=false   | layer_norm to be true
+slotcontrast | model.encoder.output_transform.layer_norm=false   | layer_norm to be True
 slotcontrast | model.encoder.output_transform=null               | output_transform.name
-slotcontrast | model.encoder.main_features_key=vit_block9        | 'vit_block9'
+slotcontrast | model.encoder.main_features_key=vit_block9        | got model.encoder.main_features_key
 slotcontrast | model.decoder.outp_dim=21                         | outp_dim to be 12
 slotcontrast | globals.PATCHES=8                                 | a square number
 slotcontrast | model.losses.loss_ss.name=NLLLoss                 | loss_ss.name
@@ -205,7 +199,7 @@ slotcontrast | model.losses={}                                   | loss_weights
 ssync        | model.losses.loss_grp2deccls.target_key=dec_nbd_labels | target_key
 ssync        | model.losses.loss_grp2deccls.temperature=2.0      | one temperature
 videosaur    | model.decoder.use_layer_norms=null                | use_layer_norms
-videosaur    | model.decoder.allocator.hidden_dim=8              | to be 32
+videosaur    | model.decoder.allocator.hidden_dim=8              | got model.decoder.allocator.hidden_dim
 videosaur    | model.losses.loss_timesim.target_transform.softmax=false | softmax
 videosaur    | model.losses.loss_timesim.remove_last_n_frames=2  | remove_last_n_frames
 videosaur    | model.losses.loss_timesim.target_key=video        | a layer of the encoder

@@ -57,14 +57,10 @@ def test_references_and_values(resolve):
     ("text", "value"),
     [
         ("${add: 1, 2, 3}", 6),
-        ("${sub: 1, 2.5}", -1.5),
         ("${mul: ${n}, 2, 3}", 24),
-        ("${div: 1, ${n}}", 0.25),
-        ("${min: 3, 1, 2}", 1),
-        ("${max:3,${mul:${n},2}}", 8),
+        ("${add:3,${mul:${n},2}}", 11),
         ("${eval: 'a / 32 * b', 128, 1e-4}", 0.0004),
-        ('${eval: "x, y: x - y", 5, ${n}}', 1),
-        ("${eval: 'lambda x: x ** 2', ${n}}", 16),
+        ('${eval: "a - b", 1, 2.5}', -1.5),
         ("${config_prop: VIT_PARAMS, ${vit}, NUM_PATCHES}", 784),
         ("${config_prop: VIT_PARAMS, vit_base_patch16_448_dino, NUM_PATCHES}", 784),
         ("${config_prop:VIT_PARAMS,vit_small_patch14_dinov2,FEAT_DIM}", 384),
@@ -88,10 +84,10 @@ def test_functions(resolve, text, value):
         ({"a": "${${b}:HOME}", "b": "oc.env"}, "Expected references such as"),
         ({"a": "${eval: '__import__(1)'}"}, "arithmetic"),
         ({"a": "${eval: 'a + b', 1}"}, "'b' is not defined"),
-        ({"a": "${eval: 'x: x', 1, 2}"}, "but got 2 values"),
         ({"a": "${add: 1, two}"}, "a number"),
         ({"a": "${mul: 1e18, 1e18}"}, "a number of at most"),
-        ({"a": "${div: 1, 0}"}, "arithmetic"),
+        ({"a": "${eval: 'a / 0', 1}"}, "arithmetic"),
+        ({"a": "${sub: 1, 2}"}, "a: Unsupported"),
         ({"a": "${add: 1"}, "BRACE_CLOSE"),
         ({"a": "${}"}, "Expected references such as"),
         ({"a": "${add: [1, 2]}"}, "a number"),
@@ -161,18 +157,16 @@ def test_a_function_of_the_same_name_in_the_process_is_left_alone(resolve):
     [
         *("__import__('os').system('true')", "a.real", "().__class__", "[1][0]", "lambda: 1", "c", "True", "'a' * 3"),
         *("1 if a else 2", "a < 3", "a and 3", "(a := 3)", "1j", "1 @ 2", "~3", "1 << 40", "f'{a}'", "{1: 2}", ""),
-        *("1 +", "9 ** 9 ** 9", "10 ** 100", "1e300 * 1e300", "1e400", "1 / 0", "1 % 0", "0 ** -1", "(-8) ** 0.5"),
-        "(" * 300,
+        *("1 +", "9 ** 9", "1e300 * 1e300", "1e400", "1 / 0", "'%0999999999d' % a", "(" * 300),
     ],
 )
 def test_all_but_arithmetic_is_refused_at_once(text):
     start = time.process_time()
     with pytest.raises(ConfigError, match=r"arithmetic|a number"):
-        evaluate(text, {"a": 1})
+        evaluate(text, 1)
     assert time.process_time() - start < 1
 
 
 @given(st.integers(-1000, 1000), st.integers(1, 1000), st.floats(-1e3, 1e3))
 def test_random_expressions_agree_with_python(a, b, c):
-    expected = (a - c) / b + a // b * -(a % b) + 2**-1
-    assert evaluate("(a - c) / b + a // b * -(a % b) + 2 ** -1", {"a": a, "b": b, "c": c}) == expected
+    assert evaluate("(a - c) / b + a * b * -(a - 3) + 2 / 1e3", a, b, c) == (a - c) / b + a * b * -(a - 3) + 2 / 1e3

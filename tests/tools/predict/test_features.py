@@ -6,10 +6,9 @@ from torch import nn
 
 from ssync_pl.data import ShardDataModule
 from ssync_pl.data.features.cache import cache_features
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.hosts.nn import backbones
 from ssync_pl.tools.predict.datamodule import InputDataModule
-from ssync_pl.tools.predict.features import find_features
 
 SEEN = {"image_size": 8, "crop": "center"}
 
@@ -49,39 +48,30 @@ def test_features_of_new_videos_are_those_that_the_cache_holds(cached, options):
     data, shard = cached(**options)
     data.setup("predict")
     stored = data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)
-    fresh = InputDataModule(data, [shard], clip_frames=64)
-    for row, batch in enumerate(fresh.predict_dataloader()):
-        found, wanted = fresh.on_after_batch_transfer(batch, 0), stored["features"][row : row + 1]
+    for row, found in enumerate(InputDataModule(data, [shard], clip_frames=64).predict_dataloader()):
+        wanted = stored["features"][row : row + 1]
         assert found["features"].shape == wanted.shape
         assert torch.allclose(found["features"], wanted, atol=0.02 * float(wanted.abs().max()))
         assert torch.allclose(found["video"], stored["video"][row : row + 1], atol=1e-5)
     assert row == 1
 
 
-def test_the_projection_must_be_there_and_the_same(cached, tmp_path):
+def test_features_that_cannot_be_made_again_are_refused(cached, tmp_path, monkeypatch):
     data, shard = cached(components=2)
     other = write_shard(tmp_path / "other", moving(4))
     cache_features([str(other)], means(), tmp_path / "more", progress=False, components=2, **SEEN)
-    folder = tmp_path / "features"
-    with pytest.raises(ConfigError, match="holds another"):
-        find_features(data, str(tmp_path / "more" / "projection.npz"))
-    kept = str((folder / "projection.npz").rename(tmp_path / "kept.npz"))
-    with pytest.raises(ConfigError, match=r"projection\.npz is missing"):
+    projection, kept = tmp_path / "features" / "projection.npz", tmp_path / "kept.npz"
+    projection.rename(kept)
+    with pytest.raises(ShardError, match=r"projection\.npz"):
         InputDataModule(data, [shard])
-    assert find_features(data, kept)[1] is not None
-    for path in folder.glob("*.tar"):
-        path.unlink()
-    recipe, projection = find_features(data, kept)  # the file says itself what was projected
-    assert (recipe.backbone, recipe.layer, projection.matrix.shape) == ("means", "pool", (6, 2))
-    gone = str(tmp_path / "gone.npz")
-    refused = [(data, None, "there are none"), (data, gone, "does not exist"), (ShardDataModule(), kept, "only with")]
-    for module, path, message in refused:
-        with pytest.raises(ConfigError, match=message):
-            find_features(module, path)
-
-
-def test_other_weights_are_refused(cached, monkeypatch):
-    data, shard = cached()
+    (tmp_path / "more" / "projection.npz").rename(projection)
+    with pytest.raises(ConfigError, match=r"projection\.npz that the features .* were made with, but got another"):
+        InputDataModule(data, [shard])
+    kept.rename(projection)
     monkeypatch.setattr(backbones, "load_backbone", lambda *args: means(weights="others"))
     with pytest.raises(ConfigError, match="--backbone_checkpoint"):
+        InputDataModule(ShardDataModule(features=str(tmp_path / "features"), **SEEN), [shard])
+    for path in projection.parent.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"to hold the features .*--data\.features"):
         InputDataModule(data, [shard])

@@ -1,5 +1,7 @@
 """Files of one video: tracks against a loop over pixels, label pictures, pieces against the whole."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,17 +28,16 @@ def test_tracks_equal_a_loop_over_slots(seed):
     assert len(lines) == 1 + 3 * 5
     for place, line in enumerate(lines[1:]):
         frame, slot = divmod(place, 5)
-        cells = line.split(",")
+        cells, wanted = line.split(","), naive(labels[frame], slot)
         assert len(cells) == 9
         assert (int(cells[0]), int(cells[1])) == (frame, slot)
-        assert float(cells[2]) == pytest.approx(naive(labels[frame], slot)[0], abs=1e-6)
-        assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(naive(labels[frame], slot)[1:], abs=0.006)
+        assert float(cells[2]) == pytest.approx(wanted[0], abs=1e-6)
+        assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(wanted[1:], abs=0.006)
 
 
-def test_label_pictures_hold_slots_in_the_colours_of_the_overlay(tmp_path):
+def test_label_pictures_hold_slots_in_the_colours_of_the_overlay():
     labels = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    (tmp_path / "a.png").write_bytes(encode_label_png(labels))
-    with Image.open(tmp_path / "a.png") as picture:
+    with Image.open(io.BytesIO(encode_label_png(labels))) as picture:
         assert picture.mode == "P"
         assert np.array_equal(np.asarray(picture), labels)
         assert np.array_equal(np.asarray(picture.convert("RGB")), color_labels(labels.astype(int)))
@@ -47,13 +48,15 @@ def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(
     labels[:, :, :2] = 255  # pixels that were not seen are no slot
 
     def write(name, ends):
-        files = VideoFiles(tmp_path, name, "key", fps=None, label_pngs=True, cell=32)
+        files = VideoFiles(tmp_path, name, 6)
         for first, end in zip([0, *ends], ends, strict=False):
-            files.add(frames[first:end], labels[first:end], outside=True)
-        return files.finish(num_slots=6)
+            files.add(frames[first:end], labels[first:end], 6)
+        return files.finish()
 
     for name, ends in (("whole", [5]), ("pieces", [2, 3, 5])):
-        assert write(name, ends) == 4
+        told = write(name, ends)
+        assert (told["frames"], told["slots_used"]) == (5, 4)
+        assert told["files"] == sorted(path.name for path in tmp_path.glob(f"{name}*"))
         assert np.array_equal(np.load(tmp_path / f"{name}.labels.npz")["labels"], labels)
         assert len(list((tmp_path / f"{name}_labels").glob("0000[0-4].png"))) == 5
     tracks = (tmp_path / "whole.tracks.csv").read_text()

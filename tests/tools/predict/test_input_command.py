@@ -13,8 +13,8 @@ from PIL import Image
 from ssync_pl.cli import main
 from ssync_pl.errors import ShardError
 from ssync_pl.tools.predict import inputs
-from ssync_pl.tools.predict.datamodule import CarrySlots
 from ssync_pl.tools.predict.files import slot_tracks
+from ssync_pl.tools.predict.windows import CarrySlots
 
 
 @pytest.fixture
@@ -50,25 +50,22 @@ def test_videos_frames_and_shards_without_a_configuration(tmp_path, run, frames,
 
 
 def test_windows_carry_slots_and_give_nearly_the_labels_of_the_whole(tmp_path, run, monkeypatch):
-    fresh, begin = [], CarrySlots._begin
-    monkeypatch.setattr(
-        CarrySlots, "_begin", lambda self, *rest: fresh.append(self.slots is None) or begin(self, *rest)
-    )
+    goes_on, real = [], CarrySlots.next_window
+    monkeypatch.setattr(CarrySlots, "next_window", lambda self, on: goes_on.append(on) or real(self, on))
     still = write_frames(tmp_path / "still", np.repeat(moving(1), 9, axis=0))
     short = write_frames(tmp_path / "short", moving(2))
     for name, length in (("whole", 64), ("cut", 4)):
         assert run("--input", still, short, "--clip-frames", length, "--out", tmp_path / name) == 0
-    assert fresh == [True, True, True, False, False, True]
+    assert goes_on == [False, False, False, True, True, False]
     assert np.mean(labels_of(tmp_path / "whole", "still") == labels_of(tmp_path / "cut", "still")) > 0.8
 
 
 def test_shards_give_the_labels_of_the_data_module(tmp_path, run, checkpoint):
     shard = write_shard(tmp_path / "shards", moving(3, 24, 24)[:, 4:20, 4:20], moving(5, 24, 24)[:, 4:20, 4:20])
     data = ["--data=ShardDataModule", "--data.image_size=16", "--data.num_workers=0", f"--data.predict={shard}"]
-    own = ["--trainer.callbacks+=SlotPredictions", "--trainer.callbacks.video=false"]
-    words = ["--config", checkpoint.parent.parent / "config.yaml", *data, *own]
-    assert run(*words, f"--trainer.callbacks.out={tmp_path / 'data'}") == 0
-    assert run(*words, f"--trainer.callbacks.out={tmp_path / 'input'}", "--input", shard) == 0
+    words = ["--config", checkpoint.parent.parent / "config.yaml", *data]
+    assert run(*words, "--out", tmp_path / "data") == 0
+    assert run(*words, "--out", tmp_path / "input", "--input", shard) == 0
     for name, length in (("0", 3), ("1", 5)):
         assert labels_of(tmp_path / "data", name).shape == (length, 16, 16)
         assert np.array_equal(labels_of(tmp_path / "data", name), labels_of(tmp_path / "input", name))
@@ -88,7 +85,7 @@ OTHER_HOST += ["--data=ShardDataModule", "--input", "frames"]
 REFUSED = [
     (["--input", "gone.mp4"], "gone.mp4, which does not exist"),
     (["--input", "frames", "--clip_frames=1"], "--clip-frames to be at least 2"),
-    (["--input", "frames", "--out", "file"], "to write predictions to"),
+    (["--input", "frames", "--out", "file"], "File exists"),
     (OTHER_HOST, "a checkpoint of DINOSAUR, the model of the configuration, but got one of SAVi"),
     (["--ckpt_path", "nameless.ckpt", *OTHER_HOST], "a whole checkpoint of this model"),
     (["--config", "settings.yaml", "--clip-frames", "8"], "only with --input"),

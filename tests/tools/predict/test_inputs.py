@@ -14,11 +14,12 @@ def test_every_kind_of_input(tmp_path):
     write_video(clips / "b9: 1.avi", video)
     write_frames(clips / "c[1]", video[:3])
     (clips / "c_masks").mkdir()
-    (clips / "notes.txt").write_text("")
+    (clips / ".hidden").touch()
     pictures = [Image.fromarray(frame) for frame in video]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=200)
     write_shard(tmp_path / "shards", video[:2], video[:3])
     shard = write_shard(tmp_path / "shards", video[:1], prefix="more")
+    (tmp_path / "shards" / "index.json").touch()
     inputs = [clips, tmp_path / "shards", shard, clips / "c[1]", tmp_path / "a.gif"]
     found = find_videos([str(path) for path in inputs])
     assert [item.key for item in found] == ["b9: 1", "b10", "c[1]", "0", "1", "0", "0", "c[1]", "a"]
@@ -26,6 +27,10 @@ def test_every_kind_of_input(tmp_path):
     assert [item.rate for item in (found[1], found[2], found[8])] == [10, None, 5]
     assert np.array_equal(np.stack(list(found[2].frames())), video[:3])
     assert np.array_equal(np.stack(list(found[3].frames())), video[:2])
+    (clips / "film.wmv").touch()
+    (clips / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    with pytest.warns(UserWarning, match=r"leaves out of .*clips: film\.wmv, gone\.mp4$"):
+        assert len(find_videos([str(clips)])) == 3
 
 
 def cut_video(path):
@@ -35,15 +40,16 @@ def cut_video(path):
 
 BAD = [
     ("gone.mp4", lambda path: None, ConfigError, "does not exist"),
-    ("empty.mp4", lambda path: path.touch(), ShardError, "an empty file"),
-    ("text.mp4", lambda path: path.write_text("no video at all\n" * 20), ShardError, "to be a whole video"),
-    ("cut.mp4", cut_video, ShardError, "to be a whole video"),
+    ("empty.mp4", lambda path: path.touch(), ShardError, "whole video file.*empty"),
+    ("text.mp4", lambda path: path.write_text("no video at all\n" * 20), ShardError, "whole video file"),
+    ("cut.mp4", cut_video, ShardError, r"cut\.mp4"),
     ("sound.txt", lambda path: path.touch(), ConfigError, "is none of them"),
     ("one.png", lambda path: Image.fromarray(moving(1)[0]).save(path), ConfigError, "Name the folder"),
-    ("nothing", lambda path: path.mkdir(), ConfigError, "but got nothing"),
+    ("nothing", lambda path: path.mkdir(), ConfigError, "is none of them"),
     ("folder/f2.png", lambda path: Image.fromarray(moving(1, 10, 12)[0]).save(path), ShardError, r"size.*f2.png"),
     ("folder/f1.png", lambda path: path.write_bytes(b"torn"), ShardError, "f1.png"),
     ("folder/a.avi", lambda path: write_video(path, moving(2)), ConfigError, "one kind of input"),
+    ("folder/clip", lambda path: write_frames(path, moving(2)), ConfigError, "one kind of input"),
 ]
 
 

@@ -8,7 +8,9 @@ import torch
 
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
-from ssync_pl.tools.predict.windows import OUTSIDE, cut_windows, match_slots, relabel, restore_labels, seen_region
+from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
+from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, cut_windows, match_slots, restore_labels, seen_region
+from tiny_run import TINY_SAVI
 
 
 def blank(count):
@@ -19,8 +21,7 @@ def blank(count):
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 9, 15, 16, 64, 65])
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_windows_share_a_frame_and_cover_all(total, most):
-    windows = list(cut_windows(blank(total), most))
-    joined = []
+    windows, joined = list(cut_windows(blank(total), most)), []
     for window in windows:
         numbers = window.frames[:, 0, 0, 0].tolist()
         assert numbers == list(range(window.start, window.start + len(numbers)))
@@ -30,12 +31,40 @@ def test_windows_share_a_frame_and_cover_all(total, most):
     assert joined == list(range(total))
     assert [window.last for window in windows] == [False] * (len(windows) - 1) + [True]
     assert len(windows) == max(1, -(-(total - 1) // (most - 1)))
+    frames = blank(total)  # decoded one window at a time
+    assert len(next(cut_windows(frames, most)).frames) + len(list(frames)) >= total - 1
 
 
-def test_windows_are_decoded_one_at_a_time():
-    frames = blank(66)
-    assert len(next(cut_windows(frames, 34)).frames) == 34
-    assert len(list(frames)) == 66 - 35
+FEATURES = {"backbone": None, "feature_dim": 6, "grid": (2, 2), "num_slots": 3, "slot_dim": 8, "encoder_hidden": 8}
+HOSTS = [
+    (SAVi, TINY_SAVI | {"slot_init": "learned"}, (1, 5, 3, 16, 16), True),
+    (SlotContrast, FEATURES, (1, 5, 4, 6), True),
+    (DINOSAUR, FEATURES, (1, 5, 4, 6), False),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "shape", "carries"), HOSTS)
+def test_a_window_begins_with_the_slots_that_the_one_before_ended_with(kind, options, shape, carries):
+    torch.manual_seed(0)
+    host, inputs, given = kind(**options).eval(), torch.rand(shape), []
+
+    def run(goes_on, frames):
+        carry.next_window(goes_on)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return host(frames).slots
+
+    carry = CarrySlots(host)
+    plain, first = run(False, inputs[:, 2:]), run(False, inputs[:, :3])
+    with host.initializer.register_forward_hook(lambda module, args, output: given.append(output)):
+        second = run(True, inputs[:, 2:])
+    assert torch.equal(second, plain) == (not carries)
+    assert torch.equal(given[0][0], first[0, -1]) == carries
+    assert torch.equal(run(False, inputs[:, 2:]), plain)  # another video
+    carry.next_window(True)
+    carry.close()
+    assert not host._forward_hooks
+    assert not host.initializer._forward_hooks
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -52,9 +81,8 @@ def test_matching_keeps_most_pixels(seed):
 
 def test_renamed_slots_are_found_again_and_others_keep_their_number():
     before = np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 4, axis=0)
-    renamed = relabel(before, np.array([2, 0, 1]))
-    assert renamed[0].tolist() == [2, 0, 1, 255]
-    assert np.array_equal(relabel(renamed, match_slots(before, renamed, 3)), before)
+    renamed = np.array([2, 0, 1, *range(3, 256)], np.uint8)[before]
+    assert match_slots(before, renamed, 3).tolist() == [1, 2, 0]
     labels = np.full((3, 3), 2, np.uint8)
     assert match_slots(labels, labels, 6).tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -67,7 +95,7 @@ def test_what_the_model_sees_goes_back_to_its_place(crop, reference, source):
     size = (16, 16)
     frames = np.zeros((1, *source, 3), np.uint8)
     frames[..., 0] = np.arange(source[0])[:, None] * 3
-    offsets = crop_offsets(frames, SampleRules(image_size=size, crop=crop, reference=reference), None, None)
+    offsets = crop_offsets(frames, SampleRules(image_size=size, crop=crop, reference=reference))
     transform = BatchTransform(size, crop=crop, mean=[0.0] * 3, std=[1.0] * 3, reference=reference)
     seen = transform({"video": torch.from_numpy(frames)[None], "crop": offsets[None]})["video"][0]
     rows, columns = seen_region(source, offsets.tolist(), size, crop, reference)

@@ -1,4 +1,4 @@
-"""A user's own videos, with masks where there are any.
+"""Folders of frames or video files, with masks where there are any: a user's own, and DAVIS 2017.
 
 The source of a video is a dictionary of JSON values: `video` (its place below the root), `names` (of its frames; None
 for a file), `bytes` (of a file), `masks` (None, or their `path`, `names` and `bytes`), and of a clip `start`, `stop`,
@@ -7,73 +7,99 @@ for a file), `bytes` (of a file), `masks` (None, or their `path`, `names` and `b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssync_pl.data.convert import media
-from ssync_pl.data.convert.writer import Item, Split
+from ssync_pl.data.convert.writer import Split
 from ssync_pl.data.decode import VideoFacts, inspect_video
 from ssync_pl.errors import ShardError, require, require_shard
 
-__all__ = ["Videos", "read_video"]
-
 _ARRAY = ".masks.npy"
+_VOID = 255  # in DAVIS
 _Source = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Videos:
+def plan_videos(
+    root: Path, prefix: str = "videos", clip_frames: int | None = None, short_side: int | None = None
+) -> list[Split]:
     """Convert own videos: each mp4, avi, mov, mkv, webm or gif file of ROOT is a video, and so is each sub-folder of
     frames (jpg, png, bmp). Masks of a video called NAME are found in NAME_masks/*.png, masks/NAME/*.png (grey or
     palette pictures of ids, named after their frames) or NAME.masks.npy (F, h, w) or (F, h, w, N). They become ids
     (F, h, w, 1) from 1 on in the order of the source's ids, or channels (F, h, w, N) of 0 and 1.
     """
-
-    root: Path
-    prefix: str = "videos"
-    clip_frames: int | None = None
-    short_side: int | None = None
-
-    def plan(self) -> list[Split]:
-        """Find the videos and their masks, and cut them into clips."""
-        require(self.clip_frames is None or self.clip_frames > 0, "--clip-frames to be at least 1", self.clip_frames)
-        videos, ignored = _scan(self.root)
-        if any(video["names"] is None for video in videos):
-            media.require_packages("video", "av")
-        clips = [clip for video in videos for clip in self._cut(video)]
-        masked = sum(video["masks"] is not None for video in videos)
-        notes = [f"masks: {masked} of {len(videos)} videos have some"]
-        dropped = sum({c["video"]: c["total"] % (c["stop"] - c["start"]) for c in clips if "start" in c}.values())
-        if dropped:
-            notes.append(f"left out {dropped} frames after the last whole clips")
-        if ignored:
-            notes.append(f"ignored {len(ignored)}: {', '.join(ignored[:9])}{', …' if len(ignored) > 9 else ''}")
-        return [Split(self.prefix, clips, notes)]
-
-    def _cut(self, source: _Source) -> list[_Source]:
-        length = self.clip_frames
-        try:
-            facts = _inspect(self.root, source) if length else None
-        except ShardError:
-            facts = None
-        if not length or facts is None or facts.frames <= length:
-            return [source]  # what is wrong with it is raised when it is read
-        clips = []
-        for start in range(0, facts.frames - length + 1, length):
-            place = {"start": start, "stop": start + length, "stamp": facts.stamps and facts.stamps[start]}
-            clips.append({**source, **place, "total": facts.frames, "rate": facts.rate})
-        return clips
-
-    def __call__(self, item: Item) -> dict[str, Any]:
-        """Make the members of one video or clip; `ShardError` names what is damaged or does not fit."""
-        return read_video(self.root, item.source, self.short_side)
+    require(clip_frames is None or clip_frames > 0, "--clip-frames to be at least 1", clip_frames)
+    videos, ignored = _scan(root)
+    if any(video["names"] is None for video in videos):
+        media.require_packages("video", "av")
+    clips = [clip for video in videos for clip in _cut(root, video, clip_frames)]
+    notes = [f"masks: {sum(video['masks'] is not None for video in videos)} of {len(videos)} videos have some"]
+    dropped = sum({clip["video"]: clip["total"] % clip_frames for clip in clips if "start" in clip}.values())
+    if dropped:
+        notes.append(f"left out {dropped} frames after the last whole clips")
+    if ignored:
+        notes.append(f"ignored {len(ignored)}: {', '.join(ignored[:9])}{', …' if len(ignored) > 9 else ''}")
+    return [Split(prefix, clips, partial(_decode, root, short_side, None), notes)]
 
 
-def read_video(root: Path, source: _Source, short_side: int | None, void: int | None = None) -> dict[str, Any]:
-    """Make the members of one video or clip; mask pixels of `void` become background."""
+def _cut(root: Path, source: _Source, length: int | None) -> list[_Source]:
+    """Cut a video into clips; what is too short or damaged stays whole."""
+    try:
+        facts = _inspect(root, source) if length else None
+    except ShardError:
+        facts = None
+    if not length or facts is None or facts.frames <= length:
+        return [source]  # what is wrong with it is raised when it is read
+    clips = []
+    for start in range(0, facts.frames - length + 1, length):
+        place = {"start": start, "stop": start + length, "stamp": facts.stamps and facts.stamps[start]}
+        clips.append({**source, **place, "total": facts.frames, "rate": facts.rate})
+    return clips
+
+
+def plan_davis(
+    root: Path,
+    splits: Sequence[str] = ("train", "val"),
+    annotations: str = "Annotations",
+    short_side: int | None = None,
+) -> list[Split]:
+    """Convert DAVIS 2017: ROOT/JPEGImages/480p/VIDEO/00000.jpg, ROOT/Annotations/480p/VIDEO/00000.png and
+    ROOT/ImageSets/2017/SPLIT.txt with the splits train and val, whose shards are called davis-validation. Masks are ids
+    (F, h, w, 1), 0 = background; void pixels (255) become background.
+    Source: https://davischallenge.org/davis2017/code.html.
+    """
+    for folder in ("JPEGImages", annotations):
+        path = root / folder / "480p"
+        require(path.is_dir(), f"a folder {path}", "none", advice="Check --root and --annotations.")
+    plans = []
+    for split in dict.fromkeys(splits):
+        sources = []
+        for name in _read_names(root / "ImageSets" / "2017" / f"{split}.txt"):
+            video, place = f"JPEGImages/480p/{name}", f"{annotations}/480p/{name}"
+            masks = {"path": place, "names": media.list_pictures(root / place, (".png",))}
+            sources.append({"video": video, "names": media.list_pictures(root / video), "masks": masks})
+        prefix = f"davis-{'validation' if split == 'val' else split}"
+        plans.append(Split(prefix, sources, partial(_decode, root, short_side, _VOID)))
+    return plans
+
+
+def _read_names(path: Path) -> list[str]:
+    require(path.is_file(), f"the videos' names in {path}", "no such file", advice="Check --root and --splits.")
+    lines = path.read_text("utf-8-sig", errors="replace").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    odd = [name for name in names if name in (".", "..") or any(mark in name for mark in "/\\\0\ufffd")]
+    got = repr(odd[0]) if odd else f"{len(names)} names, {len(set(names))} of them different"
+    plain = not odd and 0 < len(names) == len(set(names))
+    require(plain, f"one name of a video per line in {path} (UTF-8), each once", got)
+    return names
+
+
+def _decode(root: Path, short_side: int | None, void: int | None, source: _Source) -> dict[str, Any]:
+    """Make the members of one video or clip; `ShardError` names what is damaged or does not fit."""
     path = root / source["video"]
     where = f"video {path}"
     clip = range(source["start"], source["stop"]) if "start" in source else None

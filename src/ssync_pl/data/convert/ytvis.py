@@ -6,78 +6,49 @@ Source: https://youtube-vos.org/dataset/vis/ (folders and JSON), and the shards 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ssync_pl.data.convert.media import read_frames, require_packages, resize_ids, stack_frames
-from ssync_pl.data.convert.writer import Item, Split
+from ssync_pl.data.convert.writer import Split
 from ssync_pl.errors import ShardError, require, require_shard
-
-__all__ = ["Ytvis"]
 
 _FPS = 6  # every fifth frame of 30 per second
 _FARTHEST = 1e5  # pixels; a polygon with a point beyond would take all memory
-_TRAINING = ("train", "validation")  # both are parts of the official training videos
+_TRAINING = ("train", "validation")  # the published shards evaluate on a part of the official training videos
 
 
-@dataclass(frozen=True)
-class Ytvis:
+def plan_ytvis(
+    root: Path, splits: Sequence[str] = _TRAINING, holdout: int = 300, short_side: int | None = 320
+) -> list[Split]:
     """Convert YouTube-VIS: ROOT/SPLIT/JPEGImages/VIDEO/*.jpg with ROOT/SPLIT/instances.json, ROOT/SPLIT/SPLIT.json or
     ROOT/SPLIT.json. Masks (F, h, w, N) have one channel per instance, whose value is the category id; channels may
-    overlap, and there is no background channel.
+    overlap, and there is no background channel. The splits train and validation, which is the last --holdout videos,
+    share the official training videos. The official valid and test have no public annotations and get no masks.
     """
-
-    root: Path
-    splits: tuple[str, ...] = _TRAINING
-    holdout: int = 300  # the published shards evaluate on these: the official validation masks are not public
-    short_side: int | None = 320
-
-    def plan(self) -> list[Split]:
-        """List the videos of each split; everything is looked at before the first shard is written."""
-        require_packages("convert", "pycocotools")
-        read: dict[str, list[dict[str, Any]]] = {}
-        plans = []
-        for split in dict.fromkeys(self.splits):
-            folder = "train" if split in _TRAINING else split
-            pictures = self.root / folder / "JPEGImages"
-            require(pictures.is_dir(), f"a folder {pictures}", "none", advice="Unpack the pictures there.")
-            videos = read[folder] = read.get(folder) or read_annotations(self.root, folder)
-            cut = len(videos) - self.holdout
-            if split in _TRAINING:
-                fits = 0 < cut <= len(videos) - (split == "validation")
-                expected = f"--holdout to leave some of the {len(videos)} videos for each split"
-                require(fits, expected, self.holdout, advice="Take another number, or --splits train.")
-                videos = videos[:cut] if split == "train" else videos[cut:]
-            plans.append(Split(f"ytvis-{split}", videos))
-        return plans
-
-    def __call__(self, item: Item) -> dict[str, Any]:
-        """Make the members of one video; `ShardError` names what is damaged or does not fit."""
-        source, names = item.source, item.source["frames"]
-        where = f"video {source['id']} ({names[0].rpartition('/')[0] if names else 'no frames'})"
-        frames = read_frames(self.root / source["folder"], names, None, None, where)
-        video, original = stack_frames(frames, self.short_side, where)
-        expected = f"the frames of {where} to be {source['size']} (height, width) as the annotation file says"
-        require_shard([*original] == source["size"], expected, original, advice="Download both again.")
-        objects = source["objects"]
-        info = {"video_id": source["id"], "file_names": names, "original_size": original, "fps": _FPS}
-        if objects is None:
-            return {"video.npy": video, "info.json": info}
-        masks = np.zeros((*video.shape[:3], max(1, len(objects))), np.uint8)
-        for channel, thing in enumerate(objects):
-            drawn = _draw_object(thing, len(names), original, where)
-            masks[..., channel] = resize_ids(drawn, video.shape[1:3])
-        info["instance_ids"] = [thing["id"] for thing in objects]
-        info["category_ids"] = [thing["category"] for thing in objects]
-        info["categories"] = [thing["name"] for thing in objects]
-        return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
+    require_packages("convert", "pycocotools")
+    read: dict[str, list[dict[str, Any]]] = {}
+    plans = []
+    for split in dict.fromkeys(splits):
+        folder = "train" if split in _TRAINING else split
+        pictures = root / folder / "JPEGImages"
+        require(pictures.is_dir(), f"a folder {pictures}", "none", advice="Unpack the pictures there.")
+        videos = read[folder] = read.get(folder) or _read_annotations(root, folder)
+        cut = len(videos) - holdout
+        if split in _TRAINING:
+            fits = 0 < cut <= len(videos) - (split == "validation")
+            expected = f"--holdout to leave some of the {len(videos)} videos for each split"
+            require(fits, expected, holdout, advice="Take another number, or --splits train.")
+            videos = videos[:cut] if split == "train" else videos[cut:]
+        plans.append(Split(f"ytvis-{split}", videos, partial(_decode, root, short_side)))
+    return plans
 
 
-def read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
+def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
     """Cut an annotation file into what each video needs, as JSON values; crowds are left out.
 
     Per video these are `id`, `size`, `frames` (files below `folder`), and `objects`: None without any annotations.
@@ -104,7 +75,7 @@ def read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
             if not thing.get("iscrowd"):
                 facts = {"id": thing["id"], "category": number, "name": categories.get(number, str(number))}
                 videos[thing["video_id"]]["objects"].append({**facts, "masks": masks})
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ShardError(
             f"Expected {found[0]} to be JSON with `videos`, `categories` and `annotations` with `segmentations` as of "
             f"YouTube-VIS 2019 or 2021, but got {error!r}. Repair it, or download it again."
@@ -135,15 +106,35 @@ def _video(video: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": video["id"], "size": size, "frames": names}
 
 
+def _decode(root: Path, short_side: int | None, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the members of one video; `ShardError` names what is damaged or does not fit."""
+    names, objects = source["frames"], source["objects"]
+    where = f"video {source['id']} ({names[0].rpartition('/')[0] if names else 'no frames'})"
+    frames = read_frames(root / source["folder"], names, None, None, where)
+    video, original = stack_frames(frames, short_side, where)
+    expected = f"the frames of {where} to be {source['size']} (height, width) as the annotation file says"
+    require_shard([*original] == source["size"], expected, original, advice="Download both again.")
+    info = {"video_id": source["id"], "file_names": names, "original_size": original, "fps": _FPS}
+    if objects is None:
+        return {"video.npy": video, "info.json": info}
+    masks = np.zeros((*video.shape[:3], max(1, len(objects))), np.uint8)
+    for channel, thing in enumerate(objects):
+        masks[..., channel] = resize_ids(_draw_object(thing, len(names), original, where), video.shape[1:3])
+    for name, of in (("instance_ids", "id"), ("category_ids", "category"), ("categories", "name")):
+        info[name] = [thing[of] for thing in objects]
+    return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
+
+
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
 def _draw_object(thing: Mapping[str, Any], frames: int, size: tuple[int, int], where: str) -> np.ndarray:
     """Draw one instance (F, h, w) with its category id."""
     name, category, masks = f"instance {thing['id']} of {where}", thing["category"], thing["masks"]
-    fits = type(category) is int and 1 <= category <= 255 and len(masks) == frames
+    count = len(masks) if isinstance(masks, list) else 0
+    fits = type(category) is int and 1 <= category <= 255 and count == frames
     expected = f"{name} to have a category id in 1..255 and a segmentation (or null) for each of {frames} frames"
-    require_shard(fits, expected, f"{category!r} and {len(masks)} segmentations", advice="Repair the annotation file.")
+    require_shard(fits, expected, f"{category!r} and {count} segmentations", advice="Repair the annotation file.")
     drawn = np.zeros((frames, *size), np.uint8)
     for number, segmentation in enumerate(masks):
         if segmentation:

@@ -10,9 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError
-
-__all__ = ["Backbone", "backbone_by_name", "offer_backbones"]
+from ssync_pl.errors import require
 
 
 class Backbone(Protocol):
@@ -33,16 +31,11 @@ class Backbone(Protocol):
         """Move it to a device."""
 
 
-_offered: list[Callable[[str, str | None], Backbone]] = []
-
-
-def offer_backbones(load: Callable[[str, str | None], Backbone]) -> None:
-    """Say how a backbone is built from its name and layer; `ssync_pl.hosts` does so when it is imported."""
-    _offered[:] = [load]
+builders: list[Callable[[str, str | None], Backbone]] = []
+"""Functions of a backbone's name and layer; `ssync_pl.hosts` adds its own when it is imported."""
 
 
 def backbone_by_name(name: str, layer: str | None) -> Backbone:
-    """Build a backbone as the last call of `offer_backbones` says."""
-    if not _offered:
-        raise ConfigError(f"Expected a package that builds backbone {name}, but got none. Add `import ssync_pl.hosts`.")
-    return _offered[0](name, layer)
+    """Build a backbone with the last of the `builders`."""
+    require(bool(builders), f"a package that builds backbone {name}", "none", advice="Add `import ssync_pl.hosts`.")
+    return builders[-1](name, layer)

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,10 @@ from torch import Tensor
 
 from ssync_pl.errors import ShardError, require
 
-__all__ = ["PROJECTION_FILE", "Projection", "describe_projection", "fit_projection", "read_projection"]
-
 PROJECTION_FILE = "projection.npz"
 """Name of the projection in a folder of features."""
 
-_FORMAT, _VERSION = "ssync_pl.projection", 1
+_HEAD = {"format": "ssync_pl.projection", "version": 1}
 # Below these shares of the largest value a channel or component is rounding error.
 _CONSTANT, _RANK = 1e-12, 1e-9
 
@@ -57,8 +54,7 @@ class Projection:
 
     def pack(self) -> bytes:
         """Write the content of the projection's file."""
-        content = {"format": _FORMAT, "version": _VERSION, "info": dict(self.info)}
-        info = np.frombuffer(json.dumps(content, sort_keys=True).encode(), np.uint8)
+        info = np.frombuffer(json.dumps({**_HEAD, "info": dict(self.info)}, sort_keys=True).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, mean=self.mean.cpu().numpy(), matrix=self.matrix.cpu().numpy(), info=info)
         return buffer.getvalue()
@@ -103,10 +99,10 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
     try:
         with np.load(path, allow_pickle=False) as content:
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
-        if (head["format"], head["version"]) != (_FORMAT, _VERSION) or mean.shape != matrix.shape[:1]:
+        if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")
         return Projection(torch.from_numpy(mean), torch.from_numpy(matrix), dict(head["info"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy raises almost anything on damaged files
         raise ShardError(
             f"Expected {path} to be a {PROJECTION_FILE} of `ssync-pl data cache-features --components`, but it is none "
             f"({error}). Give that file, or make the features again."

@@ -20,18 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ShardError, require
-
-__all__ = ["FeatureRecipe", "FeatureStore", "SourceFacts", "read_recipe", "require_crop"]
+from ssync_pl.errors import ShardError, require, require_shard
 
 RECIPE_MEMBER = "__features__/recipe.json"
 """Name of the first member of a shard of features; names of this form belong to no sample."""
 
-_FORMAT, _VERSION = "ssync_pl.features", 1
+MEMBERS = ("features.npy", "features_flipped.npy")
+"""Names of a sample's members with the features of its frames, and of its mirrored frames."""
+
+_HEAD = {"format": "ssync_pl.features", "version": 1}
 _MEMO = ".verified.json"
 
 
@@ -63,77 +65,45 @@ class FeatureRecipe:
         return cls(**plain)
 
 
-@dataclass(frozen=True)
-class SourceFacts:
-    """Which videos a shard of features was made from: name of their shard, digest of keys and videos (not of masks)."""
-
-    name: str
-    sha256: str
-
-
-def require_crop(crop: str) -> None:
-    """Refuse crops whose features cannot be stored."""
-    expected = "argument `crop` to be none or center with stored features, as a random crop moves the patches"
-    require(crop in ("none", "center"), expected, repr(crop), advice="Train with crop=center, or without `features`.")
-
-
-def pack_recipe(recipe: FeatureRecipe, source: SourceFacts) -> bytes:
+def pack_recipe(recipe: FeatureRecipe, source: Mapping[str, str]) -> bytes:
     """Write the content of the recipe member."""
-    content = {"format": _FORMAT, "version": _VERSION, "recipe": asdict(recipe), "source": asdict(source)}
-    return json.dumps(content, sort_keys=True).encode()
+    return json.dumps({**_HEAD, "recipe": asdict(recipe), "source": dict(source)}, sort_keys=True).encode()
 
 
-def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, SourceFacts]:
-    """Read how a shard of features was made, from its first member; `ShardError` when it is none."""
+def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, str]]:
+    """Read how a shard of features was made, and of what; `ShardError` when it is none."""
     try:
         with open(path, "rb") as stream:
             info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             if info.name != RECIPE_MEMBER or info.size > 1 << 20:
                 raise ValueError(f"it begins with {info.name!r}")
             content = json.loads(stream.read(info.size))
-        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+        if {**content, **_HEAD} != content:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        return FeatureRecipe.from_json(content["recipe"]), SourceFacts(**content["source"])
+        return FeatureRecipe.from_json(content["recipe"]), content["source"]
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
-            f"Expected {path} to be a shard of features (format {_FORMAT!r}, version {_VERSION}), but it is none "
+            f"Expected {path} to be a shard of features (format and version {[*_HEAD.values()]}), but it is none "
             f"({error}). Take another folder; features of another version are made again."
         ) from error
 
 
-def find_shard(folder: Path, facts: SourceFacts) -> tuple[Path, bool]:
-    """Where the features of a shard lie or would lie in a folder, and whether they are there.
+def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
+    """What a shard of features was made from: name of the videos' shard, and digest of its keys and videos (not masks).
 
-    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
+    The index entry names all samples. The digest of a file that has not changed since (by size and time of change) is
+    taken from a note in the folder of the features, which may be read-only; another file is read whole.
     """
-    plain = folder / facts.name
-    if not plain.exists() or read_recipe(plain)[1] == facts:
-        return plain, plain.exists()
-    keyed = folder / f"{facts.name.removesuffix('.tar')}-{facts.sha256[:12]}.tar"
-    return keyed, keyed.exists() and read_recipe(keyed)[1] == facts
-
-
-def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> None:
-    """Refuse a file of features that was not made as it is wanted, and say in what."""
-    pairs = [(item.name, getattr(there, item.name), getattr(wanted, item.name)) for item in fields(wanted)]
-    wrong = "; ".join(f"{name}: {stored} there, {ours} wanted" for name, stored, ours in pairs if stored != ours)
-    advice = "Set what is there, or make features with what is wanted and another --out."
-    require(not wrong, f"{path} to be made as it is wanted", f"another recipe ({wrong})", advice=advice)
-
-
-def source_facts(path: str, entry: ShardEntry, folder: Path) -> SourceFacts:
-    """Digest the videos of a shard, whose index entry names all samples.
-
-    The digest of a file that has not changed since (by size and time of change) is taken from a note in the folder of
-    the features, which may be read-only; another file is read whole.
-    """
-    memo, place, status = _read_memo(folder), os.path.abspath(path), os.stat(path)
-    stamp = [status.st_size, status.st_mtime_ns]
-    if memo.get(place, [])[:2] != stamp:
-        memo[place] = [*stamp, _digest(path, entry)]
+    place, status = os.path.abspath(path), os.stat(path)
+    stamp, memo = [status.st_size, status.st_mtime_ns], {}
+    with contextlib.suppress(OSError, ShardError):
+        memo = parse_json((folder / _MEMO).read_bytes(), _MEMO, dict)
+    note = memo.get(place)
+    if not isinstance(note, list) or len(note) != 3 or note[:2] != stamp:
+        memo[place] = note = [*stamp, _digest(path, entry)]
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
-            write_bytes(folder / _MEMO, json.dumps({**_read_memo(folder), place: memo[place]}).encode())
-    return SourceFacts(entry.name, str(memo[place][2]))
+            write_bytes(folder / _MEMO, json.dumps(memo).encode())
+    return {"name": entry.name, "sha256": note[2]}
 
 
 def _digest(path: str, entry: ShardEntry) -> str:
@@ -151,17 +121,24 @@ def _digest(path: str, entry: ShardEntry) -> str:
     return digest.hexdigest()
 
 
-def _read_memo(folder: Path) -> dict[str, list[Any]]:
-    try:
-        memo = json.loads((folder / _MEMO).read_bytes())
-        return {place: note for place, note in memo.items() if len(note) == 3 and isinstance(note[2], str)}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
+def find_shard(folder: Path, source: Mapping[str, str]) -> tuple[Path, bool]:
+    """Where the features of a shard lie or would lie in a folder, and whether they are there.
+
+    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
+    """
+    plain = folder / source["name"]
+    if not plain.exists() or read_recipe(plain)[1] == source:
+        return plain, plain.exists()
+    keyed = folder / f"{source['name'].removesuffix('.tar')}-{source['sha256'][:12]}.tar"
+    return keyed, keyed.exists() and read_recipe(keyed)[1] == source
 
 
-def member_name(flip: bool) -> str:
-    """Name of a sample's member with the features of its frames, or of its mirrored frames."""
-    return "features_flipped.npy" if flip else "features.npy"
+def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> None:
+    """Refuse a file of features that was not made as it is wanted, and say in what."""
+    pairs = [(item.name, getattr(there, item.name), getattr(wanted, item.name)) for item in fields(wanted)]
+    wrong = "; ".join(f"{name}: {stored} there, {ours} wanted" for name, stored, ours in pairs if stored != ours)
+    advice = "Set what is there, or make features with what is wanted and another --out."
+    require(not wrong, f"{path} to be made as it is wanted", f"another recipe ({wrong})", advice=advice)
 
 
 class FeatureStore:
@@ -182,20 +159,17 @@ class FeatureStore:
         crop: str,
         flips: bool,
     ) -> None:
-        require_crop(crop)
         self.folder, places = Path(folder), [place for place, _ in sources]
         advice = "Run `ssync-pl data cache-features … --out FOLDER` first; it goes on where it stopped."
         ok, expected = self.folder.is_dir() and bool(places), "argument `features` to be a folder of stored features"
         require(ok, expected, f"{str(folder)!r} for {len(places)} shards", advice=advice)
         facts = [source_facts(*source, self.folder) for source in zip(places, load_shards(places), strict=True)]
-        found = [find_shard(self.folder, fact) for fact in facts]
-        missing = [place for place, (_, there) in zip(places, found, strict=True) if not there]
-        if missing:
-            raise ShardError(
-                f"Expected {folder} to hold features of all {len(places)} shards, but those of {len(missing)} are "
-                f"missing or of other videos, first {missing[0]}. {advice}"
-            )
-        paths = [path for path, _ in found]
+        found = {place: find_shard(self.folder, fact) for place, fact in zip(places, facts, strict=True)}
+        missing = [place for place, (_, there) in found.items() if not there]
+        expected = f"{folder} to hold features of all {len(places)} shards"
+        got = f"{len(missing)} missing or of other videos, first {', '.join(missing[:1])}"
+        require_shard(not missing, expected, got, advice=advice)
+        paths = [path for path, _ in found.values()]
         stored = self.recipe = read_recipe(paths[0])[0]
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         wanted: dict[str, Any] = {"image_size": size and tuple(size), "resize_mode": resize_mode, "crop": crop}
@@ -203,7 +177,7 @@ class FeatureStore:
             require_same(path, read_recipe(path)[0], replace(stored, **wanted, flips=stored.flips or flips))
         self._shards = {
             place: (str(path), entry, {sample.key: sample for sample in entry.samples})
-            for place, path, entry in zip(places, paths, load_shards(paths, save=False), strict=True)
+            for place, path, entry in zip(found, paths, load_shards(paths, save=False), strict=True)
         }
         self._reader = ShardReader()
 
@@ -213,21 +187,18 @@ class FeatureStore:
         `ShardError` where there are none, too few, or damaged ones.
         """
         path, entry, samples = self._shards[shard]
-        name, shape = member_name(flip), (self.recipe.grid[0] * self.recipe.grid[1], self.recipe.dim)
-        if key not in samples or name not in samples[key].members:
-            raise ShardError(
-                f"Expected {path} to hold `{name}` of key {key}, but it has none: the video could not be read when the "
-                "features were made, or mirrored frames were not asked for. Make the features again."
-            )
+        name, shape = MEMBERS[flip], (self.recipe.grid[0] * self.recipe.grid[1], self.recipe.dim)
+        there, expected = key in samples and name in samples[key].members, f"{path} to hold `{name}` of key {key}"
+        advice = "The video could not be read, or mirrored frames were not asked for: make the features again."
+        require_shard(there, expected, "none", advice=advice)
         members = self._reader.sample(path, entry, samples[key], max_bytes=entry.size)
         header = members.header(name)
         count = header.shape[0] if header.shape[1:] == shape and header.dtype == np.dtype("<u2") else 0
-        if (frames.start or 0) >= count or (frames.stop or 0) > count:
-            raise ShardError(
-                f"Expected `{name}` of {path}, key {key} to hold bits of bfloat16 (T, {shape[0]}, {shape[1]}) of "
-                f"frames {frames.start or 0} to {frames.stop or 'the last'}, but got {header.shape} {header.dtype}. "
-                "Delete the file and run `ssync-pl data cache-features` again."
-            )
+        first, last = frames.start or 0, frames.stop or "the last"
+        expected = f"{expected} as bits of bfloat16 (T, {shape[0]}, {shape[1]}) for frames {first} to {last}"
+        advice = "Delete the file and run `ssync-pl data cache-features` again."
+        fits = first < count and (frames.stop or 0) <= count
+        require_shard(fits, expected, header.shape, header.dtype, advice=advice)
         return {"features": torch.from_numpy(members.rows(name, frames).view(np.int16)).view(torch.bfloat16)}
 
     def close(self) -> None:

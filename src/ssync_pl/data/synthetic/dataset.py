@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.writer import Item, convert
+from ssync_pl.data.convert.writer import convert
 from ssync_pl.data.files import exclusive
 from ssync_pl.data.index import read_index, write_index
 from ssync_pl.data.processes import may_start_processes
@@ -72,7 +72,7 @@ def generate(
         with exclusive(folder / ".generate.lock", timeout=-1):
             if not _is_complete(folder, recipe):
                 for split, count in splits.items():
-                    items = [Item(f"{i:06d}", [recipe["split_seeds"][split], i]) for i in range(count)]
+                    items = [[recipe["split_seeds"][split], i] for i in range(count)]
                     prefix = f"{config.name}-{split}"
                     convert(items, partial(_render, config), folder, prefix, recipe={}, num_workers=num_workers)
                 index = read_index(folder)
@@ -110,6 +110,6 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-def _render(config: SceneConfig, item: Item) -> dict[str, Any]:
-    made = render_video(config, *item.source)
+def _render(config: SceneConfig, source: tuple[int, int]) -> dict[str, Any]:
+    made = render_video(config, *source)
     return {"video.npy": made["video"], "segmentations.npy.gz": made["segmentations"]}

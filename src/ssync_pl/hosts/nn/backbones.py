@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.data.features import offer_backbones
+from ssync_pl.data.features import builders
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 
 __all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
@@ -198,7 +198,7 @@ def load_backbone(
     return backbone
 
 
-offer_backbones(load_backbone)
+builders.append(load_backbone)
 
 
 class _TimmBackbone(FrozenBackbone):

@@ -57,7 +57,7 @@ def build_model(target: str, settings: Mapping[str, Any]) -> nn.Module:
 
 def load_weights(host: nn.Module, path: Path) -> None:
     """Puts the weights of a checkpoint or a state dict into a model."""
-    state = read_checkpoint(path).state
+    state = read_checkpoint(path)["state_dict"]
     try:
         host.load_state_dict(state)
     except RuntimeError as error:

@@ -9,44 +9,32 @@ import pathlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError, require
 
-__all__ = ["PublicCheckpoint", "convert_checkpoint", "public_globals", "read_checkpoint"]
+__all__ = ["convert_checkpoint", "public_globals", "read_checkpoint"]
 
 _DROPPED = ("projector.", "projector2.")
 
 
-class PublicCheckpoint(NamedTuple):
-    """Tensors by name, and epochs and optimizer steps trained where the file says so."""
-
-    state: dict[str, Tensor]
-    epoch: int = 0
-    global_step: int = 0
-
-
-def public_globals() -> AbstractContextManager[None]:
+def public_globals() -> AbstractContextManager[Any]:
     """Lets `torch.load(weights_only=True)` read files in which an old Lightning left the path of a folder."""
-    allow: Any = getattr(torch.serialization, "safe_globals", None)
-    if allow is None:  # torch 2.4: such files are refused
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6: they are refused
         return nullcontext()
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        plain: AbstractContextManager[None] = allow([pathlib.PosixPath])
-        return plain
-    # Python 3.13 moved the class, and files name the place where the writer's Python had it. The pure class does on any
-    # system, and reaches no disk.
-    names = ("pathlib.PosixPath", "pathlib._local.PosixPath")
-    named: AbstractContextManager[None] = allow([(pathlib.PurePosixPath, name) for name in names])
-    return named
+    # Files name the place where the writer's Python had the class. The pure class does on any system, without a disk.
+    names: Any = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "_local.PosixPath")]
+    return torch.serialization.safe_globals(names)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
-    """Reads a file of Lightning, a bare state dict of PyTorch, or `.safetensors`; nothing in it is executed."""
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a file of Lightning, a bare state dict of PyTorch, or `.safetensors`; nothing in it is executed.
+
+    Returns `state_dict`, the tensors by name, with `epoch` and `global_step`, which are 0 where the file has none.
+    """
     path = Path(path)
     require(path.is_file(), f"a checkpoint at {str(path)!r}", "no such file", advice="Correct the path.")
     try:
@@ -65,29 +53,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> PublicCheckpoint:
     state = whole.get("state_dict", whole)
     known = isinstance(state, Mapping) and len(state) > 0
     require(known, f"{str(path)!r} to hold a state dict", type(content).__name__)
-    strange = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    strange = [str(name) for name, value in state.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     require(not strange, f"{str(path)!r} to hold tensors by name", f"{', '.join(strange[:4])}, which are none")
-    epoch, step = (value if isinstance(value, int) else 0 for value in (whole.get("epoch"), whole.get("global_step")))
-    return PublicCheckpoint(dict(state), epoch, step)
+    steps = {name: whole.get(name) for name in ("epoch", "global_step")}
+    counted = {name: value if isinstance(value, int) else 0 for name, value in steps.items()}
+    return {"state_dict": dict(state), **counted}
 
 
 def convert_checkpoint(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[str]:
     """Turns a public checkpoint into one that `--ckpt_path` takes, beside the converted configuration.
 
-    It keeps the tensors of the model with those of its backbone, so that nothing is downloaded, and the epoch and step;
-    it leaves out the state of the optimizer and the parts of SRL that no host has, whose names it returns. The host
-    loads it strictly.
+    It keeps the tensors of the model and its backbone, the epoch and the step; it leaves out the state of the optimizer
+    and the parts of SRL that no host has, whose names it returns. The host loads it strictly.
     """
     import lightning.pytorch as L
 
-    public = read_checkpoint(path)
+    content = read_checkpoint(path)
+    state = content["state_dict"]
+    content["state_dict"] = {name: value.clone() for name, value in state.items() if not name.startswith(_DROPPED)}
     buffer = io.BytesIO()
-    content = {
-        "epoch": public.epoch,
-        "global_step": public.global_step,
-        "pytorch-lightning_version": L.__version__,
-        "state_dict": {name: tensor.clone() for name, tensor in public.state.items() if not name.startswith(_DROPPED)},
-    }
-    torch.save(content, buffer)
+    torch.save({**content, "pytorch-lightning_version": L.__version__}, buffer)
     write_bytes(Path(out), buffer.getvalue())
-    return [name for name in public.state if name.startswith(_DROPPED)]
+    return [name for name in state if name.startswith(_DROPPED)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partialmethod
 from typing import Any
 
 from ssync_pl.errors import ConfigError, require
@@ -35,15 +36,13 @@ class Keys:
         return value
 
     def number(self, key: str, default: Any = _NOTHING, kind: type = float) -> Any:
-        """Takes a finite number."""
+        """Takes a finite number, a whole one where `kind` is `int`."""
         value = self.take(key, default)
         known = type(value) in (int, float) and math.isfinite(value) and value == kind(value)
         require(known or value is default, f"{key} to be a {'whole ' * (kind is int)}number", repr(value))
         return default if value is default else kind(value)
 
-    def integer(self, key: str, default: Any = _NOTHING) -> Any:
-        """Takes a whole number."""
-        return self.number(key, default, int)
+    integer = partialmethod(number, kind=int)
 
     def choose(self, key: str, *choices: Any, default: Any = _NOTHING) -> Any:
         """Takes a value of which the package has only some counterparts."""
@@ -56,18 +55,13 @@ class Keys:
             )
         return value
 
-    def check(self, rules: Mapping[str, Any]) -> None:
-        """Takes all values of some keys (`*` for any part), which have to be the given one, or one of a tuple."""
-        for pattern, choices in rules.items():
-            for key in self._matching(pattern):
-                self.choose(key, *(choices if isinstance(choices, tuple) else (choices,)))
-
-    def skip(self, pattern: str, reason: str = "") -> None:
-        """Takes all values of some keys (`*` for any part), which are not translated; notes the reason."""
-        for key in self._matching(pattern):
-            self._read.add(key)
-            if reason:
-                self.left_out[key] = reason
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Takes all values whose keys match (`*` for any part), which are not translated, and notes the reasons."""
+        for key in self.values:
+            for pattern, reason in reasons.items():
+                if fnmatchcase(key, pattern):
+                    self._read.add(key)
+                    self.left_out |= {key: reason} if reason else {}
 
     def refuse_unread(self, *sections: str) -> None:
         """Refuses values of some sections that nothing took, and notes those of others."""
@@ -79,9 +73,6 @@ class Keys:
                 f"that do not matter, for example by --set {refused[0]}=null"
             )
         self.left_out |= dict.fromkeys(unread, "nothing is known about it")
-
-    def _matching(self, pattern: str) -> list[str]:
-        return [key for key in self.values if fnmatchcase(key, pattern)]
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import re
+import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,20 @@ _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
 _MOST_CHARACTERS = 10_000
 _DEEPEST = 20
 _LARGEST = 1e18
-_ARITHMETIC = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.Constant)
-_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.UAdd, ast.USub)
+_TOO_MUCH = (
+    f"Expected at most {_MOST_VALUES} values, nested {_DEEPEST} deep, and {_MOST_REFERENCES} references, but aliases "
+    "or references stand for more, or refer to themselves."
+)
+_NODES = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.Constant)
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)  # % would format text of any length
 _OURS = "ssync_pl."  # prefix of our functions in OmegaConf's registry, which the whole process shares
-_NAMES = "abcdefghijk"  # of the values in the official `eval`
 _NOTHING = object()
-_VIT = re.compile(r"vit_(?P<size>tiny|small|base|large)_patch(?P<patch>\d+)(?:_(?P<pixels>\d+))?_\w+")
-_WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
+_VIT = re.compile(r"vit_(?P<size>small|base|large)_patch(?P<patch>\d+)(?:_(?P<pixels>\d+))?_\w+")
+_WIDTHS = {"small": 384, "base": 768, "large": 1024}
 
 
 class _TooMuchError(BaseException):
     """Ends the reading at once: OmegaConf goes on with the next value after an `Exception`."""
-
-    def __str__(self) -> str:
-        return (
-            f"Expected at most {_MOST_VALUES} values, nested {_DEEPEST} deep, and {_MOST_REFERENCES} references, but "
-            "aliases or references stand for more, or refer to themselves."
-        )
-
-
-# What PyYAML and OmegaConf let escape beside their own errors, for example from `!!int abc`
-_UNREADABLE = (_TooMuchError, yaml.YAMLError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError)
 
 
 def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
@@ -52,7 +47,6 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
     """
     try:
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
     except ModuleNotFoundError as error:
         raise ConfigError(
             'Expected OmegaConf for public configurations, but it is missing. Run `pip install "ssync-pl[official]"`.'
@@ -73,28 +67,13 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
             OmegaConf.update(config, key, _parsed(f"value: {value}")["value"], merge=False)
         plain: Any = OmegaConf.to_container(config, resolve=True)
         return plain
-    except (*_UNREADABLE, RecursionError, OmegaConfBaseException) as error:
+    except (Exception, _TooMuchError) as error:  # PyYAML lets many kinds escape, for example from `!!int abc`
         reason = str(error).partition("\n    full_key:")[0].rpartition("raised while resolving interpolation: ")[2]
         if isinstance(error, RecursionError) or "recursion depth" in reason:
-            reason = str(_TooMuchError())
+            reason = _TOO_MUCH
         place = getattr(error, "full_key", None)
         where = f"{path}, {str(place)[:100]}" if place else str(path)
         raise ConfigError(f"In {where}: {' '.join(reason.split())[:500]}") from error
-
-
-def evaluate(expression: str, values: Mapping[str, Any] | None = None) -> int | float:
-    """Computes `+ - * / // % **` of numbers, parentheses and named numbers; refuses everything else."""
-    import simpleeval
-
-    operators = {kind: simpleeval.DEFAULT_OPERATORS[kind] for kind in _OPERATORS}
-    evaluator = simpleeval.SimpleEval(operators, functions={}, names=values or {})
-    evaluator.nodes = {kind: handle for kind, handle in evaluator.nodes.items() if kind in _ARITHMETIC}
-    try:
-        return _number(evaluator.eval(expression))
-    except (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"Expected arithmetic of numbers such as 'a / 32 * b', but got {expression[:200]!r} ({error})."
-        ) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -118,17 +97,15 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def _parsed(text: str) -> Any:
     loader = _Loader(text)
     node = loader.get_single_node()
-    if node is None:
-        return None
-    if _count(node, {}) > _MOST_VALUES:
-        raise _TooMuchError
-    return loader.construct_document(node)
+    if node is not None and _count(node, {}) > _MOST_VALUES:
+        raise _TooMuchError(_TOO_MUCH)
+    return None if node is None else loader.construct_document(node)
 
 
 def _count(node: Any, known: dict[int, int], depth: int = 0) -> int:
     """Counts the values that a node stands for, aliases unfolded; refuses keys that come twice."""
     if depth > _DEEPEST:
-        raise _TooMuchError
+        raise _TooMuchError(_TOO_MUCH)
     if id(node) not in known:
         children = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
@@ -150,7 +127,7 @@ def _follower() -> Callable[..., Any]:
         require(value is not _NOTHING, f"a value at {key}", "none", advice="Name one that exists.")
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         if next(calls) > _MOST_REFERENCES or len(str(plain)) > _MOST_CHARACTERS:
-            raise _TooMuchError
+            raise _TooMuchError(_TOO_MUCH)
         return plain
 
     return follow
@@ -162,31 +139,32 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _evaluated(text: Any, *values: Any) -> int | float:
-    """`eval`: an expression of a, b, c…, or of the names before its colon."""
-    names, colon, body = str(text).rpartition(":")
-    found = [name.strip() for name in names.removeprefix("lambda ").split(",")] if colon else _NAMES[: len(values)]
-    require(len(found) == len(values), f"a value for each of the names {found}", f"{len(values)} values")
-    return evaluate(body.strip(), {name: _number(value) for name, value in zip(found, values, strict=True)})
+def evaluate(expression: Any, *values: Any) -> int | float:
+    """Computes `+ - * /` of numbers, parentheses and the values by the names a, b, c …; refuses everything else."""
+    import simpleeval
 
-
-def _joined(sign: str) -> Callable[..., Any]:
-    return lambda *values: _evaluated(sign.join(_NAMES[: len(values)]), *values)
+    names = dict(zip(string.ascii_lowercase, map(_number, values), strict=False))
+    operators = {kind: simpleeval.DEFAULT_OPERATORS[kind] for kind in _OPERATORS}
+    evaluator = simpleeval.SimpleEval(operators, functions={}, names=names)
+    evaluator.nodes = {kind: handle for kind, handle in evaluator.nodes.items() if kind in _NODES}
+    try:
+        return _number(evaluator.eval(str(expression)))
+    except (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
+        expected = "Expected arithmetic of numbers such as 'a / 32 * b'"
+        raise ConfigError(f"{expected}, but got {str(expression)[:200]!r} ({error}).") from error
 
 
 def _vit_property(table: str, name: str, key: str) -> int:
-    """Width (`FEAT_DIM`) or number of patches (`NUM_PATCHES`) of a vision transformer, by its name in old timm."""
+    """Returns the width or the number of patches of a vision transformer, by its name in old timm."""
     found = _VIT.fullmatch(str(name))
-    known = table == "VIT_PARAMS" and key in ("FEAT_DIM", "NUM_PATCHES")
-    if not known or found is None:
+    if found is None or table != "VIT_PARAMS" or key not in ("FEAT_DIM", "NUM_PATCHES"):
         raise ConfigError(f"Expected FEAT_DIM or NUM_PATCHES of a vision transformer, but got {key!r} of {name!r}.")
     return _WIDTHS[found["size"]] if key == "FEAT_DIM" else (int(found["pixels"] or 224) // int(found["patch"])) ** 2
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{name: _joined(sign) for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*"), ("div", "/"))},
-    "eval": _evaluated,
-    "min": lambda *values: min(map(_number, values)),
-    "max": lambda *values: max(map(_number, values)),
+    "add": lambda *values: _number(sum(map(_number, values))),
+    "mul": lambda *values: _number(math.prod(map(_number, values))),
+    "eval": evaluate,
     "config_prop": _vit_property,
 }

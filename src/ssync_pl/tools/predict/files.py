@@ -1,4 +1,4 @@
-"""The files of one predicted video, filled piece by piece and shown only when they are whole."""
+"""The files of one predicted video, shown only when they are whole."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from ssync_pl.data.video import Mp4Encoder
+from ssync_pl.data.video import Mp4Encoder, mp4_available
 from ssync_pl.tools.predict.windows import OUTSIDE
-from ssync_pl.tools.viz import SheetRow, draw_sheet, overlay_labels, slot_colors
+from ssync_pl.tools.viz import overlay_labels, slot_colors
 
-__all__ = ["TEMPORARY", "TRACK_COLUMNS", "VideoFiles", "encode_label_png", "slot_tracks"]
+__all__ = ["ENDINGS", "TEMPORARY", "TRACK_COLUMNS", "VideoFiles", "encode_label_png", "slot_tracks"]
 
+ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")
+"""What the names of a video's files end with; the last one is a folder of pictures."""
 TEMPORARY = ".ssync_pl-"
 """Beginning of the names of folders that hold what is not whole yet."""
 TRACK_COLUMNS = ("frame", "slot", "area", "center_x", "center_y", "x0", "y0", "x1", "y1")
+_SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
 def encode_label_png(labels: NDArray[np.uint8]) -> bytes:
@@ -61,60 +64,45 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
 
 
 class VideoFiles:
-    """Takes the pieces of a video in order, in a hidden folder; `finish` moves whole files to their places.
+    """Takes the pieces of a video in order; `finish` fills a hidden folder and moves whole files to their places.
 
-    `name` is what files are called before their endings; without `fps` there is no overlay video.
+    `name` is what files are called before their endings; there is an MP4 where PyAV is installed.
     """
 
-    def __init__(self, folder: Path, name: str, key: str, *, fps: int | None, label_pngs: bool, cell: int) -> None:
-        self.folder, self.name, self.key, self.label_pngs, self.cell = folder, name, key, label_pngs, cell
-        self.frames = self.pieces = self.slots = 0
-        self._labels: list[NDArray[np.uint8]] = []
-        self._encoder = None if fps is None else Mp4Encoder(fps)
-        self._hidden = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
-        self._pictures = self._hidden / f"{name}_labels"
+    def __init__(self, folder: Path, name: str, fps: int) -> None:
+        self.folder, self.name, self.slots = folder, name, 0
+        self.pieces: list[NDArray[np.uint8]] = []
+        self._encoder = Mp4Encoder(fps) if mp4_available() else None
 
-    @property
-    def last(self) -> NDArray[np.uint8]:
-        """Labels (H, W) of the last frame so far."""
-        return self._labels[-1][-1]
+    def add(self, frames: NDArray[np.uint8], labels: NDArray[np.uint8], num_slots: int) -> None:
+        """Takes frames (T, H, W, 3) and labels (T, H, W) of them, of which 255 is no slot."""
+        self.slots = max(self.slots, num_slots)
+        self.pieces.append(labels)
+        if self._encoder is None:
+            return
+        height, width = (max(1, round(_SIDE * side / max(labels.shape[1:]))) for side in labels.shape[1:])
+        for frame, one in zip(frames, labels, strict=True):
+            shown = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
+            slots = overlay_labels(shown, np.where(one == OUTSIDE, -1, one.astype(np.int64)))
+            self._encoder.add(np.concatenate([shown, slots], axis=1)[None])
 
-    def add(self, frames: NDArray[np.uint8], labels: NDArray[np.uint8], outside: bool = False) -> None:
-        """Takes frames (T, H, W, 3) and labels (T, h, w), of which 255 is no slot with `outside`."""
-        slots = labels.astype(np.int64)
-        if outside:
-            slots[slots == OUTSIDE] = -1
-        title = f"{self.key[-60:]}  |  slots used: {len(np.unique(slots[slots >= 0]))}"
-        if self._encoder is not None:
-            for frame, one in zip(frames, slots, strict=True):
-                row = SheetRow("", np.stack([frame, overlay_labels(frame, one)]))
-                sheet = draw_sheet([row], title=title, columns=["video", "slots"], cell=self.cell)
-                self._encoder.add(sheet[None])
-        if self.label_pngs:
-            self._pictures.mkdir(exist_ok=True)
-            for number, picture in enumerate(labels, self.frames):
-                (self._pictures / f"{number:05d}.png").write_bytes(encode_label_png(picture))
-        self._labels.append(labels)
-        self.frames += len(labels)
-        self.pieces += 1
-
-    def finish(self, num_slots: int | None = None) -> int:
-        """Writes the files; returns how many of the S slots win at least one pixel."""
-        labels = np.concatenate(self._labels)
-        count = num_slots if num_slots is not None else int(labels.max(initial=0)) + 1
-        np.savez_compressed(self._hidden / f"{self.name}.labels.npz", labels=labels)
-        (self._hidden / f"{self.name}.tracks.csv").write_text(slot_tracks(labels, count), encoding="utf-8")
-        if self._encoder is not None and self.frames:
-            (self._hidden / f"{self.name}.mp4").write_bytes(self._encoder.close())
-        for path in self._hidden.iterdir():
-            final = self.folder / path.name
-            if final.is_dir():  # of an earlier prediction, as the writer has made sure
-                shutil.rmtree(final)
-            os.replace(path, final)
-        self.discard()
+    def finish(self) -> dict[str, Any]:
+        """Writes the files, in the place of those of an earlier prediction; returns what the index says of them."""
+        labels = np.concatenate(self.pieces)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as hidden:
+            start = Path(hidden, self.name)
+            if self._encoder is not None:
+                Path(f"{start}.mp4").write_bytes(self._encoder.close())
+            np.savez_compressed(f"{start}.labels.npz", labels=labels)
+            Path(f"{start}.tracks.csv").write_text(slot_tracks(labels, self.slots), encoding="utf-8")
+            pictures = Path(f"{start}_labels")
+            pictures.mkdir()
+            for number, picture in enumerate(labels):
+                (pictures / f"{number:05d}.png").write_bytes(encode_label_png(picture))
+            for earlier in (self.folder / f"{self.name}{ending}" for ending in ENDINGS):
+                shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
+            files = sorted(os.listdir(hidden))
+            for name in files:
+                os.replace(Path(hidden, name), self.folder / name)
         found = np.unique(labels)
-        return len(found[found < count])
-
-    def discard(self) -> None:
-        """Leaves nothing behind of what is not finished."""
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        return {"frames": len(labels), "slots_used": len(found[found < self.slots]), "files": files}

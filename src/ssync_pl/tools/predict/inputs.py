@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
-from ssync_pl.errors import ShardError, require
+from ssync_pl.errors import require, require_shard
 
 __all__ = ["InputVideo", "find_videos"]
 
@@ -44,67 +45,52 @@ class InputVideo(NamedTuple):
 
 def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
     """Finds the videos that some inputs name, in their order; those of a folder in natural order."""
-    return [video for text in inputs for video in _look_into(Path(text).expanduser())]
-
-
-def _look_into(path: Path) -> list[InputVideo]:
-    require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix.lower() in VIDEO_EXTENSIONS:
-        return [_video_file(path)]
-    hint = "Name the folder that holds the frames." if path.suffix.lower() in PICTURE_EXTENSIONS else ""
-    require(path.name.lower().endswith(_TARS), f"--input to be {_KINDS}", f"{path}, which is none of them", advice=hint)
-    return _shard(path)
+    found: list[InputVideo] = []
+    for path in (Path(text).expanduser() for text in inputs):
+        require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
+        videos = _folder(path) if path.is_dir() else _file(path)
+        hint = "Name the folder that holds the frames." if path.suffix.lower() in PICTURE_EXTENSIONS else ""
+        require(bool(videos), f"--input to be {_KINDS}", f"{path}, which is none of them", advice=hint)
+        found += videos
+    return found
 
 
 def _folder(path: Path) -> list[InputVideo]:
-    names = sorted((item.name for item in path.iterdir() if item.name[0] != "."), key=natural_key)
-    files = [name for name in names if (path / name).is_file()]
-    pictures, clips, shards = (
-        [name for name in files if name.lower().endswith(kind)]
-        for kind in (PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, _TARS)
-    )
-    kinds = [some[0] for some in (pictures, clips, shards) if some]
-    advice = "Name the files themselves, or move one kind into a folder of its own."
-    require(len(kinds) < 2, f"folder {path} to hold one kind of input", *kinds, advice=advice)
-    if pictures:
-        return [_frame_folder(path)]
-    if shards:
-        return [video for name in shards for video in _shard(path / name)]
-    # Masks beside videos are named so for the converter.
-    folders = [
-        name for name in names if (path / name).is_dir() and not is_mask_folder(name) and list_frames(path / name)
-    ]
-    got = ", ".join(names[:5]) or "nothing"
-    require(bool(clips or folders), f"folder {path} to hold videos, as {_KINDS}", got)
-    chosen = sorted([*clips, *folders], key=natural_key)
-    return [_video_file(path / name) if name in clips else _frame_folder(path / name) for name in chosen]
+    frames, videos, ignored = dict.fromkeys(list_frames(path)), [], []
+    for item in sorted(path.iterdir(), key=lambda item: natural_key(item.name)):
+        if item.name.startswith(".") or item.name in frames or is_mask_folder(item.name):  # as converters name masks
+            continue
+        found = _frame_folder(item) if item.is_dir() else _file(item)
+        videos += found
+        ignored += [] if found or item.suffix == ".json" else [item.name]  # such as the index of shards
+    advice = "Name the inputs themselves, or move one kind into a folder of its own."
+    kinds = [*list(frames)[:1], *(Path(video.source).name for video in videos[:1])]
+    require(not (frames and videos), f"folder {path} to hold one kind of input", *kinds, advice=advice)
+    if ignored:
+        warnings.warn(f"ssync-pl predict leaves out of {path}: {', '.join(ignored[:9])}", stacklevel=2)
+    return videos or _frame_folder(path)
 
 
-def _video_file(path: Path) -> InputVideo:
-    where = f"video {path}"
-    facts = inspect_video(path, where)
-    next(read_frames(path, None, range(1), None, where))
-    frames = partial(read_frames, path, None, None, None, where)
-    return InputVideo(path.stem, str(path), frames, facts.rate)
-
-
-def _frame_folder(path: Path) -> InputVideo:
+def _frame_folder(path: Path) -> list[InputVideo]:
     names, key = list_frames(path), path.name or path.resolve().name
-    return InputVideo(key, str(path), partial(read_frames, path, names, None, None, f"video {path}"))
+    return [InputVideo(key, str(path), partial(read_frames, path, names, None, None, f"video {path}"))] if names else []
+
+
+def _file(path: Path) -> list[InputVideo]:
+    where, name = f"video {path}", path.name.lower()
+    if name.endswith(_TARS) and path.is_file():
+        return _shard(path)
+    if not name.endswith(VIDEO_EXTENSIONS) or not path.is_file():
+        return []
+    facts = inspect_video(path, where)
+    return [InputVideo(path.stem, str(path), partial(read_frames, path, None, None, None, where), facts.rate)]
 
 
 def _shard(path: Path) -> list[InputVideo]:
     entry = load_shards([str(path)], save=False)[0]
-    if not entry.samples:
-        raise ShardError(f"Expected shard {path} to hold videos, but it is empty. Build it again.")
-
-    def video(sample: SampleEntry) -> InputVideo:
-        frames = partial(_shard_frames, str(path), entry, sample)
-        return InputVideo(sample.key, f"{path}, key {sample.key}", frames)
-
-    return [video(sample) for sample in entry.samples]
+    require_shard(bool(entry.samples), f"shard {path} to hold videos", "none", advice="Build it again.")
+    read = partial(_shard_frames, str(path), entry)
+    return [InputVideo(one.key, f"{path}, key {one.key}", partial(read, one)) for one in entry.samples]
 
 
 def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:

@@ -10,31 +10,27 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssync_pl.data.transforms import Size, central_square, covering_size
 from ssync_pl.tools.viz import resize_nearest
 
-__all__ = [
-    "OUTSIDE",
-    "Window",
-    "cut_windows",
-    "match_slots",
-    "relabel",
-    "restore_labels",
-    "seen_region",
-]
+__all__ = ["OUTSIDE", "CarrySlots", "Window", "cut_windows", "match_slots", "restore_labels", "seen_region"]
 
 OUTSIDE = 255
 """Label of pixels that the model did not see, because a crop cut them off."""
 
 
 class Window(NamedTuple):
-    """Consecutive frames of a video, uint8 (T, H, W, 3); frame 0 repeats the last window's end unless `start` is 0."""
+    """Consecutive frames of a video; frame 0 repeats the last window's end unless `start` is 0."""
 
     start: int
-    frames: NDArray[np.uint8]
+    frames: NDArray[np.uint8]  # (T, H, W, 3), as the video stores them
     last: bool
+    key: str = ""
+    source: str = ""
+    rate: float | None = None  # frames per second
+    region: tuple[slice, slice] = (slice(0, 0), slice(0, 0))  # rows and columns that the host sees
 
 
 def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Window]:
@@ -51,6 +47,38 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
         yield Window(start, np.stack(held), last=True)
 
 
+class CarrySlots:
+    """Lets each window of a video begin with the slots that the window before ended with, where the host can.
+
+    A host that can says so by `carries_slots`: `host.initializer(...)` gives the first slots (B, S, D) of a clip, and
+    `host(...).slots` (B, T, S, D) are those of each frame. The shared frame is corrected once more from its own slots,
+    so that slots keep their objects.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self._first: Tensor | None = None
+        self._last: Tensor | None = None
+        self._handles: list[Any] = []
+        if getattr(host, "carries_slots", False):
+            initializer: Any = host.initializer
+            self._handles = [initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
+
+    def next_window(self, goes_on: bool) -> None:
+        """Says before each window whether it goes on where the one before ended."""
+        self._first = self._last if goes_on else None
+
+    def close(self) -> None:
+        """Leaves the host as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output if self._first is None else self._first.to(output.dtype)
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._last = output.slots[:, -1].detach()
+
+
 def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> NDArray[np.int64]:
     """Finds the number (S,) that each slot of a window gets, from labels (H, W) of the frame that both windows share.
 
@@ -62,13 +90,6 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
     overlap = np.bincount(pairs, minlength=num_slots * num_slots).reshape(num_slots, num_slots).astype(np.float64)
     overlap += np.eye(num_slots) / (2 * max(1, num_slots))  # all together less than a pixel: decides ties only
     return linear_sum_assignment(-overlap)[1]
-
-
-def relabel(labels: NDArray[np.uint8], names: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Gives slots other numbers; labels without a name stay."""
-    table = np.arange(256, dtype=np.uint8)
-    table[: len(names)] = names
-    return table[labels]
 
 
 def seen_region(
