@@ -65,7 +65,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 
 def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."""
+    """Draw frames of videos in shards, and below them the same frames with their object masks, as one PNG."""
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help=_SHARDS)
     add("--out", required=True, type=Path, metavar="FILE.png", help="a new picture, or an earlier one of this command")
