@@ -7,8 +7,8 @@ A refactoring must not change what users train. Record anew, after a change that
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -17,10 +17,11 @@ import pytest
 
 from ssync_pl.cli import main
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
 RECORD = Path(__file__).with_name("pinned_examples.json")
 FEATURE_HOSTS = ("slotcontrast_synthetic", "videosaur_synthetic", "solv_synthetic")
-WITHOUT = ["--config", str(EXAMPLES / "without_ssync.yaml")]
+EXAMPLES = ("savi_synthetic", *FEATURE_HOSTS)
+WITHOUT = ["--config", str(FOLDER / "without_ssync.yaml")]
 COLUMNS = ("train/loss", "ssync/boundary_loss", "ssync/interior_loss", "ssync/agreement")
 STEPS = (0, 9, 19, 29, 39, 49)
 # Sums in another order, as on other processors or with other numbers of threads, grow apart tenfold every few steps.
@@ -30,7 +31,7 @@ SHARES = 0.15  # absolute, of the numbers of SSync after its first step
 
 
 def fit(name: str, data: Path, folder: Path, *more: str) -> None:
-    words = ["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *more, "--trainer.enable_progress_bar=false"]
+    words = ["fit", "--config", str(FOLDER / f"{name}.yaml"), *more, "--trainer.enable_progress_bar=false"]
     words += ["--data.init_args.num_train=16", "--data.init_args.num_validation=2", "--trainer.accelerator=cpu"]
     words += [f"--data.init_args.root={data}", f"--trainer.default_root_dir={folder}"]
     assert main(words) == 0
@@ -57,7 +58,7 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.mark.parametrize("name", ["savi_synthetic", *FEATURE_HOSTS])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_fifty_steps_give_the_recorded_losses(name, data, tmp_path):
     needs_features(name)
     recorded, found = json.loads(RECORD.read_text("utf-8"))[name], losses_of(name, data, tmp_path)
@@ -86,38 +87,32 @@ def test_an_example_trains_validates_and_reports(name, more, data, tmp_path, cap
     assert ("SSyncCallback" in (file.parent / "config.yaml").read_text("utf-8")) == (not more)
 
 
-@pytest.mark.parametrize("name", ["savi_synthetic", *FEATURE_HOSTS])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_overlay_leaves_ssync_out_and_nothing_else(name, capsys):
     printed = []
     for more in ([], WITHOUT):
-        assert main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *more, "--print_config"]) == 0
-        printed.append(capsys.readouterr().out)
-    assert "ssync_pl.SSyncCallback" in printed[0]
-    assert "SSyncCallback" not in printed[1]
-    # The callbacks end where the next key of the trainer begins.
-    cut = [text[: text.index("  callbacks:")] + text[text.index("\nmodel:") :] for text in printed]
-    assert cut[0] == cut[1]
+        assert main(["fit", "--config", str(FOLDER / f"{name}.yaml"), *more, "--print_config"]) == 0
+        text = capsys.readouterr().out
+        assert ("ssync_pl.SSyncCallback" in text) == (not more)
+        # The callbacks end where the next key of the trainer begins.
+        printed.append(text[: text.index("  callbacks:")] + text[text.index("\nmodel:") :])
+    assert printed[0] == printed[1]
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(name, *words):
+    return runpy.run_path(str(FOLDER / f"{name}.py"))["main"]([*words])
 
 
 def test_the_plain_script_adds_ssync_in_two_lines(tmp_path, data, monkeypatch):
-    source = (EXAMPLES / "one_callback.py").read_text("utf-8")
-    starred = [line for line in source.splitlines() if "  # * " in line]
-    assert len(starred) == 2
-    assert all("SSyncCallback" in line for line in starred)
+    starred = [line for line in (FOLDER / "one_callback.py").read_text("utf-8").splitlines() if "  # * " in line]
+    assert ["SSyncCallback" in line for line in starred] == [True, True]
     monkeypatch.chdir(tmp_path)
-    metrics = load("one_callback").main(["--steps", "3", "--videos", "16", "--data", str(data)])
+    metrics = run("one_callback", "--steps", "3", "--videos", "16", "--data", str(data))
     assert 0.0 <= metrics["val/video_mbo"] <= 1.0
 
 
 def test_the_plain_loop_trains_and_adds_ssync(capsys):
-    losses = load("existing_training_loop").main(["--steps", "60", "--videos", "2"])
+    losses = run("existing_training_loop", "--steps", "60", "--videos", "2")
     printed = capsys.readouterr().out
     assert len(losses) == 60
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -127,7 +122,6 @@ def test_the_plain_loop_trains_and_adds_ssync(capsys):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        names = ("savi_synthetic", *FEATURE_HOSTS)
-        found = {name: losses_of(name, Path(scratch, "data"), Path(scratch, name)) for name in names}
+        found = {name: losses_of(name, Path(scratch, "data"), Path(scratch, name)) for name in EXAMPLES}
     RECORD.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     sys.stdout.write(f"{RECORD.name}: {len(found)} examples\n")

@@ -1,14 +1,9 @@
-"""Makes the helper modules beside the tests importable under importlib mode, and seeds every test."""
+"""Seeds every test."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

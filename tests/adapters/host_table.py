@@ -24,11 +24,6 @@ def make_host(name: str) -> Any:
     return CASES[name][1]()
 
 
-def attention_of(host: Any) -> Any:
-    """The slot attention as the frames call it."""
-    return host.corrector if hasattr(host, "corrector") else parts(host)[0]
-
-
 class Heard(NamedTuple):
     """What one training step of a host gave."""
 
@@ -58,25 +53,19 @@ def pooled(value: Tensor, grid: tuple[int, int]) -> Tensor:
     return blocks.mean((-1, -3)).flatten(-2)
 
 
-def existing(host: Any) -> Tensor | None:
-    """The slots ``(B, S)`` that exist in a host, where some do not."""
-    kept = getattr(host, "kept", None)
-    return getattr(host, "valid", None) if kept is None else kept
-
-
 def own_maps(host: Any) -> SSyncMaps:
     """Maps from the tensors that the host kept in its last step."""
     attention, decoder = parts(host)
     (logits, probs), drawn = attention.whole(torch.stack(attention.own_logits, 1)), decoder.own_logits
     masks = torch.stack(drawn, 1) if 1 < len(drawn) == logits.shape[1] else drawn[0]
-    if getattr(host, "frames", "") == "loop":  # frames without an identity of slots
+    if host.clips:  # frames without an identity of slots
         logits, probs, masks = (one if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs, masks))
     lead = logits.shape[:3]
     masks = masks.reshape(*lead, *masks.shape[(masks.shape[:3] == lead and 3) or 2 :])
     if masks.ndim == 4 and masks.shape[3] != logits.shape[3]:
         masks = masks.unflatten(3, (2 * GRID[0], 2 * GRID[1]))
     size = tuple(masks.shape[3:]) if masks.ndim == 5 else GRID
-    grid, valid = min(GRID, size), existing(host)
+    grid, valid = min(GRID, size), host.existing
     sides: dict[str, Any] = {"attention_logits": logits, "attention_probs": probs}
     if decoder.probs:
         sides["mask_probs"] = masks.flatten(3)

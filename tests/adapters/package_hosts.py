@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from stand_in_parts import DIM, FRAME, PATCH, Decoder, S, SlotAttention, StandIn, T, mean_of_heads
+from stand_in_parts import DIM, FRAME, RawDecoder, S, SlotAttention, StandIn, T, eyes, mean_of_heads
 from torch import Tensor, nn
 
 
@@ -23,29 +23,31 @@ class PackageAttention(SlotAttention):
     """Returns slots only, which it samples itself; ``heads`` have a softmax over slots each."""
 
     def __init__(self, heads: int | None = None) -> None:
-        super().__init__()
+        super().__init__(heads=heads or 1)
         self.slots_mu, self.slots_logsigma = (nn.Parameter(torch.ones(1, 1, DIM)) for _ in range(2))
-        self.norm_input, self.norm_slots, self.heads = nn.LayerNorm(DIM), nn.LayerNorm(DIM), heads
+        self.norm_input, self.norm_slots, self.several = nn.LayerNorm(DIM), nn.LayerNorm(DIM), heads is not None
         if heads is not None:
             self.split_heads, self.combine_heads = SplitHeads(heads), nn.Linear(DIM, DIM)
 
+    def split(self, value: Tensor) -> Tensor:
+        return self.split_heads(value) if self.several else value
+
+    def product(self, query: Tensor, keys: Tensor) -> Tensor:
+        return torch.einsum("...sd,...nd->...sn", query, keys) * self.scale
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-2)
+
+    def mix(self, weights: Tensor, values: Tensor) -> Tensor:
+        updates = weights @ values
+        return self.combine_heads(updates.transpose(1, 2).flatten(2)) if self.several else updates
+
     def forward(self, inputs: Tensor, num_slots: int = S) -> Tensor:
         slots = self.slots_mu + self.slots_logsigma.exp() * torch.randn(len(inputs), num_slots, DIM)
-        split: Any = self.split_heads if self.heads else nn.Identity()
-        inputs = self.norm_input(inputs)
-        keys, values = split(self.to_k(inputs)), split(self.to_v(inputs))
-        for _ in range(self.iterations):
-            logits = torch.einsum("...sd,...nd->...sn", split(self.to_q(self.norm_slots(slots))), keys) * self.scale
-            weights = nn.functional.normalize((self.sharpen * logits).softmax(-2) + self.eps, p=1, dim=-1)
-            updates = weights @ values
-            if self.heads:
-                updates = self.combine_heads(updates.transpose(1, 2).flatten(2))
-            slots = self.gru(updates.reshape(-1, DIM), slots.reshape(-1, DIM)).view_as(slots)
-        self.own_logits.append(logits)
-        return slots
+        return self.attend(self.norm_input(inputs), self.norm_slots(slots))[0]
 
     def whole(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        return mean_of_heads(logits) if self.heads else (logits, None)
+        return mean_of_heads(logits) if self.several else (logits, None)
 
 
 class PackageWrapper(nn.Module):
@@ -61,16 +63,8 @@ class PackageWrapper(nn.Module):
         return slots, self.kept + soft - soft.detach()
 
 
-class PackageCodes(nn.Module):
-    """Averages slots of one code, and packs them to the front."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slot_attention, self.vq = PackageAttention(), nn.Identity()
-
-
-class Pictures(Decoder):
-    """A picture and the logit of a mask for each slot, slots folded into the batch; ``last`` has channels last."""
+class Pictures(RawDecoder):
+    """Channels come first, or ``last``."""
 
     checked = False
 
@@ -79,9 +73,7 @@ class Pictures(Decoder):
         self.last = last
 
     def forward(self, slots: Tensor) -> Tensor:
-        colours, _ = self.draw(slots)
-        output = torch.cat([colours, self.own_logits[-1].unsqueeze(2)], 2).flatten(0, 1)
-        return output.movedim(1, -1) if self.last else output
+        return super().forward(slots).movedim(1, -1) if self.last else super().forward(slots)
 
 
 class PackageHost(StandIn):
@@ -93,17 +85,13 @@ class PackageHost(StandIn):
     def __init__(
         self, attention: nn.Module | None = None, frames: str = "image", last: bool = False, unfold: bool = False
     ) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Conv2d(3, DIM, PATCH, PATCH), Pictures(last)
-        self.slot_attn = PackageAttention() if attention is None else attention
-        self.frames, self.unfold = frames, unfold
+        attention = PackageAttention() if attention is None else attention
+        super().__init__({"encoder": eyes(), "decoder": Pictures(last), "slot_attn": attention})
+        self.frames, self.unfold, self.clips = frames, unfold, frames == "loop"
+        self.existing = attention.kept.bool() if isinstance(attention, PackageWrapper) else None
 
-    @property
-    def kept(self) -> Tensor | None:
-        return self.slot_attn.kept.bool() if isinstance(self.slot_attn, PackageWrapper) else None
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        slots = self.slot_attn(3 * self.encoder(images).flatten(2).mT)
+    def reconstruct(self, video: Tensor) -> Tensor:
+        slots = self.slot_attn(self.features(video).flatten(0, 1))
         slots, kept = slots if isinstance(slots, tuple) else (slots, None)
         output = self.decoder(slots)
         output = (output.movedim(-1, 1) if self.decoder.last else output).unflatten(0, slots.shape[:2])
@@ -113,9 +101,9 @@ class PackageHost(StandIn):
         return (output[:, :, :3] * masks).sum(1)
 
     def forward(self, video: Tensor) -> Tensor:
-        if self.frames == "loop":
-            return torch.stack([self.reconstruct(frame) for frame in video.unbind(1)], 1)
-        return self.reconstruct(video[:, 0] if self.frames == "image" else video.flatten(0, 1))
+        if self.frames == "folded":
+            return self.reconstruct(video)
+        return torch.stack([self.reconstruct(one) for one in video.split(1, 1)[: T if self.clips else 1]])
 
 
 HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {

@@ -6,40 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from feature_hosts import MixerDecoder
 from stand_in_parts import (
     DIM,
+    FINE,
     FRAME,
     GRID,
     PATCH,
     B,
     Decoder,
     Kept,
+    RawDecoder,
     S,
     SlotAttention,
     StandIn,
+    eyes,
     mean_of_heads,
-    patches,
-    scan,
 )
 from torch import Tensor, nn
 
-FINE = (4, 8)
-
 
 class SoldCorrector(SlotAttention):
-    epsilon = SlotAttention.eps
-
-    def forward(self, features: Tensor, slots: Tensor, is_first: bool) -> Tensor:
-        return self.attend(features, slots, 3 if is_first else 1)[0]
-
-
-class SoldEncoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, DIM, PATCH, PATCH), nn.Identity())
-
-    def forward(self, video: Tensor) -> Tensor:
-        return patches(self.encoder, video)
+    epsilon, slots_only = SlotAttention.eps, True
 
 
 class SoldDecoder(Decoder):
@@ -53,21 +41,17 @@ class SoldDecoder(Decoder):
 class SoldHost(StandIn):
     """The module that trains the autoencoder."""
 
-    def __init__(self, size: tuple[int, int] = GRID) -> None:
-        super().__init__()
-        self.autoencoder = nn.ModuleDict({"encoder": SoldEncoder(), "corrector": SoldCorrector(),
-                                          "initializer": nn.Identity(), "predictor": nn.Linear(DIM, DIM),
-                                          "decoder": SoldDecoder(size)})  # fmt: skip
+    eyes, predictor = "autoencoder.encoder.encoder", "autoencoder.predictor"
 
-    def forward(self, video: Tensor) -> Tensor:
-        model: Any = self.autoencoder
-        attend = lambda frame, slots, t: model.corrector(frame, slots, is_first=t == 0)  # noqa: E731
-        slots = scan(model.encoder(video), self.first_slots(video), attend, model.predictor)
-        return model.decoder(slots.flatten(0, 1))[0]
+    def __init__(self, size: tuple[int, int] = GRID) -> None:
+        found = {"corrector": SoldCorrector(), "initializer": nn.Identity(), "decoder": SoldDecoder(size)}
+        found |= {"encoder.encoder": eyes(), "predictor": nn.Linear(DIM, DIM)}
+        super().__init__({f"autoencoder.{name}": part for name, part in found.items()})
 
 
 class SlotFormerAttention(SlotAttention):
-    names, eps, attn_scale = ("project_q", "project_k", "project_v"), 1e-6, DIM**-0.5
+    names, slots_only = ("project_q", "project_k", "project_v"), True
+    eps, attn_scale = 1e-6, DIM**-0.5
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,37 +60,23 @@ class SlotFormerAttention(SlotAttention):
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return (self.attn_scale * torch.einsum("bnc,bmc->bnm", keys, query)).transpose(1, 2)
 
-    def forward(self, inputs: Tensor, slots: Tensor) -> Tensor:
-        return self.attend(inputs, slots)[0]
-
-
-class RawDecoder(Decoder):
-    """Gives colours and alpha of each slot; the host takes the softmax."""
-
-    def forward(self, copies: Tensor) -> Tensor:
-        colours, _ = self.draw(copies)
-        return torch.cat([colours, self.own_logits[-1].unsqueeze(2)], 2).flatten(0, 1)
-
 
 class SlotFormerHost(StandIn):
     def __init__(self, stochastic: bool = True, size: tuple[int, int] = GRID) -> None:
-        super().__init__()
+        found = {"encoder": eyes(), "slot_attention": SlotFormerAttention(), "decoder": RawDecoder(size)}
+        marks = {"encoder_pos_embedding": nn.Identity(), "decoder_pos_embedding": nn.Identity()}
+        super().__init__({**found, **marks, "kernel": nn.Linear(DIM, DIM)})
         self.stochastic = stochastic
-        self.slot_attention, self.predictor = SlotFormerAttention(), nn.Linear(DIM, DIM)
-        self.encoder, self.encoder_pos_embedding = nn.Conv2d(3, DIM, PATCH, PATCH), nn.Identity()
-        self.decoder, self.decoder_pos_embedding = RawDecoder(size), nn.Identity()
 
     def attend(self, frame: Tensor, slots: Tensor, t: int) -> Tensor:
         noise = torch.randn_like(slots) if self.stochastic else 0.0
-        return self.slot_attention(frame, self.predictor(slots) + noise)
+        return self.slot_attention(frame, self.kernel(slots) + noise)
 
     def forward(self, data_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        video = data_dict["img"]
-        slots = scan(patches(self.encoder, video), self.first_slots(video), self.attend).flatten(0, 1)
-        drawn = self.decoder(self.decoder_pos_embedding(slots)).unflatten(0, slots.shape[:2])
+        slots = self.states(data_dict["img"])
+        drawn = self.decoder(slots.flatten(0, 1)).unflatten(0, (-1, S))
         masks = (self.decoder.sharpen * drawn[:, :, -1:]).softmax(1)
-        picture = (drawn[:, :, :3] * masks).sum(1)
-        return {"recon": picture, "post_masks": masks.unflatten(0, video.shape[:2])}
+        return {"recon": (drawn[:, :, :3] * masks).sum(1), "post_masks": masks.unflatten(0, slots.shape[:2])}
 
     def loss_function(self, data_dict: dict[str, Tensor]) -> Tensor:
         """As older trainers call it: past ``__call__``, so that no hook on the model itself runs."""
@@ -117,13 +87,10 @@ class SlotFormerHost(StandIn):
 
 
 class Genera1zAttention(SlotAttention):
-    names = ("proj_q", "proj_k", "proj_v")
+    names, slots_only = ("proj_q", "proj_k", "proj_v"), True
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return torch.einsum("bmc,bnc->bmn", query / query.size(-1) ** 0.5, keys)
-
-    def forward(self, query: Tensor, input: Tensor) -> Tensor:
-        return self.attend(input, query)[0]
 
 
 class Genera1zDecoder(Decoder):
@@ -133,12 +100,12 @@ class Genera1zDecoder(Decoder):
 class Genera1zHost(StandIn):
     """Slots start from boxes; the model returns the picture first."""
 
+    eyes, predictor = "encoder.backbone", "processor.predict"
+
     def __init__(self, iterations: int = 1, size: tuple[int, int] = GRID, colours: int = 3) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleDict({"backbone": nn.Conv2d(3, DIM, PATCH, PATCH)})
-        self.processor = nn.ModuleDict({"initialize": nn.Linear(4, DIM), "correct": Genera1zAttention(iterations),
-                                        "predict": nn.Linear(DIM, DIM)})  # fmt: skip
-        self.decoder = Genera1zDecoder(size, colours)
+        found = {"correct": Genera1zAttention(iterations), "predict": nn.Linear(DIM, DIM), "init": nn.Linear(4, DIM)}
+        processor = {f"processor.{name}": part for name, part in found.items()}
+        super().__init__({self.eyes: eyes(), **processor, "decoder": Genera1zDecoder(size, colours)})
 
     def batch(self, padded: int = 0) -> dict[str, Tensor]:
         boxes = torch.rand(B, S, 4)
@@ -146,10 +113,8 @@ class Genera1zHost(StandIn):
         return {**super().batch(), "boxes": boxes}
 
     def forward(self, frames: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        initialize, correct, predict = self.processor.values()
-        attend = lambda frame, slots, t: correct(slots, frame)  # noqa: E731
-        slots = scan(patches(self.encoder["backbone"], frames), initialize(5 * condition), attend, predict)
-        picture, masks = self.decoder.paint(slots.flatten(0, 1))
+        slots = self.states(frames, self.processor.init(5 * condition))
+        picture, masks = self.decoder(slots.flatten(0, 1))
         return picture.unflatten(0, frames.shape[:2]), masks
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -157,8 +122,6 @@ class Genera1zHost(StandIn):
 
 
 class JunkeunYiProducts(Kept):
-    side, whole = "attention", staticmethod(mean_of_heads)
-
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         query = query / (query.shape[-1] ** 0.5)
         logits = torch.matmul(query.permute(0, 2, 1, 3), key.permute(0, 2, 3, 1))
@@ -168,33 +131,25 @@ class JunkeunYiProducts(Kept):
         return torch.einsum("bhqk,bkhd->bqhd", weights, value.to(weights.dtype)), attention
 
 
-class JunkeunYiInverted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn_fn, self.positional = JunkeunYiProducts(), False
+class JunkeunYiCorrector(SlotAttention):
+    """A module inside of it takes the softmax, over slots for each head, called by keywords or ``positional``."""
 
-    def forward(self, **given: Tensor) -> tuple[Tensor, Tensor]:
-        updates, attention = self.attn_fn(*given.values()) if self.positional else self.attn_fn(**given)
-        return updates.flatten(2), attention
+    names, whole = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads)
 
+    def __init__(self, heads: int, iterations: int, positional: bool) -> None:
+        super().__init__(iterations, heads)
+        self.inverted_attention, self.positional = nn.ModuleDict({"attn_fn": JunkeunYiProducts()}), positional
 
-class JunkeunYiCorrector(nn.Module):
-    def __init__(self, heads: int, iterations: int) -> None:
-        super().__init__()
-        self.num_heads, self.num_iterations = heads, iterations
-        self.dense_q, self.dense_k, self.dense_v = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
-        self.inverted_attention, self.gru = JunkeunYiInverted(), nn.GRUCell(DIM, DIM)
+    def split(self, value: Tensor) -> Tensor:
+        return value.unflatten(-1, (self.heads, -1))
 
-    def forward(self, slots: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.inverted_attention.attn_fn.own_logits
-        before = len(kept)
-        keys, values = (dense(inputs).unflatten(-1, (self.num_heads, -1)) for dense in (self.dense_k, self.dense_v))
-        for _ in range(self.num_iterations):
-            queries = self.dense_q(slots).unflatten(-1, (self.num_heads, -1))
-            updates, attention = self.inverted_attention(query=queries, key=keys, value=values)
-            slots = self.gru(updates.reshape(-1, DIM), slots.reshape(-1, DIM)).view(slots.shape)
-        del kept[before:-1]
-        return slots, attention
+    def step(
+        self, query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inner: Any = self.inverted_attention["attn_fn"]
+        inner.sharpen = self.sharpen
+        update, probs = inner(query, keys, values) if self.positional else inner(query=query, key=keys, value=values)
+        return inner.own_logits.pop(), probs, update
 
 
 class JunkeunYiEncoder(nn.Conv2d):
@@ -204,23 +159,18 @@ class JunkeunYiEncoder(nn.Conv2d):
         return super().forward(images.movedim(-1, 1)).movedim(1, -1)
 
 
-class JunkeunYiDecoder(Kept):
-    side = "masks"
+class JunkeunYiDecoder(Decoder):
+    """Draws alpha by itself, channels last."""
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.mask_pred, self.colours = nn.Linear(DIM, 1), nn.Linear(DIM, 3)
-        self.places = nn.Parameter(torch.randn(*size, DIM))
+    name, channels_last = "mask_pred", True
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
-        drawn = (slots[:, :, None, None] + self.places).tanh()
-        logits = self.mask_pred(drawn.flatten(0, 3)).view(*drawn.shape[:-1], 1)
-        self.own_logits.append(logits[..., 0])
-        masks = (self.sharpen * logits).softmax(1)
-        return {"flow": (self.colours(drawn) * masks).sum(1), "alpha_mask": masks}
+        return {"alpha_mask": self.draw(slots)[1].softmax(1).unsqueeze(-1)}
 
 
 class JunkeunYiHost(StandIn):
+    predictor = "processor.predictor"
+
     def __init__(
         self,
         heads: int = 1,
@@ -229,54 +179,30 @@ class JunkeunYiHost(StandIn):
         predicted: bool = False,
         positional: bool = False,
     ) -> None:
-        super().__init__()
+        corrector = JunkeunYiCorrector(heads, iterations, positional)
+        found = {"corrector": corrector, "processor.corrector": corrector, self.predictor: nn.Linear(DIM, DIM)}
+        super().__init__({"encoder": JunkeunYiEncoder(3, DIM, PATCH, PATCH), **found,
+                          "decoder": JunkeunYiDecoder(size, colours=0)})  # fmt: skip
         self.decode_corrected, self.decode_predicted = True, predicted
-        self.encoder, self.decoder = JunkeunYiEncoder(3, DIM, PATCH, PATCH), JunkeunYiDecoder(size)
-        self.corrector, self.predictor = JunkeunYiCorrector(heads, iterations), nn.Linear(DIM, DIM)
-        self.corrector.inverted_attention.positional = positional
-        self.processor = nn.ModuleDict({"corrector": self.corrector, "predictor": self.predictor})
 
-    def forward(self, video: Tensor) -> Tensor:
-        features = self.encoder(video.movedim(2, -1).flatten(0, 1)).flatten(1, 2).unflatten(0, video.shape[:2])
-        attend = lambda frame, slots, t: self.corrector(slots, frame)[0]  # noqa: E731
-        corrected = scan(features, self.first_slots(video), attend, self.predictor)
-        picture = self.decoder(corrected.flatten(0, 1))["flow"]
+    def features(self, video: Tensor) -> Tensor:
+        return self.encoder(video.movedim(2, -1).flatten(0, 1)).flatten(1, 2).unflatten(0, video.shape[:2])
+
+    def draw(self, slots: Tensor) -> Tensor:
+        picture = super().draw(slots)
         if self.decode_predicted:
-            self.decoder(self.predictor(corrected).flatten(0, 1))
+            self.decoder(self.processor.predictor(slots).flatten(0, 1))
         return picture
-
-
-class TokenAttention(Kept):
-    side = "masks"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj_q, self.proj_k, self.proj_v = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
-
-    def forward(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        self.own_logits.append(self.proj_q(tokens) @ self.proj_k(slots).mT)
-        return torch.softmax(self.own_logits[-1], dim=-1) @ self.proj_v(slots)
 
 
 class TokenHost(StandIn):
     """STEVE or SLATE: a transformer predicts tokens. ``attention`` and ``masks`` are the paths of its parts."""
 
-    def __init__(self, attention: str, masks: str) -> None:
-        super().__init__()
-        self.dvae, self.places = nn.Conv2d(3, DIM, PATCH, PATCH), (attention, masks)
-        for path, module in zip(self.places, (SlotFormerAttention(), TokenAttention()), strict=True):
-            parent: nn.Module = self
-            *outer, last = path.split(".")
-            for name in outer:
-                parent.add_module(name, getattr(parent, name, nn.Module()))
-                parent = getattr(parent, name)
-            parent.add_module(last, module)
+    eyes = "dvae"
 
-    def forward(self, video: Tensor) -> Tensor:
-        attention, masks = (self.get_submodule(path) for path in self.places)
-        tokens = patches(self.dvae, video)
-        slots = scan(tokens, self.first_slots(video), lambda frame, slots, t: attention(frame, slots))
-        return masks(tokens.flatten(0, 1), slots.flatten(0, 1)) - tokens.flatten(0, 1).detach()
+    def __init__(self, attention: str, masks: str) -> None:
+        super().__init__({"dvae": eyes(), attention: SlotFormerAttention(), masks: MixerDecoder()})
+        self.places = (attention, masks)
 
 
 TOKENS: dict[str, Callable[[], TokenHost]] = {  # recognised and refused

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ssync_pl.hosts import SOLV
 
 SLOTS, DIM, CHANNELS, RADIUS = 5, 8, 6, 1
-ROWS, COLUMNS = 3, 4
-PATCHES, KEPT, VIDEOS = ROWS * COLUMNS, 6, 3
-FRAMES = 2 * RADIUS + 1
+GRID = (3, 4)
+PATCHES, KEPT, VIDEOS, FRAMES = 12, 6, 3, 2 * RADIUS + 1
 
 
 class Binder(nn.Module):
@@ -21,80 +20,44 @@ class Binder(nn.Module):
 
     def __init__(self, iterations: int = 2) -> None:
         super().__init__()
-        self.num_slots, self.slot_dim, self.iters, self.scale = SLOTS, DIM, iterations, DIM**-0.5
-        self.res_h, self.res_w, self.N, self.N_frame, self.sigma = ROWS, COLUMNS, PATCHES, RADIUS, 5
-        self.abs_grid = nn.Parameter(torch.rand(1, 1, PATCHES, 2) * 2 - 1)
-        self.slots = nn.Parameter(torch.randn(1, SLOTS, DIM))
-        self.S_p, self.S_s = nn.Parameter(torch.randn(1, SLOTS, 1, 2)), nn.Parameter(torch.rand(1, SLOTS, 1, 2) + 0.5)
+        self.num_slots, self.iters, self.scale, self.N_frame = SLOTS, iterations, DIM**-0.5, RADIUS
+        self.res_h, self.res_w = GRID
+        self.slots, self.shift = nn.Parameter(torch.randn(SLOTS, DIM)), nn.Parameter(torch.randn(SLOTS, 1, DIM))
         self.Q, self.K, self.V = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
-        self.g = nn.Linear(2, DIM)
         self.f = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(inplace=True), nn.Linear(DIM, DIM))
-        self.initial_mlp = nn.Linear(CHANNELS, DIM)
-        self.gru = nn.GRUCell(DIM, DIM)
-        self.tamper = False
-        self.own_logits: Tensor | None = None
+        self.initial_mlp, self.gru, self.tamper = nn.Linear(CHANNELS, DIM), nn.GRUCell(DIM, DIM), False
 
     def forward(self, inputs: Tensor, token_indices: Tensor) -> tuple[Tensor, Tensor]:
-        frames = len(inputs)
-        tokens = self.initial_mlp(inputs)[:, None].expand(-1, SLOTS, -1, -1)
-        at = self.abs_grid[0, 0][token_indices][:, None]
-        slots, centre, reach = self.slots.expand(frames, -1, -1), self.S_p, self.S_s
+        tokens, slots = self.initial_mlp(inputs)[:, None] + self.shift, self.slots.expand(len(inputs), -1, -1)
         for _ in range(self.iters + 1):
-            relative = (at - centre) / (reach * self.sigma)
-            keys = self.f(self.K(tokens) + self.g(relative))
-            values = self.f(self.V(tokens) + self.g(relative))
-            query = self.Q(slots)[..., None]
-            logits = torch.einsum("bsdi,bsjd->bsj", query, keys)
+            keys, values = self.f(self.K(tokens)), self.f(self.V(tokens))
+            logits = torch.einsum("bsdi,bsjd->bsj", self.Q(slots)[..., None], keys)
             logits *= self.scale
             attention = logits.softmax(1) + 1e-8
             attention = attention / attention.sum(-1, keepdim=True)
             update = (attention[..., None] * values).sum(2)
-            centre = (attention[..., None] * at).sum(2, keepdim=True)
-            reach = ((attention[..., None] * (at - centre) ** 2).sum(2, keepdim=True) + 1e-4).sqrt()
-            slots = self.gru(update.flatten(0, 1), slots.reshape(-1, DIM)).view(frames, SLOTS, DIM)
+            slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
         self.own_logits = logits.detach()
-        attention = attention.view(-1, FRAMES, SLOTS, KEPT)[:, RADIUS]
+        attention = centre(attention)
         return slots, attention.roll(1, -1) if self.tamper else attention
 
 
 class Merger(nn.Module):
-    """Clusters slots on the CPU, by chance not at all; gives means, merged attention and numbers, no assignment."""
+    """Clusters slots by chance, or not at all; gives means, merged attention and numbers, but no assignment."""
 
-    def __init__(self, threshold: float = 0.6) -> None:
-        super().__init__()
-        self.num_slots, self.cluster_drop_p, self.threshold, self.tamper = SLOTS, 0.4, threshold, False
-        self.own_clusters: list[list[int]] = []
+    tamper = False
 
     def forward(self, slots: Tensor, patch_attn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        unit = torch.nn.functional.normalize(slots.detach().cpu(), dim=-1)
         self.own_clusters = []
-        for video in unit:
-            labels = list(range(SLOTS))
-            if random.random() >= self.cluster_drop_p:
-                heads: list[int] = []
-                for slot in range(SLOTS):
-                    near = [k for k, head in enumerate(heads) if 1 - float(video[slot] @ video[head]) < self.threshold]
-                    if not near:
-                        heads.append(slot)
-                    labels[slot] = near[0] if near else len(heads) - 1
-            self.own_clusters.append(labels)
+        for _ in slots:
+            drawn = [random.randrange(3) for _ in range(SLOTS)] if random.random() < 0.6 else list(range(SLOTS))
+            found = list(dict.fromkeys(drawn))
+            self.own_clusters.append([found.index(label) for label in drawn])
         onehot = torch.eye(SLOTS)[torch.tensor(self.own_clusters)].transpose(1, 2).to(slots)
         sizes = onehot.sum(-1, keepdim=True)
-        merged = onehot @ slots / (sizes + 1e-8)
-        attention = onehot @ patch_attn + 1e-8
+        merged, attention = onehot @ slots / (sizes + 1e-8), onehot @ patch_attn + 1e-8
         attention = attention / attention.sum(-1, keepdim=True)
         return merged.flip(0) if self.tamper else merged, attention, (sizes[..., 0] > 0).sum(-1)
-
-
-class Decoder(nn.Module):
-    """Features and, in the last channel, alpha of every patch of every slot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer1, self.layer2 = nn.Linear(DIM, 16), nn.Linear(16, CHANNELS + 1)
-
-    def forward(self, slot_maps: Tensor) -> Tensor:
-        return self.layer2(self.layer1(slot_maps).relu())
 
 
 class SolvHost(nn.Module):
@@ -102,32 +65,26 @@ class SolvHost(nn.Module):
 
     def __init__(self, merge: bool = True, iterations: int = 2) -> None:
         super().__init__()
-        self.slot_num, self.token_num, self.merge_slots, self.tamper = SLOTS, PATCHES, merge, False
-        self.s_bind = Binder(iterations)
+        self.merge_slots, self.tamper, self.s_bind, self.merge = merge, False, Binder(iterations), Merger()
         self.t_bind = nn.Linear(FRAMES * DIM, DIM)
-        self.merge = Merger()
-        self.dec = Decoder()
-        self.pos_dec = nn.Parameter(torch.randn(1, PATCHES, DIM))
-        self.own_alpha: list[Tensor] = []
+        self.dec = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, CHANNELS + 1))
+        self.pos_dec = nn.Parameter(torch.randn(PATCHES, DIM))
 
     def forward(self, frames: Tensor, mask: Tensor, token_indices: Tensor) -> dict[str, Tensor]:
         slots, attention = self.s_bind(frames, token_indices)
-        windows = slots.view(-1, FRAMES, SLOTS, DIM) * mask[..., None, None]
+        windows = slots.unflatten(0, (-1, FRAMES)) * mask[..., None, None]
         slots = self.t_bind(windows.transpose(1, 2).flatten(2)) + windows[:, RADIUS]
         numbers = torch.full((len(mask),), SLOTS)
         if self.merge_slots:
             slots, attention, numbers = self.merge(slots, attention)
-        where = attention @ attention.new_ones(KEPT, DIM)
-        out = self.dec(((slots + where)[:, :, None] + self.pos_dec).flatten(0, 1)).unflatten(0, (-1, SLOTS))
-        rec, masks, self.own_alpha = [], torch.zeros(len(mask), SLOTS, PATCHES), []
-        for video, number in enumerate(numbers.tolist()):
-            alpha = out[video, :number, :, -1]
-            self.own_alpha.append(alpha.detach())
-            share = alpha.softmax(0)
-            masks[video, :number] = share
-            rec.append((out[video, :number, :, :-1] * share[..., None]).sum(0))
-        if self.tamper:
-            masks = masks.roll(1, -1)
+        slots = slots + attention @ attention.new_ones(KEPT, DIM)
+        out = self.dec((slots[:, :, None] + self.pos_dec).flatten(0, 1)).unflatten(0, (-1, SLOTS))
+        # Slots beyond a video's number are left out.
+        self.own_alpha = [one[:number, :, -1] for one, number in zip(out, numbers.tolist(), strict=True)]
+        shares = [alpha.softmax(0) for alpha in self.own_alpha]
+        rec = [(one[: len(share), :, :-1] * share[..., None]).sum(0) for one, share in zip(out, shares, strict=True)]
+        masks = torch.stack([nn.functional.pad(share, (0, 0, 0, SLOTS - len(share))) for share in shares])
+        masks = masks.roll(1, -1) if self.tamper else masks
         return {"rec": torch.stack(rec), "mask": masks, "slots": slots, "slot_nums": numbers}
 
 
@@ -136,23 +93,15 @@ def centre(value: Tensor) -> Tensor:
     return value.unflatten(0, (-1, FRAMES))[:, RADIUS]
 
 
-def solv_inputs(videos: int = VIDEOS) -> tuple[Tensor, Tensor, Tensor]:
-    frames = torch.randn(videos * FRAMES, KEPT, CHANNELS)
-    places = torch.stack([torch.randperm(PATCHES)[:KEPT].sort().values for _ in range(videos * FRAMES)])
-    mask = torch.ones(videos, FRAMES)
+def solv_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    frames, mask = torch.randn(VIDEOS * FRAMES, KEPT, CHANNELS), torch.ones(VIDEOS, FRAMES)
+    places = torch.stack([torch.randperm(PATCHES)[:KEPT].sort().values for _ in frames])
     mask[0, 0] = 0
     return frames, mask, places
 
 
-def training_loss(host: nn.Module, batch: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    batch = solv_inputs() if batch is None else batch
-    generator = torch.Generator().manual_seed(7)
-    target = torch.randn(len(batch[1]), PATCHES, CHANNELS, generator=generator)
-    return (host(*batch)["rec"] - target).square().mean()
-
-
 def packaged() -> Any:
-    sizes: dict[str, Any] = {"slot_dim": DIM, "feature_dim": CHANNELS, "grid": (ROWS, COLUMNS), "clip_length": FRAMES}
+    sizes: dict[str, Any] = {"slot_dim": DIM, "feature_dim": CHANNELS, "grid": GRID, "clip_length": FRAMES}
     merging: dict[str, Any] = {"merge_threshold": 0.3, "merge_min_slots": 1, "merge_rise": 1.0}
     parts: dict[str, Any] = {"temporal_blocks": 1, "temporal_heads": 2, "decoder_hidden": (16,), "dropout": 0.0}
     return SOLV(SLOTS, backbone=None, edge_probability=0.0, **sizes, **merging, **parts)

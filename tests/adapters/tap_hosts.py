@@ -7,13 +7,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from stand_in_parts import DIM, Decoder, SlotAttention, patches, scan
+from stand_in_parts import DIM, FRAME, GRID, B, Decoder, N, S, SlotAttention, StandIn, eyes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-SLOTS, HEIGHT, WIDTH = 3, 4, 4
-PATCHES = HEIGHT * WIDTH
 
 # How hosts call the softmax over the slots of logits (B, S, N), also with other layouts; it comes back in their shape
 SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,15 +26,15 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "float": lambda x: x.softmax(1, dtype=torch.float32),
     "patches_first": lambda x: x.mT.softmax(2).mT,
 }
-# How decoders lay out alpha (B, T, S, N) of h x w pixels for the softmax, which comes back in its shape
-MASKS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "btsn": lambda x, h, w: x.softmax(2),
-    "btns": lambda x, h, w: x.mT.softmax(3).mT,
-    "bsn": lambda x, h, w: x.flatten(0, 1).softmax(1).view_as(x),
-    "bns": lambda x, h, w: x.flatten(0, 1).mT.softmax(-1).mT.reshape(x.shape),
-    "bs1hw": lambda x, h, w: x.flatten(0, 1).unflatten(2, (1, h, w)).softmax(1).view_as(x),
-    "bshw1": lambda x, h, w: x.flatten(0, 1).unflatten(2, (h, w, 1)).softmax(1).view_as(x),
-    "btshw": lambda x, h, w: x.unflatten(3, (h, w)).softmax(2).view_as(x),
+# How decoders lay out alpha (B, T, S, N) for the softmax, which comes back in its shape
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "btsn": lambda x: x.softmax(2),
+    "btns": lambda x: x.mT.softmax(3).mT,
+    "bsn": lambda x: x.flatten(0, 1).softmax(1).view_as(x),
+    "bns": lambda x: x.flatten(0, 1).mT.softmax(-1).mT.reshape(x.shape),
+    "bs1hw": lambda x: x.flatten(0, 1).unflatten(2, (1, *GRID)).softmax(1).view_as(x),
+    "bshw1": lambda x: x.flatten(0, 1).unflatten(2, (*GRID, 1)).softmax(1).view_as(x),
+    "btshw": lambda x: x.unflatten(3, GRID).softmax(2).view_as(x),
 }
 
 
@@ -67,25 +64,24 @@ class PicturesOnly(Decoder):
     """Decoder that returns the reconstruction ``(B, T, 3, N)`` of slots ``(B, T, S, D)`` alone."""
 
     def __init__(self, layout: str = "bsn") -> None:
-        super().__init__((PATCHES,))
+        super().__init__()
         self.layout = layout
 
     def softmax(self, alpha: Tensor, axis: int) -> Tensor:
-        return MASKS[self.layout](alpha, HEIGHT, WIDTH)
+        return MASKS[self.layout](alpha)
 
     def forward(self, slots: Tensor) -> Any:
         return self.paint(slots)[0]
 
 
-class Unknown(nn.Module):
+class Unknown(StandIn):
     """A model of unusual names."""
 
+    eyes = "eyelid"
+
     def __init__(self, attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> None:
-        super().__init__()
-        self.seeds, self.eyes = nn.Parameter(3 * torch.randn(1, SLOTS, DIM)), nn.Conv2d(3, DIM, 1)
-        self.place = nn.Parameter(2 * torch.randn(PATCHES, DIM))
-        self.binder = SlotsOnly() if attention is None else attention
-        self.painter = PicturesOnly() if decoder is None else decoder
+        found = {"binder": SlotsOnly() if attention is None else attention}
+        super().__init__({"eyelid": eyes(), **found, "painter": PicturesOnly() if decoder is None else decoder})
         self.checkpointing = ""
 
     def attend(self, frame: Tensor, slots: Tensor, t: int) -> Tensor:
@@ -93,41 +89,34 @@ class Unknown(nn.Module):
             return checkpoint(self.binder, frame, slots, use_reentrant=self.checkpointing == "reentrant")
         return self.binder(frame, slots)
 
-    def forward(self, video: Tensor) -> Tensor:
-        features = patches(self.eyes, video) + self.place
-        return self.painter(scan(features, self.seeds.repeat(len(video), 1, 1), self.attend))
+    def draw(self, slots: Tensor) -> Tensor:
+        return self.painter(slots)
 
     def own(self) -> tuple[Tensor, Tensor]:
         """The host's own logits of its last step, as ``(B, T, S, N)``."""
         return torch.stack(self.binder.own_logits, 1), self.painter.own_logits[-1]
 
 
-class UnknownImages(nn.Module):
-    """An image model with a vocabulary of its own, whose softmaxes are both in methods of the model itself."""
+class UnknownHost(L.LightningModule):
+    """An image model whose softmaxes are in methods of its own, outside of any forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seeds, self.eyes = nn.Parameter(torch.randn(SLOTS, DIM)), nn.Linear(3, DIM)
-        self.position = nn.Parameter(2 * torch.randn(PATCHES, DIM))
+        self.seeds, self.eyelid = nn.Parameter(torch.randn(S, DIM)), eyes()
+        self.position = nn.Parameter(2 * torch.randn(N, DIM))
 
-    def bind(self, features: Tensor) -> Tensor:
-        weights = ((features + self.position) @ self.seeds.T).softmax(-1)  # (B, N, S)
+    def bind(self, images: Tensor) -> Tensor:
+        features = self.eyelid(images).flatten(2).mT
+        self.attention = (features + self.position) @ self.seeds.T  # (B, N, S)
+        weights = self.attention.softmax(-1)
         return self.seeds + torch.einsum("bns,bnd->bsd", weights / weights.sum(1, keepdim=True), features)
 
     def paint(self, slots: Tensor) -> Tensor:
-        alpha = (slots @ self.position.T).unflatten(2, (1, HEIGHT, WIDTH))
-        return torch.einsum("bsxhw,bsd->bxhw", alpha.softmax(1), slots)
-
-
-class UnknownHost(L.LightningModule):
-    """That model in a LightningModule, whose loss is computed outside of any forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = UnknownImages()
+        self.alpha = (slots @ self.position.T).unflatten(2, (1, *GRID))
+        return torch.einsum("bsxhw,bsd->bxhw", self.alpha.softmax(1), slots)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.net.paint(self.net.bind(self.net.eyes(batch["image"].flatten(2).mT))).square().mean()
+        return self.paint(self.bind(batch["image"])).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -138,5 +127,5 @@ def make_unknown(attention: SlotsOnly | None = None, decoder: PicturesOnly | Non
     return Unknown(attention, decoder)
 
 
-def tap_clip(batch: int = 2, frames: int = 2, seed: int = 0) -> Tensor:
-    return torch.rand((batch, frames, 3, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed))
+def clip(frames: int = 2, seed: int = 0) -> Tensor:
+    return torch.rand((B, frames, 3, *FRAME), generator=torch.Generator().manual_seed(seed))

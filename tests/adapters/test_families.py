@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import feature_hosts as fh
+import lightning.pytorch as L
 import pytest
 import savi_hosts as sh
 import torch
 from host_table import hear, own_maps
-from package_hosts import PackageAttention, PackageCodes, PackageHost
+from package_hosts import PackageAttention, PackageHost
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ssync_pl import attach, ssync_loss
+from ssync_pl import SSyncCallback, attach, ssync_loss
 from ssync_pl.adapters import HostAdapter, locate
 from ssync_pl.adapters.autoregressive import AutoregressiveAdapter
 from ssync_pl.adapters.oclf import AdaSlotAdapter, OclfAdapter
@@ -27,9 +30,9 @@ from ssync_pl.adapters.videosaur import VideosaurAdapter
 from ssync_pl.errors import ConfigError, HostError
 
 
-def without(host: Any, path: str, part: str) -> Any:
-    """A host one of whose modules lacks a part."""
-    delattr(host.get_submodule(path), part)
+def without(host: Any, side: int, part: str) -> Any:
+    """A host whose attention or decoder lacks a part."""
+    delattr(parts(host)[side], part)
     return host
 
 
@@ -46,27 +49,35 @@ def giving(host: Any, path: str, change: Callable[[Any], Any]) -> Any:
     return host
 
 
-SLOT_ATTENTION = "models.perceptual_grouping.slot_attention"
+class GrowingAttention(PackageAttention):
+    def forward(self, inputs: Tensor, num_slots: int = S) -> Tensor:
+        return super().forward(inputs, 2 + len(self.own_logits))
+
+
+class OnceForAll(PackageHost):
+    def forward(self, video: Tensor) -> Tensor:
+        return self.decoder(torch.cat([self.slot_attn(frame) for frame in self.features(video).unbind(1)]))
+
+
+CODES = nn.ModuleDict({"slot_attention": PackageAttention(), "vq": nn.Identity()})  # packs slots to the front
 TWO_PACKAGES = nn.ModuleDict({"a": PackageAttention(), "b": PackageAttention()})
 NAMED = {"masks": "decoder", "alpha_axis": 1}
+Package = SlotAttentionPackageAdapter
 
 
 @pytest.mark.parametrize(
     ("adapter", "host"),
     [
-        (VideosaurAdapter, lambda: without(fh.VideosaurHost(), "processor.module.corrector", "scale")),
+        (VideosaurAdapter, lambda: without(fh.VideosaurHost(), 0, "scale")),
         (VideosaurAdapter, lambda: fh.VideosaurHost(nn.Identity())),
-        (OclfAdapter, lambda: without(fh.OclfHost(), SLOT_ATTENTION, "n_heads")),
+        (OclfAdapter, lambda: without(fh.OclfHost(), 0, "n_heads")),
         (OclfAdapter, lambda: fh.OclfHost(nn.Linear(1, 1))),
-        (
-            JunkeunYiSaviAdapter,
-            lambda: altered(sh.JunkeunYiHost(), "processor", corrector=sh.JunkeunYiCorrector(1, 1)),  # two of them
-        ),
+        (JunkeunYiSaviAdapter, lambda: altered(sh.JunkeunYiHost(), "processor", corrector=nn.Linear(1, 1))),
         (RandSFQAdapter, lambda: nn.Sequential(fh.Aggregat())),
         (AutoregressiveAdapter, lambda: sh.TokenHost("elsewhere", "decoder")),  # tokens, but slots come from a file
-        (SlotAttentionPackageAdapter, lambda: TWO_PACKAGES),
-        (lambda: SlotAttentionPackageAdapter(masks="nowhere"), PackageHost),
-        (lambda: SlotAttentionPackageAdapter(attention="encoder"), PackageHost),
+        (Package, lambda: TWO_PACKAGES),
+        (lambda: Package(masks="nowhere"), PackageHost),
+        (lambda: Package(attention="encoder"), PackageHost),
     ],
 )
 def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapter], host: Callable[[], Any]) -> None:
@@ -75,11 +86,14 @@ def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapt
         adapter().attach(host())
 
 
-@pytest.mark.parametrize("adapter", [VideosaurAdapter, OclfAdapter, SlotAttentionPackageAdapter])
-@pytest.mark.parametrize("grid", [(3,), (0, 4), (2.5, 4), "ab"])
-def test_a_grid_is_two_positive_integers(adapter: Any, grid: object) -> None:
-    with pytest.raises(ConfigError, match=r"`grid` to be .* two positive integers"):
-        adapter(grid=grid)
+def test_places_and_grids_of_adapters_are_checked() -> None:
+    for adapter in (VideosaurAdapter, OclfAdapter, Package):
+        for grid in ((3,), (0, 4), (2.5, 4), "ab"):
+            with pytest.raises(ConfigError, match=r"`grid` to be .* two positive integers"):
+                adapter(grid=grid)
+    assert Package(attention="b").match(TWO_PACKAGES)
+    with pytest.raises(ConfigError, match="`alpha_axis` only with the output of a module"):
+        Package(alpha_axis=1)
 
 
 def test_grids_of_features() -> None:
@@ -98,72 +112,55 @@ def test_grids_of_features() -> None:
         assert pixels.adapter.collect(pixels.capture).grid == GRID
 
 
-class GrowingAttention(PackageAttention):
-    def forward(self, inputs: Tensor, num_slots: int = S) -> Tensor:
-        return super().forward(inputs, 2 + len(self.own_logits))
-
-
-class OnceForAll(PackageHost):
-    def forward(self, video: Tensor) -> Tensor:
-        slots = [self.slot_attn(self.encoder(frame).flatten(2).mT) for frame in video.unbind(1)]
-        return self.decoder(torch.cat(slots))
-
-
-UNHEARD: list[tuple[Callable[[], Any], str]] = [
+REFUSED: list[tuple[Callable[[], Any], Any, str]] = [
     (
         lambda: giving(fh.VideosaurHost(), "decoder.module", lambda output: {"alpha": output["masks"]}),
+        "auto",
         "VideosaurDecoder .* as 'masks', but got dict with keys alpha",
     ),
     (
         lambda: giving(fh.OclfHost(), "models.object_decoder.decoder", lambda output: output[:, 0]),
+        "auto",
         r"inner network to give \(B \* S, N, C\)",
     ),
-    (lambda: fh.OclfHost(fh.OclfDecoder(3 * N)), r"decoder of 24 patches to have the proportions of \(2, 4\)"),
+    (lambda: fh.OclfHost(fh.OclfDecoder(3 * N)), "auto", r"decoder of 24 patches to have the proportions of \(2, 4\)"),
     (
         lambda: altered(fh.OclfHost(video=True), "models.object_decoder", use_decoder_masks=False),
+        "auto",
         r"OclfDecoder to draw object masks, but it predicts patches .*attention='softmax:models\.perceptual_grouping"
         r"\.module\.slot_attention', masks='models\.object_decoder:masks'",
     ),
-    (lambda: altered(fh.OclfHost(), "models.object_decoder", depth_positions=5), "OclfDecoder .* renders densities"),
-    (lambda: sh.Genera1zHost(colours=4), r"decoder\.readout to give 3 colours and alpha, but got 5"),
+    (lambda: altered(fh.OclfHost(), "models.object_decoder", depth_positions=5), "auto", "OclfDecoder .* densities"),
+    (lambda: sh.Genera1zHost(colours=4), "auto", r"decoder\.readout to give 3 colours and alpha, but got 5"),
     (
         lambda: giving(fh.RandSFQHost(fh.MixerDecode()), "decode", lambda output: [x[1:] for x in output]),
+        "auto",
         r"draw the 2 x 3 x 4 slots .* ran on 5 x 4",
     ),
     (
         lambda: giving(fh.RandSFQHost(), "encode_backbone", lambda output: output.flatten(2)),
+        "auto",
         r"feature map .*\(6, 8, 8\)",
     ),
-    (lambda: fh.RandSFQHost(fh.RefusedDecode(False)), r"one after the other.* \(need_weights"),
-    (lambda: fh.RandSFQHost(fh.RefusedDecode(True)), "diffusion model.* an nn.Identity .* of its denoiser"),
+    (lambda: fh.RandSFQHost(fh.MixerDecode(beside="bos")), "auto", r"one after the other.* \(need_weights"),
+    (lambda: fh.RandSFQHost(fh.MixerDecode(beside="noise_sched")), "auto", "diffusion .* nn.Identity .* its denoiser"),
     (
         lambda: altered(sh.JunkeunYiHost(predicted=True), "", decode_corrected=False),
+        "auto",
         "masks of predicted slots show the next frame",
     ),
+    (lambda: PackageHost(GrowingAttention(), "loop"), Package(**NAMED), "'attention' to give one shape"),
+    (OnceForAll, Package(**NAMED), "ran 3 times and the decoder once, on frames folded into its batch"),
+    (OnceForAll, Package(), r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
+    (PackageHost, Package(masks="decoder"), r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
+    (lambda: PackageHost(CODES), Package(), "MetaSlotAttention averages slots of one code and packs"),
 ]
 
 
-@pytest.mark.parametrize(("host", "message"), UNHEARD)
-def test_what_cannot_be_heard_is_refused_by_name(host: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize(("host", "adapter", "message"), REFUSED)
+def test_what_cannot_be_heard_is_refused_by_name(host: Callable[[], Any], adapter: Any, message: str) -> None:
     with pytest.raises(HostError, match=message):
-        hear(host()).maps()
-
-
-@pytest.mark.parametrize(
-    ("host", "options", "message"),
-    [
-        (lambda: PackageHost(GrowingAttention(), "loop"), NAMED, "'attention' to give one shape"),
-        (OnceForAll, NAMED, "ran 3 times and the decoder once, on frames folded into its batch"),
-        (OnceForAll, {}, r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
-        (PackageHost, {"masks": "decoder"}, r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
-        (lambda: PackageHost(PackageCodes()), {}, "MetaSlotAttention averages slots of one code and packs"),
-    ],
-)
-def test_models_around_the_package_that_are_refused(
-    host: Callable[[], Any], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(HostError, match=message):
-        hear(host(), SlotAttentionPackageAdapter(**options)).maps()
+        hear(host(), adapter).maps()
 
 
 def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
@@ -179,19 +176,20 @@ def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
 
 def test_oclf_slots_masked_in_one_frame_do_not_exist_in_the_clip_and_further_calls_are_refused() -> None:
     host, adapter = fh.OclfHost(fh.OclfDecoder(*GRID), video=True), OclfAdapter()
-    grouping, slots = host.models["perceptual_grouping"], host.seeds.expand(B, -1, -1)
-    nothing, second = torch.zeros(B, S).bool(), (torch.arange(S) == 1).expand(B, S)
+    attention, decoder = parts(host)
+    slots, second = host.seeds.expand(B, -1, -1), (torch.arange(S) == 1).expand(B, S)
     capture = adapter.attach(host)
     capture.open()
-    states = [grouping.module(torch.randn(B, N, DIM), slots, masked)[0] for masked in (nothing, second)]
-    host.models["object_decoder"](torch.stack(states, 1))
+    states = [attention(torch.randn(B, N, DIM), slots, masked)[0] for masked in (torch.zeros(B, S).bool(), second)]
+    decoder(torch.stack(states, 1).flatten(0, 1))
     maps = adapter.collect(capture)
     assert torch.equal(maps.slot_valid, ~second)
     assert ssync_loss(maps).loss.isfinite()
     capture.clear()
-    grouping(torch.randn(B, 2, N, DIM), slots)
+    for _ in range(2):
+        attention(torch.randn(B, N, DIM), slots)
     host.training_step(host.batch(), 0)
-    with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it ran on 2 x 3 x 4"):
+    with pytest.raises(HostError, match=r"draw the 2 x 5 x 4 slots \(B, T, S\) .* it ran on 6 x 4"):
         adapter.collect(capture)
     capture.clear()
     with pytest.raises(HostError, match="'slot_attention' to run inside the training step, but it did not"):
@@ -224,16 +222,13 @@ def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_a
     host.training_step(host.batch(), 0)
     with pytest.raises(HostError, match="masks that 'decoder' returns"):
         adapter.verify(capture, adapter.collect(capture, host.batch()))
-
-    class Masked(fh.AdaSlotHost):
-        valid = torch.tensor([[True, True, True, False], [True] * S])
-
-    maps = hear(Masked(kept=fh.KEPT)).maps()
-    assert torch.equal(maps.slot_valid, torch.tensor(fh.KEPT).bool() & Masked.valid)
+    host = fh.AdaSlotHost(kept=fh.KEPT)
+    host.masked = ~fh.first(3, S)
+    assert torch.equal(hear(host).maps().slot_valid, torch.tensor(fh.KEPT).bool() & fh.first(3, S))
 
 
 def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
-    host, flips = fh.RandSFQHost(valid=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
+    host, flips = fh.RandSFQHost(existing=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
     flip = lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)})  # noqa: E731
     host.aggregat.register_forward_pre_hook(flip, with_kwargs=True)
     heard = hear(host)
@@ -243,7 +238,7 @@ def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
 
 @pytest.mark.parametrize("loss", ["brier", "ce"])
 def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: Any) -> None:
-    host = fh.RandSFQHost(valid=fh.VALID)
+    host = fh.RandSFQHost(existing=fh.VALID)
     twin, batch = copy.deepcopy(host), host.batch()
     torch._dynamo.reset()
     with attach(host, warmup_steps=0, loss=loss) as ssync, attach(twin, warmup_steps=0, loss=loss) as expected:
@@ -256,18 +251,14 @@ def test_randsfq_absent_slots_bring_no_nan_and_a_compiled_host_is_heard(loss: An
     assert all(p.grad.isfinite().all() for p in host.parameters() if p.grad is not None)
 
 
-def test_genera1z_slots_of_padded_boxes_are_equal_and_merge_without_harm() -> None:
-    host = sh.Genera1zHost()
+def test_genera1z_slots_of_padded_boxes_merge_and_loops_that_call_methods_are_served_without_a_check() -> None:
+    host, adapter = sh.Genera1zHost(), Genera1zSaviAdapter()
     with attach(host, warmup_steps=0, merge_threshold=0.3) as ssync:
         ssync.add(host.training_step(host.batch(padded=2), 0)).backward()
     logits = own_maps(host).attention_logits
     torch.testing.assert_close(logits[:, :, 2], logits[:, :, 3])
     assert float(ssync.logs["ssync/merged_slots"]) >= 1
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in host.parameters())
-
-
-def test_genera1z_loops_that_call_methods_of_the_model_are_served_without_the_check_of_the_reconstruction() -> None:
-    host, adapter = sh.Genera1zHost(), Genera1zSaviAdapter()
     host.decoder.sharpen = 2.0  # would be refused, if the model itself were called
     capture, batch = adapter.attach(host), host.batch()
     capture.open()
@@ -302,18 +293,12 @@ def test_package_frames_are_clips_whatever_the_decoder_gives(
     heads: int | None, frames: str, last: bool, options: dict[str, Any]
 ) -> None:
     host = PackageHost(PackageAttention(heads), frames, last)
-    heard = hear(host, SlotAttentionPackageAdapter(**options))
+    heard = hear(host, Package(**options))
     maps, own = heard.maps(), own_maps(host)
     assert maps.shape == (B if frames == "image" else B * T, 1, S, N)
     for key in ("attention_logits", "attention_probs", "mask_probs"):
         torch.testing.assert_close(getattr(maps, key), getattr(own, key))
     heard.adapter.verify(heard.capture, maps)
-
-
-def test_package_places_are_checked() -> None:
-    assert SlotAttentionPackageAdapter(attention="b").match(TWO_PACKAGES)
-    with pytest.raises(ConfigError, match="`alpha_axis` only with the output of a module"):
-        SlotAttentionPackageAdapter(alpha_axis=1)
 
 
 @pytest.mark.parametrize("name", sh.TOKENS)
@@ -341,4 +326,62 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
             forget(host)
             ssync.add(host.training_step(host.batch(), 0)).backward()
     assert torch.equal(ssync.maps.attention_logits, torch.stack(one.own_logits, 1))
-    assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].mT.unflatten(0, (B, T)))
+    assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].unflatten(0, (B, T)))
+
+
+class _Totals(L.Callback):
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self.totals.append(loss.detach().clone())
+
+
+def _fit(host: Any, *callbacks: L.Callback, batches: int = 3, validate: bool = False) -> None:
+    clips = torch.randn(2 * batches, T, 3, *FRAME, generator=torch.Generator().manual_seed(0))
+    train, val = (torch.utils.data.DataLoader([{"video": one} for one in part], 2) for part in (clips, clips[:2]))
+    trainer = L.Trainer(
+        max_epochs=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=int(validate),
+        val_check_interval=1 if validate else None, limit_val_batches=int(validate),
+    )  # fmt: skip
+    trainer.fit(host, train, val if validate else None)
+
+
+def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:
+    def trained(validate: bool) -> tuple[Any, _Totals, SSyncCallback]:
+        torch.manual_seed(0)
+        host, totals = fh.VideosaurHost(slots=(2, 3, 4), growth=(1, 2)), _Totals()
+        callback = SSyncCallback(warmup_steps=0, guard_window=1)
+        with warnings.catch_warnings():  # growth is no collapse
+            warnings.filterwarnings("error", message="Slots fall out of use")
+            _fit(host, callback, totals, validate=validate)
+        return host, totals, callback
+
+    host, totals, callback = trained(validate=True)
+    # The sanity check and one validation after each step: T frames forth, T - 1 back, with all slots.
+    assert host.corrector_calls == [2 * T - 1, *[T, 2 * T - 1] * 3]
+    starts = [sum(host.corrector_calls[:n]) for n, calls in enumerate(host.corrector_calls) if calls == T]
+    assert [host.processor.module.corrector.own_logits[start].shape[1] for start in starts] == [2, 3, 4]
+    assert max(callback.engine.guard.before) > 2  # the guard followed the growth
+    quiet, same, _ = trained(validate=False)
+    torch.testing.assert_close(totals.totals, same.totals, rtol=0, atol=0)
+    torch.testing.assert_close([*host.parameters()], [*quiet.parameters()], rtol=0, atol=0)
+
+
+def _checkpointed(host: Any) -> Any:
+    for part, name in ((host.processor.module.corrector, "forward"), (host, "draw")):
+        setattr(part, name, functools.partial(checkpoint, getattr(part, name), use_reentrant=True))
+    return host
+
+
+def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
+    host = _checkpointed(fh.VideosaurHost())
+    with attach(host, warmup_steps=0) as ssync:
+        with pytest.raises(HostError, match=r"activation checkpointing without use_reentrant=False"):
+            host.training_step(host.batch(), 0)
+        host.processor.module.corrector = fh.VideosaurHost().processor.module.corrector
+        with pytest.raises(HostError, match=r"to run .*, but it did not.*reentrant activation checkpointing"):
+            ssync.add(host.training_step(host.batch(), 0))
+    with pytest.raises(HostError, match=r"to carry gradient.*use_reentrant=False"):
+        _fit(_checkpointed(fh.VideosaurHost()), SSyncCallback(warmup_steps=0), batches=1)

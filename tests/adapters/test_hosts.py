@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from host_table import CASES, FAMILIES, ONE_EACH, attention_of, existing, hear, make_host, own_maps
+from host_table import CASES, FAMILIES, ONE_EACH, hear, make_host, own_maps
 from savi_hosts import TOKENS
 from solv_hosts import SolvHost, packaged
 from stand_in_parts import forget, parts
-from tap_hosts import Unknown, UnknownImages
+from tap_hosts import Unknown, UnknownHost
 from torch import nn
 
 from ssync_pl import attach, ssync_loss
@@ -36,7 +36,7 @@ OTHERS: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
     "solv": ("solv", SolvHost),
     "our_solv": ("solv", packaged),
     "unknown": (None, Unknown),
-    "unknown_images": (None, UnknownImages),
+    "unknown_methods": (None, UnknownHost),
     "linear": (None, lambda: nn.Linear(2, 2)),
     "transformer": (None, lambda: nn.Transformer(8, 2, 1, 1, 8)),
 }
@@ -66,7 +66,7 @@ def test_maps_and_loss_are_the_hosts_own_and_nothing_of_the_host_changes(name: s
     keys = list(host.state_dict())
     torch.manual_seed(1)
     heard = hear(host)
-    maps, own, valid = heard.maps(), own_maps(host), existing(host)
+    maps, own, valid = heard.maps(), own_maps(host), host.existing
     assert maps.grid == own.grid
     torch.testing.assert_close([maps.slot_valid, maps.patch_valid], [own.slot_valid, own.patch_valid])
     there = torch.ones(maps.shape, dtype=torch.bool) if valid is None else valid[:, None, :, None].expand(maps.shape)
@@ -95,7 +95,7 @@ def _check_loss(host: Any, maps: Any, own: Any) -> None:
     one, two = (torch.autograd.grad(x.loss, parameters, retain_graph=True, allow_unused=True) for x in (mine, expected))
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
     assert all(grad is None or grad.isfinite().all() for grad in one)
-    for side, part in ((maps.attention, attention_of(host)), (maps.masks, parts(host)[1])):
+    for side, part in ((maps.attention, parts(host)[0]), (maps.masks, parts(host)[1])):
         side = side.masked_fill(side.isinf() | side.isnan(), 0.0).square().sum()
         grads = torch.autograd.grad(side, list(part.parameters()), retain_graph=True, allow_unused=True)
         assert any(grad is not None and grad.any() for grad in grads)
@@ -106,7 +106,7 @@ def test_autocast_of_the_host_is_kept(name: str) -> None:
     host = make_host(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         heard = hear(host)
-    maps, own, valid = heard.maps(), own_maps(host), existing(host)
+    maps, own, valid = heard.maps(), own_maps(host), host.existing
     there = slice(None) if valid is None else valid[:, None, :, None].expand(maps.shape)
     if own.attention_probs is None:
         assert torch.equal(maps.attention_logits[there], own.attention_logits[there])
@@ -152,7 +152,7 @@ def test_steps_in_a_loop(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_slot_attention_that_switches_autocast_off_is_recomputed_in_full_precision(name: str) -> None:
     host = make_host(name)
-    attention = attention_of(host)
+    attention = parts(host)[0]
     plain = attention.forward
 
     def careful(*args: Any, **kwargs: Any) -> Any:

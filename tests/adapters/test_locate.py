@@ -54,27 +54,23 @@ def _nested(path: str, inner: nn.Module) -> nn.Module:
 def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     assert register_adapter(_Flat) is _Flat
-    assert "flat" in adapter_names()
-    assert adapter_names() == sorted(adapter_names())
+    assert "flat" in adapter_names() == sorted(adapter_names())
     for found in (find_adapter(nn.Flatten()), locate("flat", nn.Flatten()).adapter):
         assert isinstance(found, _Flat)
-    own = _FlatToo()
-    assert locate(own, nn.Identity()).adapter is own
+    own, host = PathAdapter("x", "y"), nn.Linear(1, 1)
+    assert locate(own, host) == (own, host, "")  # which is left to complain itself
+    with pytest.raises(HostError, match="no child 'x'"):
+        own.attach(host)
     register_adapter(_FlatToo)
     with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
         find_adapter(nn.Flatten())
 
 
-def test_the_host_itself_comes_first() -> None:
-    host = _savi()
-    assert locate("auto", host)[1:] == (host, "")
-    host.teacher = _savi()  # a host that is known stays the root, whatever its parts look like
-    assert locate("auto", host).root is host
-
-
 @pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])
 def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
     inner = _savi()
+    inner.teacher = _savi()  # a host that is known stays the root, whatever its parts look like
+    assert locate(spec, inner)[1:] == (inner, "")
     located = locate(spec, _nested("task.model", inner))
     assert located[1:] == (inner, "task.model")
     assert isinstance(located.adapter, SaviAdapter)
@@ -105,10 +101,3 @@ def test_wrappers_do_not_count_as_depth() -> None:
 def test_what_cannot_be_located_is_refused(spec: Any, host: Any, grid: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         locate(spec, host, grid)
-
-
-def test_an_adapter_object_that_knows_nothing_here_is_left_to_complain() -> None:
-    adapter, host = PathAdapter("x", "y"), nn.Linear(1, 1)
-    assert locate(adapter, host) == (adapter, host, "")
-    with pytest.raises(HostError, match="no child 'x'"):
-        adapter.attach(host)

@@ -1,7 +1,8 @@
-"""Maps that users name: outputs of modules."""
+"""Maps that users name by outputs of modules; how tensors of any layout become one pair of maps on one grid."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.adapters import PathAdapter
+from ssync_pl import SSyncConfig, ssync_loss
+from ssync_pl.adapters import PathAdapter, frame_size, maps_on_common_grid, resolve_grid
+from ssync_pl.adapters.grids import joint_heads, separate_heads
+from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.method.maps import SSyncMaps
+from ssync_pl.plugin.engine import check_first
 
+B, T, S, HEADS, N = 2, 3, 4, 3, 16
+ABSENT = torch.tensor([[False, True, False, True], [False, False, False, True]])
 Output, Wrong = namedtuple("Output", ["slots", "attention"]), namedtuple("Wrong", ["slots"])
 
 
@@ -24,10 +31,14 @@ class _Give(nn.Module):
         return value
 
 
+def _host() -> nn.ModuleDict:
+    return nn.ModuleDict({"grouping": _Give(), "decoder": _Give()})
+
+
 def _collect(
     attention: list[Any], masks: list[Any], batch: Any = None, path: str = "grouping", **options: Any
 ) -> SSyncMaps:
-    host = nn.ModuleDict({"grouping": _Give(), "decoder": _Give()})
+    host = _host()
     adapter = PathAdapter(path, "decoder", **{"attention_kind": "logits", "masks_kind": "logits", **options})
     capture = adapter.attach(host)
     capture.open()
@@ -41,17 +52,13 @@ def rand(*shape: int) -> Tensor:
     return torch.randn(shape)
 
 
-def test_frames_of_a_scan_are_stacked_and_frames_in_the_batch_unfolded() -> None:
+def test_frames_of_a_scan_are_stacked_and_kinds_go_to_the_right_sides() -> None:
     frames, masks = [rand(2, 3, 4) for _ in range(5)], rand(2, 5, 3, 4)
     maps = _collect(frames, [masks])
     assert maps.grid == (2, 2)
     assert torch.equal(maps.attention_logits, torch.stack(frames, 1))
     assert maps.mask_logits is masks
-    folded = _collect(frames, [masks.flatten(0, 1)])
-    assert torch.equal(folded.mask_logits, masks)
-
-
-def test_kinds_go_to_the_right_sides() -> None:
+    assert torch.equal(_collect(frames, [masks.flatten(0, 1)]).mask_logits, masks)  # frames in the batch
     value = torch.full((1, 1, 2, 4), 0.5)
     maps = _collect([value], [value], attention_kind="probs")
     assert maps.attention_probs is maps.mask_logits is value
@@ -100,27 +107,22 @@ FLAT, WIDE = {"video": torch.zeros(1, 1, 3, 112, 252)}, {"video": torch.zeros(1,
         ((12,), (8, 24), None, None, (2, 6)),
         ((12,), (192,), WIDE, None, (2, 6)),
         ((16,), (2, 8), None, [2, 8], (2, 8)),  # a configuration file gives a list
+        ((6,), (6,), None, None, "6 patches, which is no square. Pass grid"),
+        ((6,), (6,), None, (2, 2), "`grid` to have 6 patches"),
+        ((16,), (2, 8), None, (4, 4), r"one `grid`.* but got \[\(2, 8\), \(4, 4\)\]"),
+        ((4, 4), (2, 8), None, None, r"one `grid`.* but got \[\(2, 8\), \(4, 4\)\]"),
+        ((2, 6), (6, 4), None, None, "to divide each other"),
+        ((4,), (8, 8), None, (3, 3), "have 4 or 64 patches, but got"),
+        ((4,), (9,), None, None, "same slots, videos and frames"),
     ],
 )
-def test_grids(attention: Any, masks: Any, batch: Any, grid: Any, expected: tuple[int, int]) -> None:
-    assert _collect([rand(1, 1, 2, *attention)], [rand(1, 1, 2, *masks)], batch, grid=grid).grid == expected
-
-
-@pytest.mark.parametrize(
-    ("attention", "masks", "grid", "error", "message"),
-    [
-        ((6,), (6,), None, HostError, "6 patches, which is no square. Pass grid"),
-        ((6,), (6,), (2, 2), HostError, "`grid` to have 6 patches"),
-        ((16,), (2, 8), (4, 4), HostError, r"one `grid`.* but got \[\(2, 8\), \(4, 4\)\]"),
-        ((4, 4), (2, 8), None, HostError, r"one `grid`.* but got \[\(2, 8\), \(4, 4\)\]"),
-        ((2, 6), (6, 4), None, HostError, "to divide each other"),
-        ((4,), (8, 8), (3, 3), HostError, "have 4 or 64 patches, but got"),
-        ((4,), (9,), None, ShapeError, "same slots, videos and frames"),
-    ],
-)
-def test_grids_that_do_not_fit_are_refused(attention: Any, masks: Any, grid: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        _collect([rand(1, 1, 2, *attention)], [rand(1, 1, 2, *masks)], grid=grid)
+def test_grids_of_named_places(attention: Any, masks: Any, batch: Any, grid: Any, expected: Any) -> None:
+    sides = [rand(1, 1, 2, *attention)], [rand(1, 1, 2, *masks)]
+    if isinstance(expected, tuple):
+        assert _collect(*sides, batch, grid=grid).grid == expected
+    else:
+        with pytest.raises((HostError, ShapeError), match=expected):
+            _collect(*sides, batch, grid=grid)
 
 
 NOT_TOGETHER = r"same slots, videos and frames.*'grouping' gave \(.*'decoder' gave \("
@@ -142,16 +144,148 @@ def test_values_that_are_not_understood(values: list[Tensor], error: Any, messag
         _collect(values, [rand(1, 1, 2, 4)])
 
 
-@pytest.mark.parametrize("place", ["", ":key", "softmax:", "softmax::1", "softmax:decoder:masks"])
-def test_a_place_is_a_path(place: str) -> None:
-    with pytest.raises(ConfigError, match="softmax"):
-        PathAdapter("grouping", place)
-
-
-def test_match_and_attach_need_both_paths() -> None:
-    host = nn.ModuleDict({"grouping": _Give(), "decoder": _Give()})
+def test_a_place_is_a_path_and_both_paths_are_needed() -> None:
+    for place in ("", ":key", "softmax:", "softmax::1", "softmax:decoder:masks"):
+        with pytest.raises(ConfigError, match="softmax"):
+            PathAdapter("grouping", place)
+    host = _host()
     assert PathAdapter("grouping:attn", "decoder").match(host)
     assert not PathAdapter("grouping", "decode").match(host)
     with pytest.raises(HostError, match=r"no child 'decode'. Its children: grouping, decoder"):
         PathAdapter("grouping", "decode").attach(host)
     assert not any(module._forward_hooks for module in host.modules())
+
+
+@pytest.mark.parametrize(
+    ("patches", "options", "grid"),
+    [
+        (48, {"explicit": (4, 12), "patch_size": 14, "frame": (84, 112)}, (4, 12)),
+        (48, {"patch_size": 14, "frame": (90, 119)}, (6, 8)),
+        (48, {"patch_size": (14, 7), "frame": (84, 56)}, (6, 8)),
+        (36, {"patch_size": 14, "frame": (224, 224)}, (6, 6)),
+        (864, {"frame": (340, 517)}, (24, 36)),
+        *(((100 // size) * (37 // size), {"frame": (100, 37)}, (100 // size, 37 // size)) for size in (3, 9, 22)),
+        (48, {"frame": (224, 224)}, "no square"),
+        (144, {"frame": (120, 180)}, r"Expected square patches, but none cut .* Pass grid"),
+    ],
+)
+def test_grids_are_found_or_asked_for(patches: int, options: dict[str, Any], grid: Any) -> None:
+    if isinstance(grid, tuple):
+        assert resolve_grid(patches, **options) == grid
+    else:
+        with pytest.raises(HostError, match=grid):
+            resolve_grid(patches, **options)
+
+
+def test_the_size_of_frames() -> None:
+    clip, features = torch.zeros(1, 2, 3, 8, 12), torch.zeros(2, 3, 16, 40)
+    for batch in (
+        *({"video": clip}, {"video": clip.movedim(2, -1)}, [clip[0]], clip),
+        *({"frames": clip, "label": torch.zeros(4)}, {"features": features, "video": clip}),
+    ):
+        assert frame_size(batch) == (8, 12)
+    for batch in ({"video": [1, 2]}, [torch.zeros(2, 7, 8, 12)], {"features": features}, None):
+        assert frame_size(batch) is None
+    assert frame_size({"video": torch.zeros(1, 2, 3, 8, 4)}) == (8, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_finer_map_is_averaged_in_full_precision(dtype: torch.dtype) -> None:
+    full = torch.promote_types(dtype, torch.float32)
+    coarse, fine = torch.randn(1, 2, 3, 4, dtype=dtype), torch.randn(1, 2, 3, 4, 6, dtype=dtype, requires_grad=True)
+
+    def blocks(value: torch.Tensor) -> torch.Tensor:
+        return value.to(full).unflatten(4, (2, 3)).unflatten(3, (2, 2)).mean((4, 6)).flatten(3)
+
+    maps = maps_on_common_grid(coarse, (2, 2), fine)
+    assert maps.attention_logits is coarse
+    assert maps.mask_logits is None
+    torch.testing.assert_close(maps.mask_probs, blocks(fine.to(full).softmax(2)))
+    assert maps.masks.requires_grad
+    maps = maps_on_common_grid(fine.flatten(3), (4, 6), coarse.unflatten(3, (2, 2)))
+    assert maps.grid == (2, 2)
+    assert torch.equal(maps.mask_logits, coarse)
+    torch.testing.assert_close(maps.attention_probs, blocks(fine.to(full).softmax(2)))
+    torch.testing.assert_close(maps.attention_logits, blocks(fine))
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_absent_slots_of_heads_stay_absent_without_a_nan(added: bool) -> None:
+    logits, gone = torch.randn(B, S, HEADS, N, requires_grad=True), ABSENT[:, :, None, None]
+    # Unlike a fill, an addition hands a NaN in the gradient on.
+    bias = torch.zeros(gone.shape).masked_fill(gone, float("-inf"))
+    masked = logits + bias if added else logits.masked_fill(gone, float("-inf"))
+    merged = joint_heads(masked, 2)
+    assert torch.equal(merged.isneginf(), ABSENT[:, :, None].expand(B, S, N))
+    for probs in (merged.softmax(1), separate_heads(masked, 2, 1).probs):
+        torch.testing.assert_close(probs.sum(1), torch.ones(B, N))
+        grad = torch.autograd.grad(probs.square().sum(), logits, retain_graph=True)[0]
+        assert grad.isfinite().all()
+        assert (grad[ABSENT] == 0).all()
+        assert (grad[~ABSENT] != 0).any()
+
+
+@pytest.mark.parametrize("loss", ["brier", "ce"])
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_infinite_logits_bring_no_nan(loss: Any, marked: bool, side: int) -> None:
+    dots, alpha = torch.randn(B, T, S, N, requires_grad=True), torch.randn(B, T, S, side, side, requires_grad=True)
+    absent = ABSENT[:, None, :, None]
+    filled = (dots.masked_fill(absent, -torch.inf), alpha.masked_fill(absent[..., None], -torch.inf))
+    maps = maps_on_common_grid(filled[0], (4, 4), filled[1])
+    maps = dataclasses.replace(maps, slot_valid=~ABSENT if marked else None)
+    check_first(maps, "host", SSyncConfig())
+    output = ssync_loss(maps, loss=loss, temperature=0.5, merge_threshold=0.5)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    for grad in (dots.grad.flatten(3), alpha.grad.flatten(3)):
+        assert grad.isfinite().all()
+        assert (grad[absent.expand(grad.shape)] == 0).all()
+    assert alpha.grad.any()
+    labels = torch.cat([output.encoder_labels.flatten(1), output.decoder_labels.flatten(1)], 1)
+    assert not ABSENT.gather(1, labels).any()
+
+
+def seen(shape: tuple[int, ...], axis: int, calls: int = 1, name: str = "a", heads: bool = True) -> Seen:
+    return Seen([torch.randn(shape) for _ in range(calls)], axis, "logits", name, heads)
+
+
+SCAN = seen((2, 3, 16), 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "masks", "sizes"),
+    [
+        (SCAN, seen((8, 3, 16), 1), (2, 4)),
+        (SCAN, seen((2, 4, 3, 16), 2), (2, 4)),
+        (SCAN, seen((2, 3, 16), 1, 4), (2, 4)),
+        (seen((8, 3, 16), 1), seen((2, 3, 16), 1, 4), (2, 4)),
+        (seen((8, 3, 16), 1), seen((8, 16, 3), 2), (8, 1)),
+        (seen((2, 5, 3, 16), 2), seen((2, 3, 16), 1), (2, 1)),  # five heads
+        (seen((2, 5, 3, 16), 2), seen((10, 3, 16), 1), (2, 5)),  # five frames
+        (seen((2, 3, 16), 1, 3), seen((8, 3, 16), 1), None),  # other frames
+        (SCAN, seen((8, 4, 16), 1), None),  # other slots
+        (SCAN, seen((8, 3, 24), 1), None),  # patches that do not fit
+        (seen((2, 5, 3, 16), 2, heads=False), seen((2, 3, 16), 1), None),
+    ],
+)
+def test_what_belongs_together(attention: Seen, masks: Seen, sizes: tuple[int, int] | None) -> None:
+    pair = find_pair([attention], [masks._replace(name="b")])
+    assert (None if pair is None else pair[-2:]) == sizes
+
+
+def test_the_likelier_pair_wins_and_heads_are_not_rows_where_the_grids_would_not_fit() -> None:
+    slots_of_slots, cross = seen((2, 3, 3), 2, 4), seen((8, 2, 16, 3), 3)
+    early, last = seen((8, 3, 16), 1), seen((8, 16, 3), 2)
+    pair = find_pair([SCAN, slots_of_slots], [cross, early, last, cross._replace(name="c")])
+    assert pair.attention is SCAN
+    assert pair.masks is last  # as late as can be, but not the heads of a cross-attention
+    assert find_pair([SCAN], [SCAN]) is None  # one softmax is not both maps
+    # STEVE: slot attention on 64 x 64 pixels once per frame, cross-attention of 4 heads from 16 x 16 tokens to slots.
+    attention, cross = seen((2, 4096, 5), 2, 3), seen((6, 4, 256, 5), 3, name="b")
+    maps = join_maps(find_pair([attention], [cross]))
+    assert maps.grid == (16, 16)
+    torch.testing.assert_close(maps.masks, cross.values[0].softmax(3).mean(1).mT.unflatten(0, (2, 3)))
+    # Rows and columns behind one another stay rows and columns where they fit.
+    pixels = find_pair([attention], [seen((6, 64, 64, 5), 3, name="b")])
+    assert (pixels.layouts[1].heads, pixels.layouts[1].patches) == (1, (64, 64))

@@ -287,6 +287,6 @@ def test_a_run_of_unknown_length_says_what_to_set() -> None:
     from ssync_pl.plugin.engine import SSyncEngine
 
     with pytest.raises(ConfigError, match="max_steps"):
-        SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1))
+        SSyncEngine(SSyncConfig()).phase_in(SimpleNamespace(estimated_stepping_batches=-1, current_epoch=0))
     with pytest.raises(ConfigError, match="max_steps"):
         schedule_for(-1, warmup_steps=100, decay="exponential")

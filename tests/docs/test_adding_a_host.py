@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ssync_pl import SSyncMaps
 from ssync_pl.adapters import base, find_adapter
 from ssync_pl.errors import HostError
+from ssync_pl.tools.doctor.examine import examine
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_host.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
@@ -27,12 +28,9 @@ def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_the_page_has_a_host_an_adapter_and_its_use() -> None:
-    assert len(BLOCKS) == 3
-    assert len(BLOCKS[1].split("class GrouperAdapter")[1].splitlines()) <= 15
-
-
 def test_the_use(page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS) == 3
+    assert len(BLOCKS[1].split("class GrouperAdapter")[1].splitlines()) <= 15  # an adapter is short
     exec(compile(BLOCKS[2], str(PAGE), "exec"), page)
     promised = re.search(r"print\(ssync.maps\)  # (.*), \.\.\.\)", BLOCKS[2])
     assert promised is not None
@@ -40,17 +38,16 @@ def test_the_use(page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
     assert page["ssync"].logs["ssync/weight"] == 1
 
 
-def test_the_maps_are_the_host_s_own(page: dict[str, Any]) -> None:
-    host = page["MyModel"]()
-    adapter = find_adapter(host)
+def test_the_maps_are_the_host_s_own_and_a_changed_host_is_refused(page: dict[str, Any]) -> None:
+    host, video, used = page["MyModel"](), torch.rand(2, 3, 3, 16, 24), []
+    adapter, keys = find_adapter(host), list(host.state_dict())
     assert adapter.name == "grouper"
-    keys, used = list(host.state_dict()), []
     host.grouper.register_forward_hook(lambda module, args, output: used.append(output[1]))
     capture = adapter.attach(host)
     capture.open()
-    host(torch.rand(2, 3, 3, 16, 24))
+    host(video)
     capture.close()
-    maps = adapter.collect(capture, {"video": torch.rand(2, 3, 3, 16, 24)})
+    maps = adapter.collect(capture, {"video": video})
     adapter.verify(capture, maps)
     torch.testing.assert_close(maps.attention_logits.softmax(2), torch.stack(used, 1))
     alpha = capture.only("renderer").logits.softmax(2)
@@ -58,27 +55,15 @@ def test_the_maps_are_the_host_s_own(page: dict[str, Any]) -> None:
     (maps.attention_logits.softmax(2)[:, :, 0].sum() + maps.mask_probs[:, :, 0].sum()).backward()
     assert host.grouper.q.weight.grad.any()
     assert host.renderer.places.grad.any()
+    call = capture["grouper"][0]
+    capture["grouper"][0] = call._replace(logits=2 * call.logits)
+    with pytest.raises(HostError, match="masks that 'grouper' returns to be the softmax"):
+        adapter.verify(capture, maps)
     capture.remove()
     assert list(host.state_dict()) == keys
 
 
-def test_its_check_refuses_a_host_that_was_changed(page: dict[str, Any]) -> None:
-    host = page["MyModel"]()
-    adapter = find_adapter(host)
-    capture = adapter.attach(host)
-    capture.open()
-    host(torch.rand(2, 3, 3, 16, 16))
-    capture.close()
-    call = capture["grouper"][0]
-    capture["grouper"][0] = call._replace(logits=2 * call.logits)
-    maps = SSyncMaps(attention_logits=torch.zeros(1, 1, 2, 4), mask_logits=torch.zeros(1, 1, 2, 4), grid=(2, 2))
-    with pytest.raises(HostError, match="masks that 'grouper' returns to be the softmax"):
-        adapter.verify(capture, maps)
-
-
 def test_what_the_page_says_without_an_adapter(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssync_pl.tools.doctor import examine
-
     monkeypatch.delitem(base._REGISTRY, "grouper")
     host, video = page["MyModel"](), torch.rand(2, 3, 3, 16, 24)
     report = examine(host, lambda: host(video).square().mean(), video)
@@ -87,9 +72,6 @@ def test_what_the_page_says_without_an_adapter(page: dict[str, Any], monkeypatch
     assert report.grid == (4, 6)
 
 
-def test_names_that_the_page_mentions_exist() -> None:
-    import importlib
-
-    text = PAGE.read_text(encoding="utf-8")
-    for name in set(re.findall(r"`(ssync_pl(?:\.\w+)+)`", text)):
-        assert importlib.import_module(name)
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(ssync_pl(?:\.\w+)+)`", PAGE.read_text("utf-8")))))
+def test_names_that_the_page_mentions_exist(name: str) -> None:
+    assert importlib.import_module(name)

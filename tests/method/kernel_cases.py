@@ -36,11 +36,9 @@ def check(d, a, grid, **options):
         output = ssync_loss(maps, backend=backend, **options)
         results.append((output, torch.autograd.grad(output.loss, leaves)))
     (plain, expected), (fused, got) = results
-    for name in EXACT:
-        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=0, atol=0, msg=name)
-    for name in ("loss", "boundary_loss", "interior_loss"):
-        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=2e-6, atol=1e-8)
-    torch.testing.assert_close([fused.slot_iou], [plain.slot_iou], rtol=0, atol=2e-6)
+    close = {"loss": (2e-6, 1e-8), "boundary_loss": (2e-6, 1e-8), "interior_loss": (2e-6, 1e-8), "slot_iou": (0, 2e-6)}
+    for name, (rtol, atol) in {**dict.fromkeys(EXACT, (0, 0)), **close}.items():
+        torch.testing.assert_close([getattr(fused, name)], [getattr(plain, name)], rtol=rtol, atol=atol, msg=name)
     eps = torch.finfo(d.dtype).eps
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -52,6 +50,7 @@ def check(d, a, grid, **options):
 OPTIONS = [
     {"merge": False},
     {"merge_threshold": 0.0},
+    {"merge_threshold": 0.4},
     {"n_bd": 3, "n_noise": 2, "n_nbd": 4},
     {"n_bd": 0, "n_noise": 0, "n_nbd": 11},
     {"boundary_weight": 0.0, "interior_weight": 2.0},
@@ -70,11 +69,9 @@ def case_shapes_ties_and_options(shape, kind, options):
     check(*clip(shape, seed=3, kind=kind), shape[3:], **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def case_half_precision(dtype):
-    d, a = clip((1, 2, 6, 5, 5), dtype)
-    # One side may be in half precision only, as under autocast.
-    check(d, a if dtype == torch.float16 else a.float(), (5, 5))
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def case_half_precision_of_one_side_or_both(dtypes):
+    check(*(x.to(dtype) for x, dtype in zip(clip((1, 2, 6, 5, 5), torch.bfloat16), dtypes, strict=True)), (5, 5))
 
 
 def case_strides():
@@ -86,22 +83,6 @@ def case_strides():
     assert not wider.is_contiguous()
     check(strided, wider, (6, 6))
     check(d[:, :1].expand(2, 3, 5, 36), a[:1, :1].expand(2, 3, 5, 36), (6, 6))
-
-
-def case_chains_merge_transitively():
-    d, a = clip((1, 2, 5, 8, 8), seed=1)
-    for slot in range(1, 5):
-        d[:, :, slot] = torch.roll(d[:, :, slot - 1], 1, dims=-1)
-    plain = check(d, a, (8, 8), merge_threshold=0.6)
-    assert int(plain.merged_slots) >= 3
-    assert int((plain.slot_iou[0] < 0.6).sum()) > 0
-
-
-def case_nothing_selected():
-    d = torch.zeros(1, 2, 3, 16, device=DEVICE)
-    d[:, :, 0] = 1.0
-    plain = check(d, d, (4, 4))
-    assert float(plain.boundary_count) == float(plain.boundary_loss) == 0
 
 
 def case_more_slots_than_the_kernels_hold():
@@ -121,21 +102,15 @@ def one_loss(name):
 
 
 def second_derivatives(leaves, output):
-    first = torch.autograd.grad(output.loss, leaves, create_graph=True)
+    total = output.loss
+    total += leaves[0].square().mean()  # losses may be added to in place
+    first = torch.autograd.grad(total, leaves, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
     assert all(value.any() for value in second)
     return (*first, *second)
 
 
-def added_in_place(leaves, output):
-    total = output.loss
-    total += leaves[0].square().mean()
-    return torch.autograd.grad(total, leaves)
-
-
-@pytest.mark.parametrize(
-    "differentiate", [one_loss("boundary_loss"), one_loss("interior_loss"), second_derivatives, added_in_place]
-)
+@pytest.mark.parametrize("differentiate", [one_loss("boundary_loss"), one_loss("interior_loss"), second_derivatives])
 def case_ways_to_differentiate(differentiate):
     results = []
     for backend in ("torch", "triton"):

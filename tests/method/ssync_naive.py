@@ -1,4 +1,4 @@
-"""The method once more, in float64 loops: nothing vectorised, nothing shared with the package."""
+"""The method once more, in float64: labels and regions in loops, and nothing shared with the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 NEIGHBOURS_IN_FRAME = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 
@@ -58,12 +59,7 @@ def naive_ssync(
         slot_iou = _slot_iou(coverage)
         for b in range(b_):
             for component in _components(slot_iou[b], merge_threshold):
-                best = component[0]
-                for i in component:
-                    if area[b, i] > area[b, best]:
-                        best = i
-                for i in component:
-                    winners[b, i] = best
+                winners[b, component] = max(component, key=lambda i: (area[b, i], -i))
 
     merged_e, merged_d = raw_e.copy(), raw_d.copy()
     for b, t, x in places:
@@ -76,15 +72,11 @@ def naive_ssync(
             boundary[b, t, x] = n_e >= n_bd and 10 - n_e >= n_noise
             interior[b, t, x] = n_d < n_nbd
 
-    renormalised = slot_valid is not None
-    options = (sv, temperature, loss)
-    boundary_loss, grad_decoder = _loss(decoder, mask_probs is not None, renormalised, boundary, merged_e, *options)
-    interior_loss, grad_encoder = _loss(
-        encoder, attention_probs is not None, renormalised, interior, merged_d, *options
-    )
+    padded, soft_d, soft_e = slot_valid is not None, mask_probs is not None, attention_probs is not None
+    boundary_loss, grad_decoder = _loss(decoder, soft_d, padded, boundary, merged_e, sv, temperature, loss)
+    interior_loss, grad_encoder = _loss(encoder, soft_e, padded, interior, merged_d, sv, temperature, loss)
     used_e, used_d = (
-        np.array([len({int(raw[b, t, x]) for t in range(t_) for x in range(n_) if pv[b, t, x]}) for b in range(b_)])
-        for raw in (raw_e, raw_d)
+        np.array([len(set(one[valid])) for one, valid in zip(raw, pv, strict=True)]) for raw in (raw_e, raw_d)
     )
     valid, shape = int(pv.sum()), (b_, t_, *grid)
     return SimpleNamespace(
@@ -104,8 +96,8 @@ def naive_ssync(
         slot_iou=slot_iou,
         coverage=coverage,
         area=area,
-        boundary_count=float(boundary.sum()),
-        interior_count=float(interior.sum()),
+        boundary_count=boundary.sum(),
+        interior_count=interior.sum(),
         boundary_fraction=boundary.sum() / valid,
         interior_fraction=interior.sum() / valid,
         overlap_fraction=(boundary & interior).sum() / valid,
@@ -158,76 +150,40 @@ def _slot_iou(coverage):
 
 def _components(iou, threshold):
     """Connected components of i ~ j where IoU > threshold, found breadth first; each in ascending order."""
-    seen, components = set(), []
-    for start in range(len(iou)):
-        if start in seen:
-            continue
-        seen.add(start)
-        queue = [start]
+    left, components = set(range(len(iou))), []
+    while left:
+        queue = [min(left)]
         for i in queue:
-            for j in range(len(iou)):
-                if j not in seen and iou[i, j] > threshold:
-                    seen.add(j)
-                    queue.append(j)
+            left.discard(i)
+            queue += [j for j in left if iou[i, j] > threshold and j not in queue]
         components.append(sorted(queue))
     return components
 
 
 def _differing(labels, pv, fi, b, t, x, height, width):
-    t_ = labels.shape[1]
     row, column = divmod(x, width)
-    count = 0
+    places = []
     for dr, dc in NEIGHBOURS_IN_FRAME:
-        r = min(max(row + dr, 0), height - 1)
-        c = min(max(column + dc, 0), width - 1)
-        y = r * width + c
-        if pv[b, t, y] and labels[b, t, y] != labels[b, t, x]:
-            count += 1
+        r, c = min(max(row + dr, 0), height - 1), min(max(column + dc, 0), width - 1)
+        places.append((t, r * width + c))
     for other in (t - 1, t + 1):
-        if not 0 <= other < t_:
-            continue
-        if abs(int(fi[b, other]) - int(fi[b, t])) != 1:
-            continue
-        if pv[b, other, x] and labels[b, other, x] != labels[b, t, x]:
-            count += 1
-    return count
+        if 0 <= other < labels.shape[1] and abs(int(fi[b, other]) - int(fi[b, t])) == 1:
+            places.append((other, x))
+    return sum(bool(pv[b, u, y] and labels[b, u, y] != labels[b, t, x]) for u, y in places)
 
 
 def _loss(scores, is_probs, renormalise, selected, labels, sv, temperature, kind):
     """Mean over the selected patches (and, for Brier, valid slots); 0 and zero gradient when nothing is selected."""
-    grad, terms = np.zeros(scores.shape), []
-    where = [tuple(place) for place in np.argwhere(selected)]
-    if not where:
-        return 0.0, grad
-    divisor = sum(int(sv[b].sum()) for b, _, _ in where) if kind == "brier" else len(where)
-    for b, t, x in where:
-        slots = [i for i in range(scores.shape[2]) if sv[b, i]]
-        z = [float(scores[b, t, i, x]) for i in slots]
-        as_they_are = is_probs and temperature == 1 and not renormalise
-        p = z if as_they_are else _probabilities(z, is_probs, temperature)
-        label = int(labels[b, t, x])
-        if kind == "brier":
-            terms += [(p[k] - (i == label)) ** 2 for k, i in enumerate(slots)]
-            dp = [2 * (p[k] - (i == label)) for k, i in enumerate(slots)]
-        else:
-            terms.append(-math.log(p[slots.index(label)]))
-            dp = [-1 / p[k] if i == label else 0.0 for k, i in enumerate(slots)]
-        if as_they_are:
-            dz = dp
-        else:
-            # q = u / sum(u): dz = u'(z)/u * q * (dp - <q, dp>), with u = exp(z/k) or z^(1/k).
-            inner = math.fsum(q * g for q, g in zip(p, dp, strict=True))
-            dz = [q * (g - inner) / temperature for q, g in zip(p, dp, strict=True)]
-            if is_probs:
-                total = math.fsum(z)
-                dz = [d / v if v > 0 else (g - inner) / total for d, v, g in zip(dz, z, dp, strict=True)]
-        for k, i in enumerate(slots):
-            grad[b, t, i, x] = dz[k] / divisor
-    return math.fsum(terms) / divisor, grad
-
-
-def _probabilities(z, is_probs, temperature):
-    top = max(z)
-    u = [v ** (1 / temperature) if is_probs else math.exp((v - top) / temperature) for v in z]
-    total = math.fsum(u)
-    return [v / total for v in u]
+    x, terms, divisor = torch.tensor(scores, requires_grad=True), [], 0
+    for b in range(len(scores)):
+        slots, (t, n) = np.flatnonzero(sv[b]), np.nonzero(selected[b])
+        p = x[b, t[:, None], slots, n[:, None]]
+        if not is_probs:
+            p = (p / temperature).softmax(1)
+        elif temperature != 1 or renormalise:
+            p = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdim=True)
+        taught = torch.tensor(labels[b, t, n][:, None] == slots)
+        terms.append((p - taught.double()).square().sum() if kind == "brier" else -p[taught].log().sum())
+        divisor += len(t) * (len(slots) if kind == "brier" else 1)
+    loss = sum(terms) / max(divisor, 1)
+    return loss.item(), torch.autograd.grad(loss, x)[0].numpy()

@@ -26,13 +26,14 @@ EXACT = {
     "interior": "interior",
 }
 OPTIONS = {"merge_threshold": "thr", "n_bd": "dif_n_bd", "n_nbd": "dif_n_nbd", "n_noise": "dif_n_bd_noise"}
+OPTIONS["temperature"] = "temperature"
 
 
 def load(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
         record = {key: archive[key] for key in archive.files}
     about = json.loads(str(record.pop("json")))
-    options = {key: about["config"][theirs] for key, theirs in {**OPTIONS, "temperature": "temperature"}.items()}
+    options = {key: about["config"][theirs] for key, theirs in OPTIONS.items()}
     return record, (about["H"], about["W"]), options, about["stats"]
 
 
@@ -49,13 +50,10 @@ def test_labels_and_regions_are_equal_bit_for_bit(name):
     for key, attribute in EXACT.items():
         np.testing.assert_array_equal(getattr(output, attribute).numpy(), record[key], err_msg=key)
         np.testing.assert_array_equal(getattr(reference, attribute), record[key], err_msg=key)
-    assert output.boundary_count.item() == stats["boundary"]
-    assert output.interior_count.item() == stats["interior"]
+    assert (output.boundary_count.item(), output.interior_count.item()) == (stats["boundary"], stats["interior"])
     # The record counts labels that vanish: a merged slot that wins no patch is not among them.
     pairs = zip(output.raw_encoder_labels, output.encoder_labels, strict=True)
     assert [len(raw.unique()) - len(merged.unique()) for raw, merged in pairs] == stats["merged_slots"]
-    above = (torch.triu(output.slot_iou, diagonal=1) > options["merge_threshold"]).sum(dim=(1, 2))
-    assert above.tolist() == stats["pairs_above"]
     np.testing.assert_array_equal(reference.coverage, record["coverage"])
     np.testing.assert_array_equal(reference.area, record["area"])
     for iou in (output.slot_iou.numpy(), reference.slot_iou):
@@ -67,11 +65,10 @@ def test_labels_and_regions_are_equal_bit_for_bit(name):
 def test_losses_and_gradients(name, dtype):
     record, grid, options, _ = load(name)
     output, d, a = run(record, grid, options, dtype)
-    for key, attribute in (("loss_grp2dec", "boundary_loss"), ("loss_dec2grp", "interior_loss")):
-        expected, got = float(record[key]), getattr(output, attribute).item()
-        # The record is NaN where nothing is selected.
-        assert got == (0 if np.isnan(expected) else pytest.approx(expected, rel=1e-6))
-    assert output.loss.item() == pytest.approx(output.boundary_loss.item() + output.interior_loss.item(), rel=1e-6)
+    # The record is NaN where nothing is selected.
+    expected = [float(np.nan_to_num(record[key])) for key in ("loss_grp2dec", "loss_dec2grp")]
+    got = [output.boundary_loss.item(), output.interior_loss.item(), output.loss.item()]
+    assert got == pytest.approx([*expected, sum(expected)], rel=1e-6, abs=0)
     output.loss.backward()  # the record has the gradient of one loss on each side: they do not cross
     # In `no_boundary` the largest probability is 0.9997 or more and the record itself lost digits in 1 - p: the float64
     # truth is 7e-4 of the largest entry away from it (1.2e-8). Elsewhere the record is within 7e-7 of the truth.

@@ -27,15 +27,13 @@ def assert_equal(ours, theirs, *names):
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
 def test_gradient_of_one_side_or_none(wants):
     both = tensors()
-    expected = gradients(*both)
     leaves = [x.detach().requires_grad_(want) for x, want in zip(both, wants, strict=True)]
     loss = run(*leaves).loss
     assert loss.requires_grad == any(wants)
     if any(wants):
         loss.backward()
-    for leaf, want, gradient in zip(leaves, wants, expected, strict=True):
-        assert (leaf.grad is not None) == want
-        assert not want or torch.equal(leaf.grad, gradient)
+    for leaf, want, gradient in zip(leaves, wants, gradients(*both), strict=True):
+        assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
 
 
 def test_it_behaves_as_a_function_of_autograd():
@@ -49,10 +47,6 @@ def test_it_behaves_as_a_function_of_autograd():
     for x in inner:
         x.zero_()  # inputs may be changed before the backward pass
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected, rtol=0, atol=0)
-    loss = run(*leaves).loss
-    loss += leaves[0].square().mean()  # losses may be added to in place
-    added = (expected[0] + 2 * leaves[0] / leaves[0].numel(), expected[1])
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves), tuple(x.detach() for x in added))
     d, a = (x.detach() for x in leaves)
     torch.testing.assert_close(torch.func.grad(lambda x: run(x, a).loss)(d), expected[0])
     direction = torch.ones_like(d)
@@ -60,9 +54,6 @@ def test_it_behaves_as_a_function_of_autograd():
     with forward_ad.dual_level():
         slope = forward_ad.unpack_dual(run(forward_ad.make_dual(d, direction), a).loss).tangent
     torch.testing.assert_close(slope, (expected[0] * direction).sum(), rtol=1e-4, atol=1e-7)
-    wide = tensors(dtype=torch.float64)
-    grads = torch.autograd.grad(run(*wide, n_nbd=9).loss, wide, create_graph=True)
-    assert all(g.any() for g in torch.autograd.grad(sum(g.square().sum() for g in grads), wide))
 
 
 def test_half_precision_is_computed_in_float32_and_sides_may_differ():
@@ -113,7 +104,7 @@ def test_large_logits_and_zero_probabilities_stay_finite(loss):
 
 
 @pytest.mark.parametrize("what", ["slots", "patches"])
-@pytest.mark.parametrize("filler", [-math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("filler", [-math.inf, 1e30, -1e30, math.nan])
 @LOSSES
 def test_the_content_of_what_is_invalid_does_not_matter(what, filler, loss):
     pair = tensors(13, grad=False)
@@ -123,7 +114,6 @@ def test_the_content_of_what_is_invalid_does_not_matter(what, filler, loss):
     else:
         valid = {"patch_valid": torch.rand((2, 3, 12), generator=torch.Generator().manual_seed(15)) < 0.7}
         hole = ~valid["patch_valid"][:, :, None].expand_as(pair[0])
-        filler = max(filler, -1e30)
     filled = [x.masked_fill(hole, filler) for x in pair]
     outputs = [run(*(x.requires_grad_() for x in leaves), **valid, loss=loss) for leaves in (pair, filled)]
     assert_equal(*outputs, "loss", "slot_iou", "winners", "boundary", "interior", "agreement")
@@ -143,25 +133,17 @@ def test_padded_videos_and_empty_selections_add_nothing():
         assert not grad[1].any()
         assert torch.isfinite(grad).all()
     nothing = run(d, a, patch_valid=torch.zeros(2, 3, 12, dtype=torch.bool))
-    assert nothing.loss.item() == 0
-    assert not any(g.any() for g in torch.autograd.grad(nothing.loss, (d, a)))
-    for name in ("boundary_fraction", "interior_fraction", "overlap_fraction", "agreement"):
-        assert math.isfinite(getattr(nothing, name).item()), name
+    assert all(getattr(nothing, f"{name}_fraction").isfinite() for name in ("boundary", "interior", "overlap"))
     # Every decoder patch differs from a neighbour, and one encoder label leaves no boundary: both selections are empty.
     board = torch.tensor([0, 1, 0, 1, 0, 1]).view(1, 1, 1, 6)
-    a = torch.cat([1.0 - board, 1.0 * board], dim=2).requires_grad_()
-    d = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 6).clone().requires_grad_()
-    for loss in ("brier", "ce"):
-        out = run(d, a, (1, 6), merge=False, loss=loss)
+    a_board = torch.cat([1.0 - board, 1.0 * board], dim=2).requires_grad_()
+    flat = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 6).clone().requires_grad_()
+    empty = [(run(flat, a_board, (1, 6), merge=False, loss=loss), (flat, a_board)) for loss in ("brier", "ce")]
+    for out, leaves in (*empty, (nothing, (d, a))):
         assert (out.boundary_count.item(), out.interior_count.item(), out.loss.item()) == (0, 0, 0)
-        assert not any(g.any() for g in torch.autograd.grad(out.loss, (d, a)))
-
-
-@pytest.mark.parametrize("valid", [None, torch.ones(1, 1, 49, dtype=torch.bool)])
-def test_fractions_of_everything_are_one(valid):
-    x = torch.zeros(1, 1, 2, 49)
-    out = run(x, x.clone(), (7, 7), patch_valid=valid)
-    assert out.interior_fraction.item() == out.agreement.item() == 1
+        assert not any(g.any() for g in torch.autograd.grad(out.loss, leaves))
+    everything = run(torch.zeros(1, 1, 2, 49), torch.zeros(1, 1, 2, 49), (7, 7))
+    assert everything.interior_fraction.item() == everything.agreement.item() == 1
 
 
 def test_what_probabilities_stand_in_for():
@@ -177,44 +159,33 @@ def test_what_probabilities_stand_in_for():
     assert ssync_loss(maps, merge=False).boundary_loss.item() == pytest.approx((1 / 16 + 9 / 16) / 2)
 
 
-REFUSED = {"merge_threshold": [-0.1, 1.5, math.nan], "n_bd": [-1, 12], "n_nbd": [-1, 12], "n_noise": [-1, 12],
-           "temperature": [0.0, -1.0, math.nan, math.inf], "loss": ["mse"],
-           "backend": ["fused", None]}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
-def test_bad_options_are_refused_by_name(name, value):
-    with pytest.raises(ConfigError, match=name):
-        run(*tensors(), **{name: value})
+@pytest.mark.parametrize(
+    "wrong",
+    [*({"merge_threshold": x} for x in (-0.1, 1.5, math.nan)), *({"temperature": x} for x in (0.0, -1.0, math.inf)),
+     *({name: x} for name in ("n_bd", "n_nbd", "n_noise") for x in (-1, 12)),
+     {"loss": "mse"}, {"backend": "fused"}, {"backend": None}, {"boundary_weight": -1}, {"interior_weight": math.nan}],
+    ids=str,
+)  # fmt: skip
+def test_bad_options_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        run(*tensors(), **wrong)
 
 
 @pytest.mark.parametrize("name", ["attention_logits", "mask_logits", "attention_probs", "mask_probs"])
 def test_nan_is_refused_by_name_or_reaches_the_loss_where_it_is_not_looked_for(name):
     kind = name.split("_")[1]
-    maps = {f"{side}_{kind}": x for side, x in zip(("attention", "mask"), tensors(grad=False), strict=True)}
+    maps = dict(zip((f"attention_{kind}", f"mask_{kind}"), tensors(grad=False), strict=True))
     maps = {key: value.softmax(2) if kind == "probs" else value for key, value in maps.items()}
     maps[name][1, 2, 3, 4] = math.nan
     with pytest.raises(ShapeError, match=name):
         ssync_loss(SSyncMaps(**maps, grid=(3, 4)))
     if kind == "logits":
         out = ssync_loss(SSyncMaps(**maps, grid=(3, 4)), check_finite=False)
-        assert out.boundary_loss.isnan() == (name == "mask_logits")
-        assert out.interior_loss.isnan() == (name == "attention_logits")
+        assert (out.boundary_loss.isnan(), out.interior_loss.isnan()) == (name == "mask_logits", name[0] == "a")
     if name == "attention_logits":  # beside good probabilities
         probs = {key.replace("logits", "probs"): torch.rand(2, 3, 4, 12).softmax(2) for key in maps}
         with pytest.raises(ShapeError, match=name):
             ssync_loss(SSyncMaps(**maps, **probs, grid=(3, 4)))
-
-
-def test_nan_in_what_is_invalid_is_no_matter():
-    pair = tensors(grad=False)
-    valid, slots = torch.ones(2, 3, 12, dtype=torch.bool), torch.tensor([[True, True, True, False]] * 2)
-    valid[0, 1, 5] = False
-    hole = ~(slots[:, None, :, None] & valid[:, :, None])
-    bad = [x.masked_fill(hole, math.nan).requires_grad_() for x in pair]
-    out = run(*bad, slot_valid=slots, patch_valid=valid)
-    assert_equal(out, run(*pair, slot_valid=slots, patch_valid=valid), "loss", "winners")
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.loss, bad))
 
 
 def test_the_backend_and_the_reason_are_told_and_kernels_that_cannot_serve_refused(monkeypatch):

@@ -11,18 +11,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics.functional import (
-    Contingency,
-    adjusted_rand_index,
-    boundary_f,
-    contingency,
-    labels_to_masks,
-    mean_best_overlap,
-    mean_iou,
-    read_scene,
-    slot_identity,
-    slots_per_object,
-)
+from ssync_pl.metrics.functional import Contingency, boundary_f, contingency, labels_to_masks, read_scene
+from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
+from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object
 
 SCORES = (adjusted_rand_index, mean_best_overlap, mean_iou, slots_per_object)
 
@@ -127,20 +118,18 @@ def test_soft_masks_are_resized_bilinearly_before_argmax():
     assert torch.equal(count(masks.half(), true).table.sum((-2, -1)), torch.full((2, 3), 180.0).double())
 
 
-def test_groups_of_frames_do_not_change_scores(scene, monkeypatch):
-    masks = labels_to_masks(scene[0], 5).float()
-    expected, borders = count(masks, scene[1]).table, boundary_f(read_scene(*scene))
+def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(scene, monkeypatch):
+    pred, true = scene
+    expected, borders, masks = count(pred, true).table, boundary_f(read_scene(*scene)), labels_to_masks(pred, 5)
+    for same in (masks, masks.float(), pred.to(torch.int8), pred * 1_000_003):
+        assert torch.equal(count(same, true).table, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which holds whole numbers up to 256 only
+        truth = torch.zeros(1, 1, 17, 17, dtype=torch.long)
+        assert count(truth, labels_to_masks(truth, 1)).table.item() == 289
     monkeypatch.setattr("ssync_pl.metrics.functional.scene._GROUP_ELEMENTS", 1)
     monkeypatch.setattr("ssync_pl.metrics.functional.boundary._GROUP_ELEMENTS", 1)
-    assert torch.equal(count(masks, scene[1]).table, expected)
+    assert torch.equal(count(masks.float(), true).table, expected)
     assert torch.equal(boundary_f(read_scene(*scene)), borders)
-
-
-def test_hard_masks_equal_labels_of_any_type_and_name(scene):
-    pred, true = scene
-    expected = count(pred, true).table
-    for same in (labels_to_masks(pred, 5), labels_to_masks(pred, 5).float(), pred.to(torch.int8), pred * 1_000_003):
-        assert torch.equal(count(same, true).table, expected)
 
 
 def test_resolution_takes_the_nearest_pixels(scene):
@@ -149,12 +138,6 @@ def test_resolution_takes_the_nearest_pixels(scene):
     small = torch.nn.functional.interpolate(true.flatten(0, 1).to(torch.uint8), **options).bool().unflatten(0, (3, 4))
     small_pred = torch.nn.functional.interpolate(pred.to(torch.uint8), **options).long()
     assert torch.equal(count(pred, true, resolution=(7, 5)).table, count(small_pred, small).table)
-
-
-def test_counts_survive_autocast():
-    truth = torch.zeros(1, 1, 17, 17, dtype=torch.long)  # bfloat16 holds whole numbers up to 256 only
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert count(truth, labels_to_masks(truth, 1)).table.item() == 289
 
 
 def test_empty_batch_counts_nothing(scene):

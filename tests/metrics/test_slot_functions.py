@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,32 +13,22 @@ from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.metrics import BoundaryF, SlotsPerObject
-from ssync_pl.metrics.functional import (
-    boundary_f,
-    labels_to_masks,
-    read_scene,
-    slot_identity,
-    slots_per_object,
-    used_slots,
-)
+from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene, slot_identity
+from ssync_pl.metrics.functional.slots import slots_per_object, used_slots
 
 Scene = tuple[Tensor, Tensor]
 
 
 def naive_borders(labels: Tensor) -> set[tuple[int, int]]:
-    height, width = labels.shape
-    found = set()
-    for y in range(height):
-        for x in range(width):
-            for j, i in ((y, x + 1), (y + 1, x), (y + 1, x + 1)):
-                if j < height and i < width and labels[j, i] != labels[y, x]:
-                    found.add((y, x))
-    return found
+    """Pixels that differ from the one to the right, below, or diagonally below."""
+    pixels = {(y, x): int(labels[y, x]) for y in range(labels.shape[0]) for x in range(labels.shape[1])}
+    steps = (0, 1), (1, 0), (1, 1)
+    return {(y, x) for (y, x), one in pixels.items() if any(pixels.get((y + j, x + i), one) != one for j, i in steps)}
 
 
 def naive_boundary_f(pred: Tensor, true: Tensor, tolerance: float) -> float | None:
     found, wanted = naive_borders(pred), naive_borders(true)
-    radius = max(1, math.ceil(tolerance * math.sqrt(pred.shape[0] ** 2 + pred.shape[1] ** 2)))
+    radius = max(1, math.ceil(tolerance * math.hypot(*pred.shape)))
 
     def share(ones: set[tuple[int, int]], others: set[tuple[int, int]]) -> float:
         hits = sum(any(abs(y - j) <= radius and abs(x - i) <= radius for j, i in others) for y, x in ones)
@@ -87,47 +79,30 @@ def random_scenes(seed: int, videos: int = 2) -> Scene:
     return torch.where(keep < 0.5, noise, truth), truth
 
 
+def by_videos(naive: Callable[..., float | None], pred: Tensor, truth: Tensor, *args: float) -> Any:
+    return pytest.approx([naive(p, t, *args) for p, t in zip(pred, truth, strict=True)])
+
+
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("tolerance", [0.0, 0.0075, 0.1])
-def test_boundary_f_against_loops(seed: int, tolerance: float) -> None:
+@pytest.mark.parametrize(("tolerance", "min_share"), [(0.0, 0.0), (0.0075, 0.01), (0.1, 0.3)])
+def test_against_loops(seed: int, tolerance: float, min_share: float) -> None:
     pred, truth = random_scenes(seed)
     true = labels_to_masks(truth, 4)
-    expected = [
-        [naive_boundary_f(p, t, tolerance) for p, t in zip(*video, strict=True)]
-        for video in zip(pred, truth, strict=True)
-    ]
-    got = boundary_f(read_scene(pred, true), tolerance)
-    assert got.flatten().tolist() == pytest.approx([value for video in expected for value in video])
+    got = boundary_f(read_scene(pred, true), tolerance).flatten().tolist()
+    assert got == by_videos(naive_boundary_f, pred.flatten(0, 1), truth.flatten(0, 1), tolerance)
+    got = items(slots_per_object, pred, true, background=True, min_share=min_share).tolist()
+    assert got == by_videos(naive_slots_per_object, pred, truth, min_share)
+    got = items(slot_identity, pred, true, level="image", background=True).tolist()
+    assert got == by_videos(naive_identity, pred, truth)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("min_share", [0.0, 0.01, 0.3])
-def test_slots_per_object_against_loops(seed: int, min_share: float) -> None:
-    pred, truth = random_scenes(seed)
-    expected = [naive_slots_per_object(p, t, min_share) for p, t in zip(pred, truth, strict=True)]
-    got = items(slots_per_object, pred, labels_to_masks(truth, 4), background=True, min_share=min_share)
-    assert got.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_identity_against_loops(seed: int) -> None:
-    pred, truth = random_scenes(seed)
-    expected = [naive_identity(p, t) for p, t in zip(pred, truth, strict=True)]
-    got = items(slot_identity, pred, labels_to_masks(truth, 4), level="image", background=True)
-    assert got.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_used_slots_against_loops(seed: int) -> None:
-    masks = torch.randn(3, 2, 9, 2, 2, generator=torch.Generator().manual_seed(seed))
+def test_used_slots_against_sets() -> None:
+    masks = torch.randn(3, 2, 9, 2, 2, generator=torch.Generator().manual_seed(0))
     valid = torch.tensor([[True, True], [True, False], [False, False]])
-    expected = []
-    for video, frames in zip(masks, valid, strict=True):
-        used = {int(s) for frame, real in zip(video, frames, strict=True) if real for s in frame.argmax(0).flatten()}
-        expected.append(float(len(used)))
-    got = used_slots(masks, valid)
-    assert got[:2].tolist() == expected[:2]
-    assert got[2].isnan()
+    found = used_slots(masks, valid)
+    winners = masks.argmax(2).flatten(2)
+    assert found[:2].tolist() == [len(set(winners[0].flatten().tolist())), len(set(winners[1, 0].tolist()))]
+    assert found[2].isnan()
 
 
 def test_boundary_f_by_hand() -> None:

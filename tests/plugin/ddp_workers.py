@@ -14,6 +14,7 @@ from metric_helpers import scores_of
 from tiny_hosts import HandWritten, Recorder, TinyHost, fit, hooks_of, make_callback, make_clips, make_host, weights
 from torch.utils.data import DataLoader
 
+from ssync_pl import SSyncMaps, ssync_loss
 from ssync_pl.hosts import SlotContrast
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
@@ -22,12 +23,30 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "find_unused": ({}, {"find_unused_parameters": True}),
     "static_graph": ({"warmup_steps": 2, "guard_window": 1}, {"static_graph": True}),
-    "sync_counts": ({"sync_counts": True}, {}),
     "relative": ({"relative_weight": 0.2}, {}),
     "compiled": ({"sync_counts": True}, {}),
     "dict": ({}, {}),
 }
 STEPS = 3
+# Clips (2, T, S, N) of both maps, one for each rank, whose ranks select different numbers of patches; and options. In
+# the last one a single patch is selected in all, so that the mean of the counts over ranks is below 1.
+COUNTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "brier": ((2, 2, 3, 9), {}),
+    "ce": ((2, 2, 3, 9), {"loss": "ce"}),
+    "one patch": ((2, 1, 2, 9), {"loss": "ce", "n_bd": 8, "merge": False}),
+}
+
+
+def loss_and_gradients(case: str, videos: slice, **options: Any) -> tuple[Any, ...]:
+    shape, settings = COUNTS[case]
+    generator = torch.Generator().manual_seed(0)
+    d, a = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    few = d[int(shape[1] > 1) :]  # all of the clips, or the second of them
+    few.zero_()[:, :, 0] = 1.0
+    few[0, 0, 1, 4] = 2.0
+    leaves = [x[videos].clone().requires_grad_() for x in (d, a)]
+    loss = ssync_loss(SSyncMaps(*leaves, grid=(3, 3)), **settings, **options).loss
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
 class OneSided(TinyHost):
@@ -70,6 +89,7 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
     fit_rank(host, callback, clips=dense_clips())
     results["dense"] = {"host": host.state_dict(), "projections": callback.state_dict()["projections"]}
     results["stop"] = _stop()
+    results["counts"] = {c: loss_and_gradients(c, slice(rank, rank + 1), sync_counts=True) for c in COUNTS}
     results["metrics"] = scores_of(slice(0, 1) if rank == 0 else slice(1, 3))  # uneven on purpose
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_workers import CASES, STEPS, dense_callback, dense_clips, dense_host, run_rank
+from ddp_workers import CASES, COUNTS, STEPS, dense_callback, dense_clips, dense_host, loss_and_gradients, run_rank
 from metric_helpers import scores_of
 from tiny_hosts import HandWritten, Recorder, fit, make_host, make_loader
 from torch.utils.data import DataLoader
@@ -52,15 +52,23 @@ def test_same_as_a_host_that_calls_the_loss_itself(ranks, case):
     torch.testing.assert_close(ranks[0][case]["gradients"], ranks[0]["by_hand"]["gradients"])
 
 
-@pytest.mark.parametrize("case", ["sync_counts", "compiled"])
-def test_synchronised_counts_equal_one_process_on_the_joined_batch(ranks, case):
+def test_synchronised_counts_equal_one_process_on_the_joined_batch(ranks):
     one, recorder = make_host(HandWritten), Recorder()
     # Each rank takes 2 of the 4 clips of a step, every second one.
     fit(one, recorder, steps=2, loader=make_loader(8, batch_size=4))
-    steps = ranks[0][case]["gradients"]
+    steps = ranks[0]["compiled"]["gradients"]
     torch.testing.assert_close(steps[:2], recorder.gradients, rtol=1e-4, atol=1e-6)
     local = ranks[0]["plain"]["gradients"]
     assert any(not torch.allclose(local[0][name], steps[0][name], rtol=1e-4, atol=1e-6) for name in steps[0])
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_losses_of_ranks_with_synchronised_counts_equal_one_process(ranks, case):
+    whole, *gradients = loss_and_gradients(case, slice(None))
+    (one, *of_one), (two, *of_two) = (rank["counts"][case] for rank in ranks)
+    torch.testing.assert_close((one + two) / 2, whole)  # as DDP averages
+    torch.testing.assert_close([torch.cat(pair) / 2 for pair in zip(of_one, of_two, strict=True)], gradients)
+    assert loss_and_gradients(case, slice(None), sync_counts=True)[0] == whole  # without processes, no difference
 
 
 def test_all_ranks_stop_at_the_same_step_and_one_tells(ranks):

@@ -1,4 +1,4 @@
-"""The collapse guard: its verdicts by hand, in a training whose slots fall out of use, and what it costs."""
+"""Weights and the collapse guard: by hand, in a training whose slots fall out of use, and what they cost."""
 
 import warnings
 
@@ -8,92 +8,131 @@ from tiny_hosts import Recorder, fit, in_hook, make_callback, make_host
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssync_pl.method.loss
-from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict
+from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
+from ssync_pl.plugin.engine import SSyncEngine
+from ssync_pl.plugin.guard import CollapseGuard, existing_slots, used_slots
 
 
-def used(encoder, decoder=8.0):
-    return torch.tensor([float(encoder), float(decoder)])
+def random_maps(seed=0, slots=3, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    d, a = (torch.randn((2, 2, slots, 12), generator=generator).requires_grad_() for _ in range(2))
+    return SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4), **extra)
 
 
-def watched(action="warn", threshold=0.8, window=1, before=(8.0, 8.0)):
-    guard = CollapseGuard(action, threshold, window)
-    guard.watch(torch.tensor(before))
-    return guard
+def started(total=100, **options):
+    engine = SSyncEngine(SSyncConfig(**{"warmup_steps": 0, **options}))
+    engine.start(total)
+    return engine
 
 
-def test_windows_average_and_are_judged_at_their_end():
-    guard = watched(window=3)
-    assert [guard.step(used(count)) is None for count in (8, 5)] == [True, True]
-    assert guard.step(used(2)).collapsed
-    assert guard.latest == (5.0, 8.0)
-    assert [guard.step(used(8)) for _ in range(3)] == [None, None, GuardVerdict(collapsed=False)]
-    guard = CollapseGuard("warn", 0.5, 1)  # before is the mean of all watched steps
-    guard.watch(used(4, 6))
-    guard.watch(used(8, 2))
-    guard.step(used(8))
-    assert guard.before == (6.0, 4.0)
-    guard = CollapseGuard("stop", 0.8, 2)  # or the first window, where there is no warm-up
-    verdicts = [guard.step(used(count)) for count in (2, 2, 1, 1)]
-    assert guard.before == (2.0, 8.0)
-    assert (verdicts[1].collapsed, verdicts[3].stop) == (False, True)
+def term(engine, host_loss=None, step=0, maps=None, log=None):
+    host = None if host_loss is None else torch.tensor(host_loss)
+    value = engine.term(host, random_maps() if maps is None else maps, step, log)[0]
+    return 0.0 if value is None else float(value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "now", "collapsed"),
-    [
-        ({}, (8, 8), False),
-        ({}, (6, 8), True),
-        ({}, (8, 6), True),
-        ({}, (7, 7), False),
-        ({"threshold": 0.5}, (4, 8), False),
-        ({"before": (0.0, 0.0)}, (1, 1), False),
-    ],
-)
-def test_either_map_counts(settings, now, collapsed):
-    assert watched(**settings).step(used(*now)).collapsed is collapsed
+def test_ramp_and_guard_scale_what_is_added():
+    maps, engine = random_maps(), started(warmup_steps=2, ramp_steps=4)
+    full = float(ssync_loss(maps).loss)
+    added = [term(engine, step=step) for step in range(8)]
+    assert added == pytest.approx([0, 0, full / 4, full / 2, full * 3 / 4, full, full, full])
+    engine.guard.factor = 0.25
+    assert term(engine, step=9) == pytest.approx(full / 4)
 
 
-@pytest.mark.parametrize(
-    ("action", "hint", "factor"),
-    [("warn", "on_collapse='backoff'", 1.0), ("backoff", "now x 0.5", 0.25), ("stop", "The training stops", 1.0)],
-)
-def test_actions_and_one_message_until_it_recovers(action, hint, factor):
-    guard = watched(action)
-    verdicts = [guard.step(used(count)) for count in (2, 2, 8, 2)]
-    messages = [verdict.message for verdict in verdicts]
-    assert [bool(message) for message in messages] == [True, False, False, True]
-    assert "encoder 8.0 -> 2.0, decoder 8.0 -> 8.0 (threshold 80%)" in messages[0]
-    assert hint in messages[0]
-    assert [verdict.stop for verdict in verdicts] == [action == "stop"] * 2 + [False, action == "stop"]
-    assert guard.factor == factor
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_a_relative_weight_follows_running_averages_and_gives_no_gradient(weight):
+    engine = started(relative_weight=0.5, boundary_weight=weight, interior_weight=weight)
+    averages = None
+    for step, host in enumerate([2.0, -4.0, 8.0]):
+        maps, leaf = random_maps(step), torch.tensor(host, requires_grad=True)
+        own = float(ssync_loss(maps).loss)
+        now = torch.tensor([abs(host), own])
+        averages = now if averages is None else 0.98 * averages + 0.02 * now
+        added, _ = engine.term(leaf, maps, step)
+        assert added.item() == pytest.approx(0.5 * float(averages[0] / averages[1]) * own, rel=1e-5)
+        assert torch.autograd.grad(added, leaf, allow_unused=True) == (None,)
 
 
-def test_backoff_goes_to_zero_and_comes_back():
-    guard = watched("backoff")
+def test_a_relative_weight_is_bounded_when_the_term_vanishes():
+    logits = torch.zeros(1, 1, 2, 12)
+    logits[:, :, 0] = 30.0
+    maps, logs = SSyncMaps(attention_logits=logits, mask_logits=logits, grid=(3, 4)), {}
+    added = term(started(relative_weight=0.1), 1.0, 0, maps, lambda name, value, **_: logs.update({name: value}))
+    assert added == pytest.approx(0.0)
+    assert float(logs["ssync/weight"]) == pytest.approx(10.0)
 
-    def factors(count):
-        return [(guard.step(used(count)), guard.factor)[1] for _ in range(8)]
 
-    assert factors(1) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 0, 0]
-    assert factors(8) == [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1]
+@pytest.mark.parametrize("losses", [(torch.nan, 3.0, 3.0), (3.0, torch.inf, 3.0)])
+def test_one_bad_step_does_not_poison_the_average(losses):
+    engine = started(relative_weight=0.1)
+    assert [term(engine, value, step) for step, value in enumerate(losses)][2] == pytest.approx(0.3)
 
 
-# Slots in use and slots that exist, first watched, then with SSync on; which windows are a collapse; what counts after.
-HOSTS = {
-    "adds slots and uses them": ([(2, 2), (4, 4), (8, 8), (2, 8)], [False, False, True], 8.0),
-    "adds slots while others fall out of use": ([(4, 4), (2, 8)], [True], 4.0),
-    "drops slots": ([(8, 11), (5, 5), (3, 5)], [False, True], 8.0),
-    "wavers": ([(5, 6), (5.5, 6.4), (5.5, 5.9), (5.5, 6.3)], [False, False, False], 5.0),
+@pytest.mark.parametrize("extra", [{}, {"slot_valid": (2, 3), "patch_valid": (2, 2, 12)}])
+def test_slots_that_the_guard_counts_are_those_of_the_loss(extra):
+    generator = torch.Generator().manual_seed(7)
+    maps = random_maps(slots=3, **{name: torch.rand(shape, generator=generator) < 0.4 for name, shape in extra.items()})
+    out = ssync_loss(maps)
+    assert used_slots(maps).tolist() == [out.used_encoder_slots.mean(), out.used_decoder_slots.mean()]
+    assert existing_slots(maps) == (maps.slot_valid.sum(1).float().mean() if extra else 3)
+
+
+# Settings; slots in use in the encoder's and the decoder's map, and slots that exist, first watched and then with SSync
+# on; which windows are a collapse (None inside of one); what counts as before at the end.
+GUARDED = {
+    "the encoder's map": ({}, [(8, 8), (6, 8)], [True], (8, 8)),
+    "the decoder's map": ({}, [(8, 8), (8, 6)], [True], (8, 8)),
+    "less than a fifth": ({}, [(8, 8), (7, 7)], [False], (8, 8)),
+    "another threshold": ({"threshold": 0.5}, [(8, 8), (4, 8)], [False], (8, 8)),
+    "nothing before": ({}, [(0, 0), (1, 1)], [False], (0, 0)),
+    "before is a mean": ({"watched": 2}, [(4, 6), (8, 2), (8, 8)], [False], (6, 4)),
+    "a window is a mean": ({"window": 3}, [(8, 8), (8, 8), (5, 8), (2, 8)], [None, None, True], (8, 8)),
+    "no warm-up": ({"window": 2, "watched": 0}, [(2, 8), (2, 8), (1, 8), (1, 8)], [None, False, None, True], (2, 8)),
+    "adds slots and uses them": ({}, [(2, 2, 2), (4, 4, 4), (8, 8, 8), (2, 2, 8)], [False, False, True], (8, 8)),
+    "adds slots while others fall out of use": ({}, [(4, 4, 4), (2, 2, 8)], [True], (4, 4)),
+    "drops slots": ({}, [(8, 8, 11), (5, 5, 5), (3, 3, 5)], [False, True], (8, 8)),
+    "wavers": ({}, [(5, 5, 6), (6, 6, 6.4), (6, 6, 5.9), (6, 6, 6.3)], [False, False, False], (5, 5)),
 }
 
 
-@pytest.mark.parametrize(("counts", "collapsed", "before"), HOSTS.values(), ids=HOSTS.keys())
-def test_hosts_that_change_how_many_slots_exist(counts, collapsed, before):
-    guard = CollapseGuard("warn", 0.8, 1)
-    first, *later = [(used(count, count), torch.tensor(float(existing))) for count, existing in counts]
-    guard.watch(*first)
-    assert [guard.step(*one).collapsed for one in later] == collapsed
-    assert guard.before == (before, before)
+@pytest.mark.parametrize(("settings", "counts", "collapsed", "before"), GUARDED.values(), ids=GUARDED)
+def test_windows_are_compared_with_what_was_before(settings, counts, collapsed, before):
+    settings = {"threshold": 0.8, "window": 1, "watched": 1, **settings}
+    guard = CollapseGuard("warn", settings["threshold"], settings["window"])
+    steps = [(torch.tensor(one[:2]).float(), *map(torch.tensor, one[2:])) for one in counts]
+    for one in steps[: settings["watched"]]:
+        guard.watch(*one)
+    verdicts = [guard.step(*one) for one in steps[settings["watched"] :]]
+    assert [verdict and verdict.collapsed for verdict in verdicts] == collapsed
+    assert guard.before == before
+
+
+def watched(action="warn"):
+    guard = CollapseGuard(action, 0.8, 1)
+    guard.watch(torch.tensor([8.0, 8.0]))
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("action", "hint", "factors"),
+    [
+        ("warn", "on_collapse='backoff'", [1] * 16),
+        ("stop", "The training stops", [1] * 16),
+        ("backoff", "now x 0.5", [2**-i for i in range(1, 7)] + [0, 0] + [2**-i for i in range(6, -1, -1)] + [1]),
+    ],
+)
+def test_actions_and_one_message_until_it_recovers(action, hint, factors):
+    guard, verdicts, seen = watched(action), [], []
+    for count in [1] * 8 + [8] * 8:
+        verdicts.append(guard.step(torch.tensor([count, 8.0])))
+        seen.append(guard.factor)
+    assert seen == factors
+    assert [verdict.stop for verdict in verdicts] == [action == "stop"] * 8 + [False] * 8
+    messages = [verdict.message for verdict in (*verdicts, guard.step(torch.tensor([1.0, 8.0])))]
+    assert [bool(message) for message in messages] == [True] + [False] * 15 + [True]
+    assert "encoder 8.0 -> 1.0, decoder 8.0 -> 8.0 (threshold 80%)" in messages[0]
+    assert hint in messages[0]
 
 
 def test_a_loaded_sum_follows_the_device_of_the_next_step():
@@ -135,13 +174,11 @@ def test_in_training_warn_tells_once_and_stop_stops_after_the_window():
 class CountReads(TorchDispatchMode):
     """Counts what would make an accelerator wait."""
 
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
+    reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        self.reads += func in (torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        aten = torch.ops.aten
+        self.reads += func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
         return func(*args, **(kwargs or {}))
 
 

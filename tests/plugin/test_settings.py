@@ -7,13 +7,12 @@ import types
 import lightning.pytorch as L
 import pytest
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from ssync_pl import SSyncCallback, SSyncConfig, ssync_loss
 from ssync_pl.adapters import SaviAdapter
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.callback import callback_class
-from ssync_pl.plugin.schedule import Phase, Schedule, training_length
+from ssync_pl.plugin.schedule import Phase, Schedule
 
 NAN, INF = float("nan"), float("inf")
 PATHS = {"attention": "corrector:masks", "masks": "decoder:masks"}
@@ -48,8 +47,8 @@ def test_defaults_are_the_published_ones():
     assert (config.warmup_ratio, config.ramp_steps, config.relative_weight, config.sync_counts) == (0.3, 0, None, False)
     parameters, options = inspect.signature(ssync_loss).parameters, config.loss_options()
     assert {name: parameters[name].default for name in options} == options
-    changed = SSyncConfig(merge_threshold=0.5, merge=False, n_bd=2, loss="ce", sync_counts=True).loss_options()
-    assert changed == {**options, "merge_threshold": 0.5, "merge": False, "n_bd": 2, "loss": "ce", "sync_counts": True}
+    changes = {"merge_threshold": 0.5, "merge": False, "n_bd": 2, "loss": "ce", "sync_counts": True}
+    assert SSyncConfig(**changes).loss_options() == options | changes
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,8 +84,7 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
     file = tmp_path / "a.yaml"
     file.write_text("callback: {class_path: SSyncCallback, init_args: {relative_weight: 0.1, grid: [3, 4], merge: no}}")
     made = parser.instantiate_classes(parser.parse_args(["--config", str(file), "--callback.n_bd=2"])).callback
-    assert made.config == SSyncConfig(relative_weight=0.1, merge=False, n_bd=2)
-    assert made.grid == (3, 4)
+    assert (made.config, made.grid) == (SSyncConfig(relative_weight=0.1, merge=False, n_bd=2), (3, 4))
     file.write_text("callback: {class_path: SSyncCallback, init_args: {start: mature}}")
     with pytest.raises(SystemExit):
         parser.parse_args(["--config", str(file)])
@@ -102,10 +100,13 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
         ({"adapter": SaviAdapter(), **PATHS}, "either `adapter` or `attention` and `masks`"),
         ({"attention_kind": "logits"}, "only beside `attention` and `masks`"),
         ({"masks_kind": "logits"}, "only beside `attention` and `masks`"),
-        ({"start": "mature"}, "start"),
+        ({"start": "mature"}, "but got start. Did you mean `warmup_ratio`"),
+        ({"warm_up_steps": 3}, "but got warm_up_steps. Did you mean `warmup_steps`"),
+        ({"zzz": 3}, "but got zzz.$"),
+        ({"relative_weight": "0.1"}, "a number above 0, without quotes, .* but got '0.1'"),
     ],
 )
-def test_arguments_that_contradict_each_other(options, match):
+def test_arguments_that_contradict_each_other_or_do_not_exist(options, match):
     with pytest.raises(ConfigError, match=match):
         SSyncCallback(**options)
 
@@ -114,24 +115,20 @@ def test_a_class_of_another_namespace():
     class OldCallback:
         """Stands for the `Callback` of a package whose Trainer accepts no other."""
 
-    namespace = types.ModuleType("old_lightning")
-    namespace.Callback = OldCallback
-    kind = callback_class(namespace)
+    kind = callback_class(types.SimpleNamespace(Callback=OldCallback))
     made = kind(merge_threshold=0.6, warmup_steps=3)
     assert isinstance(made, OldCallback)
     assert not isinstance(made, L.Callback)
     assert (kind.__name__, kind.__doc__) == ("SSyncCallback", SSyncCallback.__doc__)
-    assert made.config == SSyncCallback(merge_threshold=0.6, warmup_steps=3).config
+    assert made.config == SSyncConfig(merge_threshold=0.6, warmup_steps=3)
     assert kind.on_fit_start is SSyncCallback.on_fit_start
     assert callback_class(L) is SSyncCallback
     with pytest.raises(ConfigError, match="a class `Callback`"):
         callback_class(types)
-    pytorch_lightning = pytest.importorskip("pytorch_lightning")
-    assert issubclass(callback_class(pytorch_lightning), pytorch_lightning.Callback)
 
 
-@pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 100_001])
-@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("total", [1, 7, 10, 100_001])
+@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.3, 0.7, 1.0])
 def test_start_is_the_first_step_that_is_not_below_the_ratio(ratio, total):
     start = Schedule.resolve(SSyncConfig(warmup_ratio=ratio), total).start
     assert not start < ratio * total
@@ -150,23 +147,3 @@ def test_start_is_the_first_step_that_is_not_below_the_ratio(ratio, total):
 def test_phases_and_weights(schedule, phases, weights):
     assert [schedule.phase(step) for step in range(5)] == [Phase(one) for one in phases.split()]
     assert [schedule.weight(step) for step in range(5)] == weights
-
-
-@pytest.mark.parametrize(
-    ("scheduling", "settings", "steps"),
-    [
-        (None, {}, 80),
-        (None, {"estimated_stepping_batches": -1}, INF),
-        (None, {"estimated_stepping_batches": INF}, INF),
-        ({0: 1, 1: 8}, {}, 8 + 9),
-        ({0: 3, 5: 1}, {}, 5 * 3 + 5 * 8),
-        ({0: 1, 1: 8}, {"max_steps": 12, "estimated_stepping_batches": 12}, 12),
-        ({0: 1, 1: 8}, {"max_steps": 12, "max_epochs": -1, "estimated_stepping_batches": 12}, 12),
-        ({0: 1}, {"max_steps": 5, "estimated_stepping_batches": 5, "num_training_batches": INF}, 5),
-    ],
-)
-def test_length_of_a_training(scheduling, settings, steps):
-    defaults = {"estimated_stepping_batches": 80, "max_epochs": 10, "max_steps": -1, "num_training_batches": 8}
-    callbacks = [] if scheduling is None else [GradientAccumulationScheduler(scheduling)]
-    trainer = types.SimpleNamespace(callbacks=callbacks, accumulate_grad_batches=1, **{**defaults, **settings})
-    assert training_length(trainer) == steps

@@ -1,32 +1,17 @@
-"""During the warm-up nothing happens; after it, everything; and what is logged."""
+"""During the warm-up nothing happens; after it, everything; and what is logged and told."""
+
+import re
 
 import lightning.pytorch as L
 import pytest
+import tiny_hosts as tiny
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tiny_hosts import (
-    MixinHost,
-    Recorder,
-    TinyHost,
-    assert_same_weights,
-    fit,
-    in_hook,
-    make_callback,
-    make_clips,
-    make_host,
-    make_loader,
-    maps_of,
-)
+from tiny_hosts import Recorder, TinyHost, fit, in_hook, make_callback, make_clips, make_host, make_loader
 from torch.utils.data import DataLoader, IterableDataset
 
 from ssync_pl import ssync_loss
 from ssync_pl.errors import ConfigError
-
-NAMES = {
-    f"ssync/{name}"
-    for name in ("boundary_loss", "interior_loss", "boundary_fraction", "interior_fraction", "merged_slots",
-                 "used_slots", "agreement")
-}  # fmt: skip
 
 
 class Stochastic(TinyHost):
@@ -36,11 +21,6 @@ class Stochastic(TinyHost):
         return self.host_loss(batch)[0] * (1 + torch.rand(()))
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(make_clips(8))
-
-
 @pytest.mark.parametrize("options", [{"warmup_steps": 10**6}, {"warmup_steps": 100, "guard_window": 100}])
 def test_a_warm_up_without_end_equals_a_training_without_the_callback(options):
     runs = []
@@ -48,68 +28,85 @@ def test_a_warm_up_without_end_equals_a_training_without_the_callback(options):
         host, recorder = make_host(Stochastic), Recorder()
         torch.manual_seed(3)
         fit(host, *callbacks, recorder)
-        runs.append((host, recorder.losses, torch.get_rng_state()))
+        runs.append((tiny.weights(host), recorder.losses, torch.get_rng_state()))
     plain, off, on = runs
-    assert_same_weights(off[0], plain[0], exact=True)
-    torch.testing.assert_close(off[1], plain[1], rtol=0, atol=0)
-    assert torch.equal(off[2], plain[2])
+    torch.testing.assert_close(off, plain, rtol=0, atol=0)
     assert torch.equal(on[2], plain[2])  # random numbers are not touched while it is on, either
 
 
-def test_an_unknown_length_is_refused_with_a_hint_that_helps():
-    stream = DataLoader(Stream(), batch_size=2)
-    for loader, options in ((make_loader(), {"max_epochs": -1, "max_time": {"minutes": 1}}), (stream, {})):
-        host = make_host()
-        with pytest.raises(ConfigError, match="warmup_steps"):
-            fit(host, make_callback(warmup_steps=None), loader=loader, **{"max_epochs": 2, **options}, steps=-1)
-        assert "training_step" not in host.__dict__
-    trainer = fit(make_host(), make_callback(warmup_steps=1), loader=stream, steps=-1, max_epochs=1)
-    assert trainer.global_step == 4
-    assert "ssync/weight" in trainer.callback_metrics
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(make_clips(8))
 
 
-def train(mixin, *callbacks, **options):
+STREAM = DataLoader(Stream(), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("loader", "options"), [(make_loader(), {"max_epochs": -1, "max_time": "00:00:01:00"}), (STREAM, {"max_epochs": 2})]
+)
+def test_a_share_of_an_unknown_length_is_refused_with_a_hint_that_helps(loader, options):
+    host = make_host()
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        fit(host, make_callback(warmup_steps=None), loader=loader, steps=-1, **options)
+    assert "training_step" not in host.__dict__
+
+
+def train(mixin, *callbacks, loader=None, epochs=5, steps=-1, **settings):
     """Trains with the callback or the mixin; returns the trainer, and the engine in it."""
-    if mixin:
-        host, own = make_host(MixinHost, ssync=options), []
-    else:
-        host, own = make_host(), [make_callback(**{"warmup_steps": None, **options})]
-    trainer = fit(host, *own, *callbacks, steps=-1, max_epochs=5)
+    host, own = tiny.either(mixin, **{"warmup_steps": None, **settings})
+    trainer = fit(host, *own, *callbacks, steps=steps, max_epochs=epochs, loader=loader)
     return trainer, host._ssync_engine if mixin else own[0].engine
 
 
+def stop_early():
+    return in_hook("on_train_epoch_end", lambda trainer, module: setattr(trainer, "should_stop", True))
+
+
+def accumulate_later():
+    """4 steps in the first epoch, then one in each: 8, and not the 20 of the first epoch's pace."""
+    return L.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+
+
 @pytest.mark.parametrize("mixin", [False, True])
-def test_the_end_says_when_it_ran_or_that_it_never_did(mixin, caplog, recwarn):
+@pytest.mark.parametrize(
+    ("also", "settings", "first", "last"),
+    [
+        (None, {"warmup_ratio": 0.3}, 6, 20),
+        (None, {"warmup_ratio": 1.0}, None, 20),
+        (stop_early, {"warmup_ratio": 0.3}, None, 4),
+        (stop_early, {"warmup_ratio": 0.1}, 2, 4),
+        (None, {"warmup_steps": 3, "loader": STREAM, "epochs": 2}, 3, 8),
+        (None, {"warmup_steps": 8, "loader": STREAM, "epochs": 2}, None, 8),
+        (None, {"warmup_ratio": 0.5, "loader": STREAM, "epochs": -1, "steps": 6}, 3, 6),
+        (accumulate_later, {"warmup_ratio": 0.5}, 4, 8),
+        (accumulate_later, {"warmup_ratio": 0.5, "steps": 6}, 3, 6),
+        (accumulate_later, {"warmup_steps": 9}, None, 8),
+    ],
+)
+def test_the_end_says_when_it_ran_or_why_it_never_did(mixin, also, settings, first, last, caplog, recwarn):
     with caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"):
-        train(mixin, warmup_ratio=0.3)
+        trainer, engine = train(mixin, *([] if also is None else [also()]), **settings)
+    assert (engine.first_step, trainer.global_step) == (first, last)
     told = [record.getMessage() for record in caplog.records if record.name == "lightning.pytorch.ssync_pl"]
-    assert len(told) == 2
-    assert all(word in told[0] for word in ("step 6", "backend 'torch'", "cpu"))
-    assert told[1] == "SSync ran from optimizer step 6 to the end at step 20."
-    assert not [w for w in recwarn if "SSync" in str(w.message)]
-    stop = in_hook("on_train_epoch_end", lambda trainer, module: setattr(trainer, "should_stop", True))
-    with pytest.warns(UserWarning, match="SSync never ran.*6 optimizer steps.*ended at step 4") as caught:
-        train(mixin, stop, warmup_ratio=0.3)
-    assert len([w for w in caught if "never ran" in str(w.message)]) == 1
+    warned = [str(w.message) for w in recwarn if "SSync" in str(w.message)]
+    if first is None:
+        ((setting, value),) = [item for item in settings.items() if item[0].startswith("warmup")]
+        reason = rf"never ran: .* {engine.schedule.start} optimizer steps \(`{setting}`={value}\).* step {last}\."
+        assert (told, len(warned), bool(re.search(reason, warned[0]))) == ([], 1, True)
+    else:
+        assert warned == []
+        assert all(word in told[0] for word in (f"step {first}", "backend 'torch'", "cpu"))
+        assert told[1:] == [f"SSync ran from optimizer step {first} to the end at step {last}."]
 
 
 @pytest.mark.parametrize("mixin", [False, True])
-def test_the_warm_up_is_a_share_of_the_steps_that_are_taken(mixin):
-    # 4 steps in the first epoch, then one in each: 8, and not the 20 of the first epoch's pace.
-    accumulate = L.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
-    trainer, engine = train(mixin, accumulate, warmup_ratio=0.5)
-    assert (engine.first_step, trainer.global_step) == (4, 8)
+@pytest.mark.parametrize(("epochs", "later", "ratio"), [(3, 3, 0.5), (5, 9, 0.3)])  # once it runs, it stays on
+def test_the_warm_up_follows_a_length_that_changes(mixin, epochs, later, ratio):
+    def change(trainer, module):
+        trainer.fit_loop.max_epochs = later if trainer.current_epoch else epochs
 
-    def started(epochs, later, ratio):
-        """The warm-up's end where the length changes to so many epochs after the first, and after the second epoch."""
-
-        def change(trainer, module):
-            trainer.fit_loop.max_epochs = later if trainer.current_epoch else epochs
-
-        return train(mixin, in_hook("on_train_epoch_end", change), warmup_ratio=ratio)[1].schedule.start
-
-    assert started(3, 3, 0.5) == 6
-    assert started(5, 9, 0.3) == 6  # once it runs, it stays on
+    assert train(mixin, in_hook("on_train_epoch_end", change), warmup_ratio=ratio)[1].schedule.start == 6
 
 
 class Logs(TinyHost):
@@ -122,29 +119,18 @@ class Logs(TinyHost):
 def test_logged_values_are_those_of_the_step():
     host, recorder = make_host(Logs), Recorder()
     with torch.no_grad():
-        loss, logits, masks = host.host_loss(next(iter(make_loader())))
+        loss, *maps = host.host_loss(next(iter(make_loader())))
     options = {"merge_threshold": 0.2, "boundary_weight": 0.5}
     fit(host, make_callback(**options), recorder, steps=1)
-    logs, out = recorder.logs[0], ssync_loss(maps_of(logits, masks), **options)
-    used = [torch.tensor([float(clip.unique().numel()) for clip in m.max(2).indices]).mean() for m in (logits, masks)]
-    merged = (out.winners != torch.arange(4)).sum(1).float().mean()
-    assert merged > 0
-    expected = {
-        "boundary_loss": out.boundary_loss,
-        "interior_loss": out.interior_loss,
-        "boundary_fraction": out.boundary.float().mean(),
-        "interior_fraction": out.interior.float().mean(),
-        "merged_slots": merged,
-        "used_slots": used[1],
-        "used_encoder_slots": used[0],
-        "agreement": (out.encoder_labels == out.decoder_labels).float().mean(),
-        "weight": 1.0,
-    }
-    for name, value in expected.items():
-        assert logs[f"ssync/{name}"] == pytest.approx(float(value), rel=1e-5), name
-    assert logs["mine"] == pytest.approx(float(loss))  # what the host logs stays as it is
-    added = 0.5 * logs["ssync/boundary_loss"] + logs["ssync/interior_loss"]
-    assert float(recorder.losses[0] - loss) == pytest.approx(added, rel=1e-4)
+    out, expected = ssync_loss(tiny.maps_of(*maps), **options), {"mine": loss, "ssync/weight": 1.0}
+    names = ("boundary_loss", "interior_loss", "boundary_fraction", "interior_fraction", "overlap_fraction")
+    names += ("agreement", "merged_slots", "used_encoder_slots", "used_decoder_slots")
+    expected |= {f"ssync/{name}": getattr(out, name).float().mean() for name in names}
+    expected["ssync/used_slots"] = expected.pop("ssync/used_decoder_slots")
+    assert expected["ssync/merged_slots"] > 0
+    logged = {name: recorder.logs[0][name] for name in expected}
+    assert logged == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+    assert float(recorder.losses[0] - loss) == pytest.approx(float(out.loss), rel=1e-4)
 
 
 def test_only_steps_that_are_written_down_are_logged_and_only_once_it_is_on(tmp_path):
@@ -155,8 +141,7 @@ def test_only_steps_that_are_written_down_are_logged_and_only_once_it_is_on(tmp_
         log = module.log
 
         def count(name, value, **options):
-            if name.startswith("ssync/"):
-                counted.append(trainer.global_step)
+            counted.append(trainer.global_step)
             log(name, value, **options)
 
         module.log = count
@@ -166,14 +151,10 @@ def test_only_steps_that_are_written_down_are_logged_and_only_once_it_is_on(tmp_
 
     looks = in_hook("on_train_start", start), in_hook("on_train_batch_end", show)
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-    trainer = fit(make_host(), make_callback(warmup_steps=1), *looks, steps=9, logger=logger, log_every_n_steps=4)
-    # Those that the logger keeps, and the first of each epoch, so that the names are there.
-    later_epochs = range(len(make_loader()), 9, len(make_loader()))
-    assert sorted(set(counted)) == sorted({1, 3, 7, *later_epochs})
-    assert shown[0] == set()
-    assert shown[1] == {"ssync/boundary_loss", "ssync/interior_loss"}  # in the progress bar
-    assert set(trainer.callback_metrics) >= NAMES
-    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    header = rows[0].split(",")
-    assert set(header) >= NAMES
-    assert [row.split(",")[header.index("step")] for row in rows[1:]] == ["3", "7"]
+    fit(make_host(), make_callback(warmup_steps=1), *looks, steps=9, logger=logger, log_every_n_steps=4)
+    # Those that the logger keeps, and the first of each epoch of 4 steps, so that the names are there.
+    assert sorted(set(counted)) == [1, 3, 4, 7, 8]
+    assert shown[:2] == [set(), {"ssync/boundary_loss", "ssync/interior_loss"}]  # in the progress bar
+    rows = [row.split(",") for row in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()]
+    assert set(rows[0]) >= {"ssync/boundary_fraction", "ssync/merged_slots", "ssync/used_slots", "ssync/agreement"}
+    assert [row[rows[0].index("step")] for row in rows[1:]] == ["3", "7"]

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from ssync_pl import SSyncCallback, SSyncMaps, SSyncRegularizer, ssync_loss
 
 SLOTS, DIM, GRID, FRAMES = 4, 6, (3, 4), 2
-PLACES = {"attention": "corrector:logits", "masks": "decoder:mask_logits"}
-PATHS = {**PLACES, "attention_kind": "logits", "masks_kind": "logits", "grid": GRID}
+PATHS = {"attention": "corrector:logits", "masks": "decoder:mask_logits", "grid": GRID}
+PATHS |= {"attention_kind": "logits", "masks_kind": "logits"}
 Corrected = namedtuple("Corrected", ["slots", "logits"])
 Decoded = namedtuple("Decoded", ["reconstruction", "mask_logits"])
 
@@ -55,17 +55,16 @@ class TinyParts:
     """Everything but the base class, so that both Lightning namespaces can use it."""
 
     automatic = True
+    collapse_at: int | None = None
 
-    def __init__(self, returns: str = "tensor", checkpointing: str = "", scale: float = 1.0, grow: bool = False):
+    def __init__(self, returns: str = "tensor", checkpointing: str = "", grow: bool = False):
         super().__init__()
         self.initial = nn.Parameter(torch.randn(1, SLOTS, DIM))
         self.encoder, self.corrector, self.decoder = nn.Linear(3, DIM), TinyCorrector(), TinyDecoder()
         self.automatic_optimization = self.automatic
-        self.returns, self.checkpointing, self.scale, self.grow = returns, checkpointing, scale, grow
-        self.collapse_at: int | None = None
-        self.kept: Any = None
+        self.returns, self.checkpointing, self.grow = returns, checkpointing, grow
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Decoded]:
+    def forward(self, video: Tensor) -> tuple[Tensor, Decoded]:
         features = self.encoder(video.flatten(3).transpose(2, 3))
         count = min(SLOTS, 2 + self.global_step // 2) if self.grow else SLOTS
         slots = self.initial[:, :count].repeat(video.shape[0], 1, 1)
@@ -78,34 +77,26 @@ class TinyParts:
             slots = out[0]
             clip.append(slots)
             logits.append(out[1])
-        return features, torch.stack(logits, 1), self.decoder(torch.stack(clip, 1))
+        return torch.stack(logits, 1), self.decoder(torch.stack(clip, 1))
 
     def host_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if self.collapse_at is not None:
             self.decoder.bias = 50.0 if self.global_step >= self.collapse_at else 0.0
-        _, logits, decoded = self(batch["video"])
+        logits, decoded = self(batch["video"])
         target = batch["video"].flatten(3).transpose(2, 3)
-        loss = self.scale * (decoded.reconstruction - target).square().mean()
-        return loss, logits, decoded.mask_logits
+        return (decoded.reconstruction - target).square().mean(), logits, decoded.mask_logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Documented."""
         if self.returns == "none" and batch_idx % 2 == 0:
             return None
         loss = self.host_loss(batch)[0]
         if self.returns == "dict":
             self.kept = {"loss": loss, "aux": loss.detach()}
             return self.kept
-        return loss
+        return [loss] if self.returns == "list" else loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.host_loss(batch)[0])
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.host_loss(batch)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.host_loss(batch)[2]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -119,17 +110,15 @@ class HandWritten(TinyHost):
     """The host with the method written into its training step."""
 
     options: ClassVar[dict[str, Any]] = {}
+    start = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, logits, masks = self.host_loss(batch)
-        return loss + ssync_loss(maps_of(logits, masks), **self.options).loss
+        return loss if self.global_step < self.start else loss + ssync_loss(maps_of(logits, masks), **self.options).loss
 
 
 class Late(HandWritten):
-    """With a warm-up of two steps."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) if self.global_step >= 2 else self.host_loss(batch)[0]
+    start = 2
 
 
 class ManualHost(TinyHost):
@@ -153,6 +142,11 @@ def make_host(kind: type = TinyHost, seed: int = 0, **options: Any) -> Any:
 
 def make_callback(kind: type[SSyncCallback] = SSyncCallback, **options: Any) -> SSyncCallback:
     return kind(**{"warmup_steps": 0, **PATHS, **options})
+
+
+def either(mixin: bool, **settings: Any) -> tuple[Any, list[SSyncCallback]]:
+    """A host that adds SSync itself and no callback, or a plain host and the callback."""
+    return (make_host(MixinHost, ssync=settings), []) if mixin else (make_host(), [make_callback(**settings)])
 
 
 def make_clips(count: int = 8, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -186,14 +180,16 @@ def hooks_of(host: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.modules())
 
 
-def assert_same_weights(one: nn.Module, two: nn.Module, exact: bool = False) -> None:
-    tolerance = {"rtol": 0, "atol": 0} if exact else {}
+def assert_same_weights(one: nn.Module, two: nn.Module, **tolerance: float) -> None:
     torch.testing.assert_close(weights(one), weights(two), **tolerance)
 
 
 def assert_untouched(host: nn.Module) -> None:
     assert "training_step" not in host.__dict__
     assert hooks_of(host) == 0
+
+
+EXACT = {"rtol": 0, "atol": 0}
 
 
 def in_hook(hook: str, call: Callable[..., Any]) -> L.Callback:

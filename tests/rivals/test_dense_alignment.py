@@ -42,7 +42,7 @@ def loop_decoder(student, anchor, label, frames, temperature, base):
     return sum(losses) / len(losses)
 
 
-def loop_encoder(student, fixed, label, frames, neighbours, temperature=0.1, base=0.07):
+def loop_encoder(student, fixed, label, frames, neighbours, temperature, base):
     losses = []
     for x, y, objects in groups(student, fixed, label, frames):
         for i in range(len(x)):
@@ -55,19 +55,15 @@ def loop_encoder(student, fixed, label, frames, neighbours, temperature=0.1, bas
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 4])
-@pytest.mark.parametrize(("temperature", "base"), [(0.1, 0.07), (0.5, 0.25)])
-def test_decoder_consistency_by_loops(frames, temperature, base):
-    x, y, label = features(0), features(1), labels(2)
-    got = decoder_consistency(x, y, label, group_frames=frames, temperature=temperature, base_temperature=base)
-    torch.testing.assert_close(got, loop_decoder(x, y, label, frames, temperature, base), rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize(("frames", "neighbours"), [(1, 1), (1, 6), (2, 2), (4, 3)])
-def test_encoder_consistency_by_loops(frames, neighbours):
-    x, y, label = features(3), features(4, 7), labels(5)
-    got = encoder_consistency(x, y, label, group_frames=frames, neighbours=neighbours)
-    torch.testing.assert_close(got, loop_encoder(x, y, label, frames, neighbours), rtol=1e-6, atol=0)
+@pytest.mark.parametrize(("frames", "scale"), [(1, (0.1, 0.07)), (2, (0.5, 0.25)), (4, (0.1, 0.07))])
+@pytest.mark.parametrize("neighbours", [1, 3, 6])
+def test_consistency_by_loops(frames, scale, neighbours):
+    x, y, label = features(3), features(4), labels(5)
+    options = {"group_frames": frames, "temperature": scale[0], "base_temperature": scale[1]}
+    got = decoder_consistency(x, y, label, **options)
+    torch.testing.assert_close(got, loop_decoder(x, y, label, frames, *scale), rtol=1e-10, atol=0)
+    got = encoder_consistency(x, y := features(4, 7), label, neighbours=neighbours, **options)
+    torch.testing.assert_close(got, loop_encoder(x, y, label, frames, neighbours, *scale), rtol=1e-6, atol=0)
 
 
 def test_patches_that_tie_are_all_near_and_one_alone_in_its_object_counts_nothing_for_it():
@@ -125,9 +121,9 @@ def module(**options):
     return DenseAlignment(7, C, projection_dim=6, neighbours=2, **options)
 
 
-def test_the_module_projects_weights_and_adds(parts):
-    dense = module(weight=0.3, redundancy_weight=0.7, start_step=0, redundancy_steps=1)
-    out = dense(**parts, step=0)
+def test_the_module_projects_weights_and_adds_what_is_on(parts):
+    dense = module(weight=0.3, redundancy_weight=0.7, start_step=9, redundancy_steps=10)
+    out = dense(**parts, step=9)
     backbone, attention = parts["backbone_features"], parts["attention"]
     rebuilt, anchor = (dense.decoder_projection(x) for x in (parts["rebuilt_features"], backbone))
     encoded, drawn = dense.encoder_projection(parts["encoder_features"]), parts["masks"].argmax(2)
@@ -140,14 +136,8 @@ def test_the_module_projects_weights_and_adds(parts):
     reached = {name for name, value in parts.items() if value.grad is not None and value.grad.any()}
     assert reached == {"rebuilt_features", "encoder_features", "attention"}
     assert all(p.grad.any() for p in dense.parameters())
-
-
-@pytest.mark.parametrize(
-    ("step", "consistency", "redundancy"), [(0, False, True), (4, False, True), (5, False, False), (9, True, False)]
-)
-def test_schedule(parts, step, consistency, redundancy):
-    out = module(redundancy_steps=5, start_step=9)(**parts, step=step)
-    assert [bool(loss) for loss in out[1:]] == [consistency, consistency, redundancy]
+    on = [[bool(loss) for loss in dense(**parts, step=step)[1:]] for step in (0, 8, 9, 10)]
+    assert on == [[False, False, True]] * 2 + [[True] * 3, [True, True, False]]
 
 
 GOOD, LABEL, MAPS = features(0), labels(0), torch.rand(2, 3, 4, 5)

@@ -179,6 +179,8 @@ def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
     if not common:
         shapes = sorted({shape for call in calls for shape, _ in call})
         raise HostError(f"Expected the softmax inside '{place.path}' to have one shape in all calls, but got {shapes}.")
+    # What is computed for a log must not take the place of what is trained.
+    common = [key for key in common if all(call[key].trains for call in calls)] or common
     heard = [(key[1], [call[key] for call in calls]) for key in common]
     return [
         Seen([one.logits for one in ones], axis, "logits", place.text, inside=max(one.times for one in ones))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ConfigError, ShapeError, require
 from ssync_pl.method.labels import compute_dtype, hard_labels, slot_areas, slot_logits, slot_probabilities
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.method.merging import MergeResult, merge_slots, relabel
@@ -70,22 +70,16 @@ def check_options(
     *, merge_threshold: float, n_bd: int, n_nbd: int, n_noise: int, temperature: float, loss: str
 ) -> None:
     """Refuses options of `ssync_loss` that are out of range, by `ConfigError`."""
-    if not 0.0 <= merge_threshold <= 1.0:
-        raise ConfigError(
-            f"Expected argument `merge_threshold` to be in [0, 1], but got {merge_threshold}. "
-            "It is an overlap; published values are 0.6 to 0.9, and `merge=False` turns merging off."
-        )
+    advice = "It is an overlap; published values are 0.6 to 0.9, and `merge=False` turns merging off."
+    fits = 0.0 <= merge_threshold <= 1.0
+    require(fits, "argument `merge_threshold` to be in [0, 1]", merge_threshold, advice=advice)
+    advice = "It counts neighbours of a patch; published configurations use 1."
     for name, value, low in (("n_bd", n_bd, 0), ("n_nbd", n_nbd, 1), ("n_noise", n_noise, 0)):
         high = NUM_NEIGHBOURS + low
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(
-                f"Expected argument `{name}` to be an integer in [{low}, {high}], but got {value!r}. "
-                "It counts neighbours of a patch; published configurations use 1."
-            )
-    if not 0.0 < temperature < math.inf:
-        raise ConfigError(f"Expected argument `temperature` to be above 0 and finite, but got {temperature}.")
-    if loss not in get_args(LossKind):
-        raise ConfigError(f"Expected argument `loss` to be one of {get_args(LossKind)}, but got {loss!r}.")
+        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        require(fits, f"argument `{name}` to be an integer in [{low}, {high}]", value, advice=advice)
+    require(0.0 < temperature < math.inf, "argument `temperature` to be above 0 and finite", temperature)
+    require(loss in get_args(LossKind), "argument `loss` to be 'brier' or 'ce'", loss)
 
 
 def ssync_loss(
@@ -153,8 +147,7 @@ def ssync_loss(
         merge_threshold=merge_threshold, n_bd=n_bd, n_nbd=n_nbd, n_noise=n_noise, temperature=temperature, loss=loss
     )
     for name, weight in (("boundary_weight", boundary_weight), ("interior_weight", interior_weight)):
-        if not 0.0 <= weight < math.inf:
-            raise ConfigError(f"Expected argument `{name}` to be finite and at least 0, but got {weight}.")
+        require(0.0 <= weight < math.inf, f"argument `{name}` to be finite and at least 0", weight)
     options: dict[str, Any] = {
         "merge_threshold": merge_threshold if _merges(maps, merge) else None,
         "regions": (n_bd, n_nbd, n_noise),
@@ -205,8 +198,7 @@ def describe_backend(
         >>> print(f"SSync runs on {choice.name}: {choice.reason}")
         SSync runs on torch: the kernels compute the loss 'brier' at temperature 1 only
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"Expected argument `backend` to be one of {get_args(Backend)}, but got {backend!r}.")
+    require(backend in get_args(Backend), "argument `backend` to be 'auto', 'torch' or 'triton'", backend)
     if backend == "torch":
         return BackendChoice("torch", "it was asked for")
     d, a = maps.attention_logits, maps.mask_logits
@@ -311,7 +303,8 @@ def _torch_block(
     batch, _, slots, _ = maps.shape
     grid: tuple[int, int] = maps.grid  # type: ignore[assignment]
     slot_valid, patch_valid, (n_bd, n_nbd, n_noise) = maps.slot_valid, maps.patch_valid, regions
-    sides = [_widened(maps.attention_logits, maps.attention_probs), _widened(maps.mask_logits, maps.mask_probs)]
+    given = (maps.attention_logits, maps.attention_probs), (maps.mask_logits, maps.mask_probs)
+    sides = [(_widened(logits), _widened(probs)) for logits, probs in given]
     probs = [slot_probabilities(*side, 1.0, slot_valid, patch_valid) for side in sides]
     dtype = probs[0].dtype
     with torch.no_grad():
@@ -375,12 +368,8 @@ def _torch_block(
     )
 
 
-def _widened(logits: Tensor | None, probs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """One side of the maps in the precision of the computation."""
-    return (
-        None if logits is None else logits.to(compute_dtype(logits.dtype)),
-        None if probs is None else probs.to(compute_dtype(probs.dtype)),
-    )
+def _widened(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(compute_dtype(x.dtype))
 
 
 def brier_per_patch(probs: Tensor, labels: Tensor) -> Tensor:

@@ -120,13 +120,13 @@ class SSyncMaps:
 
     def __repr__(self) -> str:
         b, t, s, _ = self.shape
-        sides = {
-            side: "+".join(k for k in ("logits", "probs") if getattr(self, f"{side}_{k}") is not None)
+        attention, masks = (
+            "+".join(kind for kind in ("logits", "probs") if getattr(self, f"{side}_{kind}") is not None)
             for side in ("attention", "mask")
-        }
+        )
         return (
-            f"SSyncMaps(B={b}, T={t}, S={s}, grid={self.grid}, attention={sides['attention']}, "
-            f"masks={sides['mask']}, dtype={self.attention.dtype}, device={self.attention.device})"
+            f"SSyncMaps(B={b}, T={t}, S={s}, grid={self.grid}, {attention=!s}, {masks=!s}, "
+            f"dtype={self.attention.dtype}, device={self.attention.device})"
         )
 
 

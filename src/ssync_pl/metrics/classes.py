@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import require
 from ssync_pl.metrics.functional.boundary import boundary_f
 from ssync_pl.metrics.functional.contingency import Contingency, contingency
 from ssync_pl.metrics.functional.scene import check_resolution, check_share, read_scene
@@ -120,15 +120,8 @@ class VideoARI(MaskMetric):
         1.0
     """
 
-    def __init__(
-        self,
-        ignore_background: bool = False,
-        ignore_overlaps: bool = False,
-        skip_empty: bool = False,
-        resolution: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(ignore_background, ignore_overlaps, resolution, **kwargs)
+    def __init__(self, *args: Any, skip_empty: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.skip_empty = skip_empty
 
     def item_values(self, counts: Contingency) -> Tensor:
@@ -151,9 +144,7 @@ class VideoMBO(MaskMetric):
     `MaskMetric`.
     """
 
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns one value per item."""
-        return mean_best_overlap(counts)
+    item_values = staticmethod(mean_best_overlap)
 
 
 class ImageMBO(VideoMBO):
@@ -165,9 +156,7 @@ class ImageMBO(VideoMBO):
 class VideoMIoU(MaskMetric):
     """As `VideoMBO`, but objects and slots are matched one to one: mean IoU (mIoU); objects without a slot count 0."""
 
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns one value per item."""
-        return mean_iou(counts)
+    item_values = staticmethod(mean_iou)
 
 
 class ImageMIoU(VideoMIoU):
@@ -199,9 +188,7 @@ class SlotIdentity(MaskMetric):
 
     level: Level = "image"  # the function takes the tables of all frames and gives one value per video
 
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns one value per item."""
-        return slot_identity(counts)
+    item_values = staticmethod(slot_identity)
 
 
 class BoundaryF(ItemMean):
@@ -272,8 +259,8 @@ class SegmentationMetrics(ItemMean):
         **kwargs: Any,
     ) -> None:
         wanted = metric_names("segmentation") if scores is None else tuple(scores)
-        if unknown := [name for name in wanted if name not in METRICS]:
-            raise ConfigError(f"Expected scores among {list(METRICS)}, but got {unknown}.")
+        unknown = [name for name in wanted if name not in METRICS]
+        require(not unknown, f"scores among {list(METRICS)}", unknown)
         names = tuple(name for name in wanted if has_background or name not in _NEED_BACKGROUND)
         super().__init__(len(names), **kwargs)
         self.score_names = names

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.errors import ConfigError, HostError, ShapeError, SSyncError
+from ssync_pl.errors import HostError, ShapeError, SSyncError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, tell_end
@@ -33,10 +33,8 @@ def attach(
     masks_kind: MapKind = "probs",
     grid: tuple[int, int] | None = None,
     total_steps: int | None = None,
-    start_step: int = 0,
     accumulate: int = 1,
-    config: SSyncConfig | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> AttachedSSync:
     """Listens to a model that is trained by a loop of your own.
 
@@ -54,10 +52,8 @@ def attach(
         masks_kind: What ``masks`` gives.
         grid: ``(H, W)`` patches, where neither the maps nor the frames' size tell.
         total_steps: Optimizer steps of the whole training; needed where the warm-up is a share of it.
-        start_step: Optimizer steps taken before, in a run that is resumed; at least 0.
         accumulate: Calls of `AttachedSSync.loss` that make one optimizer step, at least 1.
-        config: The settings. None makes them from ``options``.
-        **options: Settings of `SSyncConfig`, as keywords.
+        **settings: Settings of `SSyncConfig`, as keywords.
 
     Returns:
         A context manager; see `AttachedSSync`.
@@ -76,29 +72,25 @@ def attach(
         ...     bool(ssync.add(loss) > loss)
         True
     """
-    if config is not None and options:
-        raise ConfigError(f"Expected either `config` or settings, but got both ({', '.join(options)}). Leave one out.")
-    if config is None:
-        config = SSyncConfig.from_options(**options)
-    if not isinstance(config, SSyncConfig):
-        raise ConfigError(f"Expected argument `config` to be an SSyncConfig, but got {type(config).__name__}.")
-    if not isinstance(model, nn.Module):
-        got = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ConfigError(f"Expected argument `model` to be a torch.nn.Module, but got {got}. Pass the model itself.")
-    if total_steps is not None and (not isinstance(total_steps, (int, float)) or not total_steps >= 0):
-        raise ConfigError(f"Expected argument `total_steps` to be a number of at least 0, but got {total_steps!r}.")
-    for name, value, least in (("accumulate", accumulate, 1), ("start_step", start_step, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"Expected argument `{name}` to be an integer of at least {least}, but got {value!r}.")
-    if total_steps is None and config.warmup_steps is None and config.warmup_ratio > 0:
-        raise ConfigError(
-            f"Expected argument `total_steps` for warmup_ratio={config.warmup_ratio}, but got None. Give the number of "
-            "optimizer steps of the whole training, or use `warmup_steps`."
-        )
+    config = SSyncConfig.from_options(**settings)
+    name = getattr(model, "__name__", type(model).__name__)
+    require(
+        isinstance(model, nn.Module), "argument `model` to be a torch.nn.Module", name, advice="Pass the model itself."
+    )
+    known = total_steps is None or (isinstance(total_steps, (int, float)) and total_steps >= 0)
+    require(known, "argument `total_steps` to be a number of at least 0", repr(total_steps))
+    whole = isinstance(accumulate, int) and accumulate >= 1
+    require(whole, "argument `accumulate` to be an integer of at least 1", repr(accumulate))
+    require(
+        total_steps is not None or config.warmup_steps is not None or config.warmup_ratio == 0,
+        f"argument `total_steps` for warmup_ratio={config.warmup_ratio}",
+        None,
+        advice="Give the number of optimizer steps of the whole training, or use `warmup_steps`.",
+    )
     spec, grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
     engine = SSyncEngine(config)
     engine.start(float("inf") if total_steps is None else total_steps)
-    return AttachedSSync(model, spec, grid, engine, start_step * accumulate, accumulate)
+    return AttachedSSync(model, spec, grid, engine, accumulate)
 
 
 class AttachedSSync:
@@ -116,7 +108,6 @@ class AttachedSSync:
         adapter: str | HostAdapter,
         grid: tuple[int, int] | None,
         engine: SSyncEngine,
-        calls: int,
         accumulate: int,
     ) -> None:
         self.model = model
@@ -127,7 +118,7 @@ class AttachedSSync:
         self._adapter = adapter
         self._grid = grid
         self._engine = engine
-        self._calls = self._first_call = calls
+        self._calls = self._first_call = 0
         self._accumulate = accumulate
         self._session: HostSession | None = None
         self._root_hook: RemovableHandle | None = None
@@ -189,8 +180,7 @@ class AttachedSSync:
         Returns:
             0-dim loss to train on; ``host_loss`` itself during the warm-up.
         """
-        if host_loss is None:
-            raise ConfigError("Expected argument `host_loss` to be the model's loss, but got None. Use ssync.loss().")
+        require(host_loss is not None, "argument `host_loss` to be the model's loss", None, advice="Use ssync.loss().")
         term = self._term(host_loss, batch)
         return host_loss if term is None else host_loss + term
 
@@ -218,12 +208,9 @@ class AttachedSSync:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
         known = set(state) if isinstance(state, Mapping) else set()
-        missing = {"calls", "guard", "host_average", "term_average"} - known
-        if missing:
-            raise ConfigError(
-                f"Expected what `state_dict` of an attached SSync returned, but {', '.join(sorted(missing))} is not in "
-                "it. Load the state that was saved, or use `start_step`."
-            )
+        missing = ", ".join(sorted({"calls", "guard", "host_average", "term_average"} - known))
+        expected, advice = "what `state_dict` of an attached SSync returned", "Load the state that was saved."
+        require(not missing, expected, f"{missing} is not in it", advice=advice)
         self._calls = self._first_call = int(state["calls"])
         self._engine.load_state_dict(dict(state))
         self._listen()
@@ -232,14 +219,11 @@ class AttachedSSync:
         session = self._session
         if session is None:
             raise SSyncError("Expected `loss` inside `with attach(model) as ssync:`, but it is not entered.")
-        if host_loss is None and self.config.relative_weight is not None:
-            raise ConfigError("Expected the model's loss beside `relative_weight`, but got None. Use ssync.add(loss).")
-        if host_loss is not None and (not isinstance(host_loss, Tensor) or host_loss.numel() != 1):
-            shape = f"shape {tuple(host_loss.shape)}" if isinstance(host_loss, Tensor) else type(host_loss).__name__
-            raise ConfigError(
-                f"Expected argument `host_loss` to be a 0-dim tensor, but got {shape}. Sum up or average the loss of "
-                "the step first."
-            )
+        fits = host_loss is not None or self.config.relative_weight is None
+        require(fits, "the model's loss beside `relative_weight`", None, advice="Use ssync.add(loss).")
+        got = tuple(host_loss.shape) if isinstance(host_loss, Tensor) else type(host_loss).__name__
+        fits = host_loss is None or (isinstance(host_loss, Tensor) and host_loss.numel() == 1)
+        require(fits, "argument `host_loss` to be a 0-dim tensor", got, advice="Sum up or average the loss first.")
         step = self.step
         off = self._engine.phase(step) is Phase.OFF
         term, verdict = None, None

@@ -12,13 +12,13 @@ import lightning.pytorch as L
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.errors import HostError, require
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
-from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
+from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
 
 __all__ = ["SSyncCallback", "callback_class"]
 
@@ -104,19 +104,15 @@ class SSyncHooks:
         self._log_steps = LogSteps()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fixes the warm-up for the length of this training."""
-        self.engine.start_in(trainer)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Asks for the length again, which callbacks and data modules may change between epochs."""
-        self.engine.start_in(trainer)
+        """Fixes the warm-up, and refuses one that is a share of an unknown length."""
+        self.engine.phase_in(trainer)
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of the host's training step."""
         session = self._session
         if session is None:
             return step(*args, **kwargs)
-        phase = self.engine.phase(trainer.global_step)
+        phase = self.engine.phase_in(trainer)
         if phase is Phase.OFF and session.checked:
             return step(*args, **kwargs)
         with session.window():
@@ -126,7 +122,7 @@ class SSyncHooks:
                 return output
             maps = session.collect(args[0] if args else kwargs.get("batch"), self.config)
             due = phase is Phase.ON and self._log_steps.due(trainer)
-            log = step_logger(host, maps.shape[0]) if due else None
+            log = functools.partial(host.log, batch_size=maps.shape[0]) if due else None
             term, verdict = self.engine.term(loss, maps, trainer.global_step, log)
         handle_verdict(verdict, trainer)
         return output if term is None else with_loss(output, loss + term)
@@ -192,11 +188,8 @@ def callback_class(namespace: ModuleType) -> Any:
     Raises:
         ConfigError: The namespace has no ``Callback``.
     """
-    base = getattr(namespace, "Callback", None)
-    if not isinstance(base, type):
-        raise ConfigError(
-            f"Expected a package with a class `Callback`, such as pytorch_lightning, but got {namespace!r}."
-        )
+    base: Any = getattr(namespace, "Callback", None)
+    require(isinstance(base, type), "a package with a class `Callback`, such as pytorch_lightning", repr(namespace))
     if base is L.Callback:
         return SSyncCallback
     return type("SSyncCallback", (SSyncHooks, base), {"__doc__": SSyncHooks.__doc__, "__module__": __name__})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from math import inf
 from typing import Any, Literal, get_args
 
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import require
 from ssync_pl.method.loss import Backend, LossKind, check_options
 
 __all__ = ["CollapseAction", "SSyncConfig"]
@@ -72,8 +73,7 @@ class SSyncConfig:
     def __post_init__(self) -> None:
         for name, (fits, wanted) in _RULES.items():
             value = getattr(self, name)
-            if not fits(value):
-                raise ConfigError(f"Expected argument `{name}` to be {wanted}, but got {value!r}.")
+            require(fits(value), f"argument `{name}` to be {wanted}", repr(value))
         checked = ("merge_threshold", "n_bd", "n_nbd", "n_noise", "temperature", "loss")
         check_options(**{name: getattr(self, name) for name in checked})
 
@@ -81,9 +81,10 @@ class SSyncConfig:
     def from_options(cls, **options: Any) -> SSyncConfig:
         """Makes the settings from keywords; raises `ConfigError` for names that do not exist."""
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"Expected settings among {', '.join(known)}, but got {', '.join(unknown)}.")
+        for name in set(options) - set(known):
+            near = ["warmup_ratio"] if name == "start" else get_close_matches(name, known, 1)
+            advice = f"Did you mean `{near[0]}`?" if near else ""
+            require(False, f"settings among {', '.join(known)}", name, advice=advice)
         return cls(**options)
 
     def loss_options(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 _WEIGHT = (lambda x: _is_number(x) and 0 <= x < inf, "a finite number of at least 0")
-_NUMBER = (_is_number, "a number without quotes")
+_NUMBER = (_is_number, "a number, without quotes")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "merge_threshold": _NUMBER,
@@ -116,13 +117,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "interior_weight": _WEIGHT,
     "relative_weight": (
         lambda x: x is None or (_is_number(x) and 0 < x < inf),
-        "above 0, or None for absolute ones",
+        "a number above 0, without quotes, or None for absolute weights",
     ),
-    "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "in [0, 1], the share of the training that it is off"),
+    "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "a number in [0, 1], the share of the training"),
     "warmup_steps": (lambda x: x is None or _is_count(x, 0), "None or an integer of at least 0, in optimizer steps"),
     "ramp_steps": (lambda x: _is_count(x, 0), "an integer of at least 0, in optimizer steps"),
     "on_collapse": (lambda x: x in get_args(CollapseAction), "'warn', 'backoff' or 'stop'"),
-    "collapse_threshold": (lambda x: _is_number(x) and 0 < x < 1, "in (0, 1), a share of the slots in use before"),
+    "collapse_threshold": (lambda x: _is_number(x) and 0 < x < 1, "a number in (0, 1), a share of the slots in use"),
     "guard_window": (lambda x: _is_count(x, 1), "an integer of at least 1, in training steps"),
     "sync_counts": (lambda x: isinstance(x, bool), "true or false"),
     "backend": (lambda x: x in get_args(Backend), "'auto', 'torch' or 'triton'"),

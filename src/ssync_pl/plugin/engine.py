@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, HostError, SSyncError
+from ssync_pl.errors import HostError, SSyncError
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -40,6 +40,7 @@ class SSyncEngine:
         self.schedule: Schedule | None = None
         self.first_step: int | None = None  # at which SSync was first added to the loss
         self._told = False
+        self._epoch: int | None = None
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
 
@@ -47,12 +48,13 @@ class SSyncEngine:
         """Fixes the warm-up for a training of this many optimizer steps, infinity when unknown."""
         self.schedule = Schedule.resolve(self.config, total_steps)
 
-    def start_in(self, trainer: Any) -> None:
-        """Fixes the warm-up for a Trainer's training; called again in each epoch, since the length may change."""
-        if self.schedule is not None and self.first_step is not None:
-            return
-        known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
-        self.start(0 if known else training_length(trainer))
+    def phase_in(self, trainer: Any) -> Phase:
+        """Returns what a Trainer's training step has to do; each epoch asks for the length again, which may change."""
+        if self.schedule is None or (self.first_step is None and trainer.current_epoch != self._epoch):
+            known = self.config.warmup_steps is not None or self.config.warmup_ratio == 0.0
+            self.start(0 if known else training_length(trainer))
+        self._epoch = trainer.current_epoch
+        return self.phase(trainer.global_step)
 
     def phase(self, step: int) -> Phase:
         """Returns what the training step after ``step`` optimizer steps has to do."""
@@ -90,7 +92,11 @@ class SSyncEngine:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
         if self.first_step is not None:
             return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
-        if self.schedule is not None and step <= self.schedule.start:
+        if self.schedule is None:
+            return (
+                "SSync never ran: no training step came to it. An SSyncRegularizer has to call self.ssync(loss, maps)."
+            )
+        if step <= self.schedule.start:
             setting = "warmup_ratio" if self.config.warmup_steps is None else "warmup_steps"
             return (
                 f"SSync never ran: its warm-up lasts {self.schedule.start} optimizer steps "
@@ -121,8 +127,8 @@ class SSyncEngine:
         share = self.config.relative_weight
         if share is None:
             return factor
-        if host_loss is None:
-            raise ConfigError("Expected the host's loss beside `relative_weight`, but got None. Pass it along.")
+        if host_loss is None:  # `attach` and the callback have refused that
+            raise SSyncError("Expected the host's loss beside `relative_weight`, but got None.")
         # Each rank's own averages would weight ranks differently, and undo sync_counts.
         now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
         self._host_average = _running(self._host_average, now[0])
@@ -185,13 +191,11 @@ def _running(average: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float) -> None:
-    log("ssync/boundary_loss", output.boundary_loss.detach(), prog_bar=True)
-    log("ssync/interior_loss", output.interior_loss.detach(), prog_bar=True)
-    log("ssync/boundary_fraction", output.boundary_fraction)
-    log("ssync/interior_fraction", output.interior_fraction)
-    log("ssync/overlap_fraction", output.overlap_fraction)
+    for name in ("boundary_loss", "interior_loss"):
+        log(f"ssync/{name}", getattr(output, name).detach(), prog_bar=True)
+    for name in ("boundary_fraction", "interior_fraction", "overlap_fraction", "agreement"):
+        log(f"ssync/{name}", getattr(output, name))
     log("ssync/merged_slots", output.merged_slots.float().mean())
     log("ssync/used_slots", used[1])
     log("ssync/used_encoder_slots", used[0])
-    log("ssync/agreement", output.agreement)
     log("ssync/weight", weight)

@@ -19,10 +19,7 @@ __all__ = ["CollapseGuard", "GuardVerdict", "existing_slots", "used_slots"]
 _SMALLEST_FACTOR = 1 / 64
 # Slots on average by which a host has to grow, so that hosts that drop another number in each batch do not count.
 _GROWTH = 0.5
-_STATE = {
-    **{name: name for name in ("factor", "before")},
-    **{name: f"_{name}" for name in ("existing_before", "count", "told", "on")},
-}
+_STATE = ("factor", "before", "existing_before", "count", "told", "on")
 
 
 def used_slots(maps: SSyncMaps) -> Tensor:
@@ -69,11 +66,11 @@ class CollapseGuard:
         self.before: tuple[float, float] | None = None
         self.latest: tuple[float, float] | None = None  # mean slots in use of encoder and decoder in the last window
         self._existing = math.inf
-        self._existing_before: float | None = None
+        self.existing_before: float | None = None
         self._sum: Tensor | None = None
-        self._count = 0
-        self._told = False
-        self._on = False
+        self.count = 0
+        self.told = False
+        self.on = False
 
     def watch(self, used: Tensor, existing: Tensor | float = math.inf) -> None:
         """Counts slots in use before switching on; arguments as in `step`."""
@@ -81,7 +78,7 @@ class CollapseGuard:
         existing = existing.detach().to(used) if isinstance(existing, Tensor) else used.new_full((), existing)
         counts = torch.cat([used, existing.reshape(1)])
         self._sum = counts if self._sum is None else self._sum.to(used.device) + counts
-        self._count += 1
+        self.count += 1
 
     def step(self, used: Tensor, existing: Tensor | float = math.inf) -> GuardVerdict | None:
         """Counts slots in use with SSync on; gives a verdict at the end of a window, None in between.
@@ -92,45 +89,45 @@ class CollapseGuard:
         if self._sum is not None:
             # A loaded state is on the CPU, and ranks may only be able to sum on their devices.
             self._sum = self._sum.to(used.device)
-        if not self._on:
-            self._on = True
-            self.before = self._take() if self._count else None
-            self._existing_before = None if self.before is None else self._existing
+        if not self.on:
+            self.on = True
+            self.before = self._take() if self.count else None
+            self.existing_before = None if self.before is None else self._existing
         self.watch(used, existing)
-        if self._count < self.window:
+        if self.count < self.window:
             return None
         self.latest = self._take()
-        if self.before is None or self._existing_before is None:
+        if self.before is None or self.existing_before is None:
             # No warm-up: the first window stands for "before".
-            self.before, self._existing_before = self.latest, self._existing
+            self.before, self.existing_before = self.latest, self._existing
         verdict = self._judge(self.before, self.latest)
-        if self._existing_before < self._existing - _GROWTH:
+        if self.existing_before < self._existing - _GROWTH:
             self.before = (max(self.before[0], self.latest[0]), max(self.before[1], self.latest[1]))
-            self._existing_before = self._existing
+            self.existing_before = self._existing
         return verdict
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain numbers."""
         total = None if self._sum is None else self._sum.tolist()
-        return {**{key: getattr(self, name) for key, name in _STATE.items()}, "sum": total}
+        return {**{name: getattr(self, name) for name in _STATE}, "sum": total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
-        for key, name in _STATE.items():
-            setattr(self, name, state[key])
+        for name in _STATE:
+            setattr(self, name, state[name])
         self._sum = None if state["sum"] is None else torch.tensor(state["sum"])
 
     def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
         before = (min(before[0], self._existing), min(before[1], self._existing))
         share = min(n / max(b, 1.0) for n, b in zip(now, before, strict=True))
         if share >= self.threshold:
-            self._told = False
+            self.told = False
             if self.factor < 1.0:
                 self.factor = min(1.0, max(self.factor * 2, _SMALLEST_FACTOR))
             return GuardVerdict(collapsed=False)
         if self.action == "backoff":
             self.factor = self.factor / 2 if self.factor > _SMALLEST_FACTOR else 0.0
-        new, self._told = not self._told, True
+        new, self.told = not self.told, True
         return GuardVerdict(True, self._message(before, now) if new else "", stop=self.action == "stop")
 
     def _message(self, before: tuple[float, float], now: tuple[float, float]) -> str:
@@ -146,8 +143,8 @@ class CollapseGuard:
         )
 
     def _take(self) -> tuple[float, float]:
-        total = torch.zeros(3) if self._sum is None else self._sum / max(self._count, 1)
-        self._sum, self._count = None, 0
+        total = torch.zeros(3) if self._sum is None else self._sum / max(self.count, 1)
+        self._sum, self.count = None, 0
         # All ranks have to come to the same verdict.
         encoder, decoder, self._existing = mean_over_ranks(total).tolist()
         return encoder, decoder

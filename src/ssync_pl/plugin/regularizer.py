@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, check_first, handle_verdict, tell_end
 from ssync_pl.plugin.schedule import Phase
-from ssync_pl.plugin.wrapped_step import LogSteps, step_logger
+from ssync_pl.plugin.wrapped_step import LogSteps
 
 __all__ = ["SSyncRegularizer"]
 
@@ -49,7 +50,6 @@ class SSyncRegularizer:
         self._ssync_engine = SSyncEngine(self.ssync_config)
         self._ssync_log_steps = LogSteps()
         self._ssync_checked = False
-        self._ssync_epoch: int | None = None
         save: Callable[..., None] = self.save_hyperparameters  # type: ignore[attr-defined]
         save({"ssync": asdict(self.ssync_config)})
 
@@ -78,10 +78,7 @@ class SSyncRegularizer:
         if not trainer.training:
             return loss
         engine = self._ssync_engine
-        if trainer.current_epoch != self._ssync_epoch:  # the length may change between epochs
-            engine.start_in(trainer)
-            self._ssync_epoch = trainer.current_epoch
-        phase = engine.phase(trainer.global_step)
+        phase = engine.phase_in(trainer)
         if phase is Phase.OFF and self._ssync_checked:
             return loss
         maps = maps if isinstance(maps, SSyncMaps) else maps()
@@ -90,7 +87,7 @@ class SSyncRegularizer:
             check_first(maps, type(self).__name__, self.ssync_config)
             self._ssync_checked = True
         due = phase is Phase.ON and self._ssync_log_steps.due(trainer)
-        log = step_logger(self, maps.shape[0]) if due else None
+        log = functools.partial(self.log, batch_size=maps.shape[0]) if due else None  # type: ignore[attr-defined]
         term, verdict = engine.term(loss, maps, trainer.global_step, log)
         handle_verdict(verdict, trainer)
         return loss if term is None else loss + term
@@ -101,7 +98,7 @@ class SSyncRegularizer:
         if stage == "fit":
             self._ssync_engine = SSyncEngine(self.ssync_config)
             self._ssync_log_steps = LogSteps()
-            self._ssync_checked, self._ssync_epoch = False, None
+            self._ssync_checked = False
 
     def on_train_end(self) -> None:
         """Says from which step SSync ran, or why it never did."""

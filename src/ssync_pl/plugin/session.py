@@ -10,7 +10,7 @@ from torch import nn
 
 from ssync_pl.adapters import HostAdapter, PathAdapter, locate
 from ssync_pl.adapters.paths import MapKind
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.errors import HostError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import check_first
@@ -27,20 +27,18 @@ def adapter_from(
     grid: tuple[int, int] | None,
 ) -> tuple[str | HostAdapter, tuple[int, int] | None]:
     """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
-    if (attention is None) != (masks is None):
-        raise ConfigError(
-            f"Expected arguments `attention` and `masks` to come together, but got attention={attention!r} and "
-            f"masks={masks!r}. Name both modules, or neither and let `adapter` find them."
-        )
+    require(
+        (attention is None) == (masks is None),
+        "arguments `attention` and `masks` to come together",
+        f"{attention=}",
+        f"{masks=}",
+        advice="Name both modules, or neither and let `adapter` find them.",
+    )
     if attention is not None and masks is not None:
-        if adapter != "auto":
-            raise ConfigError("Expected either `adapter` or `attention` and `masks`, but got both. Leave one out.")
+        require(adapter == "auto", "either `adapter` or `attention` and `masks`", "both", advice="Leave one out.")
         return PathAdapter(attention, masks, attention_kind, masks_kind, grid), None
-    if attention_kind != "probs" or masks_kind != "probs":
-        raise ConfigError(
-            "Expected `attention_kind` and `masks_kind` only beside `attention` and `masks`, but got them alone. "
-            "Adapters know these of their hosts."
-        )
+    alone, kinds = attention_kind == masks_kind == "probs", "`attention_kind` and `masks_kind`"
+    require(alone, f"{kinds} only beside `attention` and `masks`", "them alone", advice="Adapters know these.")
     return adapter, grid
 
 

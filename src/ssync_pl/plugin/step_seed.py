@@ -72,20 +72,11 @@ class StepSeed(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Seeds a validation batch."""
-        self._seed(f"validate{dataloader_idx}", trainer, 0, batch_idx)
+        """Seeds a batch of validation, test or `predict`."""
+        stage = "test" if trainer.testing else "predict" if trainer.predicting else "validate"
+        self._seed(f"{stage}{dataloader_idx}", trainer, 0, batch_idx)
 
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Seeds a test batch."""
-        self._seed(f"test{dataloader_idx}", trainer, 0, batch_idx)
-
-    def on_predict_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Seeds a batch of `predict`."""
-        self._seed(f"predict{dataloader_idx}", trainer, 0, batch_idx)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def _seed(self, stage: str, trainer: L.Trainer, epoch: int, batch: int) -> None:
         number = self.number(stage, trainer.global_rank, epoch, batch)

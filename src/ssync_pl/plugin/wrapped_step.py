@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssync_pl.errors import HostError
 
-__all__ = ["LogSteps", "WrappedMethod", "loss_of", "step_logger", "with_loss"]
+__all__ = ["LogSteps", "WrappedMethod", "loss_of", "with_loss"]
 
 
 class WrappedMethod:
@@ -92,8 +92,3 @@ class LogSteps:
         first = trainer.current_epoch != self._epoch
         self._epoch = trainer.current_epoch
         return first or getattr(getattr(trainer, "_logger_connector", None), "should_update_logs", True)
-
-
-def step_logger(host: Any, batch_size: int) -> Callable[..., None]:
-    """Returns a `LogFunction` that writes to a LightningModule's log."""
-    return functools.partial(host.log, batch_size=batch_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError, require, require_shape
 from ssync_pl.method.labels import hard_labels
 
 __all__ = ["DenseAlignment", "DenseAlignmentOutput", "decoder_consistency", "encoder_consistency", "slot_redundancy"]
@@ -77,11 +77,8 @@ def encoder_consistency(
         group_frames, temperature, base_temperature: As for `decoder_consistency`.
     """
     _check(features, reference_features, decoder_labels, group_frames, temperature, base_temperature)
-    if not 1 <= neighbours <= features.shape[2]:
-        raise ConfigError(
-            f"Expected argument `neighbours` to be in [1, {features.shape[2]}], the patches of a frame, but got "
-            f"{neighbours}."
-        )
+    patches = features.shape[2]
+    require(1 <= neighbours <= patches, f"argument `neighbours` to be in [1, {patches}], a frame's patches", neighbours)
     student, fixed = _groups(features, group_frames), _groups(reference_features.detach(), group_frames)
     itself = torch.eye(student.shape[1], dtype=torch.bool, device=student.device)
     with torch.no_grad():
@@ -103,13 +100,9 @@ def slot_redundancy(attention: Tensor, slots: Tensor, redundant: int = 5) -> Ten
     is nearer to uniform; then the next pair among the others, and so on. The loss is the mean divergence of those
     slots' attention from the uniform one. SRL uses it during its first steps only.
     """
-    if attention.ndim != 4 or slots.ndim != 4 or attention.shape[:3] != slots.shape[:3]:
-        raise ShapeError(
-            "Expected arguments `attention` and `slots` to be (B, T, S, N) and (B, T, S, D) of one clip, but got "
-            f"{tuple(attention.shape)} and {tuple(slots.shape)}."
-        )
-    if redundant < 1:
-        raise ConfigError(f"Expected argument `redundant` to be at least 1, but got {redundant}.")
+    fits = attention.ndim == slots.ndim == 4 and attention.shape[:3] == slots.shape[:3]
+    require_shape(fits, "`attention` (B, T, S, N) and `slots` (B, T, S, D) of one clip", attention, slots)
+    require(redundant >= 1, "argument `redundant` to be at least 1", redundant)
     batch, frames, count, patches = attention.shape
     if count < 2:
         return attention.sum() * 0.0
@@ -209,19 +202,15 @@ def _same_label(labels: Tensor, group_frames: int) -> Tensor:
 def _check(
     student: Tensor, other: Tensor, labels: Tensor, group_frames: int, temperature: float, base_temperature: float
 ) -> None:
-    if not (temperature > 0 and base_temperature > 0):
-        raise ConfigError(f"Expected temperatures above 0, but got {temperature} and {base_temperature}.")
-    if student.ndim != 4 or other.ndim != 4 or not student.shape[:3] == other.shape[:3] == labels.shape:
-        raise ShapeError(
-            "Expected features (B, T, N, C) and labels (B, T, N) of the same videos, frames and patches, but got "
-            f"{tuple(student.shape)}, {tuple(other.shape)} and {tuple(labels.shape)}."
-        )
+    require(temperature > 0 and base_temperature > 0, "temperatures above 0", temperature, base_temperature)
+    fits = student.ndim == other.ndim == 4 and student.shape[:3] == other.shape[:3] == labels.shape
+    expected = "features (B, T, N, C) and labels (B, T, N) of the same videos, frames and patches"
+    require_shape(fits, expected, student, other, labels)
     check_group(student.shape[1], group_frames)
 
 
 def check_group(frames: int, group_frames: int) -> None:
     """Refuses groups that do not divide the frames of a clip, by `ShapeError`."""
     if group_frames < 1 or frames % group_frames:
-        raise ShapeError(
-            f"Expected argument `group_frames` to divide the {frames} frames of a clip, but got {group_frames}."
-        )
+        expected = f"argument `group_frames` to divide the {frames} frames of a clip"
+        raise ShapeError(f"Expected {expected}, but got {group_frames}.")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_pl.adapters.capture import Capture
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.errors import HostError, require
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.plugin.schedule import steps_of, training_length
-from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, step_logger, with_loss
+from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
 from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput, check_group
 
 __all__ = ["DenseAlignmentCallback"]
@@ -211,7 +211,7 @@ class DenseAlignmentCallback(L.Callback):
             capture.close()
             capture.clear()
         if self._log_steps.due(trainer):
-            log = step_logger(host, len(seen.targets))
+            log = functools.partial(host.log, batch_size=len(seen.targets))
             for name in ("encoder_loss", "decoder_loss", "redundancy_loss"):
                 log(f"dense/{name}", getattr(dense, name).detach())
             log("dense/weight", losses.weight if now >= losses.start_step else 0.0)
@@ -227,20 +227,19 @@ def _encoder_of(trainer: L.Trainer, host: L.LightningModule) -> FeatureEncoder:
         "a host that rebuilds features, not reconstruction_weight=0": getattr(host, "reconstruction_weight", 1) == 0,
         "strategy='ddp' or one device, since parameters are split": trainer.strategy.restore_checkpoint_after_setup,
     }
-    for wanted, missed in obstacles.items():
-        if missed:
-            raise HostError(
-                f"Expected {wanted}, but got {type(host).__name__} with {type(trainer.strategy).__name__}. "
-                "Use the functions of ssync_pl.rivals.dense_alignment inside your own training step."
-            )
+    if wanted := next((wanted for wanted, missed in obstacles.items() if missed), None):
+        raise HostError(
+            f"Expected {wanted}, but got {type(host).__name__} with {type(trainer.strategy).__name__}. "
+            "Use the functions of ssync_pl.rivals.dense_alignment inside your own training step."
+        )
     return next(module for module in host.encoder.modules() if isinstance(module, FeatureEncoder))  # type: ignore[union-attr]
 
 
 def _check_range(values: dict[str, Any], low: float, high: float) -> None:
     for name, value in values.items():
         # Infinity and NaN are outside of every range.
-        if value is not None and not (low <= value <= high and value < math.inf):
-            raise ConfigError(f"Expected argument `{name}` to be in [{low}, {high}], but got {value}.")
+        fits = value is None or (low <= value <= high and value < math.inf)
+        require(fits, f"argument `{name}` to be in [{low}, {high}]", value)
 
 
 def _dense_losses(losses: DenseAlignment, seen: Any, features: Tensor, step: int) -> DenseAlignmentOutput:

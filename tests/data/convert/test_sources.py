@@ -298,7 +298,7 @@ def _file(name, content):
         ("videos", _array(np.zeros((6, 10, 14, 0), int)), "integer"),
         ("videos", _array(np.array(1)), "an array"),
         ("videos", _array(np.full((6, 10, 14), None)), "an array"),
-        ("videos", _array(np.full((6, 10, 14), -1)), "ids from 0 on"),
+        ("videos", _array(np.full((6, 10, 14), -1)), "integers from 0 on"),
         ("videos", _array(np.arange(6 * 10 * 14).reshape(6, 10, 14)), "at most 255 objects"),
         ("videos", _file("c.mp4", b""), r"c\.mp4.*an empty file"),
         ("videos", _file("c.mp4", b"this is no video" * 99), r"c\.mp4"),

@@ -142,14 +142,13 @@ def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tup
     except Exception as error:  # NumPy raises almost anything on damaged files
         raise ShardError(f"Expected masks {path} of {where} to be an array, but got {error}.") from error
     require_shard(count == total, counted, f"{count} masks in {path}", f"{total} frames")
-    masks = np.asarray(array[part])
-    fits = (
-        masks.ndim == 4 and masks.size and masks.shape[1:3] == size and masks.dtype.kind in "uib" and masks.min() >= 0
+    ids = np.asarray(array[part])
+    fits = ids.ndim == 4 and ids.size > 0 and ids.shape[1:3] == size and ids.dtype.kind in "uib" and ids.min() >= 0
+    expected = (
+        f"the masks of {where} to be integers from 0 on, (frames, {size[0]}, {size[1]}[, objects]) like its frames"
     )
-    shape = f"(frames, {size[0]}, {size[1]}[, objects])"
-    expected = f"the masks of {where} to be integers {shape} like its frames, ids from 0 on"
-    require_shard(bool(fits), expected, f"{masks.dtype} {masks.shape} in {path}")
-    return masks
+    require_shard(bool(fits), expected, f"{ids.dtype} {ids.shape} in {path}")
+    return ids
 
 
 def _number_objects(masks: np.ndarray, size: Any, void: int | None, where: str) -> tuple[np.ndarray, list[int]]:

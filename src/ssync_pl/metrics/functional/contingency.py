@@ -14,17 +14,11 @@ __all__ = ["Contingency", "contingency"]
 
 
 class Contingency(NamedTuple):
-    """Pixel counts of true masks against slots.
+    """Pixel counts of true masks against slots."""
 
-    Attributes:
-        table: float64 `(..., C, S)`, pixels that true mask c and slot s share.
-        slot_sizes: float64 `(..., S)`, pixels of slot s, those without a true mask included.
-        labelled: bool `(...)`, True where the item has any true mask.
-    """
-
-    table: Tensor
-    slot_sizes: Tensor
-    labelled: Tensor
+    table: Tensor  # float64 (..., C, S), pixels that true mask c and slot s share
+    slot_sizes: Tensor  # float64 (..., S), pixels of slot s, those without a true mask included
+    labelled: Tensor  # bool (...), True where the item has any true mask
 
     def videos(self) -> Contingency:
         """Sums the frames of each video: `(B, T, ...)` to `(B, ...)`."""

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.errors import ShapeError, require, require_shape
 
-__all__ = ["Scene", "check_resolution", "check_share", "counted_frames", "labels_to_masks", "read_scene"]
+__all__ = [
+    "Scene",
+    "check_resolution",
+    "check_share",
+    "counted_frames",
+    "labels_to_masks",
+    "read_scene",
+    "require_tensor",
+]
 
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Soft masks are enlarged for a group of frames at a time: 2**22 floats are 16 MiB.
@@ -18,23 +26,13 @@ _GROUP_ELEMENTS = 2**22
 
 
 class Scene(NamedTuple):
-    """The F frames of a batch that count.
+    """The F frames of a batch that count."""
 
-    Attributes:
-        slots: int64 `(F, H, W)`, slot of each pixel.
-        objects: int64 `(F, H, W)`, channel of the first true mask of each pixel; -1 without one.
-        overlaps: bool `(F, H, W)`, pixels with several true masks.
-        places: int64 `(F,)`, places of the frames in `B * T`.
-        shape: `(B, T)`.
-        num_slots: S.
-        num_objects: C.
-    """
-
-    slots: Tensor
-    objects: Tensor
-    overlaps: Tensor
-    places: Tensor
-    shape: tuple[int, int]
+    slots: Tensor  # int64 (F, H, W), slot of each pixel
+    objects: Tensor  # int64 (F, H, W), channel of the first true mask of each pixel; -1 without one
+    overlaps: Tensor  # bool (F, H, W), pixels with several true masks
+    places: Tensor  # int64 (F,), places of the frames in B * T
+    shape: tuple[int, int]  # (B, T)
     num_slots: int
     num_objects: int
 
@@ -85,15 +83,14 @@ def check_resolution(resolution: tuple[int, int] | None) -> tuple[int, int] | No
     if resolution is None:
         return None
     sizes = tuple(resolution)
-    if len(sizes) != 2 or any(int(size) != size or size < 1 for size in sizes):
-        raise ConfigError(f"Expected `resolution` to be None or two positive sizes (h, w), but got {resolution}.")
+    fits = len(sizes) == 2 and all(int(size) == size >= 1 for size in sizes)
+    require(fits, "`resolution` to be None or two positive sizes (h, w)", resolution)
     return int(sizes[0]), int(sizes[1])
 
 
 def check_share(name: str, share: float) -> float:
     """Returns a share if it is in [0, 1]."""
-    if not 0.0 <= share <= 1.0:
-        raise ConfigError(f"Expected `{name}` to be a share in [0, 1], but got {share}.")
+    require(0.0 <= share <= 1.0, f"`{name}` to be a share in [0, 1]", share)
     return float(share)
 
 
@@ -101,11 +98,8 @@ def counted_frames(valid: Tensor | None, shape: tuple[int, int]) -> Tensor | Non
     """Spreads a validity mask `(B,)` or `(B, T)` over frames `(B, T)`; None where everything counts."""
     if valid is None:
         return None
-    if valid.dtype != torch.bool or tuple(valid.shape) not in (shape[:1], shape):
-        raise ShapeError(
-            f"Expected `valid` to be bool of shape {shape[:1]} (videos) or {shape} (frames), "
-            f"but got {valid.dtype} of shape {tuple(valid.shape)}."
-        )
+    fits = valid.dtype == torch.bool and tuple(valid.shape) in (shape[:1], shape)
+    require_tensor(fits, f"`valid` to be bool of shape {shape[:1]} (videos) or {shape} (frames)", valid)
     return valid[:, None].expand(shape) if valid.ndim == 1 else valid
 
 
@@ -122,35 +116,30 @@ def labels_to_masks(labels: Tensor, num_classes: int) -> Tensor:
     Raises:
         ShapeError: the labels are no integers, or one is `num_classes` or more.
     """
-    if labels.dtype not in _INTEGER_TYPES or labels.ndim < 2:
-        raise ShapeError(
-            f"Expected `labels` to be integers (..., H, W), but got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
+    require_tensor(labels.dtype in _INTEGER_TYPES and labels.ndim >= 2, "`labels` to be integers (..., H, W)", labels)
     if labels.numel() and int(labels.max()) >= num_classes:
         raise ShapeError(f"Expected labels below num_classes={num_classes}, but got {int(labels.max())}.")
     return labels.unsqueeze(-3) == torch.arange(num_classes, device=labels.device)[:, None, None]
 
 
+def require_tensor(ok: bool, expected: str, got: Tensor, advice: str = "") -> None:
+    """Raises `ShapeError` unless a tensor is as expected, with its dtype, its shape and what to do."""
+    if not ok:
+        raise ShapeError(f"Expected {expected}, but got {got.dtype} of shape {tuple(got.shape)}. {advice}".rstrip())
+
+
 def _check_shapes(pred: Tensor, true: Tensor) -> None:
-    if true.ndim != 5 or true.dtype != torch.bool or 0 in true.shape[2:]:
-        raise ShapeError(
-            f"Expected `true` to be bool masks (B, T, C, H, W), but got {true.dtype} of shape {tuple(true.shape)}. "
-            "Do `labels_to_masks(labels, num_classes)` with labels; images have T = 1."
-        )
-    if pred.ndim == 4:
-        fits = pred.dtype in _INTEGER_TYPES
-    else:
-        fits = pred.ndim == 5 and (pred.is_floating_point() or pred.dtype == torch.bool)
-    if not fits or 0 in pred.shape[2:]:
-        raise ShapeError(
-            "Expected `pred` to be integer labels (B, T, H, W), or float or bool masks (B, T, S, h, w), "
-            f"but got {pred.dtype} of shape {tuple(pred.shape)}."
-        )
-    if pred.shape[:2] != true.shape[:2] or pred.device != true.device:
-        raise ShapeError(
-            "Expected `pred` and `true` to have the same videos and frames on one device, but got (B, T) = "
-            f"{tuple(pred.shape[:2])} on {pred.device} and {tuple(true.shape[:2])} on {true.device}."
-        )
+    fits = true.ndim == 5 and true.dtype == torch.bool and 0 not in true.shape[2:]
+    advice = "Do `labels_to_masks(labels, num_classes)` with labels; images have T = 1."
+    require_tensor(fits, "`true` to be bool masks (B, T, C, H, W)", true, advice)
+    is_masks = pred.ndim == 5 and (pred.is_floating_point() or pred.dtype == torch.bool)
+    fits = (is_masks or (pred.ndim == 4 and pred.dtype in _INTEGER_TYPES)) and 0 not in pred.shape[2:]
+    require_tensor(fits, "`pred` to be integer labels (B, T, H, W), or float or bool masks (B, T, S, h, w)", pred)
+    require_shape(
+        pred.shape[:2] == true.shape[:2], "`pred` and `true` of the same videos and frames (B, T)", pred, true
+    )
+    if pred.device != true.device:
+        raise ShapeError(f"Expected `pred` and `true` on one device, but got {pred.device} and {true.device}.")
 
 
 def _read_labels(labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, int]:

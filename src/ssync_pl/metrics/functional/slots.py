@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import ShapeError
 from ssync_pl.metrics.functional.contingency import Contingency
-from ssync_pl.metrics.functional.scene import check_share, counted_frames
+from ssync_pl.metrics.functional.scene import check_share, counted_frames, require_tensor
 
 __all__ = ["slot_identity", "slots_per_object", "used_slots"]
 
@@ -78,11 +77,9 @@ def used_slots(masks: Tensor, valid: Tensor | None = None) -> Tensor:
     Raises:
         ShapeError: the masks are no scores of this shape, or `valid` does not fit.
     """
-    if masks.ndim != 5 or 0 in masks.shape[2:] or not masks.is_floating_point():
-        raise ShapeError(
-            f"Expected `masks` to be float scores (B, T, S, h, w), but got {masks.dtype} of shape "
-            f"{tuple(masks.shape)}. Labels do not say how many slots there are."
-        )
+    fits = masks.ndim == 5 and 0 not in masks.shape[2:] and masks.is_floating_point()
+    advice = "Labels do not say how many slots there are."
+    require_tensor(fits, "`masks` to be float scores (B, T, S, h, w)", masks, advice)
     winners = masks.max(dim=2, keepdim=True).indices
     wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, winners, True).flatten(3).any(dim=3)
     counted = counted_frames(valid, (int(masks.shape[0]), int(masks.shape[1])))
