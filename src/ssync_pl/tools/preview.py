@@ -12,7 +12,7 @@ from ssync_pl.data.patterns import shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
 from ssync_pl.errors import ShardError, require
-from ssync_pl.tools.viz import Bytes, SheetRow, draw_sheet, label_masks, overlay_labels
+from ssync_pl.tools.viz import Bytes, draw_sheet, label_masks, overlay_labels
 
 __all__ = ["draw_preview"]
 
@@ -26,7 +26,7 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
     """
     fits = min(count, frames) >= 1 and cell >= 16
     require(fits, "--videos and --frames from 1 and --cell from 16 on", count, frames, cell)
-    videos: list[list[SheetRow]] = []
+    videos: list[list[tuple[str, Bytes]]] = []
     skipped: list[str] = []
     for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):
         wanted = len(videos) + -(-(count - len(videos)) // left)  # as many from each of the shards that are left
@@ -46,7 +46,7 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
     return draw_sheet([row for rows in videos for row in rows], cell=cell), len(videos), skipped
 
 
-def _draw_rows(name: str, members: Members, frames: int, cell: int) -> list[SheetRow]:
+def _draw_rows(name: str, members: Members, frames: int, cell: int) -> list[tuple[str, Bytes]]:
     video, masks = read_whole(members)
     places = np.linspace(0, len(video) - 1, frames).round().astype(int)
     rows = [(f"{name}\n{len(video)} frames\n{video.shape[1]} x {video.shape[2]}", video[places])]
@@ -58,4 +58,4 @@ def _draw_rows(name: str, members: Members, frames: int, cell: int) -> list[Shee
     def square(frame: Bytes) -> Bytes:
         return np.asarray(ImageOps.pad(Image.fromarray(frame), (cell, cell), color="white"))
 
-    return [SheetRow(caption, np.stack([square(frame) for frame in clip])) for caption, clip in rows]
+    return [(caption, np.stack([square(frame) for frame in clip])) for caption, clip in rows]

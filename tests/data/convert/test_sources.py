@@ -29,7 +29,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from ssync_pl.cli import main, run_command
-from ssync_pl.cli.data import data
+from ssync_pl.cli.commands import data
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.ytvis import draw_mask
 from ssync_pl.data.decode import inspect_video

@@ -1,15 +1,20 @@
-"""`ssync-pl data`: generates, checks, draws and converts shards, and stores features of their frames."""
+"""`ssync-pl data`, `compare`, `config` and `checkpoint`: options, a call, and what is printed."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from importlib import import_module, resources
 from pathlib import Path
+from typing import Any
 
-from ssync_pl.cli import key_values, size
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from ssync_pl.cli import key_values, loading, size
 from ssync_pl.errors import require
 
-__all__ = ["data"]
+__all__ = ["checkpoint", "compare", "config", "data"]
 
 _SHARDS = "shards: paths, globs, braces or URLs"
 
@@ -26,6 +31,7 @@ def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--workers", type=int, help="processes; 0 uses this one only")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
     options = parser.parse_args(words)
+    loading()
     from ssync_pl.data.synthetic import generate
     from ssync_pl.data.synthetic.config import preset
 
@@ -51,6 +57,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
     options = parser.parse_args(words)
+    loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
     from ssync_pl.tools.owned import refuse_foreign, write_owned_json
 
@@ -73,6 +80,7 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
     add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels (default: %(default)s)")
     options = parser.parse_args(words)
+    loading()
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
     from ssync_pl.tools.owned import refuse_foreign
@@ -95,6 +103,7 @@ def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     add_sources(parser.add_subparsers(dest="source", required=True, metavar="SOURCE"))
     options = parser.parse_args(words)
+    loading()
     return int(options.run(options))
 
 
@@ -122,6 +131,7 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--batch-size", type=int, default=32, help="frames per call of the backbone, on the GPU where there is one")
     add("--on-bad-sample", choices=("raise", "skip"), default="raise", help="unreadable videos")
     options = vars(parser.parse_args(words))
+    loading()
     import torch
 
     from ssync_pl.data.features.cache import cache_features
@@ -141,6 +151,127 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     return 0
 
 
+def _ssync(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Print the configuration of SSync, which goes after your own: `… --config mine.yaml --config ssync.yaml`."""
+    parser.parse_args(words)
+    sys.stdout.write((resources.files("ssync_pl") / "configs" / "ssync.yaml").read_text(encoding="utf-8"))
+    return 0
+
+
+def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Translate a public configuration of VideoSAUR, SlotContrast or SSync into one for `ssync-pl fit --config`.
+
+    What has no counterpart is listed, above the result and on the screen.
+    """
+    add = parser.add_argument
+    change = "change a value first, in the file's own keys, e.g. globals.NUM_SLOTS=7, or leave it out (KEY=null)"
+    add("file", type=Path, metavar="OFFICIAL.yaml", help="the public configuration")
+    add("--out", type=Path, metavar="FILE.yaml", help="where the result goes, a new file (default: the screen)")
+    add("--data-root", metavar="DIR", help="folder or URL that the shards lie below")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    options = parser.parse_args(words)
+    loading()
+    from ssync_pl.data.files import write_bytes
+    from ssync_pl.tools.official.convert import convert_config
+
+    _refuse_existing(options.out)
+    converted = convert_config(options.file, root=options.data_root, changes=options.changes)
+    for key, reason in converted.left_out.items():
+        sys.stderr.write(f"not converted: {key}: {reason}\n")
+    if options.out is not None:
+        write_bytes(options.out, converted.to_yaml().encode("utf-8"))
+    sys.stdout.write(converted.to_yaml() if options.out is None else f"converted: {options.out}\n")
+    return 0
+
+
+def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Write the tensors of a public checkpoint as one for `ssync-pl validate|test|predict --ckpt_path`.
+
+    It goes beside the configuration of `ssync-pl config convert`. Only tensors and plain values are read: nothing in
+    the file can run.
+    """
+    parser.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
+    parser.add_argument("out", type=Path, metavar="OUT.ckpt", help="where the result goes, a new file")
+    options = parser.parse_args(words)
+    loading()
+    from ssync_pl.tools.official.checkpoints import convert_checkpoint
+
+    _refuse_existing(options.out)
+    for name in convert_checkpoint(options.file, options.out):
+        sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
+    sys.stdout.write(f"converted: {options.out}\n")
+    return 0
+
+
+def _refuse_existing(path: Path | None) -> None:
+    free = path is None or not path.exists()
+    require(free, "the result to be a new file", f"{path}, which exists", advice="Remove it, or name another one.")
+
+
+def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Train a configuration under several variants, seeds and slot counts, and say what differs.
+
+    All variants of a seed have the same initial weights, data order and number of steps; what they have in common until
+    SSync switches on is trained once. The same command continues a comparison that was stopped: finished runs are kept.
+
+    example:
+      ssync-pl compare --config mine.yaml --variants without,with,no-merging,mine_too.yaml --slots 7,11 \\
+        --out runs/compare/mine --launcher slurm --partition gpu --gpus 1 --hours 12 -- --trainer.precision=16-mixed
+
+    exit status: 0 all runs are finished, 1 some failed or are damaged, 2 wrong usage.
+    """
+    from ssync_pl.compare.variants import known_variants
+
+    parser.usage = "ssync-pl compare --config FILE --out FOLDER [OPTIONS] [-- OPTIONS OF ssync-pl fit]"
+    variants = f"{known_variants()} (default: %(default)s)"
+    add: Any = parser.add_argument
+    add("--config", action="append", default=[], type=Path, metavar="FILE", help="of `ssync-pl fit`; may be repeated")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the comparison, e.g. runs/compare/NAME")
+    add("--variants", default="with,without", metavar="A,B", help=variants)
+    add("--baseline", default="without", metavar="A", help="variant to compare with (default: %(default)s)")
+    add("--seeds", default="3", metavar="N", help="seeds 0 to N-1, or a list like 3,4 (default: %(default)s)")
+    add("--slots", default="", metavar="A,B", help="numbers of slots (default: the configuration's)")
+    add("--processes", type=PositiveInt, metavar="N", help="runs at a time (default: as they fit; Slurm: all)")
+    add("--threads", type=PositiveInt, default=1, metavar="N", help="CPU threads per run (default: %(default)s)")
+    add("--launcher", choices=("local", "slurm"), default="local", help="where runs are started (default: %(default)s)")
+    add("--gpus", type=PositiveInt, metavar="N", help="GPUs per run (default: on this machine all, for each run)")
+    add("--hours", type=PositiveFloat, metavar="H", help="time limit of a run (default: none; 24 on Slurm)")
+    add("--partition", metavar="NAME", help="Slurm partition")
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch; may be repeated")
+    add("--no-sharing", action="store_false", dest="share", help="train the same warm-up in every run")
+    add("--dry-run", action="store_true", help="print the runs with their commands, and start none")
+    place = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:place])
+    loading()
+    from ssync_pl.compare.matrix import build_matrix
+
+    slurm = key_values(options.slurm, "--slurm") | ({"partition": options.partition} if options.partition else {})
+    given = {name: getattr(options, name) for name in ("variants", "seeds", "slots", "baseline", "share")}
+    matrix = build_matrix(options.config, options.out, **given, extra=words[place + 1 :])
+    if options.dry_run:
+        for run in matrix.runs:
+            sys.stdout.write(f"# {run.key.label}\n{shlex.join(run.command)}\n")
+        sys.stdout.write(f"# {len(matrix.runs)} runs\n")
+        return 0
+    for name in ("submitit", "pandas", "jinja2", "matplotlib"):
+        import_module(name)  # what is missing is said now rather than after the training
+    from ssync_pl.compare.report import write_report
+    from ssync_pl.compare.results import load_comparison
+    from ssync_pl.compare.runs import Launcher, run_matrix
+    from ssync_pl.compare.tables import printed_tables
+
+    remote, kinds = options.launcher == "slurm", (options.processes, options.threads, options.gpus, options.hours)
+    launcher = Launcher(options.out / "jobs", remote, *kinds, slurm)
+    run_matrix(matrix, launcher, options.out, ["ssync-pl", "compare", *words])
+    report, comparison = write_report(options.out), load_comparison(options.out)
+    sys.stdout.write(f"{printed_tables(comparison.frame, options.baseline)}\n\nreport: {report}\n")
+    for key, why in comparison.absent.items():
+        sys.stderr.write(f"\nnot finished: {key.label} ({key.folder(options.out)}): {why}\n")
+    if comparison.absent:
+        sys.stderr.write(f"\n{len(comparison.absent)} runs are not finished. The same command tries them again.\n")
+    return int(bool(comparison.absent))
+
+
 data = {
     "generate": _generate,
     "check": _check,
@@ -148,3 +279,5 @@ data = {
     "convert": _convert,
     "cache-features": _cache_features,
 }
+config = {"ssync": _ssync, "convert": _convert_config}
+checkpoint = {"convert": _convert_checkpoint}
