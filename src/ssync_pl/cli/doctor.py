@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from ssync_pl.cli import key_values, size
+from ssync_pl.cli import key_values, loading, size
 from ssync_pl.errors import require
 
 __all__ = ["doctor"]
@@ -49,6 +49,7 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     expected, got = "either a model as package.module:name or --config FILE", "both" if named else "neither"
     require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
+    loading()
     from ssync_pl.tools.doctor.report import render_report
 
     sys.path.insert(0, "")  # the user's own modules are found as `python train.py` finds them

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssync_pl.data.convert import media
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
@@ -72,9 +73,7 @@ def _file(path: Path) -> list[InputVideo]:
         return _shard(path)
     if ending not in media.VIDEO_EXTENSIONS:
         return []
-    facts = media.inspect_video(path, where)
-    missing = facts.missing or (None if facts.frames else "no frames")
-    require_shard(missing is None, f"{where} to be whole", str(missing), advice="Copy or encode it again.")
+    facts = inspect_video(path, where)
     return [InputVideo(path.stem, str(path), partial(media.read_frames, path, None, None, None, where), facts.rate)]
 
 

@@ -115,7 +115,7 @@ def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> N
     size = (rows.stop - rows.start, columns.stop - columns.start)
     out = np.full((len(maps), *source), OUTSIDE, np.uint8)
     if maps.ndim == 3:
-        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size, channels_last=False)
+        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size)
         return out
     for number, masks in enumerate(maps):  # one frame at a time: S masks of a large frame take much memory
         grown = F.interpolate(masks[None].float(), size=size, mode="bilinear", align_corners=False)[0]
