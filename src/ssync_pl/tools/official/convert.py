@@ -19,15 +19,15 @@ __all__ = ["ConvertedConfig", "convert_config"]
 
 _CROPS = {None: "none", "central": "center", "short_side_resize_random": "random"}
 _TRAIN, _VAL = "dataset.train_pipeline", "dataset.val_pipeline"
-_METRICS = ("VideoARI", "ImageARI", "VideoIoU", "ImageIoU")  # every evaluation logs these
-# The data module counts videos itself, training reads no masks, and hosts say what they read.
-_MEANINGLESS = (
-    *("experiment_group", "globals.*", "val_metrics.*", "dataset.*.keys", "dataset.val_size", "dataset.test_size"),
-    *(f"{_TRAIN}.video_size", f"{_TRAIN}.transforms.num_classes"),
-)
+_UNREAD = "the official code does not read it"
+# Without a reason: the data module counts videos itself, training reads no masks, and hosts say what they read.
 _LEFT_OUT = {
-    "dataset.*.transforms.resize_*": "the official code does not read it",
-    "dataset.*.transforms.crop_size": "the official code does not read it",
+    **dict.fromkeys(("experiment_group", "globals.*", "val_metrics.*", "dataset.val_size", "dataset.*.keys"), ""),
+    **dict.fromkeys(("dataset.num_val_workers", f"{_TRAIN}.video_size", f"{_TRAIN}.transforms.num_classes"), ""),
+    "seed": "give --seed_everything and --data.seed",
+    "dataset.*.transforms.resize_*": _UNREAD,
+    "dataset.*.transforms.crop_size": _UNREAD,
+    "dataset.*.transforms.mask_size": "masks are scored at the size of the frames",
     "trainer.*_epoch*": "training ends by steps, as in the official script",
 }
 
@@ -62,9 +62,8 @@ def convert_config(path: str | Path, *, root: str | None = None, changes: Iterab
     keys = Keys(read_config(path, changes))
     for part in ("model", "optimizer", "dataset"):
         require(bool(keys.below(part)), f"{path} to have the sections model, optimizer and dataset", f"no {part}")
-    keys.leave_out(dict.fromkeys(_MEANINGLESS, "") | _LEFT_OUT)
-    name, seed = str(keys.take("experiment_name", "")), keys.integer("seed", None)
-    max_steps = keys.integer("trainer.max_steps", 100_000)
+    keys.leave_out(_LEFT_OUT)
+    name, max_steps = str(keys.take("experiment_name", Path(path).stem)), keys.integer("trainer.max_steps", 100_000)
     data = _data(keys, root)
     host, options, ssync = translate_model(keys, max_steps, data["clip_length"])
     options |= _optimizer(keys, max_steps) | {"has_background": data["has_background"]}
@@ -77,11 +76,11 @@ def convert_config(path: str | Path, *, root: str | None = None, changes: Iterab
         trainer.setdefault("precision", "16-mixed")  # as SSync's script trains
     keys.refuse_unread("model", "optimizer", "dataset")
     config = {
-        "seed_everything": True if seed is None else seed,
-        **({"name": name} if name else {}),
+        "seed_everything": True,
+        "name": name,
         "trainer": trainer | {"callbacks": callbacks},
         "model": {"class_path": host, "init_args": options},
-        "data": {"class_path": "ShardDataModule", "init_args": data | ({} if seed is None else {"seed": seed})},
+        "data": {"class_path": "ShardDataModule", "init_args": data},
     }
     return ConvertedConfig(config, keys.left_out, Path(path).name)
 
@@ -128,24 +127,16 @@ def _data(keys: Keys, root: str | None) -> dict[str, Any]:
             options[ours] = rooted if isinstance(shards, list) else rooted[0]
     options["batch_size"] = keys.integer("dataset.batch_size", 32)
     options["val_batch_size"] = keys.integer("dataset.val_batch_size", options["batch_size"])
-    options["num_workers"] = workers = keys.integer("dataset.num_workers", 0)
-    if keys.integer("dataset.num_val_workers", workers) != workers:
-        keys.left_out["dataset.num_val_workers"] = f"validation has the {workers} workers of num_workers"
+    options["num_workers"] = keys.integer("dataset.num_workers", 0)
+    metrics = [f"val_metrics.{name}" for name in keys.below("val_metrics")]
+    for metric in metrics:  # every evaluation logs these
+        keys.choose(f"{metric}.name", "VideoARI", "ImageARI", "VideoIoU", "ImageIoU")
+        keys.choose(f"{metric}.pred_key", "decoder_masks_hard")
     # Without it the official metrics refuse overlapping masks, so that there is nothing to ignore where they run.
-    if any(ignored := _metrics(keys)):
+    if any(ignored := [keys.take(f"{metric}.ignore_overlaps", False) for metric in metrics]):
         require(all(ignored), "ignore_overlaps to be the same in all metrics", ignored, advice="Make it so.")
         options["ignore_overlaps"] = True
     return options | _clips(keys) | _pictures(keys) | {"sampling": "reference"}
-
-
-def _metrics(keys: Keys) -> list[bool]:
-    """Whether each metric of the evaluation ignores where objects overlap."""
-    sections = [f"val_metrics.{name}" for name in keys.below("val_metrics")]
-    for section in sections:
-        keys.choose(f"{section}.name", *_METRICS)
-        keys.choose(f"{section}.matching", "overlap", "hungarian", default="overlap")
-        keys.choose(f"{section}.pred_key", "decoder_masks_hard")
-    return [keys.take(f"{section}.ignore_overlaps", False) for section in sections]
 
 
 def _clips(keys: Keys) -> dict[str, Any]:
@@ -159,7 +150,7 @@ def _clips(keys: Keys) -> dict[str, Any]:
             keys.choose(f"{pipeline}.is_video_dataset", False)
         return {"shuffle_buffer": keys.integer(f"{_TRAIN}.shuffle_size", 1000), "clip_length": 1}
     keys.choose(f"{_TRAIN}.sample_one_chunk_per_video", True)
-    length = keys.integer(f"{_VAL}.chunk_size", 6)
+    length = keys.take(f"{_VAL}.chunk_size", 6)
     if keys.take(f"{_VAL}.use_chunks", True):
         reason = f"validation scores whole videos instead of clips of {length} frames, so video metrics differ"
         keys.left_out[f"{_VAL}.use_chunks"] = reason
@@ -171,17 +162,14 @@ def _pictures(keys: Keys) -> dict[str, Any]:
     """Size, crop and normalisation of the frames, and the form of the masks."""
     train, val = f"{_TRAIN}.transforms", f"{_VAL}.transforms"
     kind, _, _ = str(keys.take(f"{train}.name")).partition("_")
-    known = ("movi", "ytvis", "davis", "coco")
-    require(kind in known, f"{train}.name to be of movi, ytvis, davis or coco", repr(kind))
+    keys.choose(f"{train}.name", *(f"{known}_train" for known in ("movi", "ytvis", "davis", "coco")))
     keys.choose(f"{val}.name", f"{kind}_val")
     size = keys.take(f"{train}.input_size")
     keys.choose(f"{val}.input_size", size)
     crop = _CROPS[keys.choose(f"{train}.crop_type", *_CROPS, default=None)]
     # Where training crops at random, evaluation takes the centre; no crop in one of them has no counterpart.
     keys.choose(f"{val}.crop_type", None if crop == "none" else "central", default=None)
-    classes, masks = keys.integer(f"{val}.num_classes", None), keys.take(f"{val}.mask_size", size)
-    if masks != size:
-        keys.left_out[f"{val}.mask_size"] = f"masks are scored at {size} pixels instead of {masks}"
+    classes = keys.integer(f"{val}.num_classes", None)
     return {
         "flip_probability": keys.number(f"{train}.h_flip_prob", 0.0),
         "image_size": size,

@@ -21,9 +21,9 @@ _ALWAYS: dict[str, tuple[Any, ...]] = {
     "grouper.name": ("SlotAttention",),
     "decoder.name": ("MLPDecoder", "SlotMixerDecoder"),
 }
-_PREDICTOR = {"predictor.name": ("networks.TransformerEncoder", "TransformerEncoder")}
+_TRANSFORMER = ("TransformerEncoder", "networks.TransformerEncoder")
 _MIXER: dict[str, tuple[Any, ...]] = {
-    "decoder.allocator.name": ("TransformerEncoder", "networks.TransformerEncoder"),
+    "decoder.allocator.name": _TRANSFORMER,
     "decoder.renderer.name": ("MLP", "networks.MLP"),
     "decoder.renderer.final_activation": (True,),
     "decoder.use_layer_norms": (True,),
@@ -52,6 +52,13 @@ _SIDES = {
     "grp_nbd_preds": ("dec_nbd_labels", "interior_weight"),
 }
 
+_SSYNC = (
+    ("merge_iou_threshold", "merge_threshold", 0.6),
+    ("dif_n_bd", "n_bd", 1),
+    ("dif_n_nbd", "n_nbd", 1),
+    ("dif_n_bd_noise", "n_noise", 1),
+)
+
 
 def translate_model(keys: Keys, max_steps: int, clip_length: int) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     """Translates the model section; refuses what the hosts of this package do not have.
@@ -65,7 +72,7 @@ def translate_model(keys: Keys, max_steps: int, clip_length: int) -> tuple[str, 
     slot_dim = keys.integer("model.initializer.dim")
     rules = _ALWAYS | dict.fromkeys(_SLOT_WIDTHS, (slot_dim,))
     if not image:
-        rules |= _PREDICTOR | {"predictor.dim": (slot_dim,)}
+        rules |= {"predictor.name": _TRANSFORMER, "predictor.dim": (slot_dim,)}
     if keys.take("model.decoder.name") == "SlotMixerDecoder":
         rules |= _MIXER | {f"decoder.{name}": (slot_dim,) for name in _MIXER_WIDTHS}
     for key, choices in rules.items():
@@ -147,7 +154,7 @@ def _losses(
     require(set(weighted) == set(names), same, sorted(weighted))
     weights = {"reconstruction": 0.0 if names else 1.0, "similarity": 0.0, "contrast": 0.0}
     options: dict[str, Any] = {}
-    ssync: dict[str, float] = {}
+    ssync: dict[str, Any] = {}
     for name in names:
         loss, weight = f"model.losses.{name}", keys.number(f"model.loss_weights.{name}")
         kind = keys.choose(f"{loss}.name", *_KINDS)
@@ -162,7 +169,7 @@ def _losses(
         require(not weights[_KINDS[kind]], f"one loss of the kind of {loss}", "a second", advice="Leave one out.")
         weights[_KINDS[kind]] = weight
         if kind == "MSELoss":
-            keys.choose(f"{loss}.pred_dims", [0, feature_dim], default=[0, feature_dim])
+            keys.choose(f"{loss}.pred_dims", [0, feature_dim])
         elif kind == "CrossEntropyLoss":
             keys.choose(f"{loss}.pred_dims", [feature_dim, feature_dim + patches], [0, patches])
             options |= _similarity(keys, loss)
@@ -175,7 +182,12 @@ def _losses(
                 require(clip_length == 1, f"clips of one frame with {kind}", f"{clip_length} frames")
                 keys.left_out[loss] = "for clips of one frame it is 0 and has no gradient"
                 options["contrast_weight"] = 0.0
-    return weights, options, _ssync(keys, ssync, max_steps)
+    settings = {ours: keys.number(f"model.{theirs}", default, type(default)) for theirs, ours, default in _SSYNC}
+    ratio, steps = keys.number("model.synergistic_warmup_ratio", 0.3), keys.integer("model.max_steps", 100_000)
+    # The official code counts the warm-up in steps of its own `max_steps`.
+    warmup = {"warmup_ratio": ratio} if steps == max_steps else {"warmup_steps": math.ceil(ratio * steps)}
+    sides = {side: ssync.get(side, 0.0) for _, side in _SIDES.values()}
+    return weights, options, {**settings, **sides, **ssync, **warmup} if any(sides.values()) else None
 
 
 def _similarity(keys: Keys, loss: str) -> dict[str, Any]:
@@ -192,19 +204,3 @@ def _similarity(keys: Keys, loss: str) -> dict[str, Any]:
         "similarity_threshold": keys.number(f"{transform}.threshold", None),
         "similarity_shift": 1,
     }
-
-
-def _ssync(keys: Keys, losses: dict[str, float], max_steps: int) -> dict[str, Any] | None:
-    settings = {
-        "merge_threshold": keys.number("model.merge_iou_threshold", 0.6),
-        "n_bd": keys.integer("model.dif_n_bd", 1),
-        "n_nbd": keys.integer("model.dif_n_nbd", 1),
-        "n_noise": keys.integer("model.dif_n_bd_noise", 1),
-        **{side: losses.get(side, 0.0) for _, side in _SIDES.values()},
-    }
-    ratio, steps = keys.number("model.synergistic_warmup_ratio", 0.3), keys.integer("model.max_steps", 100_000)
-    if not any(settings[side] for _, side in _SIDES.values()):
-        return None
-    settings["temperature"] = losses["temperature"]
-    # The official code counts the warm-up in steps of its own `max_steps`.
-    return settings | ({"warmup_ratio": ratio} if steps == max_steps else {"warmup_steps": math.ceil(ratio * steps)})
