@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ssync_pl.errors import ConfigError
-from ssync_pl.tools.official.references import evaluate, read_config
+from ssync_pl.tools.official.reading import evaluate, read_config
 
 REFERENCES = """
 a: {b: 3, same: "${.b}", up: "${..c}", deep: {far: "${...c}", plain: {x: [1]}}}
