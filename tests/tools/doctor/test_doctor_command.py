@@ -14,7 +14,7 @@ import yaml
 
 from ssync_pl import SSyncCallback
 from ssync_pl.cli import main
-from ssync_pl.tools.doctor.steps import build_model, working_folder_first
+from ssync_pl.tools.doctor.steps import build_model
 from tiny_run import tiny_config
 
 BATCH = "2,2,3,4,4"
@@ -26,9 +26,7 @@ def doctor(*words: str) -> int:
 
 
 def test_what_it_says_of_a_plain_model(user_folder, capsys):
-    with working_folder_first():
-        torch.save(build_model("user_code:Net", {"slots": 5}).state_dict(), user_folder / "weights.pt")
-    words = f"--init slots=5 --batch img={BATCH} --call loss_function --grid 2,8 --ckpt_path weights.pt"
+    words = f"--init slots=5 --batch img={BATCH} --call loss_function --grid 2,8"
     assert doctor("user_code:Net", *words.split()) == 0
     out = capsys.readouterr().out
     assert "Net (plain PyTorch)" in out
@@ -46,8 +44,7 @@ def test_what_it_says_to_write_can_be_written(user_folder, capsys, host, batch):
     assert not list(user_folder.glob("lightning_logs"))
     line = next(line for line in captured.out.splitlines() if "L.Trainer(" in line)
     callback = eval(line.split("callbacks=[")[1][:-3] + ", warmup_steps=0)", {"SSyncCallback": SSyncCallback})
-    with working_folder_first():
-        model = build_model(f"user_code:{host}", {})
+    model = build_model(f"user_code:{host}", {})
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], **off)
     video = torch.rand(2, 2, 3, 4, 4)
@@ -62,7 +59,7 @@ def test_json(user_folder, capsys):
     assert (report["ready"], report["shape"]) == (True, [2, 2, 3, 16])
     assert report["places"] == ["softmax:net.binder", "softmax:net.painter"]
     assert report["kinds"] == ["logits", "logits"]
-    assert report["numbers"]["ssync_seconds"] > 0
+    assert report["numbers"]["loss"] > 0
     assert "No adapter knows this host" in report["hints"][0]
 
 
@@ -74,7 +71,11 @@ def test_json(user_folder, capsys):
         ("user_code:Tokens", 1, "softmax of 16 on axis 2.*no two such maps"),
         ("user_code:Net --init detach=true", 1, "decoder masks of Net to carry gradient"),
         ("user_code:Host --init automatic=false", 1, "Use the SSyncRegularizer mixin"),
-        ("user_code:Skips", 1, "to give a loss, but this batch gave NoneType"),
+        ("user_code:Gives --init what=none", 1, "a loss of one number, but this batch gave NoneType. Was it skipped"),
+        ("user_code:Gives --init what=vector", 1, "a loss of one number, but this batch gave .4,."),
+        ("user_code:Gives --init what=terms", 1, "a dict with 'loss'"),  # which a training would refuse, too
+        ("user_code:Net", 0, "No loss came back: the mean square of the output takes its place"),
+        ("user_code:Net --call first_frame", 0, "T=1 .*SSync sees 2 frames of a batch of 4"),
         ("user_code:Net --attention softmax:binder --masks painter", 1, "both maps to have the same slots"),
         ("user_code:Net --attention nowhere --masks painter", 1, "no child 'nowhere'. Its children: eyes, binder"),
         ("user_code:Net --adapter savi", 1, "host that the adapter 'savi' knows"),
@@ -101,7 +102,6 @@ def test_models_that_cannot_or_need_not_be_changed(user_folder, capsys, words, s
         ("user_code:Net --batch 2,2,3,4,4 --attention binder", "`attention` and `masks` to come together"),
         ("user_code:Net --batch 2,2,3,4,4 --adapter savvy", "`adapter` to be 'auto' or one of"),
         ("user_code:Net --batch 2,2,3,4,4 --attention softmax: --masks b", "place as 'path'"),
-        ("user_code:Net --batch 2,2,3,4,4 --ckpt_path no.pt", "checkpoint at 'no.pt'"),
         ("user_code:Net --batch 2,2,3,4,4 --grid 4,", "--grid: expected HEIGHTxWIDTH"),
         ("--config nothing.yaml", "nothing.yaml"),
     ],

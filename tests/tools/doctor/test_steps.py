@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.tools.doctor.steps import (
-    StepError,
-    build_model,
-    describe_batch,
-    in_trainer,
-    load_weights,
-    parse_batch,
-    plain_step,
-    working_folder_first,
-)
+from ssync_pl.tools.doctor.steps import StepError, build_model, describe_batch, in_trainer, parse_batch, plain_step
 
 
 @pytest.mark.parametrize(
@@ -33,8 +24,7 @@ from ssync_pl.tools.doctor.steps import (
     ],
 )
 def test_a_class_a_function_or_a_model(user_folder: Path, target: str, settings: dict[str, Any], kind: str) -> None:
-    with working_folder_first():
-        assert type(build_model(target, settings)).__name__ == kind
+    assert type(build_model(target, settings)).__name__ == kind
 
 
 @pytest.mark.parametrize(
@@ -53,7 +43,7 @@ def test_a_class_a_function_or_a_model(user_folder: Path, target: str, settings:
     ],
 )
 def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: dict, message: str) -> None:
-    with working_folder_first(), pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         build_model(target, settings)
 
 
@@ -72,32 +62,16 @@ def test_batches(words: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
+        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "", "\u00b2,3")),
         (["img=2,3", "4"], "one name per shape or without names"),
         (["a=2,3", "a=2"], "one name per shape"),
         (["100000000,2,3,224,224,1000"], "to fit into memory"),
-        (["99999999999999999999999,2"], "to fit into memory"),
+        (["9" * 5000], "to fit into memory"),
     ],
 )
 def test_shapes_that_are_none(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_batch(words)
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, ("never",)
-
-
-def test_weights_are_read_and_nothing_in_them_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(nn.Linear(2, 2).state_dict(), "plain.pt")
-    torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
-    with pytest.raises(ConfigError, match="plain values only"):
-        load_weights(nn.Linear(2, 2), Path("bomb.pt"))
-    with pytest.raises(ConfigError, match=r"weights of Linear.*size mismatch"):
-        load_weights(nn.Linear(2, 3), Path("plain.pt"))
-    assert not Path("never").exists()
 
 
 class Gives(nn.Module):

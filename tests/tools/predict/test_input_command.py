@@ -110,7 +110,7 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(tmp_path, run, f
 
 
 def test_a_video_that_breaks_off_leaves_no_half_files(tmp_path, run, frames, capsys, monkeypatch):
-    good, real, out = write_frames(tmp_path / "good", moving(2)), inputs.read_frames, tmp_path / "out"
+    good, real, out = write_frames(tmp_path / "good", moving(2)), inputs.media.read_frames, tmp_path / "out"
 
     def breaking(path, *rest):
         for number, frame in enumerate(real(path, *rest)):
@@ -118,7 +118,7 @@ def test_a_video_that_breaks_off_leaves_no_half_files(tmp_path, run, frames, cap
                 raise ShardError("Expected frame 5 to be whole, but it is torn. Export it again.")
             yield frame
 
-    monkeypatch.setattr(inputs, "read_frames", breaking)
+    monkeypatch.setattr(inputs.media, "read_frames", breaking)
     assert run("--input", good, frames, "--clip-frames", 3, "--out", out) == 2
     assert "frame 5 to be whole" in capsys.readouterr().err.splitlines()[-1]
     assert [video["key"] for video in index(out)] == ["good"]

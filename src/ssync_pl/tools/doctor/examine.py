@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter, PathAdapter, locate
 from ssync_pl.adapters.discover import discover
 from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.method.loss import ssync_loss
-from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.session import HostSession
 from ssync_pl.tools.doctor.report import DoctorReport, hints, lines
-from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_trainer, namespace, plain_step
+from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_trainer, namespace, plain_step, tensors_of
 
-_NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
+_NUMBERS = (
+    *("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots"),
+    *("used_encoder_slots", "used_decoder_slots"),
+)
+_PACKAGE = str(Path(__file__).parents[2])
 _DICT_FOR_TENSOR = (AttributeError, IndexError, KeyError, TypeError)  # what the one in place of the other gives
 _UNKNOWN = (
     "No adapter knows this host; its maps were found at the softmaxes named above. Look at the shapes: S has to be the "
@@ -94,37 +95,28 @@ def _listen(
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             session = HostSession(host, adapter)
-        session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
-        loss = run()
-        maps = session.collect(batch, SSyncConfig())
-        output = ssync_loss(maps)
+            session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
+            loss = run()
+            maps = session.collect(batch, SSyncConfig())
+            output = ssync_loss(maps)
     except (HostError, ShapeError) as error:
         return replace(report, problems=(str(error),))
     finally:
         if session is not None:
             session.remove()
-    value = torch.randn(maps.shape, device=maps.attention.device, requires_grad=True)
-    alone = SSyncMaps(attention_logits=value, mask_logits=value, grid=maps.grid)
-    weights = [parameter for parameter in host.parameters() if parameter.requires_grad]
-    numbers = {
-        "loss": float(loss.detach()),
-        **{name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS},
-        "ssync_seconds": _seconds(lambda: ssync_loss(alone).loss, [value]),
-        "step_seconds": _seconds(run, weights),
-    }
+    values = {name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS}
     report = replace(
         report,
         places=_places(session),
         shape=maps.shape,
         grid=maps.grid,
-        kinds=(_kind(maps, "attention"), _kind(maps, "mask")),
-        used_slots=(float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean())),
-        numbers=numbers,
-        device=torch.cuda.get_device_name(value.device) if value.is_cuda else value.device.type,
+        kinds=tuple("probs" if logits is None else "logits" for logits in (maps.attention_logits, maps.mask_logits)),
+        numbers={"loss": float(loss.detach()), **values},
         lines=lines(report.kind, named),
     )
-    own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host
-    return replace(report, hints=(*own, *hints(report)))
+    frames = {value.shape[0] * value.shape[1] for value in tensors_of(batch) if value.ndim == 5}
+    own = tuple(str(one.message) for one in told if one.filename.startswith(_PACKAGE))  # what adapters say of this host
+    return replace(report, hints=(*own, *hints(report, frames)))
 
 
 def _search(report: DoctorReport, host: nn.Module, run: Run, batch: Any, named: Mapping[str, Any]) -> DoctorReport:
@@ -159,21 +151,3 @@ def _places(session: HostSession) -> tuple[str, ...]:
     watched = {id(module) for module in session.capture.modules.values()}
     paths = [f"{session.path}.{name}".strip(".") for name, one in session.root.named_modules() if id(one) in watched]
     return tuple(one for one in paths if one and not any(one.startswith(f"{other}.") for other in paths if other))
-
-
-def _kind(maps: SSyncMaps, field: str) -> str:
-    return " and ".join(kind for kind in ("logits", "probs") if getattr(maps, f"{field}_{kind}") is not None)
-
-
-def _seconds(forward: Callable[[], Tensor], inputs: list[Any]) -> float:
-    """Measures the median time of a forward and a backward pass."""
-    times: list[float] = []
-    while len(times) < 6 and sum(times) < 10:  # slow hosts are measured less often
-        start = time.perf_counter()
-        loss = forward()
-        if inputs and loss.requires_grad:
-            torch.autograd.grad(loss, inputs, allow_unused=True)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)  # the first one warms up

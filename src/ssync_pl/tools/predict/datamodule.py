@@ -21,8 +21,6 @@ from ssync_pl.tools.predict.inputs import find_videos
 from ssync_pl.tools.predict.windows import cut_windows, seen_region
 from ssync_pl.tools.predict.writer import WINDOW_KEY
 
-__all__ = ["InputDataModule"]
-
 
 class InputDataModule(L.LightningDataModule):
     """Gives the windows of a user's videos as the configuration's data module would give them.

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ssync_pl.data.transforms import Size, central_square, covering_size
 from ssync_pl.tools.viz import resize_nearest
 
-__all__ = ["OUTSIDE", "CarrySlots", "Window", "cut_windows", "match_slots", "restore_labels", "seen_region"]
-
 OUTSIDE = 255
 """Label of pixels that the model did not see, because a crop cut them off."""
 
@@ -55,13 +53,12 @@ class CarrySlots:
     so that slots keep their objects.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: Any) -> None:
         self._first: Tensor | None = None
         self._last: Tensor | None = None
         self._handles: list[Any] = []
         if getattr(host, "carries_slots", False):
-            initializer: Any = host.initializer
-            self._handles = [initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
+            self._handles = [host.initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
 
     def next_window(self, goes_on: bool) -> None:
         """Says before each window whether it goes on where the one before ended."""
@@ -120,7 +117,7 @@ def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> N
     size = (rows.stop - rows.start, columns.stop - columns.start)
     out = np.full((len(maps), *source), OUTSIDE, np.uint8)
     if maps.ndim == 3:
-        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size, channels_last=False)
+        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size)
         return out
     for number, masks in enumerate(maps):  # one frame at a time: S masks of a large frame take much memory
         grown = F.interpolate(masks[None].float(), size=size, mode="bilinear", align_corners=False)[0]
