@@ -25,10 +25,8 @@ def test_the_defaults_are_the_published_sizes() -> None:
 
 
 def test_evaluation_of_a_frame_is_training_on_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, features = (
-        tiny(SOLV, token_drop=0.0, merge_threshold=0.3, merge_min_slots=1),
-        window_clips(frames=5)["features"],
-    )
+    model = tiny(SOLV, token_drop=0.0, merge_threshold=0.3, merge_min_slots=1)
+    features = window_clips(frames=5)["features"]
     whole = model.eval()(features)
     for frame in range(1, 4):
         part = model.train()(features[:, frame - 1 : frame + 2])
@@ -111,15 +109,15 @@ def test_merging_grows_with_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_clips_at_the_edge_of_a_video_hide_one_side() -> None:
-    hidden = tiny(SOLV, clip_length=5, edge_probability=1.0)._hidden_neighbours(torch.ones(400, 5, dtype=torch.bool))
-    patterns = {tuple(row) for row in hidden.int().tolist()}
+    def hidden(share: float, length: int = 5) -> torch.Tensor:
+        model = tiny(SOLV, clip_length=length, edge_probability=share)
+        return model._hidden_neighbours(torch.ones(2000, length, dtype=torch.bool))
+
+    patterns = {tuple(row) for row in hidden(1.0).int().tolist()}
     assert patterns == {(1, 1, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 1, 1), (0, 0, 0, 0, 1)}
-    some = tiny(SOLV, clip_length=5, edge_probability=0.25)._hidden_neighbours(torch.ones(2000, 5, dtype=torch.bool))
-    assert some.any(1).float().mean().item() == pytest.approx(0.25, abs=0.05)
-    assert not tiny(SOLV)._hidden_neighbours(torch.ones(50, 3, dtype=torch.bool)).any()
-    assert (
-        not tiny(SOLV, clip_length=1, edge_probability=1.0)._hidden_neighbours(torch.ones(9, 1, dtype=torch.bool)).any()
-    )
+    assert hidden(0.25).any(1).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert not hidden(0.0).any()
+    assert not hidden(1.0, 1).any()
 
 
 def test_frames_go_through_the_backbone() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 
 Batch = dict[str, Tensor]
 FEATURE_HOSTS = [VideoSAUR, SlotContrast, DINOSAUR]
@@ -39,6 +40,12 @@ def tiny(kind: Any, trained: bool = False, **changes: Any) -> Any:
     if not trained:
         model.log = model.log_dict = lambda *args, **kwargs: None
     return model
+
+
+def encoder_of(**changes: Any) -> FeatureEncoder:
+    names = ("backbone", "layer", "similarity_layer", "checkpoint", "feature_dim", "similarity_dim", "hidden")
+    options = {**dict.fromkeys(names), "weights": "none", "grid": (4, 6), "slot_dim": 8}
+    return FeatureEncoder(**(options | changes))
 
 
 def pixel_clips(videos: int = 2, frames: int = 2, size: int = 16) -> Batch:

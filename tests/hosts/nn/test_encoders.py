@@ -6,28 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import encoder_of
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.over_time import ScanOverTime, SlotProcessor
 
 
-def _build(**changes: Any) -> FeatureEncoder:
-    names = ("backbone", "layer", "similarity_layer", "checkpoint", "feature_dim", "similarity_dim", "hidden")
-    options = {**dict.fromkeys(names), "weights": "none", "grid": (4, 6), "slot_dim": 8}
-    return FeatureEncoder(**(options | changes))
-
-
 def test_cached_channels_are_split_and_projected_or_not() -> None:
-    encoder, raw = _build(feature_dim=5, similarity_dim=3), torch.randn(2, 24, 8)
+    encoder, raw = encoder_of(feature_dim=5, similarity_dim=3), torch.randn(2, 24, 8)
     output = encoder(raw)
     assert torch.equal(output["backbone_features"], raw[..., :5])
     assert torch.equal(output["similarity_features"], raw[..., 5:])
     torch.testing.assert_close(output["features"], encoder.output_transform(raw[..., :5]))
     assert encoder.output_transform.layers[1].weight.shape == (10, 5)
-    encoder, raw = _build(feature_dim=5, hidden=0), raw[..., :5]
+    encoder, raw = encoder_of(feature_dim=5, hidden=0), raw[..., :5]
     assert torch.equal(encoder(raw)["features"], raw)
     assert torch.equal(encoder(raw)["similarity_features"], raw)
     assert encoder.output_dim == 5
@@ -35,7 +29,7 @@ def test_cached_channels_are_split_and_projected_or_not() -> None:
 
 
 def test_a_position_is_added_inside_the_projection() -> None:
-    plain, placed = _build(feature_dim=5, hidden=7), _build(feature_dim=5, hidden=7, position=0.5)
+    plain, placed = encoder_of(feature_dim=5, hidden=7), encoder_of(feature_dim=5, hidden=7, position=0.5)
     assert set(placed.state_dict()) - set(plain.state_dict()) == {"position.weight"}
     placed.load_state_dict({**plain.state_dict(), "position.weight": torch.randn(7, 2)})
     raw = torch.randn(2, 24, 5)
@@ -87,51 +81,20 @@ def test_first_slots_are_drawn_learned_or_made_of_hints() -> None:
 
 
 class _Adds(nn.Module):
-    """A corrector that adds the frame's first feature, and counts its iterations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.iterations: list[int | None] = []
+    """A corrector that adds the frame's first feature, and tells its iterations."""
 
     def forward(self, slots: Tensor, features: Tensor, iterations: int | None = None) -> dict[str, Tensor]:
-        self.iterations.append(iterations)
-        return {"slots": slots + features[:, :1], "dots": slots}
-
-
-class _Doubles(nn.Module):
-    def forward(self, slots: Tensor) -> Tensor:
-        return 2 * slots
+        return {"slots": slots + features[:, :1], "iterations": slots.new_tensor([iterations or 0])}
 
 
 def test_a_scan_predicts_between_frames_only() -> None:
-    corrector = _Adds()
-    scan = ScanOverTime(SlotProcessor(corrector, _Doubles(), iterations_first=3))
+    double = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(double.weight, 2.0)
+    scan = ScanOverTime(SlotProcessor(_Adds(), double, iterations_first=3))
     output = scan(torch.zeros(1, 2, 1), torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1))
     # 0 + 1; 2 * 1 + 10; 2 * 12 + 100
     assert output["slots"][0, :, 0, 0].tolist() == [1.0, 12.0, 124.0]
-    assert output["dots"][0, :, 0, 0].tolist() == [0.0, 2.0, 24.0]
-    assert corrector.iterations == [3, None, None]
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: _build(), ConfigError, "feature_dim"),
-        (lambda: _build(feature_dim=5, layer="vit_block1"), ConfigError, "only with a backbone"),
-        (lambda: _build(feature_dim=5, grid=(4, 0)), ConfigError, "grid"),
-        (lambda: _build(feature_dim=5, hidden=0, position=0.5), ConfigError, "encoder_position"),
-        (lambda: _build(feature_dim=5)(torch.zeros(1, 23, 5)), ShapeError, "got 23 patches"),
-        (lambda: _build(feature_dim=5)(torch.zeros(1, 24, 7)), ShapeError, "7 channels"),
-        (lambda: _build(feature_dim=5)(torch.zeros(1, 3, 8, 8)), ConfigError, "cached `features`"),
-        (lambda: first_frame_hints(torch.zeros(2, 4, 8, 8), 3), ShapeError, "segmentations"),
-        (lambda: ConditionedSlots(3, 8, hint_dim=2)(torch.zeros(2, 4, 2)), ShapeError, "conditioning"),
-        (lambda: LearnedSlots(4, 8, initial_std=0), ConfigError, "spread"),
-        (lambda: GaussianSlots(4, 8, initial_std=0), ConfigError, "spread"),
-    ],
-)
-def test_refusals(call: Any, error: Any, match: str) -> None:
-    with pytest.raises(error, match=match):
-        call()
+    assert output["iterations"].tolist() == [[3.0, 0.0, 0.0]]
 
 
 class TestWithBackbones:
@@ -142,7 +105,7 @@ class TestWithBackbones:
         return pytest.importorskip("timm")
 
     def test_layers_of_a_transformer_are_split_and_frames_normalised_again(self) -> None:
-        encoder = _build(backbone="test_vit", layer="vit_block1", similarity_layer="vit_block_keys2")
+        encoder = encoder_of(backbone="test_vit", layer="vit_block1", similarity_layer="vit_block_keys2")
         frames = torch.rand(2, 3, 64, 96)
         output, both = encoder(frames), encoder.backbone(frames).features
         assert encoder.feature_dim == encoder.similarity_dim == both.shape[-1] // 2
@@ -154,15 +117,15 @@ class TestWithBackbones:
         torch.testing.assert_close(encoder(frames)["backbone_features"], wanted)
 
     def test_stages_of_different_widths_are_split(self) -> None:
-        encoder = _build(backbone="test_resnet", layer="layer3", similarity_layer="layer2", grid=(8, 8))
+        encoder = encoder_of(backbone="test_resnet", layer="layer3", similarity_layer="layer2", grid=(8, 8))
         assert encoder.feature_dim + encoder.similarity_dim == encoder.backbone.dim
-        assert encoder.feature_dim == _build(backbone="test_resnet", layer="layer3").feature_dim
+        assert encoder.feature_dim == encoder_of(backbone="test_resnet", layer="layer3").feature_dim
         assert encoder.feature_dim != encoder.similarity_dim
 
     def test_refusals(self) -> None:
         with pytest.raises(ShapeError, match=r"64 x 64 pixels give 4 x 4. Set `grid` of the model to \[4, 4\]"):
-            _build(backbone="test_vit", layer="vit_block1")(torch.zeros(1, 3, 64, 64))
+            encoder_of(backbone="test_vit", layer="vit_block1")(torch.zeros(1, 3, 64, 64))
         with pytest.raises(ConfigError, match="`layer` to be named"):
-            _build(backbone="test_vit", similarity_layer="vit_block_keys2")
+            encoder_of(backbone="test_vit", similarity_layer="vit_block_keys2")
         with pytest.raises(ConfigError, match="only without a backbone"):
-            _build(backbone="test_vit", feature_dim=5)
+            encoder_of(backbone="test_vit", feature_dim=5)

@@ -37,24 +37,18 @@ def test_slot_attention_equals_its_formula(iterations: int) -> None:
     torch.testing.assert_close(out.logits, logits)
 
 
-def test_the_corrector_keeps_maps_in_float32() -> None:
+def test_maps_stay_in_float32_finite_and_as_sharp_as_asked() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = SlotCorrector(6, 4)(torch.randn(2, 3, 4), torch.randn(2, 5, 6))
     assert output["dots"].dtype == output["masks"].dtype == torch.float32
-
-
-def test_a_slot_that_wins_nothing_stays_finite() -> None:
-    module = SlotAttention(8, 6)
+    module, spread = SlotAttention(8, 6), {}
     with torch.no_grad():
-        module.to_q.weight.mul_(1e4)
+        module.to_q.weight.mul_(1e4)  # some slots win nothing
     out = module(torch.randn(1, 4, 8, requires_grad=True), torch.randn(1, 5, 6))
     out.slots.sum().backward()
     assert torch.isfinite(out.slots).all()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
-
-
-def test_sharpness_scales_the_initial_logits() -> None:
-    slots, features, spread = torch.randn(4, 3, 64), torch.randn(4, 50, 64), {}
+    slots, features = torch.randn(4, 3, 64), torch.randn(4, 50, 64)
     for sharpness in (None, 1.0, 2.0):
         torch.manual_seed(1)
         spread[sharpness] = SlotAttention(64, 64, sharpness=sharpness)(slots, features).logits.std().item()
