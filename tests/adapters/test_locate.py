@@ -15,7 +15,6 @@ from ssync_pl.adapters import (
     SaviAdapter,
     adapter_names,
     base,
-    find_adapter,
     locate,
     register_adapter,
 )
@@ -55,7 +54,7 @@ def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.M
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     assert register_adapter(_Flat) is _Flat
     assert "flat" in adapter_names() == sorted(adapter_names())
-    for found in (find_adapter(nn.Flatten()), locate("flat", nn.Flatten()).adapter):
+    for found in (locate("auto", nn.Flatten()).adapter, locate("flat", nn.Flatten()).adapter):
         assert isinstance(found, _Flat)
     own, host = PathAdapter("x", "y"), nn.Linear(1, 1)
     assert locate(own, host) == (own, host, "")  # which is left to complain itself
@@ -63,7 +62,7 @@ def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.M
         own.attach(host)
     register_adapter(_FlatToo)
     with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
-        find_adapter(nn.Flatten())
+        locate("auto", nn.Flatten())
 
 
 @pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])

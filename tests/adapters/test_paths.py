@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl import SSyncConfig, ssync_loss
-from ssync_pl.adapters import PathAdapter, frame_size, maps_on_common_grid, resolve_grid
+from ssync_pl.adapters import PathAdapter, SlotMap, frame_size, join_sides, resolve_grid
 from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import ConfigError, HostError, ShapeError
@@ -46,6 +46,10 @@ def _collect(
         for value in values:
             host[name](value)
     return adapter.collect(capture, batch)
+
+
+def joined(attention: Tensor, grid: tuple[int, int], masks: Tensor) -> SSyncMaps:
+    return join_sides(SlotMap(attention), grid, SlotMap(masks.flatten(3)), masks.shape[3:])
 
 
 def rand(*shape: int) -> Tensor:
@@ -197,12 +201,12 @@ def test_the_finer_map_is_averaged_in_full_precision(dtype: torch.dtype) -> None
     def blocks(value: torch.Tensor) -> torch.Tensor:
         return value.to(full).unflatten(4, (2, 3)).unflatten(3, (2, 2)).mean((4, 6)).flatten(3)
 
-    maps = maps_on_common_grid(coarse, (2, 2), fine)
+    maps = joined(coarse, (2, 2), fine)
     assert maps.attention_logits is coarse
     assert maps.mask_logits is None
     torch.testing.assert_close(maps.mask_probs, blocks(fine.to(full).softmax(2)))
     assert maps.masks.requires_grad
-    maps = maps_on_common_grid(fine.flatten(3), (4, 6), coarse.unflatten(3, (2, 2)))
+    maps = joined(fine.flatten(3), (4, 6), coarse.unflatten(3, (2, 2)))
     assert maps.grid == (2, 2)
     assert torch.equal(maps.mask_logits, coarse)
     torch.testing.assert_close(maps.attention_probs, blocks(fine.to(full).softmax(2)))
@@ -232,7 +236,7 @@ def test_infinite_logits_bring_no_nan(loss: Any, marked: bool, side: int) -> Non
     dots, alpha = torch.randn(B, T, S, N, requires_grad=True), torch.randn(B, T, S, side, side, requires_grad=True)
     absent = ABSENT[:, None, :, None]
     filled = (dots.masked_fill(absent, -torch.inf), alpha.masked_fill(absent[..., None], -torch.inf))
-    maps = maps_on_common_grid(filled[0], (4, 4), filled[1])
+    maps = joined(filled[0], (4, 4), filled[1])
     maps = dataclasses.replace(maps, slot_valid=~ABSENT if marked else None)
     check_first(maps, "host", SSyncConfig())
     output = ssync_loss(maps, loss=loss, temperature=0.5, merge_threshold=0.5)

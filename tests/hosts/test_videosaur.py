@@ -13,7 +13,7 @@ from tiny_models import FEATURE_HOSTS, Batch, feature_clips, loader, parser_of, 
 from torch.nn import functional as F
 
 from ssync_pl import SSyncCallback
-from ssync_pl.adapters import find_adapter
+from ssync_pl.adapters import locate
 from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
@@ -82,7 +82,7 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
 @pytest.mark.parametrize("decoder", ["mlp", "mixer"])
 def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
     model = tiny(kind, decoder=decoder, slot_init="learned")
-    adapter = find_adapter(model)
+    adapter = locate("auto", model).adapter
     capture = adapter.attach(model)
     capture.open()
     out = model(FEATURES)

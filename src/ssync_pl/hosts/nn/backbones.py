@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-
-__all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
+from ssync_pl.hosts.nn.layers import PatchFeatures
 
 Weights = Literal["pretrained", "none"]
 
@@ -29,13 +28,6 @@ _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
 
 _Self = TypeVar("_Self", bound="FrozenBackbone")
-
-
-class BackboneOutput(NamedTuple):
-    """Features `(M, N, D)` of M frames, N = h * w patches row by row, and their grid `(h, w)`."""
-
-    features: Tensor
-    grid: tuple[int, int]
 
 
 class FrozenBackbone(nn.Module, ABC):
@@ -65,7 +57,7 @@ class FrozenBackbone(nn.Module, ABC):
     @torch.no_grad()
     def forward(
         self, frames: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-    ) -> BackboneOutput:
+    ) -> PatchFeatures:
         """Compute the features of float frames `(M, 3, H, W)` or `(B, T, 3, H, W)`, with M = B * T.
 
         Frames that were normalised with another `mean` and `std` than this backbone's are normalised again.
@@ -74,7 +66,7 @@ class FrozenBackbone(nn.Module, ABC):
         require_shape(fits, f"normalised float frames (M, 3, H, W) or (B, T, 3, H, W), not {frames.dtype}", frames)
         flat = frames.flatten(0, -4) if frames.ndim == 5 else frames
         flat = self.renormalize(flat, self.mean if mean is None else mean, self.std if std is None else std)
-        return BackboneOutput(*self.extract(flat))
+        return PatchFeatures(*self.extract(flat))
 
     def renormalize(self, frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Bring frames `(..., 3, H, W)` that were normalised with `mean` and `std` to this backbone's normalisation."""
