@@ -9,7 +9,7 @@ import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
-from tiny_models import FEATURE_HOSTS, Batch, feature_clips, loader, parser_of, tiny, trainer
+from tiny_models import FEATURE_HOSTS, Batch, loader, parser_of, tiny, trainer, window_clips
 from torch.nn import functional as F
 
 from ssync_pl import SSyncCallback
@@ -21,7 +21,7 @@ from ssync_pl.hosts.nn.slot_attention import SlotCorrector
 
 EVERY = pytest.mark.parametrize("kind", FEATURE_HOSTS)
 QUICK = {"encoder_position": 0.5, "corrector_init": "kmeans", "corrector_sharpness": 2.0, "init": "fan_in"}
-BATCH = feature_clips()
+BATCH = window_clips()
 FEATURES = BATCH["features"]
 
 
@@ -74,7 +74,7 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
     with pytest.raises(ConfigError, match=r"for the contrast loss.*contrast_weight=0"):
         model.training_step(still, 0)
     masks, loss = model.eval().evaluate(still)
-    assert masks.shape == (2, 1, 3, 2, 3)
+    assert masks.shape == (2, 1, 3, 2, 4)
     torch.testing.assert_close(loss, F.mse_loss(model(FEATURES[:, :1]).reconstruction[..., :6], FEATURES[:, :1]))
 
 
@@ -89,10 +89,10 @@ def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
     capture.close()
     # Features of 3 frames look like frames of 3 colours: the grid is the host's own.
     maps = adapter.collect(capture, {"features": FEATURES})
-    assert maps.grid == (2, 3)
+    assert maps.grid == (2, 4)
     adapter.verify(capture, maps)
     for found, own in ((maps.attention_logits, out.attention_logits), (maps.mask_logits, out.mask_logits.flatten(3))):
-        assert torch.equal(found, own.reshape(6, 1, 3, 6) if kind is DINOSAUR else own)
+        assert torch.equal(found, own.reshape(6, 1, 3, 8) if kind is DINOSAUR else own)
         assert found.requires_grad
 
 
@@ -153,7 +153,7 @@ class TestWithBackbone:
         return tiny(VideoSAUR, trained=trained, **layers, **options)
 
     def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_frozen(self) -> None:
-        model, video = self.build().train(), torch.randn(2, 3, 3, 32, 48)
+        model, video = self.build().train(), torch.randn(2, 3, 3, 32, 64)
         out, backbone = model(video), model.encoder.module.backbone
         cached = torch.cat([out.targets, out.similarity_features], -1)
         again = model(cached)
@@ -168,7 +168,7 @@ class TestWithBackbone:
         assert calls == []
 
     def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(self, tmp_path: Path) -> None:
-        pixels = torch.rand(1, 2, 3, 32, 48)
+        pixels = torch.rand(1, 2, 3, 32, 64)
 
         class Data(L.LightningDataModule):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -179,6 +179,6 @@ class TestWithBackbone:
         model = self.build(trained=True)
         expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
         (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
-        torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 48), mode="bilinear"))
-        batch: Batch = {"video": torch.randn(1, 2, 3, 32, 48)}
+        torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 64), mode="bilinear"))
+        batch: Batch = {"video": torch.randn(1, 2, 3, 32, 64)}
         trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))
