@@ -19,7 +19,8 @@ from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import exponential_for, schedule_for
 
-OPTIONS = [
+VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(2, 2, 3, 4)
+REFUSED = [
     (lambda: tiny(SAVi, slot_init="zeros"), ConfigError, "`slot_init` to be 'gaussian'"),
     (lambda: tiny(SAVi, encoder_strides=(1,)), ConfigError, "`encoder_channels` and `encoder_strides`"),
     (lambda: tiny(SAVi, num_slots=0), ConfigError, "`num_slots`"),
@@ -48,13 +49,6 @@ OPTIONS = [
     (lambda: tiny(SOLV, merge_threshold=3.0), ConfigError, "`merge_threshold`"),
     (lambda: tiny(SOLV, merge_linkage="single"), ConfigError, "`merge_linkage`"),
     (lambda: tiny(SOLV, temporal_heads=5), ConfigError, "`temporal_heads`"),
-]
-
-
-VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(2, 2, 3, 4)
-
-
-CALLS = [
     (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
     (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),
     (lambda: tiny(SAVi, slot_init="boxes")(VIDEO), ConfigError, "`conditioning` to be a tensor"),
@@ -109,7 +103,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "match"), [*CALLS, *OPTIONS])
+@pytest.mark.parametrize(("call", "error", "match"), REFUSED)
 def test_refusals_by_name(call: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         call()

@@ -41,32 +41,6 @@ def test_evaluation_of_a_frame_is_training_on_its_window(monkeypatch: pytest.Mon
         torch.testing.assert_close(one, other)
 
 
-def test_loss_is_the_error_on_the_centre_frame() -> None:
-    model, batch = tiny(SOLV, token_drop=0.0), window_clips()
-    loss, out = model.training_step(batch, 0), model(batch["features"])
-    masks = out.mask_logits.masked_fill(~out.slot_valid.unsqueeze(-1), -1e9).softmax(2)
-    torch.testing.assert_close(out.masks, masks)
-    torch.testing.assert_close(loss, (out.reconstruction[:, 0] - batch["features"][:, 1]).square().mean())
-
-
-def test_the_centre_is_decoded_where_merged_slots_look() -> None:
-    model, seen = tiny(SOLV, merge_threshold=1.9, merge_min_slots=1), {}
-    torch.manual_seed(3)
-    model.spatial_binder.register_forward_hook(lambda _m, args, out: seen.update(indices=args[1], bound=out))
-    model.decoder.register_forward_hook(lambda _m, args, out: seen.update(positions=args[1]))
-    out = model(window_clips()["features"])
-    assert not out.slot_valid.all()
-    points = model.spatial_binder.points
-    for video in range(2):
-        attention, at = seen["bound"].attention[video, 1], points[seen["indices"][video, 1]]
-        for slot, members in enumerate(out.members[video, 0]):
-            if members.any():
-                share = attention[members].sum(0) / attention[members].sum()
-                mean = share @ at
-                expected = (points - mean) / (5 * (share @ (at - mean).square() + 1e-4).sqrt())
-                torch.testing.assert_close(seen["positions"][video, 0, slot], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_padding_neither_counts_nor_informs() -> None:
     model, batch = tiny(SOLV).eval(), window_clips(frames=4)
     padded = {**batch, "features": batch["features"].clone()}

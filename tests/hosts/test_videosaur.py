@@ -140,45 +140,42 @@ def test_the_quick_start_adds_one_key_and_changes_nothing_while_it_is_off(kind: 
     torch.testing.assert_close(corrector.to_q.weight.mT @ corrector.to_q.weight, 4 * torch.eye(8))
 
 
-class TestWithBackbone:
-    """With timm's smallest transformer."""
+def _with_backbone(trained: bool = False) -> Any:
+    layers = {"layer": "vit_block1", "similarity_layer": "vit_block_keys2"}
+    options = {"backbone": "test_vit", "backbone_weights": "none", "feature_dim": None, "slot_init": "learned"}
+    return tiny(VideoSAUR, trained=trained, **layers, **options)
 
-    @pytest.fixture(autouse=True)
-    def timm(self) -> Any:
-        return pytest.importorskip("timm")
 
-    def build(self, trained: bool = False) -> Any:
-        layers = {"layer": "vit_block1", "similarity_layer": "vit_block_keys2"}
-        options = {"backbone": "test_vit", "backbone_weights": "none", "feature_dim": None, "slot_init": "learned"}
-        return tiny(VideoSAUR, trained=trained, **layers, **options)
+def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_frozen() -> None:
+    pytest.importorskip("timm")
+    model, video = _with_backbone().train(), torch.randn(2, 3, 3, 32, 64)
+    out, backbone = model(video), model.encoder.module.backbone
+    cached = torch.cat([out.targets, out.similarity_features], -1)
+    again = model(cached)
+    torch.testing.assert_close(again.slots, out.slots)
+    torch.testing.assert_close(again.similarity_features, out.similarity_features)
+    model.training_step({"video": video}, 0).backward()
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+    assert not any(module.training for module in backbone.modules())
+    calls: list[int] = []
+    backbone.register_forward_hook(lambda *_: calls.append(1))
+    model.training_step({"video": video, "features": cached}, 0)
+    assert calls == []
 
-    def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_frozen(self) -> None:
-        model, video = self.build().train(), torch.randn(2, 3, 3, 32, 64)
-        out, backbone = model(video), model.encoder.module.backbone
-        cached = torch.cat([out.targets, out.similarity_features], -1)
-        again = model(cached)
-        torch.testing.assert_close(again.slots, out.slots)
-        torch.testing.assert_close(again.similarity_features, out.similarity_features)
-        model.training_step({"video": video}, 0).backward()
-        assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
-        assert not any(module.training for module in backbone.modules())
-        calls: list[int] = []
-        backbone.register_forward_hook(lambda *_: calls.append(1))
-        model.training_step({"video": video, "features": cached}, 0)
-        assert calls == []
 
-    def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(self, tmp_path: Path) -> None:
-        pixels = torch.rand(1, 2, 3, 32, 64)
+def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pixels = torch.rand(1, 2, 3, 32, 64)
 
-        class Data(L.LightningDataModule):
-            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    class Data(L.LightningDataModule):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
-            def predict_dataloader(self) -> Any:
-                return loader({"video": pixels})
+        def predict_dataloader(self) -> Any:
+            return loader({"video": pixels})
 
-        model = self.build(trained=True)
-        expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
-        (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
-        torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 64), mode="bilinear"))
-        batch: Batch = {"video": torch.randn(1, 2, 3, 32, 64)}
-        trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))
+    model = _with_backbone(trained=True)
+    expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
+    (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
+    torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 64), mode="bilinear"))
+    batch: Batch = {"video": torch.randn(1, 2, 3, 32, 64)}
+    trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))
