@@ -112,55 +112,43 @@ def test_grids_of_features() -> None:
         assert pixels.adapter.collect(pixels.capture).grid == GRID
 
 
-REFUSED: list[tuple[Callable[[], Any], Any, str]] = [
+REFUSED: list[tuple[Callable[[], Any], str]] = [
     (
-        lambda: giving(fh.VideosaurHost(), "decoder.module", lambda output: {"alpha": output["masks"]}),
-        "auto",
+        lambda: hear(giving(fh.VideosaurHost(), "decoder.module", lambda output: {"alpha": output["masks"]})),
         "VideosaurDecoder .* as 'masks', but got dict with keys alpha",
     ),
     (
-        lambda: giving(fh.OclfHost(), "models.object_decoder.decoder", lambda output: output[:, 0]),
-        "auto",
+        lambda: hear(giving(fh.OclfHost(), "models.object_decoder.decoder", lambda output: output[:, 0])),
         r"inner network to give \(B \* S, N, C\)",
     ),
-    (lambda: fh.OclfHost(fh.OclfDecoder(3 * N)), "auto", r"decoder of 24 patches to have the proportions of \(2, 4\)"),
+    (lambda: hear(fh.OclfHost(fh.OclfDecoder(3 * N))), r"decoder of 24 patches to have the proportions of \(2, 4\)"),
     (
-        lambda: altered(fh.OclfHost(video=True), "models.object_decoder", use_decoder_masks=False),
-        "auto",
+        lambda: hear(altered(fh.OclfHost(video=True), "models.object_decoder", use_decoder_masks=False)),
         r"OclfDecoder to draw object masks, but it predicts patches .*attention='softmax:models\.perceptual_grouping"
         r"\.module\.slot_attention', masks='models\.object_decoder:masks'",
     ),
-    (lambda: altered(fh.OclfHost(), "models.object_decoder", depth_positions=5), "auto", "OclfDecoder .* densities"),
-    (lambda: sh.Genera1zHost(colours=4), "auto", r"decoder\.readout to give 3 colours and alpha, but got 5"),
+    (lambda: hear(altered(fh.OclfHost(), "models.object_decoder", depth_positions=5)), "OclfDecoder .* densities"),
+    (lambda: hear(sh.Genera1zHost(colours=4)), r"decoder\.readout to give 3 colours and alpha, but got 5"),
     (
-        lambda: giving(fh.RandSFQHost(fh.MixerDecode()), "decode", lambda output: [x[1:] for x in output]),
-        "auto",
+        lambda: hear(giving(fh.RandSFQHost(fh.MixerDecode()), "decode", lambda output: [x[1:] for x in output])),
         r"draw the 2 x 3 x 4 slots .* ran on 5 x 4",
     ),
-    (
-        lambda: giving(fh.RandSFQHost(), "encode_backbone", lambda output: output.flatten(2)),
-        "auto",
-        r"feature map .*\(6, 8, 8\)",
-    ),
-    (lambda: fh.RandSFQHost(fh.MixerDecode(beside="bos")), "auto", r"one after the other.* \(need_weights"),
-    (lambda: fh.RandSFQHost(fh.MixerDecode(beside="noise_sched")), "auto", "diffusion .* nn.Identity .* its denoiser"),
-    (
-        lambda: altered(sh.JunkeunYiHost(predicted=True), "", decode_corrected=False),
-        "auto",
-        "masks of predicted slots show the next frame",
-    ),
-    (lambda: PackageHost(GrowingAttention(), "loop"), Package(**NAMED), "'attention' to give one shape"),
-    (OnceForAll, Package(**NAMED), "ran 3 times and the decoder once, on frames folded into its batch"),
-    (OnceForAll, Package(), r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
-    (PackageHost, Package(masks="decoder"), r"'decoder' to give masks over the slots .* \[\(8, 4, 8, 16\)\]"),
-    (lambda: PackageHost(CODES), Package(), "MetaSlotAttention averages slots of one code and packs"),
+    (lambda: hear(giving(fh.RandSFQHost(), "encode_backbone", lambda x: x.flatten(2))), r"feature map .*\(6, 8, 8\)"),
+    (lambda: hear(fh.RandSFQHost(fh.MixerDecode(beside="bos"))), r"one after the other.* \(need_weights"),
+    (lambda: hear(fh.RandSFQHost(fh.MixerDecode(beside="noise_sched"))), "diffusion .* nn.Identity .* its denoiser"),
+    (lambda: hear(altered(sh.JunkeunYiHost(), "", decode_corrected=False)), "masks of predicted slots show the next"),
+    (lambda: hear(PackageHost(GrowingAttention(), "loop"), Package(**NAMED)), "'attention' to give one shape"),
+    (lambda: hear(OnceForAll(), Package(**NAMED)), "ran 3 times and the decoder once, on frames folded into its batch"),
+    (lambda: hear(OnceForAll()), r"'softmax:.' to give masks over the slots .* in 3 call\(s\), but it gave"),
+    (lambda: hear(PackageHost(), Package(masks="decoder")), r"'decoder' to give masks .* \[\(8, 4, 8, 16\)\]"),
+    (lambda: hear(PackageHost(CODES)), "MetaSlotAttention averages slots of one code and packs"),
 ]
 
 
-@pytest.mark.parametrize(("host", "adapter", "message"), REFUSED)
-def test_what_cannot_be_heard_is_refused_by_name(host: Callable[[], Any], adapter: Any, message: str) -> None:
+@pytest.mark.parametrize(("host", "message"), REFUSED)
+def test_what_cannot_be_heard_is_refused_by_name(host: Callable[[], Any], message: str) -> None:
     with pytest.raises(HostError, match=message):
-        hear(host(), adapter).maps()
+        host().maps()
 
 
 def test_losses_of_ssync_that_the_host_has_itself_are_told() -> None:
@@ -350,10 +338,10 @@ def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:
         return host, callback
 
     host, callback = trained(validate=True)
+    kept = [logits.shape[1] for logits in parts(host)[0].own_logits]
     # The sanity check and one validation after each step: T frames forth, T - 1 back, with all slots.
-    assert host.corrector_calls == [2 * T - 1, *[T, 2 * T - 1] * 3]
-    starts = [sum(host.corrector_calls[:n]) for n, calls in enumerate(host.corrector_calls) if calls == T]
-    assert [host.processor.module.corrector.own_logits[start].shape[1] for start in starts] == [2, 3, 4]
+    back_and_forth = [4] * (2 * T - 1)
+    assert kept == back_and_forth + [slots for count in (2, 3, 4) for slots in [*[count] * T, *back_and_forth]]
     assert max(callback.engine.guard.before) > 2  # the guard followed the growth
     quiet = trained(validate=False)[0]
     torch.testing.assert_close([*host.parameters()], [*quiet.parameters()], rtol=0, atol=0)
