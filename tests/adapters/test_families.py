@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import feature_hosts as fh
@@ -16,6 +17,7 @@ import torch
 from host_table import hear, own_maps
 from savi_hosts import PackageAttention, PackageHost
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
+from tiny_models import trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -320,12 +322,10 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
 def _fit(host: Any, *callbacks: L.Callback, batches: int = 3, validate: bool = False) -> None:
     clips = torch.randn(2 * batches, T, 3, *FRAME, generator=torch.Generator().manual_seed(0))
     train, val = (torch.utils.data.DataLoader([{"video": one} for one in part], 2) for part in (clips, clips[:2]))
-    trainer = L.Trainer(
-        max_epochs=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=int(validate),
-        val_check_interval=1 if validate else None, limit_val_batches=int(validate),
-    )  # fmt: skip
-    trainer.fit(host, train, val if validate else None)
+    options = {"num_sanity_val_steps": 1, "val_check_interval": 1, "limit_val_batches": 1} if validate else {}
+    trainer(Path(), max_steps=-1, max_epochs=1, callbacks=list(callbacks), **options).fit(
+        host, train, val if validate else None
+    )
 
 
 def test_slots_grow_in_training_while_validation_scans_forth_and_back() -> None:

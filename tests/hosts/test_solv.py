@@ -94,17 +94,6 @@ def test_clips_at_the_edge_of_a_video_hide_one_side() -> None:
     assert not hidden(1.0, 1).any()
 
 
-def test_frames_go_through_the_backbone() -> None:
-    pytest.importorskip("timm")
-    backbone = {"backbone": "test_vit", "backbone_weights": "none", "layer": "vit_block1", "feature_dim": None}
-    model, video = tiny(SOLV, **backbone, grid=(4, 6), token_drop=0.0), torch.randn(2, 3, 3, 64, 96)
-    out = model(video)
-    features = model.encoder.backbone(video).features.unflatten(0, (2, 3))
-    assert torch.equal(out.targets, features[:, 1:2])
-    torch.testing.assert_close(model(features).mask_logits, out.mask_logits)
-    assert [name for name in model.state_dict() if "backbone" in name] == ["encoder.backbone.fingerprint"]
-
-
 def test_the_step_compiles_to_one_graph() -> None:
     model, features = tiny(SOLV), window_clips()["features"]
     torch.manual_seed(5)
