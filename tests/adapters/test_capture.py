@@ -79,13 +79,13 @@ class _Attention(SlotAttention):
 
 
 def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up() -> None:
-    module, capture = _Attention(), Capture()
+    module, capture = _Attention(3), Capture()
     watch_attention(capture, "attention", module, scaled_product, own=entry("1"))
     capture.open()
     piled: list[int] = []
     module.gru.register_forward_hook(lambda *call: piled.append(len(capture["attention to_q"])))
     outputs = [module(torch.randn(2, 3, 8), torch.randn(2, 9, 8)) for _ in range(3)]
-    assert piled == [1] * 6
+    assert piled == [1, 2, 2] * 3  # of each call, the last two are held
     assert (len(capture["attention to_k"]), len(capture["attention to_q"])) == (0, 0)
     for call, (_, probs) in zip(capture["attention"], outputs, strict=True):
         assert torch.equal(call.logits.softmax(1), probs)
