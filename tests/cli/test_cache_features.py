@@ -116,7 +116,7 @@ def test_projected_features_of_training_and_validation(videos, means, tmp_path, 
         status, text, error = call(shards, *words)
         assert status == 0, error
         assert "; 2 components of 3 channels, " in text
-        assert " of the variance, fitted to 12 frames of train-000000.tar …\n" in text
+        assert " of the variance, fitted to 12 frames of train-000000.tar, train-000001.tar\n" in text
     for more, message in ((("--components", "1"), "2 there, 1 wanted"), ((), "2 there, 0 wanted")):
         status, _, text = call(videos, *more)
         assert (status, message in text) == (2, True)

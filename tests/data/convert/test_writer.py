@@ -137,6 +137,9 @@ def test_sources_that_cannot_be_read_are_bad_samples_but_mistakes_of_the_code_ar
     def missing_file(source: Any) -> dict[str, Any]:
         return {"video.npy": Path("/nowhere", str(source["color"])).read_bytes()}
 
+    def refused(source: Any) -> dict[str, Any]:
+        raise ShardError("Expected better.")
+
     def mistaken(source: Any) -> dict[str, Any]:
         raise ZeroDivisionError("a mistake in the decoder")
 
@@ -144,8 +147,8 @@ def test_sources_that_cannot_be_read_are_bad_samples_but_mistakes_of_the_code_ar
         return {"code.pkl": b""}
 
     for decode, options, error, message in (
-        (missing_file, {"on_bad_sample": "skip"}, ShardError, "12 bad ones"),
-        (missing_file, {}, ShardError, "/nowhere/0"),
+        (refused, {"on_bad_sample": "skip"}, ShardError, "12 bad ones"),
+        (missing_file, {"on_bad_sample": "skip"}, ShardError, "/nowhere/0"),
         (executable, {}, ShardError, "execute code"),
         (mistaken, {"on_bad_sample": "skip"}, ZeroDivisionError, "mistake"),
     ):

@@ -60,7 +60,8 @@ def _list_records(root: Path, name: str, files: Sequence[Path]) -> list[tuple[st
             while offset < size:
                 found.append((str(path.relative_to(root)), offset))
                 offset += _read_length(stream, offset, f"the record of {path} at byte {offset}") + 16
-        _require_whole(0 < offset == size, f"the last record of {path}")
+        got = "the end of the file: it is truncated"
+        require_shard(0 < offset == size, f"{path} to hold whole records", got, advice="Download it again.")
     return found
 
 
@@ -71,12 +72,12 @@ def _decode(root: Path, source: tuple[str, int]) -> dict[str, Any]:
 
     name, offset = source
     where = f"the record of {root / name} at byte {offset}"
-    with (root / name).open("rb") as stream:
-        data = _read(stream, _read_length(stream, offset, where), where)
     try:
+        with (root / name).open("rb") as stream:
+            data = _read(stream, _read_length(stream, offset, where), where)
         features = example_pb2.Example.FromString(data).features.feature
-    except DecodeError as error:
-        raise ShardError(f"Expected {where} to be a tf.train.Example, but it is malformed ({error}).") from error
+    except (OSError, DecodeError) as error:
+        raise ShardError(f"Expected {where} to be a tf.train.Example, but got {error}. Download it again.") from error
     video = _pictures(features, "video", where)
     masks = _pictures(features, "segmentations", where, ids=True)[..., None]
     fits = masks.shape[:3] == video.shape[:3]
@@ -96,15 +97,10 @@ def _read(stream: BinaryIO, count: int, what: str) -> bytes:
     from tfrecord.writer import TFRecordWriter
 
     data, footer = stream.read(count), stream.read(4)
-    _require_whole(len(footer) == 4, what)
-    whole = footer == TFRecordWriter.masked_crc(data)
+    got = "another" if len(footer) == 4 else "the end of the file: it is truncated"
     advice = "The file is damaged, compressed or no TFRecord file: download it again."
-    require_shard(whole, f"{what} to fit its checksum", "another", advice=advice)
+    require_shard(footer == TFRecordWriter.masked_crc(data), f"{what} to fit its checksum", got, advice=advice)
     return data
-
-
-def _require_whole(whole: bool, what: str) -> None:
-    require_shard(whole, f"{what} to be whole", "the end of the file: it is truncated", advice="Download it again.")
 
 
 def _pictures(features: Any, name: str, where: str, *, ids: bool = False) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -84,18 +83,18 @@ def convert(
     require(samples_per_shard >= 1, "samples_per_shard (--samples-per-shard) to be at least 1", samples_per_shard)
     require(num_workers is None or num_workers >= 0, "num_workers (--workers) to be 0 or more", num_workers)
     choose("on_bad_sample", on_bad_sample, "raise", "skip")
-    out, items = Path(out), {f"{number:06d}": source for number, source in enumerate(sources)}
-    starts = range(0, len(items), samples_per_shard)
-    parts = [dict([*items.items()][start : start + samples_per_shard]) for start in starts]
-    paths = [out / f"{prefix}-{number:06d}.tar" for number in range(len(parts))]
-    settings = {**recipe, "videos": len(items), "samples_per_shard": samples_per_shard}
+    out, parts = Path(out), dict[Path, dict[str, Any]]()
+    for number, source in enumerate(sources):
+        path = out / f"{prefix}-{number // samples_per_shard:06d}.tar"
+        parts.setdefault(path, {})[f"{number:06d}"] = source
+    settings = {**recipe, "videos": len(sources), "samples_per_shard": samples_per_shard}
     try:
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / ".convert.lock"):
-            _claim(out, prefix, settings, items, [path.name for path in paths])
+            _claim(out, prefix, settings, parts)
             make = partial(_make, decode, on_bad_sample == "skip")
             try:
-                made = _run(make, paths, parts, num_workers, f"writing {prefix}" if progress else None)
+                made = _run(make, parts, num_workers, f"writing {prefix}" if progress else None)
             finally:
                 for name in os.listdir(out):  # what killed processes left: the lock says that nobody works on it
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
@@ -111,11 +110,12 @@ def convert(
         raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
-def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Mapping[str, Any], names: Sequence[str]) -> None:
+def _claim(out: Path, prefix: str, settings: Mapping[str, Any], parts: Mapping[Path, Mapping[str, Any]]) -> None:
     """Note beside the shards how they are made; refuse a folder that holds other shards or another record."""
     path, head = out / f".{prefix}.plan.json", {"format": "ssync_pl.conversion", "version": 2}
-    sources = hashlib.sha256(json.dumps([*items.items()], sort_keys=True).encode()).hexdigest()
-    record = json.loads(json.dumps({**head, "settings": settings, "sources": sources}))
+    sources = json.dumps([item for part in parts.values() for item in part.items()], sort_keys=True)
+    digest = hashlib.sha256(sources.encode()).hexdigest()
+    record = json.loads(json.dumps({**head, "settings": settings, "sources": digest}))
     before: dict[str, Any] = {}
     if path.exists():
         with contextlib.suppress(ShardError):
@@ -132,7 +132,7 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Mapping[s
         if then.get(name) != now.get(name)
     ]
     why = why[:4] if before else ["no record of a conversion lies beside them"]
-    why = why or [f"{name} is none of this conversion" for name in found if name not in names]
+    why = why or [f"{name} is none of this conversion" for name in found if out / name not in parts]
     expected = f"the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion"
     advice = "Run with the earlier settings to go on, move the shards away, or choose another folder with --out."
     require_shard(not (found and why), expected, "; ".join(why), advice=advice)
@@ -141,17 +141,17 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], items: Mapping[s
 
 
 def _run(
-    make: Callable[..., _Made], paths: Sequence[Path], parts: Sequence[Any], wanted: int | None, title: str | None
+    make: Callable[..., _Made], parts: Mapping[Path, Mapping[str, Any]], wanted: int | None, title: str | None
 ) -> list[_Made]:
     """Make all shards, in this process or in others."""
     from tqdm import tqdm
 
-    workers = min(cpu_count() if wanted is None else wanted, len(paths))
+    workers = min(cpu_count() if wanted is None else wanted, len(parts))
     workers = 0 if wanted is None and workers == 1 else workers
     made = []
-    bar = tqdm(total=sum(map(len, parts)), desc=title, unit="video", disable=title is None)
+    bar = tqdm(total=sum(map(len, parts.values())), desc=title, unit="video", disable=title is None)
     with bar, mapper(workers) as apply:
-        for part, result in zip(parts, apply(make, paths, parts), strict=True):
+        for part, result in zip(parts.values(), apply(make, parts, parts.values()), strict=True):
             made.append(result)
             bar.update(len(part))
     return made
@@ -178,7 +178,7 @@ def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _
         with ShardWriter(scratch, "made", samples_per_shard=len(items) + 1) as writer:
             for key, source in items.items():
                 try:
-                    writer.write(key, _decode(decode, key, source))
+                    writer.write(key, decode(source))
                 except ShardError as error:
                     if not skip:
                         raise
@@ -195,16 +195,6 @@ def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _
         return replace(entry, name=path.name), skipped, False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _decode(decode: Decode, key: str, source: Any) -> Mapping[str, Any]:
-    try:
-        return decode(source)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # the machine's: to skip the sample would lose all the others too
-        advice = "Repair it, or leave such videos out with --on-bad-sample skip."
-        raise ShardError(f"Expected the source of video {key} to be readable, but got {error}. {advice}") from error
 
 
 def _read_back(path: Path) -> ShardEntry:

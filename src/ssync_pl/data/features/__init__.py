@@ -1,7 +1,4 @@
-"""Features of a frozen backbone, computed once and stored in shards beside those of the videos.
-
-Here: what a cache asks of a backbone, and where a data module that knows only a name gets one.
-"""
+"""Features of a frozen backbone, computed once and stored; what that asks of a backbone, and where one comes from."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ _VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
 
 _logger = logging.getLogger(__name__)
 _Source = tuple[str, ShardEntry]
-_Video = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,15 @@ class FeatureMaker:
 
         `ShardError` names `where` they are from when they are not finite.
         """
-        device = self.device or video.device
-        projection = None if self.projection is None else self.projection.to(device)
+        device, r = self.device or video.device, self.recipe
         self.backbone.to(device)
-        r = self.recipe
         transform = BatchTransform(r.image_size, resize_mode=r.resize_mode, crop=r.crop, mean=r.mean, std=r.std)
         parts = []
         for frames in video.split(self.batch_size):
             batch = {"video": frames[None], "crop": crop[None], "flip": torch.tensor([flip])}
             seen = transform({name: value.to(device) for name, value in batch.items()})["video"][0]
             features, _ = self.backbone(seen)
-            parts.append(features if projection is None else projection(features))
+            parts.append(features if self.projection is None else self.projection(features))
         features = torch.cat(parts)
         expected = f"backbone {self.backbone.name} to give finite features of {where}"
         require_shard(bool(features.isfinite().all()), expected, "NaN or infinity", advice="Check weights and video.")
@@ -120,15 +117,14 @@ def cache_features(
 
     require(batch_size >= 1, "argument `batch_size` to be at least 1", batch_size)
     choose("on_bad_sample", on_bad_sample, "raise", "skip")
-    choose("resize_mode", resize_mode, "bicubic", "bilinear")
     choose("crop", crop, "none", "center")
     remote = [path for path in shards if is_remote(path)]
     require(not remote, "local shards with stored features", *remote[:1], advice="Download them first.")
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     backbone.to(device)
     _, grid = backbone(torch.zeros(1, 3, *size, device=device))
-    names, scale = (backbone.name, backbone.layer, backbone.fingerprint), (backbone.mean, backbone.std)
-    recipe = FeatureRecipe(*names, backbone.dim, grid, size, resize_mode, crop, *scale, flips=flips)
+    known = (backbone.name, backbone.layer, backbone.fingerprint, backbone.dim)
+    recipe = FeatureRecipe(*known, grid, size, resize_mode, crop, backbone.mean, backbone.std, flips=flips)
     maker = FeatureMaker(backbone, recipe, None, batch_size, device)
     folder, skip, sources = Path(out), on_bad_sample == "skip", list(zip(shards, load_shards(shards), strict=True))
     try:
@@ -214,7 +210,7 @@ def _store_shard(source: _Source, maker: FeatureMaker, folder: Path, skip: bool,
     report.written, report.kept = report.written + (not there), report.kept + there
 
 
-def _read(source: _Source, recipe: FeatureRecipe, skipped: list[str] | None) -> Iterator[_Video]:
+def _read(source: _Source, recipe: FeatureRecipe, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the videos of a shard; where one cannot be read, raise, or append the message to `skipped`."""
     rules = SampleRules(image_size=recipe.image_size, crop=recipe.crop)
     with contextlib.closing(ShardReader()) as reader:

@@ -37,8 +37,8 @@ class Projection:
     info: Mapping[str, Any]  # what it was fitted to, as JSON values
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Project features (..., D) to (..., K)."""
-        return (features.float() - self.mean) @ self.matrix
+        """Project features (..., D) to (..., K), on their device."""
+        return (features.float() - self.mean.to(features.device)) @ self.matrix.to(features.device)
 
     @property
     def fingerprint(self) -> str:
@@ -47,10 +47,6 @@ class Projection:
         for part in (self.mean, self.matrix):
             digest.update(part.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
-
-    def to(self, device: torch.device | str) -> Projection:
-        """Move it to a device."""
-        return Projection(self.mean.to(device), self.matrix.to(device), self.info)
 
     def pack(self) -> bytes:
         """Write the content of the projection's file."""
@@ -112,6 +108,6 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
 def describe_projection(projection: Projection) -> str:
     """Say in a line how large a projection is and what it was fitted to."""
     (channels, kept), info = projection.matrix.shape, projection.info
-    names = [source["name"] for source in info.get("sources", ())]
-    fitted = f", fitted to {info.get('frames')} frames of {', '.join(names[:1])}{' …' if len(names) > 1 else ''}"
-    return f"{kept} components of {channels} channels, {info.get('explained', 0):.1%} of the variance{fitted}"
+    names = ", ".join(source["name"] for source in info.get("sources", ())[:2])
+    fitted = f"fitted to {info.get('frames')} frames of {names}"
+    return f"{kept} components of {channels} channels, {info.get('explained', 0):.1%} of the variance, {fitted}"

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssync_pl.data.synthetic.config import SceneConfig, number
-from ssync_pl.data.synthetic.physics import simulate
-from ssync_pl.data.synthetic.shapes import Array, bounds
+from ssync_pl.data.synthetic.physics import Array, World, bounds
 from ssync_pl.errors import require
 
 # blue, brown, cyan, grey, green, purple, red and yellow, in 8-bit sRGB
@@ -22,68 +21,13 @@ _COLOURS = (
 _LAMPS = ((0.0, -0.75, 1.15), (0.9, 0.3, 0.7), (-0.7, 0.5, 0.8))  # main light and fills, about
 _MAX_SPEED = 4.0  # world units per second along x and y
 _TRIES = 200
-_LATTICE = 16  # the noise repeats after this many cells, a power of two
 _PATTERNS = ("clouds", "marble", "stripes", "checks", "dots", "rings")
+_LATTICE = 16  # the noise repeats after this many cells, a power of two
 _CAMERA_AZIMUTH = math.atan2(-6.0, 8.0)  # where a camera without a shell stands, about
 
-
-@dataclass(frozen=True)
-class Texture:
-    """A pattern in space, which turns with its object, coloured by a palette of linear RGB ``(3, 3)``."""
-
-    pattern: str
-    palette: Array
-    axes: Array
-    offset: Array
-    lattice: Array
-
-    def __call__(self, x: Array, y: Array, z: Array) -> list[Array]:
-        """Returns the linear red, green and blue at points, each of the points' shape, float32."""
-        rows = zip(self.axes.tolist(), self.offset.tolist(), strict=True)
-        points = [(a * x + b * y + c * z + shift).astype(np.float32) for (a, b, c), shift in rows]
-        value = np.clip(self._value(*points), 0.0, 1.0)
-        stops = np.linspace(0.0, 1.0, len(self.palette))
-        return [np.interp(value, stops, channel).astype(np.float32) for channel in self.palette.T]
-
-    def _value(self, x: Array, y: Array, z: Array) -> Array:
-        if self.pattern == "clouds":
-            return (0.6 * self._noise(x, y, z) + 0.4 * self._noise(2.3 * x, 2.3 * y, 2.3 * z) - 0.5) * 1.8 + 0.5
-        if self.pattern == "marble":
-            return _wave(0.5 * x + 1.5 * self._noise(x, y, z))
-        if self.pattern == "stripes":
-            return (_wave(x) - 0.5) * 3.0 + 0.5 + 0.3 * (self._noise(x, y, z) - 0.5)
-        if self.pattern == "checks":
-            odd: Array = (np.floor(x) + np.floor(y) + np.floor(z)) % 2.0
-            return 0.15 + 0.7 * odd + 0.3 * (self._noise(2.0 * x, 2.0 * y, 2.0 * z) - 0.5)
-        if self.pattern == "dots":
-            near = sum((part - np.floor(part) - 0.5) ** 2 for part in (x, y, z))
-            return np.clip((0.16 - near) * 12.0, 0.0, 0.7) + 0.3 * self._noise(x, y, z)
-        return _wave(np.sqrt(x * x + y * y) + 0.6 * self._noise(0.5 * x, 0.5 * y, 0.5 * z))
-
-    def _noise(self, x: Array, y: Array, z: Array) -> Array:
-        """Smoothly interpolated lattice noise in [0, 1]."""
-        cells, steps = [], []
-        for part in (x, y, z):
-            floor = np.floor(part)
-            step = part - floor
-            # the lattice is a power of two: masking wraps negative cells too, and faster than a division
-            cell = floor.astype(np.int64) & (_LATTICE - 1)
-            cells.append((cell, (cell + 1) & (_LATTICE - 1)))
-            steps.append(step * step * (3.0 - 2.0 * step))
-        total: Any = 0.0
-        values = self.lattice.ravel()
-        for i in (0, 1):
-            wx = steps[0] if i else 1.0 - steps[0]
-            for j in (0, 1):
-                wxy = wx * (steps[1] if j else 1.0 - steps[1])
-                row = (cells[0][i] * _LATTICE + cells[1][j]) * _LATTICE
-                # one flat index: several would cost twice the time
-                low, high = values.take(row + cells[2][0]), values.take(row + cells[2][1])
-                total = total + wxy * (low + steps[2] * (high - low))
-        return np.asarray(total)
-
-
-Surface = Callable[[Array, Array, Array], Sequence[Any]]  # points to linear RGB
+Surface = Callable[[Array, Array, Array], Sequence[Any]]
+"""Linear red, green and blue at points: numbers, or float32 arrays of the points' shape."""
+_Noise = Callable[[Array, Array, Array], Array]  # in [0, 1] at points
 
 
 @dataclass(frozen=True)
@@ -107,7 +51,7 @@ class Scene:
     camera: Array
     key: Array
     fills: Array
-    ground: tuple[Texture, Texture] | None
+    ground: tuple[Surface, Surface] | None
 
 
 def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
@@ -119,11 +63,15 @@ def sample_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     turns = np.stack([_random_rotation(motion) for _ in centres])
     velocity = np.zeros_like(centres)
     velocity[:, :2] = motion.uniform(-_MAX_SPEED, _MAX_SPEED, (len(centres), 2)) - centres[:, :2]
-    path = simulate(shape, half, metal, (centres, turns, velocity), config.frames, config.fps)
     surfaces = [_surface(config, looks, size) for size in half.tolist()]
     same = (shape.tolist(), half.tolist(), bounds(shape, half).tolist(), (metal > 0).tolist(), surfaces)
-    frames = [[Solid(*row) for row in zip(*same, *poses, strict=True)] for poses in zip(*path, strict=True)]
-    ground = (_random_texture(looks, 0.8), _random_texture(looks, 0.3)) if config.textured else None
+    world = World(shape, half, metal, centres, turns, velocity, config.fps)
+    frames: list[list[Solid]] = []
+    while len(frames) < config.frames:
+        if frames:
+            world.advance()
+        frames.append([Solid(*row) for row in zip(*same, world.position, world.rotation, strict=True)])
+    ground = (_texture(looks, 0.8), _texture(looks, 0.3)) if config.textured else None
     camera, turn = _camera(config, view)
     key, *fills = (_lamp(view, towards, turn) for towards in _LAMPS)
     return Scene(frames, camera, key, np.stack(fills), ground)
@@ -152,11 +100,6 @@ def _place(config: SceneConfig, rng: np.random.Generator) -> list[Array]:
     advice = "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
     require(count >= config.min_objects, wanted, found, advice=advice)
     return [shape[:count], half[:count], metal[:count], np.stack(centres)]
-
-
-def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surface:
-    colour = [(value / 255.0) ** 2.2 for value in _COLOURS[int(rng.integers(len(_COLOURS)))]]
-    return _random_texture(rng, 1.1 / half) if config.textured else lambda *_: colour
 
 
 def _camera(config: SceneConfig, rng: np.random.Generator) -> tuple[Array, float]:
@@ -191,25 +134,75 @@ def _random_rotation(rng: np.random.Generator) -> Array:
     )
 
 
-def _random_texture(rng: np.random.Generator, frequency: float) -> Texture:
-    """Draws a texture."""
+def _surface(config: SceneConfig, rng: np.random.Generator, half: float) -> Surface:
+    colour = [(value / 255.0) ** 2.2 for value in _COLOURS[int(rng.integers(len(_COLOURS)))]]
+    return _texture(rng, 1.1 / half) if config.textured else lambda *_: colour
+
+
+def _texture(rng: np.random.Generator, frequency: float) -> Surface:
+    """Draws a pattern in space, which turns with its object, and a palette of three colours for it."""
     pattern = _PATTERNS[int(rng.integers(len(_PATTERNS)))]
     turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    hue = rng.uniform()
     # neighbouring hues with one strong step of brightness look like materials, not like confetti
-    hues = hue + rng.normal(0.0, 0.12, 3)
+    hues = rng.uniform() + rng.normal(0.0, 0.12, 3)
     saturations = rng.uniform(0.15, 0.9, 3)
-    values = np.array([rng.uniform(0.1, 0.35), rng.uniform(0.35, 0.65), rng.uniform(0.65, 1.0)])
-    palette = np.stack([_hsv_to_linear(*stop) for stop in zip(hues, saturations, rng.permutation(values), strict=True)])
-    axes = turn * frequency * rng.uniform(0.7, 1.4)
-    offset = rng.uniform(0.0, _LATTICE, 3)
-    return Texture(pattern, palette, axes, offset, rng.random((_LATTICE,) * 3, dtype=np.float32))
+    values = rng.permutation([rng.uniform(0.1, 0.35), rng.uniform(0.35, 0.65), rng.uniform(0.65, 1.0)])
+    wheel = np.abs((hues[:, None] + np.array([0.0, 2.0 / 3.0, 1.0 / 3.0])) % 1.0 * 6.0 - 3.0) - 1.0
+    srgb = values[:, None] * (1.0 - saturations[:, None] * (1.0 - np.clip(wheel, 0.0, 1.0)))
+    palette, stops = srgb**2.2, np.linspace(0.0, 1.0, 3)
+    axes = (turn * frequency * rng.uniform(0.7, 1.4)).tolist()
+    offset = rng.uniform(0.0, _LATTICE, 3).tolist()
+    noise = _lattice_noise(rng.random(_LATTICE**3, dtype=np.float32))
+
+    def surface(x: Array, y: Array, z: Array) -> list[Array]:
+        rows = zip(axes, offset, strict=True)
+        points = [(a * x + b * y + c * z + shift).astype(np.float32) for (a, b, c), shift in rows]
+        value = np.clip(_pattern(pattern, noise, *points), 0.0, 1.0)
+        return [np.interp(value, stops, channel).astype(np.float32) for channel in palette.T]
+
+    return surface
 
 
-def _hsv_to_linear(hue: float, saturation: float, value: float) -> Array:
-    wheel = np.abs((np.array([0.0, 2.0 / 3.0, 1.0 / 3.0]) + hue) % 1.0 * 6.0 - 3.0) - 1.0
-    srgb = value * (1.0 - saturation * (1.0 - np.clip(wheel, 0.0, 1.0)))
-    return np.asarray(srgb**2.2)
+def _lattice_noise(values: Array) -> _Noise:
+    """Returns noise that interpolates smoothly between the values of a lattice."""
+
+    def noise(x: Array, y: Array, z: Array) -> Array:
+        cells, steps = [], []
+        for part in (x, y, z):
+            floor = np.floor(part)
+            step = part - floor
+            # the lattice is a power of two: masking wraps negative cells too, and faster than a division
+            cell = floor.astype(np.int64) & (_LATTICE - 1)
+            cells.append((cell, (cell + 1) & (_LATTICE - 1)))
+            steps.append(step * step * (3.0 - 2.0 * step))
+        total: Any = 0.0
+        for i in (0, 1):
+            wx = steps[0] if i else 1.0 - steps[0]
+            for j in (0, 1):
+                wxy = wx * (steps[1] if j else 1.0 - steps[1])
+                row = (cells[0][i] * _LATTICE + cells[1][j]) * _LATTICE
+                # one flat index: several would cost twice the time
+                low, high = values.take(row + cells[2][0]), values.take(row + cells[2][1])
+                total = total + wxy * (low + steps[2] * (high - low))
+        return np.asarray(total)
+
+    return noise
+
+
+def _pattern(name: str, noise: _Noise, x: Array, y: Array, z: Array) -> Array:
+    if name == "clouds":
+        return (0.6 * noise(x, y, z) + 0.4 * noise(2.3 * x, 2.3 * y, 2.3 * z) - 0.5) * 1.8 + 0.5
+    if name == "marble":
+        return _wave(0.5 * x + 1.5 * noise(x, y, z))
+    if name == "stripes":
+        return (_wave(x) - 0.5) * 3.0 + 0.5 + 0.3 * (noise(x, y, z) - 0.5)
+    if name == "checks":
+        odd: Array = (np.floor(x) + np.floor(y) + np.floor(z)) % 2.0
+        return 0.15 + 0.7 * odd + 0.3 * (noise(2.0 * x, 2.0 * y, 2.0 * z) - 0.5)
+    if name == "dots":
+        near = sum((part - np.floor(part) - 0.5) ** 2 for part in (x, y, z))
+        return np.clip((0.16 - near) * 12.0, 0.0, 0.7) + 0.3 * noise(x, y, z)
+    return _wave(np.sqrt(x * x + y * y) + 0.6 * noise(0.5 * x, 0.5 * y, 0.5 * z))
 
 
 def _wave(phase: Array) -> Array:
