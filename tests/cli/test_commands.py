@@ -2,9 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -21,22 +19,22 @@ from tiny_run import TINY_SAVI, write_tiny
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     return tmp_path_factory.mktemp("cli-data")
 
 
 @pytest.fixture
-def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     return write_tiny(tmp_path / "tiny.yaml", root)
 
 
-def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+def last_error(capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_and_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ssync-pl"])
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ssync-pl {__version__}\n"
@@ -49,7 +47,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert "--trainer.max_steps" in capsys.readouterr().out
 
 
-def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters() -> None:
+def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters():
     words = [sys.executable, "-m", "ssync_pl"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*words, "--help"], capture_output=True, text=True, env=environment)
@@ -60,7 +58,7 @@ def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters() -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path: Path) -> None:
+def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path):
     code = "import sys; from ssync_pl.cli import main\n"
     code += "for verb in ('config', 'data', 'doctor', 'checkpoint', 'compare'): assert main([verb, '--help']) == 0\n"
     code += (
@@ -70,9 +68,7 @@ def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path: Path) -
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_a_package_that_a_logger_lacks_is_one_line(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_package_that_a_logger_lacks_is_one_line(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "needy_logger.py").write_text(
         "from lightning.pytorch.loggers import CSVLogger\n\nclass Needy(CSVLogger):\n"
         "    def __init__(self, save_dir: str = '.'):\n        import a_module_that_is_not_there\n"
@@ -84,7 +80,7 @@ def test_a_package_that_a_logger_lacks_is_one_line(
     assert "Traceback" not in error
 
 
-def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_are_spawned_get_the_parser(config, monkeypatch):
     monkeypatch.setattr(SSyncCLI, "_run_subcommand", lambda self, verb: None)
     cli = run_trainer(["fit", "--config", str(config)])
     # ddp_spawn pickles the trainer with its callbacks.
@@ -92,9 +88,7 @@ def test_processes_that_are_spawned_get_the_parser(config: Path, monkeypatch: py
     assert type(pickle.loads(pickle.dumps(saver.parser))) is type(cli.parser)
 
 
-def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(config, tmp_path, capsys):
     names = ["SSyncCallback", "SSyncPictures", "ValidationSummary"]
     callbacks = [f"--trainer.callbacks+={name}" for name in names]
     assert main(["fit", "--config", str(config), *callbacks]) == 0
@@ -112,13 +106,13 @@ def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(
         assert main([verb, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0, verb
 
 
-def test_a_fixed_folder_is_used_again(config: Path, tmp_path: Path) -> None:
+def test_a_fixed_folder_is_used_again(config, tmp_path):
     for _ in range(2):
         assert main(["fit", "--config", str(config), "--trainer.logger=false"]) == 0
     assert (tmp_path / "runs" / "config.yaml").is_file()
 
 
-def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
+def test_name_and_tensorboard_on_request(config, tmp_path):
     pytest.importorskip("tensorboard")
     assert main(["fit", "--config", str(config), "--name=mine", "--trainer.logger=true"]) == 0
     folder = tmp_path / "runs" / "mine" / "version_0"
@@ -150,9 +144,7 @@ def test_name_and_tensorboard_on_request(config: Path, tmp_path: Path) -> None:
         (["--config=empty.yaml"], "empty.yaml to hold keys with values, but got nothing"),
     ],
 )
-def test_configuration_errors_name_the_key_or_the_file(
-    config: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_configuration_errors_name_the_key_or_the_file(config, capsys, words, message):
     config.with_name("tabs.yaml").write_text("trainer:\n\tmax_steps: 1")
     config.with_name("wide.yaml").write_text("trainer: {max_steps: 1}", encoding="utf-16")
     config.with_name("empty.yaml").touch()
@@ -164,22 +156,20 @@ def test_configuration_errors_name_the_key_or_the_file(
     assert message in streams.err
 
 
-def test_what_is_missing_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_named(config, capsys):
     assert main(["fit"]) == 2
     assert "Expected --config FILE" in capsys.readouterr().err
     assert main(["fit", "--trainer.max_steps=1"]) == 2
     assert "the following arguments are required" in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_shows_the_traceback(config, capsys, monkeypatch):
     monkeypatch.setenv("SSYNC_DEBUG", "1")
     assert main(["fit", "--config", str(config), "--model.num_slots=0"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_data_generate_prints_patterns_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_generate_prints_patterns_that_load(tmp_path, capsys):
     args = ["data", "generate", "--preset", "a_zoom", "--out", str(tmp_path), "--train", "33", "--validation", "1"]
     args += ["--seed", "4", "--workers", "0"]
     args += [word for change in ("resolution=8", "frames=1", "antialias=1") for word in ("--set", change)]
@@ -203,15 +193,13 @@ def test_data_generate_prints_patterns_that_load(tmp_path: Path, capsys: pytest.
         (["--train", "0", "--validation", "0"], "to be above 0"),
     ],
 )
-def test_data_generate_refuses_early(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_data_generate_refuses_early(tmp_path, capsys, words, message):
     assert main(["data", "generate", "--out", str(tmp_path / "new"), *words]) == 2
     assert message in last_error(capsys)
     assert not (tmp_path / "new").exists()
 
 
-def test_config_prints_the_overlay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_prints_the_overlay(capsys):
     assert main(["config", "ssync"]) == 0
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["trainer"]["callbacks+"][0]["class_path"] == "ssync_pl.SSyncCallback"
@@ -228,9 +216,7 @@ class Mark(L.Callback):
 
 
 @pytest.mark.parametrize("way", ["overlay", "option"])
-def test_a_foreign_project_keeps_its_callbacks(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
-) -> None:
+def test_a_foreign_project_keeps_its_callbacks(config, monkeypatch, capsys, way):
     monkeypatch.setitem(sys.modules, "foreign", SimpleNamespace(Mark=Mark))
     settings = yaml.safe_load(config.read_text())
     settings["model"] = TINY_SAVI
@@ -261,9 +247,7 @@ def test_a_foreign_project_keeps_its_callbacks(
     ],
     ids=["empty", "cut", "state dict", "another model", "weights only"],
 )
-def test_a_checkpoint_that_does_not_fit_is_one_line(
-    config: Path, tmp_path: Path, verb: str, content: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_does_not_fit_is_one_line(config, tmp_path, verb, content, capsys):
     path = tmp_path / "bad.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert main([verb, "--config", str(config), "--ckpt_path", str(path)]) == 2
@@ -271,8 +255,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
 
 
-def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(parser: Any, words: list[str]) -> int:
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stop(parser, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ssync_pl.cli.commands.data", stop)
@@ -280,7 +264,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert capsys.readouterr().err == "\nssync-pl: stopped.\n"
 
 
-def test_a_run_of_unknown_length_says_what_to_set() -> None:
+def test_a_run_of_unknown_length_says_what_to_set():
     from ssync_pl import SSyncConfig
     from ssync_pl.errors import ConfigError
     from ssync_pl.hosts.training import schedule_for
