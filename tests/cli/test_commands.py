@@ -11,12 +11,15 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from ssync_pl import __version__, cli
+from ssync_pl import SSyncConfig, __version__, cli
 from ssync_pl.cli import main
 from ssync_pl.cli.trainer import SSyncCLI, run_trainer
 from ssync_pl.data import load_shards
 from ssync_pl.data.patterns import expand_shards
+from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import SAVi
+from ssync_pl.hosts.training import schedule_for
+from ssync_pl.plugin.engine import SSyncEngine
 from tiny_run import TINY_SAVI, write_tiny
 
 
@@ -255,3 +258,13 @@ def test_lightning_trains_with_ours_and_hands_all_else_to_the_sdk(run):
         status, streams = run(words, sdk=False)
         assert status == 0
         assert "fit,validate,test,predict" in streams.out
+
+
+def test_a_run_of_unknown_length_says_what_to_set():
+    calls = (
+        lambda: SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1)),
+        lambda: schedule_for(-1, warmup_steps=100, decay="exponential"),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match="max_steps"):
+            call()
