@@ -261,10 +261,8 @@ def test_lightning_trains_with_ours_and_hands_all_else_to_the_sdk(run):
 
 
 def test_a_run_of_unknown_length_says_what_to_set():
-    calls = (
-        lambda: SSyncEngine(SSyncConfig()).start_in(SimpleNamespace(estimated_stepping_batches=-1)),
-        lambda: schedule_for(-1, warmup_steps=100, decay="exponential"),
-    )
-    for call in calls:
-        with pytest.raises(ConfigError, match="max_steps"):
-            call()
+    trainer = SimpleNamespace(estimated_stepping_batches=-1, current_epoch=0)
+    with pytest.raises(ConfigError, match="max_steps"):
+        SSyncEngine(SSyncConfig()).phase_in(trainer)
+    with pytest.raises(ConfigError, match="max_steps"):
+        schedule_for(-1, warmup_steps=100, decay="exponential")
