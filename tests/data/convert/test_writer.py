@@ -176,7 +176,7 @@ def group_is_gone(group):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, sign):
-    out, here = tmp_path / "out", Path(__file__).parent
+    out, here = tmp_path / "out", Path(convert_jobs.__file__).parent
     paths = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, str(here / "convert_jobs.py"), str(out)],
