@@ -92,7 +92,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [entry[key] for entry in runs]
             cells.append(f"{statistics.median(values):.3f} ({min(values):.3f} – {max(values):.3f})")
         lines.append(f"| {arm} SSync, median of {len(runs)} seeds (range) | " + " | ".join(cells) + " |")
-    for name in ("untrained", "grid", "k-means RGB"):
+    for name in ("grid", "k-means RGB"):
         prefix = name.replace(" ", "_") + "_"
         cells = []
         for key in keys:

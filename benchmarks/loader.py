@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from ssync_pl.data import ShardDataModule, ShardWriter
 from ssync_pl.data.decode import decode_member
-from ssync_pl.data.to_device import DevicePrefetcher
+from ssync_pl.data.loader import copied_ahead
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
@@ -166,7 +166,7 @@ def to_device(pattern: str, options: argparse.Namespace) -> list[dict[str, Any]]
             data.pin_memory = True
             batches = endless(data.train_dataloader())
             if mode == "side stream":
-                batches = DevicePrefetcher(device)(batches)
+                batches = copied_ahead(batches, device)
             for step in range(options.warmup + 200):
                 if step == options.warmup:
                     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssync_pl.compare.results import read_results
-from ssync_pl.compare.statistics import Estimate, estimate, paired_difference
+from ssync_pl.compare.tables import Estimate, estimate, paired_difference
 from ssync_pl.data.files import write_bytes
 from ssync_pl.metrics.table import METRICS, metric_names
 

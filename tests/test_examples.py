@@ -78,7 +78,7 @@ def test_an_example_trains_validates_and_reports(name, more, data, tmp_path, cap
     fit(name, data, tmp_path, *more, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
     (file,) = tmp_path.rglob("summary.json")
     summary, printed = json.loads(file.read_text("utf-8")), capsys.readouterr().out
-    rows = {"this run", "untrained", "grid", "k-means RGB"}
+    rows = {"this run", "grid", "k-means RGB"}
     assert set(summary["rows"]) == (rows | {"k-means features"} if name in FEATURE_HOSTS else rows)
     assert "video mBO" in printed
     assert summary["pictures"] in printed

@@ -275,7 +275,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def stop(parser: Any, words: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssync_pl.cli.data.data", stop)
+    monkeypatch.setattr("ssync_pl.cli.commands.data", stop)
     assert main(["data", "convert", "videos"]) == 130
     assert capsys.readouterr().err == "\nssync-pl: stopped.\n"
 

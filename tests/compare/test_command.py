@@ -17,7 +17,6 @@ from filelock import FileLock
 
 from ssync_pl.cli import main
 from ssync_pl.compare.results import load_comparison, read_results
-from ssync_pl.compare.runs import Failure
 
 SWITCHED_ON = 8  # half of the steps
 OWN = ["wall_seconds", "cpu_seconds", "shared_steps", "date"]
@@ -67,10 +66,10 @@ def test_what_a_comparison_leaves(comparison):
     rows = read_results(out / "results.csv")
     assert rows["variant"].tolist() == ["with", "without", "warmup-0.25"]
     assert rows["step"].tolist() == [16] * 3
-    for name in ("video_mbo", "boundary_f", "encoder_video_mbo", "untrained_video_mbo", "kmeans_rgb_video_mbo"):
+    for name in ("video_mbo", "boundary_f", "encoder_video_mbo", "kmeans_rgb_video_mbo"):
         assert rows[name].notna().all(), name
-    assert rows["untrained_video_mbo"].nunique() == 1  # variants of a seed share their first weights
-    for folder in out.glob("runs/*/*/*/*"):
+    assert rows["untrained_video_mbo"].notna().tolist() == [False, True, False]  # the others start at its warm-up
+    for folder in out.glob("runs/*/*/*"):
         assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 16
         assert (folder / "pictures" / "step-000016.png").is_file()
     page = (out / "report" / "index.html").read_text("utf-8")
@@ -92,8 +91,8 @@ def test_a_shared_warmup_changes_no_number(comparison):
         assert record.curves[own].equals(other.curves[own])
         assert record.curves["train/loss"].notna().sum() == 16
         states = [
-            torch.load(key.folder(one.folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-            for one in (shared, apart)
+            torch.load(key.folder(comparison[0] / one) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+            for one in ("shared", "apart")
         ]
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     # SSync adds to the loss of its first step, and from the next on the weights differ as well.
@@ -113,20 +112,17 @@ def test_the_same_command_keeps_everything_and_prints_the_table(shared, capsys):
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
 
 
-def test_damaged_runs_and_failures_are_named_and_the_others_are_shown(shared, capsys, monkeypatch):
+def test_damaged_runs_and_failures_are_named_and_the_others_are_shown(shared, capsys):
     out, words = shared
-    path = out / "runs" / "default" / "slots_3" / "with" / "seed_0" / "evaluation.json"
+    path = out / "runs" / "slots_3" / "with" / "seed_0" / "evaluation.json"
     kept = path.read_bytes()
-    monkeypatch.setattr("ssync_pl.compare.runs.run_all", lambda runs, *rest: [Failure(runs[1], "  RuntimeError: oh")])
     try:
         path.write_bytes(kept[:40])
         assert main(["compare", *words]) == 1
     finally:
         path.write_bytes(kept)
     printed = capsys.readouterr()
-    assert "damaged: default, 3 slots, with, seed 0: evaluation.json" in printed.err
-    assert "failed: default, 3 slots, without, seed 0" in printed.err
-    assert "RuntimeError: oh" in printed.err
+    assert all(text in printed.err for text in ("3 slots, with, seed 0", "evaluation.json is damaged"))
     assert "warmup-0.25" in printed.out
 
 

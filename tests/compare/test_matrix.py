@@ -1,101 +1,82 @@
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ssync_pl.compare.matrix import Asked, RunKey, build_matrix, parse_numbers, parse_seeds
-from ssync_pl.compare.sharing import Switch, plan_sharing
+from ssync_pl.compare.matrix import RunKey, Switch, build_matrix, plan_sharing
 from ssync_pl.compare.variants import Variant, make_variant
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
 
 @pytest.fixture
-def asked(tmp_path, write_config):
-    return Asked((write_config(tmp_path),), tmp_path / "out")
+def build(tmp_path, write_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return partial(build_matrix, [write_config(tmp_path)], Path("out"), seeds="1")
 
 
-def test_all_combinations_with_the_variants_of_a_seed_side_by_side(asked):
-    matrix = build_matrix(replace(asked, seeds=(3, 4), slots=(3, 5), sets=("default", "c")))
+def test_all_combinations_with_the_variants_of_a_seed_side_by_side(build):
+    matrix = build(seeds="3,4", slots="3,5")
     assert matrix.on_cpu
-    assert len(matrix.runs) == len({run.folder for run in matrix.runs}) == 16
+    assert len(matrix.runs) == len({run.folder for run in matrix.runs}) == 8
     first, second = (run.key for run in matrix.runs[:2])
-    assert (first, second) == (RunKey("default", 3, "with", 3), RunKey("default", 3, "without", 3))
-    assert first.folder(asked.out) == asked.out / "runs" / "default" / "slots_3" / "with" / "seed_3"
-    (other,) = [run for run in matrix.runs if run.key == ("c", 5, "with", 4)]
+    assert (first, second) == (RunKey(3, "with", 3), RunKey(3, "without", 3))
+    assert first.folder(Path("out")) == Path("out", "runs", "slots_3", "with", "seed_3")
+    (other,) = [run for run in matrix.runs if run.key == (5, "with", 4)]
     words = {"--data.init_args.seed=4", "--model.init_args.num_slots=5", "--seed_everything=4"}
     assert words <= set(other.command)
-    assert other.files["set.yaml"] == {"data": {"init_args": {"preset": "c", "scene": None}}}
+    files = [Path(other.command[place + 1]).name for place, word in enumerate(other.command) if word == "--config"]
+    assert files == ["tiny.yaml", "overlay.yaml", "settings.yaml"]
+    assert len(build(variants="with,no-merging", baseline="with").runs) == 2
+    seeds = {text: [run.key.seed for run in build(seeds=text, variants="without").runs] for text in ("3", "3,4", "3,")}
+    assert seeds == {"3": [0, 1, 2], "3,4": [3, 4], "3,": [3]}
 
 
-def test_the_recipe_holds_all_but_the_seed(asked):
+def test_the_recipe_holds_all_but_the_seed(build, tmp_path):
     def recipe(place=0, **changes):
-        return build_matrix(replace(asked, **changes)).runs[place].recipe
+        return build(**changes).runs[place].recipe
 
     own = recipe()
-    assert recipe(seeds=(7,)) == own
-    others = [recipe(1), recipe(extra=("--trainer.precision=32",)), recipe(slots=(5,)), recipe(sets=("c",))]
-    asked.configs[0].write_text(asked.configs[0].read_text() + "\n")
+    assert recipe(seeds="7,") == own
+    others = [recipe(1), recipe(extra=("--trainer.precision=32",)), recipe(slots="5")]
+    with (tmp_path / "tiny.yaml").open("a") as file:
+        file.write("\n")
     assert own not in [*others, recipe()]
-
-
-def test_a_set_lies_over_the_configuration_and_the_variant_over_both(asked, tmp_path):
-    (tmp_path / "crowd.yaml").write_text("data: {init_args: {num_train: 4}}")
-    run = build_matrix(replace(asked, sets=(str(tmp_path / "crowd.yaml"),))).runs[0]
-    assert run.key.set == "crowd"
-    assert len(build_matrix(replace(asked, variants=("with", "no-merging"), baseline="with")).runs) == 2
-    files = [Path(run.command[place + 1]).name for place, word in enumerate(run.command) if word == "--config"]
-    assert files == ["tiny.yaml", "set.yaml", "overlay.yaml", "settings.yaml"]
-
-
-REFUSED = [
-    ({"configs": ()}, "Expected --config FILE"),
-    ({"configs": (Path("none.yaml"),)}, "'none.yaml', which is none"),
-    ({"variants": ("with", "with")}, "each once, but got with twice"),
-    ({"variants": ("with", "nope"), "baseline": "with"}, "but got 'nope'"),
-    ({"variants": ("with",)}, "'without' .* among --variants, but got with.* --baseline"),
-    ({"variants": ("without", "a.yaml", "b.yaml")}, "'a' and 'b' are the same training"),
-    ({"sets": ("x",)}, "among a, a_zoom, .*'x'"),
-    ({"sets": ("none.yaml",)}, "Expected --sets to name a YAML file"),
-    ({"sets": ("c", "c")}, "each once, but got c twice"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_what_does_not_fit_is_refused(asked, tmp_path, monkeypatch, changes, message):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.yaml").write_text("trainer: {max_steps: 4}")
-    with pytest.raises(ConfigError, match=message):
-        build_matrix(replace(asked, **changes))
 
 
 SLOTCONTRAST = {"class_path": "SlotContrast", "init_args": {"num_slots": 7, "contrast_weight": 0.1}}
 SHARDS = {"class_path": "ShardDataModule", "init_args": {"train": "a-{000000..000002}.tar"}}
-CONFIGURATIONS = [
-    ({"data": None}, "to have `data` with a `class_path`"),
-    ({"model": None}, "to have `model` with a `class_path`"),
-    ({"model": {"class_path": "SAVi"}}, "`num_slots` among the options of SAVi"),
-    ({"data": SHARDS}, "SyntheticDataModule for .* 'c'"),
-    ({"model": SLOTCONTRAST}, "'without' and 'slot-contrast' are the same"),
+SEEN = {"class_path": "ShardDataModule", "init_args": {"train": ["a.tar", "b.tar"], "validation": "a.tar"}}
+REFUSED = [  # changes of the configuration, options, message
+    ({"data": None}, {}, "to have `data` with a `class_path`"),
+    ({"model": None}, {}, "to have `model` with a `class_path`"),
+    ({"model": {"class_path": "SAVi"}}, {}, "`num_slots` among the options of SAVi"),
+    ({"trainer": [1]}, {"variants": "without"}, "`trainer` in .*tiny.yaml to hold keys"),
+    ({"data": SEEN}, {}, "validation shards of 'with' .* but got a.tar"),
+    (
+        {"model": SLOTCONTRAST},
+        {"variants": "without,slot-contrast"},
+        "'without' and 'slot-contrast', which are the same",
+    ),
+    ({}, {"variants": "without,a.yaml,b.yaml"}, "'a' and 'b', which are the same"),
+    ({}, {"variants": "without,=a.yaml"}, "begin with a letter"),
+    ({}, {"variants": "without,...yaml"}, "begin with a letter"),
+    ({}, {"variants": "with,with"}, "each once, but got with twice"),
+    ({}, {"variants": "with,nope", "baseline": "with"}, "but got 'nope'"),
+    ({}, {"variants": "with"}, "'without' .* among --variants, but got with.* --baseline"),
+    *(({}, {"seeds": text}, "Expected --seeds") for text in ("0", "-1", "x", "1.5", "3,x", "3,3", ",", "")),
+    ({}, {"slots": "0,3"}, "Expected --slots to be whole numbers from 1 on"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), CONFIGURATIONS)
-def test_a_configuration_that_does_not_fit_is_refused(asked, tiny, changes, message):
-    asked.configs[0].write_text(yaml.safe_dump(tiny | changes))
+@pytest.mark.parametrize(("changes", "options", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(build, tiny, changes, options, message):
+    Path("tiny.yaml").write_text(yaml.safe_dump(tiny | changes))
+    for name in ("a", "b", "=a", ".."):
+        Path(f"{name}.yaml").write_text("trainer: {max_steps: 4}")
     with pytest.raises(ConfigError, match=message):
-        build_matrix(replace(asked, variants=("without", "slot-contrast"), sets=("c",)))
-
-
-def test_seeds_and_slots():
-    assert (parse_seeds("3"), parse_seeds("3,4"), parse_seeds("3,")) == ((0, 1, 2), (3, 4), (3,))
-    for text in ("0", "-1", "x", "1.5", "3,x", "3,3", ","):
-        with pytest.raises(ConfigError, match="Expected --seeds"):
-            parse_seeds(text)
-    with pytest.raises(ConfigError, match="Expected --slots to be whole numbers from 1 on"):
-        parse_numbers("0,3", "--slots")
+        build(**options)
 
 
 def plan_of(names, extra=(), data=SHARDS, **options):

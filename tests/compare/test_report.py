@@ -23,16 +23,16 @@ ODD = "a<b>&\"c'|_x$y$ é"
 LEVELS = {"video_fg_ari": 0.72, "video_ari": 0.26, "video_mbo": 0.5, "slots_per_object": 1.4, "used_slots": 6.8}
 
 
-def make_folder(out, variants=("without", "with"), seeds=(0, 1), slots=(7,), sets=("default",), absent=()):
+def make_folder(out, variants=("without", "with"), seeds=(0, 1), slots=(7,), absent=()):
     """A folder as `ssync-pl compare` writes it, where variant `with` is better by 0.05."""
     out.mkdir(parents=True)
     content = {"config": ["trainer:\n  max_epochs: 36  # <b>87</b> steps each\n"], "version": "0.1.0"}
-    content |= {"seeds": seeds, "slots": slots, "sets": sets, "baseline": variants[0]}
+    content |= {"seeds": seeds, "slots": slots, "baseline": variants[0]}
     content["variants"] = [{"name": name, "description": f"{name} as <i>described</i>"} for name in variants]
     content["command"] = ["ssync-pl", "compare", "--variants", ",".join(variants)]
     (out / "matrix.json").write_text(json.dumps(content), encoding="utf-8")
-    for of, count, number, seed in itertools.product(sets, slots, range(len(variants)), seeds):
-        place = out / "runs" / of / f"slots_{count}" / variants[number] / f"seed_{seed}"
+    for count, number, seed in itertools.product(slots, range(len(variants)), seeds):
+        place = out / "runs" / f"slots_{count}" / variants[number] / f"seed_{seed}"
         (place / "pictures").mkdir(parents=True)
         if (variants[number], seed) in absent:
             (place / "log.txt").write_text("step 10\nRuntimeError: loss is <NaN>\n", encoding="utf-8")
@@ -45,9 +45,9 @@ def write_run(place, seed, slots, number, effect):
     common, own = np.random.default_rng([seed, slots]), np.random.default_rng([seed, slots, number])
     draws = {name: 0.03 * common.standard_normal() + 0.006 * own.standard_normal() for name in METRICS}
     scores = {name: LEVELS.get(name, 0.5) + noise + effect for name, noise in draws.items() if name != "identity"}
-    rows = {name: {"video_fg_ari": 0.01 * k, "video_ari": 0.2} for k, name in enumerate(("untrained", "grid"))}
+    rows = {"grid": {"video_fg_ari": 0.01, "video_ari": 0.2}}
     evaluation = {"scores": scores, "first_step": 0, "step": 3000, "wall_seconds": 263.2, "cpu_seconds": 250.1}
-    evaluation |= {"device": "CPU x86_64", "torch": "2.9.0", "date": "2026-11-27"}
+    evaluation |= {"untrained": {"video_fg_ari": 0.0}, "device": "CPU x86_64", "torch": "2.9.0", "date": "2026-11-27"}
     job = {"recipe": "a1b2c3", "source": None, "command": ["ssync-pl", "fit", f"--seed_everything={seed}"]}
     for name, content in {"summary": {"step": 3000, "rows": rows}, "evaluation": evaluation, "job": job}.items():
         (place / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -113,11 +113,11 @@ def test_the_page_has_figures_and_the_last_sheet_of_each_run(plain):
     images = re.findall(r"<img [^>]*>", page.body)
     sheets = [image for image in images if 'alt="Pictures of' in image]
     assert (len(images), len(sheets)) == (3 + 3 * 3, 3 * 3)
-    last = next(folder.glob("runs/*/*/published/seed_2/pictures/step-003000.png"))
+    last = next(folder.glob("runs/*/published/seed_2/pictures/step-003000.png"))
     (sheet,) = [image for image in sheets if "Pictures of published, seed 2" in image]
     assert base64.b64encode(last.read_bytes()).decode() in sheet
     made = sorted(path.name for path in (folder / "report").glob("*.png"))
-    assert made == [f"{name}_1_default_7.png" for name in ("learning", "merging", "paired")]
+    assert made == [f"{name}_7.png" for name in ("learning", "merging", "paired")]
 
 
 def test_the_numbers_are_those_of_the_rows(plain):
@@ -159,10 +159,10 @@ def test_printed_tables(plain):
 
 
 def test_odd_names_are_shown_as_they_are_and_never_as_markup(tmp_path):
-    folder = make_folder(tmp_path / "<x> & y", ("without", ODD), sets=("<s>",))
+    folder = make_folder(tmp_path / "<x> & y", ("without", ODD))
     page = Page(write_report(folder))
-    assert not re.search(r"<(i|s|x|b<|b>8)\b", page.body)
-    assert all(text in page.words for text in (ODD, "<s>", f"{ODD} as <i>described</i>", "<b>87</b>"))
+    assert not re.search(r"<(i|x|b<|b>8)\b", page.body)
+    assert all(text in page.words for text in (ODD, f"{ODD} as <i>described</i>", "<b>87</b>"))
     assert all(re.fullmatch(r"[\w.-]+", file.name) for file in (folder / "report").iterdir())
 
 
@@ -184,12 +184,12 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
 def test_a_run_that_is_missing_or_damaged_is_named_and_the_others_are_shown(tmp_path, no_figures, name):
     absent = [("with", 1)] if name == "log.txt" else []
     folder = make_folder(tmp_path / "x", absent=absent)
-    path = folder / "runs" / "default" / "slots_7" / "with" / "seed_1" / name
+    path = folder / "runs" / "slots_7" / "with" / "seed_1" / name
     if not absent:
         path.write_bytes(b"\xff\xfe" + path.read_bytes()[:20])
     page = Page(write_report(folder))
-    why = "did not finish; its log ends with: RuntimeError: loss is <NaN>" if absent else f"{name} is damaged"
-    assert f"default, 7 slots, with, seed 1: {why}" in page.words
+    why = "did not finish; its log ends with: step 10 RuntimeError: loss is <NaN>" if absent else f"{name} is damaged"
+    assert f"7 slots, with, seed 1: {why}" in page.words
     assert "3 of 4 runs finished" in page.words
     assert len(page.numbers("with")) >= 8
 
@@ -197,7 +197,7 @@ def test_a_run_that_is_missing_or_damaged_is_named_and_the_others_are_shown(tmp_
 @pytest.mark.parametrize("name", ["pictures/step-*.png", "metrics.csv", "summary.json"])
 def test_a_missing_file_takes_only_what_it_tells(tmp_path, no_figures, name):
     folder = make_folder(tmp_path / "x")
-    for path in folder.glob(f"runs/*/*/*/*/{name}"):
+    for path in folder.glob(f"runs/*/*/*/{name}"):
         path.unlink()
     page = Page(write_report(folder))
     assert "All 4 runs finished" in page.words
@@ -212,7 +212,6 @@ def test_a_comparison_without_a_finished_run_has_a_report_and_other_folders_none
         write_report(tmp_path)
 
 
-def test_several_sets_and_slot_counts_with_a_variant_alone(tmp_path, no_figures):
-    page = Page(write_report(make_folder(tmp_path / "x", ("without",), slots=(7, 64), sets=("c", "e"))))
-    titles = ("Set c, 7 slots", "Set c, 64 slots", "Set e, 64 slots")
-    assert all(text in page.words for text in (*titles, "There is nothing to compare it with."))
+def test_several_slot_counts_with_a_variant_alone(tmp_path, no_figures):
+    page = Page(write_report(make_folder(tmp_path / "x", ("without",), slots=(7, 64))))
+    assert all(text in page.words for text in ("7 slots", "64 slots", "There is nothing to compare it with."))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
+from ssync_pl.compare.tables import Estimate, estimate, judge, paired_difference, verdict
 
 
 def test_the_interval_is_worked_out_by_hand_and_is_that_of_scipy():

@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,12 +131,11 @@ def test_without_a_trainer_every_loop_is_another_pass(make_shards, opened, backe
 
 def test_a_state_that_comes_with_another_verb_is_not_for_the_next_fit(make_shards, opened):
     pattern = make_shards(count=8)
-    data = opened(pattern)
-    loader = data.train_dataloader()
+    data, other = opened(pattern), opened(pattern)
+    data.trainer.train_dataloader = loader = data.train_dataloader()
     next(iter(loader))
-    other = opened(pattern)
     for verb, left in (("validate", 4), ("fit", 3)):
-        other.trainer.state = SimpleNamespace(fn=verb)
+        other.trainer.state.fn = verb
         other.load_state_dict(data.state_dict())
         assert len(list(other.train_dataloader())) == left
 

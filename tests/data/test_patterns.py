@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from ssync_pl.data.patterns import expand_braces, expand_shards, find_shards
+from ssync_pl.data.patterns import expand_braces, expand_shards
 from ssync_pl.errors import ConfigError
 
 
@@ -73,13 +72,3 @@ def test_what_cannot_be_read_names_the_argument(folder, pattern, word):
     many = [item.replace("FOLDER", str(folder)) for item in pattern] if isinstance(pattern, list) else None
     with pytest.raises(ConfigError, match=f"argument `train` .*{word}"):
         expand_shards(pattern.replace("FOLDER", str(folder)) if many is None else many, "train")
-
-
-def test_sets_with_weights(folder):
-    shards, sizes, weights = find_shards({f"{folder}/a-*.tar": 3, f"{folder}/b-*.tar": 1}, "train")
-    assert ([Path(shard).name for shard in shards], sizes, weights) == ([*A, "b-000000.tar"], (3, 1), (3.0, 1.0))
-    with pytest.raises(FileNotFoundError):
-        find_shards({f"{folder}/a-*.tar": 3, f"{folder}/z.tar": 1}, "train")
-    for sets, word in (({}, "at least one set"), ({f"{folder}/a-*.tar": -1}, "positive")):
-        with pytest.raises(ConfigError, match=word):
-            find_shards(sets, "train")

@@ -5,26 +5,17 @@ import time
 import pytest
 import torch
 
-from ssync_pl.data.to_device import DevicePrefetcher
+from ssync_pl.data.loader import copied_ahead
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
 
 
-def _batches(count: int) -> list[dict]:
-    video = [torch.full((2, 3), number, dtype=torch.uint8) for number in range(count)]
-    return [{"video": video[n], "list": [torch.tensor(n)], "__key__": [str(n)]} for n in range(count)]
-
-
-def test_on_a_cpu_batches_pass_through_one_at_a_time():
-    source = iter(_batches(3))
-    batches = DevicePrefetcher("cpu")(source)
-    assert next(batches)["__key__"] == ["0"]
-    assert next(source)["__key__"] == ["1"]
-    assert [batch["__key__"] for batch in batches] == [["2"]]
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_on_cuda_batches_arrive_whole_and_in_order(count):
-    batches = list(DevicePrefetcher("cuda")(iter(_batches(count))))
+    video = [torch.full((2, 3), number, dtype=torch.uint8) for number in range(count)]
+    source = [{"video": video[n], "list": [torch.tensor(n)], "__key__": [str(n)]} for n in range(count)]
+    batches = list(copied_ahead(iter(source), CUDA))
     assert [batch["__key__"] for batch in batches] == [[str(number)] for number in range(count)]
     for number, batch in enumerate(batches):
         assert batch["video"].is_cuda
@@ -32,15 +23,14 @@ def test_on_cuda_batches_arrive_whole_and_in_order(count):
         assert (batch["video"] == number).all()
 
 
-@pytest.mark.gpu
 def test_copies_run_beside_the_computation():
     # 64 MiB a batch from pinned memory, and enough work a step to hide the copy.
     host = [{"video": torch.empty(64 << 20, dtype=torch.uint8).pin_memory()} for _ in range(4)]
     weight = torch.randn(4096, 4096, device="cuda")
 
-    def run(prefetch: bool) -> float:
+    def run(ahead: bool) -> float:
         source = iter([host[step % 4] for step in range(40)])
-        batches = DevicePrefetcher("cuda")(source) if prefetch else ({"video": b["video"].cuda()} for b in source)
+        batches = copied_ahead(source, CUDA) if ahead else ({"video": b["video"].cuda()} for b in source)
         torch.cuda.synchronize()
         began = time.perf_counter()
         for batch in batches:

@@ -12,7 +12,7 @@ import torch
 
 from ssync_pl.adapters import base, find_adapter
 from ssync_pl.errors import HostError
-from ssync_pl.tools.doctor import examine
+from ssync_pl.tools.doctor.examine import examine
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_host.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)

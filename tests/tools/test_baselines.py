@@ -8,8 +8,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from ssync_pl.errors import ShapeError
 from ssync_pl.metrics.functional import labels_to_masks
-from ssync_pl.tools import baselines
-from ssync_pl.tools.baselines import grid_partition, kmeans, kmeans_features, score_baselines
+from ssync_pl.tools import summary
+from ssync_pl.tools.summary import grid_partition, kmeans, kmeans_features, score_baselines
 
 
 @pytest.mark.parametrize(
@@ -52,26 +52,28 @@ def coloured_video(seed: int, colours: int = 4) -> tuple[torch.Tensor, torch.Ten
 def test_kmeans_finds_colours_and_padding_shapes_no_cluster():
     video, labels = coloured_video(0)
     points = video.flatten(1, 2)[None]
-    found = kmeans(points, 4)
+    found = kmeans(points, 4, torch.ones(1, 2, dtype=torch.bool))
     assert (found.shape, found.dtype) == ((1, 2, 120), torch.int64)
     assert adjusted_rand_score(labels.flatten(), found.flatten()) == 1.0
     padded = torch.cat([points, torch.full((1, 2, 120, 3), 50.0)], dim=1)
-    assert torch.equal(kmeans(padded, 4, frame_mask=torch.tensor([[True, True, False, False]]))[:, :2], found)
-    assert not kmeans(padded, 4, frame_mask=torch.zeros(1, 4, dtype=torch.bool)).any()
+    assert torch.equal(kmeans(padded, 4, torch.tensor([[True, True, False, False]]))[:, :2], found)
+    assert not kmeans(padded, 4, torch.zeros(1, 4, dtype=torch.bool)).any()
 
 
 def test_kmeans_depends_on_the_video_and_the_seed_alone():
     videos = torch.rand(3, 2, 50, 3, generator=torch.Generator().manual_seed(0))
-    together = kmeans(videos, 6, seed=1)
-    assert torch.equal(together, torch.cat([kmeans(video[None], 6, seed=1) for video in videos]))
-    assert not torch.equal(together, kmeans(videos, 6, seed=2))
+    valid = torch.ones(3, 2, dtype=torch.bool)
+    together = kmeans(videos, 6, valid, seed=1)
+    assert torch.equal(together, torch.cat([kmeans(video[None], 6, valid[:1], seed=1) for video in videos]))
+    assert not torch.equal(together, kmeans(videos, 6, valid, seed=2))
 
 
 def test_kmeans_of_features_weighs_places():
     features = torch.zeros(1, 1, 12, 4)
     features[:, :, ::2, 0] = 1.0  # stripes, of columns 0 and 2
-    assert kmeans_features(features, (3, 4), 2, 0.0)[0, 0].diff(dim=1).abs().sum() == 9
-    halves = kmeans_features(features, (3, 4), 2, 50.0)[0, 0]
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    assert kmeans_features(features, (3, 4), 2, valid, 0.0)[0, 0].diff(dim=1).abs().sum() == 9
+    halves = kmeans_features(features, (3, 4), 2, valid, 50.0)[0, 0]
     assert torch.equal(halves[:, :2], halves[:1, :1].expand(3, 2))
     assert torch.equal(halves[:, 2:], 1 - halves[:, :2])
 
@@ -79,8 +81,8 @@ def test_kmeans_of_features_weighs_places():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kmeans(torch.zeros(1, 1, 1, 3), 2), "2 points"),
-        (lambda: kmeans_features(torch.zeros(1, 2, 10, 3), (3, 3), 2), "grid of 3 x 3"),
+        (lambda: kmeans(torch.zeros(1, 1, 1, 3), 2, torch.ones(1, 1, dtype=torch.bool)), "2 points"),
+        (lambda: kmeans_features(torch.zeros(1, 2, 10, 3), (3, 3), 2, torch.ones(1, 2)), "grid of 3 x 3"),
         (lambda: grid_partition(9, (2, 2)), "room for 9 cells"),
         (lambda: score_baselines([{"video": torch.zeros(1, 1, 3, 4, 4)}], 2), r"got \['video'\]"),
     ],
@@ -130,5 +132,5 @@ def test_scores_skip_padding_and_shrink_large_frames(monkeypatch):
     for row in expected:
         assert found[row] == pytest.approx(expected[row])
     large = {name: value.repeat_interleave(4, -1).repeat_interleave(4, -2) for name, value in batch.items()}
-    monkeypatch.setattr(baselines, "_LONGER_SIDE", 12)
+    monkeypatch.setattr(summary, "_LONGER_SIDE", 12)
     assert scores([large])["k-means RGB"]["video_ari"] == pytest.approx(1.0)

@@ -137,11 +137,11 @@ def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     draw = viz.draw_sheet
 
-    def spy(rows: list[viz.SheetRow], **options: Any) -> Any:
-        for row in rows:
-            found.extend([{}] if row.caption.startswith("video") else [])
-            found[-1][row.caption] = row.frames
-        return draw(rows, **options)
+    def spy(rows: list[Any], title: str) -> Any:
+        for caption, frames in rows:
+            found.extend([{}] if caption.startswith("video") else [])
+            found[-1][caption] = frames
+        return draw(rows, title)
 
     monkeypatch.setattr(viz, "draw_sheet", spy)
     return found

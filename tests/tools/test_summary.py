@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import ValidationSummary
-from ssync_pl.errors import ConfigError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.tools import summary
-from ssync_pl.tools.baselines import score_baselines
+from ssync_pl.tools.summary import score_baselines
 
 
 def summary_batch(seed: int) -> dict[str, Any]:
@@ -86,7 +85,6 @@ def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.Cap
     assert text.count("video FG-ARI") == 1
     for row in ("this run", "grid", "k-means RGB"):
         assert text.count(f"| {row} ") == 1
-    assert "untrained" not in text
     assert "used slots" in text
     assert trainer.checkpoint_callback.best_model_path in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -97,21 +95,6 @@ def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.Cap
         assert written["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
     for row, metric in score_baselines([summary_batch(5), summary_batch(6)], 4).items():
         assert written["rows"][row] == pytest.approx({name: float(value) for name, value in metric.compute().items()})
-
-
-def test_untrained_row_is_the_host_before_training_and_training_is_the_same(tmp_path: Path) -> None:
-    _, plain = fit(tmp_path / "a", [])
-    state = torch.get_rng_state()
-    callback = ValidationSummary(untrained=True)
-    trainer, host = fit(tmp_path / "b", [callback])
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(plain.layer.weight, host.layer.weight)
-    torch.manual_seed(1)
-    fresh = SummaryHost()
-    for name, value in expected_scores(fresh).items():
-        assert callback.rows["untrained"][name] == pytest.approx(value, abs=1e-6)
-    assert callback.rows["untrained"] != callback.rows["this run"]
-    assert trainer.num_sanity_val_steps == 2
 
 
 def test_validate_and_test_report_and_nan_becomes_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,15 +159,3 @@ def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> N
     for _ in range(2):  # one of ours is replaced
         trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
     assert "this run" in json.loads(path.read_text())["rows"]
-
-
-def test_rows_are_kept_in_checkpoints() -> None:
-    callback, resumed = ValidationSummary(), ValidationSummary()
-    callback.rows = {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}, "grid": {"video_mbo": 0.3}}
-    resumed.load_state_dict(callback.state_dict())
-    assert resumed.rows == {"untrained": {"video_mbo": 0.1}, "this run": {"video_mbo": 0.2}}
-
-
-def test_number_of_slots_is_checked() -> None:
-    with pytest.raises(ConfigError, match="`num_slots` to be at least 1"):
-        ValidationSummary(num_slots=0)

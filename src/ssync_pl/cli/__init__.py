@@ -17,32 +17,28 @@ from typing import Any
 from ssync_pl import __version__
 from ssync_pl.errors import ConfigError, SSyncError, require
 
-__all__ = ["Command", "key_values", "lightning", "main", "run_command", "size", "with_config"]
+__all__ = ["Command", "key_values", "lightning", "loading", "main", "run_command", "size", "with_config"]
 
-_TRAINER = {
-    "fit": "train a host model, with SSync when the callback is in the configuration",
-    "validate": "evaluate one pass over the validation videos",
-    "test": "evaluate one pass over the test videos",
-    "predict": "run the host over videos and write overlay videos and labels of their slots",
-}
-_VERBS = {
-    **_TRAINER,
-    "data": "generate, convert, check, preview shards, cache features",
-    "doctor": "say whether SSync can be used with a model, and what to write",
-    "compare": "train variants, seeds, slot counts and sets, and say what differs",
-    "config": "print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`",
-    "checkpoint": "convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync",
-}
-_HELP = f"""usage: ssync-pl COMMAND [OPTIONS]
+_TRAINER = ("fit", "validate", "test", "predict")
+_HELP = """usage: ssync-pl COMMAND [OPTIONS]
 
 SSync for video object-centric models on PyTorch Lightning.
 
 commands:
-{chr(10).join(f"  {name:<10} {text}" for name, text in _VERBS.items())}
+  fit        train a host model, with SSync when the callback is in the configuration
+  validate   evaluate one pass over the validation videos
+  test       evaluate one pass over the test videos
+  predict    run the host over videos and write overlay videos and labels of their slots
+  data       generate, convert, check, preview shards, cache features
+  doctor     say whether SSync can be used with a model, and what to write
+  compare    train variants, seeds and slot counts, and say what differs
+  config     print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`
+  checkpoint convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync
 
 `ssync-pl COMMAND --help` shows the options of a command, `ssync-pl --version` the version; with SSYNC_DEBUG=1 in the
 environment, errors show their tracebacks.
 """
+_VERBS = re.findall(r"^  (\w+) ", _HELP, re.MULTILINE)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -87,6 +83,12 @@ def lightning() -> Any:
     return 0 if asks else 2
 
 
+def loading() -> None:
+    """Says why the next seconds show nothing."""
+    if "lightning" not in sys.modules:
+        sys.stderr.write("ssync-pl: loading PyTorch\n")
+
+
 def _dispatch(words: list[str]) -> int:
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help", "--version"):
@@ -94,14 +96,13 @@ def _dispatch(words: list[str]) -> int:
         return 0 if words else 2
     # Lightning takes seconds to import, and only some commands need it.
     if verb in _VERBS and verb not in _TRAINER:
-        module = import_module(f"ssync_pl.cli.{'official' if verb in ('config', 'checkpoint') else verb}")
+        module = import_module(f"ssync_pl.cli.{'doctor' if verb == 'doctor' else 'commands'}")
         return run_command(f"ssync-pl {verb}", getattr(module, verb), words[1:])
     known, alone = verb in _TRAINER or verb.startswith("-"), words == [verb] and verb in _TRAINER
     require(known, f"a command ({', '.join(_VERBS)})", repr(verb))
     require(not alone, "--config FILE or options", "none", advice=f"See ssync-pl {verb} --help.")
     words = with_config(words)
-    if sys.stderr.isatty():
-        sys.stderr.write("ssync-pl: loading PyTorch and Lightning\n")
+    loading()
     from ssync_pl.cli.trainer import run_trainer
 
     run_trainer(words)

@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from ssync_pl.cli import key_values, size
+from ssync_pl.cli import key_values, loading, size
 from ssync_pl.errors import require
 
 __all__ = ["doctor"]
@@ -18,7 +17,7 @@ _SETTINGS = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "g
 
 
 def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Say whether SSync can be used with a model, where its two maps are, what SSync costs, and which lines to add.
+    """Say whether SSync can be used with a model, where its two maps are, and which lines to add.
 
     It runs one training step of the model, without training it. It imports what you name, and runs nothing else.
     MODULE:NAME is a class, a function that builds a model, or a model.
@@ -37,7 +36,6 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add("--init", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the class")
     add("--batch", action="extend", nargs="+", default=[], metavar="[NAME=]B,T,3,H,W", help=batch)
     add("--call", default="", metavar="METHOD", help="method of a plain model that gives the loss")
-    add("--ckpt_path", type=Path, metavar="FILE", help="weights, so that slots in use mean something")
     add("--adapter", help="name of the adapter (default: the one that knows the model)")
     add("--attention", metavar="PLACE", help="'path', 'path:key' or 'softmax:path' of the slot attention")
     add("--masks", metavar="PLACE", help="the same for the decoder's masks")
@@ -51,19 +49,19 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     expected, got = "either a model as package.module:name or --config FILE", "both" if named else "neither"
     require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
-    from ssync_pl.tools.doctor import render_report
-    from ssync_pl.tools.doctor.steps import working_folder_first
+    loading()
+    from ssync_pl.tools.doctor.report import render_report
 
-    with working_folder_first():
-        report = _examine(options, named, rest)
+    sys.path.insert(0, "")  # the user's own modules are found as `python train.py` finds them
+    report = _examine(options, named, rest)
     content = {"ready": report.ready, **asdict(report)}
     sys.stdout.write((json.dumps(content, indent=1) if options.json else render_report(report)) + "\n")
     return 0 if report.ready else 1
 
 
 def _examine(options: argparse.Namespace, named: list[str], rest: list[str]) -> Any:
-    from ssync_pl.tools.doctor import diagnose
-    from ssync_pl.tools.doctor.steps import build_model, load_weights, parse_batch
+    from ssync_pl.tools.doctor.examine import diagnose
+    from ssync_pl.tools.doctor.steps import build_model, parse_batch
 
     settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     own, data = None, None
@@ -76,8 +74,6 @@ def _examine(options: argparse.Namespace, named: list[str], rest: list[str]) -> 
         parts = from_configuration([f"--config={file}" for file in options.config] + rest)
         host, data = parts.model, parts.datamodule
         own = next((one for one in parts.callbacks if isinstance(one, SSyncCallback)), None)
-    if options.ckpt_path is not None:
-        load_weights(host, options.ckpt_path)
     data = parse_batch(options.batch) if options.batch else data
     require(data is not None, "the shape of a batch", "none", advice="Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
     configured = {"adapter": own.adapter, "grid": own.grid} if own else {}

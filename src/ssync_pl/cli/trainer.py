@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +31,9 @@ from ssync_pl.tools.predict.datamodule import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
 
 __all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_configuration", "run_trainer"]
+
+# Words are always handed over explicitly here, so that the warning about sys.argv is noise.
+warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
 
 _ROOT = "runs"
 _OF_INPUT = {
@@ -69,10 +71,7 @@ class SSyncCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the words and settles the name of the run."""
-        with warnings.catch_warnings():
-            # Words are always handed over explicitly here, so that the warning about sys.argv is noise.
-            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-            super().parse_arguments(parser, args)
+        super().parse_arguments(parser, args)
         settings = self.config[self.config["subcommand"]]
         if settings.get("name") is None:
             files = settings.get("config") or []
@@ -93,38 +92,37 @@ class SSyncCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer; `predict --input` puts the user's videos into the place of the data."""
+        settings = self.config[self.config["subcommand"]]
+        given = {name: settings[name] for name in _OF_INPUT if settings.get(name) is not None}
+        inputs = settings.get("input")
+        require(bool(inputs) or not given, f"--{' and --'.join(given)} only with --input", "no --input")
         super().instantiate_classes()
-        if self._predict("input"):
-            options = _input_options(self.config_init["predict"])
-            self.datamodule = InputDataModule(self.datamodule, self._predict("input"), **options)
-
-    def _predict(self, name: str) -> Any:
-        return self.config_init["predict"][name] if self.subcommand == "predict" else None
+        if inputs:
+            self.datamodule = InputDataModule(self.datamodule, inputs, **given)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer with the package's own logger and callbacks where the user named none."""
-        settings = self._get(self.config_init, "trainer")
+        settings, name, inputs, out, seed = (
+            self._get(self.config_init, key) for key in ("trainer", "name", "input", "out", "seed_everything")
+        )
         if settings.get("barebones"):
             return super().instantiate_trainer(**kwargs)
         if settings.get("logger") in (None, True):
             logger = TensorBoardLogger if settings.get("logger") else CSVLogger
-            root = str(settings.get("default_root_dir") or _ROOT)
-            kwargs.setdefault("logger", logger(root, name=self._get(self.config_init, "name")))
+            kwargs.setdefault("logger", logger(str(settings.get("default_root_dir") or _ROOT), name=name))
         callbacks = _as_list(settings.get("callbacks"))
         added: list[L.Callback] = []
 
         def lacks(*kinds: type) -> bool:
             return not any(isinstance(callback, kinds) for callback in callbacks)
 
-        if self._get(self.config_init, "seed_everything") is not False and lacks(StepSeed):
+        if seed is not False and lacks(StepSeed):
             added.append(StepSeed())
         if settings.get("enable_progress_bar") is not False and lacks(ProgressBar):
             # Each refresh reads numbers off the device, so not in every step.
             bar = TQDMProgressBar if importlib.util.find_spec("rich") is None else RichProgressBar
             added.append(bar(refresh_rate=10))
         if self.subcommand == "predict":
-            inputs, out = bool(self._predict("input")), self._predict("out")
-            _input_options(self.config_init["predict"])
             if lacks(SlotPredictions, BasePredictionWriter):
                 added.append(SlotPredictions(out))
             else:
@@ -180,15 +178,13 @@ def run_trainer(words: list[str], *, kind: Any = SSyncCLI) -> Any:
                 parser_class=SSyncArgumentParser,
                 parser_kwargs={"prog": "ssync-pl"},
             )
-    except SSyncError:
-        raise
     except Exception as error:
         # Lightning's own errors have no class of their own, but a place.
         frames = traceback.extract_tb(error.__traceback__)
         places = {name for frame in frames for name in (Path(frame.filename).name, frame.name)}
-        if "callback_connector.py" in places:
+        if "callback_connector.py" in places and not isinstance(error, SSyncError):
             raise ConfigError(str(error)) from error
-        if {"checkpoint_connector.py", "_parse_ckpt_path"} & places:
+        if {"checkpoint_connector.py", "_parse_ckpt_path"} & places and not isinstance(error, SSyncError):
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
             raise ConfigError(
                 f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take one "
@@ -215,10 +211,3 @@ def add_predict_options(parser: Any) -> None:
     for name, (kind, text) in _OF_INPUT.items():
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, type=kind, default=None, help=f"{text}. Only with --input.")
-
-
-def _input_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the companions of `--input` that are given, and refuses them without it."""
-    given = {name: options[name] for name in _OF_INPUT if options[name] is not None}
-    require(bool(options["input"]) or not given, f"--{' and --'.join(given)} only with --input", "no --input")
-    return given

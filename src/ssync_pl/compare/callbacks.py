@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from itertools import islice
@@ -22,16 +22,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ssync_pl.adapters import locate
-from ssync_pl.adapters.capture import Capture
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.hosts.training import SlotHost
-from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.schedule import steps_of
+from ssync_pl.plugin.session import HostSession
 
 __all__ = ["KeepCheckpoints", "RunRecorder"]
 
@@ -40,17 +39,18 @@ _EARLIER_STEPS = 8
 
 
 class RunRecorder(L.Callback):
-    """Scores the trained host more closely than its validation does, on the whole validation set.
+    """Scores the host before and after the training more closely than its validation does, on the whole validation set.
 
     Writes `evaluation.json` into the run's `log_dir` at the end of `fit`: `scores` of the decoder's map and, with
-    `encoder_` before their names, of slot attention's; `first_step`, `step`, `wall_seconds` and `cpu_seconds` of the
-    training; `device`, `torch` and `date`. Scores that are not known are left out. It is the last file of a run, so
-    that a run that has it is finished. Weights, random states and checkpoints of the run are the same to the bit.
+    `encoder_` before their names, of slot attention's; those of the `untrained` host, where the run starts at step 0;
+    `first_step`, `step`, `wall_seconds` and `cpu_seconds` of the training; `device`, `torch` and `date`. Scores that
+    are not known are left out. It is the last file of a run, so that a run that has it is finished. Weights, random
+    states and checkpoints of the run are the same to the bit.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._start = (0, time.monotonic(), time.process_time())
+        self._start = (0.0, 0.0)
         self._found: dict[str, Any] = {"scores": {}}
 
     @override
@@ -60,28 +60,23 @@ class RunRecorder(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = (trainer.global_step, time.monotonic(), time.process_time())
+        step = trainer.global_step
+        self._found |= {"first_step": step, "untrained": _scores(trainer, pl_module) if step == 0 else {}}
+        self._start = (time.monotonic(), time.process_time())
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, SlotHost)  # `setup` refuses others
-        step, wall, cpu = self._start
+        wall, cpu = self._start
         device = trainer.strategy.root_device
-        self._found = {
-            "first_step": step,
+        self._found |= {
             "step": trainer.global_step,
             "wall_seconds": round(time.monotonic() - wall, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
             "torch": str(torch.__version__),
             "date": date.today().isoformat(),
+            "scores": _scores(trainer, pl_module),
         }
-        with isolate_rng(), torch.no_grad():
-            torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
-            pl_module.eval()
-            scores = _final_scores(trainer, pl_module)
-            pl_module.train()
-        self._found["scores"] = {name: value for name, value in scores.items() if math.isfinite(value)}
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -115,16 +110,13 @@ class KeepCheckpoints(Checkpoint):
         }
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         if self._job not in (None, os.getppid()):
             raise SystemExit("The job that started this training is gone.")
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *outcome: Any) -> None:
+        _, _, batch_idx = outcome
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # no checkpoint holds gradients that are being gathered
         step = trainer.global_step
@@ -150,10 +142,11 @@ def _validation_may_follow(trainer: L.Trainer, batch_idx: int) -> bool:
     return ((trainer.fit_loop.total_batch_idx if whole else batch_idx) + 1) % interval == 0
 
 
-def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
+def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
     """Scores of the first validation loader, as far as `limit_val_batches` lets it be read; none without one."""
+    assert isinstance(host, SlotHost)  # `setup` refuses others
     if trainer.val_dataloaders is None and trainer.enable_validation:
-        # No validation was due in this training: the loaders were never asked for.
+        # No validation was due so far: the loaders were never asked for.
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True
@@ -167,7 +160,8 @@ def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
     device = trainer.strategy.root_device
     decoder, encoder = (SegmentationMetrics("", *truth, scores=names).to(device) for _ in range(2))
     seen = heard = 0
-    with _reading(trainer, host) as read:
+    with isolate_rng(), torch.no_grad(), _evaluating(host), _listening(trainer, host) as session:
+        torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
         loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
         for raw in islice(loader, int(limit) if math.isfinite(limit) else None):
             moved = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
@@ -176,7 +170,10 @@ def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
                 got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
                 raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
             with trainer.precision_plugin.val_step_context():
-                masks, attention = read(batch)
+                if session is not None:
+                    session.open()
+                masks, _ = host.evaluate(batch)
+            attention = None if session is None else _attention(session, batch, masks)
             true, valid = batch["segmentations"], frame_validity(batch)
             decoder.update(masks, true, valid)
             if attention is not None:
@@ -186,52 +183,50 @@ def _final_scores(trainer: L.Trainer, host: SlotHost) -> dict[str, float]:
     # Of all videos or of none: half a score would be another score. Processes have to agree.
     if trainer.strategy.reduce_boolean_decision(seen == heard > 0, all=True):
         scores.update({f"encoder_{name}": float(value) for name, value in encoder.compute().items()})
-    return scores
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 @contextmanager
-def _reading(trainer: L.Trainer, host: SlotHost) -> Iterator[Callable[[Any], tuple[Tensor, Tensor | None]]]:
-    """Gives a function from a batch to the masks and, where it can be read, slot attention's map in their order."""
+def _evaluating(host: nn.Module) -> Iterator[None]:
+    """Keeps a host in evaluation mode, and gives each of its parts its own mode back."""
+    training = [part for part in host.modules() if part.training]
+    host.eval()
+    yield
+    for part in training:
+        part.training = True
+
+
+@contextmanager
+def _listening(trainer: L.Trainer, host: SlotHost) -> Iterator[HostSession | None]:
+    """Hooks the host as the run's SSyncCallback does; None where slot attention's map cannot be found."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    named = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+    own = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+    session = None
     try:
-        located = locate("auto", host) if named is None else locate(named.adapter, host, named.grid)
-        capture: Capture | None = located.adapter.attach(located.root)
+        session = HostSession(host) if own is None else HostSession(host, own.adapter, own.grid)
     except SSyncError as error:
         rank_zero_warn(f"RunRecorder scores no map of slot attention: {error}")
-        capture = None
-
-    def read(batch: Any) -> tuple[Tensor, Tensor | None]:
-        if capture is None:
-            return host.evaluate(batch)[0], None
-        capture.clear()
-        capture.open()
-        masks, _ = host.evaluate(batch)
-        capture.close()
-        try:
-            return masks, _attention(located.adapter.collect(capture, batch=batch), masks)
-        except SSyncError:  # a finished training must not fail for want of a score
-            return masks, None
-
     try:
-        yield read
+        yield session
     finally:
-        if capture is not None:
-            capture.remove()
+        if session is not None:
+            session.remove()
 
 
-def _attention(maps: SSyncMaps, masks: Tensor) -> Tensor | None:
+def _attention(session: HostSession, batch: Any, masks: Tensor) -> Tensor | None:
     """Slot attention's map `(B, T, S, h, w)`; None where it is not one per frame, or its slots are in another order."""
+    try:
+        maps = session.collect(batch, SSyncConfig())
+    except SSyncError:  # a finished training must not fail for want of a score
+        return None
     if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
         return None
-    seen = _probabilities(maps.mask_logits, maps.mask_probs).unflatten(-1, maps.grid)
-    given = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(seen)
-    alike = torch.allclose(seen, given, atol=1e-3)
-    return _probabilities(maps.attention_logits, maps.attention_probs).unflatten(-1, maps.grid) if alike else None
-
-
-def _probabilities(logits: Tensor | None, probs: Tensor | None) -> Tensor:
-    if probs is not None:
-        return probs.float()
-    assert logits is not None  # SSyncMaps has one or the other
-    return logits.float().softmax(dim=2)
+    found, attention = (
+        (side if given else side.softmax(dim=2)).float().unflatten(-1, maps.grid)
+        for side, given in (
+            (maps.masks, maps.mask_probs is not None),
+            (maps.attention, maps.attention_probs is not None),
+        )
+    )
+    expected = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(found)
+    return attention if torch.allclose(found, expected, atol=1e-3) else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssync_pl.errors import ConfigError, require
 
-__all__ = ["callback_name", "callbacks_of", "class_of", "merge", "read_yaml"]
+__all__ = ["callback_name", "callbacks_of", "class_of", "merge", "options_of", "read_yaml"]
 
 
 def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
@@ -20,13 +21,15 @@ def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
     require(path.is_file(), f"{option} to name a YAML file", f"{str(path)!r}, which is none")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"Expected {option} {path} to hold YAML in UTF-8, but reading it failed: {reason}."
-        ) from error
+        json.dumps(content, sort_keys=True, default=str)  # refuses what holds itself, and keys of several kinds
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        expected = f"Expected {option} {path} to hold YAML in UTF-8"
+        raise ConfigError(f"{expected}, but reading it failed: {reason}.") from error
     got = "nothing" if content is None else type(content).__name__
     require(isinstance(content, dict), f"{option} {path} to hold keys with values", got)
+    trainer = content.get("trainer") or {}
+    require(isinstance(trainer, dict), f"`trainer` in {path} to hold keys with values", type(trainer).__name__)
     return dict(content)
 
 
@@ -40,7 +43,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     if "class_path" in over and merged.get("class_path") not in (None, over["class_path"]):
         merged.pop("init_args", None)
     for key, value in over.items():
-        if key.endswith("+"):
+        if isinstance(key, str) and key.endswith("+"):
             before = merged.get(key[:-1]) or []
             before = before if isinstance(before, list) else [before]
             merged[key[:-1]] = [*before, *copy.deepcopy(value if isinstance(value, list) else [value])]
@@ -72,5 +75,10 @@ def class_of(config: Mapping[str, Any], part: str) -> tuple[str, dict[str, Any]]
     known = isinstance(found, str) or (isinstance(found, Mapping) and "class_path" in found)
     expected = f"the configuration to have `{part}` with a `class_path`"
     require(known, expected, repr(found)[:80], advice=f"Add a --config that names the {part}.")
-    options = found.get("init_args") if isinstance(found, Mapping) else None
-    return callback_name(found), dict(options or {})
+    return callback_name(found), options_of(found)
+
+
+def options_of(part: Any) -> dict[str, Any]:
+    """Returns the `init_args` of a class in a configuration."""
+    options = part.get("init_args") if isinstance(part, Mapping) else None
+    return dict(options) if isinstance(options, Mapping) else {}

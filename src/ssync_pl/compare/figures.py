@@ -53,22 +53,22 @@ class Figure(NamedTuple):
     width: int
 
 
-def group_figures(group: Group, curves: Curves, slug: str) -> list[Figure]:
-    """Draws paired scores, learning curves and merging of one data set and slot count, as far as logged."""
+def group_figures(group: Group, curves: Curves) -> list[Figure]:
+    """Draws paired scores, learning curves and merging of one slot count, as far as logged."""
     learning = "Scores of the validation videos over training steps."
     merging = (
         "Slots that gave their label to another one, slots that own at least one patch, and the share of patches that "
         "slot attention and decoder give to the same slot."
     )
     made = [
-        _paired_figure(group, f"paired_{slug}"),
-        _curve_figure(group, curves, _LEARNING, f"learning_{slug}", "Learning curves", learning),
-        _curve_figure(group, curves, _MERGING, f"merging_{slug}", "Merging and slots in use", merging),
+        _paired_figure(group),
+        _curve_figure(group, curves, _LEARNING, "learning", "Learning curves", learning),
+        _curve_figure(group, curves, _MERGING, "merging", "Merging and slots in use", merging),
     ]
     return [figure for figure in made if figure is not None]
 
 
-def _paired_figure(group: Group, name: str) -> Figure | None:
+def _paired_figure(group: Group) -> Figure | None:
     """Lines from the baseline to each variant, one per seed: what the paired differences are made of."""
     scores = {key: title for key, title in _MAIN.items() if group.has(key)}
     others = [one for one in group.variants if one != group.baseline]
@@ -111,7 +111,7 @@ def _paired_figure(group: Group, name: str) -> Figure | None:
     to = ", ".join(others) or "nothing else"
     alt = f"{', '.join(scores.values())} of each seed, from {group.baseline} to {to}."
     columns = 4 if len(others) < 3 else 2 if len(others) < 6 else 1
-    return _draw(name, "Seed by seed", caption, alt, scores, paint, columns) if scores else None
+    return _draw(f"paired_{group.slots}", "Seed by seed", caption, alt, scores, paint, columns) if scores else None
 
 
 def _curve_figure(
@@ -128,27 +128,27 @@ def _curve_figure(
             bands[variant, key] = wide.agg(["mean", "min", "max"], axis=1)
     found = {key: label for key, label in keys.items() if any(of == key for _, of in bands)}
     shown = [variant for variant in group.variants if any(of == variant for of, _ in bands)]
-    weights = {of: one["ssync/weight"] for (of, _), one in curves.items() if "ssync/weight" in one}
-    starts = sorted({float(one.index[one > 0][0]) for one in weights.values() if (one > 0).any()})
+    weights = [one["ssync/weight"] for one in curves.values() if "ssync/weight" in one]
+    starts = sorted({float(one.index[one > 0][0]) for one in weights if (one > 0).any()})
+    banded = len(shown) <= _MOST_BANDS  # those of more would cover each other
 
     def paint(axes: Any, key: str) -> None:
         for variant in shown:
             if (variant, key) in bands:
                 band, look = bands[variant, key], _look(group.variants, group.baseline, variant)
                 axes.plot(band.index, band["mean"], lw=1.8, marker="o" if len(band) <= 12 else "", ms=3, **look)
-                if len(shown) <= _MOST_BANDS:  # those of more would cover each other
+                if banded:
                     axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=0.15, lw=0)
         for step in starts:
             axes.axvline(step, color="black", lw=1.0, ls=":", label="SSync switches on")
         axes.set_xlabel("training step")
         axes.set_xlim(left=0)
 
-    caption += " Lines: mean over seeds"
-    caption += "; bands: from the lowest to the highest seed." if len(shown) <= _MOST_BANDS else "."
+    caption += " Lines: mean over seeds" + ("; bands: from the lowest to the highest seed." if banded else ".")
     if starts:
         caption += f" Dotted: SSync switches on, first logged at step {', '.join(f'{step:.0f}' for step in starts)}."
     alt = f"{title} over training steps: {', '.join(found.values())}, for {', '.join(shown)}."
-    return _draw(name, title, caption, alt, found, paint) if found else None
+    return _draw(f"{name}_{group.slots}", title, caption, alt, found, paint) if found else None
 
 
 def _plain(text: str) -> str:
@@ -160,21 +160,17 @@ def _plain(text: str) -> str:
 
 def _look(variants: Sequence[str], baseline: str, name: str) -> dict[str, Any]:
     """Label, colour and dashes of a variant's lines: the same in all figures."""
-    if name == baseline:
-        return {"label": _plain(name), "color": _GREY, "linestyle": "-"}
-    place = [one for one in variants if one != baseline].index(name)
+    place = [baseline, *(one for one in variants if one != baseline)].index(name) - 1
+    color = _GREY if name == baseline else _COLORS[place % len(_COLORS)]
     dashes = "-" if place < len(_COLORS) else (0, (5, 1.5))
-    return {"label": _plain(name), "color": _COLORS[place % len(_COLORS)], "linestyle": dashes}
+    return {"label": _plain(name), "color": color, "linestyle": dashes}
+
+
+Paint = Callable[[Any, str], None]
 
 
 def _draw(
-    name: str,
-    title: str,
-    caption: str,
-    alt: str,
-    panels: Mapping[str, str],
-    paint: Callable[[Any, str], None],
-    columns: int = 4,
+    name: str, title: str, caption: str, alt: str, panels: Mapping[str, str], paint: Paint, columns: int = 4
 ) -> Figure:
     """Draws a panel per key of `panels`, titled with its value; `paint(axes, key)` fills it."""
     import matplotlib as mpl

@@ -1,4 +1,8 @@
-"""The runs of a comparison: variants x seeds x slot counts x data sets, each with its command."""
+"""The runs of a comparison: variants x seeds x slot counts, each with its command.
+
+Until SSync switches on, a run with it is the run without it, to the bit. The run without SSync therefore keeps a
+checkpoint from just before the switch, and the runs with SSync start there.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +17,42 @@ from typing import Any, NamedTuple
 
 from ssync_pl import __version__
 from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
-from ssync_pl.compare.sharing import Share, plan_sharing
-from ssync_pl.compare.variants import Variant, explicit, make_variant
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.compare.variants import Variant, make_variant, ssync_defaults, ssync_options
+from ssync_pl.errors import require
 
-__all__ = ["Asked", "Matrix", "Run", "RunKey", "build_matrix", "parse_numbers", "parse_seeds"]
+__all__ = ["Matrix", "Run", "RunKey", "Share", "Switch", "build_matrix", "plan_sharing"]
 
 _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
+# Words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
+_UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path", "--data.init_args.backend")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a comparison is asked for: the options of the command; empty ones take the configuration's."""
+class Switch:
+    """When a run begins to differ from the one without SSync: `watch` steps before its warm-up ends."""
 
-    configs: tuple[Path, ...]
-    out: Path
-    variants: tuple[str, ...] = ("with", "without")
-    seeds: tuple[int, ...] = (0,)
-    slots: tuple[int, ...] = ()
-    sets: tuple[str, ...] = ()
-    baseline: str = "without"
-    extra: tuple[str, ...] = ()
-    share: bool = True
+    ratio: float
+    steps: int | None
+    watch: int
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint, without its suffix."""
+        return f"warmup_{f'{self.ratio:g}' if self.steps is None else f'{self.steps}_steps'}_{self.watch}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a variant shares: the variant it starts from and when, and the switches it keeps a checkpoint for."""
+
+    source: str | None = None
+    switch: Switch | None = None
+    keeps: tuple[Switch, ...] = ()
 
 
 class RunKey(NamedTuple):
     """Which run of a comparison."""
 
-    set: str
     slots: int
     variant: str
     seed: int
@@ -48,11 +60,11 @@ class RunKey(NamedTuple):
     @property
     def label(self) -> str:
         """Name of the run in messages."""
-        return f"{self.set}, {self.slots} slots, {self.variant}, seed {self.seed}"
+        return f"{self.slots} slots, {self.variant}, seed {self.seed}"
 
     def folder(self, out: Path) -> Path:
         """Returns the folder of the run below that of the comparison."""
-        return out / "runs" / self.set / f"slots_{self.slots}" / self.variant / f"seed_{self.seed}"
+        return out / "runs" / f"slots_{self.slots}" / self.variant / f"seed_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -81,88 +93,58 @@ class Matrix:
     on_cpu: bool
 
 
-def build_matrix(asked: Asked) -> Matrix:
-    """Lays out all runs; nothing is written or started."""
-    require(bool(asked.configs), "--config FILE, the configuration that is compared", "none")
-    _refuse_doubles(asked.variants, "--variants")
-    config: dict[str, Any] = reduce(merge, map(read_yaml, asked.configs), {})
+def build_matrix(
+    configs: Sequence[Path],
+    out: Path,
+    variants: str = "with,without",
+    seeds: str = "3",
+    slots: str = "",
+    baseline: str = "without",
+    share: bool = True,
+    extra: Sequence[str] = (),
+) -> Matrix:
+    """Lays out all runs, as the options of the command say; nothing is written or started."""
+    require(bool(configs), "--config FILE, the configuration that is compared", "none")
+    config: dict[str, Any] = reduce(merge, map(read_yaml, configs), {})
     model, options = class_of(config, "model")
     class_of(config, "data")
-    sets = [_data_set(name, config) for name in asked.sets or ("default",)]
-    _refuse_doubles([name for name, _ in sets], "--sets")
     own: Any = options.get("num_slots")
-    known = bool(asked.slots) or isinstance(own, int)
+    known = bool(slots) or isinstance(own, int)
     require(known, f"`num_slots` among the options of {model}, or --slots", repr(own), advice="Write it there.")
-    slots = asked.slots or (own,)
-    texts = [path.read_text(encoding="utf-8") for path in asked.configs]
-    runs: list[Run] = []
-    variants: list[Variant] = []
-    for set_name, changes in sets:
-        of_set = merge(config, changes)
-        variants = [make_variant(name, of_set) for name in asked.variants]
-        _check_variants(variants, of_set, asked.baseline)
-        plan = plan_sharing(variants, of_set, asked.extra) if asked.share else {}
-        runs += [
-            _run(asked, changes, RunKey(set_name, count, variant.name, seed), variant, of_set, texts, plan)
-            for count in slots
-            for seed in asked.seeds
-            for variant in variants
-        ]
-    facts = {
-        "config": texts,
-        "variants": [{"name": one.name, "description": one.description} for one in variants],
-        "seeds": list(asked.seeds),
-        "slots": list(slots),
-        "sets": [name for name, _ in sets],
-        "baseline": asked.baseline,
-        "extra": list(asked.extra),
+    found = [make_variant(name.strip(), config) for name in variants.split(",") if name.strip()]
+    _check_variants(found, config, baseline)
+    facts: dict[str, Any] = {
+        "config": [path.read_text(encoding="utf-8") for path in configs],
+        "variants": [{"name": one.name, "description": one.description} for one in found],
+        "seeds": _numbers(seeds, "--seeds", 0) if "," in seeds else [*range(_numbers(seeds, "--seeds", 1)[0])],
+        "slots": _numbers(slots, "--slots", 1) if slots else [own],
+        "baseline": baseline,
+        "extra": list(extra),
         "version": __version__,
     }
-    on_cpu = "--trainer.accelerator=cpu" in asked.extra or (config.get("trainer") or {}).get("accelerator") == "cpu"
+    plan = plan_sharing(found, config, extra) if share else {}
+    runs = [
+        _run(configs, out, facts, RunKey(count, variant.name, seed), variant, config, plan.get(variant.name, Share()))
+        for count in facts["slots"]
+        for seed in facts["seeds"]
+        for variant in found
+    ]
+    on_cpu = "--trainer.accelerator=cpu" in extra or (config.get("trainer") or {}).get("accelerator") == "cpu"
     return Matrix(tuple(runs), facts, on_cpu)
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Reads `--seeds`: a number N for the seeds 0 to N-1, or a list like `3,4`; `3,` is the seed 3 alone."""
-    if "," in text:
-        return parse_numbers(text, "--seeds", least=0)
-    valid = text.strip().isdecimal() and int(text) > 0
-    require(valid, "--seeds to be a number of seeds from 1 on, or a list like 3,4", repr(text))
-    return tuple(range(int(text)))
-
-
-def parse_numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+def _numbers(text: str, option: str, least: int) -> list[int]:
     """Reads whole numbers from `least` on with commas between them, each once."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     valid = bool(parts) and all(part.isdecimal() and int(part) >= least for part in parts)
     require(valid, f"{option} to be whole numbers from {least} on, as in 7,11", repr(text))
     _refuse_doubles(parts, option)
-    return tuple(int(part) for part in parts)
+    return [int(part) for part in parts]
 
 
 def _refuse_doubles(names: Sequence[str], option: str) -> None:
-    doubles = sorted({name for name in names if list(names).count(name) > 1})
+    doubles = sorted({name for name in names if names.count(name) > 1})
     require(not doubles, f"{option} to name each once", f"{', '.join(doubles)} twice")
-
-
-def _data_set(name: str, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Name and changes of `default`, a preset of the synthetic data, or a YAML file."""
-    if name == "default":
-        return name, {}
-    if name.endswith((".yaml", ".yml")):
-        return Path(name).stem, read_yaml(name, "--sets")
-    from ssync_pl.data.synthetic import PRESETS
-
-    require(name in PRESETS, f"--sets to be among {', '.join(PRESETS)}, or paths of YAML files", repr(name))
-    data, options = class_of(config, "data")
-    expected = f"data of SyntheticDataModule for the preset {name!r} of --sets"
-    advice = "Name a YAML file with the other data."
-    require(data == "SyntheticDataModule", expected, f"{data} in the configuration", advice=advice)
-    if options.get("preset", "a") == name:
-        return name, {}
-    # A scene was made for the configuration's own preset, and would undo this one.
-    scene = {} if options.get("scene") is None else {"scene": None}
-    return name, {"data": {"init_args": {"preset": name, **scene}}}
 
 
 def _check_variants(variants: Sequence[Variant], config: Mapping[str, Any], baseline: str) -> None:
@@ -172,69 +154,118 @@ def _check_variants(variants: Sequence[Variant], config: Mapping[str, Any], base
     require(baseline in names, expected, ",".join(names), advice="Add it, or name another one by --baseline.")
     trainings: list[Any] = []
     for variant in variants:
-        training = explicit(merge(config, variant.overlay))
-        if training in trainings:
-            raise ConfigError(
-                f"Expected variants that differ, but {names[trainings.index(training)]!r} and {variant.name!r} are the "
-                "same training with this configuration. Leave one out."
-            )
+        training = merge(config, variant.overlay)
+        alike = [repr(name) for name, other in zip(names, trainings, strict=False) if other == training]
+        got = f"{''.join(alike)} and {variant.name!r}, which are the same with this configuration"
+        require(not alike, "variants that differ", got, advice="Leave one out.")
         trainings.append(training)
+        both = [str(one) for one in _shards(training, "train") if one in _shards(training, "validation")]
+        require(not both, f"validation shards of {variant.name!r} that it is not trained on", ", ".join(both))
 
 
-def _config_words(paths: Sequence[Path]) -> list[str]:
-    return [word for path in paths for word in ("--config", str(path))]
+def _shards(config: Mapping[str, Any], split: str) -> list[Any]:
+    named = class_of(config, "data")[1].get(split)
+    return list(named) if isinstance(named, list | dict) else [named] * (named is not None)
 
 
 def _settings(folder: Path, config: Mapping[str, Any], share: Share) -> dict[str, Any]:
     """Logger and callbacks that every run gets; `callbacks+` appends."""
     switches = [{**asdict(switch), "name": switch.name} for switch in share.keeps]
     callbacks: dict[str, Any] = {
-        "ssync_pl.ValidationSummary": {"untrained": True},
+        "ssync_pl.ValidationSummary": {},
         "ssync_pl.SSyncPictures": {"max_videos": 3, "max_frames": 4},
         "ssync_pl.compare.callbacks.RunRecorder": {},
         "ssync_pl.compare.callbacks.KeepCheckpoints": {"folder": str(folder / "checkpoints"), "switches": switches},
     }
     there = {callback_name(callback) for callback in callbacks_of(config)}
-    added = [
-        {"class_path": path, "init_args": options}
-        for path, options in callbacks.items()
-        if callback_name(path) not in there
-    ]
+    items = [(path, options) for path, options in callbacks.items() if callback_name(path) not in there]
+    added = [{"class_path": path, "init_args": options} for path, options in items]
     # A version of "" puts metrics.csv into the folder itself.
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
     return {"trainer": {"logger": logger, "enable_checkpointing": True, "callbacks+": added}}
 
 
 def _run(
-    asked: Asked,
-    changes: Mapping[str, Any],
+    configs: Sequence[Path],
+    out: Path,
+    facts: Mapping[str, Any],
     key: RunKey,
     variant: Variant,
     config: Mapping[str, Any],
-    texts: Sequence[str],
-    plan: Mapping[str, Share],
+    share: Share,
 ) -> Run:
-    folder, share = key.folder(asked.out), plan.get(variant.name, Share())
-    merged = merge(config, variant.overlay)
+    folder, merged = key.folder(out), merge(config, variant.overlay)
     data, options = class_of(merged, "data")
-    files: dict[str, Any] = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
-    paths = [*asked.configs, *([folder / "set.yaml"] if changes else [])]
-    command = [sys.executable, "-m", "ssync_pl", "fit", *_config_words(paths)]
-    if "callbacks" in variant.overlay.get("trainer", {}):
+    files = {"overlay.yaml": variant.overlay, "settings.yaml": _settings(folder, merged, share)}
+    command = [sys.executable, "-m", "ssync_pl", "fit"]
+    command += [word for path in configs for word in ("--config", str(path))]
+    if "callbacks" in (variant.overlay.get("trainer") or {}):
         # Else a callback of the overlay would keep what the one in its place had, and the overlay leaves out.
         command.append("--trainer.callbacks=null")
-    command += [*_config_words([folder / name for name in files]), f"--seed_everything={key.seed}"]
+    command += [word for name in files for word in ("--config", str(folder / name))]
+    command.append(f"--seed_everything={key.seed}")
     if data in _OWN_DATA or "seed" in options:
         command.append(f"--data.init_args.seed={key.seed}")
     if key.slots != class_of(merged, "model")[1].get("num_slots"):
         command.append(f"--model.init_args.num_slots={key.slots}")
-    command += ["--trainer.enable_progress_bar=false", *asked.extra]
-    # With the slots and the set, so that a folder can hold several; without the seed, which the folder names.
-    parts = [__version__, list(texts), changes, variant.overlay, key.slots, list(asked.extra)]
+    command += ["--trainer.enable_progress_bar=false", *facts["extra"]]
+    # With the slots, so that a folder can hold several; without the seed, which the folder names.
+    parts = [*(facts[name] for name in ("version", "config", "extra")), variant.overlay, key.slots]
     recipe = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
     checkpoint = None
     if share.source is not None and share.switch is not None:
-        source = key._replace(variant=share.source).folder(asked.out)
+        source = key._replace(variant=share.source).folder(out)
         checkpoint = source / "checkpoints" / f"{share.switch.name}.ckpt"
-    files |= {"set.yaml": changes} if changes else {}
     return Run(key, folder, files, tuple(command), recipe, share.source, checkpoint)
+
+
+def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: Sequence[str] = ()) -> dict[str, Share]:
+    """Finds for each variant, by name, what it shares until SSync switches on.
+
+    Nothing is shared where `extra` (words for `ssync-pl fit`) may change callbacks, nor where the data cannot resume
+    exactly in the middle of an epoch. Variants without SSync also keep the checkpoint that the configuration itself
+    would start from, so that a comparison that grows finds it.
+    """
+    unsure = any("callbacks" in word or word.split("=")[0] in _UNSURE for word in extra)
+    if unsure or not _resumes_exactly(config):
+        return {variant.name: Share() for variant in variants}
+    merged = {variant.name: merge(config, variant.overlay) for variant in variants}
+    trunks = {name: _without_ssync(one) for name, one in merged.items()}
+    sources = {trunks[name]: name for name in reversed(merged) if not ssync_options(merged[name])}
+    plan = {}
+    for name, trunk in trunks.items():
+        source, switch = sources.get(trunk), _switch(merged[name])
+        if source == name:
+            alike = [config] * (_without_ssync(config) == trunk)
+            alike += [merged[other] for other in trunks if trunks[other] == trunk]
+            plan[name] = Share(keeps=tuple(dict.fromkeys(one for one in map(_switch, alike) if one is not None)))
+        else:
+            plan[name] = Share(source, switch) if source and switch else Share()
+    return plan
+
+
+def _resumes_exactly(config: Mapping[str, Any]) -> bool:
+    """Whether the training videos are surely mapped shards; streams resume at the border of a shard."""
+    data, options = class_of(config, "data")
+    backend, train = options.get("backend", "auto"), options.get("train")
+    names = train if isinstance(train, list) else [train]
+    plain = all(isinstance(name, str) and name.endswith(".tar") and ":" not in name for name in names)
+    mapped = data == "SyntheticDataModule" or (data == "ShardDataModule" and (plain or backend == "mmap"))
+    return mapped and backend != "webdataset"
+
+
+def _switch(config: Mapping[str, Any]) -> Switch | None:
+    callbacks = ssync_options(config)
+    if len(callbacks) != 1:
+        return None
+    options = {**ssync_defaults(), **callbacks[0]}
+    ratio, steps, watch = options["warmup_ratio"], options["warmup_steps"], options["guard_window"]
+    if not isinstance(ratio, int | float) or not isinstance(watch, int) or not isinstance(steps, int | None):
+        return None
+    return Switch(float(ratio), steps, watch) if (steps or (steps is None and ratio > 0)) else None
+
+
+def _without_ssync(config: Mapping[str, Any]) -> str:
+    trainer = dict(config.get("trainer") or {})
+    trainer["callbacks"] = [one for one in callbacks_of(config) if callback_name(one) != "SSyncCallback"]
+    return json.dumps({**config, "trainer": trainer}, sort_keys=True, default=str)

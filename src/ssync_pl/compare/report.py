@@ -10,12 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from ssync_pl.compare.figures import Figure, group_figures
+from ssync_pl.compare.figures import group_figures
 from ssync_pl.compare.results import Comparison, load_comparison, write_results
-from ssync_pl.compare.statistics import judge
-from ssync_pl.compare.tables import Group, group_tables, groups_of
+from ssync_pl.compare.tables import Group, Row, group_tables, groups_of, make_table
 from ssync_pl.data.files import write_bytes
-from ssync_pl.metrics.table import METRICS, metric_names
+from ssync_pl.metrics.table import metric_names
 
 __all__ = ["write_report"]
 
@@ -33,8 +32,7 @@ def write_report(folder: Path) -> Path:
     comparison = load_comparison(Path(folder))
     frame, matrix, out = comparison.frame, comparison.matrix, Path(folder) / "report"
     baseline = str(matrix.get("baseline", "without"))
-    groups = groups_of(frame, baseline)
-    sections = [_section(comparison, group, place) for place, group in enumerate(groups, start=1)]
+    sections = [_section(comparison, group) for group in groups_of(frame, baseline)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ssync_pl.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -45,35 +43,31 @@ def write_report(folder: Path) -> Path:
         baseline=baseline,
         command=shlex.join(matrix.get("command", [])),
         finished=len(comparison.records),
-        missing={key.label: why for key, why in {**comparison.missing, **comparison.damaged}.items()},
+        missing={key.label: why for key, why in comparison.absent.items()},
         seeds=sorted(set(frame["seed"])),
         sections=sections,
         tested=sum(len(one["sure"]) + len(one["unsure"]) for part in sections for one in part["verdicts"]),
-        fewest=min((len(part) for _, part in frame.groupby(["set", "slots", "variant"])), default=0),
+        fewest=min((len(part) for _, part in frame.groupby(["slots", "variant"])), default=0),
         facts=_facts(frame, matrix),
         commands=[record.command for record in comparison.records.values()],
         table=write_results(Path(folder) / "results.csv", frame).read_bytes(),
     )
-    figures: list[Figure] = [figure for part in sections for figure in part["figures"]]
+    figures = {f"{figure.name}.png": figure.png for part in sections for figure in part["figures"]}
     # A figure of an earlier report that this one lacks would be taken for its part.
     for old in out.glob("*.png"):
-        if re.match(r"(paired|learning|merging)_\d", old.name) and old.stem not in {one.name for one in figures}:
+        if re.match(r"(paired|learning|merging)_\d", old.name) and old.name not in figures:
             old.unlink()
-    for figure in figures:
-        write_bytes(out / f"{figure.name}.png", figure.png)
+    for name, png in figures.items():
+        write_bytes(out / name, png)
     return write_bytes(out / "index.html", page.encode())
 
 
-def _section(comparison: Comparison, group: Group, place: int) -> dict[str, Any]:
+def _section(comparison: Comparison, group: Group) -> dict[str, Any]:
     records = {
-        (key.variant, key.seed): record
-        for key, record in comparison.records.items()
-        if (key.set, key.slots) == (group.set, group.slots)
+        (key.variant, key.seed): record for key, record in comparison.records.items() if key.slots == group.slots
     }
-    verdicts = [_verdict(group, variant) for variant in group.variants if variant != group.baseline]
-    # The place tells sets apart whose names differ in odd characters alone.
-    name = re.sub(r"[^A-Za-z0-9-]+", "-", group.set).strip("-")[:40] or "set"
-    curves = {key: record.curves for key, record in records.items()}
+    main = make_table(group, "", *metric_names("segmentation", "headline", "table"))
+    verdicts = [_verdict(row, main.columns) for row in main.rows]
     sheets: dict[int, dict[str, bytes]] = {}
     for (variant, seed), record in sorted(records.items(), key=lambda one: group.variants.index(one[0][0])):
         if record.sheet is not None:
@@ -83,21 +77,18 @@ def _section(comparison: Comparison, group: Group, place: int) -> dict[str, Any]
         "tables": group_tables(group),
         "paired": any(one["sure"] or one["unsure"] for one in verdicts),
         "verdicts": [one for one in verdicts if one["sure"] or one["unsure"] or one["single"]],
-        "figures": group_figures(group, curves, f"{place}_{name}_{group.slots}"),
+        "figures": group_figures(group, {key: record.curves for key, record in records.items()}),
         "sheets": dict(sorted(sheets.items())[:_MOST_SEEDS]),
     }
 
 
-def _verdict(group: Group, variant: str) -> dict[str, Any]:
+def _verdict(row: Row, titles: list[str]) -> dict[str, Any]:
     """What differs from the baseline, what does not clearly, and what has one seed."""
-    said: dict[str, Any] = {"variant": variant, "sure": [], "unsure": [], "single": []}
-    for name in metric_names("segmentation", "headline", "table"):
-        difference = group.difference(variant, name)
-        if difference is not None:
-            judged = judge(difference, METRICS[name].better)
-            place = "single" if difference.half_width is None else "sure" if judged else "unsure"
-            text = f"{METRICS[name].title} {difference.text(METRICS[name].digits, signed=True)}"
-            said[place].append(f"{text} ({judged})" if judged else text)
+    said: dict[str, Any] = {"variant": row.name, "sure": [], "unsure": [], "single": []}
+    for title, cell in zip(titles, row.cells, strict=True):
+        if cell.difference:
+            place = "sure" if cell.judged else "unsure" if cell.verdict == "within noise" else "single"
+            said[place].append(f"{title} {cell.difference}" + (f" ({cell.judged})" if cell.judged else ""))
     return said
 
 

@@ -1,7 +1,7 @@
 """Launches the runs of a comparison through submitit: on this machine, or as Slurm jobs.
 
 A finished run is recognised by its scores, `evaluation.json`; what a killed run left is removed, and the run is made
-again.
+again. Nothing here imports PyTorch at the top, since jobs only wait for their training.
 """
 
 from __future__ import annotations
@@ -12,34 +12,26 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ssync_pl.compare.job import run_job
 from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.errors import require
 
-__all__ = ["Failure", "Launcher", "is_finished", "log_lines", "run_all", "run_matrix"]
+__all__ = ["Launcher", "is_finished", "log_lines", "run_all", "run_job", "run_matrix"]
 
 _PAUSE = 0.2
-_TAIL = 15
 _CANCEL_SECONDS = 10.0
 _LOCAL_HOURS, _SLURM_HOURS = 24.0 * 365, 24.0
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 _ADVICE = "Pass another --out, or remove that folder."
-
-
-class Failure(NamedTuple):
-    """A run that did not finish, and the end of its log."""
-
-    run: Run
-    tail: str
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,8 @@ class Launcher:
         return ",".join(known[place * self.gpus : (place + 1) * self.gpus])
 
 
-def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[str]) -> list[Failure]:
-    """Makes the runs of a comparison that are not in its folder yet, and returns what failed.
+def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[str]) -> None:
+    """Makes the runs of a comparison that are not in its folder yet; one that fails does not stop the others.
 
     Without `launcher.at_once`, as many runs at a time as this machine has GPUs, or CPUs, for. Refuses a folder that
     holds anything but this comparison.
@@ -123,7 +115,7 @@ def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / ".lock"):
         write_bytes(out / "matrix.json", json.dumps({**matrix.facts, "command": [*command]}, indent=1).encode())
-        return run_all(matrix.runs, launcher)
+        run_all(matrix.runs, launcher)
 
 
 def _fitting(launcher: Launcher, on_cpu: bool) -> int:
@@ -157,13 +149,13 @@ def is_finished(run: Run) -> bool:
     return (run.folder / "evaluation.json").is_file()
 
 
-def run_all(runs: Sequence[Run], launcher: Launcher) -> list[Failure]:
-    """Makes all runs that are not finished, and returns what failed; one that fails does not stop the others."""
+def run_all(runs: Sequence[Run], launcher: Launcher) -> None:
+    """Makes all runs that are not finished; what a run that fails has to say stands in its `log.txt`."""
     from tqdm import tqdm
 
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[int, tuple[Run, Any]] = {}  # by place, which decides on GPUs
-    failures: list[Failure] = []
+    failed = 0
     jobs: list[Any] = []
     every = 0.5 if sys.stderr.isatty() else 30.0
     with _ending(jobs), tqdm(total=len(runs), desc="runs", mininterval=every, maxinterval=every) as bar:
@@ -178,17 +170,49 @@ def run_all(runs: Sequence[Run], launcher: Launcher) -> list[Failure]:
                 job = launcher.adopt(run) or launcher.submit(run, place)
                 jobs.append(job)
                 running[place] = (run, job)
-            bar.set_postfix_str(f"{len(failures)} failed, {len(running)} running", refresh=False)
+            bar.set_postfix_str(f"{failed} failed, {len(running)} running", refresh=False)
             time.sleep(_PAUSE)
             for place, (run, job) in list(running.items()):
                 if job.done():
                     del running[place]
                     if not is_finished(run):
-                        # The last lines of the run's log, or of its job's where the training did not start.
-                        lines = log_lines(run.folder) or (job.stderr() or "").splitlines()
-                        failures.append(Failure(run, "\n".join(f"  {line}" for line in lines[-_TAIL:])))
-            bar.update(len(runs) - len(waiting) - len(running) - len(failures) - bar.n)
-    return failures
+                        failed += 1
+                        if not log_lines(run.folder):  # the training did not start
+                            write_bytes(run.folder / "log.txt", (job.stderr() or "").encode())
+            bar.update(len(runs) - len(waiting) - len(running) - failed - bar.n)
+
+
+def run_job(folder: str) -> None:
+    """Runs what `job.json` of a folder says: `command` with `threads`, and `gpus` (null: all).
+
+    `owner` is the process of the comparison on this machine, with which the training ends; null under Slurm.
+    """
+    import submitit
+    from filelock import FileLock
+
+    place = Path(folder)
+    rank = submitit.JobEnvironment().global_rank
+    job = json.loads((place / "job.json").read_text(encoding="utf-8"))
+    owner = job["owner"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
+    if owner is not None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides the GPUs of jobs that ask for none
+        environment |= {} if job["gpus"] is None else {"CUDA_VISIBLE_DEVICES": job["gpus"]}
+    with (
+        contextlib.nullcontext() if owner is None else FileLock(place / ".lock"),
+        open(place / ("log.txt" if rank == 0 else f"log_{rank}.txt"), "wb") as log,
+    ):
+        training = subprocess.Popen(
+            job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            while training.poll() is None and (owner is None or _exists(owner)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    training.wait(0.5)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
+                os.killpg(training.pid, signal.SIGKILL)
+            training.wait()
 
 
 def log_lines(folder: Path) -> list[str]:
@@ -206,10 +230,8 @@ def _may_start(run: Run, runs: Sequence[Run], waiting: Sequence[Run], running: S
             return False
         if any(one.folder == source for one in running) and not run.checkpoint.is_file():
             return False
-    # The first run of a set makes its data, and writes its configuration when they are there.
-    alike = [one for one in runs if one.key.set == run.key.set]
-    makes = any(one.key.set == run.key.set for one in running)
-    return not makes or any((one.folder / "config.yaml").is_file() for one in alike)
+    # The first run makes the data, and writes its configuration when they are there.
+    return not running or any((one.folder / "config.yaml").is_file() for one in runs)
 
 
 def _lay_out(run: Run, job: Mapping[str, Any]) -> None:
@@ -255,3 +277,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ssync_pl.compare.results import REFERENCES
-from ssync_pl.compare.statistics import Estimate, estimate, judge, paired_difference, verdict
 from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
 
-__all__ = ["SHOWN", "Cell", "Group", "Row", "Table", "group_tables", "groups_of", "printed_tables"]
+__all__ = [
+    "Estimate",
+    "Group",
+    "Row",
+    "Table",
+    "estimate",
+    "group_tables",
+    "groups_of",
+    "judge",
+    "make_table",
+    "paired_difference",
+    "printed_tables",
+    "verdict",
+]
 
-SHOWN = {
+_SHOWN = {
     **METRICS,
     **{f"encoder_{name}": info for name, info in METRICS.items() if info.both_maps},
     "merged_slots": MetricInfo("merged slots", 0, "slots", digits=2),
     "wall_seconds": MetricInfo("wall time, s", -1, "slots", digits=0),
     "cpu_seconds": MetricInfo("CPU time, s", -1, "slots", digits=0),
 }
-"""How each column of results is shown."""
-
 _SHEETS = {
     "Segmentation": metric_names("segmentation"),
     "Slots: edges, identity, how many are in use": (*metric_names("slots"), "merged_slots"),
-    "Slot attention's own map: the teacher at boundaries": tuple(n for n in SHOWN if n.startswith("encoder_")),
+    "Slot attention's own map: the teacher at boundaries": tuple(n for n in _SHOWN if n.startswith("encoder_")),
     "Cost of a run": ("wall_seconds", "cpu_seconds"),
 }
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of runs that can be compared with each other: one data set, one slot count."""
+class Estimate:
+    """A mean over `count` seeds with half the width of its interval, which is None with one seed."""
 
-    set: str
+    mean: float
+    half_width: float | None
+    count: int
+
+    def text(self, digits: int = 3, *, signed: bool = False) -> str:
+        """Writes it with a true minus sign; differences also have a plus."""
+        mean = f"{self.mean:{'+' if signed else ''}.{digits}f}"
+        if not mean.strip("+-0."):
+            mean = mean.lstrip("+-")  # a sign of what is rounded away would say too much
+        mean = mean.replace("-", "−")
+        return mean if self.half_width is None else f"{mean} ± {self.half_width:.{digits}f}"
+
+
+def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | None:
+    """Computes the mean over seeds with the t interval of their spread; NaN is left out, and None means no value."""
+    found = np.asarray([value for value in values if math.isfinite(value)], dtype=np.float64)
+    if len(found) < 2:
+        return Estimate(float(found[0]), None, 1) if len(found) else None
+    half_width = stats.t.ppf((1 + confidence) / 2, len(found) - 1) * stats.sem(found)
+    return Estimate(float(found.mean()), float(half_width), len(found))
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+    """Computes the mean difference over the seeds that both have; None without one.
+
+    Runs of one seed share initial weights and the order of the data, so that their difference varies less than either.
+    """
+    return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))])
+
+
+def verdict(difference: Estimate) -> str:
+    """Says `up`, `down`, `within noise` (zero lies in the interval), or that one seed has no interval."""
+    if difference.half_width is None:
+        return "one seed: no interval"
+    if abs(difference.mean) <= difference.half_width:
+        return "within noise"
+    return "up" if difference.mean > 0 else "down"
+
+
+def judge(difference: Estimate, better: int) -> str:
+    """Says `better` or `worse`, `more` or `less` where neither is better (0), or nothing without a verdict."""
+    sign = {"up": 1, "down": -1}.get(verdict(difference), 0)
+    if better == 0:
+        return {1: "more", -1: "less"}.get(sign, "")
+    return {1: "better", -1: "worse"}.get(sign * better, "")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of runs that can be compared with each other: those of one slot count."""
+
     slots: int
     baseline: str
     frame: pd.DataFrame
@@ -42,8 +106,7 @@ class Group:
     @property
     def title(self) -> str:
         """What headings call it."""
-        slots = f"{self.slots} slot{'' if self.slots == 1 else 's'}"
-        return slots if self.set == "default" else f"Set {self.set}, {slots}"
+        return f"{self.slots} slot{'' if self.slots == 1 else 's'}"
 
     @property
     def variants(self) -> list[str]:
@@ -107,19 +170,18 @@ class Table(NamedTuple):
 
 
 def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
-    """Splits rows of runs by data set and slot count."""
-    parts = frame.groupby(["set", "slots"], sort=False)
-    return [Group(str(of), int(slots), baseline, part) for (of, slots), part in parts]
+    """Splits rows of runs by slot count."""
+    return [Group(int(slots), baseline, part) for slots, part in frame.groupby("slots", sort=False)]
 
 
 def group_tables(group: Group) -> list[Table]:
     """Makes the tables of the report, without columns and tables that have no number."""
-    tables = [_table(group, title, *names) for title, names in _SHEETS.items()]
+    tables = [make_table(group, title, *names) for title, names in _SHEETS.items()]
     return [table for table in tables if table.columns]
 
 
 def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
-    """Writes a table per data set and slot count for a terminal: means, paired differences, what needs no learning."""
+    """Writes a table per slot count for a terminal: means, paired differences, what needs no learning."""
     if frame.empty:
         return "No run is finished, so there is no table."
     parts = [
@@ -127,7 +189,7 @@ def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
         f"Below it: the paired difference to {baseline}, over the seeds that both have, with its verdict."
     ]
     for group in groups_of(frame, baseline):
-        table = _table(group, group.title, *metric_names(None, "headline", "table"))
+        table = make_table(group, group.title, *metric_names(None, "headline", "table"))
         lines = []
         for row in table.rows:
             lines.append([row.name, row.note, *(cell.value for cell in row.cells)])
@@ -138,8 +200,9 @@ def printed_tables(frame: pd.DataFrame, baseline: str) -> str:
     return "\n\n".join(parts)
 
 
-def _table(group: Group, title: str, *names: str) -> Table:
-    columns = {name: SHOWN[name] for name in names if group.has(name)}
+def make_table(group: Group, title: str, *names: str) -> Table:
+    """Makes a table of some columns, as far as any run has them."""
+    columns = {name: _SHOWN[name] for name in names if group.has(name)}
     rows = []
     for variant in group.variants:
         cells = []

@@ -9,21 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
+from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, options_of, read_yaml
 from ssync_pl.errors import require
 
-__all__ = [
-    "CONTRAST_DEFAULTS",
-    "Variant",
-    "explicit",
-    "known_variants",
-    "make_variant",
-    "ssync_defaults",
-    "ssync_options",
-]
+__all__ = ["Variant", "known_variants", "make_variant", "ssync_defaults", "ssync_options"]
 
-# Hosts with a slot-slot contrastive loss, and its weight there unless the configuration names one.
-CONTRAST_DEFAULTS = {"SlotContrast": 0.5, "VideoSAUR": 0.0}
+_CONTRAST_HOSTS = ("SlotContrast", "VideoSAUR")  # with a slot-slot contrastive loss
 _TOP_LEVEL = frozenset(
     ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
@@ -57,8 +48,8 @@ class _Recipe:
 
 def _contrast(ssync: bool, weight: float) -> _Recipe:
     said = f"with slot-slot contrastive loss {weight}" if weight else "without the slot-slot contrastive loss"
-    hosts = tuple(CONTRAST_DEFAULTS)
-    return _Recipe(f"{'SSync' if ssync else 'no SSync'}, {said}", {} if ssync else None, contrast=weight, hosts=hosts)
+    name = "SSync" if ssync else "no SSync"
+    return _Recipe(f"{name}, {said}", {} if ssync else None, contrast=weight, hosts=_CONTRAST_HOSTS)
 
 
 _FIXED = {
@@ -110,16 +101,14 @@ def make_variant(name: str, config: Mapping[str, Any]) -> Variant:
     if name.endswith((".yaml", ".yml")):
         overlay = read_yaml(name, "--variants")
         # A misspelt key would else be found when its run begins, after the runs before it.
-        unknown = sorted({key.split(".")[0].rstrip("+") for key in overlay} - _TOP_LEVEL)
+        unknown = sorted({str(key).split(".")[0].rstrip("+") for key in overlay} - _TOP_LEVEL)
         expected = f"{name} to hold keys of a configuration ({', '.join(sorted(_TOP_LEVEL))})"
         require(not unknown, expected, ", ".join(unknown), advice="Correct them.")
-        variant = Variant(Path(name).stem, f"with {Path(name).name} laid over the configuration", overlay)
-    else:
-        recipe = _FIXED.get(name) or _numbered(name)
-        variant = Variant(name, recipe.description, _overlay(name, recipe, config))
-    differs = name in ("with", "without") or explicit(merge(config, variant.overlay)) != explicit(config)
-    require(differs, f"variant {name!r} to change something", "one that changes nothing", advice="Leave it out.")
-    return variant
+        stem = Path(name).stem  # names a folder, and a cell of results.csv, which must not begin a formula
+        require(re.fullmatch(r"\w[\w .-]*", stem) is not None, "files of --variants to begin with a letter", repr(stem))
+        return Variant(stem, f"with {Path(name).name} laid over the configuration", overlay)
+    recipe = _FIXED.get(name) or _numbered(name)
+    return Variant(name, recipe.description, _overlay(name, recipe, config))
 
 
 @cache
@@ -132,24 +121,7 @@ def ssync_defaults() -> dict[str, Any]:
 
 def ssync_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the options of each SSyncCallback in a configuration."""
-    return [_options(one) for one in callbacks_of(config) if callback_name(one) == "SSyncCallback"]
-
-
-def explicit(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration with the defaults that variants change, so that equal trainings are recognised."""
-    full = merge(config, {})
-    for callback in callbacks_of(full):
-        if callback_name(callback) == "SSyncCallback" and isinstance(callback, dict):
-            options = {**ssync_defaults(), **_options(callback)}
-            callback["init_args"] = options if options["warmup_steps"] is None else {**options, "warmup_ratio": None}
-    host, options = class_of(full, "model")
-    if host in CONTRAST_DEFAULTS:
-        full["model"] = {"class_path": host, "init_args": {"contrast_weight": CONTRAST_DEFAULTS[host], **options}}
-    return full
-
-
-def _options(callback: Any) -> dict[str, Any]:
-    return dict(callback.get("init_args") or {}) if isinstance(callback, Mapping) else {}
+    return [options_of(one) for one in callbacks_of(config) if callback_name(one) == "SSyncCallback"]
 
 
 def _numbered(name: str) -> _Recipe:
@@ -191,7 +163,10 @@ def _edited(callback: Any, recipe: _Recipe) -> Any:
     if recipe.ssync is None:
         return None
     # A rival has the schedule of SSync, also where that is the default.
-    options = {**({"warmup_ratio": ssync_defaults()["warmup_ratio"]} if recipe.callback else {}), **_options(callback)}
+    options = {
+        **({"warmup_ratio": ssync_defaults()["warmup_ratio"]} if recipe.callback else {}),
+        **options_of(callback),
+    }
     gone = ("warmup_steps",) if "warmup_ratio" in recipe.ssync else ()  # steps would take the place of a ratio
     stays = {
         key: value for key, value in options.items() if key not in gone and (recipe.kept is None or key in recipe.kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,9 +12,8 @@ import torch
 
 from ssync_pl.data.dataset import Backend, ShardDataset, open_source
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.index import load_shards
-from ssync_pl.data.loader import ShardLoader, TrainerClock
-from ssync_pl.data.patterns import Patterns, find_shards, is_compressed, is_remote
+from ssync_pl.data.loader import ShardLoader, count_epoch
+from ssync_pl.data.patterns import Patterns
 from ssync_pl.data.samples import SampleRules
 from ssync_pl.data.stream import ShardStream
 from ssync_pl.data.transforms import BatchTransform
@@ -35,11 +34,10 @@ class ShardDataModule(L.LightningDataModule):
     """Videos from tar shards of the field (MOVi, YT-VIS, …), local or remote, read unchanged.
 
     Training draws one random clip per video and pass; evaluation takes every whole video exactly once at any number of
-    processes. Workers send uint8, copied to CUDA while the step before computes; resizing, cropping, flipping and
-    normalising happen on the device, in `on_after_batch_transfer`. Every random choice is a function of (seed, pass,
-    key), and batches of local plain tars do not depend on the number of workers: a run that was interrupted in the
-    middle of a pass goes on with the batch that was next. A stream goes on at the start of a shard. Lightning's trainer
-    gives the rank.
+    processes. Workers send uint8; resizing, cropping, flipping and normalising happen on the device, in
+    `on_after_batch_transfer`. Every random choice is a function of (seed, pass, key), and batches of local plain tars
+    do not depend on the number of workers: a run that was interrupted in the middle of a pass goes on with the batch
+    that was next. A stream goes on without its shuffle buffers.
 
     Batches are dicts: `video` (B, T, 3, H, W) float32; `__key__`; in evaluation `segmentations` (B, T, C, H, W) bool,
     `batch_padding_mask` (B,) bool (`False` = a repeat that must not be counted), `frame_mask` (B, T) bool (`False` =
@@ -47,8 +45,7 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         train: Training shards: a path, URL or pattern (`movi_c-train-{000000..000304}.tar`, `train-*.tar`), or several.
-            Patterns with weights, `{"movi/*.tar": 3, "mine/*.tar": 1}`, mix sets: a pass is as long as all together,
-            and of four clips three come from the first.
+            `{"movi/*.tar": 1, "mine/*.tar": 3}` mixes sets and says how many clips each video gives to a pass.
         validation: Validation shards; `None` validates nothing.
         test: Test shards.
         predict: Shards for `predict`; masks are not read.
@@ -67,12 +64,12 @@ class ShardDataModule(L.LightningDataModule):
         masks_in_training: Read object masks in training too.
         has_background: Make the first mask channel the background. `False` for sets that only mark objects (YT-VIS).
         mask_format: How masks are stored: `ids` (F, h, w, 1) with 0 = background, `channels` (F, h, w, N) with one
-            channel per object. `auto` looks: more than one channel anywhere means `channels`; remote sets are taken as
+            channel per object. `auto` looks: more than one channel anywhere means `channels`; streams are taken as
             `ids` when `has_background`, else as `channels`.
         ignore_overlaps: Leave pixels with several true masks out of the scores, for hosts that ask. `None` does so for
             sets whose objects have channels of their own, which may overlap (YT-VIS, COCO).
         max_objects: Object channels of `segmentations`, without the background. `None` counts them, reading every mask
-            once (remote sets: the most of each batch). MOVi-C has 10, MOVi-E 23, YT-VIS takes 25.
+            once (streams: the most of each batch). MOVi-C has 10, MOVi-E 23, YT-VIS takes 25.
         num_workers: Worker processes per loader.
         prefetch_factor: Batches each worker keeps ready; `None` takes PyTorch's default.
         persistent_workers: Keep workers from pass to pass.
@@ -81,9 +78,8 @@ class ShardDataModule(L.LightningDataModule):
         shuffle_buffer: Clips that each worker of a stream holds back to be mixed in training; local plain tars are
             mixed as a whole.
         seed: Seed of all random choices.
-        sampling: `hashed` lets a clip start at any frame. `reference` does as published VideoSAUR-style pipelines, for
-            comparisons: a clip starts at a multiple of its length, resizing does not smooth, `center` cuts the central
-            square first in evaluation.
+        sampling: `hashed` lets a clip start at any frame. `reference` does as published VideoSAUR-style pipelines: a
+            clip starts at a multiple of its length, resizing does not smooth, `center` cuts the central square first.
         backend: `mmap` reads plain local tars in place; `webdataset` streams, from disk or URLs, packed tars too;
             `auto` reads in place what can be.
         features: Folder that `ssync-pl data cache-features` wrote for these shards; batches then hold `features`
@@ -91,8 +87,7 @@ class ShardDataModule(L.LightningDataModule):
         features_only: Leave the frames out of training batches, for hosts that read nothing but `features`.
         on_bad_sample: `raise`, or `skip`: log the sample once, count it in `bad_samples` and put another in its place
             (in evaluation, one that is not counted). A shard that is cut off is always refused.
-        max_member_bytes: Most bytes of one member of a shard, as it is stored and as it is decoded (pictures, videos
-            and packed arrays); larger ones are bad samples.
+        max_member_bytes: Most bytes of a member, as it is stored and as it is decoded; larger ones are bad samples.
 
     Raises:
         ConfigError: A setting is out of range, or settings contradict each other.
@@ -135,50 +130,46 @@ class ShardDataModule(L.LightningDataModule):
         max_member_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         super().__init__()
-        least: dict[str, tuple[int | None, int]] = {
-            "batch_size": (batch_size, 1),
-            "val_batch_size": (val_batch_size, 1),
-        }
-        least |= {"clips_per_video": (clips_per_video, 1), "max_member_bytes": (max_member_bytes, 1)}
-        least |= {"num_workers": (num_workers, 0), "shuffle_buffer": (shuffle_buffer, 0)}
-        for name, (value, low) in least.items():
-            require(value is None or value >= low, f"argument `{name}` to be at least {low}", value)
+        reference, size = (
+            sampling == "reference",
+            (image_size, image_size) if isinstance(image_size, int) else image_size,
+        )
+        for name, least, value in (
+            *(("batch_size", 1, batch_size), ("val_batch_size", 1, val_batch_size)),
+            *(("clips_per_video", 1, clips_per_video), ("max_member_bytes", 1, max_member_bytes)),
+            *(("num_workers", 0, num_workers), ("shuffle_buffer", 0, shuffle_buffer), ("max_objects", 1, max_objects)),
+        ):
+            require(value is None or value >= least, f"argument `{name}` to be at least {least}", value)
+        require((max_objects or 1) <= 254, "argument `max_objects` to be at most 254", max_objects)
         choose("mask_format", mask_format, "auto", "ids", "channels")
         choose("sampling", sampling, "hashed", "reference")
         choose("backend", backend, "auto", "mmap", "webdataset")
         choose("on_bad_sample", on_bad_sample, "raise", "skip")
-        expected = "argument `max_objects` to be 1 to 254"
-        require(max_objects is None or 1 <= max_objects <= 254, expected, max_objects)
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         require(size is None or len(size) == 2, "argument `image_size` to be one number or two", image_size)
-        size = None if size is None else (int(size[0]), int(size[1]))
-        reference = sampling == "reference"
         expected = "argument `sampling` to be 'hashed' with cached features, which come from smoothly resized frames"
         require(features is None or not reference, expected, repr(sampling), advice="Leave `features` out.")
         expected = "argument `features` to be set and `masks_in_training` to be off for features_only=True"
         cached = features is not None and not masks_in_training
         require(cached or not features_only, expected, repr(features), masks_in_training)
-        for name, pattern in (("validation", validation), ("test", test), ("predict", predict)):
-            expected = f"argument `{name}` to be a list, as weights are for `train` only"
-            require(not isinstance(pattern, dict), expected, pattern)
         self.patterns: dict[str, Patterns | None] = {"train": train, "validation": validation}
         self.patterns |= {"test": test, "predict": predict}
-        self.batch_size = batch_size
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.clips_per_video = clips_per_video
-        self.has_background = has_background
+        for name, pattern in self.patterns.items():
+            mixed = isinstance(pattern, Mapping) and name != "train"
+            require(not mixed, f"argument `{name}` to be a list, as only `train` mixes sets", pattern)
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.has_background, self.mask_format = has_background, mask_format
         self.mean, self.std = tuple(mean), tuple(std)
-        self.mask_format = mask_format
         self.backend: Backend = backend
         self.features = features
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._workers: dict[str, Any] = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor}
         self._workers["multiprocessing_context"] = start_method
         self.shuffle_buffer = shuffle_buffer
-        self.skip_bad = on_bad_sample == "skip"
-        self.max_member_bytes = max_member_bytes
+        self._reading = {"clips_per_video": clips_per_video, "max_bytes": max_member_bytes}
+        self._reading["skip_bad"] = on_bad_sample == "skip"
         self.bad_samples: dict[str, str] = {}
         pixels: dict[str, Any] = {"resize_mode": resize_mode, "crop": crop, "mean": mean, "std": std}
+        size = None if size is None else (int(size[0]), int(size[1]))
         self.transform = BatchTransform(size, has_background=has_background, reference=reference, **pixels)
         evaluation = SampleRules(image_size=size, crop=crop, max_objects=max_objects, seed=seed)
         training = replace(
@@ -195,18 +186,7 @@ class ShardDataModule(L.LightningDataModule):
         channels = mask_format == "channels" or not has_background
         self.ignore_overlaps = channels if ignore_overlaps is None else ignore_overlaps
         self._datasets: dict[str, ShardDataset | ShardStream] = {}
-        # Weak: a loader in a reference cycle lives on until some forked worker collects it, with its own workers.
-        self._train_loader: weakref.ref[ShardLoader] | None = None
-        self._train_state: dict[str, Any] = {}
-
-    def prepare_data(self) -> None:
-        """Checks the patterns of the stage and writes missing `index.json` files, once per machine."""
-        verb = None if self.trainer is None else self.trainer.state.fn
-        for split in _SPLITS.get(str(getattr(verb, "value", verb)), tuple(self.patterns)):
-            pattern = self.patterns[split]
-            shards = [] if pattern is None else find_shards(pattern, split)[0]
-            if shards and not is_remote(shards[0]) and not any(map(is_compressed, shards)):
-                load_shards(shards)
+        self._resumed: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets of a stage."""
@@ -221,15 +201,14 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ShardLoader:
         """Builds the training loader of this process."""
-        loader = self._loader("train", TrainerClock(self))
+        loader = self._loader("train")
         data = loader.dataset
         expected = f"argument `train` to hold batch_size={self.batch_size} clips for each of {data.world} processes"
         enough = data.clips is None or len(data) > 0
         require(enough, expected, data.clips, advice="Lower `batch_size`, or raise `clips_per_video`.")
-        if self._train_state:
-            loader.load_state_dict(self._train_state)
-            self._train_state = {}
-        self._train_loader = weakref.ref(loader)
+        if self._resumed:
+            loader.load_state_dict(self._resumed)
+            self._resumed = {}
         return loader
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
@@ -248,44 +227,34 @@ class ShardDataModule(L.LightningDataModule):
         """Transforms a batch on its device; see `BatchTransform`."""
         if not isinstance(batch, dict) or "crop" not in batch:
             return batch  # a model's `example_input_array` passes here too
-        TrainerClock(self).note_epoch()
+        count_epoch(self.trainer)
         batch = self.transform(batch)
         precision = getattr(self.trainer, "precision_plugin", None)
         # Lightning converts batches before this hook, when frames are bytes still.
         return batch if precision is None else precision.convert_input(batch)
 
-    def teardown(self, stage: str | None = None) -> None:
-        """Closes the shards in this process."""
-        for dataset in self._datasets.values():
-            if isinstance(dataset, ShardDataset):
-                dataset.close()
-
     def state_dict(self) -> dict[str, Any]:
         """Says how far the training pass has come, for the checkpoint."""
-        loader = None if self._train_loader is None else self._train_loader()
-        return {} if loader is None else loader.state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_train_loader": None}
+        loader = getattr(self.trainer, "train_dataloader", None)
+        return loader.state_dict() if isinstance(loader, ShardLoader) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lets the next training loader go on where the checkpoint stopped."""
-        # Lightning hands the state over for `validate` and `predict` as well: a later `fit` begins afresh.
+        # Lightning itself restores loaders only where nobody asked for the number of steps before. It hands the state
+        # over for `validate` and `predict` as well: a later `fit` begins afresh.
         fitting = self.trainer is None or self.trainer.state.fn in (None, "fit")
-        self._train_state = dict(state_dict) if fitting else {}
+        self._resumed = dict(state_dict) if fitting else {}
 
     def _open(self, split: str, pattern: Patterns) -> ShardDataset | ShardStream:
         rules, source = self._rules[split], open_source(pattern, split, self.backend)
         expected = f"argument `{split}` to be plain local tars for cached features"
         advice = "Download and unpack the shards, or leave `features` out."
         require(self.features is None or source.mapped, expected, source.shards[0], advice=advice)
-        options: dict[str, Any] = {"clips_per_video": self.clips_per_video, "max_bytes": self.max_member_bytes}
         if not source.mapped:
-            stored = self.mask_format
+            stored: Any = self.mask_format
             if stored == "auto":
                 stored = "ids" if self.has_background else "channels"
-            rules = replace(rules, mask_format=stored)
-            return ShardStream(source, rules, self.shuffle_buffer, skip_bad=self.skip_bad, **options)
+            return ShardStream(source, replace(rules, mask_format=stored), self.shuffle_buffer, **self._reading)
         store = None
         if self.features is not None:
             from ssync_pl.data.features.store import FeatureStore
@@ -298,16 +267,16 @@ class ShardDataModule(L.LightningDataModule):
                 crop=self.transform.crop,
                 flips=rules.training and rules.flip_probability > 0,
             )
-        dataset = ShardDataset(source, rules, store, skip_bad=self.skip_bad, **options)
+        dataset = ShardDataset(source, rules, store, **self._reading)
         if rules.masks:
             dataset.settle_masks(split, self.mask_format)
         return dataset
 
-    def _loader(self, split: str, clock: TrainerClock | None = None) -> ShardLoader:
+    def _loader(self, split: str) -> ShardLoader:
         expected = f"argument `{split}` to name shards and `setup` to have run"
         require(split in self._datasets, expected, "no such set", advice=f"Set `{split}`, or call `setup`.")
-        dataset, trainer = self._datasets[split], self.trainer
-        dataset.batch_size = self.batch_size if clock is not None else self.val_batch_size
+        dataset, trainer, training = self._datasets[split], self.trainer, split == "train"
+        dataset.batch_size = self.batch_size if training else self.val_batch_size
         dataset.rank, dataset.world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         device = None if trainer is None else trainer.strategy.root_device
         pin = self.pin_memory
@@ -315,12 +284,11 @@ class ShardDataModule(L.LightningDataModule):
             pin = torch.cuda.is_available() and (device is None or device.type == "cuda")
         return ShardLoader(
             dataset,
-            clock,
+            trainer if training else None,
             # Only CUDA copies overlap with what the device computes.
             device=device if device is not None and device.type == "cuda" else None,
             on_bad=self._count_bad,
-            # Ranks need equally many batches.
-            leave_out=clock is None and dataset.world == 1,
+            leave_out=not training and dataset.world == 1,  # ranks need equally many batches
             num_workers=self.num_workers,
             pin_memory=pin,
             **(self._workers if self.num_workers > 0 else {}),

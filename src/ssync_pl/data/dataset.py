@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
 from ssync_pl.data.index import ShardEntry, load_shards, scan_shard
-from ssync_pl.data.patterns import Patterns, find_shards, is_compressed, is_remote
+from ssync_pl.data.patterns import Patterns, expand_shards, is_compressed, is_remote
 from ssync_pl.data.remote import fetch_index
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample, train_sample
-from ssync_pl.data.sampling import mixed_rows, permutation, rank_part, shares_by_weight
+from ssync_pl.data.sampling import clips_of_pass, rank_part
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import ShardError, require, require_shard
 
@@ -31,7 +30,7 @@ BAD_SAMPLES = "__bad_samples__"
 Backend = Literal["auto", "mmap", "webdataset"]
 """Who reads the shards; `auto` reads plain local tars in place and streams all else."""
 
-_SET_SEED = 0x9E3779B97F4A7C15  # each mixed set has an order of its own, or equal sizes would go in step
+_MOST_CLIPS = 100
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,18 @@ class ShardSource:
     shards: list[str]
     entries: list[ShardEntry] | None  # in the same order; None when remote shards have no index
     mapped: bool = True  # whether they are read in place rather than streamed
-    sizes: tuple[int, ...] = ()  # shards of each mixed set, in order
-    weights: tuple[float, ...] = ()  # of the mixed sets; empty when nothing is mixed
+    repeats: tuple[int, ...] = ()  # clips of each video of each shard; one where it is empty
 
 
 def open_source(patterns: Patterns, argument: str, backend: Backend = "auto") -> ShardSource:
     """Finds the shards of a split and their index."""
-    shards, sizes, weights = find_shards(patterns, argument)
+    shards, repeats = expand_shards(patterns, argument), []
+    for pattern, clips in patterns.items() if isinstance(patterns, Mapping) else ():
+        whole = isinstance(clips, int) and 1 <= clips <= _MOST_CLIPS
+        require(
+            whole, f"argument `{argument}` to give sets 1 to {_MOST_CLIPS} clips per video", f"{pattern!r}: {clips}"
+        )
+        repeats += [clips] * len(expand_shards(pattern, argument))
     remote, packed = is_remote(shards[0]), any(map(is_compressed, shards))
     expected = f"argument `{argument}` to be plain local tars for backend='mmap'"
     advice = "Take backend='webdataset', or copy and unpack the shards."
@@ -59,12 +63,12 @@ def open_source(patterns: Patterns, argument: str, backend: Backend = "auto") ->
         entries = [scan_shard(shard, packed=is_compressed(shard)) for shard in shards]
     else:
         entries = load_shards(shards)
-    expected = f"`index.json` beside the remote shards of `{argument}` to mix them by weight"
+    expected = f"`index.json` beside the remote shards of `{argument}` to mix them"
     advice = "Put the one that ShardWriter wrote there, or download the shards."
-    require_shard(entries is not None or not weights, expected, "none", advice=advice)
+    require_shard(entries is not None or not repeats, expected, "none", advice=advice)
     filled = entries is None or any(entry.samples for entry in entries)
     require_shard(filled, f"at least one sample in the shards of `{argument}`", f"none in {shards[0]}")
-    return ShardSource(shards, entries, not remote and not packed and backend != "webdataset", sizes, weights)
+    return ShardSource(shards, entries, not remote and not packed and backend != "webdataset", tuple(repeats))
 
 
 class ShardBatches(IterableDataset[dict[str, Any]]):
@@ -75,7 +79,7 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
     `skip_bad` puts a readable sample in place of one that is not, instead of raising.
     """
 
-    together = False  # whether a rank reads the pass in one piece
+    by_shard = False  # whether shards are read from start to end, and the pass of a rank in one piece
 
     def __init__(
         self,
@@ -89,32 +93,21 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         world: int = 1,
     ) -> None:
         self.source, self.rules, self.batch_size = source, rules, batch_size
-        self.repeats = clips_per_video if rules.training else 1
+        self.clips_per_video = clips_per_video if rules.training else 1
         self.skip_bad, self.max_bytes = skip_bad, max_bytes
         self.rank, self.world = rank, world
         self.samples = [(n, sample) for n, entry in enumerate(source.entries or ()) for sample in entry.samples]
+        self._shards = np.array([number for number, _ in self.samples], np.int64)
+        repeats = np.array(source.repeats or [1] * len(source.shards))[self._shards]
+        self._repeats = repeats * clips_per_video if rules.training else np.ones_like(repeats)
+        self._places = len(self.samples) * int(self._repeats.max(initial=1))
         # Shared memory, so that workers that outlive a pass see the next one: pass, first batch.
         self._state = torch.zeros(2, dtype=torch.int64).share_memory_()
-        ends = np.cumsum([0, *(len(entry.samples) for entry in source.entries or ())]).tolist()
-        visits = len(self.samples) * np.arange(self.repeats)
-        shards = [(np.arange(begin, end)[:, None] + visits).ravel() for begin, end in pairwise(ends)]
-        # The clips of each shard of each mixed set
-        self._sets = [shards[begin:end] for begin, end in pairwise(np.cumsum([0, *(source.sizes or (len(shards),))]))]
-        self._sizes = [sum(map(len, clips)) for clips in self._sets]
-        if rules.training and source.weights:
-            shares = shares_by_weight(sum(self._sizes), source.weights)
-            expected, advice = "every mixed set to give clips to each pass", "Raise its weight, or leave it out."
-            require(min(*shares, *self._sizes) > 0, expected, f"{shares} of {self._sizes} clips", advice=advice)
-
-    @property
-    def epoch(self) -> int:
-        """Number of the next pass."""
-        return int(self._state[0])
 
     @property
     def clips(self) -> int | None:
         """Clips of a pass on all ranks together, or `None` without an index."""
-        return None if self.source.entries is None else len(self.samples) * self.repeats
+        return None if self.source.entries is None else int(self._repeats.sum())
 
     def set_pass(self, epoch: int, start: int = 0) -> None:
         """Sets what the next iteration emits, for the workers that run and those to come."""
@@ -139,13 +132,16 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
 
     def part(self, epoch: int) -> np.ndarray:
         """Returns the numbers of this rank's clips in their order; `sampling` says what they mean."""
-        order = self._order(epoch) if self.rules.training else np.arange(len(self.samples))
+        order = np.arange(len(self.samples))
+        if self.rules.training:
+            order = clips_of_pass(self._shards, self._repeats, self.rules.seed, epoch, by_shard=self.by_shard)
+            order += epoch * self._places
         place = (self.rank, self.world, self.batch_size)
-        return rank_part(order, *place, training=self.rules.training, together=self.together)
+        return rank_part(order, *place, training=self.rules.training, together=self.by_shard)
 
     def place(self, clip: int) -> tuple[int, int, int, bool]:
         """Returns the visit, repeat and video of a clip's number, and whether it counts rather than pads."""
-        visit, rest = divmod(int(clip), len(self.samples) * self.repeats)
+        visit, rest = divmod(int(clip), self._places)
         repeat, video = divmod(rest, len(self.samples))
         return visit, repeat, video, self.rules.training or visit == 0
 
@@ -156,22 +152,6 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         else:
             sample = eval_sample(members, self.rules)
         return {**sample, "__key__": key}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        seed, weights = self.rules.seed, self.source.weights
-        if not weights:
-            return self._shuffled(self._sets[0], seed, epoch) + epoch * len(self.samples) * self.repeats
-
-        def visit_order(number: int, visit: int) -> np.ndarray:
-            return self._shuffled(self._sets[number], seed + (number + 1) * _SET_SEED, visit)
-
-        return self._blended(mixed_rows(self._sizes, weights, visit_order, epoch), epoch)
-
-    def _shuffled(self, chunks: list[np.ndarray], seed: int, visit: int) -> np.ndarray:
-        raise NotImplementedError
-
-    def _blended(self, rows: list[np.ndarray], epoch: int) -> np.ndarray:
-        raise NotImplementedError
 
 
 class ShardDataset(ShardBatches):
@@ -197,12 +177,17 @@ class ShardDataset(ShardBatches):
         bad: list[tuple[str, str]] = []
         for step in range(len(self.samples)):
             candidate = (video + step) % len(self.samples)
+            number, entry = self.samples[candidate]
+            shard, members = self.source.shards[number], self.members(candidate)
             try:
-                sample = self._build(candidate, visit, repeat)
+                sample = self.cut(members, os.path.basename(shard), entry.key, visit, repeat)
+                if self.features is not None:
+                    flip = self.rules.training and bool(sample["flip"])
+                    sample |= self.features.read(shard, entry.key, sample["cut"], flip)
             except ShardError as error:
                 if not self.skip_bad:
                     raise
-                bad.append((self.members(candidate).where, str(error)))
+                bad.append((members.where, str(error)))
                 continue
             # A stand-in keeps the batch full but must not count as a video of its own.
             return {**sample, "real": real and not bad, BAD_SAMPLES: bad}
@@ -235,29 +220,6 @@ class ShardDataset(ShardBatches):
         require_shard(mask_format == "channels" or limit <= 255, expected, limit, advice=advice)
         self.rules = replace(self.rules, mask_format=mask_format, max_objects=limit)
 
-    def close(self) -> None:
-        """Closes the shards in this process; reading opens them again."""
-        self._reader.close()
-        if self.features is not None:
-            self.features.close()
-
-    def _build(self, video: int, visit: int, repeat: int) -> dict[str, Any]:
-        number, entry = self.samples[video]
-        shard = self.source.shards[number]
-        sample = self.cut(self.members(video), os.path.basename(shard), entry.key, visit, repeat)
-        if self.features is not None:
-            flip = self.rules.training and bool(sample["flip"])
-            sample |= self.features.read(shard, entry.key, sample["cut"], flip)
-        return sample
-
-    def _shuffled(self, chunks: list[np.ndarray], seed: int, visit: int) -> np.ndarray:
-        clips = np.sort(np.concatenate(chunks))
-        return clips[permutation(len(clips), seed, visit)]
-
-    def _blended(self, rows: list[np.ndarray], epoch: int) -> np.ndarray:
-        clips = np.concatenate(rows)
-        return clips[permutation(len(clips), self.rules.seed, epoch)]
-
 
 def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, Any]:
     """Puts samples together: stacks them, pads frames and object channels, and notes what is padding."""
@@ -270,7 +232,7 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     }
     for name in ("video", "features"):
         if name in samples[0]:
-            batch[name] = [_lengthen(sample[name], longest, repeat=True) for sample in samples]
+            batch[name] = [_lengthened(sample[name], longest) for sample in samples]
     if rules.training:
         batch["flip"] = torch.stack([sample["flip"] for sample in samples])
     else:
@@ -278,14 +240,11 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
         batch["frame_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
     if rules.masks:
         masks = [sample["segmentations"] for sample in samples]
-        ids = rules.mask_format == "ids"
-        channels = max(mask.shape[-1] for mask in masks)
-        limit = rules.max_objects
-        if limit is None:
-            limit = max(int(mask.max()) for mask in masks) if ids else channels
-        batch["mask_ids"], batch["max_objects"] = ids, limit
-        masks = [torch.nn.functional.pad(mask, (0, channels - mask.shape[-1])) for mask in masks]
-        batch["segmentations"] = [_lengthen(mask, longest) for mask in masks]
+        ids, channels = rules.mask_format == "ids", max(mask.shape[-1] for mask in masks)
+        most = max(int(mask.max()) for mask in masks) if ids and rules.max_objects is None else channels
+        batch["mask_ids"], batch["max_objects"] = ids, rules.max_objects or most
+        sides = [(0, channels - mask.shape[-1], 0, 0, 0, 0, 0, longest - len(mask)) for mask in masks]
+        batch["segmentations"] = list(map(torch.nn.functional.pad, masks, sides))
     tensors = [name for name in ("video", "segmentations", "features") if name in batch]
     # Videos of several sizes stay a list, and so do their masks.
     one_size = all(len({item.shape for item in batch[name]}) == 1 for name in tensors)
@@ -294,9 +253,6 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     return batch
 
 
-def _lengthen(frames: Tensor, length: int, *, repeat: bool = False) -> Tensor:
-    missing = length - len(frames)
-    if missing == 0:
-        return frames
-    tail = frames[-1:].expand(missing, *frames.shape[1:]) if repeat else frames.new_zeros(missing, *frames.shape[1:])
-    return torch.cat([frames, tail])
+def _lengthened(frames: Tensor, length: int) -> Tensor:
+    """Repeats the last frame up to a length."""
+    return frames if len(frames) == length else frames[torch.arange(length).clamp(max=len(frames) - 1)]

@@ -7,6 +7,7 @@ a slice of it. The index is a cache: it is built again by scanning the tar heade
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import lzma
@@ -27,12 +28,11 @@ from ssync_pl.errors import ShardError, require_shard
 INDEX_NAMES = ("index.json", "ssync_index.json")
 """File names of the sidecar; the second is taken where another program wrote `index.json`."""
 
-_FORMAT = "ssync_pl.shards"
-_VERSION = 1
+_FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
+_ERRORS = "backslashreplace"  # names that are not UTF-8 are read with escapes, so that they can be printed and written
 
 _logger = logging.getLogger(__name__)
-_told: set[Path] = set()  # indices of other programs that were named in the log
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ShardEntry:
     size: int  # bytes of the file, by which a stale entry is recognised
     samples: tuple[SampleEntry, ...]
     links: Mapping[str, str] = field(default_factory=dict)  # members that are links → what they point to
-    ignored: tuple[str, ...] = ()  # members that cannot be read: special files, broken links, names not UTF-8
+    ignored: tuple[str, ...] = ()  # members that cannot be read: special files, broken links
 
 
 @dataclass(frozen=True)
@@ -76,41 +76,42 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}, and no end-of-archive mark") from error
 
 
-def warn_ignored(where: str, names: Sequence[str]) -> None:
-    """Names what is left out of a shard: special files, broken links, and names that are not UTF-8."""
-    if names:
-        _logger.warning("Leaving out %d members of %s that are no plain files: %s", len(names), where, names[:5])
-
-
-def split_member_name(name: str) -> tuple[str, str] | None:
-    """Splits a tar member's name into the sample's key and the member's own name, as webdataset does."""
-    found = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", name, re.S)
-    if found is None or re.match(r"__[^/]*__(?:$|/)", name):
-        return None
-    return found.group(1), found.group(2).lower()
-
-
-def escaped(name: str) -> str:
-    """Returns a name that can be printed; undecodable bytes come as escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a tar stores this name as valid UTF-8."""
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in name)
-
-
 @contextlib.contextmanager
 def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
     """Opens a tar whose end must be whole; every error inside becomes a `ShardError` that names `where`."""
     try:
-        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader) as tar:
+        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader, encoding="utf-8", errors=_ERRORS) as tar:
             yield tar
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ShardError(
             f"Expected {where} to be a whole tar, but reading it failed ({error}). The file is damaged, cut off, "
             "packed or no tar: copy, unpack or build it again."
         ) from error
+
+
+def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tarfile.TarInfo, str, str, str | None]]:
+    """Lists the members of samples: header, key, name without the key, and for a link the member that it points to.
+
+    Key and name are split as webdataset does. What cannot be read is put on the list `ignored`.
+    """
+    for info in tar:
+        target = info.linkname if info.islnk() else None
+        if info.issym():
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+        parts = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", info.name, re.S)
+        if info.isdir() or (info.isreg() and (parts is None or re.match(r"__[^/]*__(?:$|/)", info.name))):
+            continue
+        plain = target is not None or (info.isreg() and not info.issparse())
+        if parts is None or not plain:
+            ignored.append(info.name)
+        else:
+            yield info, parts.group(1), parts.group(2).lower(), target
+
+
+def warn_ignored(where: str, names: Sequence[str]) -> None:
+    """Names what is left out of a shard: special files and broken links."""
+    if names:
+        _logger.warning("Leaving out %d members of %s that are no plain files: %s", len(names), where, names[:5])
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
@@ -121,22 +122,14 @@ def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEn
     links: dict[str, str] = {}
     ignored: list[str] = []
     with path.open("rb") as stream, open_tar(stream, "r|*" if packed else "r:", str(path)) as tar:
-        for info in tar:
-            target = info.linkname if info.islnk() else ""
-            if info.issym():
-                target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-            if target in places:
-                places[info.name] = places[target]
-                links[info.name] = links.get(target, target)
-            elif info.isreg() and not info.issparse():
+        for info, key, member, target in list_members(tar, ignored):
+            if target is None:
                 places[info.name] = (info.offset_data, info.size)
-            parts = split_member_name(info.name)
-            if info.isdir() or (info.isreg() and parts is None):
+            elif target in places:
+                places[info.name], links[info.name] = places[target], links.get(target, target)
+            else:
+                ignored.append(info.name)
                 continue
-            if info.name not in places or parts is None or not is_utf8(info.name):
-                ignored.append(escaped(info.name))
-                continue
-            key, member = parts
             if not samples or samples[-1].key != key:
                 samples.append(SampleEntry(key, {}))
             members, expected = samples[-1].members, f"each member of {path}, key {key} once"
@@ -156,19 +149,34 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
     """Reads a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
     foreign = []
     for path in (Path(directory, name) for name in INDEX_NAMES):
-        try:
-            return parse_index(path.read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, ShardError):
-            foreign += [] if _may_replace(path) or path.resolve() in _told else [path.resolve()]
-    for path in foreign[:1]:
-        _logger.warning("%s is of another program: it is left as it is, and the shards are read without it.", path)
-    _told.update(foreign)
+        text = _read_ours(path)
+        if text:
+            with contextlib.suppress(ShardError):
+                return parse_index(text)
+        elif text is None:
+            foreign.append(path.resolve())
+    if foreign:
+        _tell(foreign[0])
     return None
 
 
-def parse_index(text: bytes | str) -> FolderIndex:
+@functools.cache
+def _tell(path: Path) -> None:
+    _logger.warning("%s is of another program: it is left as it is, and the shards are read without it.", path)
+
+
+def _read_ours(path: Path) -> bytes | None:
+    """Returns the text of an index of ours in any version, none where no file is, `None` for another program's."""
+    try:
+        text = path.read_bytes()
+        return text if parse_json(text, path.name, dict).get("format") == _FORMAT else None
+    except FileNotFoundError:
+        return b""
+    except (OSError, ShardError):
+        return None
+
+
+def parse_index(text: bytes) -> FolderIndex:
     """Parses the text of a sidecar; raises `ShardError` when it is no index of this version."""
     try:
         raw = parse_json(text, INDEX_NAMES[0], dict)
@@ -183,16 +191,41 @@ def parse_index(text: bytes | str) -> FolderIndex:
         ) from error
 
 
+def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
+    size = int(item["size"])
+    samples = []
+    for sample in item["samples"]:
+        members = {str(name): (int(start), int(length)) for name, (start, length) in sample["members"].items()}
+        ranges = members.values()
+        if not members or any(start < _BLOCK or length < 0 or start + length > size for start, length in ranges):
+            raise ValueError(f"offsets outside of shard {item['name']!r}")
+        frames = sample.get("frames")
+        samples.append(SampleEntry(str(sample["key"]), members, None if frames is None else int(frames)))
+    links = {str(name): str(target) for name, target in dict(item.get("links", {})).items()}
+    return ShardEntry(str(item["name"]), size, tuple(samples), links, tuple(map(str, item.get("ignored", ()))))
+
+
 def write_index(
     directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
-) -> Path | None:
-    """Writes a folder's sidecar in one step, never over a file of another program; `None` when no name is free."""
+) -> None:
+    """Writes a folder's sidecar in one step, never over a file of another program; nothing when no name is free."""
     entries = [asdict(entry) for entry in sorted(shards, key=lambda entry: entry.name)]
     content = {"format": _FORMAT, "version": _VERSION, "recipe": dict(recipe or {}), "shards": entries}
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
-    free = (path for path in (Path(directory, name) for name in INDEX_NAMES) if _may_replace(path))
-    path = next(free, None)
-    return None if path is None else write_bytes(path, text.encode())
+    for path in (Path(directory, name) for name in INDEX_NAMES):
+        if _read_ours(path) is not None:
+            write_bytes(path, text.encode())
+            return
+
+
+def extend_index(
+    directory: str | os.PathLike[str], shards: Iterable[ShardEntry], recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Adds shards and their recipe to a folder's sidecar, and takes out shards that are gone."""
+    before = read_index(directory) or FolderIndex()
+    kept = {name: entry for name, entry in before.shards.items() if Path(directory, name).exists()}
+    kept |= {entry.name: entry for entry in shards}
+    write_index(directory, kept.values(), {**before.recipe, **(recipe or {})})
 
 
 def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -> list[ShardEntry]:
@@ -206,22 +239,22 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
         FileNotFoundError: A shard is missing.
         ShardError: A shard cannot be scanned.
     """
-    resolved = [Path(path) for path in paths]
-    known = {folder: read_index(folder) or FolderIndex() for folder in dict.fromkeys(p.parent for p in resolved)}
-    changed: set[Path] = set()
+    known: dict[Path, dict[str, ShardEntry]] = {}
+    changed: dict[Path, list[ShardEntry]] = {}
     entries: list[ShardEntry] = []
-    for path in resolved:
-        entry = known[path.parent].shards.get(path.name)
+    for path in map(Path, paths):
+        if path.parent not in known:
+            known[path.parent] = (read_index(path.parent) or FolderIndex()).shards
+        entry = known[path.parent].get(path.name)
         if entry is None or not _fits(entry, path):
-            entry = known[path.parent].shards[path.name] = scan_shard(path)
-            changed.add(path.parent)
+            entry = scan_shard(path)
+            changed.setdefault(path.parent, []).append(entry)
         else:
             warn_ignored(str(path), entry.ignored)
         entries.append(entry)
-    for folder in changed if save else ():
-        present = [entry for entry in known[folder].shards.values() if (folder / entry.name).exists()]
+    for folder, scanned in changed.items() if save else ():
         try:
-            write_index(folder, present, known[folder].recipe)
+            extend_index(folder, scanned)
         except OSError as error:
             _logger.debug("Keeping the index of %s in memory only: %s", folder, error)
     return entries
@@ -230,7 +263,7 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
 def header_fits(header: bytes | bytearray, name: str, size: int) -> bool:
     """Whether the 512 bytes before a member are the tar header of the member with this full name and size."""
     try:
-        info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
+        info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", _ERRORS)
     except tarfile.HeaderError:
         return False
     # Long and non-ASCII names, and sizes of 8 GiB and more, are stored elsewhere.
@@ -250,27 +283,3 @@ def _fits(entry: ShardEntry, path: Path) -> bool:
                 if not header_fits(stream.read(_BLOCK), entry.links.get(name, name), size):
                     return False
     return True
-
-
-def _may_replace(path: Path) -> bool:
-    """Whether a file is absent, or an index of ours in any version."""
-    try:
-        return parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT
-    except FileNotFoundError:
-        return True
-    except (OSError, ShardError):
-        return False
-
-
-def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
-    size = int(item["size"])
-    samples = []
-    for sample in item["samples"]:
-        members = {str(name): (int(start), int(length)) for name, (start, length) in sample["members"].items()}
-        ranges = members.values()
-        if not members or any(start < _BLOCK or length < 0 or start + length > size for start, length in ranges):
-            raise ValueError(f"offsets outside of shard {item['name']!r}")
-        frames = sample.get("frames")
-        samples.append(SampleEntry(str(sample["key"]), members, None if frames is None else int(frames)))
-    links = {str(name): str(target) for name, target in dict(item.get("links", {})).items()}
-    return ShardEntry(str(item["name"]), size, tuple(samples), links, tuple(map(str, item.get("ignored", ()))))

@@ -7,22 +7,21 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import urlparse, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
-from ssync_pl.data.sampling import shares_by_weight
 from ssync_pl.errors import MissingShardError, require
 
-Patterns = str | list[str] | dict[str, float]
-"""One pattern, several, or several with weights, which mixes them."""
+Patterns = str | list[str] | dict[str, int]
+"""One pattern, several, or several with the clips that each of their videos gives to a pass."""
 
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000
 
 
-def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> list[str]:
+def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> list[str]:
     """Expands patterns to shards: braces (`{000000..000304}`, `{train,validation}`), then globs of local paths.
 
     Args:
@@ -50,19 +49,6 @@ def expand_shards(pattern: str | Sequence[str], argument: str = "shards") -> lis
     one_kind = len({is_remote(shard) for shard in shards}) == 1
     require(one_kind, f"argument `{argument}` to be all local or all remote", f"both in {pattern!r}")
     return shards
-
-
-def find_shards(patterns: Patterns, argument: str) -> tuple[list[str], tuple[int, ...], tuple[float, ...]]:
-    """Expands what the user wrote to shards, the shards per set, and the weights of the sets; none mix nothing."""
-    if not isinstance(patterns, Mapping):
-        shards = expand_shards(patterns, argument)
-        return shards, (len(shards),), ()
-    require(bool(patterns), f"argument `{argument}` to name at least one set", "none")
-    weights = tuple(float(weight) for weight in patterns.values())
-    shares_by_weight(1, weights)
-    sizes = tuple(len(expand_shards(pattern, argument)) for pattern in patterns)
-    # Expanded once more as a whole: a shard of two sets, or local beside remote shards, is refused there.
-    return expand_shards(list(patterns), argument), sizes, weights
 
 
 def expand_braces(pattern: str, argument: str = "shards") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -14,20 +15,11 @@ import re
 import tarfile
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import IO, Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, cast
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
-from ssync_pl.data.index import (
-    INDEX_NAMES,
-    ShardEntry,
-    escaped,
-    is_utf8,
-    open_tar,
-    parse_index,
-    split_member_name,
-    warn_ignored,
-)
+from ssync_pl.data.index import INDEX_NAMES, ShardEntry, list_members, open_tar, parse_index, warn_ignored
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
 from ssync_pl.errors import ShardError, require_shard
@@ -37,7 +29,7 @@ RETRY_SECONDS = 100.0
 
 _STALL_SECONDS = 30.0
 _SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 10.0)
+_LONGEST_PAUSE = 10.0
 _CHUNK = 1 << 20
 # Client errors that another try can mend: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
@@ -47,18 +39,19 @@ _UNPACK: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": 
 _logger = logging.getLogger(__name__)
 
 
+class _AbsentError(ShardError):
+    """There is no such file, or none that may be read."""
+
+
 class RemoteFile(io.RawIOBase):
     """A remote file, read once from start to end, whatever the connection does in between."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
-        self.failure: str | None = None
-        self.absent = False
-        self._source: Any = None
+        self._connection: Any = None
         self._position = 0
         self._size: int | None = None
-        self._ended = False
         self._patience = RETRY_SECONDS
 
     def readable(self) -> bool:
@@ -67,76 +60,66 @@ class RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Reads the next bytes; 0 at the end of the file. Raises `ShardError` when the transfer has failed."""
-        if self.failure is not None:
-            raise ShardError(self.failure)
-        view = memoryview(buffer).cast("B")
-        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
-            if self._ended:
-                break
+        pause = 0.5
+        while True:
             began = time.monotonic()
             try:
-                if self._source is None:
-                    self._open()
-                data = self._source.read(len(view))
+                if self._connection is None:
+                    self._connect()
+                data = self._connection.read(len(buffer))
                 self._patience -= time.monotonic() - began
                 began = time.monotonic()
                 if data and self._patience < 0:
                     raise OSError(f"fewer than {_SLOWEST} bytes per second came for {RETRY_SECONDS:g} s")
-                if data:
-                    self._patience = min(RETRY_SECONDS, self._patience + len(data) / _SLOWEST)
-                    view[: len(data)] = data
-                    self._position += len(data)
-                    return len(data)
-                if self._size is not None and self._position != self._size:
+                if not data and self._position != (self._size or self._position):
                     raise OSError(f"the transfer ended early, at byte {self._position} of {self._size}")
-                self._ended = True
-                self._drop()
+                self._patience = min(RETRY_SECONDS, self._patience + len(data) / _SLOWEST)
+                self._position += len(data)
+                buffer[: len(data)] = data
+                return len(data)
             except Exception as error:  # each file system of fsspec has errors of its own
-                self._drop()
-                reason = _describe(error, self.url)
+                self._disconnect()
                 self._patience -= time.monotonic() - began + pause
+                reason = _describe(error, self.url)
                 if _is_final(error) or self._patience < 0:
-                    self.absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
-                    self.failure = (
+                    absent = isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _ABSENT
+                    # The original error may hold the whole address, with its token.
+                    raise (_AbsentError if absent else ShardError)(
                         f"Expected to read {masked_url(self.url)} to its end, but at byte {self._position} it failed "
                         f"for good: {reason}. Check the address, your permissions and the connection."
-                    )
-                    # The original error may hold the whole address, with its token.
-                    raise ShardError(self.failure) from None
-                _logger.warning("Trying %s again in %g s: %s", masked_url(self.url), pause, reason)
-                time.sleep(pause)
-        return 0
+                    ) from None
+            _logger.warning("Trying %s again in %g s: %s", masked_url(self.url), pause, reason)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def close(self) -> None:
         """Closes the connection; a transfer that is not over is cut off."""
-        if not self.closed:
-            self._drop()
+        self._disconnect()
         super().close()
 
-    def _drop(self) -> None:
-        source, self._source = self._source, None
-        if source is not None:
-            with contextlib.suppress(Exception):
-                source.close()
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(Exception):
+            connection.close()
 
-    def _open(self) -> None:
+    def _connect(self) -> None:
         """Opens the file at the place that was reached; servers that cannot do so send all again."""
         from fsspec.core import url_to_fs
 
-        begin = self._position
         if urlsplit(self.url).scheme.lower() in ("http", "https"):
-            begin = self._open_http()
+            begin = self._connect_http()
         else:
             system, path = url_to_fs(self.url)
-            self._source = system.open(path, "rb")
-            self._source.seek(begin)
+            self._connection = system.open(path, "rb")
+            begin = self._connection.seek(self._position)
         while begin < self._position:
-            data = self._source.read(min(self._position - begin, _CHUNK))
+            data = self._connection.read(min(self._position - begin, _CHUNK))
             if not data:
                 raise OSError(f"the new transfer ended at byte {begin}, before the place that was reached")
             begin += len(data)
 
-    def _open_http(self) -> int:
+    def _connect_http(self) -> int:
+        """Asks for the rest of the file in one request; returns the place from which the server sends it."""
         import aiohttp
         from fsspec.core import url_to_fs
 
@@ -146,9 +129,9 @@ class RemoteFile(io.RawIOBase):
         headers = {"Accept-Encoding": "identity"}
         if self._position:
             headers["Range"] = f"bytes={self._position}-"
-        # One request for the whole rest; a size is passed so that none is asked for.
-        self._source = system.open(path, "rb", block_size=0, size=1, headers=headers)
-        answer = self._source.r
+        # A size is passed so that none is asked for.
+        self._connection = system.open(path, "rb", block_size=0, size=1, headers=headers)
+        answer = self._connection.r
         begin = self._position if answer.status == 206 else 0
         span = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
         if begin and (span is None or int(span[1]) != begin):
@@ -193,21 +176,15 @@ def _read_members(
 ) -> Iterator[tuple[str, str, int, bytes]]:
     """Yields key, name, size and content of each member that belongs to a sample."""
     ignored: list[str] = []
-    for info in tar:
-        parts = split_member_name(info.name)
-        if info.isdir() or (info.isreg() and parts is None):
-            continue
+    for info, key, member, target in list_members(tar, ignored):
         advice = "Read the shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
-        linked = info.issym() or info.islnk()
-        require_shard(not linked, f"plain members in stream {shown}", f"link {escaped(info.name)}", advice=advice)
-        if parts is None or not info.isreg() or info.issparse() or not is_utf8(info.name):
-            ignored.append(escaped(info.name))
-            continue
-        wanted = (fields is None or parts[1].split(".")[0] in fields) and info.size <= max_bytes
-        content = cast(IO[bytes], tar.extractfile(info)).read() if wanted else b""
+        require_shard(target is None, f"plain members in stream {shown}", f"link {info.name}", advice=advice)
+        wanted = (fields is None or member.split(".")[0] in fields) and info.size <= max_bytes
+        stored: Any = tar.extractfile(info)
+        content = stored.read() if wanted else b""
         if wanted and len(content) != info.size:
             raise EOFError(f"member {info.name} ends early")
-        yield *parts, info.size, content
+        yield key, member, info.size, content
     warn_ignored(shown, ignored)
 
 
@@ -225,28 +202,24 @@ def _as_members(where: str, group: list[tuple[str, str, int, bytes]], max_bytes:
 
 def fetch_index(urls: Sequence[str]) -> list[ShardEntry] | None:
     """Fetches the index beside remote shards; `None` when there is none, or it does not name all of them."""
-    known: dict[str, dict[str, ShardEntry]] = {}
-    entries = []
-    for url in urls:
-        parts = urlsplit(url)
-        folder = urlunsplit(parts._replace(path=posixpath.dirname(parts.path)))
-        if folder not in known:
-            known[folder] = _fetch_folder(folder)
-        entries.append(known[folder].get(shard_name(url)))
+    fetch = functools.cache(_fetch_folder)
+    folders = [parts._replace(path=posixpath.dirname(parts.path)) for parts in map(urlsplit, urls)]
+    entries = [fetch(folder).get(shard_name(url)) for url, folder in zip(urls, folders, strict=True)]
     return None if None in entries else cast(list[ShardEntry], entries)
 
 
-def _fetch_folder(folder: str) -> dict[str, ShardEntry]:
-    parts = urlsplit(folder)
+def _fetch_folder(parts: SplitResult) -> dict[str, ShardEntry]:
     for name in INDEX_NAMES:
         url = urlunsplit(parts._replace(path=posixpath.join(parts.path, name)))
-        with contextlib.closing(RemoteFile(url)) as raw:
-            try:
-                return parse_index(io.BufferedReader(raw, _CHUNK).read()).shards
-            except ShardError as error:
-                if raw.failure is not None and not raw.absent:
-                    raise
-                _logger.info("No index at %s: %s", masked_url(url), error)
+        try:
+            with RemoteFile(url) as raw:
+                text = io.BufferedReader(raw, _CHUNK).read()
+        except _AbsentError:
+            continue
+        try:
+            return parse_index(text).shards
+        except ShardError as error:
+            _logger.info("No index at %s: %s", masked_url(url), error)
     return {}
 
 

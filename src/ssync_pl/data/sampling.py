@@ -1,16 +1,13 @@
-"""Who reads what, and when: pure arithmetic of passes, partitions over ranks and workers, and every random choice.
+"""Who reads what, and when: pure arithmetic of passes, ranks and workers, and every random choice.
 
-Nothing here asks the environment for the rank, and nothing depends on the state of a random generator: each choice is a
-function of (seed, pass, key), so it is the same in every worker, under every start method and after every resume. A
-pass is what Lightning calls an epoch. A clip is a number: `visit * clips + repeat * videos + video`, where `clips` are
-those of a pass, and a clip draws anew at each visit.
+Each choice is a function of (seed, pass, key), so it is the same in every worker, under every start method and after
+every resume. A pass is what Lightning calls an epoch. A clip is a number: `visit * clips + repeat * videos + video`,
+where `clips` is their number where all videos come equally often, and a clip draws anew at each visit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,49 +43,23 @@ def draw_clip(
     return ClipDraw(int(words[0]) % starts * step, fractions[1] < flip_probability, fractions[2], fractions[3])
 
 
-def shares_by_weight(total: int, weights: Sequence[float]) -> list[int]:
-    """Divides a number of clips by weights, the remainder to the largest fractions."""
-    positive = bool(weights) and all(math.isfinite(weight) and weight > 0 for weight in weights)
-    require(positive, "the weights of mixed sets to be positive numbers", list(weights))
-    exact = np.array([total * weight / sum(weights) for weight in weights])
-    shares = np.floor(exact).astype(np.int64)
-    missing = total - int(shares.sum())
-    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
-    return [int(share) for share in shares]
+def clips_of_pass(
+    shards: np.ndarray, repeats: np.ndarray, seed: int, epoch: int, *, by_shard: bool = False
+) -> np.ndarray:
+    """Returns the clips of a training pass in their order.
 
-
-def mixed_rows(
-    sizes: Sequence[int], weights: Sequence[float], order: Callable[[int, int], np.ndarray], epoch: int
-) -> list[np.ndarray]:
-    """Returns the clips that each of several sets gives to a pass: its share by weight, every clip before any again.
-
-    Args:
-        sizes: Clips of each set.
-        weights: Weight of each set.
-        order: Returns the clips of a set, by its number, in the order of a visit.
-        epoch: The pass.
+    `shards` and `repeats` are the number of each video's shard and of its clips. `by_shard` keeps the clips of a shard
+    together, for reading from start to end; else they are mixed as a whole.
     """
-    total, rows = sum(sizes), []
-    for number, (size, share) in enumerate(zip(sizes, shares_by_weight(total, weights), strict=True)):
-        begin, end = epoch * share, (epoch + 1) * share
-        visits = range(begin // size, -(-end // size))
-        whole = np.concatenate([visit * total + order(number, visit) for visit in visits])
-        rows.append(whole[begin - visits.start * size : end - visits.start * size])
-    return rows
-
-
-def interleave(rows: Sequence[np.ndarray], shard_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Merges rows of clips evenly, without splitting what one of them reads from a shard at a time."""
-    middles = []
-    for row in rows:
-        edges = np.array([*_edges(shard_of(row)), len(row)])
-        middles.append(np.repeat((edges[:-1] + edges[1:]) / (2 * max(len(row), 1)), np.diff(edges)))
-    return np.concatenate(rows)[np.argsort(np.concatenate(middles), kind="stable")]
-
-
-def rotated(row: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Begins a row elsewhere in each pass, so that it is not always the same clips that are left over at its end."""
-    return np.roll(row, -(int.from_bytes(_digest(seed, epoch, "rotation")[:8], "little") % max(len(row), 1)))
+    clips = np.arange(len(shards) * repeats.max(initial=0))
+    clips = clips[clips // len(shards) < repeats[clips % len(shards)]]
+    if not by_shard:
+        return clips[permutation(len(clips), seed, epoch)]
+    videos = clips % len(shards)
+    places = np.argsort(permutation(int(shards[-1]) + 1, seed, epoch))
+    row = clips[np.lexsort((videos, places[shards[videos]]))]
+    # Begins elsewhere in each pass, so that it is not always the same clips that are left over at its end.
+    return np.roll(row, -(int.from_bytes(_digest(seed, epoch, "rotation")[:8], "little") % len(row)))
 
 
 def rank_part(
@@ -106,30 +77,19 @@ def rank_part(
     return order[np.minimum(places, count - 1)] + count * (places >= count)
 
 
-def worker_part(
-    part: np.ndarray, worker: int, workers: int, batch_size: int, shards: np.ndarray, start: int = 0
-) -> np.ndarray:
+def worker_part(part: np.ndarray, worker: int, workers: int, batch_size: int, start: int = 0) -> np.ndarray:
     """Returns one worker's piece of its rank's part, so that it opens as few shards as possible.
 
-    A loader asks its workers in turn, so they differ by one batch at most, the longer ones first. Where a resumed run
-    has had `start` batches, each worker goes on at the start of the shard that it was in, with as many clips as it had
-    left; `shards` are those of the clips.
+    A loader asks its workers in turn, so they differ by one batch at most, the longer ones first. The first `start`
+    batches, which a resumed run has had, are left out.
     """
 
     def share(batches: int) -> int:
         return batches // workers + (worker < batches % workers)
 
     batches = -(-len(part) // batch_size)
-    begin = (worker * (batches // workers) + min(worker, batches % workers)) * batch_size
-    end = min(begin + share(batches) * batch_size, len(part))
-    reached = min(begin + share(start) * batch_size, end)
-    back = max((edge for edge in _edges(shards) if begin <= edge <= reached), default=begin) if start else begin
-    return part[back : back + end - reached]
-
-
-def _edges(shards: np.ndarray) -> list[int]:
-    """Places where another shard begins, the first included."""
-    return [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()] if len(shards) else []
+    begin = worker * (batches // workers) + min(worker, batches % workers)
+    return part[(begin + share(start)) * batch_size : (begin + share(batches)) * batch_size]
 
 
 def _digest(seed: int, epoch: int, text: str) -> bytes:

@@ -12,13 +12,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_allowed
-from ssync_pl.data.index import SampleEntry, ShardEntry, header_fits, is_utf8, read_index, scan_shard, write_index
+from ssync_pl.data.index import SampleEntry, ShardEntry, extend_index, header_fits, scan_shard
 from ssync_pl.data.samples import Members
 from ssync_pl.errors import require, require_shard
 
@@ -109,10 +108,8 @@ class ShardWriter:
         require(samples_per_shard >= 1, "argument `samples_per_shard` to be at least 1", samples_per_shard)
         plain = bool(prefix) and not any(character in prefix for character in "/\\{}*?[]")
         require(plain, "argument `prefix` to be a plain file name part", repr(prefix))
-        self.directory = Path(directory)
-        self.prefix = prefix
-        self.samples_per_shard = samples_per_shard
-        self.recipe = dict(recipe or {})
+        self.directory, self.prefix = Path(directory), prefix
+        self.samples_per_shard, self.recipe = samples_per_shard, dict(recipe or {})
         self.directory.mkdir(parents=True, exist_ok=True)
         existing = [path.name for path in sorted(self.directory.glob(f"{prefix}-*.tar"))]
         expected = f"no shards `{prefix}-*.tar` in {self.directory}"
@@ -120,10 +117,8 @@ class ShardWriter:
         require_shard(not existing, expected, got, advice="Delete them, or take another prefix.")
         self._keys: set[str] = set()
         self._entries: list[ShardEntry] = []
+        self._file: Any = None  # the unfinished shard, under its temporary name
         self._tar: Any = None
-        self._file: Any = None
-        self._temporary = Path()
-        self._in_shard = 0
         self._closed = False
 
     def write(self, key: str, members: Mapping[str, Any]) -> None:
@@ -138,72 +133,60 @@ class ShardWriter:
         Raises:
             ShardError: The key is taken or unusable, a member is refused, or the writer is closed.
         """
+        from webdataset import TarWriter
+
         require_shard(not self._closed, "an open writer", f"the closed writer of `{self.prefix}`")
         plain = bool(key) and not any(character in key for character in "./\\")
-        plain = plain and not key.startswith("__") and is_utf8(key)
+        plain = plain and not key.startswith("__") and key.encode("utf-8", "replace").decode() == key
         require_shard(plain, "argument `key` to be a name without dots and slashes", repr(key))
         require_shard(key not in self._keys, "each key once", f"{key!r} twice for prefix `{self.prefix}`")
         require_shard(bool(members), "argument `members` to hold at least one member", f"none for key {key!r}")
         # Everything is encoded before the first byte is written, so that a refused member leaves no half sample.
         encoded = {name: encode_member(name, value, f"key {key}") for name, value in members.items()}
-        self._open().write({"__key__": key, **encoded})
+        if self._file is None:
+            self._file = (self.directory / f".{self._name()}.{os.getpid()}.tmp").open("wb")
+            # Members are bytes already; a fixed time and no names make equal samples equal files.
+            self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
+        self._tar.write({"__key__": key, **encoded})
         self._keys.add(key)
-        self._in_shard += 1
-        if self._in_shard == self.samples_per_shard:
+        if len(self._keys) % self.samples_per_shard == 0:
             self._finish_shard()
 
     def close(self) -> None:
         """Completes the last shard and writes the index; a second call does nothing."""
-        if self._closed:
-            return
-        self._finish_shard()
-        self._closed = True
-        before = read_index(self.directory)
-        known = before.shards if before else {}
-        kept = {name: entry for name, entry in known.items() if (self.directory / name).exists()}
-        kept.update((entry.name, entry) for entry in self._entries)
-        write_index(self.directory, kept.values(), {**(before.recipe if before else {}), **self.recipe})
+        if not self._closed:
+            self._finish_shard()
+            self._closed = True
+            extend_index(self.directory, self._entries, self.recipe)
 
     def abort(self) -> None:
         """Removes the unfinished shard and closes without writing an index; finished shards stay."""
         self._closed = True
-        if self._tar is not None:
+        if self._file is not None:
             with contextlib.suppress(OSError), self._file:  # a full disk refuses the end of the tar as well
                 self._tar.close()
-            self._temporary.unlink(missing_ok=True)
-        self._tar = None
+            Path(self._file.name).unlink(missing_ok=True)
+        self._file = None
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.close()
         else:
             self.abort()
 
-    def _open(self) -> Any:
-        from webdataset import TarWriter
-
-        if self._tar is None:
-            name = f"{self.prefix}-{len(self._entries):06d}.tar"
-            self._temporary = self.directory / f".{name}.{os.getpid()}.tmp"
-            # Members are bytes already; a fixed time and no names make equal samples equal files.
-            self._file = self._temporary.open("wb")
-            self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
-        return self._tar
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self._entries):06d}.tar"
 
     def _finish_shard(self) -> None:
-        if self._tar is None:
-            return
-        with self._file:
-            self._tar.close()
-        final = self.directory / f"{self.prefix}-{len(self._entries):06d}.tar"
-        os.replace(self._temporary, final)
-        self._tar, self._in_shard = None, 0
-        self._entries.append(scan_shard(final))
+        if self._file is not None:
+            with self._file:
+                self._tar.close()
+            os.replace(self._file.name, self.directory / self._name())
+            self._file = None
+            self._entries.append(scan_shard(self.directory / self._name()))
 
 
 def encode_member(member: str, value: Any, where: str = "") -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,30 +20,27 @@ from ssync_pl.data.dataset import BAD_SAMPLES, ShardBatches, ShardSource, collat
 from ssync_pl.data.patterns import masked_url, shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, SampleRules
-from ssync_pl.data.sampling import interleave, permutation, rotated, worker_part
+from ssync_pl.data.sampling import permutation, worker_part
 from ssync_pl.errors import ShardError, require_shard
 
 _logger = logging.getLogger(__name__)
 
 
 class _Clip(NamedTuple):
-    """A clip to be cut: its shard, key and members, what its draws hang on, and whether it counts."""
+    """A clip to be cut: where it is from, how it is cut, and whether it counts."""
 
-    url: str
-    key: str
-    members: Members
-    visit: int
-    repeat: int
-    real: bool
+    where: str
+    cut: Callable[[], dict[str, Any]]
+    real: bool = True
 
 
 class ShardStream(ShardBatches):
     """Batches of shards that are read from start to end, each by one worker of one rank.
 
-    A resumed pass goes on at the start of the shard that each worker was in.
+    A resumed pass goes on with as many clips as were left, but the shuffle buffers are lost.
     """
 
-    together = True
+    by_shard = True
 
     def __init__(self, source: ShardSource, rules: SampleRules, shuffle_buffer: int = 64, **options: Any) -> None:
         super().__init__(source, rules, **options)
@@ -57,8 +54,8 @@ class ShardStream(ShardBatches):
         require_shard(self.world == 1 or self.clips is not None, expected, got, advice=advice)
         if start:
             _logger.warning(
-                "Going on in the middle of pass %d of a stream: each worker starts again at the shard that it was in, "
-                "so in the rest of this pass some clips come twice and others not at all. The next pass is exact.",
+                "Going on in the middle of pass %d of a stream, whose shuffle buffers are lost: in the rest of this "
+                "pass some clips come twice and others not at all. The next pass is exact.",
                 epoch,
             )
         super().set_pass(epoch, start)
@@ -66,14 +63,10 @@ class ShardStream(ShardBatches):
     def emit(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         """Emits the batches of one of several workers; pass and start are those of this moment."""
         epoch, start = self._state.tolist()
-        if self.clips is None:
-            clips: Any = partial(self._read_all, epoch, worker, workers)
-        else:
+        stages: list[Any] = [partial(self._read_all, epoch, worker, workers), self._cut]
+        if self.clips is not None:
             part = self.part(epoch)
-            clips = partial(
-                self._read, worker_part(part, worker, workers, self.batch_size, self._shards_of(part), start)
-            )
-        stages = [clips, self._cut]
+            stages[0] = partial(self._read, worker_part(part, worker, workers, self.batch_size, start))
         if self.shuffle_buffer > 1:
             mixer = random.Random(f"{self.rules.seed}/{epoch}/{start}/{self.rank}/{worker}")
             stages.append(shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=mixer))
@@ -81,38 +74,28 @@ class ShardStream(ShardBatches):
         stages.append(batched(self.batch_size, collation_fn=whole, partial=not self.rules.training))
         return iter(DataPipeline(*stages))
 
-    def _shards_of(self, clips: np.ndarray) -> np.ndarray:
-        return np.array([number for number, _ in self.samples])[clips % len(self.samples)]
-
-    def _shuffled(self, chunks: list[np.ndarray], seed: int, visit: int) -> np.ndarray:
-        row = np.concatenate([chunks[number] for number in permutation(len(chunks), seed, visit)])
-        rest = not self.source.weights and len(row) % (self.world * self.batch_size) > 0
-        return rotated(row, seed, visit) if rest else row
-
-    def _blended(self, rows: list[np.ndarray], epoch: int) -> np.ndarray:
-        return interleave(rows, self._shards_of)
-
     def _read(self, clips: np.ndarray) -> Iterator[_Clip]:
         """Opens the shards of these clips one after the other, and reads each as far as it is needed."""
-        shards, videos = self._shards_of(clips), clips % max(len(self.samples), 1)
+        videos = clips % max(len(self.samples), 1)
+        shards = self._shards[videos]
         breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(videos) < 0)) + 1
-        firsts = np.cumsum([0, *(len(entry.samples) for entry in self.source.entries or ())]).tolist()
         for run in np.split(clips, breaks) if len(clips) else ():
-            wanted, shard = run.tolist(), int(self._shards_of(run[:1])[0])
-            url, video, end = self.source.shards[shard], firsts[shard], firsts[shard + 1]
+            wanted, shard = run.tolist(), int(self._shards[run[0] % len(self.samples)])
+            first, end = np.searchsorted(self._shards, (shard, shard + 1)).tolist()
+            url, video = self.source.shards[shard], first
             expected = f"{masked_url(url)} to hold the samples that its index names"
             advice = "The shard and its index do not belong together, or the shard is cut off: upload both again."
             with contextlib.closing(stream_shard(url, self.max_bytes)) as stream:
-                for video, (key, members) in enumerate(stream, firsts[shard]):
+                for video, (key, members) in enumerate(stream, first):
                     named = video < end and self.samples[video][1].key == key
                     require_shard(named, expected, f"a sample with key {key} at place {video}", advice=advice)
                     while wanted and wanted[0] % len(self.samples) == video:
                         visit, repeat, _, real = self.place(wanted.pop(0))
-                        yield _Clip(url, key, members, visit, repeat, real)
+                        yield self._clip(url, key, members, visit, repeat, real)
                     # A shard that is wanted to its last sample is read to its end: only that says if it was whole.
                     if not wanted and video + 1 < end:
                         break
-            require_shard(not wanted, expected, f"an end after {video + 1 - firsts[shard]}", advice=advice)
+            require_shard(not wanted, expected, f"an end after {video + 1 - first}", advice=advice)
 
     def _read_all(self, epoch: int, worker: int = 0, workers: int = 1) -> Iterator[_Clip]:
         """Reads every `workers`-th shard to its end."""
@@ -121,28 +104,26 @@ class ShardStream(ShardBatches):
         for url in (self.source.shards[number] for number in order[worker::workers]):
             with contextlib.closing(stream_shard(url, self.max_bytes)) as stream:
                 for key, members in stream:
-                    for repeat in range(self.repeats):
-                        yield _Clip(url, key, members, epoch, repeat, True)
+                    yield from (self._clip(url, key, members, epoch, repeat) for repeat in range(self.clips_per_video))
+
+    def _clip(self, url: str, key: str, members: Members, visit: int, repeat: int, real: bool = True) -> _Clip:
+        return _Clip(members.where, partial(self.cut, members, shard_name(url), key, visit, repeat), real)
 
     def _cut(self, clips: Iterator[_Clip]) -> Iterator[dict[str, Any]]:
         """Cuts clips; the last good one, or the first of all shards, stands in for one that cannot be read."""
         good: dict[str, Any] | None = None
-        for clip in clips:
-            real, bad = clip.real, []
+        for where, cut, real in clips:
             try:
-                good = self._cut_clip(clip)
+                good = cut()
+                yield {**good, "real": real, BAD_SAMPLES: []}
             except ShardError as error:
                 if not self.skip_bad:
                     raise
-                real, bad = False, [(clip.members.where, str(error))] if clip.real else []
                 good = self._first_readable(str(error)) if good is None else good
-            yield {**good, "real": real, BAD_SAMPLES: bad}
-
-    def _cut_clip(self, clip: _Clip) -> dict[str, Any]:
-        return self.cut(clip.members, shard_name(clip.url), clip.key, clip.visit, clip.repeat)
+                yield {**good, "real": False, BAD_SAMPLES: [(where, str(error))] if real else []}
 
     def _first_readable(self, message: str) -> dict[str, Any]:
-        for clip in self._read_all(self.epoch):
+        for clip in self._read_all(int(self._state[0])):
             with contextlib.suppress(ShardError):
-                return self._cut_clip(clip)
+                return clip.cut()
         raise ShardError(f"Expected at least one readable sample, but all failed; one of them: {message}")

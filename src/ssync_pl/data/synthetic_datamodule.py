@@ -10,7 +10,7 @@ from typing import Any
 
 from ssync_pl.data import synthetic
 from ssync_pl.data.datamodule import ShardDataModule
-from ssync_pl.data.patterns import find_shards
+from ssync_pl.data.patterns import expand_shards
 from ssync_pl.errors import require
 
 
@@ -54,14 +54,12 @@ class SyntheticDataModule(ShardDataModule):
         cache_components: int | None = None,
         **loader: Any,
     ) -> None:
-        self.root = root
-        self.splits = {"train": num_train, "validation": num_validation}
-        self.data_seed = data_seed
-        self.generate_workers = generate_workers
         # Settings are checked here, before anything is rendered.
-        changes = {"resolution": resolution, "frames": frames, **(scene or {})}
-        self.config = synthetic.preset(preset, **changes)
-        self.folder = synthetic.dataset_folder(root, self.config, self.splits, data_seed)
+        self.config = synthetic.preset(preset, **{"resolution": resolution, "frames": frames, **(scene or {})})
+        splits = {"train": num_train, "validation": num_validation}
+        self._recipe = (root, self.config, splits, data_seed)
+        self.generate_workers = generate_workers
+        folder = synthetic.dataset_folder(*self._recipe)
         self._cache = (cache_backbone, cache_layer, cache_components)
         alone = cache_backbone is None and (cache_layer is not None or cache_components is not None)
         expected = "`cache_layer` and `cache_components` beside `cache_backbone` only"
@@ -74,51 +72,39 @@ class SyntheticDataModule(ShardDataModule):
             settings = [*self._cache, *(loader.get(name) for name in ("image_size", "resize_mode", "crop"))]
             settings.append(loader.get("flip_probability", 0.5) > 0)
             digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
-            loader["features"] = str(self.folder.with_name(f"{self.folder.name}-{cache_backbone}-{digest}"))
-        super().__init__(train=None, validation=None, test=None, predict=None, **loader)
+            loader["features"] = str(folder.with_name(f"{folder.name}-{cache_backbone}-{digest}"))
+        train, validation = (str(folder / f"{self.config.name}-{split}-*.tar") for split in splits)
+        super().__init__(train=train, validation=validation, test=validation, predict=validation, **loader)
         for split, rules in self._rules.items():
             self._rules[split] = replace(rules, max_objects=rules.max_objects or self.config.max_objects)
 
     def prepare_data(self) -> None:
-        """Renders the videos unless they are there; Lightning calls this on one process per machine."""
-        self._generate()
-        self._store_features()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Opens the sets of a stage."""
-        self._generate()
-        for split in self.patterns:
-            self.patterns[split] = self._pattern("train" if split == "train" else "validation")
-        super().setup(stage)
-
-    def _generate(self) -> None:
-        synthetic.generate(self.root, self.config, self.splits, self.data_seed, self.generate_workers)
-
-    def _pattern(self, part: str) -> str:
-        return str(self.folder / f"{self.config.name}-{part}-*.tar")
-
-    def _store_features(self) -> None:
+        """Renders the videos and stores their features unless they are there, once per machine."""
+        synthetic.generate(*self._recipe, self.generate_workers)
         name, layer, components = self._cache
         if name is None or self.features is None:
             return
-        parts = [find_shards(self._pattern(part), part)[0] for part in ("train", "validation")]
+        parts = [expand_shards(str(self.patterns[split])) for split in ("train", "validation")]
         if all((Path(self.features) / Path(shard).name).is_file() for shards in parts for shard in shards):
             return
         # Deferred: the backbone's packages are extras.
         from ssync_pl.data.features import backbone_by_name
         from ssync_pl.data.features.cache import cache_features
 
-        backbone = backbone_by_name(name, layer)
-        size = self.transform.image_size or (self.config.resolution, self.config.resolution)
-        rules = self._rules["train"]
+        backbone, rules = backbone_by_name(name, layer), self._rules["train"]
         for shards in parts:  # training videos first: a projection is fitted to them
             cache_features(
                 shards,
                 backbone,
                 self.features,
-                image_size=size,
+                image_size=self.transform.image_size or self.config.resolution,
                 resize_mode=self.transform.resize_mode,
                 crop=rules.crop,
                 flips=rules.flip_probability > 0,
                 components=components,
             )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the sets of a stage."""
+        synthetic.generate(*self._recipe, self.generate_workers)
+        super().setup(stage)

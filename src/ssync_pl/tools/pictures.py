@@ -43,17 +43,13 @@ _REGIONS = "SSync regions\norange: boundary\nblue: interior\npink: both"
 class SSyncPictures(L.Callback):
     """Draws frames, ground truth, slots' labels and SSync's regions of the first validation videos.
 
-    Writes `<log_dir>/pictures/step-000123.png`, named by the optimizer step, on rank 0 at each validation. Loggers that
-    take images get the sheet as well. A slot has the colour of the true object that its mask covers best, so that an
-    object keeps its colour in all rows, steps and runs.
-
-    The maps come from the validation step itself: nothing is computed twice, no random number is drawn, training is
-    the same to the bit. A host or batch that cannot be drawn gives one warning and no pictures, never an error.
-    Merging and regions are drawn with the settings of the run's `SSyncCallback`, else with the published ones.
+    Writes `<log_dir>/pictures/step-000123.png`, named by the optimizer step, on rank 0 at each validation; loggers that
+    take images get it, too. A slot has the colour of the true object that it covers best, in all rows, steps and runs.
+    Merging and regions are those of the run's `SSyncCallback`, else the published ones. The maps come from the
+    validation step itself, and training is the same to the bit. What cannot be drawn gives one warning, never an error.
 
     Args:
-        adapter: where the host's two maps are: an adapter or its name, or `"auto"`: that of the run's `SSyncCallback`
-            if there is one, else the host is recognised.
+        adapter: an adapter or its name; `"auto"`: that of the run's `SSyncCallback`, else the host is recognised.
         max_videos: videos per sheet, at least 1.
         max_frames: frames per video, evenly spaced, at least 1.
 
@@ -65,9 +61,7 @@ class SSyncPictures(L.Callback):
         super().__init__()
         for name, value in (("max_videos", max_videos), ("max_frames", max_frames)):
             require(value >= 1, f"argument `{name}` to be at least 1", value)
-        self.adapter = adapter
-        self.max_videos = max_videos
-        self.max_frames = max_frames
+        self.adapter, self.max_videos, self.max_frames = adapter, max_videos, max_frames
         self.last_path: Path | None = None
         self._log_dir: str | None = None
         self._config = SSyncConfig()
@@ -85,30 +79,22 @@ class SSyncPictures(L.Callback):
         self._log_dir = trainer.log_dir  # collective, so asked on each rank
 
     @override
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._session is not None and not trainer.sanity_checking and batch_idx == dataloader_idx == 0:
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
+        _, *indices = step
+        if self._session is not None and not trainer.sanity_checking and not any(indices):
             self._session.open()
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         if self._session is None or not self._session.capture.is_open:
             return
+        _, batch, *_ = step
         with self._sparing_the_run(), torch.no_grad():
             maps = self._session.collect(batch, self._config)
             output = ssync_loss(maps, **self._config.loss_options())
             data = getattr(trainer, "datamodule", None)
             rows = _sheet_rows(batch, maps, output, data, self.max_videos, self.max_frames)
-            self._write(trainer, viz.draw_sheet(rows, title=f"step {trainer.global_step}"))
+            self._write(trainer, viz.draw_sheet(rows, f"step {trainer.global_step}"))
             self._session.close()
 
     @override
@@ -162,7 +148,7 @@ class SSyncPictures(L.Callback):
 
 def _sheet_rows(
     batch: Any, maps: SSyncMaps, output: SSyncOutput, data: Any, max_videos: int, max_frames: int
-) -> list[viz.SheetRow]:
+) -> list[tuple[str, viz.Bytes]]:
     """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
     entries: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
     video, truth, keys = _find_video(batch), entries.get("segmentations"), entries.get("__key__")
@@ -172,8 +158,10 @@ def _sheet_rows(
     chosen = valid.any(1).nonzero().flatten().tolist()[:max_videos]
     require_shape(bool(chosen), "a real video in the first validation batch", valid)
     background = 0 if truth is not None and getattr(data, "has_background", True) else None
-    labels = {field: _by_clip(getattr(output, field), video) for field in (*_LABELS, "boundary", "interior")}
-    rows: list[viz.SheetRow] = []
+    labels = {field: getattr(output, field) for field in (*_LABELS, "boundary", "interior")}
+    if labels["boundary"].shape[:2] == (valid.numel(), 1):  # the host sees each frame as a clip of its own
+        labels = {field: value.flatten(0, 1).unflatten(0, video.shape[:2]) for field, value in labels.items()}
+    rows: list[tuple[str, viz.Bytes]] = []
     for i in chosen:
         times = _times(i, video.shape[1], maps, labels["boundary"].shape[1])
         real = [place for place, time in enumerate(times) if valid[i, time]]
@@ -183,31 +171,21 @@ def _sheet_rows(
         pixels = video[i][times].float().cpu().numpy()
         frames = viz.to_uint8(pixels, getattr(data, "mean", None), getattr(data, "std", None))
         name = str(keys[i])[:24] if isinstance(keys, (list, tuple)) else str(i)
-        rows.append(viz.SheetRow(f"video {name}\nframes {', '.join(map(str, times))}", frames))
+        rows.append((f"video {name}\nframes {', '.join(map(str, times))}", frames))
         colors = np.arange(maps.shape[2])
         if truth is not None:
             objects = viz.label_masks(truth[i][times].cpu().numpy())
-            rows.append(viz.SheetRow("ground truth", viz.color_labels(objects, background=background)))
-            colors = _object_colors(objects, shown["raw_decoder_labels"], maps.shape[2])
+            rows.append(("ground truth", viz.color_labels(objects, background=background)))
+            # A slot has the number of the object that it covers, else one that no object has.
+            small, slots = viz.resize_nearest(objects, labels["boundary"].shape[-2:]), shown["raw_decoder_labels"]
+            count = max(maps.shape[2], int(objects.max()) + 1)
+            colors = match_slots(small[small >= 0], slots[small >= 0], count)[: maps.shape[2]]
         for field, title in _LABELS.items():
             if output.slot_iou is not None or field.startswith("raw"):
                 caption = f"{title}\n{len(labels[field][i].unique())} slots"
-                rows.append(viz.SheetRow(caption, viz.color_labels(colors[shown[field]], background=background)))
-        rows.append(viz.SheetRow(_REGIONS, _REGION_COLORS[shown["boundary"] + 2 * shown["interior"].astype(int)]))
+                rows.append((caption, viz.color_labels(colors[shown[field]], background=background)))
+        rows.append((_REGIONS, _REGION_COLORS[shown["boundary"] + 2 * shown["interior"].astype(int)]))
     return rows
-
-
-def _object_colors(objects: np.ndarray, slots: np.ndarray, num_slots: int) -> np.ndarray:
-    """Number of the colour of each slot: that of the object that it covers, a number without object for the others."""
-    objects = viz.resize_nearest(objects, slots.shape[-2:], channels_last=False)
-    seen = objects >= 0
-    return match_slots(objects[seen], slots[seen], max(num_slots, int(objects.max()) + 1))[:num_slots]
-
-
-def _by_clip(labels: Tensor, video: Tensor) -> Tensor:
-    """Labels `(B, T, H, W)` of a host that sees each frame as a clip of its own; those of other hosts stay."""
-    alone = labels.shape[:2] == (video.shape[0] * video.shape[1], 1)
-    return labels.flatten(0, 1).unflatten(0, video.shape[:2]) if alone else labels
 
 
 def _times(index: int, length: int, maps: SSyncMaps, seen: int) -> Sequence[int]:

@@ -1,86 +1,73 @@
-"""`ValidationSummary`: a table of the last validation beside what needs no learning."""
+"""`ValidationSummary`: a table of the last validation beside partitions without any learning, scored as a model is.
+
+A fixed grid of rectangles already reaches a fair FG-ARI, since an object mostly lies in one cell. A score means
+something only beside these rows.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from typing_extensions import override
 
-from ssync_pl.errors import ConfigError, require
-from ssync_pl.metrics.table import METRICS, metric_names
-from ssync_pl.tools.baselines import score_baselines
+from ssync_pl.errors import ConfigError, ShapeError, require, require_shape
+from ssync_pl.hosts.evaluation import frame_validity
+from ssync_pl.metrics import METRICS, SegmentationMetrics, metric_names
 from ssync_pl.tools.owned import write_owned_json
 from ssync_pl.tools.pictures import SSyncPictures
 
-__all__ = ["ValidationSummary", "format_table"]
+__all__ = ["ValidationSummary", "format_table", "grid_partition", "kmeans", "kmeans_features", "score_baselines"]
+
+_LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time and memory
 
 Rows = dict[str, dict[str, float]]
-
-_SCORED = ("this run", "untrained")
-_ORDER = (*_SCORED, "grid", "k-means RGB", "k-means features")
 
 
 class ValidationSummary(L.Callback):
     """Prints one table at the end of `fit`, `validate` or `test`, and writes it to `<log_dir>/summary.json`.
 
-    Rows: this run (the last validation), optionally the host before training, a grid of rectangles, and k-means with
-    as many parts as the host has slots, on RGB and, where the data has cached features, on these and the places of
-    the patches. A score means something only beside these: slots that settle into stripes reach a fair FG-ARI as well.
-    Below the table: where pictures and checkpoints are.
+    Rows: this run (the last validation), a grid of rectangles, and k-means with as many parts as the host has slots
+    (its hyperparameter `num_slots`; without one, no baselines), on RGB and, where the data has cached features, on
+    these and the places of the patches. A score means something only beside these: slots that settle into stripes
+    reach a fair FG-ARI as well. Below the table: where pictures and checkpoints are.
 
     Args:
-        untrained: score the whole validation set before training as well. It takes the place of Lightning's sanity
-            check, which leaves random states and training as they are; checkpoints hold the row for resumed runs.
         baselines: score the grid and k-means, which reads the validation set once more.
-        num_slots: parts of the baselines. None: the host's hyperparameter `num_slots`; without one, no baselines.
-
-    Raises:
-        ConfigError: `num_slots` is below 1.
     """
 
-    def __init__(self, untrained: bool = False, baselines: bool = True, num_slots: int | None = None) -> None:
+    def __init__(self, baselines: bool = True) -> None:
         super().__init__()
-        require(num_slots is None or num_slots >= 1, "argument `num_slots` to be at least 1", num_slots)
-        self.untrained = untrained
         self.baselines = baselines
-        self.num_slots = num_slots
         self.rows: Rows = {}
-        self._sanity_steps: int | float | None = None
         self._step = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.rows = {}
-        if stage == "fit" and self.untrained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._sanity_steps = trainer.num_sanity_val_steps
-            trainer.num_sanity_val_steps = float("inf")
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._sanity_steps is not None:
-            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._keep(trainer, "this run", "val/")
-        elif self.untrained:
-            self._keep(trainer, "untrained", "val/")
+            self._keep(trainer, "val/")
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._keep(trainer, "this run", "test/")
+        self._keep(trainer, "test/")
         self._report(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     @override
@@ -90,20 +77,11 @@ class ValidationSummary(L.Callback):
             bar.teardown(trainer, pl_module, "fit")  # its live lines would be drawn over the table
         self._report(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": {name: self.rows[name] for name in _SCORED if name in self.rows}, "step": self._step}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows.update({name: dict(scores) for name, scores in state["rows"].items() if name in _SCORED})
-        self._step = int(state["step"])
-
-    def _keep(self, trainer: L.Trainer, row: str, prefix: str) -> None:
+    def _keep(self, trainer: L.Trainer, prefix: str) -> None:
         logged = trainer.callback_metrics.items()
         scores = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
         if scores:
-            self.rows[row] = scores
+            self.rows["this run"] = scores
             self._step = trainer.global_step
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, limits: Any) -> None:
@@ -118,15 +96,17 @@ class ValidationSummary(L.Callback):
             self.rows.update(self._baselines(trainer, pl_module, loaders, limits))
         if not trainer.is_global_zero:
             return
-        rows = {name: self.rows[name] for name in _ORDER if name in self.rows}
         places = _places(trainer)
         where = "".join(f"{name + ':':<12}{place}\n" for name, place in places.items())
-        sys.stdout.write(f"\n{format_table(rows)}\n{where}")
+        sys.stdout.write(f"\n{format_table(self.rows)}\n{where}")
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            finite = {row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in rows.items()}
+            rows = {
+                row: {name: value if math.isfinite(value) else None for name, value in scores.items()}
+                for row, scores in self.rows.items()
+            }
             try:
-                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": finite, **places})
+                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": rows, **places})
             except (ConfigError, OSError) as error:
                 rank_zero_warn(f"The summary is not written: {error}")
 
@@ -136,9 +116,8 @@ class ValidationSummary(L.Callback):
         owner = pl_module if data is None else data
         metrics = {}
         try:
-            num_slots: Any = self.num_slots or getattr(pl_module.hparams, "num_slots", None)
-            advice = "Give it to the callback."
-            require(isinstance(num_slots, int), "the host to have `num_slots`", num_slots, advice=advice)
+            num_slots: Any = getattr(pl_module.hparams, "num_slots", None)
+            require(isinstance(num_slots, int), "the host to have the hyperparameter `num_slots`", num_slots)
             loader = CombinedLoader(loaders, "sequential").flattened[0]
             limit = limits[0] if limits and math.isfinite(limits[0]) else None
             flags = (bool(getattr(data, "has_background", True)), bool(getattr(data, "ignore_overlaps", False)))
@@ -160,10 +139,8 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     shown = metric_names(None, "headline", "table")
     names = [name for name in shown if any(name in scores for scores in rows.values())]
     cells = [["", *(METRICS[name].title for name in names)]]
-    cells += [
-        [row, *(f"{scores[name]:.{METRICS[name].digits}f}" if name in scores else "-" for name in names)]
-        for row, scores in rows.items()
-    ]
+    for row, scores in rows.items():
+        cells.append([row, *(f"{scores[n]:.{METRICS[n].digits}f}" if n in scores else "-" for n in names)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -172,12 +149,108 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _places(trainer: L.Trainer) -> dict[str, str]:
-    places = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SSyncPictures) and callback.last_path is not None:
-            places["pictures"] = str(callback.last_path.parent)
     kept = trainer.checkpoint_callback
     path = getattr(kept, "best_model_path", "") or getattr(kept, "last_model_path", "") or trainer.ckpt_path
-    if path:
-        places["checkpoint"] = str(path)
-    return places
+    found = {"checkpoint": str(path)} if path else {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SSyncPictures) and callback.last_path is not None:
+            found["pictures"] = str(callback.last_path.parent)
+    return found
+
+
+def score_baselines(
+    batches: Iterable[Any], num_slots: int, has_background: bool = True, ignore_overlaps: bool = False
+) -> dict[str, SegmentationMetrics]:
+    """Fills the metrics of the grid and k-means, by row of the table, with as many parts as a model has slots.
+
+    Batches hold `video` `(B, T, 3, H, W)`, `segmentations` bool `(B, T, C, H, W)` and, where there are any, cached
+    `features` `(B, T, N, D)`, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
+    """
+    metrics: dict[str, SegmentationMetrics] = {}
+    for batch in batches:
+        entries = batch if isinstance(batch, Mapping) else {}
+        true, video, features = (entries.get(name) for name in ("segmentations", "video", "features"))
+        if true is None or video is None:
+            raise ShapeError(f"Expected batches with `video` and `segmentations`, but got {sorted(entries)}.")
+        size, valid = (true.shape[-2], true.shape[-1]), frame_validity(batch)
+        scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
+        small = [max(1, round(scale * side)) for side in video.shape[-2:]]
+        pixels = F.interpolate(video.flatten(0, 1).float(), size=small, mode="area").flatten(2).transpose(1, 2)
+        colors = kmeans(pixels.unflatten(0, video.shape[:2]), num_slots, valid)
+        parts = {
+            "grid": grid_partition(num_slots, size).expand(*true.shape[:2], -1, -1),
+            "k-means RGB": colors.unflatten(2, small),
+        }
+        if features is not None:
+            rows = max(1, round(math.sqrt(features.shape[2] * size[0] / size[1])))
+            labels = kmeans_features(features, (rows, features.shape[2] // rows), num_slots, valid).float()
+            parts["k-means features"] = F.interpolate(labels, size=size, mode="nearest").long()
+        for row, labels in parts.items():
+            if row not in metrics:
+                metrics[row] = SegmentationMetrics("", has_background, ignore_overlaps).to(true.device)
+            metrics[row].update(labels.to(true.device), true, valid)
+    return metrics
+
+
+def kmeans(points: Tensor, num_clusters: int, valid: Tensor, seed: int = 0) -> Tensor:
+    """Clusters the points `(B, T, P, D)` of each video over the whole clip; int64 labels `(B, T, P)` on the CPU.
+
+    Frames that `valid` `(B, T)` marks False do not shape the clusters. The labels of a video depend on its points and
+    the seed alone: not on the other videos of the batch, nor on the number of cores.
+    """
+    from sklearn.cluster import KMeans  # takes a second to import
+    from threadpoolctl import threadpool_limits
+
+    found = torch.zeros(points.shape[:3], dtype=torch.int64)
+    with threadpool_limits(1), warnings.catch_warnings():  # threads would add up in another order each time
+        warnings.simplefilter("ignore")  # fewer colours than clusters leave clusters empty
+        for index, (video, real) in enumerate(zip(points.double().cpu(), valid.cpu(), strict=True)):
+            if real.any():  # not padding from end to end
+                seen = video[real].flatten(0, 1)
+                require_shape(len(seen) >= num_clusters, f"at least {num_clusters} points per video", (len(seen),))
+                model = KMeans(num_clusters, n_init=1, random_state=seed).fit(seen.numpy())
+                labels = torch.from_numpy(model.predict(video.flatten(0, 1).numpy()))
+                found[index] = labels.view(found.shape[1:])
+    return found
+
+
+def kmeans_features(
+    features: Tensor, grid: tuple[int, int], num_clusters: int, valid: Tensor, place_weight: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Clusters features `(B, T, N, D)` of a grid `(h, w)` beside the places of its patches; labels `(B, T, h, w)`.
+
+    Places span 1 along the longer side and count `place_weight` times the typical length of a feature vector.
+    """
+    fits = features.ndim == 4 and features.shape[2] == grid[0] * grid[1]
+    require_shape(fits, f"features (B, T, N, D) of a grid of {grid[0]} x {grid[1]}", features)
+    points = features.float()
+    axes = [torch.arange(size, device=points.device) / max(max(grid) - 1, 1) for size in grid]
+    places = place_weight * points.square().sum(-1).mean().sqrt() * torch.cartesian_prod(*axes)
+    points = torch.cat([points, places.expand(*points.shape[:2], -1, -1)], dim=-1)
+    return kmeans(points, num_clusters, valid, seed).unflatten(2, grid)
+
+
+def grid_partition(num_cells: int, size: tuple[int, int]) -> Tensor:
+    """Cuts a frame `(H, W)` into rectangles that are as close to squares as can be; int64 labels, row by row.
+
+    Rows times columns where that gives cells at most twice as long as wide (8 cells: 2 rows of 4). Otherwise rows hold
+    unequal numbers of cells, and are higher the more they hold, for cells of about one area (11 cells: 4, 4 and 3).
+    """
+    height, width = size
+
+    def elongation(rows: list[int]) -> float:
+        """Mean over the cells of |log(height / width)|, 0 for squares."""
+        return sum(n * abs(math.log(height * n * n / (num_cells * width))) for n in rows) / num_cells
+
+    counts = range(1, num_cells + 1)
+    layouts = [[num_cells // rows + (row < num_cells % rows) for row in range(rows)] for rows in counts]
+    layout = min((rows for rows in layouts if rows[0] == rows[-1]), key=elongation)
+    if elongation(layout) > math.log(2) + 1e-9:
+        layout = min(layouts, key=elongation)
+    labels, first = torch.zeros(size, dtype=torch.long), 0
+    for columns in layout:
+        top, bottom = (round(height * cells / num_cells) for cells in (first, first + columns))
+        labels[top:bottom] = first + torch.arange(width) * columns // width
+        first += columns
+    require_shape(labels.unique().numel() == num_cells, f"a frame with room for {num_cells} cells", size)
+    return labels

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import io
-import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,18 +53,16 @@ def label_masks(masks: NDArray[Any]) -> NDArray[np.int64]:
     return np.where(first < masks.shape[-3], first, -1)
 
 
-def resize_nearest(images: NDArray[Any], size: tuple[int, int], *, channels_last: bool = True) -> NDArray[Any]:
-    """Resizes `(..., H, W, C)`, or `(..., H, W)` with `channels_last=False`, so that no new colours appear."""
-    row_axis = images.ndim - (3 if channels_last else 2)
-    for axis, length in zip((row_axis, row_axis + 1), size, strict=True):
-        index = ((np.arange(length) + 0.5) * images.shape[axis] / length).astype(np.int64)
-        images = np.take(images, index, axis=axis)
-    return images
+def resize_nearest(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Resizes `(..., H, W)` by nearest pixel, so that no new values appear."""
+    sides = zip(size, labels.shape[-2:], strict=True)
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in sides)
+    return labels[..., rows[:, None], columns]
 
 
 def overlay_labels(frames: Bytes, labels: NDArray[Any]) -> Bytes:
     """Blends coloured labels `(..., h, w)` over frames `(..., H, W, 3)`; negative labels leave them as they are."""
-    labels = resize_nearest(labels, (frames.shape[-3], frames.shape[-2]), channels_last=False)
+    labels = resize_nearest(labels, (frames.shape[-3], frames.shape[-2]))
     mixed = np.rint(0.45 * frames + 0.55 * color_labels(labels)).astype(np.uint8)
     return np.where((labels < 0)[..., None], frames, mixed)
 
@@ -85,35 +82,26 @@ def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequ
     return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
-class SheetRow(NamedTuple):
-    """One row of a sheet: a caption of one or several lines, and frames `(T, H, W, 3)` of any size."""
-
-    caption: str
-    frames: Bytes
-
-
-def draw_sheet(rows: Sequence[SheetRow], *, title: str = "", columns: Sequence[str] = (), cell: int = 112) -> Bytes:
-    """Draws rows of frames with captions as one picture `(height, width, 3)`; short rows stay white at their ends.
+def draw_sheet(rows: Sequence[tuple[str, Bytes]], title: str = "", cell: int = 112) -> Bytes:
+    """Draws rows, each a caption and frames `(T, H, W, 3)`, as one picture `(height, width, 3)`.
 
     The first row sets the shape of the cells, whose longer side has `cell` pixels: smaller frames are enlarged by
-    nearest pixel, larger ones averaged. `columns` are captions of the frames, above the first row.
+    nearest pixel, larger ones averaged. Captions may have several lines; short rows stay white at their ends.
     """
-    sides, count = rows[0].frames.shape[1:3], max(len(row.frames) for row in rows)
+    sides, count = rows[0][1].shape[1:3], max(len(frames) for _, frames in rows)
     height, width = (max(1, round(cell * side / max(sides))) for side in sides)
-    captions = [_extent(row.caption) for row in rows]
-    left = _MARGIN + max(wide for wide, _ in captions) + 2 * _GAP
-    top = _MARGIN + sum(_extent(text)[1] + _GAP for text in (title, "".join(columns)) if text)
-    heights = [max(height, high) + _GAP for _, high in captions]
+    extents = [_extent(caption) for caption, _ in rows]
+    left = _MARGIN + max(wide for wide, _ in extents) + 2 * _GAP
+    top = _MARGIN + (_extent(title)[1] + _GAP if title else 0)
+    heights = [max(height, high) + _GAP for _, high in extents]
     total = max(left + count * (width + _GAP) - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
     image = Image.new("RGB", (total, top + sum(heights) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_MARGIN, _MARGIN), title, _INK, _font())
-    for index, text in enumerate(columns):
-        draw.text((left + index * (width + _GAP) + width // 2, top - _GAP), text, _INK, _font(), anchor="md")
-    for row, space in zip(rows, heights, strict=True):
+    for (caption, frames), space in zip(rows, heights, strict=True):
         middle = top + (space - _GAP) // 2
-        draw.multiline_text((_MARGIN, middle), row.caption, _INK, _font(), anchor="lm")
-        for index, frame in enumerate(row.frames):
+        draw.multiline_text((_MARGIN, middle), caption, _INK, _font(), anchor="lm")
+        for index, frame in enumerate(frames):
             larger = frame.shape[0] > height or frame.shape[1] > width
             method = Image.Resampling.BOX if larger else Image.Resampling.NEAREST
             picture = Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), method)
@@ -138,4 +126,4 @@ def _font() -> Any:
 def _extent(text: str) -> tuple[int, int]:
     """Width and height of a text of one or several lines, in pixels."""
     box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, _font())
-    return math.ceil(box[2]), math.ceil(box[3])
+    return int(np.ceil(box[2])), int(np.ceil(box[3]))

@@ -15,11 +15,12 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from ssync_pl.cli import main, run_command
-from ssync_pl.cli.data import data
+from ssync_pl.cli.commands import data
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.movi import plan_movi
 from ssync_pl.data.convert.videos import plan_davis, plan_videos
 from ssync_pl.data.convert.ytvis import draw_mask, plan_ytvis
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.errors import ConfigError, ShardError
 
 ALL = ("--splits", "train", "--holdout", 0)  # of YouTube-VIS
@@ -401,10 +402,10 @@ def test_a_file_that_was_cut_off_is_told_by_its_header(convert, root, name, code
     sets.encode_file(root / "a.mkv", sets.smooth_video(12, 32, 32))
     noise = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
     path = sets.encode_file(root / name, noise, codec, pixels, {"movflags": "faststart"})
-    assert media.inspect_video(path, name).missing is None
+    assert inspect_video(path, name).frames == 12
     path.write_bytes(path.read_bytes()[: path.stat().st_size - 5 if name == "b.gif" else path.stat().st_size * 2 // 3])
     for words in ((), ("--clip-frames", 2)):
-        with pytest.raises(ShardError, match=rf"{name} to be whole, but got a part: .*{said}"):
+        with pytest.raises(ShardError, match=rf"{name} to be a whole video, but got a part: .*{said}"):
             convert("videos", *words, out=f"out{len(words)}")
         samples = convert("videos", *words, "--on-bad-sample", "skip", out=f"out{len(words)}")["videos"]
         assert {sample["info.json"]["video"] for sample in samples} == {"a.mkv"}
@@ -415,7 +416,7 @@ def test_a_file_that_was_cut_off_is_told_by_its_header(convert, root, name, code
 def test_reading_from_the_middle_gives_the_frames_of_the_whole(tmp_path, name, options):
     small = np.random.default_rng(3).integers(0, 255, (26, 4, 6, 3), dtype=np.uint8)
     path = sets.encode_file(tmp_path / name, small.repeat(8, 1).repeat(8, 2), "libx264", "yuv420p", **options)
-    whole, facts = [*media.read_frames(path, None, None, None, name)], media.inspect_video(path, name)
+    whole, facts = [*media.read_frames(path, None, None, None, name)], inspect_video(path, name)
     assert len(whole) == facts.frames == 26
     for first in range(1, 24, 3):
         stamp = facts.stamps[first] if facts.stamps else None

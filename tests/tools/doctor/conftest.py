@@ -1,10 +1,6 @@
 """A folder with a user's module in it, of models that no adapter knows."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -56,6 +52,9 @@ class Net(nn.Module):
     def loss_function(self, batch):
         return {"recon_loss": self(batch["img"]).square().mean()}
 
+    def first_frame(self, video):
+        return self(video[:, :1]).square().mean()
+
 class Host(L.LightningModule):
     def __init__(self, automatic=True, detach=False, key="video"):
         super().__init__()
@@ -76,9 +75,14 @@ class Bare(Host):
     def training_step(self, batch, batch_idx):
         return self.net(batch).square().mean()
 
-class Skips(Host):
+class Gives(Host):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
     def training_step(self, batch):
-        return None
+        loss = self.net(batch["video"]).square()
+        return {"none": None, "vector": loss.mean((1, 2)), "terms": {"recon_loss": loss.mean()}}[self.what]
 
 class Regularized(SSyncRegularizer, Host):
     pass
@@ -91,23 +95,16 @@ class Tokens(nn.Module):
 def classifier():
     return nn.Sequential(nn.Flatten(1), nn.Linear(96, 4), nn.Softmax(1))
 
-def fails(message):
-    raise ValueError(message)
-
-def leaves():
-    raise SystemExit(3)
-
-
 model = Net()
-number = 3
 """
 
 
 @pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def user_folder(tmp_path, monkeypatch):
     (tmp_path / "user_code.py").write_text(USER_MODULE)
-    (tmp_path / "broken_code.py").write_text("raise RuntimeError('at import')\n")
+    (tmp_path / "broken_code.py").write_text("raise SystemExit('at import')\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
     yield tmp_path
     for name in ("user_code", "broken_code"):
         sys.modules.pop(name, None)

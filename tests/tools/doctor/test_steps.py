@@ -1,7 +1,8 @@
-"""Models, batches and weights as the user names them, and one training step of them."""
+"""Models and batches as the user names them, and one training step of them."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, HostError
-from ssync_pl.tools.doctor.steps import (
-    StepError,
-    build_model,
-    describe_batch,
-    in_trainer,
-    load_weights,
-    parse_batch,
-    plain_step,
-    working_folder_first,
-)
+from ssync_pl.tools.doctor.steps import StepError, build_model, describe_batch, in_trainer, parse_batch, plain_step
 
 
 @pytest.mark.parametrize(
-    ("target", "settings", "kind"),
+    ("target", "settings", "found"),
     [
         ("user_code:Net", {"slots": 5}, "Net"),
         ("user_code:classifier", {}, "Sequential"),
         ("user_code:model", {}, "Net"),
         ("torch.nn:modules.Linear", {"in_features": 1, "out_features": 2}, "Linear"),
-    ],
-)
-def test_a_class_a_function_or_a_model(user_folder: Path, target: str, settings: dict[str, Any], kind: str) -> None:
-    with working_folder_first():
-        assert type(build_model(target, settings)).__name__ == kind
-
-
-@pytest.mark.parametrize(
-    ("target", "settings", "message"),
-    [
         ("user_code", {}, "'user_code' to be a model or to build one.*Write package.module:name"),
         ("./user_code.py:Net", {}, "Write package.module:name as `import` does"),
         ("nowhere:Net", {}, "No module named 'nowhere'.*in the folder of your code"),
-        ("broken_code:Net", {}, "RuntimeError: at import"),
-        ("user_code:number", {}, "TypeError: 'int'"),
-        ("user_code:fails", {"message": "bad"}, "with message='bad' .*ValueError: bad"),
-        ("user_code:leaves", {}, "SystemExit: 3"),
-        ("user_code:Net", {"slot": 3}, "TypeError: .*slot.*--init name=value"),
+        ("broken_code:Net", {}, "SystemExit: at import"),
+        ("user_code:Net", {"slot": 3}, "with slot=3 .*TypeError: .*slot.*--init name=value"),
         ("user_code:model", {"slots": 3}, "TypeError"),
         ("builtins:dict", {}, "gives dict and no torch.nn.Module"),
     ],
 )
-def test_models_that_cannot_be_built(user_folder: Path, target: str, settings: dict, message: str) -> None:
-    with working_folder_first(), pytest.raises(ConfigError, match=message):
-        build_model(target, settings)
+def test_models(user_folder: Path, target: str, settings: dict[str, Any], found: str) -> None:
+    try:
+        told = type(build_model(target, settings)).__name__
+    except ConfigError as error:
+        told = str(error)
+    assert re.search(found, told)
+    assert told.startswith("Expected") == (found not in ("Net", "Sequential", "Linear"))
 
 
 @pytest.mark.parametrize(
@@ -72,42 +55,16 @@ def test_batches(words: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "")),
+        *(([word], "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "", "\u00b2,3")),
         (["img=2,3", "4"], "one name per shape or without names"),
         (["a=2,3", "a=2"], "one name per shape"),
         (["100000000,2,3,224,224,1000"], "to fit into memory"),
-        (["99999999999999999999999,2"], "to fit into memory"),
+        (["9" * 5000], "to fit into memory"),
     ],
 )
 def test_shapes_that_are_none(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_batch(words)
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, ("never",)
-
-
-def test_weights_are_read_and_nothing_in_them_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(nn.Linear(2, 2).state_dict(), "plain.pt")
-    torch.save({"state_dict": {}, "more": _Bomb()}, "bomb.pt")
-    with pytest.raises(ConfigError, match="plain values only"):
-        load_weights(nn.Linear(2, 2), Path("bomb.pt"))
-    with pytest.raises(ConfigError, match=r"weights of Linear.*size mismatch"):
-        load_weights(nn.Linear(2, 3), Path("plain.pt"))
-    assert not Path("never").exists()
-
-
-class Gives(nn.Module):
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.make = make
-
-    def forward(self, *batch: Tensor) -> Any:
-        return self.make(self.weight, *batch)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +77,11 @@ class Gives(nn.Module):
         (lambda w, *x: {"masks": [w, 2 * w], "input": x}, 5.0),
     ],
 )
+@pytest.mark.filterwarnings("ignore:No loss came back")
 def test_the_loss_of_a_plain_model(make: Any, loss: float) -> None:
-    assert float(plain_step(Gives(make), (torch.ones(2), 2 * torch.ones(2)))().detach()) == loss
+    host = nn.Linear(2, 2)
+    host.call = lambda *batch: make(torch.ones(2, requires_grad=True), *batch)
+    assert float(plain_step(host, (torch.ones(2), 2 * torch.ones(2)), "call")().detach()) == loss
 
 
 class Small(L.LightningModule):

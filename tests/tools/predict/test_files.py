@@ -1,12 +1,10 @@
 """Files of one video: tracks against a loop over pixels, label pictures, pieces against the whole."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from ssync_pl.tools.predict.files import VideoFiles, encode_label_png, slot_tracks
+from ssync_pl.tools.predict.files import VideoFiles, save_labels, slot_tracks
 from ssync_pl.tools.viz import color_labels
 
 
@@ -35,9 +33,10 @@ def test_tracks_equal_a_loop_over_slots(seed):
         assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(wanted[1:], abs=0.006)
 
 
-def test_label_pictures_hold_slots_in_the_colours_of_the_overlay():
+def test_label_pictures_hold_slots_in_the_colours_of_the_overlay(tmp_path):
     labels = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    with Image.open(io.BytesIO(encode_label_png(labels))) as picture:
+    save_labels(tmp_path / "a.png", labels)
+    with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "P"
         assert np.array_equal(np.asarray(picture), labels)
         assert np.array_equal(np.asarray(picture.convert("RGB")), color_labels(labels.astype(int)))

@@ -11,17 +11,20 @@ from ssync_pl.errors import require
 
 __all__ = ["PRESETS", "SceneConfig", "preset"]
 
-_NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "resolution": (int, 8, 1024),
-    "frames": (int, 1, 1000),
-    "fps": (float, 1, 240),
-    "min_objects": (int, 1, 64),
-    "max_objects": (int, 1, 64),
-    "zoom": (float, 0.5, 10),
-    "antialias": (int, 1, 4),
-    "spawn_extent": (float, 0.1, 10),
+_RANGES: dict[str, tuple[float, float]] = {
+    "resolution": (8, 1024),
+    "frames": (1, 1000),
+    "fps": (1, 240),
+    "min_objects": (1, 64),
+    "max_objects": (1, 64),
+    "zoom": (0.5, 10),
+    "antialias": (1, 4),
+    "spawn_extent": (0.1, 10),
+    "object_sizes": (0.1, 4),
+    "spawn_height": (0, 5),
+    "camera_shell": (3, 14),
+    "camera_elevation": (5, 80),
 }
-_LISTS = {"object_sizes": (0.1, 4), "spawn_height": (0, 5), "camera_shell": (3, 14), "camera_elevation": (5, 80)}
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,17 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         # one spelling only, or equal settings would hash apart: YAML gives lists, and ints where floats are meant
-        for name, (kind, low, high) in _NUMBERS.items():
-            object.__setattr__(self, name, number(name, getattr(self, name), kind, low, high))
-        for name, (low, high) in _LISTS.items():
-            value = getattr(self, name)
-            if value is None and name == "camera_shell":
-                continue
-            require(
-                isinstance(value, (list, tuple)) and len(value) > 0, f"`{name}` to be a list of numbers", repr(value)
-            )
-            values = tuple(number(name, item, float, low, high) for item in value)
-            ordered = name == "object_sizes" or (len(values) == 2 and values[0] <= values[1])
-            require(ordered, f"`{name}` to be (lowest, highest)", repr(value))
-            object.__setattr__(self, name, values)
+        for name, ends in _RANGES.items():
+            value, default = getattr(self, name), getattr(SceneConfig, name)
+            if isinstance(default, (int, float)):
+                value = number(name, value, type(default), *ends)
+            elif value is not None or default is not None:
+                known = isinstance(value, (list, tuple)) and len(value) > 0
+                require(known, f"`{name}` to be a list of numbers", repr(value))
+                value = tuple(number(name, item, float, *ends) for item in value)
+                ordered = name == "object_sizes" or (len(value) == 2 and value[0] <= value[1])
+                require(ordered, f"`{name}` to be (lowest, highest)", value)
+            object.__setattr__(self, name, value)
         plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
         require(bool(plain), "`name` to be ASCII letters, digits, `_` and `-`, for files", repr(self.name))
         require(isinstance(self.textured, bool), "`textured` to be true or false", repr(self.textured))
@@ -111,18 +112,10 @@ def preset(name: str, /, **changes: Any) -> SceneConfig:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
+_LARGER: dict[str, Any] = {"object_sizes": (1.0, 1.6), "zoom": 1.25, "spawn_extent": 3.0, "spawn_height": (1.0, 3.0)}
 PRESETS: dict[str, SceneConfig] = {
     "a": SceneConfig(),
-    "a_zoom": SceneConfig(
-        name="a_zoom",
-        resolution=64,
-        frames=12,
-        max_objects=7,
-        object_sizes=(1.0, 1.6),
-        zoom=1.25,
-        spawn_extent=3.0,
-        spawn_height=(1.0, 3.0),
-    ),
+    "a_zoom": SceneConfig(name="a_zoom", resolution=64, frames=12, max_objects=7, **_LARGER),
     "c": SceneConfig(name="c", textured=True),
 }
 """Settings by name.

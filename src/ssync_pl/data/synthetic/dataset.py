@@ -22,16 +22,11 @@ from ssync_pl.data.synthetic.render import render_video
 from ssync_pl.data.synthetic.scene import sample_scene
 from ssync_pl.errors import ShardError
 
-_GENERATOR_VERSION = 1  # raised whenever the same settings would give other pixels
-# Settings that are fixed by now: sets that were made while they could be chosen keep their folders.
-_FIXED = {"camera_motion": "static", "camera_travel": 0.0, "max_speed": 4.0}
-
 
 def dataset_folder(root: str | os.PathLike[str], config: SceneConfig, splits: Mapping[str, int], seed: int = 0) -> Path:
     """Returns the folder that `generate` fills for the same arguments: ``<root>/<name>-<hash of all the rest>``."""
-    recipe = _recipe(config, splits, seed)
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(root) / f"{config.name}-{digest}"
+    recipe = json.dumps(_recipe(config, splits, seed), sort_keys=True)
+    return Path(root) / f"{config.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def generate(
@@ -51,8 +46,7 @@ def generate(
         config: Settings of the scenes.
         splits: Split name → number of videos; splits never share videos.
         seed: Seed of the data set, at least 0.
-        num_workers: Processes that render; 0 renders in this one. None: one per CPU, but none for a handful of videos.
-            The result does not depend on it.
+        num_workers: Processes that render; 0 renders in this one, None has one per CPU. Results do not depend on it.
 
     Returns:
         The folder; its ``index.json`` holds the recipe.
@@ -83,20 +77,20 @@ def generate(
 
 
 def _recipe(config: SceneConfig, splits: Mapping[str, int], seed: int) -> dict[str, Any]:
+    """All that decides the bytes of a set; sets of earlier versions, which had more settings, keep their folders."""
     seed = number("seed", seed, int, 0, 2**63)
-    counts = {split: number(f"splits[{split!r}]", count, int, 1, 999_999) for split, count in splits.items()}
     sources = {split: np.random.SeedSequence(seed, spawn_key=tuple(split.encode())) for split in splits}
-    settings = {**_FIXED, **asdict(config)}
+    settings = {"camera_motion": "static", "camera_travel": 0.0, "max_speed": 4.0, **asdict(config)}
     for name in ("camera_shell", "camera_elevation"):  # they came after the first sets were made
         if getattr(config, name) == getattr(SceneConfig, name):
             del settings[name]
     recipe = {
         "generator": "ssync_pl.data.synthetic",
-        "generator_version": _GENERATOR_VERSION,
+        "generator_version": 1,  # raised whenever the same settings would give other pixels
         "config": settings,
         "seed": seed,
         "split_seeds": {split: int(source.generate_state(1, np.uint64)[0]) for split, source in sources.items()},
-        "splits": counts,
+        "splits": {split: number(f"splits[{split!r}]", count, int, 1, 999_999) for split, count in splits.items()},
         "samples_per_shard": 32,
     }
     return dict(json.loads(json.dumps(recipe)))

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ssync_pl.data.synthetic.config import SceneConfig
-from ssync_pl.data.synthetic.scene import Scene, Solid, sample_scene
-from ssync_pl.data.synthetic.shapes import Array, intersect, normal
+from ssync_pl.data.synthetic.scene import CUBE, SPHERE, Array, Scene, Solid, sample_scene
 
 _TAN = 32.0 / 2.0 / 35.0  # of half the angle of view: sensor and focal length of MOVi
 _NEAR = 0.05
@@ -48,7 +47,7 @@ def render_video(config: SceneConfig, seed: int, index: int) -> dict[str, Array]
     """
     scene = sample_scene(config, seed, index)
     stage, centres = _Stage(scene, config), _Camera(scene.camera, config, 1)
-    video = np.stack([_develop(stage.shade(solids)) for solids in scene.frames])
+    video = np.stack([stage.picture(solids) for solids in scene.frames])
     ids = np.stack([centres.cast(solids)[1][:, 0, :, 0] for solids in scene.frames])
     count = len(scene.frames[0])
     # a stable sort, so that ties (objects never seen) have one answer
@@ -76,8 +75,9 @@ class _Camera:
         u, v = self.slopes[box[1]], -self.slopes[box[0]][:, :, None, None]
         return [upward * v + (forward + right * u) for right, upward, forward in basis.T.tolist()]
 
-    def box(self, right: Array, up: Array, forward: Array) -> _Box:
-        """Returns a box that holds the picture of all between some points, which are in the camera's frame."""
+    def box(self, corners: Array) -> _Box:
+        """Returns a box that holds the picture of all between some points ``(3, P)``."""
+        right, up, forward = self.basis @ (corners - self.place[:, None])
         if (forward < _NEAR).any():
             return (slice(0, self.size if (forward > 0.0).any() else 0),) * 2
         places = ((np.stack([-up, right]) / forward / self.half_width + 1.0) * 0.5 * self.size).tolist()
@@ -86,24 +86,17 @@ class _Camera:
         rows, columns = (slice(max(0, low), max(0, min(self.size, high))) for low, high in ends)
         return rows, columns
 
-    def floor_box(self, middle: Array, long: Array, wide: Array) -> _Box:
-        """Returns a box that holds the picture of a parallelogram."""
-        corners = np.stack([middle + i * long + j * wide for i in (-1, 1) for j in (-1, 1)])
-        return self.box(*(self.basis @ (corners - self.place).T))
-
     def cast(self, solids: list[Solid]) -> tuple[Array, Array, list[tuple[_Box, list[Array]]]]:
         """Returns the depth and the object (1-based, 0 for none) of every ray, and each object's box and rays in it."""
         depth = np.full(self.slopes.shape * 2, np.inf, np.float32)
         hits = np.zeros(depth.shape, np.uint8)
         views = []
         for k, solid in enumerate(solids, start=1):
-            # the bounding sphere lies in a cube that is in line with the camera
-            middle = self.basis @ (solid.centre - self.place)
-            rows, columns = box = self.box(*(middle[:, None] + solid.bound * _CORNERS))
+            rows, columns = box = self.box(solid.centre[:, None] + solid.bound * _CORNERS)
             rays = self.rays(box, solid.rotation)
             views.append((box, rays))
             origin = ((self.place - solid.centre) @ solid.rotation).tolist()
-            entry = intersect(solid.shape, origin, rays, solid.half)
+            entry = _intersect(solid, origin, rays)
             nearer = entry < depth[rows, :, columns]
             depth[rows, :, columns][nearer] = entry[nearer]
             hits[rows, :, columns][nearer] = k
@@ -124,43 +117,39 @@ class _Stage:
         spread = self.key[:, None, None] + moves[:, :, ::-1]
         # a direction to the main light for each ray of a pixel: averaging the pixel gives soft shadows
         self.spread = (spread / np.sqrt((spread * spread).sum(0))).astype(np.float32)
-        self._paint()
-
-    def _paint(self) -> None:
-        """Paints the floor, and the wall or sky behind it."""
+        # the floor, and the wall or sky behind it
         ox, oy, oz = self.camera.place.tolist()
         dx, dy, dz = self.camera.rays((slice(None), slice(None)))
         floor = dz < -1e-4
         distance = np.where(floor, -oz / np.where(floor, dz, np.float32(-1.0)), np.float32(1e4))
-        if self.scene.ground is not None:
+        if scene.ground is not None:
             a, b = dx * dx + dy * dy, ox * dx + oy * dy
             to_wall = (np.sqrt(b * b - a * (ox * ox + oy * oy - _WALL**2)) - b) / a
             floor = floor & (distance < to_wall)
             distance = np.where(floor, distance, to_wall)
         x, y, z = ox + distance * dx, oy + distance * dy, oz + distance * dz
-        reach = x * x + y * y
+        self.x, self.y, self.floor, reach = x, y, floor, x * x + y * y
         # lamps near the middle: brightness falls off towards the edges of the stage
         pool = 0.45 + 0.55 / (1.0 + reach * np.float32(1.0 / 110.0))
-        ambient_light = (_AMBIENT + float((_FILL * self.scene.fills[:, 2]).sum())) * pool
+        ambient_light = (_AMBIENT + float((_FILL * scene.fills[:, 2]).sum())) * pool
         direct_light = _KEY * float(self.key[2]) * pool
-        self.x, self.y, self.floor = x, y, floor
-        if self.scene.ground is None:
+        if scene.ground is None:
             fade = np.exp(reach * np.float32(-1.0 / _FADE**2)) * floor
             sky = np.array([0.4 * part for part in _SKY], np.float32).reshape(3, 1, 1, 1, 1)
             self.ambient = _FLOOR_ALBEDO * ambient_light * fade + sky * (1.0 - fade)
             self.direct = _FLOOR_ALBEDO * direct_light * fade
         else:
             colours = np.zeros((3, *x.shape), np.float32)
-            colours[:, floor] = self.scene.ground[0](x[floor], y[floor], np.zeros_like(x[floor]))
-            colours[:, ~floor] = self.scene.ground[1](x[~floor], y[~floor], z[~floor])
+            colours[:, floor] = scene.ground[0](x[floor], y[floor], np.zeros_like(x[floor]))
+            colours[:, ~floor] = scene.ground[1](x[~floor], y[~floor], z[~floor])
             glow = np.float32(0.35) + np.clip(z * np.float32(0.06), 0.0, 0.4)
             # pale albedo keeps textured floors from swallowing dark objects
             albedo = 0.08 + 0.8 * colours
             self.ambient = np.where(floor, albedo * ambient_light, (0.1 + 0.8 * colours) * glow)
             self.direct = np.where(floor, albedo * direct_light, np.float32(0.0))
 
-    def shade(self, solids: list[Solid]) -> Array:
-        """Returns the light ``(3, H, s, W, s)`` of every ray of a frame."""
+    def picture(self, solids: list[Solid]) -> Array:
+        """Returns a frame as 8-bit sRGB ``(H, W, 3)``."""
         depth, hits, views = self.camera.cast(solids)
         lit, open_sky = np.ones((2, *hits.shape), np.float32)
         for solid in solids:
@@ -175,7 +164,10 @@ class _Stage:
                 met = [part[chosen] for part in rays]
                 colours = self._shade_object(solids, k, met, depth[rows, :, columns][chosen], chosen)
                 light[:, rows, :, columns][:, chosen[0], chosen[1], chosen[2], chosen[3]] = colours
-        return np.asarray(light)
+        rays_per_side = light.shape[2]
+        total: Any = sum(light[:, :, i, :, j] for i in range(rays_per_side) for j in range(rays_per_side))
+        steps = np.clip(total * (4095.0 / (rays_per_side * rays_per_side)) + 0.5, 0.0, 4095.0).astype(np.intp)
+        return np.ascontiguousarray(_TO_SRGB[steps].transpose(1, 2, 0))
 
     def _shadow_floor(self, solid: Solid, lit: Array) -> None:
         """Darkens the floor in a solid's shadow."""
@@ -184,20 +176,19 @@ class _Stage:
         across = np.array([-flat[1], flat[0], 0.0])
         slack = _PENUMBRA * 2.0 * abs(height) / float(key[2]) ** 2
         long, wide = solid.bound / float(key[2]) + slack, solid.bound + slack
-        box = self.camera.floor_box(solid.centre - key * (height / key[2]), long * flat, wide * across)
-        x, y, floor = self._floor_from(solid, box)
+        middle = solid.centre - key * (height / key[2])
+        (rows, columns), x, y, floor = self._floor_around(solid, middle, long * flat, wide * across)
         start = [_dot(axis, (x, y, -height)) for axis in solid.rotation.T.tolist()]
-        towards = self._to_light(solid)[:, None, :, None, :]
-        entry = intersect(solid.shape, start, list(towards), solid.half)
-        lit[box[0], :, box[1]][np.isfinite(entry) & floor] = 0.0
+        entry = _intersect(solid, start, list(self._to_light(solid)[:, None, :, None, :]))
+        lit[rows, :, columns][np.isfinite(entry) & floor] = 0.0
 
     def _cover_sky(self, solid: Solid, open_sky: Array) -> None:
         """Darkens the floor beneath a solid, which hides the sky from it."""
         height, half = float(solid.centre[2]), solid.half
         reach = 2.5 * half
         if height < reach:
-            box = self.camera.floor_box(solid.centre * [1.0, 1.0, 0.0], *(reach * np.eye(3)[:2]))
-            x, y, floor = self._floor_from(solid, box)
+            beneath = solid.centre * [1.0, 1.0, 0.0]
+            (rows, columns), x, y, floor = self._floor_around(solid, beneath, *(reach * np.eye(3)[:2]))
             height = max(height, half)
             squared = x * x + y * y + np.float32(height * height)
             # share of the sky that a ball takes from a point: cosine times squared radius over squared distance,
@@ -205,12 +196,14 @@ class _Stage:
             share = np.float32(height * half * half) / (squared * np.sqrt(squared))
             edge = height * half * half / (reach * reach + height * height) ** 1.5
             taken = np.clip(share - np.float32(edge), 0.0, 1.0) * floor
-            open_sky[box[0], :, box[1]] *= 1.0 - _BLOCKED_SKY * taken
+            open_sky[rows, :, columns] *= 1.0 - _BLOCKED_SKY * taken
 
-    def _floor_from(self, solid: Solid, box: _Box) -> tuple[Array, Array, Array]:
-        """Returns the way along the floor from beneath a solid to what a box's rays meet, and which meet the floor."""
-        x, y, floor = (part[box[0], :, box[1]] for part in (self.x, self.y, self.floor))
-        return x - float(solid.centre[0]), y - float(solid.centre[1]), floor
+    def _floor_around(self, solid: Solid, middle: Array, long: Array, wide: Array) -> tuple[_Box, Array, Array, Array]:
+        """Returns the box of a parallelogram, the way there from beneath a solid, and which rays meet the floor."""
+        corners = [middle + i * long + j * wide for i in (-1, 1) for j in (-1, 1)]
+        rows, columns = box = self.camera.box(np.stack(corners, 1))
+        x, y, floor = (part[rows, :, columns] for part in (self.x, self.y, self.floor))
+        return box, x - float(solid.centre[0]), y - float(solid.centre[1]), floor
 
     def _to_light(self, solid: Solid) -> Array:
         """Returns the directions ``(3, s, s)`` to the main light in a solid's own frame."""
@@ -224,7 +217,7 @@ class _Stage:
         # everything in the object's frame: normals are simple there
         origin = ((self.camera.place - solid.centre) @ solid.rotation).tolist()
         point = [start + depth * step for start, step in zip(origin, ray, strict=True)]
-        facing = normal(solid.shape, point[0], point[1], point[2], solid.half)
+        facing = _normal(solid, *point)
         z_axis, key = solid.rotation[2].tolist(), (self.key @ solid.rotation).tolist()
         rising = _dot(z_axis, facing)
         slope = np.maximum(_dot(key, facing), 0.0) * ~self._shadowed(solids, k, point, chosen)
@@ -265,18 +258,51 @@ class _Stage:
                 turn = (solids[k].rotation.T @ other.rotation).T.tolist()
                 shift = (-away @ other.rotation).tolist()
                 start = [_dot(row, point) + offset for row, offset in zip(turn, shift, strict=True)]
-                towards = self._to_light(other)[:, chosen[1], chosen[3]]
-                dark |= np.isfinite(intersect(other.shape, start, list(towards), other.half))
+                dark |= np.isfinite(_intersect(other, start, list(self._to_light(other)[:, chosen[1], chosen[3]])))
         return dark
+
+
+def _intersect(solid: Solid, origin: Sequence[Any], ray: Sequence[Any]) -> Array:
+    """Returns where rays in a solid's own frame enter it, in lengths of their directions; infinity where they miss."""
+    (ox, oy, oz), (dx, dy, dz), half = origin, ray, solid.half
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if solid.shape == CUBE:
+            spans = [_between_planes(o, d, half) for o, d in zip(origin, ray, strict=True)]
+        else:
+            a, b, c = dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy
+            if solid.shape == SPHERE:
+                a, b, c = a + dz * dz, b + oz * dz, c + oz * oz
+            root = np.sqrt(b * b - a * (c - half * half))
+            spans = [((-b - root) / a, (root - b) / a)]
+            spans += [] if solid.shape == SPHERE else [_between_planes(oz, dz, half)]
+        enter, leave = spans[0]
+        for low, high in spans[1:]:
+            enter, leave = np.maximum(enter, low), np.minimum(leave, high)
+        # comparisons with NaN are false, so rays that miss fall out here
+        return np.where((enter <= leave) & (enter > 0.0), enter, np.float32(np.inf))
+
+
+def _between_planes(origin: Any, ray: Any, half: float) -> tuple[Any, Any]:
+    inverse = 1.0 / np.asarray(ray)
+    near, far = (-half - origin) * inverse, (half - origin) * inverse
+    return np.minimum(near, far), np.maximum(near, far)
+
+
+def _normal(solid: Solid, x: Array, y: Array, z: Array) -> tuple[Array, Array, Array]:
+    """Returns the outward normals at points on a solid's surface, in its own frame."""
+    if solid.shape == SPHERE:
+        scale = 1.0 / solid.half
+        return x * scale, y * scale, z * scale
+    if solid.shape == CUBE:
+        ax, ay, az = np.abs(x), np.abs(y), np.abs(z)
+        on_x = (ax >= ay) & (ax >= az)
+        on_y = ~on_x & (ay >= az)
+        return np.sign(x) * on_x, np.sign(y) * on_y, np.sign(z) * ~(on_x | on_y)
+    rho = np.sqrt(x * x + y * y)
+    cap = np.abs(z) >= rho
+    scale = ~cap / np.maximum(rho, np.float32(1e-6))
+    return x * scale, y * scale, np.sign(z) * cap
 
 
 def _dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def _develop(light: Array) -> Array:
-    """Averages the rays of each pixel and converts linear light ``(3, H, s, W, s)`` to 8-bit sRGB ``(H, W, 3)``."""
-    rays = light.shape[2]
-    total = sum(light[:, :, i, :, j] for i in range(rays) for j in range(rays))
-    steps = np.clip(np.asarray(total) * (4095.0 / (rays * rays)) + 0.5, 0.0, 4095.0).astype(np.intp)
-    return np.ascontiguousarray(_TO_SRGB[steps].transpose(1, 2, 0))

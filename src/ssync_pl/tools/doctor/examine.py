@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter, PathAdapter, locate
 from ssync_pl.adapters.discover import discover
 from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.method.loss import ssync_loss
-from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.session import HostSession
+from ssync_pl.tools.doctor import steps
 from ssync_pl.tools.doctor.report import DoctorReport, hints, lines
-from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_trainer, namespace, plain_step
 
 _NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
+_USED = ("used_encoder_slots", "used_decoder_slots")
+_PACKAGE = str(Path(__file__).parents[2])
 _DICT_FOR_TENSOR = (AttributeError, IndexError, KeyError, TypeError)  # what the one in place of the other gives
 _UNKNOWN = (
     "No adapter knows this host; its maps were found at the softmaxes named above. Look at the shapes: S has to be the "
@@ -44,8 +43,8 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
     `data` is a batch, or the data module of a LightningModule, which gets a tensor of videos or images as a dict with
     `"video"` or `"image"` first. `settings` are arguments of `SSyncCallback` that say how the host is read.
     """
-    if method or namespace(host) is None:
-        return examine(host, plain_step(host, data, method), data, settings)
+    if method or steps.namespace(host) is None:
+        return examine(host, steps.plain_step(host, data, method), data, settings)
     report = DoctorReport(type(host).__name__, "lightning")
     if isinstance(host, SSyncRegularizer):
         hint = f"{report.host} is an SSyncRegularizer and adds SSync itself: leave the callback out."
@@ -55,11 +54,11 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
     except HostError as error:
         return replace(report, problems=(str(error),))
     named = isinstance(data, Tensor) and data.ndim in (4, 5)
-    failures: list[StepError] = []
+    failures: list[steps.StepError] = []
     for batch in [{"video" if data.ndim == 5 else "image": data}, data] if named else [data]:
         try:
-            return in_trainer(host, batch, functools.partial(examine, host, settings=settings, kind="lightning"))
-        except StepError as error:
+            return steps.in_trainer(host, batch, functools.partial(examine, host, settings=settings, kind="lightning"))
+        except steps.StepError as error:
             failures.append(error)
             if not isinstance(error.__cause__, _DICT_FOR_TENSOR):
                 raise
@@ -67,14 +66,14 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
 
 
 def examine(
-    host: nn.Module, run: Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
+    host: nn.Module, run: steps.Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
 ) -> DoctorReport:
     """Finds a host's maps, uses them once, and says what to write; a host that cannot be used has `problems`.
 
     `run` makes one training step, in training mode, and gives the host's own loss; `batch` is the batch of that step,
     for hosts whose grid follows from the size of the frames; `settings` as in `diagnose`.
     """
-    report = DoctorReport(type(host).__name__, kind, describe_batch(batch))
+    report = DoctorReport(type(host).__name__, kind, steps.describe_batch(batch))
     named = {name: value for name, value in (settings or {}).items() if value not in (None, "auto")}
     callback = SSyncCallback(**named)
     try:
@@ -87,50 +86,42 @@ def examine(
 
 
 def _listen(
-    report: DoctorReport, host: nn.Module, run: Run, batch: Any, named: Mapping[str, Any], adapter: HostAdapter
+    report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, named: Mapping[str, Any], adapter: HostAdapter
 ) -> DoctorReport:
     report, session = replace(report, adapter=adapter.name), None
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             session = HostSession(host, adapter)
-        session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
-        loss = run()
-        maps = session.collect(batch, SSyncConfig())
-        output = ssync_loss(maps)
+            session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
+            loss = run()
+            maps = session.collect(batch, SSyncConfig())
+            output = ssync_loss(maps)
     except (HostError, ShapeError) as error:
         return replace(report, problems=(str(error),))
     finally:
         if session is not None:
             session.remove()
-    value = torch.randn(maps.shape, device=maps.attention.device, requires_grad=True)
-    alone = SSyncMaps(attention_logits=value, mask_logits=value, grid=maps.grid)
-    weights = [parameter for parameter in host.parameters() if parameter.requires_grad]
-    numbers = {
-        "loss": float(loss.detach()),
-        **{name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS},
-        "ssync_seconds": _seconds(lambda: ssync_loss(alone).loss, [value]),
-        "step_seconds": _seconds(run, weights),
-    }
+    values = {name: float(getattr(output, name).detach().float().mean()) for name in (*_NUMBERS, *_USED)}
     report = replace(
         report,
         places=_places(session),
         shape=maps.shape,
         grid=maps.grid,
-        kinds=(_kind(maps, "attention"), _kind(maps, "mask")),
-        used_slots=(float(output.used_encoder_slots.mean()), float(output.used_decoder_slots.mean())),
-        numbers=numbers,
-        device=torch.cuda.get_device_name(value.device) if value.is_cuda else value.device.type,
+        kinds=tuple("probs" if logits is None else "logits" for logits in (maps.attention_logits, maps.mask_logits)),
+        numbers={"loss": float(loss.detach()), **values},
         lines=lines(report.kind, named),
     )
-    own = tuple(str(one.message) for one in told if "ssync_pl" in one.filename)  # what adapters say of this host
-    return replace(report, hints=(*own, *hints(report)))
+    frames = {value.shape[0] * value.shape[1] for value in steps.tensors_of(batch) if value.ndim == 5}
+    own = tuple(str(one.message) for one in told if one.filename.startswith(_PACKAGE))  # what adapters say of this host
+    return replace(report, hints=(*own, *hints(report, frames)))
 
 
-def _search(report: DoctorReport, host: nn.Module, run: Run, batch: Any, named: Mapping[str, Any]) -> DoctorReport:
+def _search(report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, named: dict[str, Any]) -> DoctorReport:
     """Tries the softmaxes of a host that no adapter knows."""
     try:
-        found = discover(host, run)
+        with steps.quiet():
+            found = discover(host, run)
     except HostError as error:
         return replace(report, problems=(str(error),))
     pairs = {"attention='{}' with masks='{}'".format(*pair.places): pair.places for pair in found.pairs}
@@ -159,21 +150,3 @@ def _places(session: HostSession) -> tuple[str, ...]:
     watched = {id(module) for module in session.capture.modules.values()}
     paths = [f"{session.path}.{name}".strip(".") for name, one in session.root.named_modules() if id(one) in watched]
     return tuple(one for one in paths if one and not any(one.startswith(f"{other}.") for other in paths if other))
-
-
-def _kind(maps: SSyncMaps, field: str) -> str:
-    return " and ".join(kind for kind in ("logits", "probs") if getattr(maps, f"{field}_{kind}") is not None)
-
-
-def _seconds(forward: Callable[[], Tensor], inputs: list[Any]) -> float:
-    """Measures the median time of a forward and a backward pass."""
-    times: list[float] = []
-    while len(times) < 6 and sum(times) < 10:  # slow hosts are measured less often
-        start = time.perf_counter()
-        loss = forward()
-        if inputs and loss.requires_grad:
-            torch.autograd.grad(loss, inputs, allow_unused=True)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)  # the first one warms up

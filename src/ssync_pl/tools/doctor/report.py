@@ -22,9 +22,7 @@ class DoctorReport:
     shape: tuple[int, ...] = ()  # (B, T, S, N)
     grid: tuple[int, int] | None = None  # (H, W) patches
     kinds: tuple[str, ...] = ()  # "logits" or "probs", of slot attention and of the masks
-    used_slots: tuple[float, ...] = ()  # slots that win a patch, in slot attention and in the masks
-    numbers: Mapping[str, float] = field(default_factory=dict)  # losses, shares of patches, and seconds of a step
-    device: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)  # losses, shares of patches, slots that win a patch
     problems: tuple[str, ...] = ()  # why SSync cannot be used as it is
     hints: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()  # softmaxes that were looked at, where no map was found
@@ -57,20 +55,17 @@ def lines(kind: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def hints(report: DoctorReport) -> tuple[str, ...]:
-    """Returns what the numbers of a host that can be used suggest."""
-    slots, loss, agreement = report.shape[2], report.numbers["loss"], report.numbers["agreement"]
+def hints(report: DoctorReport, frames: set[int]) -> tuple[str, ...]:
+    """Returns what the numbers of a host that can be used suggest; `frames` are the counts that its batch may have."""
+    (batch, time, slots, _), loss = report.shape, report.numbers["loss"]
     scale = "the published weights go with one near 1: relative_weight=0.1 adds a tenth of the host's loss instead"
-    collapse = "win a patch: untrained, or collapsed. Switch SSync on late (warmup_ratio), with on_collapse='backoff'."
-    untrained = "as in an untrained host: leave the warm-up on (warmup_ratio=0.3 or more)."
     merging = "Redundant slots are merged by logits only: attention='softmax:path' takes them from inside a module."
-    used_slots = zip(("attention", "masks"), report.used_slots, strict=True)
+    missed = f"SSync sees {batch * time} frames of a batch of {max(frames, default=0)}: check that this is meant."
     advice = [
         (not math.isfinite(loss), f"The host's own loss is {loss}: check the host and the batch."),
         (not 0.2 <= abs(loss) <= 5.0 and math.isfinite(loss), f"The host's own loss is {loss:.3g}, and {scale}."),
+        (bool(frames) and batch * time not in frames, missed),
         (slots == 1, "There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing."),
-        *((used < 0.5 * slots, f"In the {side}, {used:.1f} of {slots} slots {collapse}") for side, used in used_slots),
-        (agreement < 0.5, f"Both maps name the same slot in {agreement:.0%} of the patches only, {untrained}"),
         (report.kinds[0] == "probs", merging),
     ]
     return tuple(text for holds, text in advice if holds)
@@ -82,21 +77,14 @@ def render_report(report: DoctorReport) -> str:
     rows = {"host": f"{report.host} ({kind})", "adapter": report.adapter or "none", "batch": report.batch}
     if report.grid is not None:
         sizes = " ".join(f"{name}={size}" for name, size in zip("BTSN", report.shape, strict=True))
-        used = [f"{kind}, {used:.1f} slots in use" for kind, used in zip(report.kinds, report.used_slots, strict=True)]
-        share = report.numbers["ssync_seconds"] / max(report.numbers["step_seconds"], 1e-12)
-        losses = "host {loss:.4g}, SSync {boundary_loss:.4g} (boundary) + {interior_loss:.4g} (interior)"
-        shares = (
-            "same slot in {agreement:.0%} of patches, {boundary_fraction:.0%} at borders, {merged_slots:.1f} merged"
-        )
-        times = "{ssync_seconds:.3g} s beside {step_seconds:.3g} s of the host's own step"
+        own, boundary, interior, share, same, merged, attention, masks = report.numbers.values()
         rows |= {
             "found at": ", ".join(report.places),
             "maps": f"{sizes}, grid {report.grid[0]} x {report.grid[1]}",
-            "attention": used[0],
-            "masks": used[1],
-            "losses": losses.format_map(report.numbers),
-            "agreement": shares.format_map(report.numbers),
-            "cost": f"{times.format_map(report.numbers)} ({share:.1%}), on {report.device}",
+            "attention": f"{report.kinds[0]}, {attention:.1f} slots in use",
+            "masks": f"{report.kinds[1]}, {masks:.1f} slots in use",
+            "losses": f"host {own:.4g}, SSync {boundary:.4g} (boundary) + {interior:.4g} (interior)",
+            "agreement": f"same slot in {same:.0%} of patches, {share:.0%} at borders, {merged:.1f} slots merged",
         }
     text = [f"{name:<13} {value}" for name, value in rows.items() if value]
     if report.candidates:

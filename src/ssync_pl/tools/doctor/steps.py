@@ -1,4 +1,4 @@
-"""A model, weights and a batch as the user names them, and one training step, to be run as often as it takes."""
+"""A model and a batch as the user names them, and one training step, to be run as often as it takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import logging
-import sys
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ssync_pl.errors import ConfigError, HostError, SSyncError, require
-from ssync_pl.tools.official.checkpoints import read_checkpoint
+from ssync_pl.plugin.wrapped_step import loss_of
 
 Run = Callable[[], Tensor]
 
-_ENDLESS = 100_000  # steps, so that schedules of the host do not end
 _FOREIGN = ("site-packages", str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
 
 
@@ -55,27 +54,17 @@ def build_model(target: str, settings: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def load_weights(host: nn.Module, path: Path) -> None:
-    """Puts the weights of a checkpoint or a state dict into a model."""
-    state = read_checkpoint(path)["state_dict"]
-    try:
-        host.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"Expected {path} to hold the weights of {type(host).__name__}, but: {reason}") from error
-
-
 def parse_batch(words: Sequence[str]) -> Any:
     """Makes random numbers in [0, 1): a tensor, a tuple of tensors for several shapes, a dict for shapes with names."""
     values: dict[str, Tensor] = {}
     for place, word in enumerate(words):
         name, equals, text = word.rpartition("=")
-        sizes = [int(size) if size.strip().isdecimal() else 0 for size in text.split(",")]
-        example = "sizes, e.g. 2,4,3,64,64 (B, T, 3, H, W) or video=2,4,3,64,64"
-        require(min(sizes) > 0 and bool(name) == bool(equals), f"--batch as {example}", repr(word))
+        valid = re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", text, re.ASCII) and bool(name) == bool(equals)
+        require(bool(valid), "--batch as sizes, e.g. 2,4,3,64,64 (B, T, 3, H, W) or video=2,4,3,64,64", repr(word))
         try:
+            sizes = [int(size) for size in text.split(",")]
             values[name or str(place)] = torch.rand(sizes, generator=torch.Generator().manual_seed(place))
-        except (RuntimeError, TypeError, MemoryError) as error:  # more than memory, or than 64 bits
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # more than memory, or than 64 bits
             raise ConfigError(f"Expected --batch to fit into memory, but got {word!r}. Give a smaller one.") from error
     named = sum("=" in word for word in words)
     alike = named in (0, len(words)) and len(values) == len(words)
@@ -90,6 +79,13 @@ def describe_batch(batch: Any) -> str:
     return str(apply_to_collection(batch, Tensor, lambda value: tuple(value.shape)))[:200]
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """Lists the tensors in nested dicts, sequences and dataclasses."""
+    found: list[Tensor] = []
+    apply_to_collection(values, Tensor, found.append, allow_frozen=True)
+    return found
+
+
 def namespace(host: nn.Module) -> str | None:
     """Returns the module whose Trainer takes a LightningModule, since the other one refuses it; None for no such."""
     tops = [cls.__module__.split(".")[0] for cls in type(host).__mro__ if cls.__name__ == "LightningModule"]
@@ -102,7 +98,7 @@ def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
     if not callable(call):
         raise HostError(f"Expected {type(host).__name__} to have a method '{method}', but it has none. Check --call.")
     host.train()
-    return _step(host, call, batch, batch if isinstance(batch, tuple) else (batch,))
+    return _step(host, call, batch, batch if isinstance(batch, tuple) else (batch,), _find_loss)
 
 
 def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
@@ -119,10 +115,11 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
                 inspect.signature(host.training_step).bind(*arguments)
             except TypeError:
                 arguments = (batch,)
-            raise _DoneError(look(_step(host, host.training_step, batch, arguments), batch))
+            raise _DoneError(look(_step(host, host.training_step, batch, arguments, loss_of), batch))
 
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    counts = {"max_steps": _ENDLESS, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    # So many steps that schedules of the host do not end.
+    counts = {"max_steps": 100_000, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     source = data if hasattr(data, "train_dataloader") else DataLoader([data], batch_size=None)  # type: ignore[arg-type]
     with quiet(), _explained(host, data):
         try:
@@ -136,31 +133,33 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
     )
 
 
-def _step(host: nn.Module, call: Callable[..., Any], batch: Any, arguments: tuple[Any, ...]) -> Run:
+def _step(host: nn.Module, call: Any, batch: Any, arguments: tuple[Any, ...], find: Callable[[Any], Any]) -> Run:
     def run() -> Tensor:
         with _explained(host, batch):
-            return _loss(call(*arguments))
+            output = call(*arguments)
+            loss = find(output)
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                return loss
+        given = describe_batch(output)
+        raise HostError(f"Expected the step to give a loss of one number, but this batch gave {given}. Was it skipped?")
 
     return run
 
 
-def _loss(output: Any) -> Tensor:
+def _find_loss(output: Any) -> Tensor | None:
     """Finds the loss in what a step gives; without one, the mean square of its tensors takes the place."""
     if isinstance(output, Tensor) and output.ndim == 0:
         return output
     if isinstance(output, Mapping):
-        terms = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.numel() == 1}
-        losses = {name: value for name, value in terms.items() if "loss" in str(name) and value.requires_grad}
-        if losses:
-            return losses["loss"] if "loss" in losses else torch.stack([*losses.values()]).sum()
-    tensors: list[Tensor] = []
-    apply_to_collection(output, Tensor, tensors.append, allow_frozen=True)
-    values = [value for value in tensors if value.is_floating_point()]
-    values = [value for value in values if value.requires_grad] or values
+        losses = {name: value for name, value in output.items() if "loss" in str(name) and isinstance(value, Tensor)}
+        terms = {name: value.sum() for name, value in losses.items() if value.numel() == 1 and value.requires_grad}
+        if terms:
+            return terms["loss"] if "loss" in terms else torch.stack([*terms.values()]).sum()
+    floats = [value for value in tensors_of(output) if value.is_floating_point()]
+    values = [value for value in floats if value.requires_grad] or floats
     if not values:
-        raise HostError(
-            f"Expected the step to give a loss, but this batch gave {type(output).__name__}. Was it skipped?"
-        )
+        return None
+    warnings.warn("No loss came back: the mean square of the output takes its place. Name one by --call.", stacklevel=1)
     return torch.stack([value.float().square().mean() for value in values]).sum()
 
 
@@ -192,15 +191,3 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-@contextmanager
-def working_folder_first() -> Iterator[None]:
-    """Finds the user's own modules, as `python train.py` does."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)

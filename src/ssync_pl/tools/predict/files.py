@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import tempfile
@@ -18,29 +17,22 @@ from ssync_pl.data.video import Mp4Encoder, mp4_available
 from ssync_pl.tools.predict.windows import OUTSIDE
 from ssync_pl.tools.viz import overlay_labels, slot_colors
 
-__all__ = ["ENDINGS", "TEMPORARY", "TRACK_COLUMNS", "VideoFiles", "encode_label_png", "slot_tracks"]
-
 ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")
 """What the names of a video's files end with; the last one is a folder of pictures."""
-TEMPORARY = ".ssync_pl-"
-"""Beginning of the names of folders that hold what is not whole yet."""
-TRACK_COLUMNS = ("frame", "slot", "area", "center_x", "center_y", "x0", "y0", "x1", "y1")
 _SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
-def encode_label_png(labels: NDArray[np.uint8]) -> bytes:
-    """Encodes labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
-    picture = Image.fromarray(labels, mode="L")
-    palette = slot_colors(256)
+def save_labels(path: Path, labels: NDArray[np.uint8]) -> None:
+    """Saves labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
+    palette = slot_colors(OUTSIDE + 1)
     palette[OUTSIDE] = 0
+    picture = Image.fromarray(labels)
     picture.putpalette(palette.tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    picture.save(path)
 
 
 def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
-    """Measures where each slot is in each frame, as CSV with the columns `TRACK_COLUMNS`.
+    """Measures where each slot is in each frame, as CSV.
 
     Pixel (row 0, column 0) reaches from 0 to 1 in both directions: a slot that fills a frame of width W has its centre
     at W / 2 and a box from 0 to W. The area is a share of all pixels; centre and box of an empty slot stay empty.
@@ -48,7 +40,7 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
     """
     _, height, width = labels.shape
     y, x = np.indices((height, width)).reshape(2, -1) + 0.5
-    lines = [",".join(TRACK_COLUMNS)]
+    lines = ["frame,slot,area,center_x,center_y,x0,y0,x1,y1"]
     for number, frame in enumerate(np.minimum(labels, num_slots).astype(np.int64)):  # one more label: no slot
         flat, size = frame.ravel(), num_slots + 1
         area = np.bincount(flat, minlength=size)
@@ -89,7 +81,7 @@ class VideoFiles:
     def finish(self) -> dict[str, Any]:
         """Writes the files, in the place of those of an earlier prediction; returns what the index says of them."""
         labels = np.concatenate(self.pieces)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as hidden:
+        with tempfile.TemporaryDirectory(prefix=".ssync_pl-", dir=self.folder) as hidden:
             start = Path(hidden, self.name)
             if self._encoder is not None:
                 Path(f"{start}.mp4").write_bytes(self._encoder.close())
@@ -98,7 +90,7 @@ class VideoFiles:
             pictures = Path(f"{start}_labels")
             pictures.mkdir()
             for number, picture in enumerate(labels):
-                (pictures / f"{number:05d}.png").write_bytes(encode_label_png(picture))
+                save_labels(pictures / f"{number:05d}.png", picture)
             for earlier in (self.folder / f"{self.name}{ending}" for ending in ENDINGS):
                 shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
             files = sorted(os.listdir(hidden))

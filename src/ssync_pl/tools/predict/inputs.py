@@ -11,26 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssync_pl.data.convert.media import (
-    PICTURE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    inspect_video,
-    is_mask_folder,
-    list_frames,
-    natural_key,
-    read_frames,
-)
+from ssync_pl.data.convert import media
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import require, require_shard
 
-__all__ = ["InputVideo", "find_videos"]
-
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _KINDS = (
-    f"a video file ({', '.join(VIDEO_EXTENSIONS)}), a folder of frames ({', '.join(PICTURE_EXTENSIONS)}), a folder of "
-    "videos, or shards (.tar)"
+    f"a video file ({', '.join(media.VIDEO_EXTENSIONS)}), a folder of frames "
+    f"({', '.join(media.PICTURE_EXTENSIONS)}), a folder of videos, or shards (.tar)"
 )
 
 
@@ -49,16 +39,16 @@ def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
     for path in (Path(text).expanduser() for text in inputs):
         require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
         videos = _folder(path) if path.is_dir() else _file(path)
-        hint = "Name the folder that holds the frames." if path.suffix.lower() in PICTURE_EXTENSIONS else ""
+        hint = "Name the folder that holds the frames." if path.suffix.lower() in media.PICTURE_EXTENSIONS else ""
         require(bool(videos), f"--input to be {_KINDS}", f"{path}, which is none of them", advice=hint)
         found += videos
     return found
 
 
 def _folder(path: Path) -> list[InputVideo]:
-    frames, videos, ignored = dict.fromkeys(list_frames(path)), [], []
-    for item in sorted(path.iterdir(), key=lambda item: natural_key(item.name)):
-        if item.name.startswith(".") or item.name in frames or is_mask_folder(item.name):  # as converters name masks
+    frames, videos, ignored = dict.fromkeys(media.list_frames(path)), [], []
+    for item in sorted(path.iterdir(), key=lambda item: media.natural_key(item.name)):
+        if item.name.startswith(".") or item.name in frames or media.is_mask_folder(item.name):
             continue
         found = _frame_folder(item) if item.is_dir() else _file(item)
         videos += found
@@ -72,20 +62,19 @@ def _folder(path: Path) -> list[InputVideo]:
 
 
 def _frame_folder(path: Path) -> list[InputVideo]:
-    names, key = list_frames(path), path.name or path.resolve().name
-    return [InputVideo(key, str(path), partial(read_frames, path, names, None, None, f"video {path}"))] if names else []
+    names, key = media.list_frames(path), path.name or path.resolve().name
+    frames = partial(media.read_frames, path, names, None, None, f"video {path}")
+    return [InputVideo(key, str(path), frames)] if names else []
 
 
 def _file(path: Path) -> list[InputVideo]:
-    where, name = f"video {path}", path.name.lower()
-    if name.endswith(_TARS) and path.is_file():
+    where, ending = f"video {path}", path.suffix.lower() if path.is_file() else ""
+    if ending == ".tar":
         return _shard(path)
-    if not name.endswith(VIDEO_EXTENSIONS) or not path.is_file():
+    if ending not in media.VIDEO_EXTENSIONS:
         return []
     facts = inspect_video(path, where)
-    missing = facts.missing or (None if facts.frames else "no frames")
-    require_shard(missing is None, f"{where} to be whole", str(missing), advice="Copy or encode it again.")
-    return [InputVideo(path.stem, str(path), partial(read_frames, path, None, None, None, where), facts.rate)]
+    return [InputVideo(path.stem, str(path), partial(media.read_frames, path, None, None, None, where), facts.rate)]
 
 
 def _shard(path: Path) -> list[InputVideo]:
@@ -96,8 +85,4 @@ def _shard(path: Path) -> list[InputVideo]:
 
 
 def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:
-    reader = ShardReader()
-    try:
-        yield from eval_sample(reader.sample(path, shard, sample), SampleRules())["video"].numpy()
-    finally:
-        reader.close()
+    return iter(eval_sample(ShardReader().sample(path, shard, sample), SampleRules())["video"].numpy())

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ssync_pl.data.transforms import Size, central_square, covering_size
+from ssync_pl.data.transforms import BatchTransform, Size, central_square, covering_size
 from ssync_pl.tools.viz import resize_nearest
-
-__all__ = ["OUTSIDE", "CarrySlots", "Window", "cut_windows", "match_slots", "restore_labels", "seen_region"]
 
 OUTSIDE = 255
 """Label of pixels that the model did not see, because a crop cut them off."""
@@ -50,18 +48,16 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
 class CarrySlots:
     """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    A host that can says so by `carries_slots`: `host.initializer(...)` gives the first slots (B, S, D) of a clip, and
-    `host(...).slots` (B, T, S, D) are those of each frame. The shared frame is corrected once more from its own slots,
-    so that slots keep their objects.
+    The shared frame is corrected once more from its own slots, so that slots keep their objects. `SlotHost` says what
+    a host with `carries_slots` has.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: Any) -> None:
         self._first: Tensor | None = None
         self._last: Tensor | None = None
         self._handles: list[Any] = []
         if getattr(host, "carries_slots", False):
-            initializer: Any = host.initializer
-            self._handles = [initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
+            self._handles = [host.initializer.register_forward_hook(self._begin), host.register_forward_hook(self._end)]
 
     def next_window(self, goes_on: bool) -> None:
         """Says before each window whether it goes on where the one before ended."""
@@ -92,16 +88,15 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
     return linear_sum_assignment(-overlap)[1]
 
 
-def seen_region(
-    source: Size, offsets: Sequence[int], image_size: Size | None, crop: str, reference: bool
-) -> tuple[slice, slice]:
+def seen_region(source: Size, offsets: Sequence[int], transform: BatchTransform) -> tuple[slice, slice]:
     """Finds rows and columns of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
 
     `source` is the size of the frame, `offsets` are top and left of the crop in the resized frame.
     """
-    if crop == "none" or image_size is None:
+    image_size = transform.image_size
+    if transform.crop == "none" or image_size is None:
         return slice(0, source[0]), slice(0, source[1])
-    if reference:  # the central square is cut before resizing
+    if transform.reference:  # the central square is cut before resizing
         return central_square(source)
     covered = covering_size(source, image_size)
     sides = []
@@ -120,7 +115,7 @@ def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> N
     size = (rows.stop - rows.start, columns.stop - columns.start)
     out = np.full((len(maps), *source), OUTSIDE, np.uint8)
     if maps.ndim == 3:
-        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size, channels_last=False)
+        out[:, rows, columns] = resize_nearest(maps.to(torch.uint8).cpu().numpy(), size)
         return out
     for number, masks in enumerate(maps):  # one frame at a time: S masks of a large frame take much memory
         grown = F.interpolate(masks[None].float(), size=size, mode="bilinear", align_corners=False)[0]

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from torch import Tensor
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.video import mp4_available
-from ssync_pl.errors import ConfigError, ShapeError, require, require_shape
-from ssync_pl.tools.predict.files import ENDINGS, TEMPORARY, VideoFiles
+from ssync_pl.errors import ShapeError, require, require_shape
+from ssync_pl.tools.predict.files import ENDINGS, VideoFiles
 from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, Window, match_slots, restore_labels
 from ssync_pl.tools.viz import to_uint8
-
-__all__ = ["WINDOW_KEY", "SlotPredictions"]
 
 WINDOW_KEY = "__window__"
 """Batch entry of `InputDataModule`: the `Window` that a batch of one clip was made from."""
@@ -38,19 +35,15 @@ _LONGEST_NAME = 100
 class SlotPredictions(L.Callback):
     """Writes what `predict_step` returns of every video: an overlay video, label files, tracks, and an index of all.
 
-    `predict_step` has to return a dict with `labels` (B, T, H, W), `masks` (B, T, S, H, W) or both. For each video of
-    the predict set: `<name>.mp4` (frames beside the slots' labels; needs PyAV), `<name>_labels/00000.png` and so on
-    (palette pictures, index = slot), `<name>.labels.npz` with `labels` uint8 (T, H, W) (read it with `numpy.load`),
-    `<name>.tracks.csv` (area, centre and box of each slot in each frame), and one line of `index.json`. Repeats that
-    only fill a batch (`batch_padding_mask`) are not written, padded frames (`frame_mask`) are cut off. Of several
-    processes, each writes its own videos to `rank<number>` in the folder. `ssync-pl predict` adds this callback unless
-    the configuration names it or another prediction writer.
-
-    The folder has to be new, empty, or one of earlier predictions, of which videos of the same name are replaced. A
-    folder that holds anything else is refused before the prediction begins.
+    `predict_step` has to return a dict with `labels` (B, T, H, W), `masks` (B, T, S, H, W) or both. For each video:
+    `<name>.mp4` (frames beside the slots' labels; needs PyAV), `<name>_labels/00000.png` and so on (palette pictures,
+    index = slot), `<name>.labels.npz` with `labels` uint8 (T, H, W), `<name>.tracks.csv` (area, centre and box of each
+    slot in each frame), and one line of `index.json`. Repeats that only fill a batch (`batch_padding_mask`) and padded
+    frames (`frame_mask`) are left out. Of several processes, each writes its own videos to `rank<number>`.
 
     Args:
-        out: The folder. None: `predictions` in the run's log folder.
+        out: A folder that is new, empty, or one of earlier predictions, of which videos of the same name are replaced;
+            one that holds anything else is refused before the prediction begins. None: `predictions` in the log folder.
     """
 
     def __init__(self, out: str | None = None) -> None:
@@ -58,9 +51,8 @@ class SlotPredictions(L.Callback):
         self.out, self.folder = out, Path(out or "predictions")
         self.written: list[dict[str, Any]] = []
         self._earlier: list[dict[str, Any]] = []
-        self._names: set[str] = set()
         self._open: VideoFiles | None = None
-        self._carry: CarrySlots | None = None
+        self._carry = CarrySlots(None)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses a folder with files of others."""
@@ -68,8 +60,8 @@ class SlotPredictions(L.Callback):
         folder = Path(self.out) if self.out else Path(log_dir or trainer.default_root_dir) / "predictions"
         self.folder = folder if trainer.world_size == 1 else folder / f"rank{trainer.global_rank}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.written, self._names, self._open = [], set(), None
-        self._earlier, self._carry = _look_into(self.folder), CarrySlots(pl_module)
+        self.written, self._earlier = [], _look_into(self.folder)
+        self._open, self._carry = None, CarrySlots(pl_module)
         if not mp4_available():
             rank_zero_warn("SlotPredictions writes no MP4: PyAV is missing. Run `pip install av`.")
 
@@ -78,8 +70,7 @@ class SlotPredictions(L.Callback):
     ) -> None:
         """Hands the slots of a window to the next one of the same video."""
         window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
-        if self._carry is not None:
-            self._carry.next_window(window is not None and window.start > 0)
+        self._carry.next_window(window is not None and window.start > 0)
 
     def on_predict_batch_end(
         self,
@@ -95,10 +86,8 @@ class SlotPredictions(L.Callback):
         fits = isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] == 3
         require_shape(fits, "batch key `video` to be (B, T, 3, H, W)", () if video is None else video)
         labels, masks = _read(outputs, tuple(batch["video"].shape[:2]))
-        if WINDOW_KEY in batch:
-            self._add(batch[WINDOW_KEY], labels[0], None if masks is None else masks[0])
-            return
-        for row, frames, window in self._rows(batch, getattr(trainer, "datamodule", None)):
+        whole = [(0, slice(None), batch[WINDOW_KEY])] if WINDOW_KEY in batch else None
+        for row, frames, window in whole or self._rows(batch, getattr(trainer, "datamodule", None)):
             self._add(window, labels[row][frames], None if masks is None else masks[row][frames])
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,16 +95,11 @@ class SlotPredictions(L.Callback):
         if self._open is not None:  # `limit_predict_batches` stopped in the middle of a video
             rank_zero_warn(f"SlotPredictions writes nothing of {self._open.name}: the prediction ended before it.")
         self._write_index()
-        self._leave()
+        self._carry.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leaves the host as it was."""
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._carry is not None:
-            self._carry.close()
-        self._open = self._carry = None
+        self._carry.close()
 
     def _rows(self, batch: Any, data: Any) -> Iterator[tuple[int, Any, Window]]:
         """Gives each video of a batch as one window, and which of its frames are no padding."""
@@ -154,23 +138,19 @@ class SlotPredictions(L.Callback):
 
     def _name(self, key: str) -> str:
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[-_LONGEST_NAME:].lstrip("._-") or "video"
-        names = (safe if number == 1 else f"{safe}-{number}" for number in itertools.count(1))
-        name = next(name for name in names if name.lower() not in self._names)
-        self._names.add(name.lower())
-        return name
+        names = itertools.chain([safe], (f"{safe}-{number}" for number in itertools.count(2)))
+        taken = {video["name"].lower() for video in self.written}
+        return next(name for name in names if name.lower() not in taken)
 
     def _write_index(self) -> None:
         names = {video["name"].lower() for video in self.written}
         kept = [video for video in self._earlier if video["name"].lower() not in names]
         index = {"format": _FORMAT, "videos": [*kept, *self.written]}
-        write_bytes(self.folder / _INDEX, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+        write_bytes(self.folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
 def _look_into(folder: Path) -> list[dict[str, Any]]:
-    """Videos of earlier predictions in the folder; refuses files of others, removes half files of a killed prediction.
-
-    Names of hidden files are never used, so those do not count.
-    """
+    """Videos of earlier predictions in the folder; refuses files of others, but for hidden ones, which stay."""
     earlier: list[dict[str, Any]] = []
     known: set[str] = set()
     no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -184,31 +164,27 @@ def _look_into(folder: Path) -> list[dict[str, Any]]:
     got = f"{folder} holds {foreign[0].name if foreign else ''} and perhaps more"
     expected = "the folder of the predictions to be new, empty or one of earlier predictions"
     require(not foreign, expected, got, advice="Name another folder by --out, or by `out` of SlotPredictions.")
-    for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
     return earlier
 
 
 def _read(outputs: Any, clip: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Labels (B, T, H, W) uint8, and masks (B, T, S, H, W) where there are any; `clip` is B and T."""
-    found = outputs if isinstance(outputs, Mapping) else {}
-    labels, masks = (value if isinstance(value := found.get(name), Tensor) else None for name in ("labels", "masks"))
-    if masks is not None:
-        fits = masks.ndim == 5 and tuple(masks.shape[:2]) == clip and masks.shape[2] <= OUTSIDE
-        expected = f"`masks` of the prediction to be (B, T, S, H, W) with B, T = {clip} as in the batch"
-        require_shape(fits, f"{expected} and at most {OUTSIDE} slots", masks)
-        # `max` is many times faster than `argmax` over a middle axis.
-        labels = masks.max(dim=2).indices if labels is None else labels
-    if labels is None:
-        raise ConfigError(
-            "Expected `predict_step` to return a dict with `labels` (B, T, H, W) or `masks` (B, T, S, H, W), but got "
-            f"{sorted(map(str, found)) or type(outputs).__name__}. Return them, or name a prediction writer of your "
-            "own in the configuration."
-        )
-    whole = labels.ndim == 4 and tuple(labels.shape[:2]) == clip and not labels.is_floating_point()
-    if not whole or not labels.numel() or int(labels.min()) < 0 or int(labels.max()) > OUTSIDE:
+    forms = {"labels": "(B, T, H, W)", "masks": "(B, T, S, H, W)"}
+    values = outputs if isinstance(outputs, Mapping) else {}
+    found = {name: values[name] for name in forms if isinstance(values.get(name), Tensor)}
+    got = sorted(map(str, values)) or type(outputs).__name__
+    advice = "Return them, or name a prediction writer of your own in the configuration."
+    require(bool(found), f"`predict_step` to return a dict with some of the tensors {forms}", got, advice=advice)
+    for name, value in found.items():
+        fits = value.ndim == len(forms[name].split()) and tuple(value.shape[:2]) == clip and value.numel() > 0
+        require_shape(fits, f"`{name}` to be {forms[name]} with B, T = {clip} as in the batch", value)
+    masks = found.get("masks")
+    # `max` is many times faster than `argmax` over a middle axis.
+    labels: Tensor = found["labels"] if masks is None or "labels" in found else masks.max(dim=2).indices
+    least, most = int(labels.min()), max(int(labels.max()), 0 if masks is None else masks.shape[2])
+    if labels.is_floating_point() or least < 0 or most > OUTSIDE:
+        got = f"{labels.dtype} from {least} to {most}"
         raise ShapeError(
-            f"Expected `labels` of the prediction to be integers from 0 to {OUTSIDE} (B, T, H, W) with B, T = {clip} "
-            f"as in the batch, but got {labels.dtype} {tuple(labels.shape)}. Return one label map per frame."
+            f"Expected slots to be integers from 0 to {OUTSIDE}, but got {got}. Return one label per pixel."
         )
     return labels.to(torch.uint8), masks

@@ -1,4 +1,4 @@
-"""Public configuration files: YAML whose `${…}` references OmegaConf resolves, with limits and without running code."""
+"""Reads public configurations: YAML whose `${…}` references OmegaConf resolves, within limits, running no code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import math
 import re
 import string
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ import yaml
 
 from ssync_pl.errors import ConfigError, require
 
-__all__ = ["evaluate", "read_config"]
+__all__ = ["Keys", "evaluate", "read_config"]
 
 _MOST_BYTES = 200_000
-_MOST_VALUES = 100_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
 _MOST_CHARACTERS = 10_000
 _DEEPEST = 20
 _LARGEST = 1e18
 _TOO_MUCH = (
-    f"Expected at most {_MOST_VALUES} values, nested {_DEEPEST} deep, and {_MOST_REFERENCES} references, but aliases "
-    "or references stand for more, or refer to themselves."
+    f"Expected values nested at most {_DEEPEST} deep, no aliases, and at most {_MOST_REFERENCES} references that stand "
+    "for little, but some stand for more, or refer to themselves."
 )
 _NODES = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.Constant)
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)  # % would format text of any length
@@ -59,7 +59,7 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
         register(_OURS + name, function, replace=True)
     try:
         tree = _parsed(path.read_text(encoding="utf-8-sig"))
-        require(isinstance(tree, dict), "a YAML mapping", "nothing" if tree is None else type(tree).__name__)
+        require(isinstance(tree, dict) and len(tree) > 0, "a YAML mapping", "none")
         config = OmegaConf.create(tree)
         for change in changes:
             key, _, value = change.partition("=")
@@ -76,44 +76,30 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
         raise ConfigError(f"In {where}: {' '.join(reason.split())[:500]}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's floats (`1e-4`), whose references reach functions of this module only."""
-
-    def construct_scalar(self, node: Any) -> Any:
-        text = super().construct_scalar(node)
-        if not isinstance(text, str) or "${" not in text:
-            return text
-        ours = re.sub(r"\$\{\s*([\w.]+)\s*:", rf"${{{_OURS}\1:", text)
-        ours = re.sub(r"\$\{\s*(\.*[\w\[][\w.\[\]-]*)\s*\}", rf"${{{_OURS}ref:'\1'}}", ours)
-        known = ours.count("${") == ours.count(f"${{{_OURS}")
-        require(known, "references such as ${globals.SLOTS} or ${mul: ${.A}, 2}", repr(text[:200]))
-        return ours
-
-
-_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
 def _parsed(text: str) -> Any:
-    loader = _Loader(text)
-    node = loader.get_single_node()
-    if node is not None and _count(node, {}) > _MOST_VALUES:
-        raise _TooMuchError(_TOO_MUCH)
-    return None if node is None else loader.construct_document(node)
+    """Parses YAML as OmegaConf does, its references led to the functions of this module; refuses aliases."""
+    from omegaconf import OmegaConf
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise _TooMuchError(_TOO_MUCH)
+    return _ours(OmegaConf.to_container(OmegaConf.create(text)))
 
 
-def _count(node: Any, known: dict[int, int], depth: int = 0) -> int:
-    """Counts the values that a node stands for, aliases unfolded; refuses keys that come twice."""
-    if depth > _DEEPEST:
-        raise _TooMuchError(_TOO_MUCH)
-    if id(node) not in known:
-        children = node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            twice = [key for key, times in Counter(str(key.value) for key, _ in node.value).items() if times > 1]
-            require(not twice, f"each key once{node.start_mark}", *map(repr, twice), advice="Remove one of them.")
-            children = [child for pair in node.value for child in pair]
-        known[id(node)] = 1 + sum(_count(child, known, depth + 1) for child in children)
-    return known[id(node)]
+def _ours(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _ours(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_ours(child) for child in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    ours = re.sub(r"\$\{\s*([\w.]+)\s*:", rf"${{{_OURS}\1:", value)
+    ours = re.sub(r"\$\{\s*(\.*[\w\[][\w.\[\]-]*)\s*\}", rf"${{{_OURS}ref:'\1'}}", ours)
+    known = ours.count("${") == ours.count(f"${{{_OURS}")
+    require(known, "references such as ${globals.SLOTS} or ${mul: ${.A}, 2}", repr(value[:200]))
+    return ours
 
 
 def _follower() -> Callable[..., Any]:
@@ -168,3 +154,72 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "config_prop": _vit_property,
 }
+
+
+class Keys:
+    """Takes values one by one; `refuse_unread` finds those that nothing took. A value of `null` is as good as none."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.values = dict(_leaves(tree, ""))
+        self.left_out: dict[str, str] = {}
+        self._read: set[str] = set()
+
+    def below(self, section: str) -> list[str]:
+        """Names of the entries of a section; none without it."""
+        start = f"{section}."
+        return list(dict.fromkeys(key[len(start) :].partition(".")[0] for key in self.values if key.startswith(start)))
+
+    def take(self, key: str, default: Any = _NOTHING) -> Any:
+        """Takes a value; a missing one is the default, or an error where there is none."""
+        self._read.add(key)
+        value = self.values.get(key, default)
+        require(value is not _NOTHING, f"{key} to have a value", "none", advice="Add it.")
+        return value
+
+    def number(self, key: str, default: Any = _NOTHING, kind: type = float) -> Any:
+        """Takes a finite number, a whole one where `kind` is `int`."""
+        value = self.take(key, default)
+        known = type(value) in (int, float) and math.isfinite(value) and value == kind(value)
+        require(known or value is default, f"{key} to be a {'whole ' * (kind is int)}number", repr(value))
+        return default if value is default else kind(value)
+
+    integer = partialmethod(number, kind=int)
+
+    def choose(self, key: str, *choices: Any, default: Any = _NOTHING) -> Any:
+        """Takes a value of which the package has only some counterparts."""
+        value = self.take(key, default)
+        # `1 == True` in Python, but no configuration means that.
+        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+            raise ConfigError(
+                f"Expected {key} to be {' or '.join(map(repr, choices))}, as this package has no other and sizes have "
+                f"to agree, but got {value!r}. Change it, or write the configuration by hand."
+            )
+        return value
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Takes all values whose keys match (`*` for any part), which are not translated, and notes the reasons."""
+        for key in self.values:
+            for pattern, reason in reasons.items():
+                if fnmatchcase(key, pattern):
+                    self._read.add(key)
+                    self.left_out |= {key: reason} if reason else {}
+
+    def refuse_unread(self, *sections: str) -> None:
+        """Refuses values of some sections that nothing took, and notes those of others."""
+        unread = [key for key in self.values if key not in self._read]
+        refused = [key for key in unread if key.partition(".")[0] in sections]
+        if refused:
+            raise ConfigError(
+                f"Expected keys that have a counterpart in this package, but got {', '.join(refused)}. Leave out those "
+                f"that do not matter, for example by --set {refused[0]}=null"
+            )
+        self.left_out |= dict.fromkeys(unread, "nothing is known about it")
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, child in value.items():
+            require("." not in str(name), "keys without dots", repr(name))
+            yield from _leaves(child, f"{key}.{name}".removeprefix("."))
+    elif value is not None:
+        yield key, value
