@@ -131,7 +131,6 @@ def test_reads_are_copies_of_the_frames_asked_for(cached, sources, backbone, tmp
 
 def loader_options(backbone, out):
     settings = {"batch_size": 2, "clip_length": 2, "image_size": (8, 12), "features": str(out)}
-    settings["persistent_workers"] = False
     return {**settings, "mean": backbone.mean, "std": backbone.std}
 
 
