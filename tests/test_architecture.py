@@ -18,19 +18,19 @@ FLOORS = (
     ("cli",),
 )
 BUDGETS = {
-    "method": 1278,
+    "method": 1272,
     "metrics": 959,
     "adapters": 2600,
-    "plugin": 1559,
-    "rivals": 487,
+    "plugin": 1558,
+    "rivals": 477,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_961,
+    "data": 5_749,
     "compare": 1720,
-    "tools": 2454,
-    "cli": 765,
+    "tools": 2443,
+    "cli": 761,
 }
-TOTAL = 20_919  # the aim is 20_000
+TOTAL = 20_675  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

@@ -9,13 +9,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from operations import Operations
 from ssync_pl import SSyncMaps, attach
 from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
 from ssync_pl.hosts.nn import decoders
@@ -160,18 +159,6 @@ def test_the_lean_decoder_takes_half_of_the_memory(load, monkeypatch):
     assert 0 < memory.peak_bytes(lean, device) <= 0.5 * memory.peak_bytes(all_pairs, device)
 
 
-class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to do."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.counts[str(operation)] += 1
-        return operation(*args, **(kwargs or {}))
-
-
 SIZES = {"slot_dim": 8, "backbone": None, "feature_dim": 8, "grid": (3, 3), "decoder_hidden": (16,)}
 LAYERS = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
 HOSTS = {
@@ -281,25 +268,13 @@ def test_seeds_of_another_configuration_are_refused(load, tmp_path):
         load("example_seeds").main(["--seeds", "1", "--runs", str(tmp_path / "runs"), "--processes", "1"])
 
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.skipif(shutil.which("bash") is None or torch.cuda.is_available(), reason="needs bash, and no GPU")
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (["--device", "tpu"], 2, "Expected --device"),
-        (["--quik"], 2, "Expected --device"),
-        pytest.param(["--quick"], 2, "--device cpu --quick", marks=NO_GPU),
-        pytest.param(["--device", "cpu", "--quick"], 0, "All parts finished", marks=pytest.mark.slow),
-    ],
+    ("words", "said"),
+    [("--device tpu", "Expected --device"), ("--quik", "Expected --device"), ("--quick", "cpu --quick")],
 )
-def test_the_script_for_a_gpu(words, code, said, tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["bash", str(BENCHMARKS / "gpu.sh"), *words, *(["--out", str(tmp_path)] if code == 0 else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "PATH": path})
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-    assert said in done.stdout + done.stderr
-    if code == 0:
-        files = [tmp_path / f"{name}_cpu.csv" for name in ("cost", "step", "loader")]
-        assert all(row["device"] and row["torch"] == torch.__version__ for file in files for row in rows_of(file))
+def test_the_script_for_a_gpu_says_what_to_type(words, said):
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, check=False)
+    assert (done.returncode, said in done.stderr) == (2, True)

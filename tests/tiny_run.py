@@ -7,19 +7,13 @@ from typing import Any
 
 import yaml
 
-TINY_SAVI: dict[str, Any] = {
-    "num_slots": 3,
-    "slot_dim": 8,
-    "feature_dim": 8,
-    "encoder_channels": [8],
-    "encoder_strides": [2],
+TINY_SAVI: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "warmup_steps": 1}
+TINY_SAVI |= {"encoder_channels": [8], "encoder_strides": [2], "decoder_channels": [8], "decoder_strides": [2]}
+TINY_SAVI |= {
+    "decoder_broadcast": [4, 4],
     "encoder_mlp_hidden": 8,
     "corrector_mlp_hidden": 8,
     "predictor_mlp_hidden": 8,
-    "decoder_broadcast": [4, 4],
-    "decoder_channels": [8],
-    "decoder_strides": [2],
-    "warmup_steps": 1,
 }
 
 

@@ -1,11 +1,10 @@
-"""`data check`: counts, damage, duplicates, leaks and indices that do not fit."""
+"""`ssync-pl data check`: counts, damage, duplicates and leaks."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 from test_decode import video_bytes
 
+from ssync_pl.cli import main
 from ssync_pl.data.check import CheckReport, check_shards, group_shards, render_report
 from ssync_pl.data.index import load_shards
 from ssync_pl.data.shards import ShardWriter, encode_member
@@ -26,13 +26,12 @@ def noise(seed: int, frames: int = 4, size: tuple[int, int] = (8, 8)) -> np.ndar
 
 def ids(*present: int, frames: int = 4) -> np.ndarray:
     masks = np.zeros((frames, 8, 8, 1), np.uint8)
-    for column, ident in enumerate(present):
-        masks[:, :, column] = ident
+    masks[:, :, : len(present), 0] = present
     return masks
 
 
 def check(*paths: object, **options) -> CheckReport:
-    return check_shards({"train": [str(path) for path in paths]}, **options)
+    return check_shards({"train": [str(path) for path in paths]}, **{"num_workers": 0, **options})
 
 
 def found(report: CheckReport) -> list[tuple[str, str | None]]:
@@ -59,27 +58,23 @@ def clean(tmp_path: Path) -> list[str]:
 def test_a_clean_set_is_counted(clean, tmp_path, served):
     report = check(*clean)
     assert report.clean
-    (item,) = report.sets
-    assert (item.name, item.shards, item.videos, item.frames) == ("train", 3, 5, 4 + 5 + 3 + 4 + 5)
-    assert item.bytes == sum(os.path.getsize(path) for path in clean)
-    assert (item.frame_sizes, item.frames_a_video, item.objects_a_video) == ({"8x8": 5}, (3, 4.0, 5), (1, 3.0, 5))
-    assert (item.mask_format, item.without_masks) == ("ids", 0)
-    assert item.members == {"segmentations.npy.gz": 5, "video.npy": 5}
+    (facts,) = report.sets
+    assert facts.pop("bytes") > 5 * 3 * 8 * 8 * 3
+    assert facts == {
+        "name": "train", "shards": 3, "videos": 5, "frames": 4 + 5 + 3 + 4 + 5, "frames_per_video": [3, 5],
+        "frame_sizes": {"8x8": 5}, "mask_format": "ids", "objects_per_video": [1, 5],
+        "members": {"segmentations.npy.gz": 5, "video.npy": 5},
+    }  # fmt: skip
     packed = tmp_path / "packed" / "train-000000.tar.gz"
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(Path(clean[0]).read_bytes()))
-    assert check(packed).sets[0].videos == 2
-    remote = check(*(f"{served}/{Path(path).name}" for path in clean), num_workers=0)
+    assert check(packed).sets[0]["videos"] == 2
+    remote = check(*(f"{served}/{Path(path).name}" for path in clean))
     assert remote.clean
-    for name in ("videos", "frames", "frame_sizes", "objects_a_video", "mask_format"):
-        assert getattr(remote.sets[0], name) == getattr(item, name)
-    quick = check(*clean, deep=False)
-    assert quick.clean
-    assert (quick.sets[0].videos, quick.sets[0].members) == (5, item.members)
-    assert "--quick" in render_report(quick)
+    assert {**facts, "bytes": remote.sets[0]["bytes"]} == remote.sets[0]
 
 
-def test_channels_pictures_and_videos_without_masks(tmp_path):
+def test_channels_pictures_and_members_that_nobody_reads(tmp_path, write_tar):
     masks = np.zeros((4, 8, 8, 3), np.uint8)
     masks[..., 0], masks[:, 2, 2, 2] = 7, 40  # the second channel is empty; values are categories
     samples = {
@@ -87,20 +82,21 @@ def test_channels_pictures_and_videos_without_masks(tmp_path):
         "b": {"image.npy": noise(2)[0], "segmentations.npy": np.moveaxis(masks[0], -1, 0)},
         "c": {"video.npy": noise(3), "caption.json": "a ball"},
     }
-    report = check(*write(tmp_path, "yt", samples))
-    assert report.clean
-    (item,) = report.sets
-    assert (item.frames, item.mask_format, item.objects_a_video, item.without_masks) == (9, "channels", (2, 2.0, 2), 1)
+    report = check(*write(tmp_path, "yt", samples), write_tar({"7.video.npy": VIDEO + b"", "7.caption.txt": b"a ball"}))
+    assert found(report) == [("content", "7")]
+    (facts,) = report.sets
+    assert (facts["frames"], facts["mask_format"], facts["objects_per_video"]) == (13, "channels", [2, 2])
+    assert facts["members"]["caption.txt"] == 1
 
 
 def test_damaged_shards_are_named_and_the_rest_is_counted(clean, tmp_path, write_tar, served):
     start, size = load_shards(clean)[1].samples[1].members["video.npy"]
     Path(clean[1]).write_bytes(Path(clean[1]).read_bytes()[: start + size // 2])
     for urls in (clean, [f"{served}/{Path(path).name}" for path in clean]):
-        report = check(*urls, num_workers=0)
+        report = check(*urls)
         assert [(problem.kind, problem.shard) for problem in report.problems] == [("shard", urls[1])]
-        assert report.sets[0].frames == 4 + 5 + 3 + 5  # the fourth video is lost, the third of its shard is not
-    assert check(*clean[:2], num_workers=2) == check(*clean[:2], num_workers=0)
+        assert report.sets[0]["frames"] == 4 + 5 + 3 + 5  # the fourth video is lost, the third of its shard is not
+    assert check(*clean[:2], num_workers=2) == check(*clean[:2])
     whole = Path(clean[0]).read_bytes()
     contents = {"empty": b"", "text": b"no tar" * 200, "packed": gzip.compress(whole), "between": whole[:3584]}
     bad = [str(write_tar({"README": b"nothing"}, "none.tar")), str(tmp_path / "absent.tar")]
@@ -109,12 +105,17 @@ def test_damaged_shards_are_named_and_the_rest_is_counted(clean, tmp_path, write
         bad.append(str(tmp_path / f"{name}.tar"))
     report = check_shards({"bad": bad, "train": clean[:1]})
     assert sorted({problem.shard for problem in report.problems if problem.kind == "shard"}) == sorted(bad)
-    assert report.sets[1].videos == 2
+    assert report.sets[1]["videos"] == 2
+    report = check(f"{served}/train-000044.tar?token=secret")
+    assert found(report) == [("shard", None)]
+    assert "secret" not in json.dumps(report.to_json())
 
 
 VIDEO, MASKS = encode_member("video.npy", noise(1)), encode_member("masks.npy", ids(1, 2))
 PICTURE = io.BytesIO()
 Image.fromarray(noise(3)[0]).save(PICTURE, format="JPEG")
+CLIP = video_bytes(list(noise(1, frames=6, size=(32, 32))), "libx264")
+HOLE = CLIP.index(b"mdat") + 808  # behind the encoder's note on itself
 
 
 @pytest.mark.parametrize(
@@ -124,29 +125,18 @@ Image.fromarray(noise(3)[0]).save(PICTURE, format="JPEG")
         {"video.npy": VIDEO, "segmentations.npy.gz": MASKS},
         {"image.jpg": PICTURE.getvalue()[:60]},
         {"video.npy": VIDEO, "info.json": b"{"},
+        {"video.mp4": CLIP[:-150]},
+        {"video.mp4": CLIP[:HOLE] + b"\xff" * 1200 + CLIP[HOLE + 1200 :]},
         *({"video.npy": VIDEO, f"meta.{kind}": b"\x80\x04N."} for kind in ("pkl", "pth", "pyd")),
     ],
 )
 def test_damaged_and_refused_members_are_named(members, write_tar):
     bad = {f"7.{name}": data for name, data in members.items()}
     good = [encode_member("video.npy", noise(seed)) for seed in (9, 10)]
-    report = check(write_tar({"6.video.npy": good[0], **bad, "8.video.npy": good[1]}))
+    report = check(write_tar({"6.video.npy": good[0], **bad, "8.video.npy": good[1], "9.video.mp4": CLIP}))
     assert found(report) == [("sample", "7")]
     assert "key 7" in report.problems[0].message
-    assert report.sets[0].videos == 3
-
-
-def test_a_damaged_mp4_is_named_and_members_that_nobody_reads_are_a_note(tmp_path, write_tar):
-    clip = video_bytes(list(noise(1, frames=6, size=(32, 32))), "libx264")
-    whole, cut = write(tmp_path, "v", {"0": {"video.mp4": clip}, "1": {"video.mp4": clip[:-40]}}, 1)
-    assert check(whole).sets[0].frames == 6
-    assert found(check(cut)) == [("sample", "1")]
-    hole, start = bytearray(clip), clip.index(b"mdat") + 8
-    hole[start + 800 : start + 2000] = b"\xff" * 1200  # behind the encoder's note on itself
-    assert found(check(*write(tmp_path, "h", {"2": {"video.mp4": bytes(hole)}}))) == [("sample", "2")]
-    report = check(write_tar({"7.video.npy": VIDEO, "7.caption.txt": b"a ball"}))
-    assert report.clean
-    assert any("never read: caption.txt (1)" in note for note in report.notes)
+    assert (report.sets[0]["videos"], report.sets[0]["frames"]) == (4, 4 + 4 + 6)
 
 
 def test_duplicate_keys_and_videos_and_a_leak_between_training_and_validation(write_tar):
@@ -164,63 +154,65 @@ def test_duplicate_keys_and_videos_and_a_leak_between_training_and_validation(wr
     assert found(check_shards({"train": [second], "validation": [second]})) == [("content", "2")]
 
 
-@pytest.mark.parametrize("trouble", ["size", "frames", "gone", "absent", "foreign"])
-def test_an_index_that_does_not_fit(tmp_path, clean, trouble):
-    path = tmp_path / "index.json"
-    content = json.loads(path.read_text())
-    if trouble == "size":
-        content["shards"][0]["size"] += 512
-    if trouble == "frames":
-        content["shards"][1]["samples"][0]["frames"] = 99
-    if trouble == "gone":
-        content["shards"].append({**content["shards"][0], "name": "train-000077.tar"})
-    path.write_text("{}" if trouble == "foreign" else json.dumps(content))
-    if trouble == "absent":
-        path.unlink()
-    report = check(*clean)
-    assert found(report) == ([("index", None)] if trouble in ("size", "frames") else [])
-    assert any("index.json" in note for note in report.notes) == (trouble in ("absent", "foreign"))
-
-
-def test_remote_shards_and_their_index(tmp_path, clean, served):
-    urls = [f"{served}/{Path(path).name}" for path in clean]
-    content = json.loads((tmp_path / "index.json").read_text())
-    content["shards"][0]["samples"][0]["key"] = "other"
-    (tmp_path / "index.json").write_text(json.dumps(content))
-    assert found(check(*urls, num_workers=0)) == [("index", None)]
-    (tmp_path / "index.json").unlink()
-    report = check(*(f"{url}?token=secret" for url in [*urls, f"{served}/train-000044.tar"]), num_workers=0)
-    assert [(problem.kind, problem.shard.split("?")[0]) for problem in report.problems] == [
-        ("shard", f"{served}/train-000044.tar")
-    ]
-    assert any("only one process" in note for note in report.notes)
-    assert "secret" not in json.dumps(report.to_json())
-
-
 def test_sets_are_told_apart_by_name(tmp_path, monkeypatch):
     for name in ("train-000000", "train-000001", "validation-000000"):
         shutil.copy(write(tmp_path / name, "x", {"0": {"video.npy": noise(1)}})[0], tmp_path / f"{name}.tar")
     monkeypatch.chdir(tmp_path)
     train = ["train-000000.tar", "train-000001.tar"]
-    assert group_shards(["*.tar"]) == ({"train": train, "validation": ["validation-000000.tar"]}, [])
-    assert group_shards(train) == ({"train": train}, [])
-    sets, problems = group_shards(["train-{000000..000003}.tar"])
-    assert sets["train"] == train
-    assert [problem.shard for problem in problems] == ["train-000002.tar", "train-000003.tar"]
-    with pytest.raises(MissingShardError, match="train-000007"):
-        group_shards(["train-{000007..000009}.tar"])
-    assert set(group_shards([train[0], "train-000001/*.tar", "train-000000/*.tar"])[0]) == {
+    assert group_shards(["*.tar"]) == {"train": train, "validation": ["validation-000000.tar"]}
+    assert group_shards(train) == {"train": train}
+    with pytest.raises(MissingShardError, match="train-000002"):
+        group_shards(["train-{000000..000003}.tar"])
+    assert set(group_shards([train[0], "train-000001/*.tar", "train-000000/*.tar"])) == {
         "train", "x (train-000001)", "x (train-000000)",
     }  # fmt: skip
 
 
-def test_settings_are_checked_and_long_lists_are_cut_in_the_text_only(tmp_path):
-    for settings, word in (({"sets": {}}, "sets"), ({"sets": {"a": ["a"]}, "num_workers": -1}, "num_workers")):
-        with pytest.raises(ConfigError, match=word):
-            check_shards(**settings)
+def test_long_lists_are_cut_in_the_text_only(tmp_path):
     report = check(*write(tmp_path, "train", {f"{n:02d}": {"video.npy": noise(1)} for n in range(9)}))
     text = render_report(report, most=3)
     assert "duplicate videos (8)" in text
     assert "… and 5 more" in text
     assert len(report.to_json()["problems"]) == 8
-    assert text.splitlines()[-1].startswith("8 problems found: 1 set, 9 videos")
+    with pytest.raises(ConfigError, match="sets"):
+        check_shards({})
+
+
+def test_the_command_says_clean_or_lists_problems_and_replaces_no_file_of_another_program(tmp_path, capsys):
+    for prefix, seeds in (("train", range(3)), ("validation", range(3, 5))):
+        write(tmp_path, prefix, {str(seed): {"video.npy": noise(seed)} for seed in seeds}, 2)
+    report, mine, words = tmp_path / "new" / "report.json", tmp_path / "mine.json", ["data", "check"]
+    assert main([*words, str(tmp_path / "*.tar")]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert (text[0], text[-1]) == ("train", "clean (videos read: 5)")
+    assert "  frames_per_video   4" in text
+    shutil.copy(tmp_path / "train-000000.tar", tmp_path / "test-000000.tar")
+    shard = tmp_path / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    for _ in range(2):  # a report of ours is replaced
+        assert main([*words, str(tmp_path / "t*.tar"), "--json", str(report), "--workers", "0"]) == 1
+    text = capsys.readouterr().out
+    assert "damaged shards (1)" in text
+    assert "duplicate videos (2)" in text
+    content = json.loads(report.read_text())
+    assert (content["clean"], content["sets"][1]["videos"]) == (False, 2)
+    mine.write_text('{"mine": 1}')
+    assert main([*words, str(tmp_path / "*.tar"), "--json", str(mine)]) == 2
+    assert "mine.json" in capsys.readouterr().err
+    assert mine.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none-*.tar"], "matches none"),
+        (["none.tar"], "does not"),
+        (["a{.tar"], "braces"),
+        (["pipe:cat a.tar"], "shell command"),
+        (["train-*.tar", "--workers", "-2"], "`num_workers` to be at least 0"),
+    ],
+)
+def test_wrong_usage_exits_with_2(clean, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "check", *words]) == 2
+    assert message in capsys.readouterr().err

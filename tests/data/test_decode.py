@@ -160,7 +160,7 @@ def test_members_over_the_limit_are_refused_and_an_option_raises_it(npy_bytes):
 
 def test_frames_of_a_video_come_back_in_part_and_whole():
     data = video_bytes([grey(level) for level in range(0, 200, 20)])
-    assert decode.count_frames(data, HERE) == 10
+    assert decode.inspect_video(data, HERE).frames == 10
     whole = decode.decode_member("video.mp4", data)
     assert whole.shape == (10, 16, 32, 3)
     assert np.abs(whole.mean((1, 2, 3)) - np.arange(0, 200, 20)).max() < 6

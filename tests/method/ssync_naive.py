@@ -1,4 +1,4 @@
-"""The method once more, in float64: labels and regions in loops, and nothing shared with the package."""
+"""The method once more, in float64: merging and regions in loops, and nothing shared with the package."""
 
 from __future__ import annotations
 
@@ -113,39 +113,22 @@ def _log(probs):
 
 
 def _labels(scores, sv):
-    b_, t_, s_, n_ = scores.shape
-    out = np.zeros((b_, t_, n_), np.int64)
-    for b, t, x in np.ndindex(b_, t_, n_):
-        best = None
-        for i in range(s_):
-            if sv[b, i] and (best is None or scores[b, t, i, x] > scores[b, t, best, x]):
-                best = i
-        out[b, t, x] = best
-    return out
+    return np.where(sv[:, None, :, None], scores, -np.inf).argmax(2)
 
 
 def _coverage(logits, sv, pv):
-    b_, t_, s_, n_ = logits.shape
-    out = np.zeros((b_, t_, s_, n_), bool)
-    for b, i in np.ndindex(b_, s_):
-        values = [logits[b, t, i, x] for t in range(t_) for x in range(n_) if pv[b, t, x]]
-        if sv[b, i] and values:
-            mean = math.fsum(values) / len(values)
-            for t, x in np.ndindex(t_, n_):
-                out[b, t, i, x] = pv[b, t, x] and logits[b, t, i, x] > mean
+    out = np.zeros(logits.shape, bool)
+    for b, i in np.ndindex(*sv.shape):
+        own = logits[b, :, i]
+        if sv[b, i] and pv[b].any():
+            out[b, :, i] = pv[b] & (own > math.fsum(own[pv[b]]) / pv[b].sum())
     return out
 
 
 def _slot_iou(coverage):
-    b_, t_, s_, n_ = coverage.shape
-    out = np.zeros((b_, s_, s_))
-    for b in range(b_):
-        sets = [[{x for x in range(n_) if coverage[b, t, i, x]} for i in range(s_)] for t in range(t_)]
-        for i, j, t in np.ndindex(s_, s_, t_):
-            first, second = sets[t][i], sets[t][j]
-            both = len(first & second)
-            out[b, i, j] += both / ((len(first) + 1e-6) + (len(second) + 1e-6) - both) / t_
-    return out
+    covered = coverage.astype(np.float64)
+    both, area = np.einsum("btin,btjn->btij", covered, covered), covered.sum(3) + 1e-6
+    return (both / (area[:, :, :, None] + area[:, :, None] - both)).mean(1)
 
 
 def _components(iou, threshold):

@@ -66,16 +66,6 @@ def test_one_patch_differs_only_in_time():
     assert output.loss.item() == output.interior_loss.item()
 
 
-@pytest.mark.parametrize(("threshold", "merged"), [(0.2, 1), (0.26, 0)])
-def test_overlap_threshold_is_strict_and_time_is_not_pooled(threshold, merged):
-    # Frame 0: two slots share 1 of 2 patches; frame 1: both cover nothing and count as 0.
-    d = np.full((1, 2, 2, 4), -4.0)
-    d[0, 0, 0, :2], d[0, 0, 1, :2] = [8, 8], [8, -5]
-    output = Case(d, d, (2, 2), options={"merge_threshold": threshold}).check()
-    assert output.slot_iou[0, 0, 1].item() == pytest.approx(0.25, abs=1e-5)
-    assert output.merged_slots.tolist() == [merged]
-
-
 def test_equal_areas_go_to_the_lowest_slot():
     d = np.array([[0.0, 0, 2, 2], [3, 3, 1, 1], [3, 3, 1, 1]]).reshape(1, 1, 3, 4)
     case = Case(d, d, (2, 2), options={"merge_threshold": 0.5})

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from ssync_cases import run, softmax, tensors
-from torch.autograd import forward_ad
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.method import describe_backend, ssync_loss
@@ -22,38 +21,6 @@ def gradients(*leaves, **options):
 def assert_equal(ours, theirs, *names):
     for name in names:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-
-
-@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
-def test_gradient_of_one_side_or_none(wants):
-    both = tensors()
-    leaves = [x.detach().requires_grad_(want) for x, want in zip(both, wants, strict=True)]
-    loss = run(*leaves).loss
-    assert loss.requires_grad == any(wants)
-    if any(wants):
-        loss.backward()
-    for leaf, want, gradient in zip(leaves, wants, gradients(*both), strict=True):
-        assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
-
-
-def test_it_behaves_as_a_function_of_autograd():
-    leaves = tensors()
-    expected = gradients(*leaves)
-    loss = run(*leaves).loss
-    for _ in range(2):  # a retained graph gives the same gradients again
-        torch.testing.assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), expected, rtol=0, atol=0)
-    inner = [x * 1.0 for x in leaves]
-    loss = run(*inner).loss
-    for x in inner:
-        x.zero_()  # inputs may be changed before the backward pass
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected, rtol=0, atol=0)
-    d, a = (x.detach() for x in leaves)
-    torch.testing.assert_close(torch.func.grad(lambda x: run(x, a).loss)(d), expected[0])
-    direction = torch.ones_like(d)
-    direction[:, :, 0] = 2.0
-    with forward_ad.dual_level():
-        slope = forward_ad.unpack_dual(run(forward_ad.make_dual(d, direction), a).loss).tangent
-    torch.testing.assert_close(slope, (expected[0] * direction).sum(), rtol=1e-4, atol=1e-7)
 
 
 def test_half_precision_is_computed_in_float32_and_sides_may_differ():

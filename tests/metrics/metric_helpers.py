@@ -52,15 +52,11 @@ def random_scene() -> tuple[Tensor, Tensor]:
     return pred, truth.unsqueeze(2) == torch.arange(4)[:, None, None]
 
 
-def scores_of(videos: slice) -> dict[str, Any]:
-    """Scores of every kind of metric on some videos of the scene, of all ranks where there are some."""
+def scores_of(videos: slice) -> dict[str, float]:
+    """Scores of every row of the table on some videos of the scene, of all ranks where there are some."""
     pred, true = (part[videos] for part in random_scene())
-    everything, borders, unused = metrics.SegmentationMetrics(), metrics.BoundaryF(), metrics.UnusedSlots()
-    names = ("image_miou", "slots_per_object", "identity")
-    singles = {f"single {name}": CLASSES[name][0](ignore_background=True) for name in names}
-    for metric in (everything, borders, *singles.values()):
-        metric.update(pred, true)
-    unused.update(torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float())
-    scores = {**singles, "borders": borders, "unused": unused}
-    scores = {name: metric.compute() for name, metric in scores.items()} | everything.compute()
-    return {name: float(value) for name, value in scores.items()}
+    masks = torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float()
+    everything, single = metrics.SegmentationMetrics(scores=metrics.metric_names()), metrics.VideoMIoU()
+    everything.update(masks, true)
+    single.update(pred, true)
+    return {name: float(value) for name, value in {**everything.compute(), "single": single.compute()}.items()}

@@ -27,39 +27,30 @@ def one_row(labels: list[int], truth: list[int], channels: int) -> tuple[Tensor,
     return torch.tensor(labels)[None, None, None], labels_to_masks(torch.tensor(truth)[None, None, None], channels)
 
 
-def naive_iou(pred: np.ndarray, true: np.ndarray, matched: bool) -> float:
-    """One item: labels (P,) and masks (C, P)."""
+def naive_iou(pred: np.ndarray, masks: list[np.ndarray], matched: bool) -> float:
+    """Of labels (P,) and masks (P,)."""
     slots = [set(np.flatnonzero(pred == slot)) for slot in np.unique(pred)]
-    objects = [set(np.flatnonzero(mask)) for mask in true if mask.any()]
+    objects = [set(np.flatnonzero(mask)) for mask in masks if mask.any()]
     iou = np.array([[len(o & s) / len(o | s) for s in slots] for o in objects])
     best = iou[linear_sum_assignment(-iou)].sum() if matched else iou.max(axis=1).sum()
     return float(best / len(objects))
 
 
-@pytest.mark.parametrize("level", ["video", "image"])
+@pytest.mark.parametrize(("level", "number"), [("video", 3), ("image", 6)])
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("seed", range(2))
-def test_ari_equals_scikit_learn(seed, level, background):
+def test_scores_equal_scikit_learn_and_sets_of_pixels(seed, level, number, background):
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randint(0 if background else -1, 4, (3, 2, 6, 5), generator=generator)
     noise = torch.randint(0, 7, truth.shape, generator=generator)
     pred = torch.where(torch.rand(truth.shape, generator=generator) < 0.5, truth + 1, noise)
-    ours = items(adjusted_rand_index, pred, labels_to_masks(truth, 4), level=level, background=background).flatten()
-    pairs = zip(*(labels.flatten(0, 1) if level == "image" else labels for labels in (truth, pred)), strict=True)
-    theirs = [adjusted_rand_score(t[t >= background], p[t >= background]) for t, p in pairs]
-    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-12)
-
-
-@pytest.mark.parametrize("matched", [False, True])
-@pytest.mark.parametrize("level", ["video", "image"])
-@pytest.mark.parametrize("background", [False, True])
-def test_iou_equals_sets_of_pixels(scene, matched, level, background):
-    pred, true = scene
-    ours = items(mean_iou if matched else mean_best_overlap, pred, true, level=level, background=background).flatten()
-    labels = pred.flatten(1) if level == "video" else pred.flatten(0, 1).flatten(1)
-    masks = true.movedim(2, 1).flatten(2) if level == "video" else true.flatten(0, 1).flatten(2)
-    pairs = zip(labels.numpy(), masks[:, int(background) :].numpy(), strict=True)
-    np.testing.assert_allclose(ours.numpy(), [naive_iou(p, t, matched) for p, t in pairs], atol=1e-12)
+    true, options = labels_to_masks(truth, 4), {"level": level, "background": background}
+    got = [items(score, pred, true, **options) for score in (adjusted_rand_index, mean_best_overlap, mean_iou)]
+    for i, (t, p) in enumerate(zip(truth.reshape(number, -1).numpy(), pred.reshape(number, -1).numpy(), strict=True)):
+        counted, masks = t >= background, [t == channel for channel in range(int(background), 4)]
+        ari = adjusted_rand_score(t[counted], p[counted])
+        expected = [ari, naive_iou(p, masks, matched=False), naive_iou(p, masks, matched=True)]
+        assert [float(one.flatten()[i]) for one in got] == pytest.approx(expected, abs=1e-12)
 
 
 def test_items_that_count_by_hand():

@@ -123,25 +123,6 @@ def test_boundary_f_by_hand() -> None:
     assert boundary_f(read_scene(pred, hidden), tolerance=0.0).item() == 1.0
 
 
-def test_identity_by_hand() -> None:
-    def identity(pred: Tensor, true: Tensor, valid: Tensor | None = None) -> Tensor:
-        return items(slot_identity, pred, true, valid, level="image", background=True)
-
-    true = torch.ones(1, 4, 1, 6, dtype=torch.long)
-    masks = labels_to_masks(true, 2)
-    rows = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 0, 0, 0]])
-    pred = rows.view(1, 4, 1, 6)
-    # kept, swapped, kept (a tie between 2 and 0 still holds 2)
-    assert identity(pred, masks).item() == pytest.approx(2 / 3)
-    gone = true.clone()
-    gone[:, 2] = 0  # no pair of frames reaches over a gap
-    assert identity(pred, labels_to_masks(gone, 2)).item() == 1.0
-    lone = identity(pred[:, :1], masks[:, :1])
-    assert lone.isnan()
-    hidden = torch.tensor([[True, True, False, True]])
-    assert identity(pred, masks, hidden).item() == 1.0
-
-
 def test_refusals(scene: Scene) -> None:
     for bad in (-0.1, 7.0):
         with pytest.raises(ConfigError, match="tolerance"):

@@ -1,6 +1,5 @@
 """Hosts that cannot be served are refused at once, with a word on what to do, and are left as they were."""
 
-import lightning.pytorch as L
 import pytest
 import torch
 from tiny_hosts import ManualHost, MixinHost, assert_untouched, fit, in_hook, make_callback, make_host
@@ -64,11 +63,6 @@ def test_refused_with_what_to_do(host, callbacks, error, words):
         fit(host, *(callbacks if isinstance(callbacks, list) else [make_callback(**callbacks)]), steps=1)
     assert [word for word in words if word not in str(caught.value)] == []
     assert_untouched(host)
-
-
-def test_lightning_refuses_two_of_one_class():
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        L.Trainer(callbacks=[make_callback(), make_callback()], accelerator="cpu", logger=False)
 
 
 @pytest.mark.parametrize(("part", "weight"), [("corrector", "interior_weight"), ("decoder", "boundary_weight")])

@@ -127,14 +127,6 @@ def test_a_class_of_another_namespace():
         callback_class(types)
 
 
-@pytest.mark.parametrize("total", [1, 7, 10, 100_001])
-@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.3, 0.7, 1.0])
-def test_start_is_the_first_step_that_is_not_below_the_ratio(ratio, total):
-    start = Schedule.resolve(SSyncConfig(warmup_ratio=ratio), total).start
-    assert not start < ratio * total
-    assert start == 0 or start - 1 < ratio * total
-
-
 @pytest.mark.parametrize(
     ("schedule", "phases", "weights"),
     [

@@ -79,7 +79,7 @@ def accumulate_later():
         (None, {"warmup_steps": 3, "loader": STREAM, "epochs": 2}, 3, 8),
         (None, {"warmup_steps": 8, "loader": STREAM, "epochs": 2}, None, 8),
         (None, {"warmup_ratio": 0.5, "loader": STREAM, "epochs": -1, "steps": 6}, 3, 6),
-        (accumulate_later, {"warmup_ratio": 0.5}, 4, 8),
+        (accumulate_later, {"warmup_ratio": 0.25}, 2, 8),
         (accumulate_later, {"warmup_ratio": 0.5, "steps": 6}, 3, 6),
         (accumulate_later, {"warmup_steps": 9}, None, 8),
     ],

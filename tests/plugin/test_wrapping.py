@@ -8,7 +8,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny_hosts import HandWritten, Recorder, TinyHost, assert_same_weights, fit, make_callback, make_host, make_loader
 
 from ssync_pl import SSyncRegularizer
-from ssync_pl.errors import HostError
 
 
 class OneArgument(TinyHost):
@@ -169,18 +168,3 @@ def test_compiled_hosts_have_the_same_gradients(way, backend):
     torch.testing.assert_close(named, expected.gradients, rtol=1e-4, atol=1e-6)
     assert "ssync/boundary_loss" in trainer.callback_metrics
     assert not any(module._forward_hooks for module in host.modules())
-
-
-def test_a_host_that_ran_compiled_before_the_training():
-    """Either the hooks are seen, or the message says what to do; and that helps."""
-    torch._dynamo.reset()
-    expected, host = make_host(tiny.Late), compiled(make_host(), "forward", "eager")
-    fit(expected)
-    host(next(iter(make_loader()))["video"])
-    try:
-        fit(host, make_callback(warmup_steps=2))
-    except HostError as error:
-        assert "torch._dynamo.reset()" in str(error)  # noqa: PT017
-        torch._dynamo.reset()
-        fit(host, make_callback(warmup_steps=2))
-    assert_same_weights(host, expected)

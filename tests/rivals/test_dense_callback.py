@@ -7,15 +7,13 @@ import tiny_hosts
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_hosts import EXACT, in_hook
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, StepSeed
-from ssync_pl.cli.trainer import run_trainer
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
 from ssync_pl.rivals.dense_alignment import DenseAlignment
-from ssync_pl.rivals.dense_callback import DenseAlignmentCallback, _extended
+from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
 SIZES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (3, 4), "decoder_hidden": (8,)}
 KINDS = pytest.mark.parametrize("kind", [SlotContrast, VideoSAUR, DINOSAUR])
@@ -119,18 +117,28 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(make_host().state_dict())
 
 
-def test_a_checkpoint_of_the_host_alone_is_taken_up(tmp_path):
-    saver, moments = ModelCheckpoint(tmp_path), []
-    alone, _ = fit(make_host(), saver, steps=2, enable_checkpointing=True)
+class Grouped(SlotContrast):
+    """One projection of the callback is trained in the middle of the host's parameters, the other behind them."""
 
-    def at_start(trainer, module):
-        moments.extend(trainer.optimizers[0].state[p]["exp_avg"].clone() for p in module.parameters())
-        assert len(trainer.optimizers[0].state) == len(moments)
+    def configure_optimizers(self):
+        groups = [[], []]
+        for name, parameter in self.named_parameters():
+            groups["decoder" in name].append(parameter)
+        return torch.optim.Adam([{"params": group, "lr": 0.01} for group in groups])
 
-    look = in_hook("on_train_start", at_start)
-    trainer, _ = fit(make_host(), make_callback(), look, steps=4, ckpt_path=saver.best_model_path)
-    assert (trainer.global_step, len(trainer.optimizers[0].state)) == (4, len(moments) + 2)
-    torch.testing.assert_close(moments, [s["exp_avg"] for s in alone.optimizers[0].state.values()], **EXACT)
+
+@pytest.mark.parametrize("kind", [SlotContrast, Grouped])
+def test_a_checkpoint_of_the_host_alone_is_taken_up(kind, tmp_path):
+    def averages(trainer, module):
+        found.append([trainer.optimizers[0].state[p]["exp_avg"].clone() for p in module.parameters()])
+        sizes.append(len(trainer.optimizers[0].state))
+
+    saver, found, sizes = ModelCheckpoint(tmp_path), [], []
+    fit(make_host(kind), saver, in_hook("on_train_end", averages), steps=2, enable_checkpointing=True)
+    looks = in_hook("on_train_start", averages), in_hook("on_train_end", averages)
+    trainer, _ = fit(make_host(kind), make_callback(), *looks, steps=4, ckpt_path=saver.best_model_path)
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+    assert (trainer.global_step, sizes) == (4, [sizes[0], sizes[0], sizes[0] + 2])
 
 
 def test_schedule_logs_mixed_precision_and_accumulation():
@@ -211,47 +219,3 @@ def test_the_host_is_put_back_copies_are_plain_and_a_callback_can_be_used_twice(
     with pytest.raises(RuntimeError, match="no more"):
         fit(failing, make_callback(), in_hook("on_train_batch_end", fail), steps=2)
     assert_untouched(failing)
-
-
-def test_short_name_in_a_configuration(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["--model=SlotContrast", "--data=SyntheticDataModule", "--trainer.callbacks=DenseAlignmentCallback"]
-    with pytest.raises(SystemExit) as stop:
-        run_trainer(["fit", *words, "--trainer.callbacks.weight=0.25", "--print_config"])
-    assert stop.value.code in (0, None)
-    text = capsys.readouterr().out
-    assert "class_path: ssync_pl.DenseAlignmentCallback" in text
-    assert "weight: 0.25" in text
-
-
-def stepped(groups):
-    optimizer = torch.optim.Adam(groups, lr=0.1)
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    return optimizer
-
-
-# How an optimizer groups the parameters of two layers and those of the callback.
-LAYOUTS = {
-    "behind": lambda one, two, own: [{"params": [*one, *two, *own]}],
-    "in the middle": lambda one, two, own: [{"params": [*one, *own]}, {"params": two, "lr": 0.2}],
-    "scattered": lambda one, two, own: [{"params": [one[0], *own[:1], one[1]]}, {"params": [*own[1:], *two]}],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_state_of_the_optimizer_with_or_without_the_callbacks_parameters_is_taken_up(layout):
-    host, extra = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Linear(5, 6)
-    one, two, own = ([*layer.parameters()] for layer in (*host, extra))
-    together, alone = stepped(layout(one, two, own)), stepped(layout(one, two, []))
-    state, both = together.state_dict(), torch.optim.Adam(layout(one, two, own))
-    assert _extended(extra, together, state) is state
-    both.load_state_dict(_extended(extra, both, alone.state_dict()))
-    assert set(both.state) == set(host.parameters())
-    for parameter in host.parameters():
-        assert torch.equal(both.state[parameter]["exp_avg"], alone.state[parameter]["exp_avg"])
-    # A state of another host is left for the optimizer to refuse.
-    other, whole = stepped([{"params": one}]), torch.optim.Adam([*host.parameters()])
-    with pytest.raises(ValueError, match="parameter group"):
-        whole.load_state_dict(_extended(extra, whole, other.state_dict()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,6 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add = parser.add_argument
     patterns = f"{_SHARDS}; give training and validation to find videos that are in both"
     add("patterns", nargs="+", metavar="PATTERN", help=patterns)
-    add("--quick", action="store_true", help="list members only, rather than decode and compare all videos")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
     add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
     options = parser.parse_args(words)
@@ -65,10 +63,8 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     if options.json is not None:
         refuse_foreign(options.json)  # before work begins
-    sets, missing = group_shards(options.patterns)
-    quick, progress = options.quick, sys.stderr.isatty()
-    report = check_shards(sets, deep=not quick, num_workers=options.workers, progress=progress)
-    report = replace(report, problems=(*missing, *report.problems))
+    sets = group_shards(options.patterns)
+    report = check_shards(sets, num_workers=options.workers, progress=sys.stderr.isatty())
     if options.json is not None:
         write_owned_json(options.json, report.to_json())
     sys.stdout.write(render_report(report) + "\n")
@@ -76,7 +72,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 
 def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Draw videos of shards, each frame beside the same frame with its object masks, as one PNG."""
+    """Draw frames of videos in shards, and below them the same frames with their object masks, as one PNG."""
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help=_SHARDS)
     add("--out", required=True, type=Path, metavar="FILE.png", help="a new picture, or an earlier one of this command")

@@ -1,4 +1,4 @@
-"""Decoding of shard members by an allow-list: arrays, pictures, mp4 and JSON; nothing that can execute code.
+"""Decoding by an allow-list: arrays, pictures, videos and JSON, of shards as of files; nothing that can execute code.
 
 `webdataset`'s default `.decode()` unpickles `.pyd`, `.pkl` and `.pth` members, so this package never calls it.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,10 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssync_pl.errors import ConfigError, ShardError, require_shard
+from ssync_pl.errors import ConfigError, ShardError, SSyncError, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
-"""Extensions that can be decoded; all others are refused."""
+"""Extensions of members that can be decoded; all others are refused."""
+
+EXECUTABLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so")
+"""Extensions of members that can execute code when they are loaded."""
 
 MAX_MEMBER_BYTES = 1 << 30
 """Most bytes of one member, as it is stored and as it is decoded; `ShardDataModule(max_member_bytes=...)` raises it."""
@@ -31,34 +34,23 @@ MAX_MEMBER_BYTES = 1 << 30
 HEADER_BYTES = 1 << 14
 """Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
 
-EXECUTABLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so")
-"""Extensions of members that can execute code when they are loaded."""
-
 Data = bytes | bytearray | memoryview
+Source = Data | str | os.PathLike[str]
+"""The bytes of a file, or its path, which is never taken for an address."""
+
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
 _CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
-
-
-class NpyHeader(NamedTuple):
-    """What the first bytes of a `.npy` member say: `data_offset` is where the elements start, in bytes."""
-
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype[Any]
-    data_offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the elements take."""
-        return math.prod(self.shape) * self.dtype.itemsize
+# Containers that store when each frame is shown. AVI does not, and what is guessed for it is off by some frames.
+_STAMPED = ("mp4", "matroska")
+# Headers that count no frames say a duration, which some writers round.
+_SLACK, _SLACK_SECONDS = 0.1, 0.25
+_AGAIN = "Copy, export or build it again."
 
 
 def member_extension(member: str) -> str:
     """Returns the extension that decides how a member is decoded, in lower case: `npy`, `npy.gz`, or empty."""
     parts = member.lower().split(".")
-    if len(parts) > 2 and parts[-1] == "gz":
-        return ".".join(parts[-2:])
-    return parts[-1] if len(parts) > 1 else ""
+    return ".".join(parts[-2:] if len(parts) > 2 and parts[-1] == "gz" else parts[1:][-1:])
 
 
 def require_allowed(member: str, where: str = "") -> str:
@@ -77,89 +69,111 @@ def require_size(size: int, what: str, max_bytes: int = MAX_MEMBER_BYTES) -> Non
     require_shard(size <= max_bytes, f"{what} to take at most {max_bytes} bytes", size, advice=advice)
 
 
-def read_npy_header(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> NpyHeader:
-    """Parses the header of a `.npy` or `.npy.gz` member without touching its elements."""
-    place = _place(member, where)
-    head = bytes(data[:HEADER_BYTES])
-    try:
-        if member_extension(member) == "npy.gz":
-            head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES)
-        start = 10 if head[6:7] == b"\x01" else 12
-        header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
-    except Exception as error:
-        raise _damaged(place, "a whole array with an NPY header (version 1.0 or 2.0)", error) from error
-    got = "an array of Python objects, which can execute code when it is loaded"
-    advice = "Save the array with a numeric dtype."
-    require_shard(not header.dtype.hasobject, f"{place} to hold numbers", got, advice=advice)
-    if header.dtype.itemsize < 1 or len(header.shape) > 32 or min(header.shape, default=0) < 0:
-        raise _damaged(place, "an array", f"shape {header.shape}, dtype {header.dtype} in its header")
-    # An empty dimension does not excuse the others.
-    require_size(math.prod(max(n, 1) for n in header.shape) * header.dtype.itemsize, f"the array of {place}", max_bytes)
-    return header
-
-
-def require_elements(header: NpyHeader, found: int, place: str) -> None:
-    """Raises `ShardError` unless an array member holds as many bytes of elements as its header says."""
-    expected = f"{place} to hold {header.nbytes} bytes of elements for shape {header.shape}, dtype {header.dtype}"
-    advice = "The member is only half written: copy or build the shard again."
-    require_shard(found == header.nbytes, expected, found, advice=advice)
-
-
-def view_npy(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> np.ndarray:
-    """Views a whole `.npy` member as a read-only array, without a copy."""
-    header = read_npy_header(data, member, where, max_bytes)
-    require_elements(header, len(data) - header.data_offset, _place(member, where))
-    flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=header.data_offset)
-    view = flat.reshape(header.shape[::-1]).T if header.fortran_order else flat.reshape(header.shape)
-    view.flags.writeable = False
-    return view
-
-
 def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> Any:
     """Decodes one member by its extension, or raises `ShardError`.
 
     Returns an array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that
     are called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
     """
-    extension = require_allowed(member, where)
-    place = _place(member, where)
+    extension, place = require_allowed(member, where), _place(member, where)
     require_size(len(data), place, max_bytes)
-    if extension == "npy":
-        return view_npy(data, member, where, max_bytes)
     if extension == "npy.gz":
         header = read_npy_header(data, member, where, max_bytes)
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-                # One byte more than expected shows surplus bytes without unpacking all of them.
-                plain = stream.read(header.data_offset + header.nbytes + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise _damaged(place, "a whole gzip stream", error) from error
-        return view_npy(plain, member.removesuffix(".gz"), where, max_bytes)
+        with _named(place, "a whole gzip stream"), gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            # One byte more than expected shows surplus bytes without unpacking all of them.
+            data = stream.read(header.data_offset + header.nbytes + 1)
+    if extension in ("npy", "npy.gz"):
+        return view_npy(data, member.removesuffix(".gz"), where, max_bytes)
+    if extension == "json":
+        return parse_json(data, place)
     if extension == "mp4":
+        inspect_video(data, place, max_bytes)
         frames: list[np.ndarray] = []
         for frame in decode_video(data, place, max_bytes=max_bytes):
             require_size((len(frames) + 1) * frame.nbytes, f"the frames of {place}", max_bytes)
             frames.append(frame)
         return np.stack(frames)
-    if extension == "json":
-        return parse_json(data, place)
     kind = ("PNG",) if extension == "png" else ("JPEG",)
     return decode_picture(data, place, ids=member.startswith("segmentations"), formats=kind, max_bytes=max_bytes)
 
 
 def parse_json(data: Data | str, where: str, kind: type = object) -> Any:
     """Parses JSON from a file or member; raises `ShardError` for damaged, deeply nested or other values than `kind`."""
-    try:
+    with _named(where, "JSON"):
         value = json.loads(data if isinstance(data, str) else bytes(data))
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
-    except (ValueError, RecursionError) as error:
-        raise _damaged(where, "JSON", error) from error
-    return value
+        return value
+
+
+class NpyHeader(NamedTuple):
+    """What the first bytes of a `.npy` member say: `data_offset` is where the elements start, in bytes."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
+    data_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the elements take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_npy_header(
+    data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES, size: int | None = None
+) -> NpyHeader:
+    """Parses the header of a `.npy` or `.npy.gz` member without touching its elements.
+
+    With `size`, the bytes of the whole member, it also checks that a `.npy` member holds all elements and no more.
+    """
+    place, packed = _place(member, where), member_extension(member) == "npy.gz"
+    head = bytes(data[:HEADER_BYTES])
+    with _named(place, "a whole array with an NPY header (version 1.0 or 2.0)"):
+        head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES) if packed else head
+        start = 10 if head[6:7] == b"\x01" else 12
+        header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
+        shape, dtype = header.shape, header.dtype
+        if not dtype.hasobject and (dtype.itemsize < 1 or len(shape) > 32 or min(shape, default=0) < 0):
+            raise ValueError(f"shape {shape}, dtype {dtype} in its header")
+    got = "an array of Python objects, which can execute code when it is loaded"
+    require_shard(not dtype.hasobject, f"{place} to hold numbers", got, advice="Save it with a numeric dtype.")
+    # An empty dimension does not excuse the others.
+    require_size(math.prod(max(n, 1) for n in shape) * dtype.itemsize, f"the array of {place}", max_bytes)
+    found = header.nbytes if size is None or packed else size - header.data_offset
+    expected = f"{place} to hold {header.nbytes} bytes of elements for shape {shape}, dtype {dtype}"
+    advice = "The member is only half written: copy or build the shard again."
+    require_shard(found == header.nbytes, expected, found, advice=advice)
+    return header
+
+
+def view_npy(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> np.ndarray:
+    """Views a whole `.npy` member as a read-only array, without a copy."""
+    header = read_npy_header(data, member, where, max_bytes, len(data))
+    flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=header.data_offset)
+    view = flat.reshape(header.shape[::-1]).T if header.fortran_order else flat.reshape(header.shape)
+    view.flags.writeable = False
+    return view
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_header(head: bytes) -> NpyHeader:
+    # Cached, as NumPy evaluates the header as Python source, which takes longer than to read a clip.
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"NPY version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran_order, dtype = read(stream)
+    except SystemError:  # CPython 3.11 fails at random where the garbage collector strikes while source is parsed
+        stream.seek(8)
+        shape, fortran_order, dtype = read(stream)
+    return NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
 
 
 def decode_picture(
-    source: Data | str | os.PathLike[str],
+    source: Source,
     where: str,
     *,
     ids: bool = False,
@@ -172,26 +186,22 @@ def decode_picture(
     """
     from PIL import Image, ImageOps
 
-    opened: Any = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
-    try:
-        with Image.open(opened, formats=list(formats)) as picture:
-            require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
-            if not ids:
-                return to_rgb(ImageOps.exif_transpose(picture), where)
-            grey = picture.mode in ("1", "L", "P", "I", "I;16", "I;16B")
-            expected = f"{where} to be a grey or palette picture whose numbers are object ids"
-            require_shard(grey, expected, f"mode {picture.mode!r}", advice="Save the ids as a grey or palette PNG.")
-            numbers = np.array(picture)
-            return numbers.astype(np.uint8 if numbers.dtype.itemsize == 1 else np.int64)
-    except (ShardError, MemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise _damaged(where, "a file that is there", "none") from error
-    except Exception as error:  # Pillow's plug-ins raise almost anything on damaged bytes
-        raise _damaged(where, f"a whole picture ({', '.join(formats)})", _or_empty(source, error)) from error
+    opened: Any = io.BytesIO(source) if isinstance(source, Data) else source
+    with (
+        _named(where, f"a whole picture ({', '.join(formats)})", source),
+        Image.open(opened, formats=list(formats)) as picture,
+    ):
+        require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
+        if not ids:
+            return _to_rgb(ImageOps.exif_transpose(picture), where)
+        grey = picture.mode in ("1", "L", "P", "I", "I;16", "I;16B")
+        expected = f"{where} to be a grey or palette picture whose numbers are object ids"
+        require_shard(grey, expected, f"mode {picture.mode!r}", advice="Save the ids as a grey or palette PNG.")
+        numbers = np.array(picture)
+        return numbers.astype(np.uint8 if numbers.dtype.itemsize == 1 else np.int64)
 
 
-def to_rgb(picture: Any, where: str) -> np.ndarray:
+def _to_rgb(picture: Any, where: str) -> np.ndarray:
     """Turns a Pillow picture of any mode into RGB bytes: transparency over black, 16-bit grey by its upper byte."""
     from PIL import Image
 
@@ -208,50 +218,51 @@ def to_rgb(picture: Any, where: str) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
-@contextlib.contextmanager
-def open_video(
-    source: Data | str | os.PathLike[str], where: str, max_bytes: int = MAX_MEMBER_BYTES
-) -> Iterator[tuple[Any, Any]]:
-    """Opens a video with PyAV as (container, video stream); every error of PyAV inside becomes a `ShardError`.
+class VideoFacts(NamedTuple):
+    """What a video file says of itself, without decoding."""
 
-    `source` is the bytes of an mp4 file, or the path of a video file, which is never taken for an address.
-    """
-    try:
-        av = importlib.import_module("av")
-    except ImportError as error:
-        raise ConfigError(
-            f"Expected PyAV to be installed to read {where}, but it is missing. Run "
-            '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
-        ) from error
-    try:
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            container = av.open(io.BytesIO(source), format="mp4")
-        else:
-            options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
-            container = av.open(f"file:{os.fspath(source)}", options=options)
-        with container:
-            found = bool(container.streams.video)
-            require_shard(found, f"{where} to hold a video stream", "none", advice="Take it out of the set.")
-            stream = container.streams.video[0]
-            require_size(3 * (stream.width or 0) * (stream.height or 0), f"a frame of {where}", max_bytes)
-            yield container, stream
-    except (ShardError, ConfigError, MemoryError):
-        raise
-    except Exception as error:
-        raise _damaged(where, "a whole video file", _or_empty(source, error)) from error
+    frames: int
+    rate: float | None = None  # per second, on average; None where nothing says
+    stamps: tuple[int, ...] | None = None  # of each frame, for seeking; None where they are missing or not unique
 
 
-def count_frames(source: Data | str | os.PathLike[str], where: str) -> int:
-    """Counts the frames that a video really holds and shows, whatever its header says; nothing is decoded as a rule."""
-    with open_video(source, where) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        if packets and packets[0].is_keyframe:
-            return sum(not packet.is_discard for packet in packets)
-    return sum(1 for _ in decode_video(source, where))  # frames before the first key frame cannot be decoded
+def inspect_video(source: Source, where: str, max_bytes: int = MAX_MEMBER_BYTES) -> VideoFacts:
+    """Counts the frames that a video holds and shows, as a rule without decoding; `ShardError` unless it is whole."""
+    with _open_video(source, where, max_bytes) as (container, stream):
+        stored = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+        missing = _missing(source, container, stream, [stamp for stamp, _ in stored])
+        rate = stream.average_rate or stream.guessed_rate
+        exact = any(name in container.format.name for name in _STAMPED)
+    require_shard(missing is None, f"{where} to be a whole video", f"a part: {missing}", advice=_AGAIN)
+    shown = [stamp for stamp, hidden in stored if not hidden]
+    require_shard(bool(shown), f"{where} to have frames", "none", advice=_AGAIN)
+    seekable = exact and None not in shown and len(set(shown)) == len(shown)
+    return VideoFacts(len(shown), rate and float(rate), tuple(sorted(shown)) if seekable else None)
+
+
+def _missing(source: Source, container: Any, stream: Any, stamps: Sequence[int | None]) -> str | None:
+    """Says what a file lacks by its own header; None when it is whole, or when nothing tells."""
+    count, kind = len(stamps), container.format.name
+    if kind == "gif":
+        with io.BytesIO(source) if isinstance(source, Data) else open(source, "rb") as file:
+            file.seek(-min(9, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            whole = file.read().rstrip(b"\0").endswith(b"\0;")
+        return None if whole else f"it ends after {count} frames without the mark of its end"
+    if stream.frames:
+        # Edited files hide some of their packets, so the hidden ones count too.
+        return f"its header says {stream.frames} frames and it ends after {count}" if count < stream.frames else None
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if not known or len(container.streams) > 1 or not container.duration:
+        return None  # the duration may be that of the sound
+    step = (known[-1] - known[0]) / max(1, len(known) - 1)
+    end, promised = float((known[-1] + step) * stream.time_base), container.duration / 1e6
+    if promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
+        return None
+    return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {count} frames"
 
 
 def decode_video(
-    source: Data | str | os.PathLike[str],
+    source: Source,
     where: str,
     frames: range | None = None,
     *,
@@ -269,37 +280,30 @@ def decode_video(
         max_bytes: Most bytes of one frame.
     """
     size: tuple[int, ...] | None = None
-    seen = 0
-    for number, picture in _numbered_frames(source, where, frames, stamp, max_bytes):
-        require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
-        seen = number + 1
-        if frames is None or number in frames:
-            frame = _shown(picture, where, number)
-            size = size or frame.shape
-            expected = f"all frames of {where} to have one size, {size[0]} x {size[1]} (height x width)"
-            got = f"{frame.shape[0]} x {frame.shape[1]} in frame {number}"
-            require_shard(frame.shape == size, expected, got, advice="Split the video there.")
-            yield frame
-        if frames is not None and number >= frames[-1]:
-            return
-    if frames is not None or not seen:
-        need = f"at least {frames[-1] + 1} frames" if frames else "frames"
-        advice = "The file is damaged or cut off: copy or encode it again, or take fewer frames."
-        require_shard(False, f"{where} to have {need}", f"only {seen} that can be decoded", advice=advice)
-
-
-def _numbered_frames(
-    source: Any, where: str, frames: range | None, stamp: int | None, max_bytes: int
-) -> Iterator[tuple[int, Any]]:
-    if frames and frames[0] > 0 and stamp is not None:
-        with open_video(source, where, max_bytes) as (container, stream):
+    begin = seen = 0
+    with _open_video(source, where, max_bytes) as (container, stream):
+        pictures = container.decode(stream)
+        if frames and frames[0] > 0 and stamp is not None:
             first = _seek(container, stream, stamp)
-            if first is not None:
-                yield frames[0], first
-                yield from enumerate(container.decode(stream), frames[0] + 1)
+            if first is None:
+                yield from decode_video(source, where, frames, max_bytes=max_bytes)
                 return
-    with open_video(source, where, max_bytes) as (container, stream):
-        yield from enumerate(container.decode(stream))
+            begin, pictures = frames[0], itertools.chain([first], container.decode(stream))
+        for number, picture in enumerate(pictures, begin):
+            require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
+            seen = number + 1
+            if frames is None or number in frames:
+                frame = _shown(picture, where, number)
+                size = size or frame.shape
+                expected = f"all frames of {where} to have one size, {size[0]} x {size[1]} (height x width)"
+                got = f"{frame.shape[0]} x {frame.shape[1]} in frame {number}"
+                require_shard(frame.shape == size, expected, got, advice="Split the video there.")
+                yield frame
+            if frames is not None and number >= frames[-1]:
+                return
+    need = f"at least {frames[-1] + 1} frames" if frames else "frames"
+    got, advice = f"only {seen} that can be decoded", f"{_AGAIN[:-1]}, or take fewer."
+    require_shard(frames is None and seen > 0, f"{where} to have {need}", got, advice=advice)
 
 
 def _seek(container: Any, stream: Any, stamp: int) -> Any:
@@ -319,12 +323,11 @@ def _seek(container: Any, stream: Any, stamp: int) -> Any:
 
 def _shown(frame: Any, where: str, number: int) -> np.ndarray:
     """Returns a frame's pixels as a player shows them."""
-    advice = "Copy or encode the file again."
-    require_shard(not frame.is_corrupt, f"all frames of {where} to decode", f"damage in frame {number}", advice=advice)
+    require_shard(not frame.is_corrupt, f"all frames of {where} to decode", f"damage in frame {number}", advice=_AGAIN)
     if any(part.is_alpha for part in frame.format.components):
         from PIL import Image
 
-        array = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), where)
+        array = _to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), where)
     else:
         array = frame.to_ndarray(format="rgb24")
     matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
@@ -338,30 +341,41 @@ def _shown(frame: Any, where: str, number: int) -> np.ndarray:
     return np.ascontiguousarray(array[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
-@functools.lru_cache(maxsize=256)
-def _parse_header(head: bytes) -> NpyHeader:
-    # Cached, as NumPy evaluates the header as Python source, which takes longer than to read a clip.
-    stream = io.BytesIO(head)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"NPY version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+@contextlib.contextmanager
+def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[Any, Any]]:
+    """Opens a video as (container, video stream); every error of PyAV inside becomes a `ShardError`."""
     try:
-        shape, fortran_order, dtype = read(stream)
-    except SystemError:  # CPython 3.11 fails at random where the garbage collector strikes while source is parsed
-        stream.seek(8)
-        shape, fortran_order, dtype = read(stream)
-    return NpyHeader(tuple(int(n) for n in shape), bool(fortran_order), dtype, stream.tell())
+        import av
+    except ImportError as error:
+        raise ConfigError(
+            f"Expected PyAV to be installed to read {where}, but it is missing. Run "
+            '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
+        ) from error
+    with _named(where, "a whole video file", source):
+        if isinstance(source, Data):
+            container = av.open(io.BytesIO(source), format="mp4")
+        else:
+            options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+            container = av.open(f"file:{os.fspath(source)}", options=options)
+        with container:
+            expected, got = f"{where} to be a whole video file", "one without a video stream"
+            require_shard(bool(container.streams.video), expected, got, advice=_AGAIN)
+            stream = container.streams.video[0]
+            require_size(3 * (stream.width or 0) * (stream.height or 0), f"a frame of {where}", max_bytes)
+            yield container, stream
 
 
-def _or_empty(source: Any, error: Exception) -> Exception | str:
-    empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.getsize(source) == 0
-    return "an empty file" if empty else error
-
-
-def _damaged(place: str, expected: str, got: Exception | str) -> ShardError:
-    reason = got if isinstance(got, str) else f"a damaged one ({str(got).splitlines()[0] if str(got) else repr(got)})"
-    return ShardError(f"Expected {place} to be {expected}, but got {reason}. Copy, export or build it again.")
+@contextlib.contextmanager
+def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
+    """Turns whatever decoders raise on damaged bytes into a `ShardError` that says what was expected."""
+    try:
+        yield
+    except (SSyncError, MemoryError):
+        raise
+    except Exception as error:
+        empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and not os.path.getsize(source)
+        got = "an empty file" if empty else f"a damaged one ({(str(error) or repr(error)).splitlines()[0]})"
+        raise ShardError(f"Expected {where} to be {expected}, but got {got}. {_AGAIN}") from error
 
 
 def _place(member: str, where: str) -> str:

@@ -15,18 +15,16 @@ from ssync_pl.data.decode import (
     MAX_MEMBER_BYTES,
     Data,
     NpyHeader,
-    count_frames,
     decode_member,
     decode_video,
+    inspect_video,
     member_extension,
     read_npy_header,
-    require_allowed,
-    require_elements,
     require_size,
 )
 from ssync_pl.data.sampling import draw_clip
 from ssync_pl.data.transforms import Size, covering_size
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.errors import require, require_shard
 
 MaskFormat = Literal["ids", "channels"]
 
@@ -101,11 +99,9 @@ class Members:
     def header(self, member: str) -> NpyHeader:
         """Reads the header of an array member; raises `ShardError` when the member is damaged or half written."""
         if member not in self.headers:
-            head = self.fetch(member, 0, min(self.sizes[member], HEADER_BYTES))
-            header = read_npy_header(head, member, self.where, self.max_bytes)
-            if member_extension(member) == "npy":
-                require_elements(header, self.sizes[member] - header.data_offset, self.name(member))
-            self.headers[member] = header
+            size = self.sizes[member]
+            head = self.fetch(member, 0, min(size, HEADER_BYTES))
+            self.headers[member] = read_npy_header(head, member, self.where, self.max_bytes, size)
         return self.headers[member]
 
     def rows(self, member: str, cut: slice) -> np.ndarray:
@@ -121,45 +117,40 @@ class Members:
         # A stream keeps its members in memory: a copy keeps only the clip alive.
         return array if isinstance(data, bytearray) and step == 1 else np.array(array, order="C")
 
+    def is_video(self, member: str) -> bool:
+        """Whether an array member holds several frames."""
+        return member_extension(member) in ("npy", "npy.gz") and len(self.header(member).shape) == 4
+
     def count_frames(self, member: str) -> int:
         """Counts the frames of a video or picture, decoding as little as possible."""
-        extension = require_allowed(member, self.where)
-        if extension == "mp4":
-            return count_frames(self.read(member), self.name(member))
-        shape = self.header(member).shape if extension in ("npy", "npy.gz") else ()
-        return shape[0] if len(shape) == 4 else 1
+        if member_extension(member) == "mp4":
+            return inspect_video(self.read(member), self.name(member), self.max_bytes).frames
+        return self.header(member).shape[0] if self.is_video(member) else 1
 
     def frames(self, member: str, cut: slice) -> np.ndarray:
         """Reads frames (F, h, w, 3) uint8 of a video or picture."""
-        extension = member_extension(member)
-        if extension == "mp4" and cut.stop is not None:
-            wanted = range(cut.start, cut.stop, cut.step)
-            decoded = decode_video(self.read(member), self.name(member), wanted, max_bytes=self.max_bytes)
-            video = np.stack(list(decoded))
-        elif extension in ("npy", "npy.gz") and len(self.header(member).shape) == 4:
+        if self.is_video(member):
             video = self.rows(member, cut)
+        elif member_extension(member) == "mp4" and cut.stop is not None:
+            wanted = range(cut.start, cut.stop, cut.step)
+            video = np.stack([*decode_video(self.read(member), self.name(member), wanted, max_bytes=self.max_bytes)])
         else:
             whole = self.decode(member)
             video = np.array((whole[None] if whole.ndim == 3 else whole)[cut], order="C")
         fits = video.ndim == 4 and video.shape[-1] == 3 and video.dtype == np.uint8 and 0 not in video.shape
-        expected = f"{self.name(member)} to be uint8 frames (F, h, w, 3)"
         got = f"shape {video.shape}, dtype {video.dtype}"
+        expected = f"{self.name(member)} to be uint8 frames (F, h, w, 3)"
         require_shard(fits, expected, got, advice="Convert the video to RGB bytes.")
         return video
 
 
-def find_member(members: Collection[str], field: str, where: str = "") -> str:
-    """Chooses the member that holds a field, refusing samples that have it only in a forbidden format."""
-    found = next((name for name in _FIELDS[field] if name in members), None)
-    if found is not None:
-        return found
-    for name in members:
-        if name.split(".")[0] in (field, "image" if field == "video" else field):
-            require_allowed(name, where)
-    raise ShardError(
-        f"Expected {where or 'the sample'} to have one of the members {', '.join(_FIELDS[field])}, but got "
-        f"{', '.join(sorted(members)) or 'none'}. Write the {field} under one of these names."
-    )
+def find_member(members: Collection[str], field: str, where: str = "the sample") -> str:
+    """Chooses the member that holds a field."""
+    found = [name for name in _FIELDS[field] if name in members]
+    expected = f"{where} to have one of the members {', '.join(_FIELDS[field])}"
+    got, advice = ", ".join(sorted(members)) or "none", f"Write the {field} under one of these names."
+    require_shard(bool(found), expected, got, advice=advice)
+    return found[0]
 
 
 def count_objects(members: Members, mask_format: MaskFormat) -> int:
@@ -167,40 +158,12 @@ def count_objects(members: Members, mask_format: MaskFormat) -> int:
     member = find_member(members.sizes, "segmentations", members.where)
     if mask_format == "ids":
         return int(members.decode(member).max(initial=0))
-    if member_extension(member) not in ("npy", "npy.gz"):
-        return 1
-    shape = members.header(member).shape
+    shape = () if member_extension(member) == "png" else members.header(member).shape
     if len(shape) == 4:
         return shape[-1]
     is_image = find_member(members.sizes, "video", members.where).startswith("image")
     # Frames of ids (F, h, w) of a video; of an image (N, h, w) or (h, w, N), with fewer objects than rows.
     return min(shape[0], shape[-1]) if is_image and len(shape) == 3 else 1
-
-
-def arrange_masks(masks: np.ndarray, frames: int, size: tuple[int, int], place: str) -> np.ndarray:
-    """Views stored masks as (F, h, w, N), whatever their layout."""
-    height, width = size
-
-    def fits(rows: int, columns: int) -> bool:
-        return abs(rows * width - columns * height) <= 0.02 * rows * width
-
-    given = masks
-    if frames == 1 and masks.ndim == 2:
-        masks = masks[None, ..., None]
-    elif frames == 1 and masks.ndim == 3:
-        last = masks.shape[:2] == size or (masks.shape[1:] != size and fits(*masks.shape[:2]))
-        masks = masks[None] if last else np.moveaxis(masks, 0, -1)[None]
-    elif masks.ndim == 3:
-        masks = masks[..., None]
-    whole = masks.ndim == 4 and 0 not in masks.shape[:3] and masks.dtype.kind in "bui"
-    got = f"shape {given.shape}, dtype {given.dtype}"
-    require_shard(whole, f"{place} to be integer masks (F, h, w, N)", got, advice="Convert the masks.")
-    same = len(masks) == frames
-    require_shard(same, f"{place} to have as many frames as the video, {frames}", len(masks), advice="Build it again.")
-    got = f"{masks.shape[1]}x{masks.shape[2]}"
-    expected = f"{place} to have the video's proportions {height}x{width}"
-    require_shard(fits(*masks.shape[1:3]), expected, got, advice="Build the sample again.")
-    return masks
 
 
 def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, clip: int) -> dict[str, Any]:
@@ -233,6 +196,17 @@ def eval_sample(members: Members, rules: SampleRules) -> dict[str, Any]:
     return sample | _masks(members, rules, slice(None), len(video), video)
 
 
+def read_whole(members: Members) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads a video (F, h, w, 3) and its masks, whatever their format: uint8 ids (F, h, w, 1), bool channels
+    (F, h, w, N), or `None` where it has none."""
+    if not any(name.split(".")[0] == "segmentations" for name in members.sizes):
+        return eval_sample(members, SampleRules())["video"].numpy(), None
+    channels = count_objects(members, "channels") > 1
+    sample = eval_sample(members, SampleRules(masks=True, mask_format="channels" if channels else "ids"))
+    masks = sample["segmentations"].numpy()
+    return sample["video"].numpy(), masks != 0 if channels else masks
+
+
 def crop_offsets(video: np.ndarray, rules: SampleRules, top: float | None = None, left: float | None = None) -> Tensor:
     """Places the crop in the resized frames: at the drawn place in [0, 1), or in the centre."""
     if rules.image_size is None or rules.crop == "none":
@@ -250,12 +224,29 @@ def _masks(members: Members, rules: SampleRules, cut: slice, frames: int, video:
         return {}
     member = find_member(members.sizes, "segmentations", members.where)
     place, channels = members.name(member), rules.mask_format == "channels"
-    masks = arrange_masks(members.decode(member), frames, (video.shape[1], video.shape[2]), place)
+    given, (height, width) = members.decode(member), video.shape[1:3]
+
+    def fits(rows: int, columns: int) -> bool:
+        return abs(rows * width - columns * height) <= 0.02 * rows * width
+
+    masks = given[..., None] if given.ndim == 2 else given
+    if frames == 1 and masks.ndim == 3:  # of a picture: (h, w, N) or (N, h, w)
+        last = masks.shape[:2] == (height, width) or (masks.shape[1:] != (height, width) and fits(*masks.shape[:2]))
+        masks = (masks if last else np.moveaxis(masks, 0, -1))[None]
+    elif masks.ndim == 3:
+        masks = masks[..., None]
+    got, advice = f"shape {given.shape}, dtype {given.dtype}", "Convert the masks."
+    whole = masks.ndim == 4 and 0 not in masks.shape[:3] and masks.dtype.kind in "bui"
+    require_shard(whole, f"{place} to be integer masks (F, h, w, N)", got, advice=advice)
+    same = len(masks) == frames and fits(*masks.shape[1:3])
+    expected = f"{place} to have the frames and proportions of the video, {frames} of {height}x{width}"
+    require_shard(same, expected, f"{len(masks)} of {masks.shape[1]}x{masks.shape[2]}", advice=advice)
     least = 0 if channels else int(masks.min(initial=0))
-    got = f"shape {masks.shape}, least value {least}"
-    advice = "For one channel per object, set mask_format='channels'."
-    ids = masks.shape[-1] == 1 and least >= 0
-    require_shard(channels or ids, f"{place} to hold ids (F, h, w, 1) from 0 on", got, advice=advice)
+    expected, advice = (
+        f"{place} to hold ids (F, h, w, 1) from 0 on",
+        "For one channel per object: mask_format='channels'.",
+    )
+    require_shard(channels or (masks.shape[-1] == 1 and least >= 0), expected, f"{got}, least {least}", advice=advice)
     # The limit holds for the whole video, so that a clip's fate does not hang on where it starts.
     objects = masks.shape[-1] if channels else int(masks.max(initial=0))
     limit = 255 if rules.max_objects is None else rules.max_objects

@@ -155,16 +155,11 @@ def _check_map(name: str, value: Tensor, first_name: str, first: Tensor) -> None
 
 
 def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
-    if grid is None:
-        raise ShapeError(
-            f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got None. "
-            "The grid is never guessed: pass the host's rows and columns of patches."
-        )
     sizes = tuple(int(size) for size in grid) if isinstance(grid, (tuple, list)) else ()
     if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != patches:
         raise ShapeError(
             f"Expected argument `grid` to be (H, W) with H * W == {patches}, but got {grid}. "
-            "Pass the rows and columns of patches of both maps."
+            "It is never guessed: pass the rows and columns of patches of both maps."
         )
     return sizes[0], sizes[1]
 

@@ -92,12 +92,6 @@ class SSyncHooks:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Recognises the host and wraps its step; only here, since a host may build modules in its own ``setup``."""
-        other = pl_module.__dict__.get("training_step")
-        if isinstance(other, WrappedMethod):
-            raise HostError(
-                f"Expected one SSyncCallback and nothing else of its kind, but {type(pl_module).__name__} already has "
-                f"{other.owner} in its training step. Remove the second callback."
-            )
         self._session = HostSession(pl_module, self.adapter, self.grid)
         step = functools.partial(self._step, trainer, pl_module)
         self._wrapped = WrappedMethod(pl_module, "training_step", step, "SSync")

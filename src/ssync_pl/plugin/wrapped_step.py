@@ -16,17 +16,22 @@ __all__ = ["LogSteps", "WrappedMethod", "loss_of", "with_loss"]
 
 
 class WrappedMethod:
-    """A method of one host with something around it; a copied or pickled host gets its own plain method back.
+    """A method of one host with something around it, once; a copied or pickled host gets its own plain method back.
 
     ``run(method, *args, **kwargs)`` is called in the method's place; ``owner`` says whose it is, for messages.
     """
 
     def __init__(self, host: Any, name: str, run: Callable[..., Any], owner: str) -> None:
         method = getattr(host, name)
+        if isinstance(method, WrappedMethod):
+            raise HostError(
+                f"Expected one regulariser, but {type(host).__name__} already has {method.owner} in its {name}. Remove "
+                "one of the two callbacks."
+            )
         functools.update_wrapper(self, method)
         self.host = host
         self.name = name
-        self.owner = owner
+        self.owner: str = owner
         self.run = run
         self._method = method
         self._own = host.__dict__.get(name)

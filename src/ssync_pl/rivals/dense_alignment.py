@@ -151,13 +151,9 @@ class DenseAlignment(nn.Module):
         super().__init__()
         self.decoder_projection = nn.Linear(feature_dim, projection_dim, bias=False)
         self.encoder_projection = nn.Linear(encoder_dim or feature_dim, projection_dim, bias=False)
-        self.group_frames = group_frames
-        self.neighbours = neighbours
-        self.redundant = redundant
-        self.weight = weight
-        self.redundancy_weight = redundancy_weight
-        self.redundancy_steps = redundancy_steps
-        self.start_step = start_step
+        self.group_frames, self.neighbours, self.redundant = group_frames, neighbours, redundant
+        self.weight, self.redundancy_weight = weight, redundancy_weight
+        self.start_step, self.redundancy_steps = start_step, redundancy_steps
 
     def forward(
         self,

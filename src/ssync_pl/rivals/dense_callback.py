@@ -105,12 +105,6 @@ class DenseAlignmentCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Puts the hooks on and wraps the training step."""
-        other = pl_module.__dict__.get("training_step")
-        if isinstance(other, WrappedMethod):
-            raise HostError(
-                f"Expected one regulariser, but {type(pl_module).__name__} already has {other.owner} in its training "
-                "step. Remove one of the two callbacks."
-            )
         groups = chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers)
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         if not all(id(parameter) in trained for parameter in self.losses.parameters()):

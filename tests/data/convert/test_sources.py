@@ -32,6 +32,7 @@ from ssync_pl.cli import main, run_command
 from ssync_pl.cli.commands import data
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.ytvis import draw_mask
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.errors import ConfigError, ShardError
 
 ALL = ("--splits", "train", "--holdout", 0)  # of YouTube-VIS
@@ -464,9 +465,9 @@ def test_a_file_that_was_cut_off_is_told_by_its_header(tmp_path, name, codec, pi
     encode_file(root / "a.mkv", smooth_video(12, 32, 32))
     noise = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
     path = encode_file(root / name, noise, codec, pixels, {"movflags": "faststart"})
-    assert media.inspect_video(path, name).missing is None
+    assert inspect_video(path, name).frames == 12
     path.write_bytes(path.read_bytes()[: path.stat().st_size - 5 if name == "b.gif" else path.stat().st_size * 2 // 3])
-    with pytest.raises(ShardError, match=rf"{name} to be whole, but got a part: .*{said}"):
+    with pytest.raises(ShardError, match=rf"{name} to be a whole video, but got a part: .*{said}"):
         convert("videos", root, tmp_path / "out", *words)
     convert("videos", root, tmp_path / "out", *words, "--on-bad-sample", "skip")
     assert {sample["info.json"]["video"] for sample in load_back(tmp_path / "out", "videos")} == {"a.mkv"}
@@ -477,7 +478,7 @@ def test_a_file_that_was_cut_off_is_told_by_its_header(tmp_path, name, codec, pi
 def test_reading_from_the_middle_gives_the_frames_of_the_whole(tmp_path, name, options):
     small = np.random.default_rng(3).integers(0, 255, (26, 4, 6, 3), dtype=np.uint8)
     path = encode_file(tmp_path / name, small.repeat(8, 1).repeat(8, 2), "libx264", "yuv420p", **options)
-    whole, facts = [*media.read_frames(path, None, None, None, name)], media.inspect_video(path, name)
+    whole, facts = [*media.read_frames(path, None, None, None, name)], inspect_video(path, name)
     assert len(whole) == facts.frames == 26
     for first in range(1, 24, 3):
         stamp = facts.stamps[first] if facts.stamps else None
@@ -496,8 +497,8 @@ def test_gifs_are_read_as_they_are_shown(tmp_path):
     expected = np.stack([np.asarray(picture)[..., :3] for picture in pictures])  # transparency over black
     found = np.stack([*media.read_frames(tmp_path / "a.gif", None, None, None, "a")])
     assert np.abs(found.astype(int) - expected).max() < 8  # colours of a palette
-    facts = media.inspect_video(tmp_path / "a.gif", "a")
-    assert (facts.frames, facts.rate, facts.missing) == (4, 5.0, None)
+    facts = inspect_video(tmp_path / "a.gif", "a")
+    assert (facts.frames, facts.rate) == (4, 5.0)
 
 
 def test_names_sort_by_their_numbers_and_sizes_keep_proportions(tmp_path, monkeypatch):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ssync_pl.data.decode import decode_picture, decode_video, open_video
+from ssync_pl.data.decode import decode_picture, decode_video
 from ssync_pl.errors import ShardError, require, require_shard
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -23,10 +21,6 @@ PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 """Files that are taken for frames."""
 
 _MASK_FOLDERS = ("masks", "mask")
-# Containers that store when each frame is shown. AVI does not, and what is guessed for it is off by some frames.
-_STAMPED = ("mp4", "matroska")
-# Headers that count no frames say a duration, which some writers round.
-_SLACK, _SLACK_SECONDS = 0.1, 0.25
 _MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 
@@ -35,53 +29,6 @@ def require_packages(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     advice = f'Run `pip install "ssync-pl[{extra}]"`.'
     require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
-
-
-# -- frames -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class VideoFacts:
-    """What a video file says of itself, without decoding."""
-
-    frames: int
-    rate: float | None = None  # per second, on average; None where nothing says
-    stamps: tuple[int, ...] | None = None  # of each frame, for seeking; None where they are missing or not unique
-    missing: str | None = None  # what the file lacks by its own header; None when it is whole
-
-
-def inspect_video(path: Path, where: str) -> VideoFacts:
-    """Count the frames of a video file and find out whether it is whole; `ShardError` when it cannot be read."""
-    with open_video(path, where) as (container, stream):
-        stored = [packet for packet in container.demux(stream) if packet.size]
-        packets = [packet for packet in stored if not packet.is_discard]
-        missing = _missing(path, container, stream, stored)
-        rate = stream.average_rate or stream.guessed_rate
-        exact = any(name in container.format.name for name in _STAMPED)
-    stamps = {packet.pts for packet in packets}
-    seekable = exact and None not in stamps and len(stamps) == len(packets)
-    return VideoFacts(len(packets), rate and float(rate), tuple(sorted(stamps)) if seekable else None, missing)
-
-
-def _missing(path: Path, container: Any, stream: Any, packets: Sequence[Any]) -> str | None:
-    """Say what a file lacks by its own header; None when it is whole, or when nothing tells."""
-    if container.format.name == "gif":
-        with path.open("rb") as file:
-            file.seek(-min(9, path.stat().st_size), os.SEEK_END)
-            whole = file.read().rstrip(b"\0").endswith(b"\0;")
-        return None if whole else f"it ends after {len(packets)} frames without the mark of its end"
-    if stream.frames:
-        # Edited files hide some of their packets, so the hidden ones count too.
-        lacks = len(packets) < stream.frames
-        return f"its header says {stream.frames} frames and it ends after {len(packets)}" if lacks else None
-    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
-    if not stamps or len(container.streams) > 1 or not container.duration:
-        return None  # the duration may be that of the sound
-    step = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)
-    end, promised = float((stamps[-1] + step) * stream.time_base), container.duration / 1e6
-    if promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
-        return None
-    return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {len(packets)} frames"
 
 
 def read_frames(
@@ -123,9 +70,6 @@ def stack_frames(
         require_shard(fits, f"the frames of {where} to take at most {_MAX_BYTES} bytes", "more", advice=advice)
     require_shard(bool(kept), f"{where} to have frames", "none", advice="Unpack or export it again.")
     return np.stack(kept), original
-
-
-# -- folders and masks ------------------------------------------------------------------------------------------------
 
 
 def natural_key(name: str) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.writer import Split
+from ssync_pl.data.decode import VideoFacts, inspect_video
 from ssync_pl.errors import ShardError, require, require_shard
 
 _ARRAY = ".masks.npy"
@@ -51,7 +52,7 @@ def _cut(root: Path, source: _Source, length: int | None) -> list[_Source]:
         facts = _inspect(root, source) if length else None
     except ShardError:
         facts = None
-    if not length or facts is None or facts.missing or facts.frames <= length:
+    if not length or facts is None or facts.frames <= length:
         return [source]  # what is wrong with it is raised when it is read
     clips = []
     for start in range(0, facts.frames - length + 1, length):
@@ -102,13 +103,12 @@ def _decode(root: Path, short_side: int | None, void: int | None, source: _Sourc
     path = root / source["video"]
     where = f"video {path}"
     clip = range(source["start"], source["stop"]) if "start" in source else None
-    facts = media.VideoFacts(source["total"], source["rate"]) if clip else _inspect(root, source)
-    advice = "Copy or encode it again."
-    require_shard(not facts.missing, f"{where} to be whole", f"a part: {facts.missing}", advice=advice)
+    facts = VideoFacts(source["total"], source["rate"]) if clip else _inspect(root, source)
     frames = media.read_frames(path, source["names"], clip, source.get("stamp"), where)
     video, original = media.stack_frames(frames, short_side, where)
     whole = clip is not None or len(video) >= facts.frames
-    require_shard(whole, f"{where} to be whole", f"only {len(video)} of {facts.frames} frames", advice=advice)
+    got, advice = f"only {len(video)} of {facts.frames} frames", "Copy or encode it again."
+    require_shard(whole, f"{where} to be a whole video", got, advice=advice)
     shown = clip or range(len(video))
     total = facts.frames if clip else len(video)  # only a reading of the whole counts what is there
     info = {"video": source["video"], "frames": [*shown], "source_frames": total, "fps": facts.rate}
@@ -120,9 +120,9 @@ def _decode(root: Path, short_side: int | None, void: int | None, source: _Sourc
     return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
 
 
-def _inspect(root: Path, source: _Source) -> media.VideoFacts:
+def _inspect(root: Path, source: _Source) -> VideoFacts:
     names, path = source["names"], root / source["video"]
-    return media.inspect_video(path, f"video {path}") if names is None else media.VideoFacts(len(names))
+    return inspect_video(path, f"video {path}") if names is None else VideoFacts(len(names))
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

@@ -19,13 +19,11 @@ from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.session import HostSession
+from ssync_pl.tools.doctor import steps
 from ssync_pl.tools.doctor.report import DoctorReport, hints, lines
-from ssync_pl.tools.doctor.steps import Run, StepError, describe_batch, in_trainer, namespace, plain_step, tensors_of
 
-_NUMBERS = (
-    *("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots"),
-    *("used_encoder_slots", "used_decoder_slots"),
-)
+_NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
+_USED = ("used_encoder_slots", "used_decoder_slots")
 _PACKAGE = str(Path(__file__).parents[2])
 _DICT_FOR_TENSOR = (AttributeError, IndexError, KeyError, TypeError)  # what the one in place of the other gives
 _UNKNOWN = (
@@ -45,8 +43,8 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
     `data` is a batch, or the data module of a LightningModule, which gets a tensor of videos or images as a dict with
     `"video"` or `"image"` first. `settings` are arguments of `SSyncCallback` that say how the host is read.
     """
-    if method or namespace(host) is None:
-        return examine(host, plain_step(host, data, method), data, settings)
+    if method or steps.namespace(host) is None:
+        return examine(host, steps.plain_step(host, data, method), data, settings)
     report = DoctorReport(type(host).__name__, "lightning")
     if isinstance(host, SSyncRegularizer):
         hint = f"{report.host} is an SSyncRegularizer and adds SSync itself: leave the callback out."
@@ -56,11 +54,11 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
     except HostError as error:
         return replace(report, problems=(str(error),))
     named = isinstance(data, Tensor) and data.ndim in (4, 5)
-    failures: list[StepError] = []
+    failures: list[steps.StepError] = []
     for batch in [{"video" if data.ndim == 5 else "image": data}, data] if named else [data]:
         try:
-            return in_trainer(host, batch, functools.partial(examine, host, settings=settings, kind="lightning"))
-        except StepError as error:
+            return steps.in_trainer(host, batch, functools.partial(examine, host, settings=settings, kind="lightning"))
+        except steps.StepError as error:
             failures.append(error)
             if not isinstance(error.__cause__, _DICT_FOR_TENSOR):
                 raise
@@ -68,14 +66,14 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
 
 
 def examine(
-    host: nn.Module, run: Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
+    host: nn.Module, run: steps.Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
 ) -> DoctorReport:
     """Finds a host's maps, uses them once, and says what to write; a host that cannot be used has `problems`.
 
     `run` makes one training step, in training mode, and gives the host's own loss; `batch` is the batch of that step,
     for hosts whose grid follows from the size of the frames; `settings` as in `diagnose`.
     """
-    report = DoctorReport(type(host).__name__, kind, describe_batch(batch))
+    report = DoctorReport(type(host).__name__, kind, steps.describe_batch(batch))
     named = {name: value for name, value in (settings or {}).items() if value not in (None, "auto")}
     callback = SSyncCallback(**named)
     try:
@@ -88,7 +86,7 @@ def examine(
 
 
 def _listen(
-    report: DoctorReport, host: nn.Module, run: Run, batch: Any, named: Mapping[str, Any], adapter: HostAdapter
+    report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, named: Mapping[str, Any], adapter: HostAdapter
 ) -> DoctorReport:
     report, session = replace(report, adapter=adapter.name), None
     try:
@@ -104,7 +102,7 @@ def _listen(
     finally:
         if session is not None:
             session.remove()
-    values = {name: float(getattr(output, name).detach().float().mean()) for name in _NUMBERS}
+    values = {name: float(getattr(output, name).detach().float().mean()) for name in (*_NUMBERS, *_USED)}
     report = replace(
         report,
         places=_places(session),
@@ -114,15 +112,16 @@ def _listen(
         numbers={"loss": float(loss.detach()), **values},
         lines=lines(report.kind, named),
     )
-    frames = {value.shape[0] * value.shape[1] for value in tensors_of(batch) if value.ndim == 5}
+    frames = {value.shape[0] * value.shape[1] for value in steps.tensors_of(batch) if value.ndim == 5}
     own = tuple(str(one.message) for one in told if one.filename.startswith(_PACKAGE))  # what adapters say of this host
     return replace(report, hints=(*own, *hints(report, frames)))
 
 
-def _search(report: DoctorReport, host: nn.Module, run: Run, batch: Any, named: Mapping[str, Any]) -> DoctorReport:
+def _search(report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, named: dict[str, Any]) -> DoctorReport:
     """Tries the softmaxes of a host that no adapter knows."""
     try:
-        found = discover(host, run)
+        with steps.quiet():
+            found = discover(host, run)
     except HostError as error:
         return replace(report, problems=(str(error),))
     pairs = {"attention='{}' with masks='{}'".format(*pair.places): pair.places for pair in found.pairs}

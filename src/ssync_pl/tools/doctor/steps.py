@@ -24,7 +24,6 @@ from ssync_pl.plugin.wrapped_step import loss_of
 
 Run = Callable[[], Tensor]
 
-_ENDLESS = 100_000  # steps, so that schedules of the host do not end
 _FOREIGN = ("site-packages", str(Path(__file__).parents[2] / "adapters"), str(Path(__file__).parent))
 
 
@@ -119,7 +118,8 @@ def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
             raise _DoneError(look(_step(host, host.training_step, batch, arguments, loss_of), batch))
 
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    counts = {"max_steps": _ENDLESS, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    # So many steps that schedules of the host do not end.
+    counts = {"max_steps": 100_000, "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     source = data if hasattr(data, "train_dataloader") else DataLoader([data], batch_size=None)  # type: ignore[arg-type]
     with quiet(), _explained(host, data):
         try:
@@ -155,8 +155,8 @@ def _find_loss(output: Any) -> Tensor | None:
         terms = {name: value.sum() for name, value in losses.items() if value.numel() == 1 and value.requires_grad}
         if terms:
             return terms["loss"] if "loss" in terms else torch.stack([*terms.values()]).sum()
-    values = [value for value in tensors_of(output) if value.is_floating_point()]
-    values = [value for value in values if value.requires_grad] or values
+    floats = [value for value in tensors_of(output) if value.is_floating_point()]
+    values = [value for value in floats if value.requires_grad] or floats
     if not values:
         return None
     warnings.warn("No loss came back: the mean square of the output takes its place. Name one by --call.", stacklevel=1)

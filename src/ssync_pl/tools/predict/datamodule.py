@@ -36,8 +36,7 @@ class InputDataModule(L.LightningDataModule):
         expected = "the configuration to name ShardDataModule or SyntheticDataModule for --input"
         advice = "Add `--data ShardDataModule --data.image_size SIZE`, with the values of the training."
         require(isinstance(data, ShardDataModule), expected, type(data).__name__, advice=advice)
-        expected = "--clip-frames to be at least 2, as windows share a frame"
-        require(clip_frames >= 2, expected, clip_frames, advice="Take 16 or more.")
+        require(clip_frames >= 2, "--clip-frames to be at least 2, as windows share a frame", clip_frames)
         self.videos, self.clip_frames = find_videos(inputs), clip_frames
         self.mean, self.std = data.mean, data.std
         self.transform = copy.copy(data.transform)
@@ -57,8 +56,7 @@ class InputDataModule(L.LightningDataModule):
                 if self.maker is not None:
                     features = self.maker(frames, crop, f"video {video.source}")
                     batch["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
-                size = (window.frames.shape[1], window.frames.shape[2])
-                region = seen_region(size, crop.tolist(), seen.image_size, seen.crop, seen.reference)
+                region = seen_region(window.frames.shape[1:3], crop.tolist(), seen)
                 whole = window._replace(key=video.key, source=video.source, rate=video.rate, region=region)
                 yield {**batch, "__key__": [video.key], WINDOW_KEY: whole}
             require_shard(window is not None, f"{video.source} to have frames", "none", advice="Encode it again.")

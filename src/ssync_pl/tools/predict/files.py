@@ -19,7 +19,6 @@ from ssync_pl.tools.viz import overlay_labels, slot_colors
 
 ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")
 """What the names of a video's files end with; the last one is a folder of pictures."""
-_COLUMNS = "frame,slot,area,center_x,center_y,x0,y0,x1,y1"
 _SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
@@ -41,7 +40,7 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
     """
     _, height, width = labels.shape
     y, x = np.indices((height, width)).reshape(2, -1) + 0.5
-    lines = [_COLUMNS]
+    lines = ["frame,slot,area,center_x,center_y,x0,y0,x1,y1"]
     for number, frame in enumerate(np.minimum(labels, num_slots).astype(np.int64)):  # one more label: no slot
         flat, size = frame.ravel(), num_slots + 1
         area = np.bincount(flat, minlength=size)

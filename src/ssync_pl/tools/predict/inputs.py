@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssync_pl.data.convert import media
+from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.errors import require, require_shard
 
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _KINDS = (
     f"a video file ({', '.join(media.VIDEO_EXTENSIONS)}), a folder of frames "
     f"({', '.join(media.PICTURE_EXTENSIONS)}), a folder of videos, or shards (.tar)"
@@ -48,9 +48,7 @@ def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
 def _folder(path: Path) -> list[InputVideo]:
     frames, videos, ignored = dict.fromkeys(media.list_frames(path)), [], []
     for item in sorted(path.iterdir(), key=lambda item: media.natural_key(item.name)):
-        if (
-            item.name.startswith(".") or item.name in frames or media.is_mask_folder(item.name)
-        ):  # as converters name masks
+        if item.name.startswith(".") or item.name in frames or media.is_mask_folder(item.name):
             continue
         found = _frame_folder(item) if item.is_dir() else _file(item)
         videos += found
@@ -65,22 +63,17 @@ def _folder(path: Path) -> list[InputVideo]:
 
 def _frame_folder(path: Path) -> list[InputVideo]:
     names, key = media.list_frames(path), path.name or path.resolve().name
-    return (
-        [InputVideo(key, str(path), partial(media.read_frames, path, names, None, None, f"video {path}"))]
-        if names
-        else []
-    )
+    frames = partial(media.read_frames, path, names, None, None, f"video {path}")
+    return [InputVideo(key, str(path), frames)] if names else []
 
 
 def _file(path: Path) -> list[InputVideo]:
-    where, name = f"video {path}", path.name.lower()
-    if name.endswith(_TARS) and path.is_file():
+    where, ending = f"video {path}", path.suffix.lower() if path.is_file() else ""
+    if ending == ".tar":
         return _shard(path)
-    if not name.endswith(media.VIDEO_EXTENSIONS) or not path.is_file():
+    if ending not in media.VIDEO_EXTENSIONS:
         return []
-    facts = media.inspect_video(path, where)
-    missing = facts.missing or (None if facts.frames else "no frames")
-    require_shard(missing is None, f"{where} to be whole", str(missing), advice="Copy or encode it again.")
+    facts = inspect_video(path, where)
     return [InputVideo(path.stem, str(path), partial(media.read_frames, path, None, None, None, where), facts.rate)]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ssync_pl.data.transforms import Size, central_square, covering_size
+from ssync_pl.data.transforms import BatchTransform, Size, central_square, covering_size
 from ssync_pl.tools.viz import resize_nearest
 
 OUTSIDE = 255
@@ -48,9 +48,8 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
 class CarrySlots:
     """Lets each window of a video begin with the slots that the window before ended with, where the host can.
 
-    A host that can says so by `carries_slots`: `host.initializer(...)` gives the first slots (B, S, D) of a clip, and
-    `host(...).slots` (B, T, S, D) are those of each frame. The shared frame is corrected once more from its own slots,
-    so that slots keep their objects.
+    The shared frame is corrected once more from its own slots, so that slots keep their objects. `SlotHost` says what
+    a host with `carries_slots` has.
     """
 
     def __init__(self, host: Any) -> None:
@@ -89,16 +88,15 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
     return linear_sum_assignment(-overlap)[1]
 
 
-def seen_region(
-    source: Size, offsets: Sequence[int], image_size: Size | None, crop: str, reference: bool
-) -> tuple[slice, slice]:
+def seen_region(source: Size, offsets: Sequence[int], transform: BatchTransform) -> tuple[slice, slice]:
     """Finds rows and columns of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
 
     `source` is the size of the frame, `offsets` are top and left of the crop in the resized frame.
     """
-    if crop == "none" or image_size is None:
+    image_size = transform.image_size
+    if transform.crop == "none" or image_size is None:
         return slice(0, source[0]), slice(0, source[1])
-    if reference:  # the central square is cut before resizing
+    if transform.reference:  # the central square is cut before resizing
         return central_square(source)
     covered = covering_size(source, image_size)
     sides = []
