@@ -74,7 +74,6 @@ class VideosaurHost(StandIn, L.LightningModule):
         super().__init__({"encoder": eyes(), **found})
         self.seeds = nn.Parameter(4 * torch.randn(slots[-1], DIM))
         self.counts, self.growth, self.video = slots, growth, video
-        self.corrector_calls: list[int] = []
 
     @property
     def num_slots(self) -> int:
@@ -85,13 +84,11 @@ class VideosaurHost(StandIn, L.LightningModule):
         return super().draw(slots) - 0.3
 
     def forward(self, video: Tensor) -> Tensor:
-        kept = parts(self)[0].own_logits
-        before, video = len(kept), video if self.video else video[:, :1]
+        video = video if self.video else video[:, :1]
         states = self.states(video, self.first_slots(video)[:, : self.num_slots])
         if self.growth and not self.training:
             for t in reversed(range(video.shape[1] - 1)):
                 self.attend(self.features(video)[:, t], states[:, t + 1], t + 1)
-        self.corrector_calls.append(len(kept) - before)
         return self.draw(states)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

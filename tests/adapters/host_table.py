@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import feature_hosts
-import package_hosts
 import savi_hosts
 import torch
 from stand_in_parts import GRID, forget, parts
@@ -14,7 +13,7 @@ from torch import Tensor
 from ssync_pl.adapters import Capture, HostAdapter, locate
 from ssync_pl.method.maps import SSyncMaps
 
-FAMILIES = {**feature_hosts.HOSTS, **savi_hosts.HOSTS, **package_hosts.HOSTS}
+FAMILIES = {**feature_hosts.HOSTS, **savi_hosts.HOSTS}
 CASES = {name: (adapter, make) for adapter, hosts in FAMILIES.items() for name, make in hosts.items()}
 ONE_EACH = [next(iter(hosts)) for hosts in FAMILIES.values()]
 

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import torch
+from tiny_models import tiny
 from torch import Tensor, nn
 
 from ssync_pl.hosts import SOLV
@@ -101,7 +102,5 @@ def solv_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packaged() -> Any:
-    sizes: dict[str, Any] = {"slot_dim": DIM, "feature_dim": CHANNELS, "grid": GRID, "clip_length": FRAMES}
-    merging: dict[str, Any] = {"merge_threshold": 0.3, "merge_min_slots": 1, "merge_rise": 1.0}
-    parts: dict[str, Any] = {"temporal_blocks": 1, "temporal_heads": 2, "decoder_hidden": (16,), "dropout": 0.0}
-    return SOLV(SLOTS, backbone=None, edge_probability=0.0, **sizes, **merging, **parts)
+    sizes: dict[str, Any] = {"num_slots": SLOTS, "slot_dim": DIM, "grid": GRID, "decoder_hidden": (16,)}
+    return tiny(SOLV, merge_threshold=0.3, merge_min_slots=1, merge_rise=1.0, **sizes)

@@ -20,7 +20,7 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "negative": lambda x: torch.softmax(x, dim=-2),
     "functional": lambda x: F.softmax(x, dim=1),
     "keywords": lambda x: F.softmax(input=x, dim=1),
-    "module": lambda x: nn.Softmax(dim=1)(x),
+    "module": nn.Softmax(dim=1),
     "special": lambda x: torch.special.softmax(x, 1),
     "log": lambda x: F.log_softmax(x, 1).exp(),
     "float": lambda x: x.softmax(1, dtype=torch.float32),
@@ -45,14 +45,14 @@ class SlotsOnly(SlotAttention):
 
     def __init__(self, how: str = "method", iterations: int = 2) -> None:
         super().__init__(iterations)
-        self.how, self.bias = how, torch.zeros(())
+        self.inner, self.bias = SOFTMAXES[how], torch.zeros(())
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         logits = super().product(query, keys) + self.bias
         return logits if self.gone is None else logits.masked_fill(self.gone, float("-inf"))
 
     def softmax(self, logits: Tensor) -> Tensor:
-        return SOFTMAXES[self.how](logits)
+        return self.inner(logits)
 
     def forward(self, features: Tensor, slots: Tensor) -> Tensor:
         slots, _ = self.attend(features, slots)

@@ -1,4 +1,4 @@
-"""What holds for every host of docs/hosts.md on its stand-in."""
+"""What holds for every host of docs/hosts.md on its stand-in, and where in a host an adapter looks."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from savi_hosts import TOKENS
 from solv_hosts import SolvHost, packaged
 from stand_in_parts import forget, parts
 from tap_hosts import Unknown, UnknownHost
+from tiny_models import tiny
 from torch import nn
 
 from ssync_pl import attach, ssync_loss
-from ssync_pl.adapters import HostAdapter, PathAdapter, SaviAdapter, adapter_names, base, locate
-from ssync_pl.errors import HostError
+from ssync_pl.adapters import PathAdapter, SaviAdapter, base, locate
+from ssync_pl.adapters.base import HostAdapter, adapter_names, register_adapter
+from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.method.maps import SSyncMaps
 
 EVERY = pytest.mark.parametrize("name", CASES)
-SMALL: dict[str, Any] = {"backbone": None, "feature_dim": 8, "grid": (2, 4), "slot_dim": 8, "num_slots": 3}
-SAVI: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "encoder_channels": (8,), "encoder_strides": (2,),
-                        "feature_dim": 8, "decoder_broadcast": (4, 4), "decoder_channels": (8,)}  # fmt: skip
 OURS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "our_savi": ("savi", lambda: SAVi(**SAVI, decoder_strides=(2,))),
-    "our_coarse_savi": ("savi", lambda: SAVi(**SAVI, decoder_strides=(1,))),
-    "our_videosaur": ("videosaur", lambda: VideoSAUR(**SMALL, similarity_weight=0)),
-    "our_slotcontrast": ("videosaur", lambda: SlotContrast(**SMALL)),
-    "our_dinosaur": ("videosaur", lambda: DINOSAUR(**SMALL)),
+    "our_savi": ("savi", lambda: tiny(SAVi)),
+    "our_coarse_savi": ("savi", lambda: tiny(SAVi, decoder_strides=(1,))),
+    "our_videosaur": ("videosaur", lambda: tiny(VideoSAUR)),
+    "our_slotcontrast": ("videosaur", lambda: tiny(SlotContrast)),
+    "our_dinosaur": ("videosaur", lambda: tiny(DINOSAUR)),
 }
 OTHERS: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
     **{name: ("autoregressive", make) for name, make in TOKENS.items()},
@@ -210,3 +210,84 @@ def test_the_softmax_of_our_savi_reads_what_its_adapter_hears_and_a_second_pass_
     host(video)
     with pytest.raises(HostError, match=r"'decoder' to run once .* ran 2 times"):
         adapters[0].collect(captures[0])
+
+
+class _Flat(HostAdapter):
+    name = "flat"
+
+    def match(self, host: nn.Module) -> bool:
+        return isinstance(host, nn.Flatten)
+
+    def attach(self, host: nn.Module) -> base.Capture:
+        return base.Capture()
+
+    def collect(self, capture: base.Capture, batch: Any = None) -> SSyncMaps:
+        raise HostError("nothing to collect")
+
+
+class _FlatToo(_Flat):
+    name = "flat-too"
+
+
+def _nested(path: str, inner: nn.Module) -> nn.Module:
+    for name in reversed(path.split(".")):
+        inner = nn.ModuleDict({name: inner})
+    return inner
+
+
+def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    assert register_adapter(_Flat) is _Flat
+    assert "flat" in adapter_names() == sorted(adapter_names())
+    for found in (locate("auto", nn.Flatten()).adapter, locate("flat", nn.Flatten()).adapter):
+        assert isinstance(found, _Flat)
+    own, host = PathAdapter("x", "y"), nn.Linear(1, 1)
+    assert locate(own, host) == (own, host, "")  # which is left to complain itself
+    with pytest.raises(HostError, match="no child 'x'"):
+        own.attach(host)
+    register_adapter(_FlatToo)
+    with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
+        locate("auto", nn.Flatten())
+
+
+@pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])
+def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
+    inner = tiny(SAVi)
+    inner.teacher = tiny(SAVi)  # a host that is known stays the root, whatever its parts look like
+    assert locate(spec, inner)[1:] == (inner, "")
+    located = locate(spec, _nested("task.model", inner))
+    assert located[1:] == (inner, "task.model")
+    assert isinstance(located.adapter, SaviAdapter)
+    assert locate(spec, nn.ModuleDict({"a": inner, "b": inner})).root is inner  # in two places, it is one
+
+
+def test_wrappers_do_not_count_as_depth() -> None:
+    inner = tiny(SAVi)
+    outer = _nested("task.model", nn.DataParallel(torch.compile(inner, backend="eager")))
+    assert locate("auto", outer)[1:] == (inner, "task.model.module._orig_mod")
+    # Only real wrappers are looked through: a user's own `module` is a child like any other.
+    assert locate("auto", _nested("module.module", tiny(SAVi))).path == "module.module"
+
+
+@pytest.mark.parametrize(
+    ("spec", "host", "grid", "error", "message"),
+    [
+        ("auto", _nested("a.b.c", tiny(SAVi)), None, HostError, r"ModuleDict is none.*`ssync-pl doctor`"),
+        (
+            "auto",
+            nn.ModuleDict({"one": tiny(SAVi), "two": tiny(SAVi)}),
+            None,
+            HostError,
+            r"savi \(at one\), savi \(at t",
+        ),
+        ("auto", nn.ModuleDict({"slot_attention": nn.Identity()}), None, HostError, r"Candidates: slot_attention\."),
+        ("auto", nn.Identity(), None, HostError, "Candidates: none found by name"),
+        ("savi", nn.Identity(), None, HostError, "'savi' knows, but Identity lacks"),
+        ("savy", nn.Identity(), None, ConfigError, "`adapter` to be 'auto' or one of .*savi.*, but got 'savy'"),
+        ("auto", tiny(SAVi), (4, 4), ConfigError, "reads it off the host"),
+        (PathAdapter("a", "b"), nn.Identity(), (4, 4), ConfigError, "Give it to the adapter"),
+    ],
+)
+def test_what_cannot_be_located_is_refused(spec: Any, host: Any, grid: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        locate(spec, host, grid)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssync_pl.adapters import base, find_adapter
+from ssync_pl.adapters import base, locate
 from ssync_pl.errors import HostError
 from ssync_pl.tools.doctor.examine import examine
 
@@ -40,7 +40,7 @@ def test_the_use(page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_maps_are_the_host_s_own_and_a_changed_host_is_refused(page: dict[str, Any]) -> None:
     host, video, used = page["MyModel"](), torch.rand(2, 3, 3, 16, 24), []
-    adapter, keys = find_adapter(host), list(host.state_dict())
+    adapter, keys = locate("auto", host).adapter, list(host.state_dict())
     assert adapter.name == "grouper"
     host.grouper.register_forward_hook(lambda module, args, output: used.append(output[1]))
     capture = adapter.attach(host)

@@ -41,17 +41,13 @@ def test_contrast_equals_the_definition(across_batch: bool, temperature: float, 
     assert loss.item() == pytest.approx(_by_loops(slots, temperature, across_batch, valid), rel=1e-10)
 
 
-def test_contrast_where_nothing_counts() -> None:
-    slots = torch.randn(2, 2, 3, 4, requires_grad=True)
-    loss = slot_contrast_loss(slots, valid=torch.zeros(2, 2, dtype=torch.bool))
+def test_contrast_where_nothing_counts_and_in_half_precision() -> None:
+    slots = torch.randn(2, 3, 4, 8, requires_grad=True)
+    loss = slot_contrast_loss(slots, valid=torch.zeros(2, 3, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0.0
     assert not slots.grad.any()
     assert not temporal_similarity(slots).requires_grad
-
-
-def test_half_precision_slots_are_compared_in_float32() -> None:
-    slots = torch.randn(2, 3, 4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = slot_contrast_loss(slots)
     torch.testing.assert_close(loss, slot_contrast_loss(slots))
@@ -80,11 +76,8 @@ def test_similarity_loss_by_hand() -> None:
     prediction = torch.tensor([[[[math.log(3), 0.0], [0.0, 0.0]]]])
     expected = (-math.log(3 / 4) + math.log(2)) / 2
     assert temporal_similarity_loss(prediction, target).item() == pytest.approx(expected)
-    target = torch.rand(2, 3, 4, 4, dtype=torch.float64).softmax(-1)
-    entropy = -(target * target.log()).sum(-1).mean().item()
-    assert temporal_similarity_loss(target.log(), target).item() == pytest.approx(entropy)
-    prediction, valid = torch.randn(2, 3, 4, 4), torch.tensor([[True, False, True], [False, False, False]])
-    target = target.float()
+    target, valid = torch.rand(2, 3, 4, 4).softmax(-1), torch.tensor([[True, False, True], [False, False, False]])
+    prediction = torch.randn(2, 3, 4, 4)
     expected = temporal_similarity_loss(prediction[:1, ::2], target[:1, ::2])
     torch.testing.assert_close(temporal_similarity_loss(prediction, target, valid), expected)
     assert temporal_similarity_loss(prediction, target, torch.zeros_like(valid)).item() == 0.0

@@ -7,19 +7,9 @@ import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
-from einops import rearrange
 from tiny_models import loader, parser_of, pixel_clips, tiny, trainer
 
 from ssync_pl.hosts import SAVi
-
-
-@pytest.mark.parametrize(("frames", "width"), [(1, 16), (3, 16), (2, 24)])
-def test_shapes(frames: int, width: int) -> None:
-    out = tiny(SAVi, decoder_broadcast=(4, width // 4))(torch.randn(2, frames, 3, 16, width))
-    assert out.slots.shape == (2, frames, 3, 16)
-    assert out.attention_logits.shape == (2, frames, 3, 4 * width)
-    assert out.attention_grid == (8, width // 2)
-    assert out.reconstruction.shape == out.mask_logits.shape == (2, frames, 3, 8, width // 2)
 
 
 def test_the_defaults_are_the_published_sizes() -> None:
@@ -30,11 +20,8 @@ def test_the_defaults_are_the_published_sizes() -> None:
     assert len(model.predictor.blocks) == 1
 
 
-def test_loss_is_the_error_against_the_area_resized_frames_that_count() -> None:
+def test_padded_frames_do_not_count() -> None:
     model, video = tiny(SAVi, slot_init="learned"), pixel_clips()["video"]
-    loss = model.training_step({"video": video}, 0)
-    target = rearrange(video, "b t c (h i) (w j) -> b t c h w i j", i=2, j=2).mean(dim=(-2, -1))
-    torch.testing.assert_close(loss, (model(video).reconstruction - target).square().mean())
     padded = {"video": video.clone(), "frame_mask": torch.tensor([[True, False], [True, False]])}
     padded["video"][:, 1] = 100.0
     torch.testing.assert_close(model.training_step(padded, 0), model.training_step({"video": video[:, :1]}, 0))
@@ -76,8 +63,8 @@ def test_bf16_autocast_keeps_logits_in_float32() -> None:
 
 def test_the_command_line_builds_it_from_flat_arguments() -> None:
     parser, build = parser_of(SAVi)
-    model = build(["encoder_channels=[8, 8]", "encoder_strides=[2, 1]", "decoder_broadcast=[4, 4]"])
-    assert model.encoder(torch.randn(1, 3, 16, 16)).grid == (8, 8)
-    assert model.decoder.size == (32, 32)
+    model = build(["encoder_channels=[8, 8]", "encoder_strides=[2, 1]", "decoder_broadcast=[4, 6]"])
+    out = model(torch.randn(2, 1, 3, 16, 24))
+    assert (out.attention_grid, out.mask_logits.shape) == ((8, 12), (2, 1, 11, 32, 48))
     with pytest.raises(jsonargparse.ArgumentError, match="slot_init"):
         parser.parse_args(["--model.slot_init=other"])

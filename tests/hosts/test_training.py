@@ -14,7 +14,6 @@ from tiny_models import (
     FEATURES,
     OPTIONS,
     Batch,
-    feature_clips,
     loader,
     pixel_clips,
     tiny,
@@ -78,7 +77,7 @@ def test_schedules_by_hand(factor: Any, expected: dict[int, float]) -> None:
 
 CLIPS: dict[Any, Callable[[], Batch]] = {
     SAVi: pixel_clips,
-    **dict.fromkeys(FEATURE_HOSTS, feature_clips),
+    **dict.fromkeys(FEATURE_HOSTS, window_clips),
     SOLV: window_clips,
 }
 # How learning rates of 3e-3 decay, and what is left of them after four steps
@@ -87,7 +86,8 @@ DECAYS: dict[Any, tuple[dict[str, Any], float]] = {
     SOLV: ({"decay": "exponential", "merge_rise": 1.0}, 3e-3 / 8),
 }
 PIXELS = {key: value for key, value in OPTIONS[SAVi].items() if key not in ("init", "learning_rate", "decay")}
-SMALL = {key: FEATURES[key] for key in ("num_slots", "slot_dim", "backbone", "feature_dim", "grid", "decoder_hidden")}
+SMALL = {key: FEATURES[key] for key in ("num_slots", "slot_dim", "backbone", "feature_dim", "decoder_hidden")}
+SMALL["grid"] = (2, 3)
 WINDOW = {"clip_length": 3, "temporal_heads": 2, "temporal_blocks": 1, "dropout": 0.0}
 QUICK = {"encoder_position": 0.5, "corrector_init": "kmeans", "init": "fan_in"}
 # Losses of the steps 0, 7, 14, …, 49

@@ -9,20 +9,19 @@ import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
-from tiny_models import FEATURE_HOSTS, Batch, feature_clips, loader, parser_of, tiny, trainer
-from torch import Tensor
+from tiny_models import FEATURE_HOSTS, Batch, loader, parser_of, tiny, trainer, window_clips
 from torch.nn import functional as F
 
 from ssync_pl import SSyncCallback
-from ssync_pl.adapters import find_adapter
+from ssync_pl.adapters import locate
 from ssync_pl.errors import ConfigError
-from ssync_pl.hosts import DINOSAUR, SOLV, SlotContrast, VideoSAUR
+from ssync_pl.hosts import DINOSAUR, SlotContrast, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector
 
 EVERY = pytest.mark.parametrize("kind", FEATURE_HOSTS)
 QUICK = {"encoder_position": 0.5, "corrector_init": "kmeans", "corrector_sharpness": 2.0, "init": "fan_in"}
-BATCH = feature_clips()
+BATCH = window_clips()
 FEATURES = BATCH["features"]
 
 
@@ -75,7 +74,7 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
     with pytest.raises(ConfigError, match=r"for the contrast loss.*contrast_weight=0"):
         model.training_step(still, 0)
     masks, loss = model.eval().evaluate(still)
-    assert masks.shape == (2, 1, 3, 2, 3)
+    assert masks.shape == (2, 1, 3, 2, 4)
     torch.testing.assert_close(loss, F.mse_loss(model(FEATURES[:, :1]).reconstruction[..., :6], FEATURES[:, :1]))
 
 
@@ -83,17 +82,17 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
 @pytest.mark.parametrize("decoder", ["mlp", "mixer"])
 def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
     model = tiny(kind, decoder=decoder, slot_init="learned")
-    adapter = find_adapter(model)
+    adapter = locate("auto", model).adapter
     capture = adapter.attach(model)
     capture.open()
     out = model(FEATURES)
     capture.close()
     # Features of 3 frames look like frames of 3 colours: the grid is the host's own.
     maps = adapter.collect(capture, {"features": FEATURES})
-    assert maps.grid == (2, 3)
+    assert maps.grid == (2, 4)
     adapter.verify(capture, maps)
     for found, own in ((maps.attention_logits, out.attention_logits), (maps.mask_logits, out.mask_logits.flatten(3))):
-        assert torch.equal(found, own.reshape(6, 1, 3, 6) if kind is DINOSAUR else own)
+        assert torch.equal(found, own.reshape(6, 1, 3, 8) if kind is DINOSAUR else own)
         assert found.requires_grad
 
 
@@ -110,16 +109,13 @@ def test_the_command_line_knows_the_options_of_both_classes() -> None:
         tiny(SlotContrast, slots_num=4)
 
 
-def test_options_of_videos_are_none_of_an_image_host() -> None:
+def test_an_image_host_has_no_options_of_videos_and_decays_on_after_its_steps_as_published() -> None:
     defaults = vars(parser_of(DINOSAUR)[0].get_defaults().model)
-    assert (defaults["decay_steps"], defaults["grid"]) == (100_000, (14, 14))
+    assert defaults["grid"] == (14, 14)
     assert not {"similarity_weight", "predictor_blocks", "iterations_first"} & set(defaults)
     assert set(tiny(DINOSAUR).hparams) == set(defaults)
     with pytest.raises(TypeError, match="similarity_weight"):
         tiny(DINOSAUR, similarity_weight=1.0)
-
-
-def test_decay_goes_on_after_its_steps_as_published() -> None:
     model = DINOSAUR(backbone=None, feature_dim=6, grid=(2, 3))
     assert (model.warmup_steps, model.decay_steps, model.decay_rate) == (10_000, 100_000, 0.5)
     model.trainer = type("Trainer", (), {"estimated_stepping_batches": 500_000})()  # type: ignore[assignment]
@@ -144,71 +140,42 @@ def test_the_quick_start_adds_one_key_and_changes_nothing_while_it_is_off(kind: 
     torch.testing.assert_close(corrector.to_q.weight.mT @ corrector.to_q.weight, 4 * torch.eye(8))
 
 
-def _step(kind: Any, memory_efficient: bool) -> dict[str, Tensor]:
-    """Results of a training step with a loss on the maps that SSync's adapter collects."""
-    options: dict[str, Any] = {"memory_efficient": memory_efficient}
-    options |= {"grid": (2, 3), "token_drop": 0.5} if kind is SOLV else {"decoder": "mlp"}
-    host = tiny(kind, **options)
-    adapter = find_adapter(host)
-    capture = adapter.attach(host)
-    capture.open(training_only=True)
-    torch.manual_seed(1)
-    loss = host.training_step(BATCH, 0)
-    maps = adapter.collect(capture, BATCH)
-    adapter.verify(capture, maps)
-    (loss + maps.mask_logits.square().mean()).backward()
-    found = {"loss": loss.detach(), "masks": maps.mask_logits.detach()}
-    return found | {name: p.grad for name, p in host.named_parameters() if p.grad is not None}
+def _with_backbone(trained: bool = False) -> Any:
+    layers = {"layer": "vit_block1", "similarity_layer": "vit_block_keys2"}
+    options = {"backbone": "test_vit", "backbone_weights": "none", "feature_dim": None, "slot_init": "learned"}
+    return tiny(VideoSAUR, trained=trained, **layers, **options)
 
 
-@pytest.mark.parametrize("kind", [*FEATURE_HOSTS, SOLV])
-def test_a_memory_efficient_step_with_ssync_is_the_same(kind: Any) -> None:
-    plain, efficient = _step(kind, False), _step(kind, True)
-    assert plain.keys() == efficient.keys()
-    assert any(name.startswith("decoder") for name in plain)
-    for name, value in plain.items():
-        torch.testing.assert_close(efficient[name], value, rtol=1e-4, atol=1e-5)
+def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_frozen() -> None:
+    pytest.importorskip("timm")
+    model, video = _with_backbone().train(), torch.randn(2, 3, 3, 32, 64)
+    out, backbone = model(video), model.encoder.module.backbone
+    cached = torch.cat([out.targets, out.similarity_features], -1)
+    again = model(cached)
+    torch.testing.assert_close(again.slots, out.slots)
+    torch.testing.assert_close(again.similarity_features, out.similarity_features)
+    model.training_step({"video": video}, 0).backward()
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+    assert not any(module.training for module in backbone.modules())
+    calls: list[int] = []
+    backbone.register_forward_hook(lambda *_: calls.append(1))
+    model.training_step({"video": video, "features": cached}, 0)
+    assert calls == []
 
 
-class TestWithBackbone:
-    """With timm's smallest transformer."""
+def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pixels = torch.rand(1, 2, 3, 32, 64)
 
-    @pytest.fixture(autouse=True)
-    def timm(self) -> Any:
-        return pytest.importorskip("timm")
+    class Data(L.LightningDataModule):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
-    def build(self, trained: bool = False) -> Any:
-        layers = {"layer": "vit_block1", "similarity_layer": "vit_block_keys2"}
-        options = {"backbone": "test_vit", "backbone_weights": "none", "feature_dim": None, "slot_init": "learned"}
-        return tiny(VideoSAUR, trained=trained, **layers, **options)
+        def predict_dataloader(self) -> Any:
+            return loader({"video": pixels})
 
-    def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_frozen(self) -> None:
-        model, video = self.build().train(), torch.randn(2, 3, 3, 32, 48)
-        out, backbone = model(video), model.encoder.module.backbone
-        cached = torch.cat([out.targets, out.similarity_features], -1)
-        again = model(cached)
-        torch.testing.assert_close(again.slots, out.slots)
-        torch.testing.assert_close(again.similarity_features, out.similarity_features)
-        model.training_step({"video": video}, 0).backward()
-        assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
-        assert not any(module.training for module in backbone.modules())
-        calls: list[int] = []
-        backbone.register_forward_hook(lambda *_: calls.append(1))
-        model.training_step({"video": video, "features": cached}, 0)
-        assert calls == []
-
-    def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(self, tmp_path: Path) -> None:
-        pixels = torch.rand(1, 2, 3, 32, 48)
-
-        class Data(L.LightningDataModule):
-            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-
-            def predict_dataloader(self) -> Any:
-                return loader({"video": pixels})
-
-        model = self.build(trained=True)
-        expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
-        (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
-        torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 48), mode="bilinear"))
-        batch: Batch = {"video": torch.randn(1, 2, 3, 32, 48)}
-        trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))
+    model = _with_backbone(trained=True)
+    expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
+    (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
+    torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 64), mode="bilinear"))
+    batch: Batch = {"video": torch.randn(1, 2, 3, 32, 64)}
+    trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))

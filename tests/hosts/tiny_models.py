@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 
 Batch = dict[str, Tensor]
 FEATURE_HOSTS = [VideoSAUR, SlotContrast, DINOSAUR]
@@ -27,7 +28,7 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     },
 }  # fmt: skip
 FEATURES: dict[str, Any] = {
-    "num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (2, 3), "encoder_hidden": 16,
+    "num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (2, 4), "encoder_hidden": 16,
     "decoder_hidden": (16, 12), "learning_rate": 3e-3, "warmup_steps": 0, "decay_rate": 1.0,
 }  # fmt: skip
 
@@ -41,6 +42,12 @@ def tiny(kind: Any, trained: bool = False, **changes: Any) -> Any:
     return model
 
 
+def encoder_of(**changes: Any) -> FeatureEncoder:
+    names = ("backbone", "layer", "similarity_layer", "checkpoint", "feature_dim", "similarity_dim", "hidden")
+    options = {**dict.fromkeys(names), "weights": "none", "grid": (4, 6), "slot_dim": 8}
+    return FeatureEncoder(**(options | changes))
+
+
 def pixel_clips(videos: int = 2, frames: int = 2, size: int = 16) -> Batch:
     """One bright square that moves right over a dark floor; masks have a background channel."""
     masks, colours = torch.zeros(videos, frames, 2, size, size).bool(), torch.tensor([2.0, -1.0, 0.5])
@@ -50,20 +57,6 @@ def pixel_clips(videos: int = 2, frames: int = 2, size: int = 16) -> Batch:
     masks[:, :, 0] = ~masks[:, :, 1]
     colour = torch.stack([colours.roll(-index) for index in range(videos)]).view(videos, 1, 3, 1, 1)
     return {"video": torch.where(masks[:, :, 1:], colour, torch.full((), -0.5)), "segmentations": masks}
-
-
-def feature_clips() -> Batch:
-    """Cached features (2, 3, 6, 6) in which a patch of one kind moves right over patches of another kind."""
-    generator = torch.Generator().manual_seed(0)
-    kinds = torch.randn(2, 6, generator=generator)
-    masks = torch.zeros(2, 3, 2, 8, 12, dtype=torch.bool)
-    features = kinds[0] + 0.1 * torch.randn(2, 3, 2, 3, 6, generator=generator)
-    for t in range(3):
-        features[:, t, 0, t] = kinds[1] + 0.1 * torch.randn(2, 6, generator=generator)
-        masks[:, t, 1, :4, 4 * t : 4 * t + 4] = True
-    masks[:, :, 0] = ~masks[:, :, 1]
-    video = torch.where(masks[:, :, 1:], 1.0, -1.0).expand(-1, -1, 3, -1, -1)
-    return {"video": video.clone(), "features": features.flatten(2, 3), "segmentations": masks}
 
 
 def window_clips(videos: int = 2, frames: int = 3) -> Batch:

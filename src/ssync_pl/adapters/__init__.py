@@ -5,13 +5,12 @@ from ssync_pl.adapters.base import (
     HostAdapter,
     Located,
     adapter_names,
-    find_adapter,
     locate,
     register_adapter,
 )
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import Capture, submodule
-from ssync_pl.adapters.grids import frame_size, maps_on_common_grid, resolve_grid, stack_frames
+from ssync_pl.adapters.grids import SlotMap, frame_size, join_sides, resolve_grid, stack_frames
 from ssync_pl.adapters.paths import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
 from ssync_pl.adapters.slot_model import GridAdapter, SlotModelAdapter
@@ -24,13 +23,13 @@ __all__ = [
     "MapCall",
     "PathAdapter",
     "SaviAdapter",
+    "SlotMap",
     "SlotModelAdapter",
     "adapter_names",
     "entry",
-    "find_adapter",
     "frame_size",
+    "join_sides",
     "locate",
-    "maps_on_common_grid",
     "register_adapter",
     "resolve_grid",
     "stack_frames",

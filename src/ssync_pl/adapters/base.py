@@ -115,11 +115,6 @@ def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | Non
     )
 
 
-def find_adapter(host: nn.Module) -> HostAdapter:
-    """Returns a new adapter of the family that recognises a host."""
-    return locate("auto", host).adapter
-
-
 def _search(host: nn.Module, adapters: list[HostAdapter]) -> list[Located]:
     """What is found at the shallowest depth where anything is."""
     level = [_unwrapped(host, "")]

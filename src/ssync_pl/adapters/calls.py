@@ -221,11 +221,6 @@ def token_weights(logits: Tensor, eps: float) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def weigh_with_eps(module: Any, logits: Tensor) -> Tensor:
-    """Weights over patches of a module that has ``eps``."""
-    return token_weights(logits, module.eps)
-
-
 def check_close(
     mine: Tensor, own: Tensor, what: str, expected: str, scale: float = 1.0, tolerance: float = 0.0
 ) -> None:

@@ -152,11 +152,6 @@ class Capture:
         """Keys without a value, those of optional modules left out."""
         return [key for key, values in self._records.items() if not values and key not in self._optional]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether some watched module gave nothing."""
-        return bool(self.silent)
-
     def refuse_bypass(self) -> None:
         """Refuses a step that went past the hooks of a module by its ``forward``, since modules inside of it ran."""
         heard = {module for key, module in self.modules.items() if self._records[key]}

@@ -130,16 +130,6 @@ def frame_size(batch: Any) -> tuple[int, int] | None:
     return None
 
 
-def maps_on_common_grid(attention_logits: Tensor, grid: Grid, mask_logits: Tensor) -> SSyncMaps:
-    """Makes maps of attention logits ``(B, T, S, N)`` and mask logits ``(B, T, S, h, w)`` on another grid.
-
-    The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
-    averaged too, for merging only. Raises HostError where the grids do not divide each other.
-    """
-    size = (int(mask_logits.shape[-2]), int(mask_logits.shape[-1]))
-    return join_sides(SlotMap(attention_logits), grid, SlotMap(mask_logits.flatten(3)), size)
-
-
 def join_sides(
     attention: SlotMap,
     grid: Grid,
@@ -148,7 +138,12 @@ def join_sides(
     slot_valid: Tensor | None = None,
     frame_valid: Tensor | None = None,
 ) -> SSyncMaps:
-    """Does so with sides ``(B, T, S, N)``; ``frame_valid`` ``(B, T)`` leaves out all patches of a frame."""
+    """Makes maps of two sides ``(B, T, S, N)``, each on its grid.
+
+    The finer map is averaged to the coarser grid as probabilities, which keeps the sum over slots at 1; its logits are
+    averaged too, for merging only. ``frame_valid`` ``(B, T)`` leaves out all patches of a frame. Raises HostError where
+    the grids do not divide each other.
+    """
     sides: tuple[Grid, Grid] = ((grid[0], grid[1]), (mask_grid[0], mask_grid[1]))
     coarse = min(sides)
     if any(side % small for size in sides for side, small in zip(size, coarse, strict=True)):

@@ -135,27 +135,21 @@ class PathAdapter(HostAdapter):
         return pair
 
 
-class Pick:
-    """Finds the map in a module's output; a `take` for `Capture.watch`."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        value = output_entry(output, self.place.key)
-        if value is None:
-            where, path, given = self.place.text, self.place.path, describe(output)
-            ways = f"Pick '{path}:key', or 'softmax:{path}' for a softmax inside."
-            raise HostError(f"Expected a tensor at '{where}', but got an output of type {given}. {ways}")
-        return value
-
-
 def watch_place(capture: Capture, key: str, module: nn.Module, place: Place, step: bool) -> None:
     """Records what a module gives at a place, or the softmaxes inside it, or in the whole ``step``."""
+
+    def pick(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        value = output_entry(output, place.key)
+        if value is None:
+            ways = f"Pick '{place.path}:key', or 'softmax:{place.path}' for a softmax inside."
+            given = describe(output)
+            raise HostError(f"Expected a tensor at '{place.text}', but got an output of type {given}. {ways}")
+        return value
+
     if place.softmax:
         capture.tap(key, module, place.axis, step)
     else:
-        capture.watch(key, module, Pick(place))
+        capture.watch(key, module, pick)
 
 
 def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import (
+    MapCall,
+    Part,
+    Projection,
+    entry,
+    take_projection,
+    token_weights,
+    watch_alpha,
+    watch_attention,
+)
 from ssync_pl.adapters.capture import NAME_THEM, Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
@@ -53,7 +62,7 @@ class SoldAdapter(SlotModelAdapter):
     attention, decoder, features = "corrector", "decoder", "encoder.encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: calls.token_weights(logits, module.epsilon)
+        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: token_weights(logits, module.epsilon)
         watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
         watch_alpha(capture, "decoder", host.decoder, "encoder", lambda out: out[:, -1], entry("1", squeeze=2))
 
@@ -73,8 +82,8 @@ class SlotFormerAdapter(SlotModelAdapter):
     attention, decoder, features = "slot_attention", "decoder", "encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names = ("project_q", "project_k", "project_v")
-        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=calls.weigh_with_eps)
+        names, weigh = ("project_q", "project_k", "project_v"), lambda module, logits: token_weights(logits, module.eps)
+        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=weigh)
         capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output[:, -1], axis=0))
         capture.watch("output", host, lambda module, args, output: output_entry(output, "post_masks"), optional=True)
 

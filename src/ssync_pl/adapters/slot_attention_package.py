@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, watch_attention, weigh_with_eps
+from ssync_pl.adapters.calls import MapCall, token_weights, watch_attention
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_frames
 from ssync_pl.adapters.paths import parse_place, watch_place
@@ -79,10 +79,8 @@ class SlotAttentionPackageAdapter(GridAdapter):
             )
         # With several heads, the update passes through a projection before it reaches the cell.
         cell, axis = ("combine_heads", 2) if _heads(module) else ("gru", 1)
-        names = ("to_q", "to_k", "to_v")
-        watch_attention(
-            capture, "attention", module, _per_head_product, names, weigh=weigh_with_eps, cell=cell, axis=axis
-        )
+        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: token_weights(logits, module.eps)
+        watch_attention(capture, "attention", module, _per_head_product, names, weigh=weigh, cell=cell, axis=axis)
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
             capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)

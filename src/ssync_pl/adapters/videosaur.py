@@ -56,7 +56,8 @@ class VideosaurAdapter(GridAdapter):
             watch_attention(capture, "decoder", decoder, _mixer_product, own=_MASKS, given="dots")
         elif getattr(decoder, "returns_logits", False):
             # Such a decoder may compute its layers in an order of its own, without calling its `mlp`.
-            capture.watch("decoder", decoder, _returned)
+            read = lambda module, args, out: MapCall(*in_shape_of(out["dots"], _MASKS(module, out), module))  # noqa: E731
+            capture.watch("decoder", decoder, read)
         elif has_modules(decoder, "mlp"):
             watch_alpha(capture, "decoder", decoder, "mlp", lambda output: output.select(-1, -1), _MASKS)
         else:
@@ -65,10 +66,6 @@ class VideosaurAdapter(GridAdapter):
 
 def _mixer_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return (torch.einsum("bnd,bsd->bns", query, key) * module.scale).transpose(1, 2)
-
-
-def _returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
-    return MapCall(*in_shape_of(entry("dots")(module, output), _MASKS(module, output), module))
 
 
 def _corrector(host: nn.Module) -> Any:

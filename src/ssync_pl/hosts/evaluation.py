@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, require_shape
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import used_slots
-
-__all__ = ["SlotEvaluation", "frame_validity", "mean_over_frames", "resize_masks"]
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -38,9 +35,8 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize soft masks bilinearly, as published results do before the argmax."""
     if masks.shape[-2:] == tuple(size):
         return masks
-    flat = rearrange(masks, "b t s h w -> (b t) s h w")
-    flat = nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-    return rearrange(flat, "(b t) s h w -> b t s h w", b=masks.shape[0])
+    flat = nn.functional.interpolate(masks.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    return flat.unflatten(0, masks.shape[:2])
 
 
 class SlotEvaluation(nn.Module):

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__all__ = ["Linking", "link_slots", "relabel_slots"]
-
 Linking = Literal["memory", "previous", "index"]
 """What the slots of a frame are compared with; see `link_slots`."""
 

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from ssync_pl.errors import require, require_shape
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["slot_contrast_loss", "temporal_similarity", "temporal_similarity_loss"]
-
 
 def slot_contrast_loss(
     slots: Tensor, *, temperature: float = 0.1, across_batch: bool = True, valid: Tensor | None = None

@@ -17,8 +17,6 @@ from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import Decay, SlotHost, schedule_for
 
-__all__ = ["SAVi", "SAViOutput"]
-
 
 class SAViOutput(NamedTuple):
     """What `SAVi.forward` returns.

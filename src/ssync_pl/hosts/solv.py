@@ -20,8 +20,6 @@ from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.slot_merger import Linkage, MergedSlots, SlotMerger
 from ssync_pl.hosts.training import Decay, SlotHost, inputs_of, schedule_for
 
-__all__ = ["SOLV", "SOLVOutput"]
-
 # Frames of an evaluation batch that are encoded, or decoded, at a time: videos are long, and decoders are wide.
 _FRAMES_AT_A_TIME = 64
 
@@ -249,11 +247,6 @@ class SOLV(SlotHost):
 
     def _frames_at_a_time(self, clips: Tensor) -> int:
         return clips.shape[1] if self.training else max(1, _FRAMES_AT_A_TIME // clips.shape[0])
-
-    def setup(self, stage: str) -> None:
-        """Take over from the data module how frames are normalised and what its masks are."""
-        super().setup(stage)
-        self.encoder.take_normalization(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean squared error of the features of each clip's centre frame; clips have `clip_length` frames."""

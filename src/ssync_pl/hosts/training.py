@@ -15,8 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssync_pl.errors import ConfigError, choose, require
 from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
-
-__all__ = ["Decay", "SlotHost", "exponential_for", "inputs_of", "schedule_for"]
+from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 
 Decay = Literal["cosine", "exponential", "constant"]
 """Shape of a learning-rate schedule after its warm-up."""
@@ -41,8 +40,11 @@ class SlotHost(L.LightningModule, ABC):
         """Decompose a batch and say how well it is explained."""
 
     def setup(self, stage: str) -> None:
-        """Ask the data module whether its masks have a background channel and may overlap."""
+        """Ask the data module how frames are normalised, and whether masks have a background and may overlap."""
         data = getattr(self.trainer, "datamodule", None)
+        for part in self.modules():
+            if isinstance(part, FeatureEncoder):
+                part.take_normalization(data)
         has_background = getattr(data, "has_background", None)
         prefix = "test/" if stage == "test" else "val/"
         if has_background is None:
@@ -63,13 +65,8 @@ class SlotHost(L.LightningModule, ABC):
         self.log_dict(self.evaluation.compute(), sync_dist=True)
         self.evaluation.reset()
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics, as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics under `test/` and start afresh."""
-        self.on_validation_epoch_end()
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Segment a batch at the size of its frames."""

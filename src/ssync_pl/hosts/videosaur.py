@@ -24,8 +24,6 @@ from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import SlotHost, exponential_for, inputs_of
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["DINOSAUR", "FeatureHost", "FeatureHostOutput", "SlotContrast", "VideoSAUR"]
-
 _SHARPNESS = 1.5
 
 
@@ -287,13 +285,6 @@ class FeatureHost(SlotHost):
             f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
             f"`clip_length`, or set {loss}_weight=0."
         )
-
-    def setup(self, stage: str) -> None:
-        """Take over from the data module how frames are normalised and what its masks are."""
-        super().setup(stage)
-        for encoder in self.encoder.modules():  # it may be wrapped, over time or by torch.compile
-            if isinstance(encoder, FeatureEncoder):
-                encoder.take_normalization(getattr(self.trainer, "datamodule", None))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Weighted sum of the losses on a batch that holds `features` or `video`; with both, no backbone runs."""

@@ -245,7 +245,7 @@ class AttachedSSync:
         return term
 
     def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
-        if self._forwards == 0 and session.capture.is_empty:
+        if self._forwards == 0 and session.capture.silent:
             session.capture.refuse_bypass()
             raise HostError(
                 f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "

@@ -75,7 +75,7 @@ class HostSession:
     def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
         """Turns what was heard into maps ``(B, T, S, N)`` and checks the first ones; the batch may tell the grid."""
         self.capture.close()
-        if self.capture.is_empty:
+        if self.capture.silent:
             self.capture.refuse_bypass()
             raise HostError(
                 f"Expected the training step of {type(self.host).__name__} to run "

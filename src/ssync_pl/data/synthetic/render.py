@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ssync_pl.data.synthetic.config import SceneConfig
-from ssync_pl.data.synthetic.physics import CUBE, SPHERE, Array
-from ssync_pl.data.synthetic.scene import Scene, Solid, sample_scene
+from ssync_pl.data.synthetic.scene import CUBE, SPHERE, Array, Scene, Solid, sample_scene
 
 _TAN = 32.0 / 2.0 / 35.0  # of half the angle of view: sensor and focal length of MOVi
 _NEAR = 0.05

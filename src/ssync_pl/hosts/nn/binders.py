@@ -13,8 +13,6 @@ from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
-__all__ = ["BoundSlots", "RelativeSlotAttention", "SlotPose", "TemporalBinder", "attention_pose", "frame_windows"]
-
 # A grid cell's position is divided by this many spreads of the slot, so that relative positions are of order 1.
 _REACH = 5.0
 # Added to the attention before it is normalised over tokens.

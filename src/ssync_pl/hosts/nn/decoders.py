@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import MLP, has_hooks, init_fan_in_
-from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder
+from ssync_pl.hosts.nn.pixels import DecoderOutput
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
-
-__all__ = [
-    "FeatureMixture",
-    "MLPDecoder",
-    "RelativeMixtureDecoder",
-    "SlotMixerDecoder",
-    "SpatialBroadcastDecoder",
-    "mix_patches",
-]
 
 # Bytes of one layer's activations that are made at a time: in a CPU's cache, or enough to keep an accelerator busy.
 _CHUNK_BYTES = {"cpu": 3 << 20}
@@ -168,13 +159,6 @@ class SlotMixerDecoder(nn.Module):
         return {"reconstruction": rendered, "masks": masks.mT, "dots": dots.mT}
 
 
-class FeatureMixture(NamedTuple):
-    """Features `(B, P, N, C)`, mixed by the masks, and mask logits `(B, P, S, N)` in at least float32."""
-
-    reconstruction: Tensor
-    mask_logits: Tensor
-
-
 class RelativeMixtureDecoder(nn.Module):
     """SOLV's decoder: predicts a frame's features from slots that know where they are.
 
@@ -210,7 +194,7 @@ class RelativeMixtureDecoder(nn.Module):
             init_fan_in_(nn.Sequential(self.first, self.mlp, self.to_features))
             init_fan_in_(self.to_alpha)
 
-    def forward(self, slots: Tensor, positions: Tensor, valid: Tensor) -> FeatureMixture:
+    def forward(self, slots: Tensor, positions: Tensor, valid: Tensor) -> DecoderOutput:
         """Decode slots `(B, P, S, D)` that see patches at `(B, P, S, N, 2)`; others than `valid` take no part."""
         videos = slots.shape[:2]
         if has_hooks(self):
@@ -218,7 +202,7 @@ class RelativeMixtureDecoder(nn.Module):
             values = self.mlp(self.first(slots.unsqueeze(3) + places))
             parts = (self.to_features(values).flatten(0, 1), self.to_alpha(values).flatten(0, 1))
             mixed, logits = _mix(*parts, valid.flatten(0, 1))
-            return FeatureMixture(mixed.unflatten(0, videos), logits.unflatten(0, videos))
+            return DecoderOutput(mixed.unflatten(0, videos), logits.unflatten(0, videos))
         width = self.first.weight
         reconstruction, mask_logits = mix_patches(
             self.first(slots.flatten(0, 1)),
@@ -230,7 +214,7 @@ class RelativeMixtureDecoder(nn.Module):
             valid=valid.flatten(0, 1),
             memory_efficient=self.memory_efficient,
         )
-        return FeatureMixture(reconstruction.unflatten(0, videos), mask_logits.unflatten(0, videos))
+        return DecoderOutput(reconstruction.unflatten(0, videos), mask_logits.unflatten(0, videos))
 
 
 def _check_sizes(hidden: Sequence[int], patches: int) -> None:

@@ -12,8 +12,6 @@ from ssync_pl.errors import ConfigError, ShapeError, require
 from ssync_pl.hosts.nn.backbones import FrozenBackbone, Weights, load_backbone
 from ssync_pl.hosts.nn.layers import MLP, PatchPosition
 
-__all__ = ["FeatureEncoder"]
-
 
 class FeatureEncoder(nn.Module):
     """Patch features of a frozen backbone, and their projection for slot attention.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import require, require_shape
 
-__all__ = ["ConditionedSlots", "GaussianSlots", "LearnedSlots", "first_frame_hints"]
-
 
 class GaussianSlots(nn.Module):
     """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020)."""

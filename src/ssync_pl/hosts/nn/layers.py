@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import require
 
-__all__ = ["MLP", "PatchPosition", "SoftPositionEmbedding", "coordinate_grid", "has_hooks", "init_fan_in_"]
+
+class PatchFeatures(NamedTuple):
+    """Features `(M, N, D)` of M frames, N = h * w patches row by row, and their grid `(h, w)`."""
+
+    features: Tensor
+    grid: tuple[int, int]
 
 
 class MLP(nn.Module):

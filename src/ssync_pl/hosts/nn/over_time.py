@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MapOverTime", "ScanOverTime", "SlotProcessor"]
-
 
 class MapOverTime(nn.Module):
     """Runs a module, which returns a dict of tensors, on all frames `(B, T, ...)` of all clips at once."""

@@ -11,16 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssync_pl.errors import choose, require, require_shape
-from ssync_pl.hosts.nn.layers import SoftPositionEmbedding, init_fan_in_
-
-__all__ = ["ConvEncoder", "DecoderOutput", "EncoderOutput", "SpatialBroadcastDecoder"]
-
-
-class EncoderOutput(NamedTuple):
-    """Features `(B, N, C)`, patches in row order, and their grid `(h, w)` with `h * w = N`."""
-
-    features: Tensor
-    grid: tuple[int, int]
+from ssync_pl.hosts.nn.layers import PatchFeatures, SoftPositionEmbedding, init_fan_in_
 
 
 class ConvEncoder(nn.Module):
@@ -55,14 +46,17 @@ class ConvEncoder(nn.Module):
             nn.LayerNorm(previous), nn.Linear(previous, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, feature_dim)
         )
 
-    def forward(self, frames: Tensor) -> EncoderOutput:
+    def forward(self, frames: Tensor) -> PatchFeatures:
         """Encode normalised frames `(B, 3, H, W)`."""
         maps = self.position(self.convolutions(frames))
-        return EncoderOutput(self.mlp(rearrange(maps, "b c h w -> b (h w) c")), (maps.shape[-2], maps.shape[-1]))
+        return PatchFeatures(self.mlp(rearrange(maps, "b c h w -> b (h w) c")), (maps.shape[-2], maps.shape[-1]))
 
 
 class DecoderOutput(NamedTuple):
-    """Reconstruction `(B, T, 3, h, w)`, mixed by the masks, and mask logits `(B, T, S, h, w)` in at least float32."""
+    """What is mixed by the masks, and the masks' logits in at least float32.
+
+    Of pixels: `(B, T, 3, h, w)` and `(B, T, S, h, w)`; of features: `(B, T, N, C)` and `(B, T, S, N)`.
+    """
 
     reconstruction: Tensor
     mask_logits: Tensor

@@ -12,8 +12,6 @@ from ssync_pl.errors import require, require_shape
 from ssync_pl.hosts.nn.layers import MLP
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["SlotAttention", "SlotAttentionOutput", "SlotCorrector", "init_soft_kmeans_"]
-
 _UPDATE_BIAS = -1.5  # the update gate keeps sigmoid(-1.5), 18 %, of the old slot
 _SHRINK = 0.1
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import choose, require
 
-__all__ = ["Linkage", "MergedSlots", "SlotMerger", "agglomerate", "cosine_distances"]
-
 Linkage = Literal["complete", "average"]
 """Distance of two clusters: the largest between their members, or the mean."""
 

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from ssync_pl.errors import require
 from ssync_pl.hosts.nn.layers import has_hooks
 
-__all__ = ["SlotTransformer", "SlotTransformerBlock"]
-
 
 class _Attention(nn.Module):
     """Multi-head attention with one joint projection."""
