@@ -64,16 +64,3 @@ def test_one_patch_differs_only_in_time():
     output = case.check()
     assert not output.boundary.any()
     assert output.loss.item() == output.interior_loss.item()
-
-
-def test_equal_areas_go_to_the_lowest_slot():
-    d = np.array([[0.0, 0, 2, 2], [3, 3, 1, 1], [3, 3, 1, 1]]).reshape(1, 1, 3, 4)
-    case = Case(d, d, (2, 2), options={"merge_threshold": 0.5})
-    output = case.check()
-    assert output.winners.tolist() == [[0, 1, 1]]
-    assert output.raw_encoder_labels.flatten().tolist() == [1, 1, 0, 0]
-    # With the lower of the two invalid, the other wins its patches, and nothing is left to merge.
-    case.slot_valid = np.array([[True, False, True]])
-    output = case.check()
-    assert output.winners.tolist() == [[0, 1, 2]]
-    assert output.encoder_labels.flatten().tolist() == [2, 2, 0, 0]
