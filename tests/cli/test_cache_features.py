@@ -89,14 +89,6 @@ def test_bad_options_end_with_a_message(videos, means, tmp_path, call, words, me
     assert not (tmp_path / "out").exists()
 
 
-def test_skipped_videos_are_named(videos, means, tmp_path, call):
-    bad = tmp_path / "videos" / "bad-*.tar"
-    status, _, text = call(bad)
-    assert (status, "key 2 to be uint8 frames" in text) == (2, True)
-    status, text, _ = call(bad, "--on-bad-sample", "skip")
-    assert (status, "skipped:  Expected member `video.npy`" in text) == (0, True)
-
-
 def test_a_transformer_of_timm_from_end_to_end(videos, tmp_path, call):
     pytest.importorskip("timm")
     words = ("--weights", "none", "--layer", "vit_block2", "--batch-size", "8")
@@ -110,13 +102,17 @@ def test_a_transformer_of_timm_from_end_to_end(videos, tmp_path, call):
     assert torch.allclose(values, wanted, rtol=2**-8, atol=1e-5)
 
 
-def test_projected_features_of_training_and_validation(videos, means, tmp_path, call):
-    words = ("--components", "2", "--on-bad-sample", "skip")
-    for shards in (videos, tmp_path / "videos" / "bad-*.tar"):
-        status, text, error = call(shards, *words)
-        assert status == 0, error
-        assert "; 2 components of 3 channels, " in text
+def test_projected_features_of_training_and_of_videos_that_cannot_be_read(videos, means, tmp_path, call):
+    bad, words = tmp_path / "videos" / "bad-*.tar", ("--components", "2")
+    for shards, more in ((videos, ()), (bad, ("--on-bad-sample", "skip"))):
+        status, text, error = call(shards, *words, *more)
+        assert (status, "; 2 components of 3 channels, " in text) == (0, True), error
         assert " of the variance, fitted to 12 frames of train-000000.tar, train-000001.tar\n" in text
-    for more, message in ((("--components", "1"), "2 there, 1 wanted"), ((), "2 there, 0 wanted")):
-        status, _, text = call(videos, *more)
+    assert "skipped:  Expected member `video.npy`" in text
+    for shards, more, message in (
+        (videos, ("--components", "1"), "2 there, 1 wanted"),
+        (videos, (), "2 there, 0 wanted"),
+        (tmp_path / "videos" / "none-*.tar", words, "none-*.tar"),
+    ):
+        status, _, text = call(shards, *more)
         assert (status, message in text) == (2, True)

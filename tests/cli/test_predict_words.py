@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,18 +23,15 @@ def test_inputs_come_several_times_and_stay_whole() -> None:
 
 @pytest.mark.parametrize("verb", ["predict", "validate"])
 @pytest.mark.parametrize("below", [".", "checkpoints"])
-def test_the_configuration_beside_the_run(
-    tmp_path: Path, verb: str, below: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_configuration_beside_the_run(tmp_path: Path, verb: str, below: str, capsys: Any) -> None:
     (tmp_path / below).mkdir(exist_ok=True)
     (tmp_path / "config.yaml").write_text("a: 1")
-    checkpoint = tmp_path / below / "last.ckpt"
-    for way in ([f"--ckpt_path={checkpoint}"], ["--ckpt_path", str(checkpoint)]):
+    found, checkpoint = f"--config={tmp_path / 'config.yaml'}", str(tmp_path / below / "last.ckpt")
+    for way in ([f"--ckpt_path={checkpoint}"], ["--ckpt_path", checkpoint]):
         words = [verb, *way, "--input", "a"]
-        assert with_config(words) == [verb, f"--config={tmp_path / 'config.yaml'}", *words[1:]]
+        assert with_config(words) == [verb, found, *words[1:]]
         assert f"configuration: {tmp_path / 'config.yaml'}" in capsys.readouterr().err
-        own = [*words, "--config", str(tmp_path / "config.yaml")]
-        assert with_config(own) == own
+        assert with_config([*words, found]) == [*words, found]
 
 
 def test_what_to_pass_is_said(tmp_path: Path) -> None:

@@ -148,14 +148,6 @@ def test_bad_samples_are_named(write_tar, npy_bytes, numbered_video):
             assert re.search(message, problem.message)
 
 
-def test_limits_name_key_and_count(make_shards):
-    pattern = make_shards(objects=4)
-    with pytest.raises(ShardError, match="key 2 to have at most 3 objects, but got 4"):
-        _open(pattern, SampleRules(masks=True, max_objects=3)).sample(2)
-    with pytest.raises(ShardError, match=r"key 5 to have at least 7 frames .*but got 6"):
-        _open(pattern, SampleRules(clip_length=4, frame_stride=2)).sample(5)
-
-
 def test_members_are_chosen_cheapest_first():
     assert find_member(["video.mp4", "video.npy"], "video") == "video.npy"
     assert find_member(["image.png", "info.json"], "video") == "image.png"

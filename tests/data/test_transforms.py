@@ -10,63 +10,27 @@ from ssync_pl.errors import ConfigError, ShapeError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _cubic(x: np.ndarray) -> np.ndarray:
-    x, a = np.abs(x), -0.75
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def _weights(source: int, target: int, mode: str) -> np.ndarray:
-    """Interpolation matrix (target, source), pixel centres aligned, border pixels repeated."""
-    matrix = np.zeros((target, source))
-    for row in range(target):
-        centre = (row + 0.5) * source / target - 0.5
-        if mode == "bilinear":
-            centre = max(centre, 0.0)
-        first = int(np.floor(centre))
-        for column in range(first - 1, first + 3):
-            distance = centre - column
-            weight = max(0.0, 1 - abs(distance)) if mode == "bilinear" else float(_cubic(np.array(distance)))
-            matrix[row, min(max(column, 0), source - 1)] += weight
-    return matrix
-
-
 def _by_hand(video, size, mode, offsets, flips, out):
-    """The whole transform in NumPy float64, one video and one frame at a time."""
-    result = np.zeros((*video.shape[:2], 3, *out))
-    rows, columns = _weights(video.shape[2], size[0], mode), _weights(video.shape[3], size[1], mode)
-    for b in range(video.shape[0]):
-        for t in range(video.shape[1]):
-            for c in range(3):
-                frame = rows @ (video[b, t, :, :, c].astype(np.float64) / 255) @ columns.T
-                frame = np.clip(frame, 0, 1)
-                top, left = offsets[b]
-                frame = frame[top : top + out[0], left : left + out[1]]
-                frame = frame[:, ::-1] if flips[b] else frame
-                result[b, t, c] = (frame - MEAN[c]) / STD[c]
-    return result
+    """The whole transform in float64, one video at a time."""
+    result = []
+    for one, (top, left), flip in zip(torch.from_numpy(video), offsets, flips, strict=True):
+        frames = torch.nn.functional.interpolate(one.permute(0, 3, 1, 2).double() / 255, size, mode=mode).clamp(0, 1)
+        frames = frames[:, :, top : top + out[0], left : left + out[1]]
+        frames = frames.numpy()[..., ::-1] if flip else frames.numpy()
+        result.append((frames - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1)))
+    return np.stack(result)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_resize_flip_normalise_by_hand(mode):
-    video = np.random.default_rng(0).integers(0, 256, (3, 2, 6, 5, 3)).astype(np.uint8)
-    flips = [True, False, True]
-    batch = {"video": torch.from_numpy(video), "flip": torch.tensor(flips), "crop": torch.zeros(3, 2).long()}
-    got = BatchTransform((14, 9), resize_mode=mode)(batch)["video"]
-    want = _by_hand(video, (14, 9), mode, [(0, 0)] * 3, flips, (14, 9))
-    assert got.shape == (3, 2, 3, 14, 9)
-    assert got.dtype == torch.float32
-    np.testing.assert_allclose(got.numpy(), want, atol=2e-5)
-
-
-def test_random_crop_by_hand_video_and_masks_alike():
+@pytest.mark.parametrize("shape", [(6, 5), (6, 10)])
+def test_resize_crop_flip_and_normalise_by_hand_video_and_masks_alike(mode, shape):
     rng = np.random.default_rng(1)
-    video = rng.integers(0, 256, (2, 2, 6, 10, 3)).astype(np.uint8)
-    masks = rng.integers(0, 3, (2, 2, 6, 10, 1)).astype(np.uint8)
-    size = covering_size((6, 10), (12, 12))
-    assert size == (12, 20)
-    offsets, flips = [(0, 3), (0, 8)], [False, True]
+    video = rng.integers(0, 256, (2, 2, *shape, 3)).astype(np.uint8)
+    masks = rng.integers(0, 3, (2, 2, *shape, 1)).astype(np.uint8)
+    crop, out = ("random", (12, 12)) if shape == (6, 10) else ("none", (12, 10))
+    size = covering_size(shape, out) if crop == "random" else out
+    assert size == (12, 2 * shape[1])
+    offsets, flips = [(0, 3), (0, 8)] if crop == "random" else [(0, 0)] * 2, [False, True]
     batch = {
         "video": torch.from_numpy(video),
         "segmentations": torch.from_numpy(masks),
@@ -75,16 +39,16 @@ def test_random_crop_by_hand_video_and_masks_alike():
         "mask_ids": True,
         "max_objects": 2,
     }
-    out = BatchTransform((12, 12), resize_mode="bicubic", crop="random")(batch)
-    want = _by_hand(video, size, "bicubic", offsets, flips, (12, 12))
-    np.testing.assert_allclose(out["video"].numpy(), want, atol=2e-5)
-    assert out["segmentations"].shape == (2, 2, 3, 12, 12)
+    got = BatchTransform(out, resize_mode=mode, crop=crop)(batch)
+    assert got["video"].dtype == torch.float32
+    np.testing.assert_allclose(got["video"].numpy(), _by_hand(video, size, mode, offsets, flips, out), atol=2e-5)
+    assert got["segmentations"].shape == (2, 2, 3, *out)
     for b in range(2):
         # Twice as many pixels: every source pixel becomes a 2x2 block.
-        ids = masks[b, :, :, :, 0].repeat(2, 1).repeat(2, 2)[:, :, offsets[b][1] : offsets[b][1] + 12]
+        ids = masks[b, :, :, :, 0].repeat(2, 1).repeat(2, 2)[:, :, offsets[b][1] : offsets[b][1] + out[1]]
         ids = ids[:, :, ::-1] if flips[b] else ids
         for channel in range(3):
-            assert np.array_equal(out["segmentations"][b, :, channel].numpy(), ids == channel)
+            assert np.array_equal(got["segmentations"][b, :, channel].numpy(), ids == channel)
 
 
 def test_shrinking_averages():

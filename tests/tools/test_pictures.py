@@ -1,6 +1,5 @@
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, SSyncPictures
@@ -21,10 +20,10 @@ from ssync_pl.tools.viz import color_labels, slot_colors
 SLOTS, FRAMES, SIZE = 3, 4, 16
 
 
-def picture_batch(seed: int, padded: bool = False) -> dict[str, Any]:
+def picture_batch(seed, padded=False):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, (2, FRAMES, SIZE, SIZE), generator=generator)
-    batch: dict[str, Any] = {
+    batch = {
         "video": torch.randn(2, FRAMES, 3, SIZE, SIZE, generator=generator),
         "segmentations": nn.functional.one_hot(ids, 3).movedim(-1, 2).bool(),
         "__key__": [f"clip-{seed}", f"clip-{seed}b"],
@@ -40,62 +39,62 @@ def picture_batch(seed: int, padded: bool = False) -> dict[str, Any]:
 class Patches(nn.Module):
     """Logits `(B, S, N)` of a frame."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(3, SLOTS, 4, stride=4)
 
-    def forward(self, frame: Tensor) -> Tensor:
+    def forward(self, frame):
         return self.layer(frame).flatten(2)
 
 
 class ClipPatches(Patches):
     """Logits `(B, T, S, N)` of a clip."""
 
-    def forward(self, clip: Tensor) -> Tensor:
+    def forward(self, clip):
         return super().forward(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
 
 
 class ClipHost(L.LightningModule):
     """Slot attention a frame and a decoder a clip, with dropout so that random states matter."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.corrector = Patches()
         self.decoder = ClipPatches()
         self.dropout = nn.Dropout(0.3)
 
-    def _shared(self, batch: Any) -> Tensor:
+    def _shared(self, batch):
         video = batch["video"]
         logits = torch.stack([self.corrector(video[:, t]) for t in range(video.shape[1])], 1)
         return (self.dropout(logits) - self.decoder(video)).square().mean()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch, batch_idx):
         return self._shared(batch)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch, batch_idx):
         self.log("val/loss", self._shared(batch), batch_size=2)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 class FrameHost(ClipHost):
     """Sees each frame as a clip of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.decoder = Patches()
 
-    def _shared(self, batch: Any) -> Tensor:
+    def _shared(self, batch):
         frames = batch["video"].flatten(0, 1)
         return (self.dropout(self.corrector(frames)) - self.decoder(frames)).square().mean()
 
 
-def picture_adapter() -> PathAdapter:
+def picture_adapter():
     return PathAdapter("corrector", "decoder", "logits", "logits", (4, 4))
 
 
-def run(tmp_path: Path, callbacks: list[L.Callback], host: L.LightningModule | None = None, **options: Any) -> Any:
+def run(tmp_path, callbacks, host=None, **options):
     torch.manual_seed(3)
     off = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(tmp_path), version=0), **off, **options}
@@ -105,13 +104,19 @@ def run(tmp_path: Path, callbacks: list[L.Callback], host: L.LightningModule | N
     return trainer
 
 
-def names(trainer: L.Trainer) -> list[str]:
+def names(trainer):
     return sorted(path.name for path in (Path(trainer.log_dir) / "pictures").iterdir())
 
 
-def test_a_sheet_per_validation(tmp_path: Path) -> None:
-    callback = SSyncPictures(picture_adapter(), max_frames=3)
-    trainer = run(tmp_path, [callback], num_sanity_val_steps=2)
+def test_a_sheet_per_validation_and_a_training_that_is_the_same_to_the_bit(tmp_path):
+    plain, host, callback = ClipHost(), ClipHost(), SSyncPictures(picture_adapter(), max_frames=3)
+    host.load_state_dict(plain.state_dict())
+    run(tmp_path / "a", [], plain)
+    state = torch.get_rng_state()
+    trainer = run(tmp_path / "b", [callback], host, num_sanity_val_steps=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, host.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert not any(module._forward_hooks for module in host.modules())
     assert names(trainer) == ["step-000002.png", "step-000004.png"]
     assert callback.last_path == Path(trainer.log_dir) / "pictures" / "step-000004.png"
     sheet = np.asarray(Image.open(callback.last_path))
@@ -119,25 +124,13 @@ def test_a_sheet_per_validation(tmp_path: Path) -> None:
     assert 3 * 112 < sheet.shape[1] < 6 * 112
 
 
-def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    plain, drawn = ClipHost(), ClipHost()
-    drawn.load_state_dict(plain.state_dict())
-    run(tmp_path / "a", [], plain)
-    state = torch.get_rng_state()
-    run(tmp_path / "b", [SSyncPictures(picture_adapter())], drawn)
-    assert torch.equal(state, torch.get_rng_state())
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, drawn.state_dict()[name]), name
-    assert not any(module._forward_hooks for module in drawn.modules())
-
-
 @pytest.fixture
-def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def videos(monkeypatch):
     """What is drawn, by caption, of each video."""
-    found: list[dict[str, Any]] = []
+    found = []
     draw = viz.draw_sheet
 
-    def spy(rows: list[Any], title: str) -> Any:
+    def spy(rows, title):
         for caption, frames in rows:
             found.extend([{}] if caption.startswith("video") else [])
             found[-1][caption] = frames
@@ -147,12 +140,12 @@ def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def drawn(rows: dict[str, Any], word: str) -> np.ndarray:
+def drawn(rows, word):
     (found,) = (frames for caption, frames in rows.items() if caption.startswith(word))
     return found
 
 
-def validate(tmp_path: Path, batch: Any, host: L.LightningModule) -> None:
+def validate(tmp_path, batch, host):
     callbacks = [SSyncPictures(picture_adapter())]
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=callbacks, enable_progress_bar=False
@@ -160,7 +153,7 @@ def validate(tmp_path: Path, batch: Any, host: L.LightningModule) -> None:
     trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
 
 
-def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path, videos: list[Any]) -> None:
+def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path, videos):
     validate(tmp_path, picture_batch(1, padded=True), ClipHost())
     (rows,) = videos
     assert next(iter(rows)) == "video clip-1\nframes 0, 1"
@@ -169,7 +162,7 @@ def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path: Path, vid
 
 
 @pytest.mark.parametrize("kind", [ClipHost, FrameHost])
-def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path, videos: Any, kind: Any) -> None:
+def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path, videos, kind):
     batch, host = picture_batch(5), kind()
     frames = batch["video"].flatten(0, 1)
     ids = torch.tensor([2, 0, 1])[Patches.forward(host.decoder, frames).argmax(1)].view(2, FRAMES, 4, 4)
@@ -184,7 +177,7 @@ def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path: Path, v
         assert np.array_equal(drawn(rows, "encoder\n"), encoder)
 
 
-def test_without_truth_slots_keep_their_own_colours(tmp_path: Path, videos: list[Any]) -> None:
+def test_without_truth_slots_keep_their_own_colours(tmp_path, videos):
     batch, host = picture_batch(5), ClipHost()
     del batch["segmentations"], batch["__key__"]
     batch["frames"] = batch.pop("video")  # found by its shape
@@ -196,14 +189,14 @@ def test_without_truth_slots_keep_their_own_colours(tmp_path: Path, videos: list
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_adapter_and_settings_of_the_callback_are_used(tmp_path: Path, videos: list[Any], merge: bool) -> None:
+def test_adapter_and_settings_of_the_callback_are_used(tmp_path, videos, merge):
     paths = {"attention": "corrector", "masks": "decoder", "attention_kind": "logits", "masks_kind": "logits"}
     callback = SSyncCallback(**paths, grid=(4, 4), warmup_ratio=0.0, merge=merge)
     run(tmp_path, [SSyncPictures(), callback], max_epochs=1)
     assert any("merged" in caption for caption in videos[0]) == merge
 
 
-def test_own_pictures_are_replaced_and_no_others(tmp_path: Path) -> None:
+def test_own_pictures_are_replaced_and_no_others(tmp_path):
     for _ in range(2):
         trainer = run(tmp_path, [SSyncPictures(picture_adapter())], max_epochs=1)
     file = Path(trainer.log_dir) / "pictures" / names(trainer)[0]
@@ -214,8 +207,8 @@ def test_own_pictures_are_replaced_and_no_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["host", "video", "disk"])
-def test_trouble_gives_one_warning_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
-    def full(path: Path, content: bytes) -> None:
+def test_trouble_gives_one_warning_and_trains(tmp_path, monkeypatch, trouble):
+    def full(path, content):
         raise OSError("no space left")
 
     callback = SSyncPictures("auto" if trouble == "host" else picture_adapter())
@@ -231,7 +224,7 @@ def test_trouble_gives_one_warning_and_trains(tmp_path: Path, monkeypatch: pytes
     assert not any(module._forward_hooks for module in trainer.lightning_module.modules())
 
 
-def test_hooks_are_gone_after_an_exception(tmp_path: Path) -> None:
+def test_hooks_are_gone_after_an_exception(tmp_path):
     host = ClipHost()
     host.validation_step = lambda batch, batch_idx: 1 / 0
     with pytest.raises(ArithmeticError):
@@ -239,14 +232,14 @@ def test_hooks_are_gone_after_an_exception(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in host.modules())
 
 
-def test_the_sheet_goes_to_loggers_that_take_images(tmp_path: Path) -> None:
-    seen: list[Any] = []
+def test_the_sheet_goes_to_loggers_that_take_images(tmp_path):
+    seen = []
 
     class LogsImages(CSVLogger):
-        def log_image(self, key: str, images: list[Any], step: int) -> None:
+        def log_image(self, key, images, step):
             seen.append((key, images[0].shape[2], step))
 
-    def add_image(key: str, image: Any, step: int, dataformats: str) -> None:
+    def add_image(key, image, step, dataformats):
         seen.append((key, image.shape[dataformats.index("C")], step))
 
     class AddsImages(Logger):
@@ -258,6 +251,6 @@ def test_the_sheet_goes_to_loggers_that_take_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_videos", "max_frames"])
-def test_settings_are_checked_at_once(name: str) -> None:
+def test_settings_are_checked_at_once(name):
     with pytest.raises(ConfigError, match=name):
         SSyncPictures(**{name: 0})

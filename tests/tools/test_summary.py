@@ -1,143 +1,133 @@
+"""The table of a training, and its rows that need no learning: layouts by hand, k-means that finds what is there."""
+
 import json
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import ValidationSummary
+from ssync_pl.errors import ShapeError
 from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.metrics.functional import labels_to_masks
 from ssync_pl.tools import summary
-from ssync_pl.tools.summary import score_baselines
+from ssync_pl.tools.summary import grid_partition, kmeans, kmeans_features, score_baselines
 
 
-def summary_batch(seed: int) -> dict[str, Any]:
+def make_batch(seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, (2, 2, 4, 4), generator=generator).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    return {
-        "video": torch.rand(2, 2, 3, 8, 8, generator=generator) + ids.unsqueeze(2),
-        "segmentations": nn.functional.one_hot(ids, 3).movedim(-1, 2).bool(),
-    }
+    video = torch.rand(2, 2, 3, 8, 8, generator=generator) + ids.unsqueeze(2)
+    return {"video": video, "segmentations": labels_to_masks(ids, 3)}
 
 
-class SummaryHost(L.LightningModule):
-    def __init__(self, num_slots: int = 4) -> None:
+class Host(L.LightningModule):
+    def __init__(self, num_slots=4):
         super().__init__()
         self.save_hyperparameters()
         self.layer = nn.Conv2d(3, num_slots, 1)
-        self.dropout = nn.Dropout(0.2)
         self.scores = SegmentationMetrics(prefix="val/")
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.layer(self.dropout(batch["video"].flatten(0, 1))).square().mean()
+    def labels(self, batch):
+        return self.layer(batch["video"].flatten(0, 1)).unflatten(0, batch["video"].shape[:2]).argmax(2)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        masks = self.layer(batch["video"].flatten(0, 1)).unflatten(0, batch["video"].shape[:2])
-        self.scores.update(masks.argmax(2), batch["segmentations"])
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch["video"].flatten(0, 1)).square().mean()
 
-    def on_validation_epoch_end(self) -> None:
+    def validation_step(self, batch, batch_idx):
+        self.scores.update(self.labels(batch), batch["segmentations"])
+
+    def on_validation_epoch_end(self):
         self.log_dict(self.scores.compute())
         self.log("val/used_slots", 3.0)
         self.scores.reset()
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch, batch_idx):
         self.log("test/video_mbo", 0.25)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def summary_loader(seeds: list[int]) -> DataLoader[Any]:
-    return DataLoader([summary_batch(seed) for seed in seeds], batch_size=None)
+def loader(*seeds):
+    return DataLoader([make_batch(seed) for seed in seeds], batch_size=None)
 
 
-def summary_trainer(path: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+def make_trainer(path, callback, **options):
     off = {"enable_progress_bar": False, "enable_model_summary": False}
     settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(path), version=0), **off, **options}
-    return L.Trainer(callbacks=callbacks, **settings)
+    return L.Trainer(callbacks=[callback], **settings)
 
 
-def fit(path: Path, callbacks: list[L.Callback], **options: Any) -> tuple[L.Trainer, SummaryHost]:
-    torch.manual_seed(1)
-    host = SummaryHost()
-    trainer = summary_trainer(path, callbacks, **options)
-    trainer.fit(host, summary_loader([0, 1]), summary_loader([5, 6]))
-    return trainer, host
-
-
-def expected_scores(host: SummaryHost) -> dict[str, float]:
-    metrics = SegmentationMetrics()
-    for seed in (5, 6):
-        batch = summary_batch(seed)
-        with torch.no_grad():
-            masks = host.layer(batch["video"].flatten(0, 1)).unflatten(0, (2, 2))
-        metrics.update(masks.argmax(2), batch["segmentations"])
+def numbers(metrics):
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
-def test_fit_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer, host = fit(tmp_path, [ValidationSummary()])
+def written(trainer):
+    return json.loads((Path(trainer.log_dir) / "summary.json").read_text())
+
+
+def test_fit_prints_one_table_and_writes_json(tmp_path, capsys):
+    trainer, host = make_trainer(tmp_path, ValidationSummary()), Host()
+    trainer.fit(host, loader(0, 1), loader(5, 6))
     text = capsys.readouterr().out
     assert text.count("video FG-ARI") == 1
-    for row in ("this run", "grid", "k-means RGB"):
-        assert text.count(f"| {row} ") == 1
+    assert all(text.count(f"| {row} ") == 1 for row in ("this run", "grid", "k-means RGB"))
     assert "used slots" in text
     assert trainer.checkpoint_callback.best_model_path in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1
-    written = json.loads((Path(trainer.log_dir) / "summary.json").read_text())
-    assert written["step"] == 4
-    for name, value in expected_scores(host).items():
-        assert written["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
-    for row, metric in score_baselines([summary_batch(5), summary_batch(6)], 4).items():
-        assert written["rows"][row] == pytest.approx({name: float(value) for name, value in metric.compute().items()})
+    assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
+    content, expected = written(trainer), SegmentationMetrics()
+    assert content["step"] == 4
+    for batch in loader(5, 6):
+        expected.update(host.labels(batch), batch["segmentations"])
+    for name, value in numbers(expected).items():
+        assert content["rows"]["this run"][name] == pytest.approx(value, abs=1e-6)
+    for row, metric in score_baselines([make_batch(5), make_batch(6)], 4).items():
+        assert content["rows"][row] == pytest.approx(numbers(metric))
 
 
-def test_validate_and_test_report_and_nan_becomes_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Nan(SummaryHost):
-        def on_validation_epoch_end(self) -> None:
+def test_validate_and_test_report_and_nan_becomes_null(tmp_path, capsys):
+    class Nan(Host):
+        def on_validation_epoch_end(self):
             self.log_dict({"val/video_mbo": float("nan"), "val/video_ari": 0.5})
 
     callback = ValidationSummary(baselines=False)
-    trainer = summary_trainer(tmp_path, [callback])
-    trainer.validate(Nan(), summary_loader([5]), verbose=False)
+    trainer = make_trainer(tmp_path, callback)
+    trainer.validate(Nan(), loader(5), verbose=False)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [cell.strip() for cell in lines[2]] == ["this run", "0.500", "nan"]
-    rows = json.loads((Path(trainer.log_dir) / "summary.json").read_text())["rows"]
-    assert rows == {"this run": {"video_mbo": None, "video_ari": 0.5}}
-    trainer.test(SummaryHost(), summary_loader([5]), verbose=False)
+    assert written(trainer)["rows"] == {"this run": {"video_mbo": None, "video_ari": 0.5}}
+    trainer.test(Host(), loader(5), verbose=False)
     assert callback.rows == {"this run": {"video_mbo": 0.25}}
     assert "0.250" in capsys.readouterr().out
 
 
-def test_no_validation_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = summary_trainer(tmp_path, [ValidationSummary()], max_epochs=1)
-    trainer.fit(SummaryHost(), summary_loader([0]))
+def test_no_validation_prints_nothing(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, ValidationSummary(), max_epochs=1)
+    trainer.fit(Host(), loader(0))
     assert "this run" not in capsys.readouterr().out
     assert not (Path(trainer.log_dir) / "summary.json").exists()
 
 
-def test_a_baseline_that_fails_costs_its_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("no masks")
-
-    monkeypatch.setattr(summary, "score_baselines", refuse)
+def test_a_baseline_that_fails_costs_its_rows_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "grid_partition", lambda *args: 1 / 0)
     callback = ValidationSummary()
-    with pytest.warns(UserWarning, match="No baselines in the summary: no masks"):
-        fit(tmp_path, [callback])
+    with pytest.warns(UserWarning, match="No baselines in the summary: division by zero"):
+        make_trainer(tmp_path, callback).validate(Host(), loader(5), verbose=False)
     assert list(callback.rows) == ["this run"]
 
 
 @pytest.mark.slow
-def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
-    def rows(name: str, **options: Any) -> dict[str, Any]:
-        trainer = summary_trainer(tmp_path / name, [ValidationSummary()], **options)
-        two_videos = [{name: value[index] for name, value in summary_batch(5).items()} for index in range(2)]
-        trainer.validate(SummaryHost(), DataLoader(two_videos, batch_size=1), verbose=False)
+def test_processes_score_the_baselines_together(tmp_path):
+    def rows(name, **options):
+        trainer = make_trainer(tmp_path / name, ValidationSummary(), **options)
+        two_videos = [{name: value[index] for name, value in make_batch(5).items()} for index in range(2)]
+        trainer.validate(Host(), DataLoader(two_videos, batch_size=1), verbose=False)
         (file,) = (tmp_path / name).rglob("summary.json")
         return json.loads(file.read_text())["rows"]
 
@@ -147,15 +137,119 @@ def test_processes_score_the_baselines_together(tmp_path: Path) -> None:
         assert together[row] == pytest.approx(alone[row])
 
 
-def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path: Path) -> None:
-    trainer = summary_trainer(tmp_path, [ValidationSummary(baselines=False)])
+def test_a_summary_that_is_not_ours_is_left_alone_and_named(tmp_path):
+    trainer = make_trainer(tmp_path, ValidationSummary(baselines=False))
     path = Path(trainer.log_dir) / "summary.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"rows": {}}')
     with pytest.warns(UserWarning, match=r"summary\.json.*Move it away"):
-        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
+        trainer.validate(Host(), loader(5), verbose=False)
     assert path.read_text() == '{"rows": {}}'
     path.unlink()
     for _ in range(2):  # one of ours is replaced
-        trainer.validate(SummaryHost(), summary_loader([5]), verbose=False)
-    assert "this run" in json.loads(path.read_text())["rows"]
+        trainer.validate(Host(), loader(5), verbose=False)
+    assert "this run" in written(trainer)["rows"]
+
+
+LAYOUTS = [
+    (1, (5, 7), [1]),
+    (8, (64, 64), [4, 4]),
+    (6, (40, 60), [3, 3]),
+    (6, (60, 40), [2, 2, 2]),
+    (11, (64, 64), [4, 4, 3]),
+    (7, (64, 64), [3, 2, 2]),
+    (24, (336, 336), [6, 6, 6, 6]),
+]
+
+
+@pytest.mark.parametrize(("cells", "size", "rows"), LAYOUTS)
+def test_grid_has_the_layout_closest_to_squares(cells, size, rows):
+    labels = grid_partition(cells, size)
+    assert labels.unique().tolist() == list(range(cells))
+    first = 0
+    for count in rows:
+        band = (labels >= first) & (labels < first + count)
+        assert band.any(dim=1).equal(band.all(dim=1))
+        first += count
+    for cell in range(cells):
+        places = (labels == cell).nonzero()
+        extent = places.amax(dim=0) - places.amin(dim=0) + 1
+        assert int(extent.prod()) == len(places)
+        assert abs(len(places) / (size[0] * size[1] / cells) - 1) < 0.15
+
+
+def real(*shape):
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+def coloured_video(seed, colours=4):
+    """Video (2, 10, 12, 3) of well separated colours with noise, and its labels."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])[:colours]
+    labels = torch.randint(0, colours, (2, 10, 12), generator=generator)
+    return corners[labels] + 0.03 * torch.randn(2, 10, 12, 3, generator=generator), labels
+
+
+def test_kmeans_finds_colours_whatever_the_padding_and_the_other_videos():
+    video, labels = coloured_video(0)
+    points = video.flatten(1, 2)[None]
+    found = kmeans(points, 4, real(1, 2))
+    assert (found.shape, found.dtype) == ((1, 2, 120), torch.int64)
+    assert adjusted_rand_score(labels.flatten(), found.flatten()) == 1.0
+    padded = torch.cat([points, torch.full((1, 2, 120, 3), 50.0)], dim=1)
+    assert torch.equal(kmeans(padded, 4, torch.tensor([[True, True, False, False]]))[:, :2], found)
+    assert not kmeans(padded, 4, ~real(1, 4)).any()
+    videos = torch.rand(3, 2, 50, 3, generator=torch.Generator().manual_seed(0))
+    together = kmeans(videos, 6, real(3, 2), seed=1)
+    assert torch.equal(together, torch.cat([kmeans(video[None], 6, real(1, 2), seed=1) for video in videos]))
+    assert not torch.equal(together, kmeans(videos, 6, real(3, 2), seed=2))
+
+
+def test_kmeans_of_features_weighs_places():
+    features = torch.zeros(1, 1, 12, 4)
+    features[:, :, ::2, 0] = 1.0  # stripes, of columns 0 and 2
+    assert kmeans_features(features, (3, 4), 2, real(1, 1), 0.0)[0, 0].diff(dim=1).abs().sum() == 9
+    halves = kmeans_features(features, (3, 4), 2, real(1, 1), 50.0)[0, 0]
+    assert torch.equal(halves[:, :2], halves[:1, :1].expand(3, 2))
+    assert torch.equal(halves[:, 2:], 1 - halves[:, :2])
+
+
+REFUSED = [
+    (lambda: kmeans(torch.zeros(1, 1, 1, 3), 2, real(1, 1)), "2 points"),
+    (lambda: kmeans_features(torch.zeros(1, 2, 10, 3), (3, 3), 2, real(1, 2)), "grid of 3 x 3"),
+    (lambda: grid_partition(9, (2, 2)), "room for 9 cells"),
+    (lambda: score_baselines([{"video": torch.zeros(1, 1, 3, 4, 4)}], 2), r"got \['video'\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ShapeError, match=message):
+        call()
+
+
+def test_scores_of_separable_colours_and_features_whatever_the_padding_and_the_size(monkeypatch):
+    def scores(batch):
+        return {row: numbers(metric) for row, metric in score_baselines([batch], num_slots=3).items()}
+
+    video, labels = coloured_video(0, 3)
+    batch = {"video": video[None].movedim(-1, 2), "segmentations": labels_to_masks(labels[None], 3)}
+    expected = scores(batch)
+    assert list(expected) == ["grid", "k-means RGB"]
+    for name in ("video_fg_ari", "video_ari", "video_mbo", "video_miou", "image_fg_ari", "image_mbo"):
+        assert expected["k-means RGB"][name] == pytest.approx(1.0)
+        assert expected["grid"][name] < 0.5
+    junk = {"video": torch.rand(1, 2, 3, 10, 12), "segmentations": batch["segmentations"].roll(1, 2)}
+    doubled = {name: torch.cat([batch[name], junk[name]]) for name in batch}
+    padded = {name: torch.cat([value, junk[name].expand_as(value)], dim=1) for name, value in doubled.items()}
+    padded["batch_padding_mask"] = torch.tensor([True, False])
+    padded["frame_mask"] = torch.tensor([[True, True, False, False]] * 2)
+    for row, found in scores(padded).items():
+        assert found == pytest.approx(expected[row])
+    large = {name: value.repeat_interleave(4, -1).repeat_interleave(4, -2) for name, value in batch.items()}
+    monkeypatch.setattr(summary, "_LONGER_SIDE", 12)
+    assert scores(large)["k-means RGB"]["video_ari"] == pytest.approx(1.0)
+    masks = batch["segmentations"][..., :5, ::2]
+    batch["segmentations"] = masks.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    batch["features"] = 100 * nn.functional.one_hot(masks.int().argmax(2), 8).flatten(2, 3).float()
+    assert scores(batch)["k-means features"]["video_ari"] == pytest.approx(1.0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssync_pl.data import video
 from ssync_pl.errors import ShapeError
+from ssync_pl.tools.predict.files import Mp4Encoder
 from ssync_pl.tools.viz import (
     color_labels,
     draw_sheet,
@@ -20,7 +20,7 @@ from ssync_pl.tools.viz import (
 )
 
 
-def test_slot_colors_are_distinct_and_do_not_depend_on_the_count() -> None:
+def test_slot_colors_are_distinct_and_do_not_depend_on_the_count():
     many = slot_colors(64)
     assert len({tuple(color) for color in many.tolist()}) == 64
     for count in (0, 1, 16, 17, 33):
@@ -29,7 +29,7 @@ def test_slot_colors_are_distinct_and_do_not_depend_on_the_count() -> None:
     assert (np.linalg.norm(first[:, None] - first[None], axis=-1) + 1e9 * np.eye(11)).min() > 60
 
 
-def test_labels_are_painted_blended_and_hidden() -> None:
+def test_labels_are_painted_blended_and_hidden():
     picture = color_labels(np.array([[2, -1], [0, 2]]), background=0)
     assert picture.tolist() == [[slot_colors(3)[2].tolist(), [0, 0, 0]], [[70, 70, 70], slot_colors(3)[2].tolist()]]
     frames = np.full((1, 4, 4, 3), 200, dtype=np.uint8)
@@ -38,22 +38,19 @@ def test_labels_are_painted_blended_and_hidden() -> None:
     assert np.array_equal(overlay[0, 3, 3], np.rint(90 + 0.55 * slot_colors(2)[1]))
 
 
-def test_the_first_of_overlapping_masks_is_taken() -> None:
+def test_the_first_of_overlapping_masks_is_taken_and_labels_grow_by_nearest_pixel():
     masks = np.zeros((1, 3, 2, 2), dtype=bool)
     masks[0, 1, 0] = True
     masks[0, 2, :, 0] = True
     assert label_masks(masks).tolist() == [[[1, 1], [2, -1]]]
     assert label_masks(np.zeros((1, 0, 1, 2), dtype=bool)).tolist() == [[[-1, -1]]]
-
-
-def test_resize_nearest_repeats_pixels() -> None:
     images = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     expected = images.repeat(3, axis=1).repeat(3, axis=2)
     assert np.array_equal(resize_nearest(images, (9, 12)), expected)
     assert np.array_equal(resize_nearest(expected, (3, 4)), images)
 
 
-def test_normalisation_is_undone_or_guessed() -> None:
+def test_normalisation_is_undone_or_guessed():
     rng = np.random.default_rng(0)
     expected = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,16 +64,16 @@ def test_normalisation_is_undone_or_guessed() -> None:
         to_uint8(np.zeros((4, 4, 3)))
 
 
-def solid(color: tuple[int, int, int], frames: int = 2, size: tuple[int, int] = (8, 8)) -> np.ndarray:
+def solid(color, frames=2, size=(8, 8)):
     return np.broadcast_to(np.array(color, dtype=np.uint8), (frames, *size, 3))
 
 
-def boxes_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+def boxes_of(sheet, color):
     rows, columns = np.nonzero((sheet == np.array(color)).all(axis=-1))
     return sorted(set(rows.tolist())), sorted(set(columns.tolist()))
 
 
-def test_cells_are_aligned_and_captions_stay_left_of_them() -> None:
+def test_cells_are_aligned_and_captions_stay_left_of_them():
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     rows = [("a caption\n" * (1 + 4 * k), solid(color)) for k, color in enumerate(colors)]
     sheet = draw_sheet([*rows, ("short", solid((0, 200, 200), 1))], title="title", cell=32)
@@ -93,7 +90,7 @@ def test_cells_are_aligned_and_captions_stay_left_of_them() -> None:
     assert (sheet[:, :left] < 128).any()
 
 
-def test_wide_frames_keep_their_shape_and_long_titles_fit() -> None:
+def test_wide_frames_keep_their_shape_and_long_titles_fit():
     sheet = draw_sheet([("x", solid((200, 0, 0), 1, (30, 60)))], title="a title of many words " * 4, cell=20)
     rows, columns = boxes_of(sheet, (200, 0, 0))
     assert (len(rows), len(columns)) == (10, 20)
@@ -101,11 +98,11 @@ def test_wide_frames_keep_their_shape_and_long_titles_fit() -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(sheet)))), sheet)
 
 
-def test_mp4_round_trip() -> None:
+def test_mp4_round_trip():
     av = pytest.importorskip("av")
     values = [0, 80, 160, 240]
     frames = np.stack([np.full((31, 47, 3), value, dtype=np.uint8) for value in values])  # codecs want even sides
-    encoder = video.Mp4Encoder(fps=5)
+    encoder = Mp4Encoder(fps=5)
     for part in (frames[:1], frames[1:]):
         encoder.add(part)
     with av.open(io.BytesIO(encoder.close())) as container:
@@ -113,5 +110,3 @@ def test_mp4_round_trip() -> None:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.shape for frame in decoded] == [(32, 48, 3)] * 4
     assert np.allclose([frame[:30, :46].mean() for frame in decoded], values, atol=6)
-    with pytest.raises(ShapeError, match="T"):
-        video.Mp4Encoder().add(frames[:0])

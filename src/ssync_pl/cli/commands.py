@@ -63,8 +63,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     if options.json is not None:
         refuse_foreign(options.json)  # before work begins
-    sets = group_shards(options.patterns)
-    report = check_shards(sets, num_workers=options.workers, progress=sys.stderr.isatty())
+    report = check_shards(group_shards(options.patterns), num_workers=options.workers)
     if options.json is not None:
         write_owned_json(options.json, report.to_json())
     sys.stdout.write(render_report(report) + "\n")

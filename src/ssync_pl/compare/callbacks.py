@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +90,7 @@ class KeepCheckpoints(Checkpoint):
     """Saves `last.ckpt` at the end of the training, and one checkpoint for each switch that other runs start from.
 
     Such a checkpoint is taken after a step before the switch that no validation follows, since a run that starts from
-    it would skip that validation. In a job of a comparison the training ends when the job is gone.
+    it would skip that validation.
     """
 
     def __init__(self, folder: str, switches: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -100,7 +99,6 @@ class KeepCheckpoints(Checkpoint):
         self.switches = tuple(switches)
         self.last_model_path = ""
         self._latest: dict[str, int] = {}
-        self._job = os.getppid() if "SUBMITIT_EXECUTOR" in os.environ else None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,11 +106,6 @@ class KeepCheckpoints(Checkpoint):
         self._latest = {
             one["name"]: steps_of(one["ratio"], one["steps"], total) - one["watch"] for one in self.switches
         }
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
-        if self._job not in (None, os.getppid()):
-            raise SystemExit("The job that started this training is gone.")
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *outcome: Any) -> None:

@@ -23,12 +23,14 @@ _GREY = "#808890"  # of the baseline
 _WIDTH = 11.2  # of the page, in inches; an inch is 100 pixels of CSS
 _MOST_BANDS = 5
 _MAIN = {name: METRICS[name].title for name in metric_names("segmentation", "headline", "table")}
-_LEARNING = {f"val/{name}": METRICS[name].title for name in metric_names("segmentation", "headline")}
-_MERGING = {
-    "ssync/merged_slots": "merged slots",
-    "ssync/used_slots": "used slots, decoder",
-    "ssync/used_encoder_slots": "used slots, slot attention",
-    "ssync/agreement": "agreement of the maps",
+_CURVES = {
+    "learning": {f"val/{name}": METRICS[name].title for name in metric_names("segmentation", "headline")},
+    "merging": {
+        "ssync/merged_slots": "merged slots",
+        "ssync/used_slots": "used slots, decoder",
+        "ssync/used_encoder_slots": "used slots, slot attention",
+        "ssync/agreement": "agreement of the maps",
+    },
 }
 _LOOKS: dict[Any, Any] = {
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
@@ -43,29 +45,20 @@ Curves = Mapping[tuple[str, int], pd.DataFrame]
 
 
 class Figure(NamedTuple):
-    """A figure of the report: its file's name, heading, how to read it, what it shows, PNG and width on the page."""
+    """A figure of the report: its kind, the titles of its panels, when SSync switches on, PNG and width on the page."""
 
-    name: str
-    title: str
-    caption: str
-    alt: str
+    kind: str
+    panels: list[str]
+    starts: list[float]
+    banded: bool
     png: bytes
     width: int
 
 
 def group_figures(group: Group, curves: Curves) -> list[Figure]:
     """Draws paired scores, learning curves and merging of one slot count, as far as logged."""
-    learning = "Scores of the validation videos over training steps."
-    merging = (
-        "Slots that gave their label to another one, slots that own at least one patch, and the share of patches that "
-        "slot attention and decoder give to the same slot."
-    )
-    made = [
-        _paired_figure(group),
-        _curve_figure(group, curves, _LEARNING, "learning", "Learning curves", learning),
-        _curve_figure(group, curves, _MERGING, "merging", "Merging and slots in use", merging),
-    ]
-    return [figure for figure in made if figure is not None]
+    curved = [_curve_figure(group, curves, kind, keys) for kind, keys in _CURVES.items()]
+    return [figure for figure in (_paired_figure(group), *curved) if figure is not None]
 
 
 def _paired_figure(group: Group) -> Figure | None:
@@ -103,20 +96,11 @@ def _paired_figure(group: Group) -> Figure | None:
         axes.set_xlim(-0.6, len(shown) - 0.4)
         axes.grid(axis="x", visible=False)
 
-    caption = (
-        f"Thin lines: one per seed, from “{group.baseline}” (grey, left) to the variant (right). Thick: the mean. "
-        "Lines that all go one way are a difference; lines that cross are noise. Dotted, where it is near: what needs "
-        "no learning."
-    )
-    to = ", ".join(others) or "nothing else"
-    alt = f"{', '.join(scores.values())} of each seed, from {group.baseline} to {to}."
     columns = 4 if len(others) < 3 else 2 if len(others) < 6 else 1
-    return _draw(f"paired_{group.slots}", "Seed by seed", caption, alt, scores, paint, columns) if scores else None
+    return _draw("paired", scores, paint, columns=columns) if scores else None
 
 
-def _curve_figure(
-    group: Group, curves: Curves, keys: Mapping[str, str], name: str, title: str, caption: str
-) -> Figure | None:
+def _curve_figure(group: Group, curves: Curves, kind: str, keys: Mapping[str, str]) -> Figure | None:
     """Mean and range over seeds at each step that any of them logged."""
     bands: dict[tuple[str, str], pd.DataFrame] = {}
     for variant, key in itertools.product(group.variants, keys):
@@ -144,11 +128,7 @@ def _curve_figure(
         axes.set_xlabel("training step")
         axes.set_xlim(left=0)
 
-    caption += " Lines: mean over seeds" + ("; bands: from the lowest to the highest seed." if banded else ".")
-    if starts:
-        caption += f" Dotted: SSync switches on, first logged at step {', '.join(f'{step:.0f}' for step in starts)}."
-    alt = f"{title} over training steps: {', '.join(found.values())}, for {', '.join(shown)}."
-    return _draw(f"{name}_{group.slots}", title, caption, alt, found, paint) if found else None
+    return _draw(kind, found, paint, starts, banded) if found else None
 
 
 def _plain(text: str) -> str:
@@ -166,11 +146,13 @@ def _look(variants: Sequence[str], baseline: str, name: str) -> dict[str, Any]:
     return {"label": _plain(name), "color": color, "linestyle": dashes}
 
 
-Paint = Callable[[Any, str], None]
-
-
 def _draw(
-    name: str, title: str, caption: str, alt: str, panels: Mapping[str, str], paint: Paint, columns: int = 4
+    kind: str,
+    panels: Mapping[str, str],
+    paint: Callable[[Any, str], None],
+    starts: Sequence[float] = (),
+    banded: bool = False,
+    columns: int = 4,
 ) -> Figure:
     """Draws a panel per key of `panels`, titled with its value; `paint(axes, key)` fills it."""
     import matplotlib as mpl
@@ -197,4 +179,4 @@ def _draw(
         canvas.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)
     image.save(small, format="PNG", optimize=True)
-    return Figure(name, title, caption, alt, small.getvalue(), round(width * 100))
+    return Figure(kind, [*panels.values()], [*starts], banded, small.getvalue(), round(width * 100))

@@ -90,7 +90,6 @@ class Matrix:
 
     runs: tuple[Run, ...]
     facts: Mapping[str, Any]
-    on_cpu: bool
 
 
 def build_matrix(
@@ -129,8 +128,7 @@ def build_matrix(
         for seed in facts["seeds"]
         for variant in found
     ]
-    on_cpu = "--trainer.accelerator=cpu" in extra or (config.get("trainer") or {}).get("accelerator") == "cpu"
-    return Matrix(tuple(runs), facts, on_cpu)
+    return Matrix(tuple(runs), facts)
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:

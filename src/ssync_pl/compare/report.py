@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ssync_pl.compare.figures import group_figures
-from ssync_pl.compare.results import Comparison, load_comparison, write_results
+from ssync_pl.compare.results import Comparison, load_comparison
 from ssync_pl.compare.tables import Group, Row, group_tables, groups_of, make_table
 from ssync_pl.data.files import write_bytes
 from ssync_pl.metrics.table import metric_names
@@ -37,6 +37,8 @@ def write_report(folder: Path) -> Path:
         loader=jinja2.PackageLoader("ssync_pl.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    table = frame.to_csv(index=False, lineterminator="\n").encode()
+    write_bytes(Path(folder) / "results.csv", table)
     page = environment.get_template("report.html.j2").render(
         name=Path(folder).resolve().name,
         matrix=matrix,
@@ -50,9 +52,9 @@ def write_report(folder: Path) -> Path:
         fewest=min((len(part) for _, part in frame.groupby(["slots", "variant"])), default=0),
         facts=_facts(frame, matrix),
         commands=[record.command for record in comparison.records.values()],
-        table=write_results(Path(folder) / "results.csv", frame).read_bytes(),
+        table=table,
     )
-    figures = {f"{figure.name}.png": figure.png for part in sections for figure in part["figures"]}
+    figures = {f"{one.kind}_{part['group'].slots}.png": one.png for part in sections for one in part["figures"]}
     # A figure of an earlier report that this one lacks would be taken for its part.
     for old in out.glob("*.png"):
         if re.match(r"(paired|learning|merging)_\d", old.name) and old.name not in figures:

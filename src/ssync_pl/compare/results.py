@@ -13,11 +13,10 @@ import pandas as pd
 
 from ssync_pl.compare.matrix import RunKey
 from ssync_pl.compare.runs import log_lines
-from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics.table import METRICS
 
-__all__ = ["COLUMNS", "REFERENCES", "Comparison", "Record", "load_comparison", "read_results", "write_results"]
+__all__ = ["COLUMNS", "REFERENCES", "Comparison", "Record", "load_comparison", "read_results"]
 
 _TAIL = 15  # lines of a log
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -97,11 +96,6 @@ def load_comparison(folder: Path) -> Comparison:
             lines = "\n".join(log_lines(place)[-_TAIL:])
             absent[key] = f"did not finish; its log ends with:\n{lines}" if lines else "not started"
     return Comparison(matrix, records, absent)
-
-
-def write_results(path: Path, frame: pd.DataFrame) -> Path:
-    """Writes `results.csv`, complete or not at all."""
-    return write_bytes(path, frame.to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_results(path: Path) -> pd.DataFrame:

@@ -111,17 +111,17 @@ def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[
     for run in matrix.runs:
         is_finished(run)  # refuses what is no run, before anything is trained
     if launcher.at_once is None and not launcher.slurm:
-        launcher = replace(launcher, at_once=_fitting(launcher, matrix.on_cpu))
+        launcher = replace(launcher, at_once=_fitting(launcher))
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / ".lock"):
         write_bytes(out / "matrix.json", json.dumps({**matrix.facts, "command": [*command]}, indent=1).encode())
         run_all(matrix.runs, launcher)
 
 
-def _fitting(launcher: Launcher, on_cpu: bool) -> int:
+def _fitting(launcher: Launcher) -> int:
     import torch
 
-    if not on_cpu and torch.cuda.is_available():
+    if torch.cuda.is_available():
         return max(1, torch.cuda.device_count() // launcher.gpus) if launcher.gpus else 1
     # Containers give a process fewer CPUs than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

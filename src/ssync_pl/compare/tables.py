@@ -124,16 +124,6 @@ class Group:
         chosen = self.frame[self.frame["variant"] == variant].set_index("seed")[name].dropna()
         return {int(seed): float(value) for seed, value in chosen.sort_index().items()}
 
-    def mean(self, variant: str, name: str) -> Estimate | None:
-        """Returns the mean of a column over seeds."""
-        return estimate(list(self.by_seed(variant, name).values()))
-
-    def difference(self, variant: str, name: str) -> Estimate | None:
-        """Returns the mean difference to the baseline over the seeds that both have; None for the baseline itself."""
-        if variant == self.baseline:
-            return None
-        return paired_difference(self.by_seed(variant, name), self.by_seed(self.baseline, name))
-
     def reference(self, prefix: str, name: str) -> Estimate | None:
         """Returns the score of what needs no learning; variants of a seed share it, so each seed counts once."""
         column = f"{prefix}_{name}"
@@ -207,7 +197,9 @@ def make_table(group: Group, title: str, *names: str) -> Table:
     for variant in group.variants:
         cells = []
         for name, info in columns.items():
-            value, found = _text(group.mean(variant, name), info), group.difference(variant, name)
+            mine, base = (group.by_seed(of, name) for of in (variant, group.baseline))
+            value = _text(estimate(list(mine.values())), info)
+            found = None if variant == group.baseline else paired_difference(mine, base)
             said = () if found is None else (judge(found, info.better), verdict(found))
             cells.append(Cell(value, "" if found is None else found.text(info.digits, signed=True), *said))
         seeds = int((group.frame["variant"] == variant).sum())

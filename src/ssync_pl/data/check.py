@@ -89,9 +89,7 @@ def group_shards(patterns: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def check_shards(
-    sets: Mapping[str, Sequence[str]], *, num_workers: int | None = None, progress: bool = False
-) -> CheckReport:
+def check_shards(sets: Mapping[str, Sequence[str]], *, num_workers: int | None = None) -> CheckReport:
     """Decodes every member, with the readers of training, and reports what shards hold and what is wrong with them.
 
     Damage never stops the check: each problem becomes an entry of the report. Shards are read as they lie on disk, not
@@ -100,7 +98,6 @@ def check_shards(
     Args:
         sets: Shards (paths or URLs) of each set, by its name. Keys must be unique in a set, videos in all.
         num_workers: Processes; 0 reads in this one. `None` takes one per core where there is enough to read.
-        progress: Show a progress bar.
 
     Raises:
         ConfigError: A setting is out of range, or no shard is named.
@@ -116,7 +113,8 @@ def check_shards(
         num_workers = cpu_count() if size >= _ENOUGH_FOR_PROCESSES or any(map(is_remote, paths)) else 0
     try:
         with mapper(min(num_workers, len(paths))) as apply:
-            bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=not progress)
+            # disable=None shows the bar on terminals only
+            bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=None)
             found = dict(zip(paths, bar, strict=True))
     except BrokenProcessPool as error:
         advice = "Most often memory ran out: use fewer with `--workers`."

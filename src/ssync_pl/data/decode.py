@@ -72,8 +72,8 @@ def require_size(size: int, what: str, max_bytes: int = MAX_MEMBER_BYTES) -> Non
 def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> Any:
     """Decodes one member by its extension, or raises `ShardError`.
 
-    Returns an array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for pictures that
-    are called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
+    Returns a read-only array as stored for `npy` and `npy.gz`; uint8 (h, w, 3) for pictures, but ids (h, w) for
+    pictures that are called `segmentations`; uint8 (F, h, w, 3) for `mp4`; the parsed value for `json`.
     """
     extension, place = require_allowed(member, where), _place(member, where)
     require_size(len(data), place, max_bytes)
@@ -83,7 +83,11 @@ def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX
             # One byte more than expected shows surplus bytes without unpacking all of them.
             data = stream.read(header.data_offset + header.nbytes + 1)
     if extension in ("npy", "npy.gz"):
-        return view_npy(data, member.removesuffix(".gz"), where, max_bytes)
+        header = read_npy_header(data, member.removesuffix(".gz"), where, max_bytes, len(data))
+        flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=header.data_offset)
+        view = flat.reshape(header.shape[::-1]).T if header.fortran_order else flat.reshape(header.shape)
+        view.flags.writeable = False  # nothing is copied
+        return view
     if extension == "json":
         return parse_json(data, place)
     if extension == "mp4":
@@ -145,15 +149,6 @@ def read_npy_header(
     advice = "The member is only half written: copy or build the shard again."
     require_shard(found == header.nbytes, expected, found, advice=advice)
     return header
-
-
-def view_npy(data: Data, member: str, where: str = "", max_bytes: int = MAX_MEMBER_BYTES) -> np.ndarray:
-    """Views a whole `.npy` member as a read-only array, without a copy."""
-    header = read_npy_header(data, member, where, max_bytes, len(data))
-    flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=header.data_offset)
-    view = flat.reshape(header.shape[::-1]).T if header.fortran_order else flat.reshape(header.shape)
-    view.flags.writeable = False
-    return view
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,11 +24,11 @@ Size = tuple[int, int]
 def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:
     """Returns the smallest size of the source's proportions that covers the target."""
     (height, width), (target_height, target_width) = source, target
-    if target_height * width >= target_width * height:
-        longer = math.floor(width / height * target_height) if floor else round(width * target_height / height)
-        return target_height, max(target_width, longer)
-    longer = math.floor(height / width * target_width) if floor else round(height * target_width / width)
-    return max(target_height, longer), target_width
+    if target_height * width < target_width * height:
+        turned = covering_size((width, height), (target_width, target_height), floor=floor)
+        return turned[1], turned[0]
+    longer = math.floor(width / height * target_height) if floor else round(width * target_height / height)
+    return target_height, max(target_width, longer)
 
 
 def central_square(source: Size) -> tuple[slice, slice]:

@@ -44,13 +44,10 @@ def test_the_map_is_that_of_sklearn(components):
     assert (projection.info["components"], projection.info["frames"]) == (components, 4000)
 
 
-def test_batches_do_not_matter_and_large_offsets_do_no_harm():
+def test_batches_do_not_matter_large_offsets_do_no_harm_and_constant_channels_are_dropped():
     data = noise() + 1e4
     one, many = fitted(data, (8,), 4, pieces=1), fitted(data, (8,), 4, pieces=400)
     torch.testing.assert_close(one.matrix, many.matrix, rtol=1e-4, atol=1e-6)
-
-
-def test_constant_channels_are_dropped():
     data = noise(layers=(8,))
     data[:, 2] = 7.25
     projection = fitted(data, (8,), 7)
@@ -73,11 +70,12 @@ def test_a_file_gives_the_projection_back_or_is_refused(tmp_path):
     assert torch.equal(found.matrix, projection.matrix)
     assert (found.fingerprint, found.info) == (projection.fingerprint, projection.info)
     assert Projection(found.mean, found.matrix + 1, {}).fingerprint != found.fingerprint
+    flat = Projection(found.mean, found.mean, found.info).pack()
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
     pickled = np.array([{"a": 1}], object)
     np.savez(tmp_path / "pickled.npz", mean=pickled, matrix=pickled, info=pickled, allow_pickle=True)
     others = [(tmp_path / name).read_bytes() for name in ("other.npz", "pickled.npz")]
-    for damaged in (b"", b"text", content[: len(content) // 2], *others):
+    for damaged in (b"", b"text", content[: len(content) // 2], flat, *others):
         path.write_bytes(damaged)
         with pytest.raises(ShardError, match=r"to be a projection\.npz"):
             read_projection(path)
@@ -85,13 +83,12 @@ def test_a_file_gives_the_projection_back_or_is_refused(tmp_path):
 
 def test_stored_features_are_projected(make_videos, sources, backbone, tmp_path):
     shards, stores = make_videos(), {}
+    settings = {"image_size": SIZE, "resize_mode": "bicubic", "crop": "none"}
     for name, options in (("plain", {}), ("out", {"components": 3, "flips": True})):
-        report = cache_features(shards, backbone, tmp_path / name, image_size=SIZE, progress=False, **options)
-        settings = {"image_size": SIZE, "resize_mode": "bicubic", "crop": "none"}
+        cache_features(shards, backbone, tmp_path / name, image_size=SIZE, progress=False, **options)
         stores[name] = FeatureStore(tmp_path / name, sources(shards), flips=bool(options), **settings)
     projection, recipe = read_projection(tmp_path / "out" / "projection.npz"), stores["out"].recipe
     assert (recipe.dim, recipe.components, recipe.projection) == (3, 3, projection.fingerprint)
-    assert report.projection.fingerprint == projection.fingerprint
     assert projection.info["frames"] == 25
     assert [source["name"] for source in projection.info["sources"]] == [os.path.basename(path) for path in shards]
     everything = []
@@ -99,22 +96,11 @@ def test_stored_features_are_projected(make_videos, sources, backbone, tmp_path)
         for sample in entry.samples:
             plain, ours = (stores[name].read(path, sample.key, slice(None), False)["features"] for name in stores)
             torch.testing.assert_close(ours.float(), projection(plain), rtol=0.02, atol=0.03)
-            everything.append(ours.flatten(0, 1))
+            everything.append(ours.flatten(0, 1).float())
+    # So few frames are all in the sample, so the mean square over them is 1.
+    assert torch.cat(everything).square().mean().item() == pytest.approx(1.0, abs=0.02)
     assert stores["out"].read(shards[0], "000", slice(None), True)["features"].shape == (3, 6, 3)
-    # So few frames are all in the sample: the mean square over them is 1, their covariance diagonal.
-    together = torch.cat(everything).double()
-    assert together.square().mean().item() == pytest.approx(1.0, abs=0.02)
-    covariance = together.T.cov(correction=0)
-    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.02
-    assert covariance.diagonal().tolist() == sorted(covariance.diagonal().tolist(), reverse=True)
-
-
-def test_shards_of_different_projections_do_not_open(make_videos, sources, backbone, tmp_path):
-    shards = make_videos()
-    for name, part in (("out", shards), ("other", shards[1:])):
-        cache_features(part, backbone, tmp_path / name, image_size=SIZE, progress=False, components=3)
-    os.replace(tmp_path / "other" / "train-000002.tar", tmp_path / "out" / "train-000002.tar")
+    cache_features(shards[1:], backbone, tmp_path / "b", image_size=SIZE, progress=False, components=3, flips=True)
+    os.replace(tmp_path / "b" / "train-000002.tar", tmp_path / "out" / "train-000002.tar")
     with pytest.raises(ConfigError, match=r"train-000002.tar .*projection: "):
-        FeatureStore(
-            tmp_path / "out", sources(shards), image_size=SIZE, resize_mode="bicubic", crop="none", flips=False
-        )
+        FeatureStore(tmp_path / "out", sources(shards), flips=False, **settings)

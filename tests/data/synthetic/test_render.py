@@ -10,21 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ssync_pl.data.synthetic import PRESETS, SceneConfig, preset, render_video
 from ssync_pl.data.synthetic.scene import sample_scene
 from ssync_pl.errors import ConfigError
 
-FROM_ABOVE = {
-    "fps": 8,
-    "max_objects": 6,
-    "object_sizes": [1.4, 2],
-    "zoom": 1.3,
-    "spawn_extent": 3,
-    "spawn_height": [0.8, 2],
-    "camera_shell": [8, 9],
-    "camera_elevation": [50, 80],
-}
+EXAMPLE = Path(__file__).parents[3] / "examples" / "slotcontrast_synthetic.yaml"
+FROM_ABOVE = yaml.safe_load(EXAMPLE.read_text("utf-8"))["data"]["init_args"]["scene"]
 
 
 # sines and roots may differ by a bit between kinds of machines

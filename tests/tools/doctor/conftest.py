@@ -63,17 +63,13 @@ class Host(L.LightningModule):
         self.key = key
 
     def training_step(self, batch, batch_idx):
-        loss = self.net(batch[self.key]).square().mean()
+        loss = self.net(batch[self.key] if self.key else batch).square().mean()
         self.log("train/loss", loss, prog_bar=True)
         self.trainer.global_step  # what a host asks of its trainer
         return {"loss": loss}
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters())
-
-class Bare(Host):
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
 
 class Gives(Host):
     def __init__(self, what):

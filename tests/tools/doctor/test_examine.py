@@ -14,7 +14,7 @@ from ssync_pl import SSyncCallback, ssync_loss
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.hosts import SAVi, VideoSAUR
+from ssync_pl.hosts import VideoSAUR
 from ssync_pl.tools.doctor.examine import examine
 from ssync_pl.tools.doctor.report import DoctorReport, hints, lines, render_report
 
@@ -37,17 +37,6 @@ def look(host: Any, batch: Tensor, **settings: Any) -> DoctorReport:
     return examine(host, lambda: host(batch).square().mean(), batch, settings)
 
 
-def test_a_host_of_ours_is_left_as_it_was() -> None:
-    sizes = {"num_slots": 3, "slot_dim": 8, "encoder_channels": (8,), "encoder_strides": (2,), "feature_dim": 8}
-    host = SAVi(**sizes, decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
-    batch = torch.rand(2, 2, 3, 16, 16)
-    report = examine(host, lambda: host(batch).reconstruction.square().mean(), batch)
-    assert (report.adapter, report.ready, report.shape, report.grid) == ("savi", True, (2, 2, 3, 64), (8, 8))
-    assert (report.places, report.kinds) == (("encoder", "corrector", "decoder"), ("logits", "logits"))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
-    assert all(parameter.grad is None for parameter in host.parameters())
-
-
 def test_a_host_inside_a_wrapper_and_what_its_adapter_says_of_it() -> None:
     inner, batch = VideoSAUR(**FEATURES, decoder="mlp", similarity_weight=0.0), torch.rand(2, 2, 16, 5)
     inner.loss_fns = nn.ModuleDict({"loss_grp2deccls": nn.Identity()})  # as SSync's own code has it
@@ -56,6 +45,9 @@ def test_a_host_inside_a_wrapper_and_what_its_adapter_says_of_it() -> None:
     assert (report.adapter, report.ready) == ("videosaur", True)
     assert report.places == ("model.processor.module.corrector", "model.decoder.module")
     assert any("count twice" in hint for hint in report.hints)
+    assert (report.shape, report.kinds) == ((2, 2, 3, 16), ("logits", "logits"))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())  # left as it was
+    assert all(parameter.grad is None for parameter in host.parameters())
 
 
 def test_the_numbers_are_those_of_the_loss() -> None:

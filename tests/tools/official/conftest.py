@@ -3,7 +3,6 @@
 import pytest
 
 SLOTCONTRAST = """
-experiment_group: tests
 experiment_name: movi_c_small
 globals: {SLOTS: 11, DIM: 8, VIT: vit_small_patch14_dinov2, FEATURES: 12, PATCHES: 9, GPUS: 2, BATCH: 4,
   TOTAL: "${mul: ${.GPUS}, ${.BATCH}}", BASE_LR: 1e-3, RENDERED: 16}
@@ -32,26 +31,17 @@ model:
     n_patches: "${globals.PATCHES}"}
 val_metrics:
   ari: {name: VideoARI, ignore_background: true, pred_key: decoder_masks_hard, true_key: segmentations}
-  image_mbo: {name: ImageIoU, matching: overlap, ignore_background: true, video_input: true,
-    pred_key: decoder_masks_hard, true_key: segmentations}
+  image_mbo: {name: ImageIoU, matching: overlap, pred_key: decoder_masks_hard, true_key: segmentations}
 dataset:
   train_shards: "movi/movi-train-{000000..000003}.tar"
   val_shards: "movi/movi-validation-000000.tar"
   batch_size: ${globals.BATCH}
   val_batch_size: 1
-  val_size: 10
   num_workers: 3
-  num_val_workers: 3
-  train_pipeline:
-    chunk_size: 4
-    sample_one_chunk_per_video: true
-    keys: [video]
-    shuffle_size: 32
-    transforms: {name: movi_train, type: video, input_size: 42, h_flip_prob: 0.5}
-  val_pipeline:
-    use_chunks: false
-    keys: [video, segmentations]
-    transforms: {name: movi_val, type: video, input_size: 42, num_classes: 11}
+  train_pipeline: {chunk_size: 4, sample_one_chunk_per_video: true, keys: [video], shuffle_size: 32,
+    transforms: {name: movi_train, type: video, input_size: 42, h_flip_prob: 0.5}}
+  val_pipeline: {use_chunks: false, keys: [video, segmentations],
+    transforms: {name: movi_val, type: video, input_size: 42, num_classes: 11}}
 """
 # What the others have instead; null takes a key away.
 OVERLAYS = {

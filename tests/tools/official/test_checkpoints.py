@@ -75,11 +75,10 @@ def test_a_converted_file_holds_what_the_host_needs(tmp_path, capsys, state):
     assert (content["epoch"], content["global_step"]) == (3, 100_000)
     assert content["state_dict"].keys() == {name for name in state if not name.startswith("projector")}
     assert all(torch.equal(tensor, state[name]) for name, tensor in content["state_dict"].items())
-    assert [path.name for path in out.parent.iterdir()] == ["ours.ckpt"]
-    before = out.read_bytes()
+    out.write_bytes(b"mine")
     assert main(words) == 2
     assert "which exists" in capsys.readouterr().err
-    assert out.read_bytes() == before
+    assert out.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("name", ["slotcontrast", "ssync", "videosaur", "dinosaur"])
@@ -173,7 +172,5 @@ def test_public_and_converted_checkpoints_validate_alike(run, tmp_path, capsys):
 def test_a_converted_configuration_trains(run):
     start, config = run
     assert start("fit") == 0
-    (metrics,) = config.parent.rglob("metrics.csv")
-    assert "val/video_fg_ari" in metrics.read_text("utf-8")
     (last,) = config.parent.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssync_pl.tools.predict.files import VideoFiles, save_labels, slot_tracks
+from ssync_pl.tools.predict.files import VideoFiles, slot_tracks
 from ssync_pl.tools.viz import color_labels
 
 
@@ -33,15 +33,6 @@ def test_tracks_equal_a_loop_over_slots(seed):
         assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(wanted[1:], abs=0.006)
 
 
-def test_label_pictures_hold_slots_in_the_colours_of_the_overlay(tmp_path):
-    labels = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    save_labels(tmp_path / "a.png", labels)
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.mode == "P"
-        assert np.array_equal(np.asarray(picture), labels)
-        assert np.array_equal(np.asarray(picture.convert("RGB")), color_labels(labels.astype(int)))
-
-
 def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(tmp_path):
     frames, labels = np.zeros((5, 6, 8, 3), np.uint8), np.random.default_rng(0).integers(0, 4, (5, 6, 8), np.uint8)
     labels[:, :, :2] = 255  # pixels that were not seen are no slot
@@ -61,6 +52,10 @@ def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(
     tracks = (tmp_path / "whole.tracks.csv").read_text()
     assert tracks == (tmp_path / "pieces.tracks.csv").read_text()
     assert sum(float(row.split(",")[2]) for row in tracks.splitlines()[1:]) == pytest.approx(5 * 6 / 8, abs=1e-4)
+    with Image.open(tmp_path / "whole_labels" / "00000.png") as picture:  # in the colours of the overlay
+        colours = color_labels(np.where(labels[0] == 255, -1, labels[0].astype(int)))
+        assert np.array_equal(np.asarray(picture), labels[0])
+        assert np.array_equal(np.asarray(picture.convert("RGB")), colours)
     write("whole", [2])
     assert len(list((tmp_path / "whole_labels").iterdir())) == 2
     assert not list(tmp_path.glob(".*"))

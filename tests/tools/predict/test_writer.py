@@ -192,10 +192,7 @@ def test_each_process_has_a_folder_of_its_own(tmp_path):
 class QuietWriter(BasePredictionWriter):
     """A prediction writer of the user's own."""
 
-    def __init__(self):
-        super().__init__("batch")
-
-    def write_on_batch_end(self, *args):
+    def write_on_epoch_end(self, *args):
         return
 
 
@@ -216,7 +213,9 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, capsys,
     files = {f"{name}{ending}" for name in "01" for ending in (".mp4", *ENDINGS)}
     assert {path.name for path in folder.iterdir()} == {"index.json", *files}
     monkeypatch.setitem(sys.modules, "quiet_writer", sys.modules[__name__])
-    kept = run_trainer([*words, "--trainer.callbacks+=quiet_writer.QuietWriter"])
+    kept = run_trainer(
+        [*words, "--trainer.callbacks+=quiet_writer.QuietWriter", "--trainer.callbacks.write_interval=epoch"]
+    )
     assert kept.trainer.predict_loop.return_predictions is False  # which would fill the memory
     assert not any(isinstance(callback, SlotPredictions) for callback in kept.trainer.callbacks)
     assert not list((tmp_path / "runs").glob("tiny/version_1/predictions"))

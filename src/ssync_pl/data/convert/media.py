@@ -20,7 +20,6 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 """Files that are taken for frames."""
 
-_MASK_FOLDERS = ("masks", "mask")
 _MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 
@@ -80,7 +79,7 @@ def natural_key(name: str) -> tuple[Any, ...]:
 
 def is_mask_folder(name: str) -> bool:
     """Whether a folder beside videos holds masks: `masks`, `mask`, or any name that ends in `_masks` or `_mask`."""
-    return name in _MASK_FOLDERS or name.endswith(tuple(f"_{word}" for word in _MASK_FOLDERS))
+    return re.fullmatch("(.*_)?masks?", name, re.DOTALL) is not None
 
 
 def list_pictures(folder: Path, extensions: tuple[str, ...] = PICTURE_EXTENSIONS) -> list[str]:
@@ -131,11 +130,12 @@ def _number(name: str) -> int:
 
 def read_ids(folder: Path, names: Sequence[str], where: str, size: tuple[int, int]) -> np.ndarray:
     """Read id masks (F, h, w), grey or palette pictures of the size that their frames have."""
-    ids = [decode_picture(folder / name, f"mask {folder / name} of {where}", ids=True) for name in names]
     expected = f"the masks of {where} to be {size[0]} x {size[1]} (height x width) like its frames"
-    for name, one in zip(names, ids, strict=True):
-        require_shard(one.shape == size, expected, f"{one.shape[0]} x {one.shape[1]} in {folder / name}")
-    return np.stack(ids)
+    kept = []
+    for path in (folder / name for name in names):
+        kept.append(decode_picture(path, f"mask {path} of {where}", ids=True))
+        require_shard(kept[-1].shape == size, expected, f"{kept[-1].shape[0]} x {kept[-1].shape[1]} in {path}")
+    return np.stack(kept)
 
 
 def resize_ids(ids: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -69,13 +69,6 @@ _SIDES = {
     "grp_nbd_preds": ("dec_nbd_labels", "interior_weight"),
 }
 
-_SSYNC = (
-    ("merge_iou_threshold", "merge_threshold", 0.6),
-    ("dif_n_bd", "n_bd", 1),
-    ("dif_n_nbd", "n_nbd", 1),
-    ("dif_n_bd_noise", "n_noise", 1),
-)
-
 
 class ConvertedConfig(NamedTuple):
     """A configuration for `ssync-pl fit`, the reasons why parts are left out, and the name of the official file."""
@@ -111,7 +104,17 @@ def convert_config(path: str | Path, *, root: str | None = None, changes: Iterab
     name, max_steps = str(keys.take("experiment_name", Path(path).stem)), keys.integer("trainer.max_steps", 100_000)
     data = _data(keys, root)
     host, options, ssync = _model(keys, max_steps, data["clip_length"])
-    options |= _optimizer(keys, max_steps) | {"has_background": data["has_background"]}
+    keys.choose("optimizer.name", "Adam")
+    keys.choose("optimizer.lr_scheduler.name", "exp_decay_with_warmup")
+    decay_steps = keys.integer("optimizer.lr_scheduler.decay_steps", 100_000)
+    options |= {
+        "learning_rate": keys.number("optimizer.lr"),
+        "warmup_steps": keys.integer("optimizer.lr_scheduler.warmup_steps", 1_000),
+        # Tied to the length of the training in the public files, so that it follows when a user changes that.
+        "decay_steps": None if decay_steps == max_steps else decay_steps,
+        "decay_rate": keys.number("optimizer.lr_scheduler.decay_rate", 0.5),
+        "has_background": data["has_background"],
+    }
     every = keys.integer("checkpoint_every_n_steps", 1_000)
     checkpoints = {"every_n_train_steps": every, "filename": "{step}", "save_last": True}
     callbacks = [{"class_path": "ModelCheckpoint", "init_args": checkpoints}]
@@ -142,21 +145,6 @@ def _trainer(keys: Keys, max_steps: int) -> dict[str, Any]:
         "val_check_interval": keys.take("trainer.val_check_interval", 5_000),
         "check_val_every_n_epoch": None,
         "log_every_n_steps": keys.integer("trainer.log_every_n_steps", 100),
-    }
-
-
-def _optimizer(keys: Keys, max_steps: int) -> dict[str, Any]:
-    """Arguments of a host: learning rate, warm-up and decay."""
-    keys.choose("optimizer.name", "Adam")
-    rate, schedule = keys.number("optimizer.lr"), "optimizer.lr_scheduler"
-    keys.choose(f"{schedule}.name", "exp_decay_with_warmup")
-    steps = keys.integer(f"{schedule}.decay_steps", 100_000)
-    return {
-        "learning_rate": rate,
-        "warmup_steps": keys.integer(f"{schedule}.warmup_steps", 1_000),
-        # Tied to the length of the training in the public files, so that it follows when a user changes that.
-        "decay_steps": None if steps == max_steps else steps,
-        "decay_rate": keys.number(f"{schedule}.decay_rate", 0.5),
     }
 
 
@@ -347,7 +335,9 @@ def _losses(
                 require(clip_length == 1, f"clips of one frame with {kind}", f"{clip_length} frames")
                 keys.left_out[loss] = "for clips of one frame it is 0 and has no gradient"
                 options["contrast_weight"] = 0.0
-    settings = {ours: keys.number(f"model.{theirs}", default, type(default)) for theirs, ours, default in _SSYNC}
+    counts = (("n_bd", "dif_n_bd"), ("n_nbd", "dif_n_nbd"), ("n_noise", "dif_n_bd_noise"))
+    settings = {ours: keys.integer(f"model.{theirs}", 1) for ours, theirs in counts}
+    settings["merge_threshold"] = keys.number("model.merge_iou_threshold", 0.6)
     ratio, steps = keys.number("model.synergistic_warmup_ratio", 0.3), keys.integer("model.max_steps", 100_000)
     # The official code counts the warm-up in steps of its own `max_steps`.
     warmup = {"warmup_ratio": ratio} if steps == max_steps else {"warmup_steps": math.ceil(ratio * steps)}

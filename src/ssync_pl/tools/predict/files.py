@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -13,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from ssync_pl.data.video import Mp4Encoder, mp4_available
 from ssync_pl.tools.predict.windows import OUTSIDE
 from ssync_pl.tools.viz import overlay_labels, slot_colors
 
@@ -53,6 +54,38 @@ def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
                 where = f"{middle[0][slot]:.2f},{middle[1][slot]:.2f},{corners}"
             lines.append(f"{number},{slot},{area[slot] / (height * width):.6f},{where}")
     return "\n".join(lines) + "\n"
+
+
+def mp4_available() -> bool:
+    """Whether PyAV, which writes the MP4 files, is installed."""
+    return importlib.util.find_spec("av") is not None
+
+
+class Mp4Encoder:
+    """Encodes an H.264 video piece by piece (MPEG-4 without x264), so that a long one need not be in memory."""
+
+    def __init__(self, fps: int = 6) -> None:
+        import av
+
+        self._buffer, self._frame = io.BytesIO(), av.VideoFrame
+        self._container: Any = av.open(self._buffer, mode="w", format="mp4")
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self._stream: Any = self._container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
+
+    def add(self, frames: NDArray[np.uint8]) -> None:
+        """Encodes frames (T, H, W, 3), RGB; odd heights and widths get one white line more, as the codec asks."""
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+        if not self._stream.codec_context.is_open:
+            self._stream.height, self._stream.width = frames.shape[1:3]
+        for frame in frames:
+            self._container.mux(self._stream.encode(self._frame.from_ndarray(frame, format="rgb24")))
+
+    def close(self) -> bytes:
+        """Finishes the video and returns its bytes."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        return self._buffer.getvalue()
 
 
 class VideoFiles:

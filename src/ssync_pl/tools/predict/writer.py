@@ -17,9 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ssync_pl.data.files import write_bytes
-from ssync_pl.data.video import mp4_available
 from ssync_pl.errors import ShapeError, require, require_shape
-from ssync_pl.tools.predict.files import ENDINGS, VideoFiles
+from ssync_pl.tools.predict.files import ENDINGS, VideoFiles, mp4_available
 from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, Window, match_slots, restore_labels
 from ssync_pl.tools.viz import to_uint8
 
