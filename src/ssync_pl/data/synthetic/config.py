@@ -106,9 +106,8 @@ def preset(name: str, /, **changes: Any) -> SceneConfig:
         ConfigError: There is no such preset, or no such field.
     """
     require(name in PRESETS, f"a preset among {sorted(PRESETS)}", repr(name))
-    fields = [field.name for field in dataclasses.fields(SceneConfig)]
-    unknown = sorted(set(changes) - set(fields))
-    require(not unknown, f"settings among {fields}", unknown)
+    unknown = sorted(set(changes) - set(SceneConfig.__dataclass_fields__))
+    require(not unknown, f"settings among {list(SceneConfig.__dataclass_fields__)}", unknown)
     return dataclasses.replace(PRESETS[name], **changes)
 
 

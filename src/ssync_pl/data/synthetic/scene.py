@@ -42,8 +42,7 @@ _PATTERNS = ("clouds", "marble", "stripes", "checks", "dots", "rings")
 _LATTICE = 16  # the noise repeats after this many cells, a power of two
 _CAMERA_AZIMUTH = math.atan2(-6.0, 8.0)  # where a camera without a shell stands, about
 
-Surface = Callable[[Array, Array, Array], Sequence[Any]]
-"""Linear red, green and blue at points: numbers, or float32 arrays of the points' shape."""
+Surface = Callable[[Array, Array, Array], Sequence[Any]]  # linear red, green and blue at points
 _Noise = Callable[[Array, Array, Array], Array]  # in [0, 1] at points
 
 
@@ -111,9 +110,8 @@ def _place(config: SceneConfig, rng: np.random.Generator) -> list[Array]:
                 break
         else:  # there is no room for more
             break
-    count = len(centres)
     wanted = f"{config.min_objects} objects of sizes {config.object_sizes} to fit apart where they start"
-    found = f"{count} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
+    found = f"{(count := len(centres))} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
     advice = "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
     require(count >= config.min_objects, wanted, found, advice=advice)
     return [shape[:count], half[:count], metal[:count], np.stack(centres)]

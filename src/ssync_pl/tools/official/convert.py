@@ -156,7 +156,7 @@ def _data(keys: Keys, root: str | None) -> dict[str, Any]:
         shards = keys.take(f"dataset.{theirs}", None)
         if shards is not None:
             listed = shards if isinstance(shards, list) else [shards]
-            rooted = [str(one) if root is None else posixpath.join(root, str(one)) for one in listed]
+            rooted = [posixpath.join(root or "", str(one)) for one in listed]
             options[ours] = rooted if isinstance(shards, list) else rooted[0]
     options["batch_size"] = keys.integer("dataset.batch_size", 32)
     options["val_batch_size"] = keys.integer("dataset.val_batch_size", options["batch_size"])
