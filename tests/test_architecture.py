@@ -27,7 +27,7 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_641,
     "compare": 1681,
-    "tools": 2383,
+    "tools": 2380,
     "cli": 761,
 }
 TOTAL = 20_385  # the aim is 20_000
