@@ -110,8 +110,9 @@ def _place(config: SceneConfig, rng: np.random.Generator) -> list[Array]:
                 break
         else:  # there is no room for more
             break
+    count = len(centres)
     wanted = f"{config.min_objects} objects of sizes {config.object_sizes} to fit apart where they start"
-    found = f"{(count := len(centres))} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
+    found = f"{count} with spawn_extent={extent:g} and spawn_height={config.spawn_height}"
     advice = "Raise `spawn_extent`, or lower `object_sizes` or `min_objects`."
     require(count >= config.min_objects, wanted, found, advice=advice)
     return [shape[:count], half[:count], metal[:count], np.stack(centres)]
