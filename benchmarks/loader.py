@@ -98,8 +98,6 @@ def our_module(pattern: str, options: argparse.Namespace, workers: int, backend:
         num_workers=workers,
         backend=backend,
         shuffle_buffer=options.shuffle_buffer,
-        pin_memory=False,
-        persistent_workers=workers > 0,
     )
     data.setup("fit")
     return data
@@ -163,7 +161,6 @@ def to_device(pattern: str, options: argparse.Namespace) -> list[dict[str, Any]]
     for repeat in range(options.repeats):
         for mode in ("plain", "side stream"):
             data = our_module(pattern, options, 4, "mmap")
-            data.pin_memory = True
             batches = endless(data.train_dataloader())
             if mode == "side stream":
                 batches = copied_ahead(batches, device)

@@ -5,9 +5,16 @@ import yaml
 
 from ssync_pl import SSyncConfig
 from ssync_pl.cli.trainer import from_configuration
-from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
 from ssync_pl.compare.matrix import build_matrix
-from ssync_pl.compare.variants import make_variant, ssync_options
+from ssync_pl.compare.variants import (
+    callback_name,
+    callbacks_of,
+    class_of,
+    make_variant,
+    merge,
+    read_yaml,
+    ssync_options,
+)
 from ssync_pl.errors import ConfigError
 
 CHANGES = [  # of SSync's options

@@ -373,7 +373,7 @@ def test_the_command_line_reads_every_option(make_shards):
     parser.add_class_arguments(ShardDataModule, "data")
     pattern = make_shards()
     args = ["--data.train", f'["{pattern}"]', "--data.image_size", "[8, 8]", "--data.mean", "[0.5, 0.5, 0.5]"]
-    built = parser.instantiate(parser.parse_args([*args, "--data.crop=random", "--data.pin_memory=auto"]))
+    built = parser.instantiate(parser.parse_args([*args, "--data.crop=random"]))
     assert built.data.transform.image_size == (8, 8)
     assert built.data.patterns["train"] == [pattern]
     synthetic = ArgumentParser(exit_on_error=False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ssync_pl.data import ShardDataModule
+from ssync_pl.data.loader import copied_ahead
 from ssync_pl.errors import ConfigError
 
 BACKENDS = ["mmap", "webdataset"]
@@ -155,3 +156,15 @@ def test_a_pass_of_unknown_length_that_ended_is_not_gone_on_with(make_shards, op
     assert passes[0] == passes[1]  # both are the trainer's pass
     assert passes[0] != _keys(loader)
     assert not caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_on_cuda_batches_arrive_whole_and_in_order(count):
+    source = ({"video": torch.full((9,), n), "list": [torch.tensor(n)], "__key__": [str(n)]} for n in range(count))
+    batches = list(copied_ahead(source, torch.device("cuda")))
+    assert [batch["__key__"] for batch in batches] == [[str(number)] for number in range(count)]
+    for number, batch in enumerate(batches):
+        assert batch["video"].is_cuda
+        assert batch["list"][0].is_cuda
+        assert (batch["video"] == number).all()

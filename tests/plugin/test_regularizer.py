@@ -78,6 +78,8 @@ def test_refusals():
         MixinHost(ssync={"merge_threshold": 7})
     with pytest.raises(ConfigError, match="but got nothing"):
         MixinHost(ssync={"nothing": 7})
+    with pytest.raises(ConfigError, match="`ssync` to be an SSyncConfig or a dict"):
+        MixinHost(ssync=[1])
     with pytest.raises(SSyncError, match="Expected MixinHost to run in a Trainer"):
         MixinHost().ssync(torch.tensor(1.0), None)
     with pytest.warns(UserWarning, match="SSync never ran.*call self.ssync"):

@@ -103,6 +103,8 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
         ({"start": "mature"}, "but got start. Did you mean `warmup_ratio`"),
         ({"warm_up_steps": 3}, "but got warm_up_steps. Did you mean `warmup_steps`"),
         ({"zzz": 3}, "but got zzz.$"),
+        ({"adapter": ["savi"]}, "`adapter` to be a name or an adapter"),
+        ({"n_bd": "1"}, "`n_bd` .* but got '1'"),
         ({"relative_weight": "0.1"}, "a number above 0, without quotes, .* but got '0.1'"),
     ],
 )

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from ssync_pl.errors import ShapeError
-from ssync_pl.tools.predict.files import Mp4Encoder
 from ssync_pl.tools.viz import (
     color_labels,
     draw_sheet,
@@ -96,17 +95,3 @@ def test_wide_frames_keep_their_shape_and_long_titles_fit():
     assert (len(rows), len(columns)) == (10, 20)
     assert (sheet[:, -10:] == 255).all()
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(sheet)))), sheet)
-
-
-def test_mp4_round_trip():
-    av = pytest.importorskip("av")
-    values = [0, 80, 160, 240]
-    frames = np.stack([np.full((31, 47, 3), value, dtype=np.uint8) for value in values])  # codecs want even sides
-    encoder = Mp4Encoder(fps=5)
-    for part in (frames[:1], frames[1:]):
-        encoder.add(part)
-    with av.open(io.BytesIO(encoder.close())) as container:
-        assert container.streams.video[0].average_rate == 5
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert [frame.shape for frame in decoded] == [(32, 48, 3)] * 4
-    assert np.allclose([frame[:30, :46].mean() for frame in decoded], values, atol=6)

@@ -164,7 +164,7 @@ def size(text: str) -> tuple[int, int]:
 
 def with_config(words: list[str]) -> list[str]:
     """Checks the files of `--config`; without one, adds that of the run whose checkpoint is named, and says so."""
-    from ssync_pl.compare.configs import read_yaml
+    from ssync_pl.compare.variants import read_yaml
 
     parser = argparse.ArgumentParser("ssync-pl", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssync_pl import __version__
-from ssync_pl.compare.configs import callback_name, callbacks_of, class_of, merge, read_yaml
-from ssync_pl.compare.variants import Variant, make_variant, ssync_defaults, ssync_options
+from ssync_pl.compare.variants import (
+    Variant,
+    callback_name,
+    callbacks_of,
+    class_of,
+    make_variant,
+    merge,
+    read_yaml,
+    ssync_defaults,
+    ssync_options,
+)
 from ssync_pl.errors import require
 
 __all__ = ["Matrix", "Run", "RunKey", "Share", "Switch", "build_matrix", "plan_sharing"]

@@ -14,21 +14,6 @@ from scipy import stats
 from ssync_pl.compare.results import REFERENCES
 from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
 
-__all__ = [
-    "Estimate",
-    "Group",
-    "Row",
-    "Table",
-    "estimate",
-    "group_tables",
-    "groups_of",
-    "judge",
-    "make_table",
-    "paired_difference",
-    "printed_tables",
-    "verdict",
-]
-
 _SHOWN = {
     **METRICS,
     **{f"encoder_{name}": info for name, info in METRICS.items() if info.both_maps},

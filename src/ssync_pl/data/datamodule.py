@@ -71,9 +71,6 @@ class ShardDataModule(L.LightningDataModule):
         max_objects: Object channels of `segmentations`, without the background. `None` counts them, reading every mask
             once (streams: the most of each batch). MOVi-C has 10, MOVi-E 23, YT-VIS takes 25.
         num_workers: Worker processes per loader.
-        prefetch_factor: Batches each worker keeps ready; `None` takes PyTorch's default.
-        persistent_workers: Keep workers from pass to pass.
-        pin_memory: Page-locked batches for faster copies to CUDA; `auto` does so exactly on CUDA.
         start_method: How workers start: `fork`, `spawn` or `forkserver`; `None` takes Python's default.
         shuffle_buffer: Clips that each worker of a stream holds back to be mixed in training; local plain tars are
             mixed as a whole.
@@ -116,9 +113,6 @@ class ShardDataModule(L.LightningDataModule):
         ignore_overlaps: bool | None = None,
         max_objects: int | None = None,
         num_workers: int = 2,
-        prefetch_factor: int | None = None,
-        persistent_workers: bool = True,
-        pin_memory: bool | Literal["auto"] = "auto",
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
         shuffle_buffer: int = 64,
         seed: int = 0,
@@ -161,9 +155,7 @@ class ShardDataModule(L.LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.backend: Backend = backend
         self.features = features
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._workers: dict[str, Any] = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor}
-        self._workers["multiprocessing_context"] = start_method
+        self.num_workers, self.start_method = num_workers, start_method
         self.shuffle_buffer = shuffle_buffer
         self._reading = {"clips_per_video": clips_per_video, "max_bytes": max_member_bytes}
         self._reading["skip_bad"] = on_bad_sample == "skip"
@@ -279,9 +271,6 @@ class ShardDataModule(L.LightningDataModule):
         dataset.batch_size = self.batch_size if training else self.val_batch_size
         dataset.rank, dataset.world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         device = None if trainer is None else trainer.strategy.root_device
-        pin = self.pin_memory
-        if pin == "auto":
-            pin = torch.cuda.is_available() and (device is None or device.type == "cuda")
         return ShardLoader(
             dataset,
             trainer if training else None,
@@ -290,8 +279,9 @@ class ShardDataModule(L.LightningDataModule):
             on_bad=self._count_bad,
             leave_out=not training and dataset.world == 1,  # ranks need equally many batches
             num_workers=self.num_workers,
-            pin_memory=pin,
-            **(self._workers if self.num_workers > 0 else {}),
+            persistent_workers=self.num_workers > 0,
+            multiprocessing_context=self.start_method if self.num_workers else None,
+            pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
         )
 
     def _count_bad(self, bad: list[tuple[str, str]]) -> None:

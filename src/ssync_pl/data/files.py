@@ -11,10 +11,7 @@ from pathlib import Path
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Writes a file under a temporary name, then renames it, so that no reader ever sees half of it.
-
-    Missing folders are made. Returns the path.
-    """
+    """Writes a file under a temporary name, then renames it, so that no reader sees half; makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

@@ -12,7 +12,6 @@ import json
 import logging
 import lzma
 import os
-import posixpath
 import re
 import tarfile
 import zlib
@@ -51,8 +50,7 @@ class ShardEntry:
     name: str
     size: int  # bytes of the file, by which a stale entry is recognised
     samples: tuple[SampleEntry, ...]
-    links: Mapping[str, str] = field(default_factory=dict)  # members that are links → what they point to
-    ignored: tuple[str, ...] = ()  # members that cannot be read: special files, broken links
+    ignored: tuple[str, ...] = ()  # members that are no plain files: links, special files
 
 
 @dataclass(frozen=True)
@@ -89,60 +87,48 @@ def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
         ) from error
 
 
-def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tarfile.TarInfo, str, str, str | None]]:
-    """Lists the members of samples: header, key, name without the key, and for a link the member that it points to.
+def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Lists the members of samples: header, key, and name without the key, split as webdataset does.
 
-    Key and name are split as webdataset does. What cannot be read is put on the list `ignored`.
+    Links and special files are put on the list `ignored`.
     """
     for info in tar:
-        target = info.linkname if info.islnk() else None
-        if info.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-        parts = re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", info.name, re.S)
-        if info.isdir() or (info.isreg() and (parts is None or re.match(r"__[^/]*__(?:$|/)", info.name))):
-            continue
-        plain = target is not None or (info.isreg() and not info.issparse())
-        if parts is None or not plain:
+        plain, parts = info.isreg() and not info.issparse(), re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", info.name, re.S)
+        if plain and parts is not None and not re.match(r"__[^/]*__(?:$|/)", info.name):
+            yield info, parts.group(1), parts.group(2).lower()
+        elif not (plain or info.isdir()):
             ignored.append(info.name)
-        else:
-            yield info, parts.group(1), parts.group(2).lower(), target
 
 
 def warn_ignored(where: str, names: Sequence[str]) -> None:
-    """Names what is left out of a shard: special files and broken links."""
+    """Names the links and special files that are left out of a shard."""
     if names:
-        _logger.warning("Leaving out %d members of %s that are no plain files: %s", len(names), where, names[:5])
+        advice = "pack links with `tar --dereference --hard-dereference`"
+        _logger.warning(
+            "Leaving out %d members of %s that are no plain files (%s): %s", len(names), where, advice, names[:5]
+        )
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
     """Builds a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
     path = Path(path)
     samples: list[SampleEntry] = []
-    places: dict[str, tuple[int, int]] = {}
-    links: dict[str, str] = {}
     ignored: list[str] = []
     with path.open("rb") as stream, open_tar(stream, "r|*" if packed else "r:", str(path)) as tar:
-        for info, key, member, target in list_members(tar, ignored):
-            if target is None:
-                places[info.name] = (info.offset_data, info.size)
-            elif target in places:
-                places[info.name], links[info.name] = places[target], links.get(target, target)
-            else:
-                ignored.append(info.name)
-                continue
+        for info, key, member in list_members(tar, ignored):
             if not samples or samples[-1].key != key:
                 samples.append(SampleEntry(key, {}))
             members, expected = samples[-1].members, f"each member of {path}, key {key} once"
             require_shard(member not in members, expected, f"`{member}` twice", advice="Build the shard again.")
-            members[member] = places[info.name]
-            if member in ("video.npy", "video.npy.gz") and not (packed and target):
+            members[member] = (info.offset_data, info.size)
+            if member in ("video.npy", "video.npy.gz"):
                 content: Any = tar.extractfile(info)
                 # The reader refuses a damaged member by name when, and only when, the sample is used.
                 with contextlib.suppress(ShardError):
                     shape = read_npy_header(content.read(HEADER_BYTES), member, max_bytes=1 << 62).shape
                     samples[-1] = SampleEntry(key, members, shape[0] if len(shape) == 4 else None)
     warn_ignored(str(path), ignored)
-    return ShardEntry(path.name, path.stat().st_size, tuple(samples), links, tuple(ignored))
+    return ShardEntry(path.name, path.stat().st_size, tuple(samples), tuple(ignored))
 
 
 def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
@@ -201,8 +187,9 @@ def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
             raise ValueError(f"offsets outside of shard {item['name']!r}")
         frames = sample.get("frames")
         samples.append(SampleEntry(str(sample["key"]), members, None if frames is None else int(frames)))
-    links = {str(name): str(target) for name, target in dict(item.get("links", {})).items()}
-    return ShardEntry(str(item["name"]), size, tuple(samples), links, tuple(map(str, item.get("ignored", ()))))
+    if item.get("links"):
+        raise ValueError("links")  # which an earlier release read
+    return ShardEntry(str(item["name"]), size, tuple(samples), tuple(map(str, item.get("ignored", ()))))
 
 
 def write_index(
@@ -266,8 +253,8 @@ def header_fits(header: bytes | bytearray, name: str, size: int) -> bool:
         info = tarfile.TarInfo.frombuf(bytes(header), "utf-8", _ERRORS)
     except tarfile.HeaderError:
         return False
-    # Long and non-ASCII names, and sizes of 8 GiB and more, are stored elsewhere.
-    name_agrees = len(name) >= 100 or not name.isascii() or info.name.lower() == name.lower()
+    # Long and non-ASCII names (escaped where they are not UTF-8), and sizes of 8 GiB and more, are stored elsewhere.
+    name_agrees = len(name) >= 100 or not name.isascii() or "\\" in name or info.name.lower() == name.lower()
     return name_agrees and (info.size == size or size >= 8**11)
 
 
@@ -275,11 +262,10 @@ def _fits(entry: ShardEntry, path: Path) -> bool:
     """Whether a shard still has the size and, at both ends, the members that its entry says."""
     if path.stat().st_size != entry.size or not entry.samples:
         return False
+    ends = (entry.samples[0], entry.samples[-1])
     with path.open("rb") as stream:
-        for sample in (entry.samples[0], entry.samples[-1]):
-            for member, (offset, size) in sample.members.items():
-                stream.seek(offset - _BLOCK)
-                name = f"{sample.key}.{member}"
-                if not header_fits(stream.read(_BLOCK), entry.links.get(name, name), size):
-                    return False
+        for name, place in ((f"{end.key}.{member}", place) for end in ends for member, place in end.members.items()):
+            stream.seek(place[0] - _BLOCK)
+            if not header_fits(stream.read(_BLOCK), name, place[1]):
+                return False
     return True

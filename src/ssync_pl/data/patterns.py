@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import urlparse, urlsplit, urlunsplit
@@ -42,11 +43,10 @@ def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> lis
     require(named, f"argument `{argument}` to name at least one shard", repr(pattern), advice=advice)
     pairs = [(item, expanded) for item in patterns for expanded in expand_braces(item, argument)]
     shards = [shard for item, expanded in pairs for shard in _resolve(expanded, item, argument)]
-    names = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
-    if len(set(names)) < len(names):
-        twice = next(name for name in sorted(names) if names.count(name) > 1)
-        require(False, f"argument `{argument}` to name each shard once", f"{twice}, which comes twice")
-    one_kind = len({is_remote(shard) for shard in shards}) == 1
+    counts = Counter(shard if is_remote(shard) else os.path.abspath(shard) for shard in shards)
+    (most, times), *_ = counts.most_common(1)
+    require(times == 1, f"argument `{argument}` to name each shard once", f"{most}, which comes twice")
+    one_kind = len(set(map(is_remote, shards))) == 1
     require(one_kind, f"argument `{argument}` to be all local or all remote", f"both in {pattern!r}")
     return shards
 
@@ -90,17 +90,21 @@ def masked_url(url: str) -> str:
 
 
 def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
+    """Returns the shards that a pattern without braces names."""
     scheme = re.match(r"^([A-Za-z][A-Za-z0-9+]+):", shard)
-    if scheme is not None and scheme.group(1).lower() == "file":
+    kind = scheme.group(1) if scheme is not None else ""
+    if kind.lower() == "file":
         shard = url2pathname(urlparse(shard).path)
-    elif scheme is not None and not os.path.exists(shard):
+    elif kind and not os.path.exists(shard):
         known = f"argument `{argument}` to be local paths or URLs of {', '.join(_REMOTE_SCHEMES)}"
-        readable = scheme.group(1) in _REMOTE_SCHEMES and is_remote(shard)
-        got = f"{'the shell command ' if scheme.group(1).lower() == 'pipe' else ''}{pattern!r}"
+        got = f"{'the shell command ' if kind.lower() == 'pipe' else ''}{pattern!r}"
+        readable = kind in _REMOTE_SCHEMES and is_remote(shard)
         require(readable, known, got, advice="Download the shards, or give another address.")
-        plain = not glob.has_magic(urlparse(shard).path)
-        advice = "Write `{000000..000009}` instead of `*`."
-        require(plain, f"argument `{argument}` to name remote shards by braces", f"the glob {pattern!r}", advice=advice)
+        expected, advice = (
+            f"argument `{argument}` to name remote shards by braces",
+            "Write `{000000..000009}`, not `*`.",
+        )
+        require(not glob.has_magic(urlparse(shard).path), expected, f"the glob {pattern!r}", advice=advice)
         return [shard]
     shard = os.path.expanduser(shard)
     if os.path.isfile(shard):
@@ -112,9 +116,8 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
             f"Expected argument `{argument}` to name shards that exist, but {shard!r} (from {pattern!r}) does not. "
             "Check the path and the range of numbers."
         )
-    found = sorted(path for path in glob.glob(shard) if os.path.isfile(path))
-    expected = f"argument `{argument}` to match at least one shard"
-    require(bool(found), expected, f"{pattern!r}, which matches none", advice="Check the path.")
+    found = sorted(filter(os.path.isfile, glob.glob(shard)))
+    require(bool(found), f"argument `{argument}` to match at least one shard", f"{pattern!r}, which matches none")
     return found
 
 

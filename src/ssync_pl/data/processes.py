@@ -38,7 +38,7 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
         return
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forking a process with threads (PyTorch, a logger) can hang
-    before = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # workers with more threads would fight for the same CPUs
     try:
         with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
@@ -49,20 +49,18 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
                     worker.terminate()  # what it is at may take minutes
                 raise
     finally:
-        for name in _THREADS:
-            os.environ.pop(name, None)
-        os.environ.update(before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _end_with_parent() -> None:
     """Makes this worker leave Ctrl-C to its parent, and end when the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        parent.join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

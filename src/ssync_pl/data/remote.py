@@ -153,7 +153,7 @@ def stream_shard(
 
     Yields key and members of each sample. The content of members is kept up to `max_bytes`, and where the first part of
     the name is one of `fields`, or `fields` is `None`. Raises `ShardError` when the transfer failed, or the shard is
-    damaged, cut off or holds links.
+    damaged or cut off.
     """
     shown = masked_url(path_or_url)
     raw: io.RawIOBase
@@ -176,9 +176,7 @@ def _read_members(
 ) -> Iterator[tuple[str, str, int, bytes]]:
     """Yields key, name, size and content of each member that belongs to a sample."""
     ignored: list[str] = []
-    for info, key, member, target in list_members(tar, ignored):
-        advice = "Read the shard from a local disk, or pack it with `tar --dereference --hard-dereference`."
-        require_shard(target is None, f"plain members in stream {shown}", f"link {info.name}", advice=advice)
+    for info, key, member in list_members(tar, ignored):
         wanted = (fields is None or member.split(".")[0] in fields) and info.size <= max_bytes
         stored: Any = tar.extractfile(info)
         content = stored.read() if wanted else b""

@@ -38,9 +38,8 @@ class ShardReader:
         def read(member: str, start: int, length: int) -> bytearray:
             offset, file = sample.members[member][0], self._open(path, shard)
             if start == 0:
-                name = f"{sample.key}.{member}"
                 header = _read_at(file, offset - _BLOCK, _BLOCK)
-                fits = len(header) < _BLOCK or header_fits(header, shard.links.get(name, name), sizes[member])
+                fits = len(header) < _BLOCK or header_fits(header, f"{sample.key}.{member}", sizes[member])
                 expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
                 advice = "The shard was replaced: delete its index, it is built again."
                 require_shard(fits, expected, "something else there", advice=advice)

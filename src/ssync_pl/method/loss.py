@@ -71,13 +71,13 @@ def check_options(
 ) -> None:
     """Refuses options of `ssync_loss` that are out of range, by `ConfigError`."""
     advice = "It is an overlap; published values are 0.6 to 0.9, and `merge=False` turns merging off."
-    fits = 0.0 <= merge_threshold <= 1.0
-    require(fits, "argument `merge_threshold` to be in [0, 1]", merge_threshold, advice=advice)
+    require(0.0 <= merge_threshold <= 1.0, "argument `merge_threshold` to be in [0, 1]", merge_threshold, advice=advice)
     advice = "It counts neighbours of a patch; published configurations use 1."
     for name, value, low in (("n_bd", n_bd, 0), ("n_nbd", n_nbd, 1), ("n_noise", n_noise, 0)):
         high = NUM_NEIGHBOURS + low
         fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        require(fits, f"argument `{name}` to be an integer in [{low}, {high}]", value, advice=advice)
+        got = value if fits else repr(value)
+        require(fits, f"argument `{name}` to be an integer in [{low}, {high}]", got, advice=advice)
     require(0.0 < temperature < math.inf, "argument `temperature` to be above 0 and finite", temperature)
     require(loss in get_args(LossKind), "argument `loss` to be 'brier' or 'ce'", loss)
 

@@ -74,9 +74,7 @@ def attach(
     """
     config = SSyncConfig.from_options(**settings)
     name = getattr(model, "__name__", type(model).__name__)
-    require(
-        isinstance(model, nn.Module), "argument `model` to be a torch.nn.Module", name, advice="Pass the model itself."
-    )
+    require(isinstance(model, nn.Module), "argument `model` to be a torch.nn.Module", name, advice="Pass an instance.")
     known = total_steps is None or (isinstance(total_steps, (int, float)) and total_steps >= 0)
     require(known, "argument `total_steps` to be a number of at least 0", repr(total_steps))
     whole = isinstance(accumulate, int) and accumulate >= 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssync_pl.errors import SSyncError
+from ssync_pl.errors import SSyncError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, check_first, handle_verdict, tell_end
@@ -46,7 +46,11 @@ class SSyncRegularizer:
 
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ssync_config = ssync if isinstance(ssync, SSyncConfig) else SSyncConfig.from_options(**(ssync or {}))
+        ssync = {} if ssync is None else ssync
+        require(
+            isinstance(ssync, (SSyncConfig, Mapping)), "argument `ssync` to be an SSyncConfig or a dict", repr(ssync)
+        )
+        self.ssync_config = ssync if isinstance(ssync, SSyncConfig) else SSyncConfig.from_options(**ssync)
         self._ssync_engine = SSyncEngine(self.ssync_config)
         self._ssync_log_steps = LogSteps()
         self._ssync_checked = False

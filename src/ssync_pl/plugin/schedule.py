@@ -45,8 +45,7 @@ def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "w
     if not math.isfinite(total_steps) or total_steps < 0:
         raise ConfigError(
             f"Expected a training of known length for `{name}_ratio`={ratio}, but its number of optimizer steps is "
-            f"unknown. Pass `{name}_steps` or max_steps; or set max_epochs, with limit_train_batches where the data "
-            "loader has no length."
+            f"unknown. Pass `{name}_steps` or max_steps; or max_epochs, with limit_train_batches for a stream."
         )
     return math.ceil(ratio * total_steps)
 

@@ -27,6 +27,7 @@ def adapter_from(
     grid: tuple[int, int] | None,
 ) -> tuple[str | HostAdapter, tuple[int, int] | None]:
     """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
+    require(isinstance(adapter, (str, HostAdapter)), "argument `adapter` to be a name or an adapter", repr(adapter))
     require(
         (attention is None) == (masks is None),
         "arguments `attention` and `masks` to come together",

@@ -24,10 +24,8 @@ class WrappedMethod:
     def __init__(self, host: Any, name: str, run: Callable[..., Any], owner: str) -> None:
         method = getattr(host, name)
         if isinstance(method, WrappedMethod):
-            raise HostError(
-                f"Expected one regulariser, but {type(host).__name__} already has {method.owner} in its {name}. Remove "
-                "one of the two callbacks."
-            )
+            found = f"{type(host).__name__} already has {method.owner} in its {name}"
+            raise HostError(f"Expected one regulariser, but {found}. Remove one of the two callbacks.")
         functools.update_wrapper(self, method)
         self.host = host
         self.name = name

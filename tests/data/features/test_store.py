@@ -133,7 +133,7 @@ def test_reads_are_copies_of_the_frames_asked_for(cached, opened, backbone, tmp_
 
 def options(backbone, out):
     settings = {"batch_size": 2, "clip_length": 2, "image_size": (8, 12), "features": str(out), "num_workers": 0}
-    return {**settings, "mean": backbone.mean, "std": backbone.std, "persistent_workers": False}
+    return {**settings, "mean": backbone.mean, "std": backbone.std}
 
 
 @pytest.mark.parametrize(("workers", "crop", "batch_size"), [(0, "none", 1), (0, "center", 4), (2, "none", 100)])

@@ -152,7 +152,7 @@ def test_the_command_lists_presets_and_refuses_a_crowd(tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     listed = text.split("look of the scenes: ")[1].split(" (default")[0]
     assert listed.replace(" or ", ", ").split(", ") == list(PRESETS)
-    words = ["data", "generate", "--out", str(tmp_path / "new"), "--set", "spawn_extent=0.1"]
-    assert main([*words, "--set", "spawn_height=[1, 1]"]) == 2  # nothing fits
+    crowd = ["--set", "spawn_extent=0.1", "--set", "spawn_height=[1, 1]"]
+    assert main(["data", "generate", "--out", str(tmp_path / "new"), *crowd]) == 2
     assert "Raise `spawn_extent`" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

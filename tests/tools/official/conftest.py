@@ -7,10 +7,8 @@ experiment_name: movi_c_small
 globals: {SLOTS: 11, DIM: 8, VIT: vit_small_patch14_dinov2, FEATURES: 12, PATCHES: 9, GPUS: 2, BATCH: 4,
   TOTAL: "${mul: ${.GPUS}, ${.BATCH}}", BASE_LR: 1e-3, RENDERED: 16}
 trainer: {max_steps: 5000, log_every_n_steps: 50, val_check_interval: 250, gradient_clip_val: 0.05}
-optimizer:
-  name: Adam
-  lr: "${eval: 'a / 32 * b', ${globals.TOTAL}, ${globals.BASE_LR}}"
-  lr_scheduler: {name: exp_decay_with_warmup, warmup_steps: 100, decay_steps: "${trainer.max_steps}"}
+optimizer: {name: Adam, lr: "${eval: 'a / 32 * b', ${globals.TOTAL}, ${globals.BASE_LR}}",
+  lr_scheduler: {name: exp_decay_with_warmup, warmup_steps: 100, decay_steps: "${trainer.max_steps}"}}
 model:
   input_type: video
   losses:
@@ -47,19 +45,11 @@ dataset:
 OVERLAYS = {
     "slotcontrast": "{}",
     "ssync": """
-model:
-  losses:
-    loss_grp2deccls: {name: MSECLSLoss, pred_key: dec_bd_preds, target_key: grp_bd_labels, temperature: 1.0}
-    loss_dec2grpcls: {name: MSECLSLoss, pred_key: grp_nbd_preds, target_key: dec_nbd_labels, temperature: 1.0}
-  loss_weights: {loss_grp2deccls: 0.7, loss_dec2grpcls: 0.3}
-  visualize: true
-  experiment_name: ${experiment_name}
-  dif_n_bd: 2
-  dif_n_bd_noise: 3
-  dif_n_nbd: 4
-  merge_iou_threshold: 0.65
-  synergistic_warmup_ratio: 0.25
-  max_steps: ${trainer.max_steps}
+model: {visualize: true, experiment_name: "${experiment_name}", dif_n_bd: 2, dif_n_bd_noise: 3, dif_n_nbd: 4,
+  merge_iou_threshold: 0.65, synergistic_warmup_ratio: 0.25, max_steps: "${trainer.max_steps}",
+  loss_weights: {loss_grp2deccls: 0.7, loss_dec2grpcls: 0.3},
+  losses: {loss_grp2deccls: {name: MSECLSLoss, pred_key: dec_bd_preds, target_key: grp_bd_labels, temperature: 1.0},
+    loss_dec2grpcls: {name: MSECLSLoss, pred_key: grp_nbd_preds, target_key: dec_nbd_labels, temperature: 1.0}}}
 """,
     "videosaur": """
 globals: {SLOTS: 7}
@@ -73,16 +63,11 @@ model:
   initializer: {name: RandomInit}
   grouper: {use_mlp: false}
   decoder:
-    name: SlotMixerDecoder
-    hidden_dims: null
-    embed_dim: ${globals.DIM}
-    outp_dim: "${add: ${globals.FEATURES}, ${globals.PATCHES}}"
-    allocator: {name: TransformerEncoder, dim: "${globals.DIM}", memory_dim: "${globals.DIM}", n_blocks: 3, n_heads: 4}
+    {name: SlotMixerDecoder, hidden_dims: null, embed_dim: "${globals.DIM}", use_layer_norms: true, pos_embed_mode: add,
+    outp_dim: "${add: ${globals.FEATURES}, ${globals.PATCHES}}", renderer_dim: "${globals.RENDERED}",
+    allocator: {name: TransformerEncoder, dim: "${globals.DIM}", memory_dim: "${globals.DIM}", n_blocks: 3, n_heads: 4},
     renderer: {name: MLP, inp_dim: "${globals.DIM}", outp_dim: "${globals.RENDERED}", hidden_dims: [16, 16],
-      final_activation: true}
-    renderer_dim: ${globals.RENDERED}
-    use_layer_norms: true
-    pos_embed_mode: add
+      final_activation: true}}
 dataset:
   train_pipeline: {transforms: {name: ytvis_train, crop_type: short_side_resize_random, num_classes: 10}}
   val_pipeline: {transforms: {name: ytvis_val, crop_type: central, num_classes: 25}}

@@ -139,7 +139,7 @@ def run(tmp_path, public):
     return start, config
 
 
-def test_public_and_converted_checkpoints_validate_alike(run, tmp_path, capsys):
+def test_a_converted_configuration_trains_and_checkpoints_validate_alike(run, tmp_path, capsys):
     start, config = run
     torch.manual_seed(3)
     model = SlotContrast(**yaml.safe_load(config.read_text("utf-8"))["model"]["init_args"])
@@ -148,6 +148,9 @@ def test_public_and_converted_checkpoints_validate_alike(run, tmp_path, capsys):
     state |= {f"encoder.module.backbone.model.{key}": value + 0.01 for key, value in backbone.state_dict().items()}
     public, ours = old_file(tmp_path / "public.ckpt", state), tmp_path / "converted.ckpt"
     assert main(["checkpoint", "convert", str(public), str(ours)]) == 0
+    assert start("fit") == 0
+    (last,) = config.parent.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 2
     scores = []
     for path in (public, ours):
         capsys.readouterr()
@@ -167,10 +170,3 @@ def test_public_and_converted_checkpoints_validate_alike(run, tmp_path, capsys):
     for (verb, path), message in refused.items():
         assert start(verb, "--ckpt_path", str(path)) == 2
         assert message in capsys.readouterr().err
-
-
-def test_a_converted_configuration_trains(run):
-    start, config = run
-    assert start("fit") == 0
-    (last,) = config.parent.rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["global_step"] == 2

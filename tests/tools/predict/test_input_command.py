@@ -43,7 +43,10 @@ def test_videos_frames_and_shards_without_a_configuration(tmp_path, run, checkpo
         assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), labels)
         assert (out / f"{name}.tracks.csv").read_text() == slot_tracks(labels, 3)
         with av.open(io.BytesIO((out / f"{name}.mp4").read_bytes())) as container:
-            assert sum(1 for _ in container.decode(video=0)) == frames
+            shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert len(shown) == frames
+            assert np.allclose(shown[0][:20, :20], 60, atol=8)  # the corner of the video, beside its slots
+            assert shown[0].shape == (240 if name == "0" else 288, 960, 3)
             assert container.streams.video[0].average_rate == (10 if name == "clip" else 6)
     assert not list(out.glob(".*"))
     assert goes_on == [False, True, True, False, True, False, False]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
-from ssync_pl.data.index import FolderIndex, SampleEntry, ShardEntry, read_index, scan_shard, write_index
+from ssync_pl.data.index import SampleEntry, ShardEntry, extend_index, scan_shard
 from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.errors import ShardError, choose, require, require_shard
 
@@ -218,12 +218,6 @@ def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[
     entries = tuple(entry for entry, _, _ in made if entry is not None)
     first = next(iter(skipped.values()), "")
     require_shard(bool(entries), f"a good video for {out}", f"{len(skipped)} bad ones, the first because: {first}")
-    report, before = (
-        ConversionReport(entries, sum(kept for _, _, kept in made), skipped),
-        read_index(out) or FolderIndex(),
-    )
-    known = {name: entry for name, entry in before.shards.items() if (out / name).exists()}
-    known |= {entry.name: entry for entry in entries}
-    facts = {**settings, "videos": len(report.samples), "skipped": skipped}
-    write_index(out, known.values(), {**before.recipe, prefix: facts})
+    report = ConversionReport(entries, sum(kept for _, _, kept in made), skipped)
+    extend_index(out, entries, {prefix: {**settings, "videos": len(report.samples), "skipped": skipped}})
     return report

@@ -18,8 +18,7 @@ from scipy import ndimage
 from ssync_pl.tools.predict.windows import OUTSIDE
 from ssync_pl.tools.viz import overlay_labels, slot_colors
 
-ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")
-"""What the names of a video's files end with; the last one is a folder of pictures."""
+ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")  # of a video's files; the last one is a folder of pictures
 _SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
@@ -61,63 +60,44 @@ def mp4_available() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-class Mp4Encoder:
-    """Encodes an H.264 video piece by piece (MPEG-4 without x264), so that a long one need not be in memory."""
-
-    def __init__(self, fps: int = 6) -> None:
-        import av
-
-        self._buffer, self._frame = io.BytesIO(), av.VideoFrame
-        self._container: Any = av.open(self._buffer, mode="w", format="mp4")
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._stream: Any = self._container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
-
-    def add(self, frames: NDArray[np.uint8]) -> None:
-        """Encodes frames (T, H, W, 3), RGB; odd heights and widths get one white line more, as the codec asks."""
-        height, width = frames.shape[1:3]
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
-        if not self._stream.codec_context.is_open:
-            self._stream.height, self._stream.width = frames.shape[1:3]
-        for frame in frames:
-            self._container.mux(self._stream.encode(self._frame.from_ndarray(frame, format="rgb24")))
-
-    def close(self) -> bytes:
-        """Finishes the video and returns its bytes."""
-        self._container.mux(self._stream.encode())
-        self._container.close()
-        return self._buffer.getvalue()
-
-
 class VideoFiles:
-    """Takes the pieces of a video in order; `finish` fills a hidden folder and moves whole files to their places.
-
-    `name` is what files are called before their endings; there is an MP4 where PyAV is installed.
-    """
+    """Takes the pieces of a video in order; `finish` writes its files, with an MP4 where PyAV is installed."""
 
     def __init__(self, folder: Path, name: str, fps: int) -> None:
         self.folder, self.name, self.slots = folder, name, 0
         self.pieces: list[NDArray[np.uint8]] = []
-        self._encoder = Mp4Encoder(fps) if mp4_available() else None
+        self._fps, self._mp4 = fps, io.BytesIO()
+        self._container: Any = None
 
     def add(self, frames: NDArray[np.uint8], labels: NDArray[np.uint8], num_slots: int) -> None:
         """Takes frames (T, H, W, 3) and labels (T, H, W) of them, of which 255 is no slot."""
         self.slots = max(self.slots, num_slots)
         self.pieces.append(labels)
-        if self._encoder is None:
+        if not mp4_available():
             return
-        height, width = (max(1, round(_SIDE * side / max(labels.shape[1:]))) for side in labels.shape[1:])
+        import av
+
+        height, width = (2 * max(1, round(_SIDE / 2 * side / max(labels.shape[1:]))) for side in labels.shape[1:])
+        if self._container is None:
+            self._container = av.open(self._mp4, mode="w", format="mp4")
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+            size = {"height": height, "width": 2 * width}
+            self._stream: Any = self._container.add_stream(codec, rate=self._fps, pix_fmt="yuv420p", **size)
         for frame, one in zip(frames, labels, strict=True):
             shown = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
             slots = overlay_labels(shown, np.where(one == OUTSIDE, -1, one.astype(np.int64)))
-            self._encoder.add(np.concatenate([shown, slots], axis=1)[None])
+            picture = av.VideoFrame.from_ndarray(np.concatenate([shown, slots], axis=1), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
 
     def finish(self) -> dict[str, Any]:
         """Writes the files, in the place of those of an earlier prediction; returns what the index says of them."""
         labels = np.concatenate(self.pieces)
         with tempfile.TemporaryDirectory(prefix=".ssync_pl-", dir=self.folder) as hidden:
             start = Path(hidden, self.name)
-            if self._encoder is not None:
-                Path(f"{start}.mp4").write_bytes(self._encoder.close())
+            if self._container is not None:
+                self._container.mux(self._stream.encode())
+                self._container.close()
+                Path(f"{start}.mp4").write_bytes(self._mp4.getvalue())
             np.savez_compressed(f"{start}.labels.npz", labels=labels)
             Path(f"{start}.tracks.csv").write_text(slot_tracks(labels, self.slots), encoding="utf-8")
             pictures = Path(f"{start}_labels")

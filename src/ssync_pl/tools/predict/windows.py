@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ssync_pl.data.transforms import BatchTransform, Size, central_square, covering_size
 from ssync_pl.tools.viz import resize_nearest
 
-OUTSIDE = 255
-"""Label of pixels that the model did not see, because a crop cut them off."""
+OUTSIDE = 255  # label of pixels that the model did not see, because a crop cut them off
 
 
 class Window(NamedTuple):

@@ -22,13 +22,9 @@ from ssync_pl.tools.predict.files import ENDINGS, VideoFiles, mp4_available
 from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, Window, match_slots, restore_labels
 from ssync_pl.tools.viz import to_uint8
 
-WINDOW_KEY = "__window__"
-"""Batch entry of `InputDataModule`: the `Window` that a batch of one clip was made from."""
-
+WINDOW_KEY = "__window__"  # entry of a batch of `InputDataModule`: the `Window` that it was made from
 _INDEX = "index.json"
 _FORMAT = "ssync_pl.predictions"
-_FPS = 6
-_LONGEST_NAME = 100
 
 
 class SlotPredictions(L.Callback):
@@ -115,7 +111,7 @@ class SlotPredictions(L.Callback):
     def _add(self, window: Window, labels: Tensor, masks: Tensor | None) -> None:
         frames = window.frames
         if window.start == 0:
-            self._open = VideoFiles(self.folder, self._name(window.key), max(1, round(window.rate or _FPS)))
+            self._open = VideoFiles(self.folder, self._name(window.key), max(1, round(window.rate or 6)))
         files = self._open
         if files is None:
             return
@@ -136,7 +132,7 @@ class SlotPredictions(L.Callback):
             self._write_index()
 
     def _name(self, key: str) -> str:
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[-_LONGEST_NAME:].lstrip("._-") or "video"
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[-100:].lstrip("._-") or "video"
         names = itertools.chain([safe], (f"{safe}-{number}" for number in itertools.count(2)))
         taken = {video["name"].lower() for video in self.written}
         return next(name for name in names if name.lower() not in taken)
