@@ -7,23 +7,7 @@ from typing import Any
 
 import torch
 from feature_hosts import MixerDecoder
-from stand_in_parts import (
-    DIM,
-    FINE,
-    FRAME,
-    GRID,
-    PATCH,
-    B,
-    Decoder,
-    Kept,
-    RawDecoder,
-    S,
-    SlotAttention,
-    StandIn,
-    T,
-    eyes,
-    mean_of_heads,
-)
+from stand_in_parts import DIM, FRAME, GRID, Decoder, Kept, RawDecoder, S, SlotAttention, StandIn, eyes, mean_of_heads
 from torch import Tensor, nn
 
 
@@ -109,9 +93,10 @@ class Genera1zHost(StandIn):
         super().__init__({self.eyes: eyes(), **processor, "decoder": Genera1zDecoder(size, colours)})
 
     def batch(self, padded: int = 0) -> dict[str, Tensor]:
-        boxes = torch.rand(B, S, 4)
+        batch = super().batch()
+        boxes = torch.rand(len(batch["video"]), S, 4)
         boxes[:, S - padded :] = 0
-        return {**super().batch(), "boxes": boxes}
+        return {**batch, "boxes": boxes}
 
     def forward(self, frames: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         slots = self.states(frames, self.processor.init(5 * condition))
@@ -182,7 +167,7 @@ class JunkeunYiHost(StandIn):
     ) -> None:
         corrector = JunkeunYiCorrector(heads, iterations, positional)
         found = {"corrector": corrector, "processor.corrector": corrector, self.predictor: nn.Linear(DIM, DIM)}
-        super().__init__({"encoder": JunkeunYiEncoder(3, DIM, PATCH, PATCH), **found,
+        super().__init__({"encoder": eyes(JunkeunYiEncoder), **found,
                           "decoder": JunkeunYiDecoder(size, colours=0)})  # fmt: skip
         self.decode_corrected, self.decode_predicted = True, predicted
 
@@ -291,7 +276,7 @@ class PackageHost(StandIn):
         slots, kept = slots if isinstance(slots, tuple) else (slots, None)
         output = self.decoder(slots)
         output = (output.movedim(-1, 1) if self.decoder.last else output).unflatten(0, slots.shape[:2])
-        lead = (-1, T) if self.unfold else (-1,)
+        lead = (-1, video.shape[1]) if self.unfold else (-1,)
         masks = output[:, :, 3:].unflatten(0, lead).softmax(len(lead)).flatten(0, len(lead) - 1)
         masks = masks if kept is None else masks * kept[:, :, None, None, None]
         return (output[:, :, :3] * masks).sum(1)
@@ -299,7 +284,7 @@ class PackageHost(StandIn):
     def forward(self, video: Tensor) -> Tensor:
         if self.frames == "folded":
             return self.reconstruct(video)
-        return torch.stack([self.reconstruct(one) for one in video.split(1, 1)[: T if self.clips else 1]])
+        return torch.stack([self.reconstruct(one) for one in video.split(1, 1)[: None if self.clips else 1]])
 
 
 TOKENS: dict[str, Callable[[], TokenHost]] = {  # recognised and refused
@@ -308,7 +293,7 @@ TOKENS: dict[str, Callable[[], TokenHost]] = {  # recognised and refused
     "slate": lambda: TokenHost("slot_attn", "tf_dec.blocks.1.encoder_decoder_attn"),
 }
 HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "sold": {"sold": SoldHost, "sold_fine": lambda: SoldHost(FINE)},
+    "sold": {"sold": SoldHost, "sold_fine": lambda: SoldHost((4, 8))},
     "slotformer": {
         "slotformer": SlotFormerHost,
         "slotformer_fixed": lambda: SlotFormerHost(stochastic=False),
@@ -317,12 +302,12 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "genera1z-savi": {
         "genera1z": Genera1zHost,
         "genera1z_iterations": lambda: Genera1zHost(iterations=2),
-        "genera1z_fine": lambda: Genera1zHost(size=FINE),
+        "genera1z_fine": lambda: Genera1zHost(size=(4, 8)),
     },
     "junkeun-yi-savi": {
         "junkeun_yi": JunkeunYiHost,
         "junkeun_yi_iterations": lambda: JunkeunYiHost(iterations=3),
-        "junkeun_yi_fine": lambda: JunkeunYiHost(size=FINE),
+        "junkeun_yi_fine": lambda: JunkeunYiHost(size=(4, 8)),
         "junkeun_yi_predicted": lambda: JunkeunYiHost(predicted=True),
         "junkeun_yi_positional": lambda: JunkeunYiHost(positional=True),
         "junkeun_yi_heads": lambda: JunkeunYiHost(heads=2, iterations=2),

@@ -135,8 +135,8 @@ class RawDecoder(Decoder):
         return torch.cat([colours, self.own_logits[-1].unsqueeze(2)], 2).flatten(0, 1)
 
 
-def eyes() -> nn.Conv2d:
-    return nn.Conv2d(3, DIM, PATCH, PATCH)
+def eyes(kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    return kind(3, DIM, PATCH, PATCH)
 
 
 class StandIn(nn.Module):

@@ -9,18 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    FEATURE_HOSTS,
-    FEATURES,
-    OPTIONS,
-    Batch,
-    loader,
-    pixel_clips,
-    tiny,
-    train,
-    trainer,
-    window_clips,
-)
+from tiny_models import FEATURE_HOSTS, FEATURES, OPTIONS, Batch, loader, pixel_clips, tiny, train, trainer, window_clips
 
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ShapeError

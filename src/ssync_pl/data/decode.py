@@ -136,7 +136,10 @@ def read_npy_header(
     with _named(place, "a whole array with an NPY header (version 1.0 or 2.0)"):
         head = zlib.decompressobj(wbits=31).decompress(head, HEADER_BYTES) if packed else head
         start = 10 if head[6:7] == b"\x01" else 12
-        header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
+        try:
+            header = _parse_header(head[: start + int.from_bytes(head[8:start], "little")])
+        except MemoryError as error:  # of Python's parser
+            raise ValueError("a header that is nested too deeply") from error
         shape, dtype = header.shape, header.dtype
         if not dtype.hasobject and (dtype.itemsize < 1 or len(shape) > 32 or min(shape, default=0) < 0):
             raise ValueError(f"shape {shape}, dtype {dtype} in its header")

@@ -79,6 +79,5 @@ class SlotEvaluation(nn.Module):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.metrics.reset()
-        self.used_slots.reset()
-        self.loss.reset()
+        for metric in (self.metrics, self.used_slots, self.loss):
+            metric.reset()

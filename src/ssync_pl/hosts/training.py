@@ -65,8 +65,13 @@ class SlotHost(L.LightningModule, ABC):
         self.log_dict(self.evaluation.compute(), sync_dist=True)
         self.evaluation.reset()
 
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the metrics, as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics under `test/` and start afresh."""
+        self.on_validation_epoch_end()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Segment a batch at the size of its frames."""
