@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
 from ssync_pl.hosts.linking import link_slots, relabel_slots
