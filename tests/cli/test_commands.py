@@ -201,23 +201,22 @@ def test_a_foreign_project_keeps_its_callbacks(config, monkeypatch, capsys, way)
         assert "ssync/boundary_loss" in cli.trainer.callback_metrics
 
 
-@pytest.mark.parametrize(
-    ("verb", "content"),
-    [
-        ("predict", b""),
-        ("predict", b"PK\x03\x04 cut short"),
-        ("validate", {"weight": torch.zeros(1)}),
-        ("validate", {"state_dict": {"weight": torch.zeros(1)}, "pytorch-lightning_version": "2.6.0"}),
-        ("fit", {"state_dict": SAVi(**TINY_SAVI).state_dict(), "pytorch-lightning_version": "2.6.0"}),
-    ],
-    ids=["empty", "cut", "state dict", "another model", "weights only"],
-)
+VERSION = {"pytorch-lightning_version": "2.6.0"}
+CHECKPOINTS = [
+    ("predict", b""),
+    ("predict", b"PK\x03\x04 cut short"),
+    ("validate", {"weight": torch.zeros(1)}),  # a state dict
+    ("validate", {"state_dict": {"weight": torch.zeros(1)}, **VERSION}),  # of another model
+    ("fit", {"state_dict": SAVi(**TINY_SAVI).state_dict(), **VERSION}),  # weights only
+]
+
+
+@pytest.mark.parametrize(("verb", "content"), CHECKPOINTS)
 def test_a_checkpoint_that_does_not_fit_is_one_line(config, tmp_path, verb, content, capsys):
     path = tmp_path / "bad.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert main([verb, "--config", str(config), "--ckpt_path", str(path)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert "Expected --ckpt_path to be a whole checkpoint" in lines[-1]
+    assert "Expected --ckpt_path to be a whole checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

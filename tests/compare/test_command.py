@@ -160,16 +160,8 @@ def test_bad_words_are_refused_with_what_was_expected(tmp_path, write_config, ca
 
 
 def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, write_config, capsys):
-    words = [
-        "--config",
-        str(write_config(tmp_path)),
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "3,4",
-        "--slots",
-        "3,5",
-    ]
+    words = ["--config", str(write_config(tmp_path)), "--out", str(tmp_path / "out")]
+    words += ["--seeds", "3,4", "--slots", "3,5"]
     assert main(["compare", *words, "--dry-run", "--", "--trainer.precision=32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if not line.startswith("#")]

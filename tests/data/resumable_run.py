@@ -52,29 +52,12 @@ def main(settings: dict[str, Any]) -> None:
     L.seed_everything(3, verbose=False)
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    model = SAVi(
-        num_slots=3,
-        slot_dim=8,
-        slot_init="gaussian",
-        encoder_channels=[8, 8],
-        encoder_strides=[2, 2],
-        feature_dim=8,
-        encoder_mlp_hidden=8,
-        corrector_mlp_hidden=8,
-        predictor_mlp_hidden=8,
-        decoder_broadcast=[4, 4],
-        decoder_channels=[8, 8],
-        decoder_strides=[2, 2],
-        learning_rate=1e-2,
-        warmup_steps=2,
-    )
-    data = ShardDataModule(
-        settings["train"],
-        settings["validation"],
-        batch_size=2,
-        clip_length=2,
-        num_workers=settings["workers"],
-    )
+    channels = {"encoder_channels": [8, 8], "decoder_channels": [8, 8], "decoder_strides": [2, 2]}
+    sizes = {"slot_dim": 8, "feature_dim": 8, "encoder_mlp_hidden": 8, "corrector_mlp_hidden": 8}
+    sizes |= {"predictor_mlp_hidden": 8, "decoder_broadcast": [4, 4], "encoder_strides": [2, 2], **channels}
+    model = SAVi(num_slots=3, slot_init="gaussian", learning_rate=1e-2, warmup_steps=2, **sizes)
+    workers = settings["workers"]
+    data = ShardDataModule(settings["train"], settings["validation"], batch_size=2, clip_length=2, num_workers=workers)
     trainer = L.Trainer(
         max_epochs=3,
         accumulate_grad_batches=settings["accumulate"],

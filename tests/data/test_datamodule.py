@@ -259,13 +259,11 @@ def test_overfit_batches_work(make_shards):
 
 @pytest.mark.gpu
 def test_the_data_module_gives_the_same_batches_on_cuda(make_shards):
-    runs = []
-    for accelerator in ("cpu", "cuda"):
-        data = ShardDataModule(make_shards(folder=accelerator, count=8), batch_size=2, **PLAIN)
-        model = _Model()
+    models, pattern = [_Model(), _Model()], make_shards(count=8)
+    for model, accelerator in zip(models, ("cpu", "cuda"), strict=True):
+        data = ShardDataModule(pattern, batch_size=2, **PLAIN)
         L.Trainer(max_epochs=2, devices=1, **{**QUIET, "accelerator": accelerator}).fit(model, datamodule=data)
-        runs.append(model.trained)
-    assert runs[0] == runs[1]
+    assert models[0].trained == models[1].trained
 
 
 def _train_under_ddp(folder: str) -> None:

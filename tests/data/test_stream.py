@@ -112,12 +112,13 @@ def test_bad_samples_raise_or_are_replaced_without_being_counted(write_tar, npy_
 
 def test_members_over_the_limit_are_bad_samples_and_not_read(write_tar, npy_bytes):
     frames, many = (npy_bytes(np.zeros((count, 8, 8, 3), np.uint8)) for count in (4, 40))
-    members = {"0.video.npy": many, "1.video.npy.gz": gzip.compress(many), "2.video.npy": frames}
-    path = str(write_tar(members))
+    path = str(write_tar({"0.video.npy": many, "1.video.npy.gz": gzip.compress(many), "2.video.npy": frames}))
     for rules in (SampleRules(), SampleRules(clip_length=2)):
         (batch,) = stream([path], load_shards([path]), rules, 3, skip_bad=True, max_bytes=2000)
-        assert sorted(place[-1] for place, _ in batch[BAD_SAMPLES]) == ["0", "1"]
-        assert all("max_member_bytes" in message for _, message in batch[BAD_SAMPLES])
+        assert sorted((place[-1], "max_member_bytes" in text) for place, text in batch[BAD_SAMPLES]) == [
+            ("0", True),
+            ("1", True),
+        ]
 
 
 def test_a_shard_and_an_index_that_do_not_belong_together_are_refused(local, tmp_path, numbered_video):

@@ -224,14 +224,6 @@ def test_trouble_gives_one_warning_and_trains(tmp_path, monkeypatch, trouble):
     assert not any(module._forward_hooks for module in trainer.lightning_module.modules())
 
 
-def test_hooks_are_gone_after_an_exception(tmp_path):
-    host = ClipHost()
-    host.validation_step = lambda batch, batch_idx: 1 / 0
-    with pytest.raises(ArithmeticError):
-        run(tmp_path, [SSyncPictures(picture_adapter())], host, num_sanity_val_steps=0)
-    assert not any(module._forward_hooks for module in host.modules())
-
-
 def test_the_sheet_goes_to_loggers_that_take_images(tmp_path):
     seen = []
 
@@ -250,7 +242,12 @@ def test_the_sheet_goes_to_loggers_that_take_images(tmp_path):
     assert seen == [("pictures/slots", 3, 2)] * 2
 
 
-@pytest.mark.parametrize("name", ["max_videos", "max_frames"])
-def test_settings_are_checked_at_once(name):
-    with pytest.raises(ConfigError, match=name):
-        SSyncPictures(**{name: 0})
+def test_settings_are_checked_at_once_and_hooks_are_gone_after_an_exception(tmp_path):
+    for name in ("max_videos", "max_frames"):
+        with pytest.raises(ConfigError, match=name):
+            SSyncPictures(**{name: 0})
+    host = ClipHost()
+    host.validation_step = lambda batch, batch_idx: 1 / 0
+    with pytest.raises(ArithmeticError):
+        run(tmp_path, [SSyncPictures(picture_adapter())], host, num_sanity_val_steps=0)
+    assert not any(module._forward_hooks for module in host.modules())

@@ -124,10 +124,8 @@ class ShardDataModule(L.LightningDataModule):
         max_member_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         super().__init__()
-        reference, size = (
-            sampling == "reference",
-            (image_size, image_size) if isinstance(image_size, int) else image_size,
-        )
+        reference = sampling == "reference"
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         for name, least, value in (
             *(("batch_size", 1, batch_size), ("val_batch_size", 1, val_batch_size)),
             *(("clips_per_video", 1, clips_per_video), ("max_member_bytes", 1, max_member_bytes)),
@@ -157,8 +155,8 @@ class ShardDataModule(L.LightningDataModule):
         self.features = features
         self.num_workers, self.start_method = num_workers, start_method
         self.shuffle_buffer = shuffle_buffer
-        self._reading = {"clips_per_video": clips_per_video, "max_bytes": max_member_bytes}
-        self._reading["skip_bad"] = on_bad_sample == "skip"
+        reading = {"max_bytes": max_member_bytes, "skip_bad": on_bad_sample == "skip"}
+        self._reading: dict[str, Any] = {"clips_per_video": clips_per_video, **reading}
         self.bad_samples: dict[str, str] = {}
         pixels: dict[str, Any] = {"resize_mode": resize_mode, "crop": crop, "mean": mean, "std": std}
         size = None if size is None else (int(size[0]), int(size[1]))
