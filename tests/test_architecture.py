@@ -25,12 +25,12 @@ BUDGETS = {
     "rivals": 477,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_642,
+    "data": 5_638,
     "compare": 1633,
     "tools": 2380,
     "cli": 760,
 }
-TOTAL = 20_318  # the aim is 20_000
+TOTAL = 20_314  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors

@@ -125,9 +125,6 @@ def _inspect(root: Path, source: _Source) -> VideoFacts:
     return inspect_video(path, f"video {path}") if names is None else VideoFacts(len(names))
 
 
-# -- masks ------------------------------------------------------------------------------------------------------------
-
-
 def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tuple[int, int], where: str) -> np.ndarray:
     """Read the masks (F, h, w, N) of the frames that are shown."""
     names, part = source["masks"]["names"], slice(shown.start, shown.stop)
@@ -161,9 +158,6 @@ def _number_objects(masks: np.ndarray, size: Any, void: int | None, where: str) 
     advice = "Pictures with smooth shades are no ids: export them without anti-aliasing and as PNG."
     require_shard(len(found) < 256, f"at most 255 objects in the masks of {where}", len(found), advice=advice)
     return np.searchsorted(np.array([0, *found]), masks.astype(np.int64)).astype(np.uint8), found
-
-
-# -- the folder -------------------------------------------------------------------------------------------------------
 
 
 def _scan(root: Path) -> tuple[list[_Source], list[str]]:

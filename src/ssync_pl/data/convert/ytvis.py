@@ -6,6 +6,7 @@ Source: https://youtube-vos.org/dataset/vis/ (folders and JSON), and the shards 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from ssync_pl.errors import ShardError, require, require_shard
 
 _FPS = 6  # every fifth frame of 30 per second
 _FARTHEST = 1e5  # pixels; a polygon with a point beyond would take all memory
+_MOST = 1 << 32  # bytes of a video's masks
 _TRAINING = ("train", "validation")  # the published shards evaluate on a part of the official training videos
 
 
@@ -117,15 +119,15 @@ def _decode(root: Path, short_side: int | None, source: Mapping[str, Any]) -> di
     info = {"video_id": source["id"], "file_names": names, "original_size": original, "fps": _FPS}
     if objects is None:
         return {"video.npy": video, "info.json": info}
-    masks = np.zeros((*video.shape[:3], max(1, len(objects))), np.uint8)
+    shape, advice = (*video.shape[:3], max(1, len(objects))), "Take a smaller --short-side."
+    fits = math.prod(shape) <= _MOST
+    require_shard(fits, f"the masks of {where} to take at most {_MOST} bytes", f"{len(objects)} objects", advice=advice)
+    masks = np.zeros(shape, np.uint8)
     for channel, thing in enumerate(objects):
         masks[..., channel] = resize_ids(_draw_object(thing, len(names), original, where), video.shape[1:3])
     for name, of in (("instance_ids", "id"), ("category_ids", "category"), ("categories", "name")):
         info[name] = [thing[of] for thing in objects]
     return {"video.npy": video, "segmentations.npy.gz": masks, "info.json": info}
-
-
-# -- masks ------------------------------------------------------------------------------------------------------------
 
 
 def _draw_object(thing: Mapping[str, Any], frames: int, size: tuple[int, int], where: str) -> np.ndarray:

@@ -103,7 +103,7 @@ def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
         memo[place] = note = [*stamp, _digest(path, entry)]
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
             write_bytes(folder / _MEMO, json.dumps(memo).encode())
-    return {"name": entry.name, "sha256": note[2]}
+    return {"name": entry.name, "sha256": str(note[2])}
 
 
 def _digest(path: str, entry: ShardEntry) -> str:
