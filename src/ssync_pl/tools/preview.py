@@ -8,24 +8,25 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from ssync_pl.data.patterns import shard_name
+from ssync_pl.data.patterns import expand_shards, shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
 from ssync_pl.errors import ShardError, require
-from ssync_pl.tools.viz import Bytes, draw_sheet, label_masks, overlay_labels
+from ssync_pl.tools.viz import Bytes, draw_sheet, encode_png, label_masks, overlay_labels
 
 __all__ = ["draw_preview"]
 
+_CELL = 112  # pixels of the longer side of a frame
 
-def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> tuple[Bytes, int, list[str]]:
+
+def draw_preview(patterns: Sequence[str], count: int, frames: int) -> tuple[bytes, int, list[str]]:
     """Draws the first videos of each shard, from shards in random order: a row of frames, and one with masks over them.
 
-    Returns the sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
-    `frames` of each video are evenly spaced; `cell` is their longer side in pixels. Of remote shards only the starts
-    are read. Raises `ShardError` when no video can be read.
+    Returns the sheet as PNG, the number of videos on it, and messages of those that cannot be read. `frames` of each
+    video are evenly spaced. Of remote shards only the starts are read. Raises `ShardError` when no video can be read.
     """
-    fits = min(count, frames) >= 1 and cell >= 16
-    require(fits, "--videos and --frames from 1 and --cell from 16 on", count, frames, cell)
+    require(min(count, frames) >= 1, "--videos and --frames from 1 on", count, frames)
+    shards = expand_shards(patterns, "patterns")
     videos: list[list[tuple[str, Bytes]]] = []
     skipped: list[str] = []
     for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):
@@ -36,17 +37,17 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
                     if len(videos) == wanted:
                         break
                     try:
-                        videos.append(_draw_rows(f"{shard_name(shards[number])}\nkey {key}", members, frames, cell))
+                        videos.append(_draw_rows(f"{shard_name(shards[number])}\nkey {key}", members, frames))
                     except ShardError as error:
                         skipped.append(str(error))
         except ShardError as error:
             skipped.append(str(error))
     if not videos:
         raise ShardError(f"Expected at least one readable video in {len(shards)} shards, but got {skipped[-1:]}.")
-    return draw_sheet([row for rows in videos for row in rows], cell=cell), len(videos), skipped
+    return encode_png(draw_sheet([row for rows in videos for row in rows], cell=_CELL)), len(videos), skipped
 
 
-def _draw_rows(name: str, members: Members, frames: int, cell: int) -> list[tuple[str, Bytes]]:
+def _draw_rows(name: str, members: Members, frames: int) -> list[tuple[str, Bytes]]:
     video, masks = read_whole(members)
     places = np.linspace(0, len(video) - 1, frames).round().astype(int)
     rows = [(f"{name}\n{len(video)} frames\n{video.shape[1]} x {video.shape[2]}", video[places])]
@@ -56,6 +57,6 @@ def _draw_rows(name: str, members: Members, frames: int, cell: int) -> list[tupl
         rows.append((f"{len(np.unique(labels[labels >= 0]))} objects", overlay_labels(video[places], labels[places])))
 
     def square(frame: Bytes) -> Bytes:
-        return np.asarray(ImageOps.pad(Image.fromarray(frame), (cell, cell), color="white"))
+        return np.asarray(ImageOps.pad(Image.fromarray(frame), (_CELL, _CELL), color="white"))
 
     return [(caption, np.stack([square(frame) for frame in clip])) for caption, clip in rows]
