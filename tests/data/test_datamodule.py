@@ -166,7 +166,7 @@ def test_bad_and_short_videos_raise_or_are_counted_and_logged_once(
         ({"sampling": "reference", "frame_stride": 2}, "frame_stride"),
         ({"sampling": "reference", "crop": "center", "image_size": (4, 8)}, "image_size"),
         ({"features_only": True}, "features"),
-        ({"validation": {"a.tar": 1}}, "validation"),
+        *(({name: {"a.tar": 1}}, f"{name}.*other names") for name in ("train", "validation")),
     ],
 )
 def test_settings_out_of_range(settings, name):

@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,14 +110,10 @@ def check_shards(sets: Mapping[str, Sequence[str]], *, num_workers: int | None =
     if num_workers is None:
         size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
         num_workers = cpu_count() if size >= _ENOUGH_FOR_PROCESSES or any(map(is_remote, paths)) else 0
-    try:
-        with mapper(min(num_workers, len(paths))) as apply:
-            # disable=None shows the bar on terminals only
-            bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=None)
-            found = dict(zip(paths, bar, strict=True))
-    except BrokenProcessPool as error:
-        advice = "Most often memory ran out: use fewer with `--workers`."
-        raise ShardError(f"Expected {num_workers} processes to read shards, but one was killed. {advice}") from error
+    with mapper(min(num_workers, len(paths))) as apply:
+        # disable=None shows the bar on terminals only
+        bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=None)
+        found = dict(zip(paths, bar, strict=True))
     problems = [problem for _, problems in found.values() for problem in problems]
     by_set = {name: [one for path in dict.fromkeys(shards) for one in found[path][0]] for name, shards in sets.items()}
     facts = tuple(_facts(name, len(set(sets[name])), samples) for name, samples in by_set.items())

@@ -15,8 +15,8 @@ from urllib.request import url2pathname
 
 from ssync_pl.errors import MissingShardError, require
 
-Patterns = str | list[str] | dict[str, int]
-"""One pattern, several, or several with the clips that each of their videos gives to a pass."""
+Patterns = str | list[str]
+"""One pattern or several."""
 
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000

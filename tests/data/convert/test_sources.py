@@ -52,7 +52,7 @@ def test_movi_comes_back_exactly(convert, root, tmp_path, layout, capsys):
     words = ("--samples-per-shard", 2)
     samples = convert("movi", *words)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("movi_c-train: videos: 5, frames: 15, shards: 3 (0 were there before)")
+    assert lines[0].startswith("movi_c-train: videos: 5, shards: 3 (0 were there before)")
     assert lines[1] == f"  shards: {tmp_path}/out/movi_c-train-[0-9]*.tar"
     assert len(samples["movi_c-validation"]) == 1
     for number, (sample, (video, masks)) in enumerate(zip(samples["movi_c-train"], truths, strict=True)):
@@ -134,7 +134,7 @@ def test_every_kind_of_own_video_comes_back_exactly_whole_or_in_clips(convert, r
         expected = (name, fps, len(video), [10, 14])
         assert (info["video"], info["fps"], info["source_frames"], info["original_size"]) == expected
     text = capsys.readouterr().out
-    for line in ("videos: videos: 4, frames: 26", "0 of 4 videos", "ignored 4: .DS_Store, empty, gone.mp4, notes.txt"):
+    for line in ("videos: videos: 4,", "0 of 4 videos", "ignored 4: .DS_Store, empty, gone.mp4, notes.txt"):
         assert line in text
     samples = convert("videos", "--clip-frames", 4, "--prefix", "own-train")["own-train"]
     clips = [("12:30.mkv", 0, 4), ("clip 10.avi", 0, 4), *(("frames é", k, k + 4) for k in (0, 4, 8)), ("x.GIF", 0, 3)]

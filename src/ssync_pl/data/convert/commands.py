@@ -92,10 +92,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _describe(out: Path, prefix: str, report: ConversionReport, notes: Sequence[str]) -> list[str]:
     """Say what a conversion wrote, how to load it, and what was left out."""
-    frames = sum(sample.frames or 0 for sample in report.samples)
     size = sum(shard.size for shard in report.shards) / 1e6
     shards = f"shards: {len(report.shards)} ({report.kept} were there before), {size:.1f} MB"
-    lines = [f"{prefix}: videos: {len(report.samples)}, frames: {frames}, {shards}"]
+    lines = [f"{prefix}: videos: {len(report.samples)}, {shards}"]
     lines += [f"  shards: {out / f'{prefix}-[0-9]*.tar'}", *(f"  {note}" for note in notes)]
     if report.skipped:
         lines.append(f"  skipped: {len(report.skipped)}")

@@ -11,7 +11,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,11 +99,6 @@ def convert(
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
                         shutil.rmtree(out / name, ignore_errors=True)
             return _finish(out, prefix, settings, made)
-    except BrokenProcessPool as error:
-        raise ShardError(
-            f"Expected the workers to live until {out} is complete, but one ended early: memory ran out, or the main "
-            "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
-        ) from error
     except OSError as error:
         advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
         raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
