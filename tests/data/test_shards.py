@@ -268,17 +268,17 @@ def test_members_are_read_in_place_and_files_closed(some, numbered_video):
     reader.close()
     assert not before or len(os.listdir("/proc/self/fd")) == before
     copy = pickle.loads(pickle.dumps(reader))
-    assert len(copy.member(some[0][0], some[1][0], some[1][0].samples[0], "video.npy")) > 0
+    assert len(copy.sample(some[0][0], some[1][0], some[1][0].samples[0]).read("video.npy")) > 0
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_a_fork_reads_with_inherited_files(some):
     (path, *_), (shard, *_) = some
     reader = ShardReader()
-    here = bytes(reader.member(path, shard, shard.samples[1], "video.npy"))
+    here = bytes(reader.sample(path, shard, shard.samples[1]).read("video.npy"))
     child = os.fork()
     if child == 0:
-        os._exit(here != bytes(reader.member(path, shard, shard.samples[1], "video.npy")))
+        os._exit(here != bytes(reader.sample(path, shard, shard.samples[1]).read("video.npy")))
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -288,9 +288,9 @@ def test_replaced_shards_are_refused(some):
     for content, message in ((data + bytes(512), f"{len(data)} bytes"), (Path(other).read_bytes(), "key 0 at byte")):
         Path(path).write_bytes(content)
         with pytest.raises(ShardError, match=message):
-            ShardReader().member(path, shard, shard.samples[0], "video.npy")
+            ShardReader().sample(path, shard, shard.samples[0]).read("video.npy")
     reader, (_, third, *_), (_, entry, *_) = ShardReader(), *some
-    reader.member(third, entry, entry.samples[0], "video.npy")
+    reader.sample(third, entry, entry.samples[0]).read("video.npy")
     os.truncate(third, 2048)  # while it is open
     with pytest.raises(ShardError, match="cut off"):
-        reader.member(third, entry, entry.samples[1], "video.npy")
+        reader.sample(third, entry, entry.samples[1]).read("video.npy")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ from ssync_pl.data.patterns import expand_shards, is_compressed, is_remote, mask
 from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import read_shard
 from ssync_pl.errors import ShardError, require
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
@@ -133,19 +132,13 @@ def _inspect(path: str) -> tuple[list[_Sample], list[Problem]]:
         message = f"Expected plain files with UTF-8 names, but got {name}. Pack the shard again."
         problems.append(Problem("sample", shown, None, message))
     try:
-        with contextlib.closing(ShardReader()) as reader:
-            stream: Iterator[tuple[str, Members]] = (
-                stream_shard(path, fields=None)
-                if entry is None
-                else ((sample.key, reader.sample(path, entry, sample)) for sample in entry.samples)
-            )
-            for key, members in stream:
-                try:
-                    samples.append(_decode(shown, key, members))
-                except (ShardError, MemoryError) as error:
-                    samples.append(_Sample(shown, key, dict(members.sizes)))
-                    message = str(error) or f"Expected {members.where} to fit in memory, but it does not."
-                    problems.append(Problem("sample", shown, key, message))
+        for key, members in read_shard(path, entry) if entry else stream_shard(path, fields=None):
+            try:
+                samples.append(_decode(shown, key, members))
+            except (ShardError, MemoryError) as error:
+                samples.append(_Sample(shown, key, dict(members.sizes)))
+                message = str(error) or f"Expected {members.where} to fit in memory, but it does not."
+                problems.append(Problem("sample", shown, key, message))
     except (OSError, MemoryError, ShardError) as error:
         failure = str(error)
     if not samples and not problems:

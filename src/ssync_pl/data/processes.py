@@ -57,7 +57,7 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     except BrokenProcessPool as error:
         raise ShardError(
             "Expected worker processes to live until all is done, but one was killed: memory ran out, or the main "
-            "script lacks `if __name__ == '__main__':`. Run again with fewer `--workers`: finished shards are kept."
+            "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
         ) from error
     finally:
         for name, value in before.items():

@@ -37,7 +37,7 @@ def convert(root, tmp_path):
     """Run `ssync-pl data convert` in this process, and load what it wrote: samples by prefix."""
 
     def convert(source, *words, out="out"):
-        options = ("--root", root, "--out", tmp_path / out, "--workers", 0, "--no-progress", *words)
+        options = ("--root", root, "--out", tmp_path / out, "--workers", 0, *words)
         assert run_command("data", data, ["convert", source, *map(str, options)]) == 0
         return sets.load_back(tmp_path / out)
 
@@ -440,13 +440,8 @@ def test_names_sort_by_their_numbers_and_sizes_keep_proportions(convert, root, m
         convert("ytvis2019", *ALL, "--short-side", "none", out="out3")
 
 
-def test_the_bar_counts_videos_an_error_is_one_line_and_help_lists_all(root, tmp_path, capsys):
-    sets.write_movi(root, counts=(3,))
-    words = ["data", "convert", "movi", "--out", str(tmp_path / "out"), "--workers", "0", "--root"]
-    assert main([*words, str(root)]) == 0
-    bar = capsys.readouterr().err
-    assert ("writing movi_c-train: 100%" in bar, "3/3" in bar) == (True, True)
-    assert main([*words, "/nowhere"]) == 2
+def test_an_error_is_one_line_and_help_lists_all(tmp_path, capsys):
+    assert main(["data", "convert", "movi", "--out", str(tmp_path / "out"), "--root", "/nowhere"]) == 2
     assert capsys.readouterr().err.startswith("ssync-pl: error: Expected --root to be a folder, but got /nowhere. Name")
     for name in ("movi", "ytvis2019", "ytvis2021", "davis", "videos"):
         assert main(["data", "convert", name, "--help"]) == 0
