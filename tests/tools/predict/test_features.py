@@ -8,7 +8,7 @@ from ssync_pl.data import ShardDataModule
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.hosts.nn import backbones
-from ssync_pl.tools.predict.datamodule import InputDataModule
+from ssync_pl.tools.predict.inputs import InputDataModule
 
 SEEN = {"image_size": 8, "crop": "center"}
 
