@@ -26,9 +26,9 @@ BUDGETS = {
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_638,
-    "compare": 1604,
-    "tools": 2380,
-    "cli": 695,
+    "compare": 1603,
+    "tools": 2338,
+    "cli": 694,
 }
 TOTAL = 20_314  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

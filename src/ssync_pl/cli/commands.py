@@ -79,8 +79,7 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> None:
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.files import write_bytes
-    from ssync_pl.tools.owned import refuse_foreign
-    from ssync_pl.tools.preview import draw_preview
+    from ssync_pl.tools.viz import draw_preview, refuse_foreign
 
     require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
     refuse_foreign(options.out)
@@ -222,8 +221,7 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     require(bool(named) != bool(options.config), expected, got, advice=advice)
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice=advice)
     loading()
-    from ssync_pl.tools.doctor.examine import diagnose
-    from ssync_pl.tools.doctor.report import render_report
+    from ssync_pl.tools.doctor.examine import diagnose, render_report
     from ssync_pl.tools.doctor.steps import build_model, parse_batch
 
     sys.path.insert(0, "")  # the user's own modules are found as `python train.py` finds them

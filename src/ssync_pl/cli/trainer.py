@@ -28,7 +28,7 @@ from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
-from ssync_pl.tools.predict.datamodule import InputDataModule
+from ssync_pl.tools.predict.inputs import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
 
 # Words are always handed over explicitly here, so that the warning about sys.argv is noise.

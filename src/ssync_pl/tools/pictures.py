@@ -24,7 +24,6 @@ from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.session import HostSession
 from ssync_pl.tools import viz
-from ssync_pl.tools.owned import refuse_foreign
 from ssync_pl.tools.predict.windows import match_slots
 
 __all__ = ["SSyncPictures"]
@@ -135,7 +134,7 @@ class SSyncPictures(L.Callback):
         step = trainer.global_step
         if self._log_dir is not None:
             path = Path(self._log_dir) / "pictures" / f"step-{step:06d}.png"
-            refuse_foreign(path)
+            viz.refuse_foreign(path)
             self.last_path = write_bytes(path, viz.encode_png(sheet))
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)

@@ -26,8 +26,8 @@ from typing_extensions import override
 from ssync_pl.errors import ConfigError, ShapeError, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import METRICS, SegmentationMetrics, metric_names
-from ssync_pl.tools.owned import write_owned_json
 from ssync_pl.tools.pictures import SSyncPictures
+from ssync_pl.tools.viz import write_owned_json
 
 __all__ = ["ValidationSummary", "format_table", "grid_partition", "kmeans", "kmeans_features", "score_baselines"]
 

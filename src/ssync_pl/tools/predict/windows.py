@@ -16,6 +16,7 @@ from ssync_pl.data.transforms import BatchTransform, Size, central_square, cover
 from ssync_pl.tools.viz import resize_nearest
 
 OUTSIDE = 255  # label of pixels that the model did not see, because a crop cut them off
+WINDOW_KEY = "__window__"  # entry of a batch of `InputDataModule`: the `Window` that it was made from
 
 
 class Window(NamedTuple):
