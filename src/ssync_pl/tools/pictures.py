@@ -147,7 +147,7 @@ def _sheet_rows(
     batch: Any, maps: SSyncMaps, output: SSyncOutput, data: Any, max_videos: int, max_frames: int
 ) -> list[tuple[str, viz.Bytes]]:
     """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
-    video = batch.get("video") if isinstance(batch, Mapping) else None
+    video: Any = batch.get("video") if isinstance(batch, Mapping) else None
     fits = isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] == 3
     require_shape(fits, "batch key `video` to be (B, T, 3, H, W)", () if video is None else video)
     truth, keys = batch.get("segmentations"), batch.get("__key__")

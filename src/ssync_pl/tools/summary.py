@@ -159,9 +159,8 @@ def score_baselines(
     metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
         entries = batch if isinstance(batch, Mapping) else {}
-        true, video, features = (entries.get(name) for name in ("segmentations", "video", "features"))
-        fits = true is not None and video is not None
-        require(fits, "batches with `video` and `segmentations`", sorted(entries))
+        require({"video", "segmentations"} <= {*entries}, "batches with `video` and `segmentations`", sorted(entries))
+        true, video, features = entries["segmentations"], entries["video"], entries.get("features")
         size, valid = (true.shape[-2], true.shape[-1]), frame_validity(batch)
         scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
         small = (max(1, round(scale * video.shape[-2])), max(1, round(scale * video.shape[-1])))
