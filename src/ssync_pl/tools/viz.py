@@ -7,20 +7,19 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.patterns import shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
-from ssync_pl.errors import ShardError, require, require_shape
+from ssync_pl.errors import ShardError, require
 
 Bytes = NDArray[np.uint8]
 
@@ -80,7 +79,6 @@ def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequ
 
     Without `mean` and `std` of the normalisation, in [0, 1] units, the 1st and 99th percentiles become black and white.
     """
-    require_shape(video.ndim >= 3 and video.shape[-3] == 3, "`video` to be (..., 3, H, W)", video)
     frames = np.moveaxis(np.nan_to_num(video.astype(np.float64)), -3, -1)
     if mean is not None and std is not None:
         frames = frames * np.asarray(std) + np.asarray(mean)
@@ -105,10 +103,10 @@ def draw_sheet(rows: Sequence[tuple[str, Bytes]], title: str = "", cell: int = 1
     total = max(left + max(map(len, pictures)) * pitch - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
     image = Image.new("RGB", (total, top + sum(heights) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((_MARGIN, _MARGIN), title, _INK, _font())
+    draw.text((_MARGIN, _MARGIN), title, _INK, font_size=13)
     for (caption, _), row, space in zip(rows, pictures, heights, strict=True):
         middle = top + (space - _GAP) // 2
-        draw.multiline_text((_MARGIN, middle), caption, _INK, _font(), anchor="lm")
+        draw.multiline_text((_MARGIN, middle), caption, _INK, anchor="lm", font_size=13)
         for index, picture in enumerate(row):
             image.paste(picture, (left + index * pitch, middle - picture.height // 2))
         top += space
@@ -185,12 +183,7 @@ def _draw_rows(name: str, members: Members, frames: int) -> list[tuple[str, Byte
     return rows
 
 
-@lru_cache(maxsize=1)
-def _font() -> Any:
-    return ImageFont.load_default(13)
-
-
 def _extent(text: str) -> tuple[int, int]:
     """Width and height of a text of one or several lines, in pixels."""
-    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, _font())
+    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font_size=13)
     return int(np.ceil(box[2])), int(np.ceil(box[3]))

@@ -103,8 +103,7 @@ def hints(report: DoctorReport, frames: set[int]) -> tuple[str, ...]:
 def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: str = "") -> DoctorReport:
     """Examines a LightningModule in a Trainer, and any other model, or its `method` that gives the loss, by itself.
 
-    `data` is a batch, or the data module of a LightningModule, which gets a tensor of videos or images as a dict with
-    `"video"` or `"image"` first. `settings` are arguments of `SSyncCallback` that say how the host is read.
+    `data` is a batch or a data module; `settings` are arguments of `SSyncCallback` that say how the host is read.
     """
     if method or steps.namespace(host) is None:
         return examine(host, steps.plain_step(host, data, method), data, settings)
@@ -131,11 +130,7 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
 def examine(
     host: nn.Module, run: steps.Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
 ) -> DoctorReport:
-    """Finds a host's maps, uses them once, and says what to write; a host that cannot be used has `problems`.
-
-    `run` makes one training step, in training mode, and gives the host's own loss; `batch` is the batch of that step,
-    for hosts whose grid follows from the size of the frames; `settings` as in `diagnose`.
-    """
+    """Finds a host's maps in one training step, `run` on `batch`, uses them once, and says what to write."""
     report = DoctorReport(type(host).__name__, kind, steps.describe_batch(batch))
     named = {name: value for name, value in (settings or {}).items() if value not in (None, "auto")}
     callback = SSyncCallback(**named)

@@ -98,11 +98,7 @@ def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator
 
 
 class InputDataModule(L.LightningDataModule):
-    """Gives the windows of a user's videos as the configuration's data module would give them.
-
-    The data module of the configuration says image size, resize mode, crop, normalisation and cached features; the
-    other arguments are the options of the command.
-    """
+    """Gives the windows of a user's videos as `data`, the configuration's data module, would give them."""
 
     def __init__(
         self, data: Any, inputs: Sequence[str], clip_frames: int = 64, backbone_checkpoint: str | None = None

@@ -171,11 +171,9 @@ def save_labels(path: Path, labels: NDArray[np.uint8]) -> None:
 
 
 def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
-    """Measures where each slot is in each frame, as CSV.
+    """Measures where each slot is in each frame of labels (T, H, W), as CSV; labels from `num_slots` on are no slot.
 
-    Pixel (row 0, column 0) reaches from 0 to 1 in both directions: a slot that fills a frame of width W has its centre
-    at W / 2 and a box from 0 to W. The area is a share of all pixels; centre and box of an empty slot stay empty.
-    Labels (T, H, W) from `num_slots` on belong to no slot.
+    The first pixel reaches from 0 to 1 in both directions: a slot that fills a frame has its centre at W / 2.
     """
     _, height, width = labels.shape
     y, x = np.indices((height, width)).reshape(2, -1) + 0.5
