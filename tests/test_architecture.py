@@ -1,7 +1,5 @@
 """The house: rooms within their budgets of lines, imports that only run down, a short list of entries at the top."""
 
-from __future__ import annotations
-
 import ast
 from functools import cache
 from pathlib import Path

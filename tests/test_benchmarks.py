@@ -1,7 +1,5 @@
 """Benchmarks run, their numbers are right, and what README prints is what their result files hold."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import os

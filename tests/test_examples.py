@@ -4,8 +4,6 @@ A refactoring must not change what users train. Record anew, after a change that
 `python tests/test_examples.py`.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import runpy

@@ -1,7 +1,5 @@
 """examples/paper: published settings, parsed by the command line as they are."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

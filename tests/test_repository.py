@@ -1,7 +1,5 @@
 """The promises of README and pyproject."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A configuration of `ssync-pl fit` that trains in a second."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stand-ins for code on features of a frozen backbone: VideoSAUR and its forks, OCLF, AdaSlot, RandSF.Q."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

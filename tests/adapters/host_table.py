@@ -1,7 +1,5 @@
 """Every stand-in of every family, and the maps that it computed itself: the table that the contract test walks."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import feature_hosts

@@ -1,7 +1,5 @@
 """Stand-ins for code around SAVi, for STEVE and SLATE, and for models around the `slot-attention` package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

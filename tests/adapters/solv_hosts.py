@@ -1,7 +1,5 @@
 """A stand-in for the public SOLV model, which keeps its own tensors for comparison, and this package's SOLV."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parts of which stand-ins are built: each keeps the logits that it used, and a family says what is its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hosts that no adapter knows: their modules return only slots and pictures, the maps exist inside of them alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

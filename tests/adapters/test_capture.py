@@ -1,7 +1,5 @@
 """Hooks inside a window, and calls of slot attention that are joined from their parts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from stand_in_parts import SlotAttention

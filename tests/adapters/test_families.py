@@ -1,7 +1,5 @@
 """What is special about a family of hosts: its grids, its slots that come and go, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

@@ -1,7 +1,5 @@
 """Maps that users name by outputs of modules; how tensors of any layout become one pair of maps on one grid."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Maps that users name by the softmax inside of a module, and how the doctor finds them."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Slot contrast and temporal similarity against their definitions, pair by pair."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

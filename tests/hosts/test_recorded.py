@@ -1,7 +1,5 @@
 """Hosts against numbers recorded from the public code: tiny random state dicts, features, and what came out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

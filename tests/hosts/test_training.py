@@ -1,7 +1,5 @@
 """What every host gets from its base: evaluation, prediction, schedules; and fifty recorded steps of each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

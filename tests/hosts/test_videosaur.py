@@ -1,7 +1,5 @@
 """VideoSAUR, SlotContrast and DINOSAUR: losses, options, maps, backbones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

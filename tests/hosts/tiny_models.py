@@ -1,7 +1,5 @@
 """Hosts of tiny sizes, and clips on which they learn something."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

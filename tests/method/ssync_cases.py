@@ -1,7 +1,5 @@
 """Random cases of the method (hypothesis strategies) and the comparison with the loop reference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

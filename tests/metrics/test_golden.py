@@ -1,7 +1,5 @@
 """The published metrics, recorded from the official code: totals, sums and counts of every video."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

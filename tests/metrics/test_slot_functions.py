@@ -1,14 +1,12 @@
 """Borders, slots an object, unused slots and identity over time: against naive loops and on scenes made by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from metric_helpers import items
+from metric_helpers import SCENE, items
 from torch import Tensor
 
 from ssync_pl.errors import ConfigError, ShapeError
@@ -123,15 +121,15 @@ def test_boundary_f_by_hand() -> None:
     assert boundary_f(read_scene(pred, hidden), tolerance=0.0).item() == 1.0
 
 
-def test_refusals(scene: Scene) -> None:
+def test_refusals() -> None:
     for bad in (-0.1, 7.0):
         with pytest.raises(ConfigError, match="tolerance"):
-            boundary_f(read_scene(*scene), tolerance=bad)
+            boundary_f(read_scene(*SCENE), tolerance=bad)
         with pytest.raises(ConfigError, match="tolerance"):
             BoundaryF(tolerance=bad)
         with pytest.raises(ConfigError, match="min_share"):
             SlotsPerObject(min_share=bad)
     with pytest.raises(ShapeError, match="how many slots"):
-        used_slots(scene[0])
+        used_slots(SCENE[0])
     with pytest.raises(ShapeError, match="valid"):
         used_slots(torch.rand(2, 2, 3, 4, 4), torch.ones(3, dtype=torch.bool))

@@ -1,7 +1,5 @@
 """What each process of the distributed test runs; a module of its own, so that a spawned process can import it."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A host of a few hundred parameters with SAVi's shape, and the ways in which hosts differ."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Frozen backbones: never trained, never saved, always recognised."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import types

@@ -1,7 +1,5 @@
 """Decoders and pixel networks against their definitions, and the lean order of computation against the plain one."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -12,11 +10,6 @@ from torch.nn.utils import prune, remove_weight_norm, weight_norm
 
 from ssync_pl.hosts.nn import decoders
 from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def test_slots_that_do_not_exist_get_no_gradient() -> None:

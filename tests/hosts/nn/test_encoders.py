@@ -1,7 +1,5 @@
 """Features from a backbone or a cache, first slots, and slot attention."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import encoder_of

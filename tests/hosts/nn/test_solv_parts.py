@@ -1,7 +1,5 @@
 """What SOLV is made of: binders, merging and linking of slots."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -16,11 +14,6 @@ from ssync_pl.hosts.nn.slot_merger import SlotMerger, agglomerate, cosine_distan
 GRID, S, D, C = (3, 4), 3, 8, 5
 ONE, TWO, THREE = torch.eye(3)
 MIXED, LIKE_TWO = normalize(ONE + 0.3 * THREE, dim=0), normalize(TWO + 0.1 * ONE, dim=0)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def _binder() -> RelativeSlotAttention:
