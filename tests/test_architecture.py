@@ -4,8 +4,6 @@ import ast
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "ssync_pl"
 FLOORS = (
     ("errors",),
@@ -18,10 +16,10 @@ FLOORS = (
 BUDGETS = {
     "method": 1272,
     "metrics": 959,
-    "adapters": 2600,
-    "plugin": 1558,
-    "rivals": 477,
-    "hosts": 3000,
+    "adapters": 2572,
+    "plugin": 1533,
+    "rivals": 473,
+    "hosts": 2903,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_638,
     "compare": 1633,
@@ -79,10 +77,6 @@ def test_imports_only_run_down():
     assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("room", BUDGETS)
-def test_a_room_keeps_within_its_budget(room):
-    assert 0 < lines(room) <= BUDGETS[room]
-
-
-def test_the_whole_house_keeps_within_its_budget():
+def test_rooms_and_the_whole_house_keep_within_their_budgets():
+    assert {room: lines(room) for room, most in BUDGETS.items() if not 0 < lines(room) <= most} == {}
     assert sum(text.count("\n") for text in sources().values()) <= TOTAL

@@ -53,7 +53,6 @@ def needs_features(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One folder of videos and features for all of them."""
     return tmp_path_factory.mktemp("data")
 
 

@@ -1,5 +1,3 @@
-"""The promises of README and pyproject; what `import ssync_pl` costs and offers."""
-
 import inspect
 import json
 import re

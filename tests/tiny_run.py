@@ -27,6 +27,5 @@ def tiny_config(root: Path, **trainer: Any) -> dict[str, Any]:
 
 
 def write_tiny(path: Path, root: Path, **trainer: Any) -> Path:
-    """Writes the configuration as YAML."""
     path.write_text(yaml.safe_dump(tiny_config(root, **trainer)), encoding="utf-8")
     return path

@@ -22,8 +22,6 @@ def make_host(name: str) -> Any:
 
 
 class Heard(NamedTuple):
-    """What one training step of a host gave."""
-
     adapter: HostAdapter
     capture: Capture
     batch: Any

@@ -88,7 +88,6 @@ class SolvHost(nn.Module):
 
 
 def centre(value: Tensor) -> Tensor:
-    """The centre frame of each window, of values of all frames."""
     return value.unflatten(0, (-1, FRAMES))[:, RADIUS]
 
 

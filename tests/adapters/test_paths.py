@@ -32,8 +32,6 @@ Output, Wrong = namedtuple("Output", ["slots", "attention"]), namedtuple("Wrong"
 
 
 class _Give(nn.Module):
-    """Returns what it is given."""
-
     def forward(self, value: Any) -> Any:
         return value
 
@@ -42,9 +40,7 @@ def _host() -> nn.ModuleDict:
     return nn.ModuleDict({"grouping": _Give(), "decoder": _Give()})
 
 
-def _collect(
-    attention: list[Any], masks: list[Any], batch: Any = None, path: str = "grouping", **options: Any
-) -> SSyncMaps:
+def _collect(attention, masks, batch=None, path="grouping", **options):
     host = _host()
     adapter = PathAdapter(path, "decoder", **{"attention_kind": "logits", "masks_kind": "logits", **options})
     capture = adapter.attach(host)

@@ -1,5 +1,3 @@
-"""Options, batches and schedules that cannot be are refused by name."""
-
 import math
 from typing import Any
 

@@ -44,18 +44,6 @@ def test_evaluation_of_a_frame_is_training_on_its_window(monkeypatch: pytest.Mon
         torch.testing.assert_close(one, other)
 
 
-def test_padding_neither_counts_nor_informs() -> None:
-    model, batch = tiny(SOLV).eval(), window_clips(frames=4)
-    padded = {**batch, "features": batch["features"].clone()}
-    padded["features"][:, 3] = 50.0
-    padded["frame_mask"] = torch.tensor([[True, True, True, False]] * 2)
-    with torch.no_grad():
-        masks, loss = model.evaluate(padded)
-        expected, expected_loss = model.evaluate({name: value[:, :3] for name, value in batch.items()})
-    torch.testing.assert_close(loss, expected_loss)
-    torch.testing.assert_close(masks[:, :3], expected)
-
-
 def test_masks_are_linked_over_time_by_slots_or_by_what_they_cover() -> None:
     batch = window_clips(frames=5)
     features = batch["features"]

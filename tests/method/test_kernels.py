@@ -1,5 +1,3 @@
-"""The Triton kernels: through the interpreter on the CPU, and on a device with `-m gpu`."""
-
 import os
 import re
 import subprocess

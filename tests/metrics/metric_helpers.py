@@ -1,7 +1,4 @@
-"""Scores of items and of a small random scene."""
-
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +20,7 @@ CLASSES: dict[str, tuple[type[metrics.MaskMetric], Callable[..., Tensor], str]] 
 }
 
 
-def items(
-    function: Callable[..., Tensor],
-    pred: Tensor,
-    true: Tensor,
-    valid: Tensor | None = None,
-    *,
-    level: str = "video",
-    background: bool = False,
-    overlaps: bool = False,
-    **options: Any,
-) -> Tensor:
+def items(function, pred, true, valid=None, *, level="video", background=False, overlaps=False, **options):
     """Score of each video or frame; `background`: channel 0 is dropped."""
     counts = contingency(read_scene(pred, true, valid), background, overlaps)
     counts = counts.foreground() if background else counts

@@ -26,7 +26,6 @@ def one_row(labels: list[int], truth: list[int], channels: int) -> tuple[Tensor,
 
 
 def naive_iou(pred: np.ndarray, masks: list[np.ndarray], matched: bool) -> float:
-    """Of labels (P,) and masks (P,)."""
     slots = [set(np.flatnonzero(pred == slot)) for slot in np.unique(pred)]
     objects = [set(np.flatnonzero(mask)) for mask in masks if mask.any()]
     iou = np.array([[len(o & s) / len(o | s) for s in slots] for o in objects])

@@ -48,8 +48,6 @@ def loss_and_gradients(case: str, videos: slice, **options: Any) -> tuple[Any, .
 
 
 class OneSided(TinyHost):
-    """Its slots fall out of use on the second rank only."""
-
     def host_loss(self, batch: Any) -> Any:
         if self.global_rank == 1:
             self.collapse_at = 4

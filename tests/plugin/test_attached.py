@@ -1,5 +1,3 @@
-"""`attach`: SSync in a loop without Lightning."""
-
 import copy
 import warnings
 

@@ -11,8 +11,6 @@ from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
 class Lazy(SSyncRegularizer, TinyHost):
-    """Makes its maps only when they are asked for."""
-
     made = 0
 
     def training_step(self, batch, batch_idx):
@@ -45,7 +43,7 @@ class Detached(MixinHost):
 
 
 class Forgetful(SSyncRegularizer, TinyHost):
-    """Does not call `ssync`."""
+    pass
 
 
 @pytest.mark.parametrize("kind", [Lazy, Manual, TinyHost])
