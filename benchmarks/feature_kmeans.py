@@ -23,7 +23,7 @@ from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics, metric_names
-from ssync_pl.tools.summary import kmeans_features
+from ssync_pl.tools.summary import kmeans
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = metric_names("segmentation")
@@ -61,7 +61,7 @@ def score(
     metric = SegmentationMetrics("", True)
     for batch in batches:
         valid = frame_validity(batch)
-        labels = kmeans_features(batch["features"], grid, clusters, valid, weight, seed)
+        labels = kmeans(batch["features"], grid, clusters, valid, weight, seed)
         size = batch["segmentations"].shape[-2:]
         large = torch.nn.functional.interpolate(labels.float(), size=size, mode="nearest").long()
         metric.update(large, batch["segmentations"], valid)

@@ -23,7 +23,7 @@ BUDGETS = {
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_638,
     "compare": 1633,
-    "tools": 2380,
+    "tools": 2279,
     "cli": 760,
 }
 TOTAL = 20_314  # the aim is 20_000

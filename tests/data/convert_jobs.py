@@ -44,7 +44,7 @@ def die(color):
 
 
 def run(out, colors=range(12), prefix="colors-train", workers=0, **options):
-    settings = {"decode": paint, "recipe": {"source": "paint"}, "samples_per_shard": 3, "progress": False, **options}
+    settings = {"decode": paint, "recipe": {"source": "paint"}, "samples_per_shard": 3, **options}
     return convert(list(colors), out=out, prefix=prefix, num_workers=workers, **settings)
 
 

@@ -27,7 +27,7 @@ def load_back(out):
             entry = scan_shard(path)
             assert [s.key for s in read_index(out).shards[path.name].samples] == [s.key for s in entry.samples]
             for sample in entry.samples:
-                data = {name: reader.member(str(path), entry, sample, name) for name in sample.members}
+                data = {name: reader.sample(str(path), entry, sample).read(name) for name in sample.members}
                 decoded = {"key": sample.key, **{name: decode_member(name, data[name]) for name in data}}
                 samples.setdefault(path.stem.rpartition("-")[0], []).append(decoded)
     return samples

@@ -170,6 +170,17 @@ def test_frames_of_a_video_come_back_in_part_and_whole():
             decode.decode_member("video.mp4", broken, HERE)
 
 
+def test_headers_that_ask_for_absurd_sizes_are_damage_and_memory_that_ran_out_is_not(monkeypatch):
+    av = pytest.importorskip("av")
+    for raised, seen in (
+        (av.error.MemoryError(12, "Cannot allocate memory"), ShardError),
+        (MemoryError(), MemoryError),
+    ):
+        monkeypatch.setattr(av, "open", lambda *args, raised=raised, **options: (_ for _ in ()).throw(raised))
+        with pytest.raises(seen):
+            decode.inspect_video(b"", HERE)
+
+
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_frames_are_turned_and_mirrored_as_the_display_matrix_says(turns, mirrored):

@@ -1,4 +1,4 @@
-"""Who reads what: every clip once per pass, equally many batches on all ranks, and shares by weight."""
+"""Who reads what: every clip once per pass, and equally many batches on all ranks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WORLDS, WORKERS, SHARDS, BATCH = (1, 2, 3, 8), (1, 2, 4), (1, 2, 5, 30), 2
 CLIPS = SampleRules(clip_length=2, seed=3)
 
 
-def source(counts, repeats=()):
+def source(counts):
     """Shards that are never read, with so many videos each."""
     entries = [
         ShardEntry(f"{n}.tar", 0, tuple(SampleEntry(f"{n}/{k}", {}) for k in range(c))) for n, c in enumerate(counts)
     ]
-    return ShardSource([entry.name for entry in entries], entries, True, repeats)
+    return ShardSource([entry.name for entry in entries], entries)
 
 
 def in_turns(parts):
@@ -70,16 +70,6 @@ def test_a_resumed_stream_reads_the_clips_that_were_left(workers):
         data = ShardStream(source([7] * 8), CLIPS, batch_size=BATCH, rank=rank, world=2)
         whole, rest = (in_turns(parts_of_workers(data, 0, workers, begin)) for begin in (0, start))
         assert sorted(rest) == sorted(whole[start:])
-
-
-@pytest.mark.parametrize("kind", [ShardDataset, ShardStream])
-def test_mixed_sets_give_so_many_clips_of_each_video(kind):
-    data = kind(source([3, 2, 4, 6, 1], (1, 1, 3, 3, 3)), CLIPS, clips_per_video=2)
-    for epoch in range(3):
-        clips = [data.place(clip) for clip in data.part(epoch)]
-        assert len(set(clips)) == len(clips) == data.clips == 2 * (5 + 33)
-        assert collections.Counter(video for _, _, video, _ in clips) == {v: 2 if v < 5 else 6 for v in range(16)}
-        assert {visit for visit, *_ in clips} == {epoch}
 
 
 def test_ranks_that_make_no_sense_are_refused():

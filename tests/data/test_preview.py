@@ -9,8 +9,7 @@ from PIL import Image
 
 from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.tools.preview import draw_preview
-from ssync_pl.tools.viz import slot_colors
+from ssync_pl.tools.viz import draw_preview, slot_colors
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ssync_pl import ValidationSummary
-from ssync_pl.errors import ShapeError
+from ssync_pl.errors import SSyncError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import labels_to_masks
 from ssync_pl.tools import summary
-from ssync_pl.tools.summary import grid_partition, kmeans, kmeans_features, score_baselines
+from ssync_pl.tools.summary import grid_partition, kmeans, score_baselines
 
 
 def make_batch(seed):
@@ -193,30 +193,27 @@ def coloured_video(seed, colours=4):
 def test_kmeans_finds_colours_whatever_the_padding_and_the_other_videos():
     video, labels = coloured_video(0)
     points = video.flatten(1, 2)[None]
-    found = kmeans(points, 4, real(1, 2))
-    assert (found.shape, found.dtype) == ((1, 2, 120), torch.int64)
+    found = kmeans(points, (10, 12), 4, real(1, 2))
+    assert (found.shape, found.dtype) == ((1, 2, 10, 12), torch.int64)
     assert adjusted_rand_score(labels.flatten(), found.flatten()) == 1.0
     padded = torch.cat([points, torch.full((1, 2, 120, 3), 50.0)], dim=1)
-    assert torch.equal(kmeans(padded, 4, torch.tensor([[True, True, False, False]]))[:, :2], found)
-    assert not kmeans(padded, 4, ~real(1, 4)).any()
+    assert torch.equal(kmeans(padded, (10, 12), 4, torch.tensor([[True, True, False, False]]))[:, :2], found)
+    assert not kmeans(padded, (10, 12), 4, ~real(1, 4)).any()
     videos = torch.rand(3, 2, 50, 3, generator=torch.Generator().manual_seed(0))
-    together = kmeans(videos, 6, real(3, 2), seed=1)
-    assert torch.equal(together, torch.cat([kmeans(video[None], 6, real(1, 2), seed=1) for video in videos]))
-    assert not torch.equal(together, kmeans(videos, 6, real(3, 2), seed=2))
-
-
-def test_kmeans_of_features_weighs_places():
+    together = kmeans(videos, (5, 10), 6, real(3, 2), seed=1)
+    assert torch.equal(together, torch.cat([kmeans(video[None], (5, 10), 6, real(1, 2), seed=1) for video in videos]))
+    assert not torch.equal(together, kmeans(videos, (5, 10), 6, real(3, 2), seed=2))
     features = torch.zeros(1, 1, 12, 4)
     features[:, :, ::2, 0] = 1.0  # stripes, of columns 0 and 2
-    assert kmeans_features(features, (3, 4), 2, real(1, 1), 0.0)[0, 0].diff(dim=1).abs().sum() == 9
-    halves = kmeans_features(features, (3, 4), 2, real(1, 1), 50.0)[0, 0]
+    assert kmeans(features, (3, 4), 2, real(1, 1))[0, 0].diff(dim=1).abs().sum() == 9
+    halves = kmeans(features, (3, 4), 2, real(1, 1), 50.0)[0, 0]  # where places weigh more
     assert torch.equal(halves[:, :2], halves[:1, :1].expand(3, 2))
     assert torch.equal(halves[:, 2:], 1 - halves[:, :2])
 
 
 REFUSED = [
-    (lambda: kmeans(torch.zeros(1, 1, 1, 3), 2, real(1, 1)), "2 points"),
-    (lambda: kmeans_features(torch.zeros(1, 2, 10, 3), (3, 3), 2, real(1, 2)), "grid of 3 x 3"),
+    (lambda: kmeans(torch.zeros(1, 1, 1, 3), (1, 1), 2, real(1, 1)), "2 points"),
+    (lambda: kmeans(torch.zeros(1, 2, 10, 3), (3, 3), 2, real(1, 2)), "grid of 3 x 3"),
     (lambda: grid_partition(9, (2, 2)), "room for 9 cells"),
     (lambda: score_baselines([{"video": torch.zeros(1, 1, 3, 4, 4)}], 2), r"got \['video'\]"),
 ]
@@ -224,7 +221,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("call", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(call, message):
-    with pytest.raises(ShapeError, match=message):
+    with pytest.raises(SSyncError, match=message):
         call()
 
 

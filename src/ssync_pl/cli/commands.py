@@ -59,7 +59,7 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.owned import refuse_foreign, write_owned_json
+    from ssync_pl.tools.viz import refuse_foreign, write_owned_json
 
     if options.json is not None:
         refuse_foreign(options.json)  # before work begins
@@ -82,9 +82,7 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
     loading()
     from ssync_pl.data.files import write_bytes
     from ssync_pl.data.patterns import expand_shards
-    from ssync_pl.tools.owned import refuse_foreign
-    from ssync_pl.tools.preview import draw_preview
-    from ssync_pl.tools.viz import encode_png
+    from ssync_pl.tools.viz import draw_preview, encode_png, refuse_foreign
 
     require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
     refuse_foreign(options.out)

@@ -50,7 +50,7 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
     require(bool(named) != bool(options.config), expected, got, advice="See ssync-pl doctor --help.")
     require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice="See ssync-pl doctor --help.")
     loading()
-    from ssync_pl.tools.doctor.report import render_report
+    from ssync_pl.tools.doctor.examine import render_report
 
     sys.path.insert(0, "")  # the user's own modules are found as `python train.py` finds them
     report = _examine(options, named, rest)

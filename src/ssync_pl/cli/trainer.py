@@ -27,7 +27,7 @@ from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
-from ssync_pl.tools.predict.datamodule import InputDataModule
+from ssync_pl.tools.predict.inputs import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
 
 __all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_configuration", "run_trainer"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from ssync_pl.data.patterns import expand_shards, is_compressed, is_remote, mask
 from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import read_shard
 from ssync_pl.errors import ShardError, require
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
@@ -111,14 +109,10 @@ def check_shards(sets: Mapping[str, Sequence[str]], *, num_workers: int | None =
     if num_workers is None:
         size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
         num_workers = cpu_count() if size >= _ENOUGH_FOR_PROCESSES or any(map(is_remote, paths)) else 0
-    try:
-        with mapper(min(num_workers, len(paths))) as apply:
-            # disable=None shows the bar on terminals only
-            bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=None)
-            found = dict(zip(paths, bar, strict=True))
-    except BrokenProcessPool as error:
-        advice = "Most often memory ran out: use fewer with `--workers`."
-        raise ShardError(f"Expected {num_workers} processes to read shards, but one was killed. {advice}") from error
+    with mapper(min(num_workers, len(paths))) as apply:
+        # disable=None shows the bar on terminals only
+        bar = tqdm(apply(_inspect, paths), "checking", len(paths), unit="shard", leave=False, disable=None)
+        found = dict(zip(paths, bar, strict=True))
     problems = [problem for _, problems in found.values() for problem in problems]
     by_set = {name: [one for path in dict.fromkeys(shards) for one in found[path][0]] for name, shards in sets.items()}
     facts = tuple(_facts(name, len(set(sets[name])), samples) for name, samples in by_set.items())
@@ -138,19 +132,13 @@ def _inspect(path: str) -> tuple[list[_Sample], list[Problem]]:
         message = f"Expected plain files with UTF-8 names, but got {name}. Pack the shard again."
         problems.append(Problem("sample", shown, None, message))
     try:
-        with contextlib.closing(ShardReader()) as reader:
-            stream: Iterator[tuple[str, Members]] = (
-                stream_shard(path, fields=None)
-                if entry is None
-                else ((sample.key, reader.sample(path, entry, sample)) for sample in entry.samples)
-            )
-            for key, members in stream:
-                try:
-                    samples.append(_decode(shown, key, members))
-                except (ShardError, MemoryError) as error:
-                    samples.append(_Sample(shown, key, dict(members.sizes)))
-                    message = str(error) or f"Expected {members.where} to fit in memory, but it does not."
-                    problems.append(Problem("sample", shown, key, message))
+        for key, members in read_shard(path, entry) if entry else stream_shard(path, fields=None):
+            try:
+                samples.append(_decode(shown, key, members))
+            except (ShardError, MemoryError) as error:
+                samples.append(_Sample(shown, key, dict(members.sizes)))
+                message = str(error) or f"Expected {members.where} to fit in memory, but it does not."
+                problems.append(Problem("sample", shown, key, message))
     except (OSError, MemoryError, ShardError) as error:
         failure = str(error)
     if not samples and not problems:

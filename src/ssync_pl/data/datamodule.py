@@ -45,7 +45,6 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         train: Training shards: a path, URL or pattern (`movi_c-train-{000000..000304}.tar`, `train-*.tar`), or several.
-            `{"movi/*.tar": 1, "mine/*.tar": 3}` mixes sets and says how many clips each video gives to a pass.
         validation: Validation shards; `None` validates nothing.
         test: Test shards.
         predict: Shards for `predict`; masks are not read.
@@ -93,9 +92,9 @@ class ShardDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: Patterns | None = None,
-        validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        predict: str | list[str] | None = None,
+        validation: Patterns | None = None,
+        test: Patterns | None = None,
+        predict: Patterns | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         clip_length: int = 4,
@@ -146,8 +145,8 @@ class ShardDataModule(L.LightningDataModule):
         self.patterns: dict[str, Patterns | None] = {"train": train, "validation": validation}
         self.patterns |= {"test": test, "predict": predict}
         for name, pattern in self.patterns.items():
-            mixed = isinstance(pattern, Mapping) and name != "train"
-            require(not mixed, f"argument `{name}` to be a list, as only `train` mixes sets", pattern)
+            advice = "List the patterns; to draw from a set more often, list links to its shards under other names too."
+            require(not isinstance(pattern, Mapping), f"argument `{name}` to be patterns", pattern, advice=advice)
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.has_background, self.mask_format = has_background, mask_format
         self.mean, self.std = tuple(mean), tuple(std)

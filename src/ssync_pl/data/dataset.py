@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.index import ShardEntry, load_shards, scan_shard
+from ssync_pl.data.index import ShardEntry, load_shards, scan_shard, warn_ignored
 from ssync_pl.data.patterns import Patterns, expand_shards, is_compressed, is_remote
 from ssync_pl.data.remote import fetch_index
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample, train_sample
@@ -30,8 +30,6 @@ BAD_SAMPLES = "__bad_samples__"
 Backend = Literal["auto", "mmap", "webdataset"]
 """Who reads the shards; `auto` reads plain local tars in place and streams all else."""
 
-_MOST_CLIPS = 100
-
 
 @dataclass(frozen=True)
 class ShardSource:
@@ -40,18 +38,11 @@ class ShardSource:
     shards: list[str]
     entries: list[ShardEntry] | None  # in the same order; None when remote shards have no index
     mapped: bool = True  # whether they are read in place rather than streamed
-    repeats: tuple[int, ...] = ()  # clips of each video of each shard; one where it is empty
 
 
 def open_source(patterns: Patterns, argument: str, backend: Backend = "auto") -> ShardSource:
     """Finds the shards of a split and their index."""
-    shards, repeats = expand_shards(patterns, argument), []
-    for pattern, clips in patterns.items() if isinstance(patterns, Mapping) else ():
-        whole = isinstance(clips, int) and 1 <= clips <= _MOST_CLIPS
-        require(
-            whole, f"argument `{argument}` to give sets 1 to {_MOST_CLIPS} clips per video", f"{pattern!r}: {clips}"
-        )
-        repeats += [clips] * len(expand_shards(pattern, argument))
+    shards = expand_shards(patterns, argument)
     remote, packed = is_remote(shards[0]), any(map(is_compressed, shards))
     expected = f"argument `{argument}` to be plain local tars for backend='mmap'"
     advice = "Take backend='webdataset', or copy and unpack the shards."
@@ -61,14 +52,13 @@ def open_source(patterns: Patterns, argument: str, backend: Backend = "auto") ->
         entries = fetch_index(shards)
     elif packed:
         entries = [scan_shard(shard, packed=is_compressed(shard)) for shard in shards]
+        for shard, entry in zip(shards, entries, strict=True):
+            warn_ignored(shard, entry.ignored)
     else:
         entries = load_shards(shards)
-    expected = f"`index.json` beside the remote shards of `{argument}` to mix them"
-    advice = "Put the one that ShardWriter wrote there, or download the shards."
-    require_shard(entries is not None or not repeats, expected, "none", advice=advice)
     filled = entries is None or any(entry.samples for entry in entries)
     require_shard(filled, f"at least one sample in the shards of `{argument}`", f"none in {shards[0]}")
-    return ShardSource(shards, entries, not remote and not packed and backend != "webdataset", tuple(repeats))
+    return ShardSource(shards, entries, not remote and not packed and backend != "webdataset")
 
 
 class ShardBatches(IterableDataset[dict[str, Any]]):
@@ -98,16 +88,14 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         self.rank, self.world = rank, world
         self.samples = [(n, sample) for n, entry in enumerate(source.entries or ()) for sample in entry.samples]
         self._shards = np.array([number for number, _ in self.samples], np.int64)
-        repeats = np.array(source.repeats or [1] * len(source.shards))[self._shards]
-        self._repeats = repeats * clips_per_video if rules.training else np.ones_like(repeats)
-        self._places = len(self.samples) * int(self._repeats.max(initial=1))
+        self._clips = len(self.samples) * self.clips_per_video
         # Shared memory, so that workers that outlive a pass see the next one: pass, first batch.
         self._state = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     @property
     def clips(self) -> int | None:
         """Clips of a pass on all ranks together, or `None` without an index."""
-        return None if self.source.entries is None else int(self._repeats.sum())
+        return None if self.source.entries is None else self._clips
 
     def set_pass(self, epoch: int, start: int = 0) -> None:
         """Sets what the next iteration emits, for the workers that run and those to come."""
@@ -134,14 +122,14 @@ class ShardBatches(IterableDataset[dict[str, Any]]):
         """Returns the numbers of this rank's clips in their order; `sampling` says what they mean."""
         order = np.arange(len(self.samples))
         if self.rules.training:
-            order = clips_of_pass(self._shards, self._repeats, self.rules.seed, epoch, by_shard=self.by_shard)
-            order += epoch * self._places
+            order = clips_of_pass(self._shards, self.clips_per_video, self.rules.seed, epoch, by_shard=self.by_shard)
+            order += epoch * self._clips
         place = (self.rank, self.world, self.batch_size)
         return rank_part(order, *place, training=self.rules.training, together=self.by_shard)
 
     def place(self, clip: int) -> tuple[int, int, int, bool]:
         """Returns the visit, repeat and video of a clip's number, and whether it counts rather than pads."""
-        visit, rest = divmod(int(clip), self._places)
+        visit, rest = divmod(int(clip), self._clips)
         repeat, video = divmod(rest, len(self.samples))
         return visit, repeat, video, self.rules.training or visit == 0
 

@@ -368,9 +368,11 @@ def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
     """Turns whatever decoders raise on damaged bytes into a `ShardError` that says what was expected."""
     try:
         yield
-    except (SSyncError, MemoryError):
+    except SSyncError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) and not hasattr(error, "errno"):
+            raise  # with a number it is of PyAV, which damaged headers ask for absurd sizes
         empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and not os.path.getsize(source)
         got = "an empty file" if empty else f"a damaged one ({(str(error) or repr(error)).splitlines()[0]})"
         raise ShardError(f"Expected {where} to be {expected}, but got {got}. {_AGAIN}") from error

@@ -7,7 +7,6 @@ a slice of it. The index is a cache: it is built again by scanning the tar heade
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import lzma
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.data.decode import HEADER_BYTES, parse_json, read_npy_header
+from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError, require_shard
 
@@ -40,7 +39,6 @@ class SampleEntry:
 
     key: str  # the member names up to their first dot
     members: dict[str, tuple[int, int]]  # name without the key → (offset, size) in bytes
-    frames: int | None = None  # None when no array header says it (mp4, pictures)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def warn_ignored(where: str, names: Sequence[str]) -> None:
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
-    """Builds a shard's entry from its tar headers; of the contents, only the heads of the videos are read."""
+    """Builds a shard's entry from its tar headers."""
     path = Path(path)
     samples: list[SampleEntry] = []
     ignored: list[str] = []
@@ -121,45 +119,25 @@ def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEn
             members, expected = samples[-1].members, f"each member of {path}, key {key} once"
             require_shard(member not in members, expected, f"`{member}` twice", advice="Build the shard again.")
             members[member] = (info.offset_data, info.size)
-            if member in ("video.npy", "video.npy.gz"):
-                content: Any = tar.extractfile(info)
-                # The reader refuses a damaged member by name when, and only when, the sample is used.
-                with contextlib.suppress(ShardError):
-                    shape = read_npy_header(content.read(HEADER_BYTES), member, max_bytes=1 << 62).shape
-                    samples[-1] = SampleEntry(key, members, shape[0] if len(shape) == 4 else None)
-    warn_ignored(str(path), ignored)
     return ShardEntry(path.name, path.stat().st_size, tuple(samples), tuple(ignored))
 
 
 def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
     """Reads a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
-    foreign = []
-    for path in (Path(directory, name) for name in INDEX_NAMES):
-        text = _read_ours(path)
-        if text:
-            with contextlib.suppress(ShardError):
-                return parse_index(text)
-        elif text is None:
-            foreign.append(path.resolve())
-    if foreign:
-        _tell(foreign[0])
+    for name in INDEX_NAMES:
+        with contextlib.suppress(OSError, ShardError):
+            return parse_index(Path(directory, name).read_bytes())
     return None
 
 
-@functools.cache
-def _tell(path: Path) -> None:
-    _logger.warning("%s is of another program: it is left as it is, and the shards are read without it.", path)
-
-
-def _read_ours(path: Path) -> bytes | None:
-    """Returns the text of an index of ours in any version, none where no file is, `None` for another program's."""
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there, or an index of ours in any version."""
     try:
-        text = path.read_bytes()
-        return text if parse_json(text, path.name, dict).get("format") == _FORMAT else None
+        return bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
     except FileNotFoundError:
-        return b""
+        return True
     except (OSError, ShardError):
-        return None
+        return False
 
 
 def parse_index(text: bytes) -> FolderIndex:
@@ -185,8 +163,7 @@ def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:
         ranges = members.values()
         if not members or any(start < _BLOCK or length < 0 or start + length > size for start, length in ranges):
             raise ValueError(f"offsets outside of shard {item['name']!r}")
-        frames = sample.get("frames")
-        samples.append(SampleEntry(str(sample["key"]), members, None if frames is None else int(frames)))
+        samples.append(SampleEntry(str(sample["key"]), members))
     if item.get("links"):
         raise ValueError("links")  # which an earlier release read
     return ShardEntry(str(item["name"]), size, tuple(samples), tuple(map(str, item.get("ignored", ()))))
@@ -200,7 +177,7 @@ def write_index(
     content = {"format": _FORMAT, "version": _VERSION, "recipe": dict(recipe or {}), "shards": entries}
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
     for path in (Path(directory, name) for name in INDEX_NAMES):
-        if _read_ours(path) is not None:
+        if _is_free(path):
             write_bytes(path, text.encode())
             return
 
@@ -233,11 +210,13 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
         if path.parent not in known:
             known[path.parent] = (read_index(path.parent) or FolderIndex()).shards
         entry = known[path.parent].get(path.name)
-        if entry is None or not _fits(entry, path):
+        if entry is not None and not _fits(entry, path):
+            _logger.warning("The index of %s does not name what the shard holds: it is built again.", path)
+            entry = None
+        if entry is None:
             entry = scan_shard(path)
             changed.setdefault(path.parent, []).append(entry)
-        else:
-            warn_ignored(str(path), entry.ignored)
+        warn_ignored(str(path), entry.ignored)
         entries.append(entry)
     for folder, scanned in changed.items() if save else ():
         try:
@@ -259,11 +238,18 @@ def header_fits(header: bytes | bytearray, name: str, size: int) -> bool:
 
 
 def _fits(entry: ShardEntry, path: Path) -> bool:
-    """Whether a shard still has the size and, at both ends, the members that its entry says."""
+    """Whether a shard has the size and, at both ends, the members that its entry says, and room for no others."""
     if path.stat().st_size != entry.size or not entry.samples:
         return False
+    places = sorted(place for sample in entry.samples for place in sample.members.values())
+    behind = [0, *(-(-(start + size) // _BLOCK) * _BLOCK for start, size in places)]
+    heads = [start - end for (start, _), end in zip(places, behind, strict=False)]  # headers before each member
+    usual = min(*heads, 3 * _BLOCK)  # webdataset writes three blocks per member
     ends = (entry.samples[0], entry.samples[-1])
     with path.open("rb") as stream:
+        stream.seek(behind[-1])
+        if max(heads) > 2 * usual or stream.read(_BLOCK).strip(b"\0"):  # there may be another member
+            return scan_shard(path) == entry
         for name, place in ((f"{end.key}.{member}", place) for end in ends for member, place in end.members.items()):
             stream.seek(place[0] - _BLOCK)
             if not header_fits(stream.read(_BLOCK), name, place[1]):

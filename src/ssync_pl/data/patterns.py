@@ -15,8 +15,8 @@ from urllib.request import url2pathname
 
 from ssync_pl.errors import MissingShardError, require
 
-Patterns = str | list[str] | dict[str, int]
-"""One pattern, several, or several with the clips that each of their videos gives to a pass."""
+Patterns = str | list[str]
+"""One pattern or several."""
 
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000
@@ -100,11 +100,8 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
         got = f"{'the shell command ' if kind.lower() == 'pipe' else ''}{pattern!r}"
         readable = kind in _REMOTE_SCHEMES and is_remote(shard)
         require(readable, known, got, advice="Download the shards, or give another address.")
-        expected, advice = (
-            f"argument `{argument}` to name remote shards by braces",
-            "Write `{000000..000009}`, not `*`.",
-        )
-        require(not glob.has_magic(urlparse(shard).path), expected, f"the glob {pattern!r}", advice=advice)
+        advice, plain = "Write `{000000..000009}`, not `*`.", not glob.has_magic(urlparse(shard).path)
+        require(plain, f"argument `{argument}` to name remote shards by braces", f"the glob {pattern!r}", advice=advice)
         return [shard]
     shard = os.path.expanduser(shard)
     if os.path.isfile(shard):

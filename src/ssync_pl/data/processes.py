@@ -9,7 +9,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from ssync_pl.errors import ShardError
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -32,7 +35,10 @@ def may_start_processes() -> bool:
 
 @contextlib.contextmanager
 def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` in other processes, which end with the first error or Ctrl-C; in this one with 0 workers."""
+    """A `map` in other processes, which end with the first error or Ctrl-C; in this one with 0 workers.
+
+    Raises `ShardError` when a process was killed.
+    """
     if workers == 0 or not may_start_processes():
         yield map
         return
@@ -48,6 +54,11 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.terminate()  # what it is at may take minutes
                 raise
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "Expected worker processes to live until all is done, but one was killed: memory ran out, or the main "
+            "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
+        ) from error
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -242,10 +242,7 @@ def _masks(members: Members, rules: SampleRules, cut: slice, frames: int, video:
     expected = f"{place} to have the frames and proportions of the video, {frames} of {height}x{width}"
     require_shard(same, expected, f"{len(masks)} of {masks.shape[1]}x{masks.shape[2]}", advice=advice)
     least = 0 if channels else int(masks.min(initial=0))
-    expected, advice = (
-        f"{place} to hold ids (F, h, w, 1) from 0 on",
-        "For one channel per object: mask_format='channels'.",
-    )
+    expected, advice = f"{place} to hold ids (F, h, w, 1) from 0 on", "For channels set mask_format='channels'."
     require_shard(channels or (masks.shape[-1] == 1 and least >= 0), expected, f"{got}, least {least}", advice=advice)
     # The limit holds for the whole video, so that a clip's fate does not hang on where it starts.
     objects = masks.shape[-1] if channels else int(masks.max(initial=0))

@@ -2,7 +2,7 @@
 
 Each choice is a function of (seed, pass, key), so it is the same in every worker, under every start method and after
 every resume. A pass is what Lightning calls an epoch. A clip is a number: `visit * clips + repeat * videos + video`,
-where `clips` is their number where all videos come equally often, and a clip draws anew at each visit.
+where `clips` is their number in a pass, and a clip draws anew at each visit.
 """
 
 from __future__ import annotations
@@ -43,18 +43,15 @@ def draw_clip(
     return ClipDraw(int(words[0]) % starts * step, fractions[1] < flip_probability, fractions[2], fractions[3])
 
 
-def clips_of_pass(
-    shards: np.ndarray, repeats: np.ndarray, seed: int, epoch: int, *, by_shard: bool = False
-) -> np.ndarray:
-    """Returns the clips of a training pass in their order.
+def clips_of_pass(shards: np.ndarray, repeats: int, seed: int, epoch: int, *, by_shard: bool = False) -> np.ndarray:
+    """Returns the clips of a training pass, `repeats` of each video, in their order.
 
-    `shards` and `repeats` are the number of each video's shard and of its clips. `by_shard` keeps the clips of a shard
-    together, for reading from start to end; else they are mixed as a whole.
+    `shards` is the number of each video's shard. `by_shard` keeps the clips of a shard together, for reading from start
+    to end; else they are mixed as a whole.
     """
-    clips = np.arange(len(shards) * repeats.max(initial=0))
-    clips = clips[clips // len(shards) < repeats[clips % len(shards)]]
     if not by_shard:
-        return clips[permutation(len(clips), seed, epoch)]
+        return permutation(len(shards) * repeats, seed, epoch)
+    clips = np.arange(len(shards) * repeats)
     videos = clips % len(shards)
     places = np.argsort(permutation(int(shards[-1]) + 1, seed, epoch))
     row = clips[np.lexsort((videos, places[shards[videos]]))]

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,6 @@ class ShardReader:
 
         return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
 
-    def member(self, path: str, shard: ShardEntry, sample: SampleEntry, member: str) -> memoryview:
-        """Returns the bytes of one member, however many."""
-        return memoryview(self.sample(path, shard, sample, max_bytes=shard.size).read(member))
-
     def close(self) -> None:
         """Closes the file; the next read opens it again."""
         if self._file is not None:
@@ -73,6 +69,13 @@ class ShardReader:
             # Next to no buffer: it would hold what the file was before it was cut off or replaced.
             self._file, self._open_as = io.BufferedReader(io.FileIO(path), 1), (path, os.getpid())
         return self._file
+
+
+def read_shard(path: str, shard: ShardEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[tuple[str, Members]]:
+    """Yields key and members of each sample of a local shard, in place; `stream_shard` does so for other shards."""
+    with contextlib.closing(ShardReader()) as reader:
+        for sample in shard.samples:
+            yield sample.key, reader.sample(path, shard, sample, max_bytes)
 
 
 class ShardWriter:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ShapeError, require, require_shape
+from ssync_pl.errors import require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.method.loss import SSyncOutput, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
@@ -24,10 +24,7 @@ from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.session import HostSession
 from ssync_pl.tools import viz
-from ssync_pl.tools.owned import refuse_foreign
 from ssync_pl.tools.predict.windows import match_slots
-
-__all__ = ["SSyncPictures"]
 
 _LABELS = {
     "raw_encoder_labels": "encoder",
@@ -135,7 +132,7 @@ class SSyncPictures(L.Callback):
         step = trainer.global_step
         if self._log_dir is not None:
             path = Path(self._log_dir) / "pictures" / f"step-{step:06d}.png"
-            refuse_foreign(path)
+            viz.refuse_foreign(path)
             self.last_path = write_bytes(path, viz.encode_png(sheet))
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
@@ -150,11 +147,13 @@ def _sheet_rows(
     batch: Any, maps: SSyncMaps, output: SSyncOutput, data: Any, max_videos: int, max_frames: int
 ) -> list[tuple[str, viz.Bytes]]:
     """Rows of the first real videos; `data` tells the normalisation and whether channel 0 is the background."""
-    entries: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
-    video, truth, keys = _find_video(batch), entries.get("segmentations"), entries.get("__key__")
+    video: Any = batch.get("video") if isinstance(batch, Mapping) else None
+    fits = isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] == 3
+    require_shape(fits, "batch key `video` to be (B, T, 3, H, W)", () if video is None else video)
+    truth, keys = batch.get("segmentations"), batch.get("__key__")
     if not isinstance(truth, Tensor) or truth.ndim != 5 or truth.shape[:2] != video.shape[:2]:
         truth = None
-    valid = frame_validity({**entries, "video": video}).cpu()
+    valid = frame_validity(batch).cpu()
     chosen = valid.any(1).nonzero().flatten().tolist()[:max_videos]
     require_shape(bool(chosen), "a real video in the first validation batch", valid)
     background = 0 if truth is not None and getattr(data, "has_background", True) else None
@@ -194,12 +193,3 @@ def _times(index: int, length: int, maps: SSyncMaps, seen: int) -> Sequence[int]
         return [int(time) for time in maps.frame_index[index]]
     require_shape(seen in (1, length), f"maps of {length} frames as in the video", (seen,))
     return range(length) if seen == length else [length // 2]
-
-
-def _find_video(batch: Any) -> Tensor:
-    """The frames `(B, T, 3, H, W)` of a batch; images count as videos of one frame."""
-    values = [batch.get("video"), *batch.values()] if isinstance(batch, Mapping) else batch
-    for value in values if isinstance(values, (list, tuple)) else [values]:
-        if isinstance(value, Tensor) and value.ndim in (4, 5) and value.shape[-3] == 3:
-            return value if value.ndim == 5 else value.unsqueeze(1)
-    raise ShapeError(f"Expected frames (B, T, 3, H, W) in a validation batch, but got {type(batch).__name__}.")

@@ -1,8 +1,4 @@
-"""`ValidationSummary`: a table of the last validation beside partitions without any learning, scored as a model is.
-
-A fixed grid of rectangles already reaches a fair FG-ARI, since an object mostly lies in one cell. A score means
-something only beside these rows.
-"""
+"""`ValidationSummary`: a table of the last validation beside partitions without any learning, scored as a model is."""
 
 from __future__ import annotations
 
@@ -23,13 +19,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from ssync_pl.errors import ConfigError, ShapeError, require, require_shape
+from ssync_pl.errors import ConfigError, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import METRICS, SegmentationMetrics, metric_names
-from ssync_pl.tools.owned import write_owned_json
 from ssync_pl.tools.pictures import SSyncPictures
-
-__all__ = ["ValidationSummary", "format_table", "grid_partition", "kmeans", "kmeans_features", "score_baselines"]
+from ssync_pl.tools.viz import write_owned_json
 
 _LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time and memory
 
@@ -87,10 +81,7 @@ class ValidationSummary(L.Callback):
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, limits: Any) -> None:
         log_dir = trainer.log_dir  # collective, as the baselines are
         if not trainer.strategy.broadcast("this run" in self.rows):
-            rank_zero_info(
-                "No summary: no validation ran in this training. Lower check_val_every_n_epoch (now "
-                f"{trainer.check_val_every_n_epoch}) or val_check_interval, so that one falls on its end."
-            )
+            rank_zero_info("No summary: no validation ran. Lower check_val_every_n_epoch or val_check_interval.")
             return
         if self.baselines:
             self.rows.update(self._baselines(trainer, pl_module, loaders, limits))
@@ -101,12 +92,11 @@ class ValidationSummary(L.Callback):
         sys.stdout.write(f"\n{format_table(self.rows)}\n{where}")
         sys.stdout.flush()
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rows = {
-                row: {name: value if math.isfinite(value) else None for name, value in scores.items()}
-                for row, scores in self.rows.items()
+            finite = {
+                row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in self.rows.items()
             }
             try:
-                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": rows, **places})
+                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": finite, **places})
             except (ConfigError, OSError) as error:
                 rank_zero_warn(f"The summary is not written: {error}")
 
@@ -169,21 +159,19 @@ def score_baselines(
     metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
         entries = batch if isinstance(batch, Mapping) else {}
-        true, video, features = (entries.get(name) for name in ("segmentations", "video", "features"))
-        if true is None or video is None:
-            raise ShapeError(f"Expected batches with `video` and `segmentations`, but got {sorted(entries)}.")
+        require({"video", "segmentations"} <= {*entries}, "batches with `video` and `segmentations`", sorted(entries))
+        true, video, features = entries["segmentations"], entries["video"], entries.get("features")
         size, valid = (true.shape[-2], true.shape[-1]), frame_validity(batch)
         scale = min(1.0, _LONGER_SIDE / max(video.shape[-2:]))
-        small = [max(1, round(scale * side)) for side in video.shape[-2:]]
+        small = (max(1, round(scale * video.shape[-2])), max(1, round(scale * video.shape[-1])))
         pixels = F.interpolate(video.flatten(0, 1).float(), size=small, mode="area").flatten(2).transpose(1, 2)
-        colors = kmeans(pixels.unflatten(0, video.shape[:2]), num_slots, valid)
         parts = {
             "grid": grid_partition(num_slots, size).expand(*true.shape[:2], -1, -1),
-            "k-means RGB": colors.unflatten(2, small),
+            "k-means RGB": kmeans(pixels.unflatten(0, video.shape[:2]), small, num_slots, valid),
         }
         if features is not None:
             rows = max(1, round(math.sqrt(features.shape[2] * size[0] / size[1])))
-            labels = kmeans_features(features, (rows, features.shape[2] // rows), num_slots, valid).float()
+            labels = kmeans(features, (rows, features.shape[2] // rows), num_slots, valid, 1.0).float()
             parts["k-means features"] = F.interpolate(labels, size=size, mode="nearest").long()
         for row, labels in parts.items():
             if row not in metrics:
@@ -192,15 +180,24 @@ def score_baselines(
     return metrics
 
 
-def kmeans(points: Tensor, num_clusters: int, valid: Tensor, seed: int = 0) -> Tensor:
-    """Clusters the points `(B, T, P, D)` of each video over the whole clip; int64 labels `(B, T, P)` on the CPU.
+def kmeans(
+    points: Tensor, grid: tuple[int, int], num_clusters: int, valid: Tensor, place_weight: float = 0.0, seed: int = 0
+) -> Tensor:
+    """Clusters the points `(B, T, N, D)` of a grid `(h, w)`, each video by itself; int64 labels `(B, T, h, w)`.
 
-    Frames that `valid` `(B, T)` marks False do not shape the clusters. The labels of a video depend on its points and
-    the seed alone: not on the other videos of the batch, nor on the number of cores.
+    Places in the grid span 1 along its longer side and count `place_weight` times the typical length of a point. Frames
+    that `valid` `(B, T)` marks False do not shape the clusters.
     """
     from sklearn.cluster import KMeans  # takes a second to import
     from threadpoolctl import threadpool_limits
 
+    fits = points.ndim == 4 and points.shape[2] == grid[0] * grid[1]
+    require_shape(fits, f"features (B, T, N, D) of a grid of {grid[0]} x {grid[1]}", points)
+    points = points.float()
+    if place_weight:
+        axes = [torch.arange(size, device=points.device) / max(max(grid) - 1, 1) for size in grid]
+        places = place_weight * points.square().sum(-1).mean().sqrt() * torch.cartesian_prod(*axes)
+        points = torch.cat([points, places.expand(*points.shape[:2], -1, -1)], dim=-1)
     found = torch.zeros(points.shape[:3], dtype=torch.int64)
     with threadpool_limits(1), warnings.catch_warnings():  # threads would add up in another order each time
         warnings.simplefilter("ignore")  # fewer colours than clusters leave clusters empty
@@ -211,30 +208,13 @@ def kmeans(points: Tensor, num_clusters: int, valid: Tensor, seed: int = 0) -> T
                 model = KMeans(num_clusters, n_init=1, random_state=seed).fit(seen.numpy())
                 labels = torch.from_numpy(model.predict(video.flatten(0, 1).numpy()))
                 found[index] = labels.view(found.shape[1:])
-    return found
-
-
-def kmeans_features(
-    features: Tensor, grid: tuple[int, int], num_clusters: int, valid: Tensor, place_weight: float = 1.0, seed: int = 0
-) -> Tensor:
-    """Clusters features `(B, T, N, D)` of a grid `(h, w)` beside the places of its patches; labels `(B, T, h, w)`.
-
-    Places span 1 along the longer side and count `place_weight` times the typical length of a feature vector.
-    """
-    fits = features.ndim == 4 and features.shape[2] == grid[0] * grid[1]
-    require_shape(fits, f"features (B, T, N, D) of a grid of {grid[0]} x {grid[1]}", features)
-    points = features.float()
-    axes = [torch.arange(size, device=points.device) / max(max(grid) - 1, 1) for size in grid]
-    places = place_weight * points.square().sum(-1).mean().sqrt() * torch.cartesian_prod(*axes)
-    points = torch.cat([points, places.expand(*points.shape[:2], -1, -1)], dim=-1)
-    return kmeans(points, num_clusters, valid, seed).unflatten(2, grid)
+    return found.unflatten(2, grid)
 
 
 def grid_partition(num_cells: int, size: tuple[int, int]) -> Tensor:
     """Cuts a frame `(H, W)` into rectangles that are as close to squares as can be; int64 labels, row by row.
 
-    Rows times columns where that gives cells at most twice as long as wide (8 cells: 2 rows of 4). Otherwise rows hold
-    unequal numbers of cells, and are higher the more they hold, for cells of about one area (11 cells: 4, 4 and 3).
+    Rows hold unequal numbers of cells (11: 4, 4 and 3) where equal ones give cells over twice as long as wide.
     """
     height, width = size
 

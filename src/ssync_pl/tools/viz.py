@@ -1,20 +1,25 @@
-"""Pictures of slots: colours, overlays and sheets of frames, as pure functions on NumPy arrays."""
+"""Pictures of slots: colours, overlays and sheets of frames, the preview of shards, and the mark of our own files."""
 
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import io
-from collections.abc import Sequence
-from functools import lru_cache
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from ssync_pl.errors import require_shape
-from ssync_pl.tools.owned import PNG_MARK
+from ssync_pl.data.files import write_bytes
+from ssync_pl.data.patterns import shard_name
+from ssync_pl.data.remote import stream_shard
+from ssync_pl.data.samples import Members, read_whole
+from ssync_pl.errors import ShardError, require
 
 Bytes = NDArray[np.uint8]
 
@@ -22,6 +27,8 @@ _PALETTE = bytes.fromhex(
     "e6194b 3cb44b 4363d8 ffe119 f58231 911eb4 42d4f4 f032e6 9a6324 fabed4 008080 bfef45 800000 aaffc3 000075 ffd8b1"
 )
 _GOLDEN_ANGLE = 0.6180339887498949
+_MARK = ("Software", "ssync_pl")  # a text chunk of our pictures
+_STARTS = (b'{\n  "written_by": "ssync_pl"', b"Software\0ssync_pl")
 _BACKGROUND = (70, 70, 70)
 _INK = (20, 20, 20)
 _GAP, _MARGIN = 4, 10
@@ -72,7 +79,6 @@ def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequ
 
     Without `mean` and `std` of the normalisation, in [0, 1] units, the 1st and 99th percentiles become black and white.
     """
-    require_shape(video.ndim >= 3 and video.shape[-3] == 3, "`video` to be (..., 3, H, W)", video)
     frames = np.moveaxis(np.nan_to_num(video.astype(np.float64)), -3, -1)
     if mean is not None and std is not None:
         frames = frames * np.asarray(std) + np.asarray(mean)
@@ -85,45 +91,99 @@ def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequ
 def draw_sheet(rows: Sequence[tuple[str, Bytes]], title: str = "", cell: int = 112) -> Bytes:
     """Draws rows, each a caption and frames `(T, H, W, 3)`, as one picture `(height, width, 3)`.
 
-    The first row sets the shape of the cells, whose longer side has `cell` pixels: smaller frames are enlarged by
-    nearest pixel, larger ones averaged. Captions may have several lines; short rows stay white at their ends.
+    The longer side of a frame becomes `cell` pixels. Captions may have several lines; short rows stay white at their
+    ends.
     """
-    sides, count = rows[0][1].shape[1:3], max(len(frames) for _, frames in rows)
-    height, width = (max(1, round(cell * side / max(sides))) for side in sides)
+    pictures = [[_fit(frame, cell) for frame in frames] for _, frames in rows]
     extents = [_extent(caption) for caption, _ in rows]
     left = _MARGIN + max(wide for wide, _ in extents) + 2 * _GAP
     top = _MARGIN + (_extent(title)[1] + _GAP if title else 0)
-    heights = [max(height, high) + _GAP for _, high in extents]
-    total = max(left + count * (width + _GAP) - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
+    pitch = max(row[0].width for row in pictures) + _GAP
+    heights = [max(row[0].height, high) + _GAP for row, (_, high) in zip(pictures, extents, strict=True)]
+    total = max(left + max(map(len, pictures)) * pitch - _GAP, _MARGIN + _extent(title)[0]) + _MARGIN
     image = Image.new("RGB", (total, top + sum(heights) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((_MARGIN, _MARGIN), title, _INK, _font())
-    for (caption, frames), space in zip(rows, heights, strict=True):
+    draw.text((_MARGIN, _MARGIN), title, _INK, font_size=13)
+    for (caption, _), row, space in zip(rows, pictures, heights, strict=True):
         middle = top + (space - _GAP) // 2
-        draw.multiline_text((_MARGIN, middle), caption, _INK, _font(), anchor="lm")
-        for index, frame in enumerate(frames):
-            larger = frame.shape[0] > height or frame.shape[1] > width
-            method = Image.Resampling.BOX if larger else Image.Resampling.NEAREST
-            picture = Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), method)
-            image.paste(picture, (left + index * (width + _GAP), middle - height // 2))
+        draw.multiline_text((_MARGIN, middle), caption, _INK, anchor="lm", font_size=13)
+        for index, picture in enumerate(row):
+            image.paste(picture, (left + index * pitch, middle - picture.height // 2))
         top += space
     return np.asarray(image)
+
+
+def _fit(frame: Bytes, cell: int) -> Image.Image:
+    """Enlarges a small frame by nearest pixel, and averages a larger one."""
+    scale = cell / max(frame.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in frame.shape[:2])
+    method = Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
+    return Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), method)
 
 
 def encode_png(image: Bytes) -> bytes:
     """Encodes a picture `(H, W, 3)` as a PNG file that carries our mark."""
     buffer, info = io.BytesIO(), PngInfo()
-    info.add_text(*PNG_MARK)
+    info.add_text(*_MARK)
     Image.fromarray(image).save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 
-@lru_cache(maxsize=1)
-def _font() -> Any:
-    return ImageFont.load_default(13)
+def refuse_foreign(path: Path) -> None:
+    """Raises ConfigError where there is a file that neither `write_owned_json` nor `encode_png` made."""
+    if path.is_symlink() or path.exists():
+        head = path.read_bytes()[:100] if path.is_file() else b""
+        ours = any(start in head for start in _STARTS)
+        require(ours, f"{path} to be absent or written by ssync_pl", "another file", advice="Move it away.")
+
+
+def write_owned_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file with our mark; raises ConfigError where there is a file that is not ours."""
+    refuse_foreign(path)
+    write_bytes(path, f"{json.dumps({'written_by': 'ssync_pl', **content}, indent=2)}\n".encode())
+
+
+def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> tuple[Bytes, int, list[str]]:
+    """Draws the first videos of each shard, from shards in random order: a row of frames, and one with masks over them.
+
+    Returns the sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
+    `frames` of each video are evenly spaced; `cell` is their longer side in pixels. Of remote shards only the starts
+    are read. Raises `ShardError` when no video can be read.
+    """
+    fits = min(count, frames) >= 1 and cell >= 16
+    require(fits, "--videos and --frames from 1 and --cell from 16 on", count, frames, cell)
+    videos: list[list[tuple[str, Bytes]]] = []
+    skipped: list[str] = []
+    for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):
+        wanted = len(videos) + -(-(count - len(videos)) // left)  # as many from each of the shards that are left
+        try:
+            with contextlib.closing(stream_shard(shards[number])) as stream:
+                for key, members in stream:
+                    if len(videos) == wanted:
+                        break
+                    try:
+                        videos.append(_draw_rows(f"{shard_name(shards[number])}\nkey {key}", members, frames))
+                    except ShardError as error:
+                        skipped.append(str(error))
+        except ShardError as error:
+            skipped.append(str(error))
+    if not videos:
+        raise ShardError(f"Expected at least one readable video in {len(shards)} shards, but got {skipped[-1:]}.")
+    return draw_sheet([row for rows in videos for row in rows], cell=cell), len(videos), skipped
+
+
+def _draw_rows(name: str, members: Members, frames: int) -> list[tuple[str, Bytes]]:
+    video, masks = read_whole(members)
+    places = np.linspace(0, len(video) - 1, frames).round().astype(int)
+    rows = [(f"{name}\n{len(video)} frames\n{video.shape[1]} x {video.shape[2]}", video[places])]
+    if masks is not None:
+        labels = masks[..., 0].astype(np.int64) - 1
+        labels = label_masks(np.moveaxis(masks, -1, 1)) if masks.dtype == bool else labels
+        rows.append((f"{len(np.unique(labels[labels >= 0]))} objects", overlay_labels(video[places], labels[places])))
+    return rows
 
 
 def _extent(text: str) -> tuple[int, int]:
     """Width and height of a text of one or several lines, in pixels."""
-    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, _font())
+    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font_size=13)
     return int(np.ceil(box[2])), int(np.ceil(box[3]))

@@ -37,7 +37,7 @@ def convert(root, tmp_path):
     """Run `ssync-pl data convert` in this process, and load what it wrote: samples by prefix."""
 
     def convert(source, *words, out="out"):
-        options = ("--root", root, "--out", tmp_path / out, "--workers", 0, "--no-progress", *words)
+        options = ("--root", root, "--out", tmp_path / out, "--workers", 0, *words)
         assert run_command("data", data, ["convert", source, *map(str, options)]) == 0
         return sets.load_back(tmp_path / out)
 
@@ -52,7 +52,7 @@ def test_movi_comes_back_exactly(convert, root, tmp_path, layout, capsys):
     words = ("--samples-per-shard", 2)
     samples = convert("movi", *words)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("movi_c-train: videos: 5, frames: 15, shards: 3 (0 were there before)")
+    assert lines[0].startswith("movi_c-train: videos: 5, shards: 3 (0 were there before)")
     assert lines[1] == f"  shards: {tmp_path}/out/movi_c-train-[0-9]*.tar"
     assert len(samples["movi_c-validation"]) == 1
     for number, (sample, (video, masks)) in enumerate(zip(samples["movi_c-train"], truths, strict=True)):
@@ -134,7 +134,7 @@ def test_every_kind_of_own_video_comes_back_exactly_whole_or_in_clips(convert, r
         expected = (name, fps, len(video), [10, 14])
         assert (info["video"], info["fps"], info["source_frames"], info["original_size"]) == expected
     text = capsys.readouterr().out
-    for line in ("videos: videos: 4, frames: 26", "0 of 4 videos", "ignored 4: .DS_Store, empty, gone.mp4, notes.txt"):
+    for line in ("videos: videos: 4,", "0 of 4 videos", "ignored 4: .DS_Store, empty, gone.mp4, notes.txt"):
         assert line in text
     samples = convert("videos", "--clip-frames", 4, "--prefix", "own-train")["own-train"]
     clips = [("12:30.mkv", 0, 4), ("clip 10.avi", 0, 4), *(("frames é", k, k + 4) for k in (0, 4, 8)), ("x.GIF", 0, 3)]
@@ -440,13 +440,8 @@ def test_names_sort_by_their_numbers_and_sizes_keep_proportions(convert, root, m
         convert("ytvis2019", *ALL, "--short-side", "none", out="out3")
 
 
-def test_the_bar_counts_videos_an_error_is_one_line_and_help_lists_all(root, tmp_path, capsys):
-    sets.write_movi(root, counts=(3,))
-    words = ["data", "convert", "movi", "--out", str(tmp_path / "out"), "--workers", "0", "--root"]
-    assert main([*words, str(root)]) == 0
-    bar = capsys.readouterr().err
-    assert ("writing movi_c-train: 100%" in bar, "3/3" in bar) == (True, True)
-    assert main([*words, "/nowhere"]) == 2
+def test_an_error_is_one_line_and_help_lists_all(tmp_path, capsys):
+    assert main(["data", "convert", "movi", "--out", str(tmp_path / "out"), "--root", "/nowhere"]) == 2
     assert capsys.readouterr().err.startswith("ssync-pl: error: Expected --root to be a folder, but got /nowhere. Name")
     for name in ("movi", "ytvis2019", "ytvis2021", "davis", "videos"):
         assert main(["data", "convert", name, "--help"]) == 0

@@ -29,7 +29,7 @@ def stamps(folder):
 def test_shards_load_back_exactly_and_the_index_names_all_prefixes(tmp_path):
     report = run(tmp_path, range(7))
     assert [shard.name for shard in report.shards] == [f"colors-train-{number:06d}.tar" for number in range(3)]
-    assert ([sample.frames for sample in report.samples], report.kept, report.skipped) == ([2] * 7, 0, {})
+    assert (report.videos, report.kept, report.skipped) == (7, 0, {})
     for number, sample in enumerate(load_back(tmp_path)["colors-train"]):
         expected = {"key": f"{number:06d}", **members(number)}
         assert sample.keys() == expected.keys()
@@ -79,7 +79,7 @@ def test_foreign_shards_records_and_files_are_refused(tmp_path):
     with pytest.raises(ShardError, match="no record"):
         run(tmp_path, range(2))
     # `colors` is the start of the other prefix, and none of its shards
-    assert len(run(tmp_path, range(2), "colors").samples) == 2
+    assert run(tmp_path, range(2), "colors").videos == 2
     record.write_bytes(before[RECORD])
     (tmp_path / "colors-train-000009.tar").write_bytes(b"mine")
     with pytest.raises(ShardError, match="000009"):
@@ -97,16 +97,16 @@ def test_bad_samples_are_left_out_named_and_tried_again(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         report = run(out, workers=2, **options)
     expected = {f"{n:06d}": f"Expected colour {n} to be good, but it is bad." for n in (1, 3, 4, 5)}
-    assert (report.skipped, len(report.samples)) == (expected, 8)
+    assert (report.skipped, report.videos) == (expected, 8)
     # every video of the second shard is bad
     assert [shard.name for shard in report.shards] == [f"colors-train-{n:06d}.tar" for n in (0, 2, 3)]
     assert "Left out video 000003: Expected colour 3" in caplog.text
     assert read_index(out).recipe["colors-train"]["skipped"] == expected
     again = run(out, **options)
-    assert (again.skipped, again.kept, len(again.samples)) == (expected, 3, 8)
+    assert (again.skipped, again.kept, again.videos) == (expected, 3, 8)
     seen = stamps(out)
     bad.write_text("[0, 1, 2, 3, 4, 5]")  # sources that went away take no finished video with them
-    assert len(run(out, **options).samples) == 8
+    assert run(out, **options).videos == 8
     with pytest.raises(ShardError, match="colour 0"):
         run(out, decode=PaintExcept(bad))
     assert stamps(out) == seen
@@ -129,7 +129,7 @@ def test_a_set_without_a_good_video_and_mistakes_of_the_code_leave_nothing(tmp_p
         with pytest.raises(error, match=message):
             run(tmp_path, decode=decode, on_bad_sample="skip")
     assert not list(tmp_path.glob("*.tar"))
-    assert len(run(tmp_path, samples_per_shard=4).samples) == 12  # a record without shards is replaced
+    assert run(tmp_path, samples_per_shard=4).videos == 12  # a record without shards is replaced
 
 
 def test_a_full_disk_loses_nothing_and_leaves_nothing_half(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half(tmp_path, monkeypatch
 def test_a_worker_that_dies_is_named(tmp_path):
     with pytest.raises(ShardError, match="fewer workers"):
         run(tmp_path, decode=die, workers=1)
-    assert len(run(tmp_path).samples) == 12
+    assert run(tmp_path).videos == 12
     assert not list(tmp_path.glob(".*.tmp"))
 
 

@@ -19,7 +19,7 @@ SIZE = (8, 12)
 
 
 def run(shards, backbone, out, **options):
-    return cache_features(shards, backbone, out, **{"image_size": SIZE, "progress": False, **options})
+    return cache_features(shards, backbone, out, **{"image_size": SIZE, **options})
 
 
 def read(sources, out, shard, key, frames=slice(None), flip=False):

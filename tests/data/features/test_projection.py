@@ -85,7 +85,7 @@ def test_stored_features_are_projected(make_videos, sources, backbone, tmp_path)
     shards, stores = make_videos(), {}
     settings = {"image_size": SIZE, "resize_mode": "bicubic", "crop": "none"}
     for name, options in (("plain", {}), ("out", {"components": 3, "flips": True})):
-        cache_features(shards, backbone, tmp_path / name, image_size=SIZE, progress=False, **options)
+        cache_features(shards, backbone, tmp_path / name, image_size=SIZE, **options)
         stores[name] = FeatureStore(tmp_path / name, sources(shards), flips=bool(options), **settings)
     projection, recipe = read_projection(tmp_path / "out" / "projection.npz"), stores["out"].recipe
     assert (recipe.dim, recipe.components, recipe.projection) == (3, 3, projection.fingerprint)
@@ -100,7 +100,7 @@ def test_stored_features_are_projected(make_videos, sources, backbone, tmp_path)
     # So few frames are all in the sample, so the mean square over them is 1.
     assert torch.cat(everything).square().mean().item() == pytest.approx(1.0, abs=0.02)
     assert stores["out"].read(shards[0], "000", slice(None), True)["features"].shape == (3, 6, 3)
-    cache_features(shards[1:], backbone, tmp_path / "b", image_size=SIZE, progress=False, components=3, flips=True)
+    cache_features(shards[1:], backbone, tmp_path / "b", image_size=SIZE, components=3, flips=True)
     os.replace(tmp_path / "b" / "train-000002.tar", tmp_path / "out" / "train-000002.tar")
     with pytest.raises(ConfigError, match=r"train-000002.tar .*projection: "):
         FeatureStore(tmp_path / "out", sources(shards), flips=False, **settings)

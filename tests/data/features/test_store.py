@@ -15,7 +15,7 @@ from ssync_pl.data.index import ShardEntry, scan_shard
 from ssync_pl.errors import ConfigError, ShardError
 
 SETTINGS = {"image_size": (8, 12), "resize_mode": "bicubic", "crop": "none", "flips": False}
-MADE = {"image_size": (8, 12), "flips": True, "progress": False}
+MADE = {"image_size": (8, 12), "flips": True}
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from ssync_pl.adapters import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.hosts import VideoSAUR
-from ssync_pl.tools.doctor.examine import examine
-from ssync_pl.tools.doctor.report import DoctorReport, hints, lines, render_report
+from ssync_pl.tools.doctor.examine import DoctorReport, examine, hints, lines, render_report
 
 FEATURES = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 5, "grid": (4, 4), "decoder_hidden": (8,)}
 

@@ -8,7 +8,7 @@ from ssync_pl.data import ShardDataModule
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.hosts.nn import backbones
-from ssync_pl.tools.predict.datamodule import InputDataModule
+from ssync_pl.tools.predict.inputs import InputDataModule
 
 SEEN = {"image_size": 8, "crop": "center"}
 
@@ -37,7 +37,7 @@ def cached(tmp_path, monkeypatch):
 
     def make(weights="pretrained", **options):
         out = tmp_path / "features"
-        cache_features([shard], means(weights=weights), out, progress=False, **SEEN, **options)
+        cache_features([shard], means(weights=weights), out, **SEEN, **options)
         return ShardDataModule(predict=shard, features=str(out), num_workers=0, flip_probability=0.0, **SEEN), shard
 
     return make
@@ -59,7 +59,7 @@ def test_features_of_new_videos_are_those_that_the_cache_holds(cached, options):
 def test_features_that_cannot_be_made_again_are_refused(cached, tmp_path, monkeypatch):
     data, shard = cached(components=2)
     other = write_shard(tmp_path / "other", moving(4))
-    cache_features([str(other)], means(), tmp_path / "more", progress=False, components=2, **SEEN)
+    cache_features([str(other)], means(), tmp_path / "more", components=2, **SEEN)
     projection, kept = tmp_path / "features" / "projection.npz", tmp_path / "kept.npz"
     projection.rename(kept)
     with pytest.raises(ShardError, match=r"projection\.npz"):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ssync_pl.errors import ShardError
 from ssync_pl.tools.predict import inputs
-from ssync_pl.tools.predict.files import slot_tracks
 from ssync_pl.tools.predict.windows import CarrySlots
+from ssync_pl.tools.predict.writer import slot_tracks
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ import torch
 import yaml
 from input_files import index, labels_of, moving, write_shard
 from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssync_pl.cli import main
 from ssync_pl.cli.trainer import run_trainer
 from ssync_pl.data import ShardDataModule
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.tools.predict import files as video_files
-from ssync_pl.tools.predict import writer as predictions
-from ssync_pl.tools.predict.writer import SlotPredictions
+from ssync_pl.tools.predict import writer
+from ssync_pl.tools.predict.writer import SlotPredictions, VideoFiles, slot_tracks
+from ssync_pl.tools.viz import color_labels
 from tiny_run import tiny_config
 
 ENDINGS = (".labels.npz", ".tracks.csv", "_labels")
@@ -27,8 +28,7 @@ ENDINGS = (".labels.npz", ".tracks.csv", "_labels")
 def quick(request, monkeypatch):
     """No MP4, unless a test asks for it."""
     if "capsys" not in request.fixturenames:
-        for module in (video_files, predictions):
-            monkeypatch.setattr(module, "mp4_available", lambda: False)
+        monkeypatch.setattr(writer, "mp4_available", lambda: False)
 
 
 def one_hot(labels):
@@ -61,8 +61,8 @@ def clip(*keys, **more):
 
 
 def test_frames_are_shown_as_stored(tmp_path, monkeypatch):
-    seen, add = [], video_files.VideoFiles.add
-    monkeypatch.setattr(video_files.VideoFiles, "add", lambda self, *args: seen.append(args[0]) or add(self, *args))
+    seen, add = [], VideoFiles.add
+    monkeypatch.setattr(VideoFiles, "add", lambda self, *args: seen.append(args[0]) or add(self, *args))
     videos = [moving(frames, 24, 24) for frames in (2, 5, 3)]
     data = ShardDataModule(predict=str(write_shard(tmp_path / "shards", *videos)), batch_size=2, num_workers=0)
     predict(tmp_path / "out", data)  # with ImageNet's mean and deviation
@@ -93,14 +93,26 @@ def test_keys_cannot_leave_the_folder_or_replace_each_other(tmp_path):
     assert not list(tmp_path.glob("evil*"))
 
 
-def test_a_second_run_replaces_the_first(tmp_path):
+def test_a_second_run_replaces_the_first_and_what_a_killed_one_left(tmp_path):
     out = tmp_path / "out"
-    (out / ".mine").mkdir(parents=True)
+    for name in (".mine", ".ssync_pl-killed"):
+        (out / name).mkdir(parents=True)
+        (out / name / "labels.raw").write_bytes(b"half")
     for key, names in (("a", ["a"]), ("a", ["a"]), ("c", ["a", "c"]), ("a", ["c", "a"])):
         predict(out, [clip(key)])
         assert [video["name"] for video in index(out)] == names
         files = {"index.json", ".mine", *(f"{name}{end}" for name in names for end in ENDINGS)}
         assert {path.name for path in out.iterdir()} == files
+
+
+def test_a_prediction_into_the_folder_of_one_that_runs_is_refused(tmp_path):
+    def answer(labels):
+        with pytest.raises(BlockingIOError, match="another process holds the lock"):
+            predict(tmp_path, [clip("b")])
+        return {"labels": labels}
+
+    predict(tmp_path, [clip("a")], answer)
+    assert [video["key"] for video in index(tmp_path)] == ["a"]
 
 
 OURS = {"format": "ssync_pl.predictions", "videos": [{"name": "a", "files": ["a_labels", "a.tracks.csv"]}]}
@@ -173,7 +185,7 @@ def test_a_full_disk_leaves_what_was_written_and_its_index(tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         real(path, **arrays)
 
-    monkeypatch.setattr(video_files.np, "savez_compressed", full)
+    monkeypatch.setattr(writer.np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space left"):
         predict(out, [clip("a"), clip("b")])
     assert [video["key"] for video in index(out)] == ["a"]
@@ -186,6 +198,7 @@ def test_each_process_has_a_folder_of_its_own(tmp_path):
         callback = SlotPredictions(str(tmp_path / "out"))
         callback.on_predict_start(trainer, BrightnessHost())
         callback.on_predict_batch_end(trainer, None, {"labels": torch.zeros(1, 2, 6, 6).long()}, clip("a"), 0)
+        callback.on_predict_end(trainer, None)
         assert [video["name"] for video in index(tmp_path / "out" / f"rank{rank}")] == ["a"]
 
 
@@ -219,3 +232,58 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, capsys,
     assert kept.trainer.predict_loop.return_predictions is False  # which would fill the memory
     assert not any(isinstance(callback, SlotPredictions) for callback in kept.trainer.callbacks)
     assert not list((tmp_path / "runs").glob("tiny/version_1/predictions"))
+
+
+def naive(frame, slot):
+    """Area, centre and box of a slot, as numbers."""
+    ys, xs = np.nonzero(frame == slot)
+    if not len(ys):
+        return [0.0]
+    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    return [len(ys) / frame.size, xs.mean() + 0.5, ys.mean() + 0.5, *box]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tracks_equal_a_loop_over_slots(seed):
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(np.array([0, 1, 3, 255], np.uint8), (3, 7, 11), p=[0.5, 0.3, 0.1, 0.1])
+    lines = slot_tracks(labels, 5).splitlines()
+    assert lines[0] == "frame,slot,area,center_x,center_y,x0,y0,x1,y1"
+    assert len(lines) == 1 + 3 * 5
+    for place, line in enumerate(lines[1:]):
+        frame, slot = divmod(place, 5)
+        cells, wanted = line.split(","), naive(labels[frame], slot)
+        assert len(cells) == 9
+        assert (int(cells[0]), int(cells[1])) == (frame, slot)
+        assert float(cells[2]) == pytest.approx(wanted[0], abs=1e-6)
+        assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(wanted[1:], abs=0.006)
+
+
+def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(tmp_path):
+    frames, labels = np.zeros((5, 6, 8, 3), np.uint8), np.random.default_rng(0).integers(0, 4, (5, 6, 8), np.uint8)
+    labels[:, :, :2] = 255  # pixels that were not seen are no slot
+
+    (hidden := tmp_path / ".hidden").mkdir()
+
+    def write(name, ends):
+        files = VideoFiles(tmp_path, hidden, name, 6)
+        for first, end in zip([0, *ends], ends, strict=False):
+            files.add(frames[first:end], labels[first:end], 6)
+        return files.finish()
+
+    for name, ends in (("whole", [5]), ("pieces", [2, 3, 5])):
+        told = write(name, ends)
+        assert (told["frames"], told["slots_used"]) == (5, 4)
+        assert told["files"] == sorted(path.name for path in tmp_path.glob(f"{name}*"))
+        assert np.array_equal(np.load(tmp_path / f"{name}.labels.npz")["labels"], labels)
+        assert len(list((tmp_path / f"{name}_labels").glob("0000[0-4].png"))) == 5
+    tracks = (tmp_path / "whole.tracks.csv").read_text()
+    assert tracks == (tmp_path / "pieces.tracks.csv").read_text()
+    assert sum(float(row.split(",")[2]) for row in tracks.splitlines()[1:]) == pytest.approx(5 * 6 / 8, abs=1e-4)
+    with Image.open(tmp_path / "whole_labels" / "00000.png") as picture:  # in the colours of the overlay
+        colours = color_labels(np.where(labels[0] == 255, -1, labels[0].astype(int)))
+        assert np.array_equal(np.asarray(picture), labels[0])
+        assert np.array_equal(np.asarray(picture.convert("RGB")), colours)
+    write("whole", [2])
+    assert len(list((tmp_path / "whole_labels").iterdir())) == 2
+    assert not list(hidden.iterdir())

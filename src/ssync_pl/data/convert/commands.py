@@ -61,7 +61,6 @@ def add_sources(commands: Any) -> None:
         add("--samples-per-shard", type=int, default=32, metavar="N", help="videos per shard (default: 32)")
         help = "stop at the first bad video, or leave it out and name it (default: raise)"
         add("--on-bad-sample", choices=("raise", "skip"), default="raise", help=help)
-        add("--no-progress", action="store_true", help="show no progress bar")
         for name, parameter in inspect.signature(plan).parameters.items():
             if name != "root":
                 add("--" + name.replace("_", "-"), default=parameter.default, **_OPTIONS[name])
@@ -84,7 +83,6 @@ def _convert(options: argparse.Namespace) -> int:
             samples_per_shard=options.samples_per_shard,
             num_workers=options.workers,
             on_bad_sample=options.on_bad_sample,
-            progress=not options.no_progress,
         )
         sys.stdout.write("\n".join(_describe(options.out, split.prefix, report, split.notes)) + "\n")
     return 0
@@ -92,10 +90,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _describe(out: Path, prefix: str, report: ConversionReport, notes: Sequence[str]) -> list[str]:
     """Say what a conversion wrote, how to load it, and what was left out."""
-    frames = sum(sample.frames or 0 for sample in report.samples)
     size = sum(shard.size for shard in report.shards) / 1e6
     shards = f"shards: {len(report.shards)} ({report.kept} were there before), {size:.1f} MB"
-    lines = [f"{prefix}: videos: {len(report.samples)}, frames: {frames}, {shards}"]
+    lines = [f"{prefix}: videos: {report.videos}, {shards}"]
     lines += [f"  shards: {out / f'{prefix}-[0-9]*.tar'}", *(f"  {note}" for note in notes)]
     if report.skipped:
         lines.append(f"  skipped: {len(report.skipped)}")

@@ -11,7 +11,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
-from ssync_pl.data.index import SampleEntry, ShardEntry, extend_index, scan_shard
+from ssync_pl.data.index import ShardEntry, extend_index, scan_shard
 from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.errors import ShardError, choose, require, require_shard
 
@@ -42,16 +41,12 @@ class Split:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion wrote: its shards, how many were there before, and key → reason of what was left out."""
+    """What a conversion wrote: shards, how many were there before, videos, and key → reason of what was left out."""
 
     shards: tuple[ShardEntry, ...]
     kept: int
+    videos: int
     skipped: dict[str, str]
-
-    @property
-    def samples(self) -> list[SampleEntry]:
-        """All samples of all shards."""
-        return [sample for shard in self.shards for sample in shard.samples]
 
 
 def convert(
@@ -64,7 +59,6 @@ def convert(
     samples_per_shard: int = 32,
     num_workers: int | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
-    progress: bool = True,
 ) -> ConversionReport:
     """Convert sources into the shards `<prefix>-000000.tar`, … and note them in the folder's index.
 
@@ -94,17 +88,12 @@ def convert(
             _claim(out, prefix, settings, parts)
             make = partial(_make, decode, on_bad_sample == "skip")
             try:
-                made = _run(make, parts, num_workers, f"writing {prefix}" if progress else None)
+                made = _run(make, parts, num_workers, f"writing {prefix}")
             finally:
                 for name in os.listdir(out):  # what killed processes left: the lock says that nobody works on it
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
                         shutil.rmtree(out / name, ignore_errors=True)
             return _finish(out, prefix, settings, made)
-    except BrokenProcessPool as error:
-        raise ShardError(
-            f"Expected the workers to live until {out} is complete, but one ended early: memory ran out, or the main "
-            "script lacks `if __name__ == '__main__':`. Run again with fewer workers: finished shards are kept."
-        ) from error
     except OSError as error:
         advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
         raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
@@ -141,7 +130,7 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], parts: Mapping[P
 
 
 def _run(
-    make: Callable[..., _Made], parts: Mapping[Path, Mapping[str, Any]], wanted: int | None, title: str | None
+    make: Callable[..., _Made], parts: Mapping[Path, Mapping[str, Any]], wanted: int | None, title: str
 ) -> list[_Made]:
     """Make all shards, in this process or in others."""
     from tqdm import tqdm
@@ -149,7 +138,7 @@ def _run(
     workers = min(cpu_count() if wanted is None else wanted, len(parts))
     workers = 0 if wanted is None and workers == 1 else workers
     made = []
-    bar = tqdm(total=sum(map(len, parts.values())), desc=title, unit="video", disable=title is None)
+    bar = tqdm(total=sum(map(len, parts.values())), desc=title, unit="video", disable=None)
     with bar, mapper(workers) as apply:
         for part, result in zip(parts.values(), apply(make, parts, parts.values()), strict=True):
             made.append(result)
@@ -199,14 +188,12 @@ def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _
 
 def _read_back(path: Path) -> ShardEntry:
     """Decode every member of a shard, so that no damaged one gets its name."""
-    from ssync_pl.data.shards import ShardReader
+    from ssync_pl.data.shards import read_shard
 
     entry = scan_shard(path)
-    with contextlib.closing(ShardReader()) as reader:
-        for sample in entry.samples:
-            members = reader.sample(str(path), entry, sample, max_bytes=1 << 40)
-            for name in sample.members:
-                members.decode(name)
+    for _, members in read_shard(str(path), entry, max_bytes=1 << 40):
+        for name in members.sizes:
+            members.decode(name)
     return entry
 
 
@@ -218,6 +205,6 @@ def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[
     entries = tuple(entry for entry, _, _ in made if entry is not None)
     first = next(iter(skipped.values()), "")
     require_shard(bool(entries), f"a good video for {out}", f"{len(skipped)} bad ones, the first because: {first}")
-    report = ConversionReport(entries, sum(kept for _, _, kept in made), skipped)
-    extend_index(out, entries, {prefix: {**settings, "videos": len(report.samples), "skipped": skipped}})
-    return report
+    videos = sum(len(entry.samples) for entry in entries)
+    extend_index(out, entries, {prefix: {**settings, "videos": videos, "skipped": skipped}})
+    return ConversionReport(entries, sum(kept for _, _, kept in made), videos, skipped)

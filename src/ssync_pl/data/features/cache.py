@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
-from ssync_pl.data.shards import ShardReader, encode_member
+from ssync_pl.data.shards import encode_member, read_shard
 from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ShardError, choose, require, require_shard
 
@@ -86,7 +85,6 @@ def cache_features(
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     on_bad_sample: Literal["raise", "skip"] = "raise",
-    progress: bool = True,
     components: int | None = None,
 ) -> CacheReport:
     """Store the features of every frame in bfloat16, in shards of the same names and keys as those of the videos.
@@ -106,7 +104,6 @@ def cache_features(
         batch_size: Most frames per call of the backbone.
         device: Where the backbone runs.
         on_bad_sample: `raise`, or `skip` videos that cannot be read: they get no features and are reported.
-        progress: Show a bar.
         components: Store this many principal components (`fit_projection`) instead of the backbone's channels.
 
     Raises:
@@ -134,7 +131,7 @@ def cache_features(
             for path in sorted(folder.glob("*.tar")):
                 store.require_same(path, store.read_recipe(path)[0], maker.recipe)
             report = CacheReport(maker.recipe, maker.projection)
-            for source in tqdm(sources, unit="shard", disable=not progress):
+            for source in tqdm(sources, unit="shard", disable=None):
                 _store_shard(source, maker, folder, skip, report)
             load_shards(sorted(folder.glob("*.tar")))  # writes their index
     except OSError as error:
@@ -213,12 +210,11 @@ def _store_shard(source: _Source, maker: FeatureMaker, folder: Path, skip: bool,
 def _read(source: _Source, recipe: FeatureRecipe, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the videos of a shard; where one cannot be read, raise, or append the message to `skipped`."""
     rules = SampleRules(image_size=recipe.image_size, crop=recipe.crop)
-    with contextlib.closing(ShardReader()) as reader:
-        for sample in source[1].samples:
-            try:
-                yield sample.key, eval_sample(reader.sample(*source, sample), rules)
-            except ShardError as error:
-                if skipped is None:
-                    raise
-                skipped.append(str(error))
-                _logger.warning("Skipping a bad sample: %s", error)
+    for key, members in read_shard(*source):
+        try:
+            yield key, eval_sample(members, rules)
+        except ShardError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            _logger.warning("Skipping a bad sample: %s", error)

@@ -24,7 +24,7 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.samples import find_member
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import ShardReader, read_shard
 from ssync_pl.errors import ShardError, require, require_shard
 
 RECIPE_MEMBER = "__features__/recipe.json"
@@ -108,16 +108,14 @@ def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
 
 def _digest(path: str, entry: ShardEntry) -> str:
     digest = hashlib.sha256()
-    with contextlib.closing(ShardReader()) as reader:
-        for sample in entry.samples:
-            try:
-                member = find_member(sample.members, "video")
-            except ShardError:
-                digest.update(f"{sample.key}\0\0".encode())  # the sample is refused by name where it is used
-                continue
-            view = reader.member(path, entry, sample, member)
-            digest.update(f"{sample.key}\0{member}\0{len(view)}\0".encode())
-            digest.update(view)
+    for key, members in read_shard(path, entry, entry.size):
+        try:
+            member = find_member(members.sizes, "video")
+        except ShardError:
+            digest.update(f"{key}\0\0".encode())  # the sample is refused by name where it is used
+            continue
+        digest.update(f"{key}\0{member}\0{members.sizes[member]}\0".encode())
+        digest.update(members.read(member))
     return digest.hexdigest()
 
 

@@ -1,11 +1,14 @@
-"""Examines a host: one training step, listened to as in a training."""
+"""Examines a host: one training step, listened to as in a training; what was found and what to write, as text."""
 
 from __future__ import annotations
 
 import functools
+import math
+import shlex
+import textwrap
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.session import HostSession
 from ssync_pl.tools.doctor import steps
-from ssync_pl.tools.doctor.report import DoctorReport, hints, lines
 
 _NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
 _USED = ("used_encoder_slots", "used_decoder_slots")
@@ -37,11 +39,71 @@ _NO_MAPS = (
 )
 
 
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything that `ssync-pl doctor` says; `kind` is `"lightning"` or `"plain"`."""
+
+    host: str
+    kind: str
+    batch: str = ""
+    adapter: str | None = None
+    places: tuple[str, ...] = ()  # modules that are listened to, slot attention first
+    shape: tuple[int, ...] = ()  # (B, T, S, N)
+    grid: tuple[int, int] | None = None  # (H, W) patches
+    kinds: tuple[str, ...] = ()  # "logits" or "probs", of slot attention and of the masks
+    numbers: Mapping[str, float] = field(default_factory=dict)  # losses, shares of patches, slots that win a patch
+    problems: tuple[str, ...] = ()  # why SSync cannot be used as it is
+    hints: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()  # softmaxes that were looked at, where no map was found
+    lines: tuple[str, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the lines can be added as they are."""
+        return not self.problems
+
+
+def lines(kind: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the lines that add SSync to a script, with `settings` of `SSyncCallback`."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    if kind != "lightning":
+        return (
+            "from ssync_pl import attach",
+            f"with attach({', '.join(filter(None, ('model', arguments, 'total_steps=...')))}) as ssync:",
+            "    ...  # your training loop, and in each step, after the forward pass:",
+            "    total = ssync.add(loss)",
+            "    total.backward()",
+        )
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    words = [shlex.quote(f"--trainer.callbacks.{name}={value}") for name, value in values.items()]
+    return (
+        "from ssync_pl import SSyncCallback",
+        f"trainer = L.Trainer(..., callbacks=[SSyncCallback({arguments})])",
+        "# or, on the command line of a LightningCLI:",
+        " ".join(["python train.py fit ... --trainer.callbacks+=ssync_pl.SSyncCallback", *words]),
+    )
+
+
+def hints(report: DoctorReport, frames: set[int]) -> tuple[str, ...]:
+    """Returns what the numbers of a host that can be used suggest; `frames` are the counts that its batch may have."""
+    (batch, time, slots, _), loss = report.shape, report.numbers["loss"]
+    scale = "the published weights go with one near 1: relative_weight=0.1 adds a tenth of the host's loss instead"
+    merging = "Redundant slots are merged by logits only: attention='softmax:path' takes them from inside a module."
+    missed = f"SSync sees {batch * time} frames of a batch of {max(frames, default=0)}: check that this is meant."
+    advice = [
+        (not math.isfinite(loss), f"The host's own loss is {loss}: check the host and the batch."),
+        (not 0.2 <= abs(loss) <= 5.0 and math.isfinite(loss), f"The host's own loss is {loss:.3g}, and {scale}."),
+        (bool(frames) and batch * time not in frames, missed),
+        (slots == 1, "There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing."),
+        (report.kinds[0] == "probs", merging),
+    ]
+    return tuple(text for holds, text in advice if holds)
+
+
 def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: str = "") -> DoctorReport:
     """Examines a LightningModule in a Trainer, and any other model, or its `method` that gives the loss, by itself.
 
-    `data` is a batch, or the data module of a LightningModule, which gets a tensor of videos or images as a dict with
-    `"video"` or `"image"` first. `settings` are arguments of `SSyncCallback` that say how the host is read.
+    `data` is a batch or a data module; `settings` are arguments of `SSyncCallback` that say how the host is read.
     """
     if method or steps.namespace(host) is None:
         return examine(host, steps.plain_step(host, data, method), data, settings)
@@ -68,11 +130,7 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
 def examine(
     host: nn.Module, run: steps.Run, batch: Any, settings: Mapping[str, Any] | None = None, kind: str = "plain"
 ) -> DoctorReport:
-    """Finds a host's maps, uses them once, and says what to write; a host that cannot be used has `problems`.
-
-    `run` makes one training step, in training mode, and gives the host's own loss; `batch` is the batch of that step,
-    for hosts whose grid follows from the size of the frames; `settings` as in `diagnose`.
-    """
+    """Finds a host's maps in one training step, `run` on `batch`, uses them once, and says what to write."""
     report = DoctorReport(type(host).__name__, kind, steps.describe_batch(batch))
     named = {name: value for name, value in (settings or {}).items() if value not in (None, "auto")}
     callback = SSyncCallback(**named)
@@ -150,3 +208,29 @@ def _places(session: HostSession) -> tuple[str, ...]:
     watched = {id(module) for module in session.capture.modules.values()}
     paths = [f"{session.path}.{name}".strip(".") for name, one in session.root.named_modules() if id(one) in watched]
     return tuple(one for one in paths if one and not any(one.startswith(f"{other}.") for other in paths if other))
+
+
+def render_report(report: DoctorReport) -> str:
+    """Writes a report for people."""
+    kind = "LightningModule" if report.kind == "lightning" else "plain PyTorch"
+    rows = {"host": f"{report.host} ({kind})", "adapter": report.adapter or "none", "batch": report.batch}
+    if report.grid is not None:
+        sizes = " ".join(f"{name}={size}" for name, size in zip("BTSN", report.shape, strict=True))
+        own, boundary, interior, share, same, merged, attention, masks = report.numbers.values()
+        rows |= {
+            "found at": ", ".join(report.places),
+            "maps": f"{sizes}, grid {report.grid[0]} x {report.grid[1]}",
+            "attention": f"{report.kinds[0]}, {attention:.1f} slots in use",
+            "masks": f"{report.kinds[1]}, {masks:.1f} slots in use",
+            "losses": f"host {own:.4g}, SSync {boundary:.4g} (boundary) + {interior:.4g} (interior)",
+            "agreement": f"same slot in {same:.0%} of patches, {share:.0%} at borders, {merged:.1f} slots merged",
+        }
+    text = [f"{name:<13} {value}" for name, value in rows.items() if value]
+    if report.candidates:
+        text += ["", "what was looked at:", *(f"  {one}" for one in report.candidates)]
+    fill = textwrap.TextWrapper(110, "  - ", "    ", break_on_hyphens=False).fill
+    for title, notes in (("SSync cannot be used as it is:", report.problems), ("to consider:", report.hints)):
+        text += ["", title, *map(fill, notes)] if notes else []
+    if report.ready:
+        text += ["", "ready. Add:" if report.lines else "ready: nothing to add.", *(f"  {one}" for one in report.lines)]
+    return "\n".join(text)

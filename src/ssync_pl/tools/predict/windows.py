@@ -16,6 +16,7 @@ from ssync_pl.data.transforms import BatchTransform, Size, central_square, cover
 from ssync_pl.tools.viz import resize_nearest
 
 OUTSIDE = 255  # label of pixels that the model did not see, because a crop cut them off
+WINDOW_KEY = "__window__"  # entry of a batch of `InputDataModule`: the `Window` that it was made from
 
 
 class Window(NamedTuple):
@@ -45,11 +46,7 @@ def cut_windows(frames: Iterable[NDArray[np.uint8]], length: int) -> Iterator[Wi
 
 
 class CarrySlots:
-    """Lets each window of a video begin with the slots that the window before ended with, where the host can.
-
-    The shared frame is corrected once more from its own slots, so that slots keep their objects. `SlotHost` says what
-    a host with `carries_slots` has.
-    """
+    """Lets each window of a video begin with the slots that ended the one before, in hosts with `carries_slots`."""
 
     def __init__(self, host: Any) -> None:
         self._first: Tensor | None = None
@@ -75,10 +72,8 @@ class CarrySlots:
 
 
 def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> NDArray[np.int64]:
-    """Finds the number (S,) that each slot of a window gets, from labels (H, W) of the frame that both windows share.
-
-    One to one, so that most pixels of the frame keep their label. Where pixels do not decide, slots keep their number.
-    Labels from `num_slots` on do not count.
+    """Finds the number (S,) that each slot of a window gets, so that most pixels of the frame (H, W) that both share
+    keep their label; labels from `num_slots` on do not count.
     """
     known = (before < num_slots) & (after < num_slots)
     pairs = after[known].astype(np.int64) * num_slots + before[known].astype(np.int64)
@@ -88,10 +83,7 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
 
 
 def seen_region(source: Size, offsets: Sequence[int], transform: BatchTransform) -> tuple[slice, slice]:
-    """Finds rows and columns of a frame that the model sees; the inverse of `BatchTransform` in evaluation.
-
-    `source` is the size of the frame, `offsets` are top and left of the crop in the resized frame.
-    """
+    """Finds rows and columns of a frame that the model sees, from top and left of the crop in the resized frame."""
     image_size = transform.image_size
     if transform.crop == "none" or image_size is None:
         return slice(0, source[0]), slice(0, source[1])
@@ -106,10 +98,7 @@ def seen_region(source: Size, offsets: Sequence[int], transform: BatchTransform)
 
 
 def restore_labels(maps: Tensor, source: Size, region: tuple[slice, slice]) -> NDArray[np.uint8]:
-    """Labels the pixels of the video's frames, uint8 (T, H, W); `OUTSIDE` where the maps show nothing.
-
-    Masks (T, S, h, w) are enlarged smoothly before the largest slot is taken; labels (T, h, w) go to the nearest pixel.
-    """
+    """Labels a video's pixels, uint8 (T, H, W), from labels (T, h, w) or, with smooth outlines, masks (T, S, h, w)."""
     rows, columns = region
     size = (rows.stop - rows.start, columns.stop - columns.start)
     out = np.full((len(maps), *source), OUTSIDE, np.uint8)

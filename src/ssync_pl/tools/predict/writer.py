@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 import itertools
 import json
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +19,21 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.errors import ShapeError, require, require_shape
-from ssync_pl.tools.predict.files import ENDINGS, VideoFiles, mp4_available
-from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, Window, match_slots, restore_labels
-from ssync_pl.tools.viz import to_uint8
+from ssync_pl.tools.predict.windows import OUTSIDE, WINDOW_KEY, CarrySlots, Window, match_slots, restore_labels
+from ssync_pl.tools.viz import overlay_labels, slot_colors, to_uint8
 
-WINDOW_KEY = "__window__"  # entry of a batch of `InputDataModule`: the `Window` that it was made from
 _INDEX = "index.json"
 _FORMAT = "ssync_pl.predictions"
+_ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")  # of a video's files; the last one is a folder of pictures
+_HIDDEN = ".ssync_pl-"  # how folders of videos that are not whole yet begin
+_SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
 class SlotPredictions(L.Callback):
@@ -48,15 +57,22 @@ class SlotPredictions(L.Callback):
         self._earlier: list[dict[str, Any]] = []
         self._open: VideoFiles | None = None
         self._carry = CarrySlots(None)
+        self._hidden, self._held = Path(), contextlib.ExitStack()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses a folder with files of others."""
+        """Refuses a folder with files of others, and removes what a killed prediction left there."""
         log_dir = trainer.log_dir  # collective, so asked on each rank
         folder = Path(self.out) if self.out else Path(log_dir or trainer.default_root_dir) / "predictions"
         self.folder = folder if trainer.world_size == 1 else folder / f"rank{trainer.global_rank}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(exclusive(self.folder / ".predict.lock"))
         self.written, self._earlier = [], _look_into(self.folder)
-        self._open, self._carry = None, CarrySlots(pl_module)
+        for left in self.folder.glob(f"{_HIDDEN}*/"):
+            shutil.rmtree(left, ignore_errors=True)
+        hidden = tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=self.folder)
+        self._open, self._hidden = None, Path(self._held.enter_context(hidden))
+        self._carry = CarrySlots(pl_module)
+        self._held.callback(self._carry.close)
         if not mp4_available():
             rank_zero_warn("SlotPredictions writes no MP4: PyAV is missing. Run `pip install av`.")
 
@@ -90,11 +106,11 @@ class SlotPredictions(L.Callback):
         if self._open is not None:  # `limit_predict_batches` stopped in the middle of a video
             rank_zero_warn(f"SlotPredictions writes nothing of {self._open.name}: the prediction ended before it.")
         self._write_index()
-        self._carry.close()
+        self._held.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves the host as it was."""
-        self._carry.close()
+        """Leaves the host as it was, and no half files."""
+        self._held.close()
 
     def _rows(self, batch: Any, data: Any) -> Iterator[tuple[int, Any, Window]]:
         """Gives each video of a batch as one window, and which of its frames are no padding."""
@@ -111,7 +127,8 @@ class SlotPredictions(L.Callback):
     def _add(self, window: Window, labels: Tensor, masks: Tensor | None) -> None:
         frames = window.frames
         if window.start == 0:
-            self._open = VideoFiles(self.folder, self._name(window.key), max(1, round(window.rate or 6)))
+            rate = max(1, round(window.rate or 6))
+            self._open = VideoFiles(self.folder, self._hidden, self._name(window.key), rate)
         files = self._open
         if files is None:
             return
@@ -122,11 +139,11 @@ class SlotPredictions(L.Callback):
         slots = max(files.slots, used if masks is None else max(used, masks.shape[1]))
         if window.start:  # its first frame is the last one of the window before
             table = np.arange(OUTSIDE + 1, dtype=np.uint8)
-            table[:slots] = match_slots(files.pieces[-1][-1], shown[0], slots)
+            table[:slots] = match_slots(files.last, shown[0], slots)
             frames, shown = frames[1:], table[shown][1:]
         files.add(frames, shown, slots)
         if window.last:
-            line = {"key": window.key, "name": files.name, "source": window.source, "windows": len(files.pieces)}
+            line = {"key": window.key, "name": files.name, "source": window.source, "windows": files.windows}
             self.written.append(line | files.finish())
             self._open = None
             self._write_index()
@@ -144,6 +161,101 @@ class SlotPredictions(L.Callback):
         write_bytes(self.folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
+def save_labels(path: Path, labels: NDArray[np.uint8]) -> None:
+    """Saves labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
+    palette = slot_colors(OUTSIDE + 1)
+    palette[OUTSIDE] = 0
+    picture = Image.fromarray(labels)
+    picture.putpalette(palette.tobytes())
+    picture.save(path)
+
+
+def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
+    """Measures where each slot is in each frame of labels (T, H, W), as CSV; labels from `num_slots` on are no slot.
+
+    The first pixel reaches from 0 to 1 in both directions: a slot that fills a frame has its centre at W / 2.
+    """
+    _, height, width = labels.shape
+    y, x = np.indices((height, width)).reshape(2, -1) + 0.5
+    lines = ["frame,slot,area,center_x,center_y,x0,y0,x1,y1"]
+    for number, pixels in enumerate(labels):
+        frame, size = np.minimum(pixels, num_slots).astype(np.int64), num_slots + 1  # one more label: no slot
+        flat = frame.ravel()
+        area = np.bincount(flat, minlength=size)
+        middle = [np.bincount(flat, weights=at, minlength=size) / np.maximum(area, 1) for at in (x, y)]
+        for slot, box in enumerate(ndimage.find_objects(frame + 1, max_label=num_slots)):
+            where = ",,,,,"
+            if box is not None:
+                rows, columns = box
+                corners = f"{columns.start},{rows.start},{columns.stop},{rows.stop}"
+                where = f"{middle[0][slot]:.2f},{middle[1][slot]:.2f},{corners}"
+            lines.append(f"{number},{slot},{area[slot] / (height * width):.6f},{where}")
+    return "\n".join(lines) + "\n"
+
+
+def mp4_available() -> bool:
+    """Whether PyAV, which writes the MP4 files, is installed."""
+    return importlib.util.find_spec("av") is not None
+
+
+class VideoFiles:
+    """Keeps the pieces of a video in a hidden folder; `finish` shows its files, with an MP4 where PyAV is installed."""
+
+    def __init__(self, folder: Path, hidden: Path, name: str, fps: int) -> None:
+        self.folder, self.name, self.slots, self.windows = folder, name, 0, 0
+        self.last = np.zeros((0, 0), np.uint8)  # labels of the last frame
+        self._hidden, self._raw, self._frames = hidden, hidden / "labels.raw", 0
+        self._used = np.zeros(OUTSIDE + 1, bool)
+        self._fps, self._mp4 = fps, io.BytesIO()
+        self._container: Any = None
+
+    def add(self, frames: NDArray[np.uint8], labels: NDArray[np.uint8], num_slots: int) -> None:
+        """Takes frames (T, H, W, 3) and labels (T, H, W) of them, of which 255 is no slot."""
+        with open(self._raw, "ab" if self.windows else "wb") as stream:  # long videos do not fit into memory
+            stream.write(np.ascontiguousarray(labels).data)
+        self.slots, self.windows, self.last = max(self.slots, num_slots), self.windows + 1, labels[-1].copy()
+        self._frames += len(labels)
+        self._used[np.unique(labels)] = True
+        if not mp4_available():
+            return
+        import av
+
+        height, width = (2 * max(1, round(_SIDE / 2 * side / max(labels.shape[1:]))) for side in labels.shape[1:])
+        if self._container is None:
+            self._container = av.open(self._mp4, mode="w", format="mp4")
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+            size = {"height": height, "width": 2 * width}
+            self._stream: Any = self._container.add_stream(codec, rate=self._fps, pix_fmt="yuv420p", **size)
+        for frame, one in zip(frames, labels, strict=True):
+            shown = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
+            slots = overlay_labels(shown, np.where(one == OUTSIDE, -1, one.astype(np.int64)))
+            picture = av.VideoFrame.from_ndarray(np.concatenate([shown, slots], axis=1), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the files, in the place of those of an earlier prediction; returns what the index says of them."""
+        labels = np.memmap(self._raw, np.uint8, "r", shape=(self._frames, *self.last.shape))
+        start = self._hidden / self.name
+        if self._container is not None:
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            Path(f"{start}.mp4").write_bytes(self._mp4.getvalue())
+        np.savez_compressed(f"{start}.labels.npz", labels=labels)  # in blocks
+        Path(f"{start}.tracks.csv").write_text(slot_tracks(labels, self.slots), encoding="utf-8")
+        pictures = Path(f"{start}_labels")
+        pictures.mkdir()
+        for number, picture in enumerate(labels):
+            save_labels(pictures / f"{number:05d}.png", picture)
+        del labels
+        self._raw.unlink()
+        for earlier in (self.folder / f"{self.name}{ending}" for ending in _ENDINGS):
+            shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
+        files = sorted(os.listdir(self._hidden))
+        for name in files:
+            os.replace(self._hidden / name, self.folder / name)
+        return {"frames": self._frames, "slots_used": int(self._used[: self.slots].sum()), "files": files}
+
+
 def _look_into(folder: Path) -> list[dict[str, Any]]:
     """Videos of earlier predictions in the folder; refuses files of others, but for hidden ones, which stay."""
     earlier: list[dict[str, Any]] = []
@@ -155,7 +267,7 @@ def _look_into(folder: Path) -> list[dict[str, Any]]:
             known = {_INDEX, *(name.lower() for video in index["videos"] for name in video["files"])}
             earlier = index["videos"]
     foreign = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in known]
-    foreign += [path for path in folder.glob(f"*{ENDINGS[-1]}/*") if not re.fullmatch(r"\d{5,}\.png", path.name)]
+    foreign += [path for path in folder.glob(f"*{_ENDINGS[-1]}/*") if not re.fullmatch(r"\d{5,}\.png", path.name)]
     got = f"{folder} holds {foreign[0].name if foreign else ''} and perhaps more"
     expected = "the folder of the predictions to be new, empty or one of earlier predictions"
     require(not foreign, expected, got, advice="Name another folder by --out, or by `out` of SlotPredictions.")
