@@ -26,7 +26,7 @@ BUDGETS = {
     "tools": 2279,
     "cli": 760,
 }
-TOTAL = 20_314  # the aim is 20_000
+TOTAL = 20_120  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors
