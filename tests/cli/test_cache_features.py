@@ -89,19 +89,6 @@ def test_bad_options_end_with_a_message(videos, means, tmp_path, call, words, me
     assert not (tmp_path / "out").exists()
 
 
-def test_a_transformer_of_timm_from_end_to_end(videos, tmp_path, call):
-    pytest.importorskip("timm")
-    words = ("--weights", "none", "--layer", "vit_block2", "--batch-size", "8")
-    status, text, error = call(videos, *words, backbone="test_vit", size="32")
-    assert (status, "2x2 patches, 64 channels" in text) == (0, True), error
-    values, colour, store = stored(tmp_path, 32, "2")
-    backbone = backbones.load_backbone("test_vit", "vit_block2", "none")
-    assert store.recipe.weights == backbone.fingerprint
-    frames = (colour - torch.tensor(backbone.mean)) / torch.tensor(backbone.std)
-    wanted = backbone(frames[:, None, None].expand(4, 3, 32, 32)).features
-    assert torch.allclose(values, wanted, rtol=2**-8, atol=1e-5)
-
-
 def test_projected_features_of_training_and_of_videos_that_cannot_be_read(videos, means, tmp_path, call):
     bad, words = tmp_path / "videos" / "bad-*.tar", ("--components", "2")
     for shards, more in ((videos, ()), (bad, ("--on-bad-sample", "skip"))):

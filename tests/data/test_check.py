@@ -164,9 +164,8 @@ def test_sets_are_told_apart_by_name(tmp_path, monkeypatch):
     train = ["train-000000.tar", "train-000001.tar"]
     assert group_shards(["*.tar"]) == {"train": train, "validation": ["validation-000000.tar"]}
     assert group_shards(train) == {"train": train}
-    assert set(group_shards([train[0], "train-000001/*.tar", "train-000000/*.tar"])) == {
-        "train", "x (train-000001)", "x (train-000000)",
-    }  # fmt: skip
+    several = group_shards([train[0], "train-000001/*.tar", "train-000000/*.tar"])
+    assert list(several) == ["train", "train-000001/x", "train-000000/x"]
 
 
 def test_the_command_says_clean_or_lists_problems_and_replaces_no_file_of_another_program(tmp_path, capsys):
@@ -175,7 +174,7 @@ def test_the_command_says_clean_or_lists_problems_and_replaces_no_file_of_anothe
     report, mine, words = tmp_path / "new" / "report.json", tmp_path / "mine.json", ["data", "check"]
     assert main([*words, str(tmp_path / "*.tar")]) == 0
     text = capsys.readouterr().out.splitlines()
-    assert (text[0], text[-1]) == ("train", "clean (videos read: 5)")
+    assert (text[0], text[-1]) == (f"{tmp_path}/train", "clean (videos read: 5)")
     assert "  frames_per_video   4" in text
     shutil.copy(tmp_path / "train-000000.tar", tmp_path / "test-000000.tar")
     shard = tmp_path / "train-000001.tar"

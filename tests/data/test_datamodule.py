@@ -18,7 +18,6 @@ import torch
 from ssync_pl.data import ShardDataModule, SyntheticDataModule
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
-from ssync_pl.hosts import SAVi
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "num_workers": 0}
 
@@ -118,18 +117,6 @@ def test_ids_and_single_channels(tmp_path, opened):
     assert batch["segmentations"].shape[2] == 1
     with pytest.raises(ShardError, match="255 at most in the masks of `validation`"):
         _validation(opened, _write(tmp_path / "c", [np.full((3, 16, 16, 1), 256, np.int32)]))
-
-
-def test_overlapping_channels_are_scored_without_the_overlap(tmp_path):
-    masks = np.zeros((2, 3, 16, 16, 2), np.uint8)
-    masks[..., :10, :, 0], masks[..., 6:, :, 1] = 4, 7
-    pattern = _write(tmp_path, list(masks))
-    data = ShardDataModule(validation=pattern, batch_size=2, image_size=16, has_background=False, **PLAIN)
-    assert data.ignore_overlaps
-    small = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
-    host = SAVi(num_slots=2, slot_dim=16, feature_dim=16, decoder_broadcast=(4, 4), **small)
-    (scores,) = L.Trainer(devices=1, **QUIET).validate(host, data, verbose=False)
-    assert 0.0 <= scores["val/video_mbo"] <= 1.0
 
 
 @pytest.mark.parametrize("backend", ["mmap", "webdataset"])
@@ -373,6 +360,7 @@ def test_the_command_line_reads_every_option(make_shards):
     built = parser.instantiate(parser.parse_args([*args, "--data.crop=random"]))
     assert built.data.transform.image_size == (8, 8)
     assert built.data.patterns["train"] == [pattern]
+    assert (built.data.ignore_overlaps, ShardDataModule(has_background=False).ignore_overlaps) == (False, True)
     synthetic = ArgumentParser(exit_on_error=False)
     synthetic.add_class_arguments(SyntheticDataModule, "data")
     namespace = synthetic.parse_args(["--data.batch_size=3", "--data.scene", '{"zoom": 2.0}', "--data.image_size=32"])

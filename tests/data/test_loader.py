@@ -109,17 +109,6 @@ def test_workers_end_with_their_loader(make_shards, opened):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_iterator_does_not_turn_the_pass_back(make_shards, opened, backend):
-    loader = opened(make_shards(count=8), backend=backend).train_dataloader()
-    batches = iter(loader)
-    seen = [next(batches) for _ in range(3)]
-    next(iter(loader))
-    assert loader.state_dict()["batches"] == 3
-    assert len(seen) + len(list(batches)) == 4
-    assert loader.state_dict()["batches"] == 4
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_trainer_every_loop_is_another_pass(make_shards, opened, backend):
     data = ShardDataModule(make_shards(count=8), num_workers=0, backend=backend, batch_size=2, clip_length=2)
     data.setup("fit")

@@ -1,6 +1,5 @@
 """`ssync-pl data preview`."""
 
-import gzip
 from pathlib import Path
 
 import numpy as np
@@ -35,21 +34,6 @@ def test_the_sheet_shows_each_frame_beside_its_masks(shards: list[str]) -> None:
     assert len(places) > 3 * 32 * (64 + 40)  # proportions are kept, a quarter is under a mask
     blended = np.rint(0.45 * np.array([30, 0, 90]) + 0.55 * slot_colors(3)[2])
     assert (sheet == blended).all(axis=2).sum() >= 3 * 32 * 12
-
-
-def test_channels_pictures_and_other_sizes(tmp_path: Path, served: str) -> None:
-    masks = np.zeros((8, 8, 3), np.uint8)
-    masks[:2, :, 0], masks[1:4, :, 1] = 30, 17
-    with ShardWriter(tmp_path, "coco") as writer:
-        writer.write("0", {"image.npy": np.full((8, 8, 3), 9, np.uint8), "segmentations.npy": masks})
-        writer.write("1", {"image.npy": np.full((8, 16, 3), 60, np.uint8)})
-    path = tmp_path / "coco-000000.tar"
-    sheet, videos, _ = draw_preview([str(path)], 9, 1, 16)
-    assert videos == 2
-    assert (sheet == 60).all(axis=2).sum() >= 14 * 6  # a wide picture keeps its proportions
-    (tmp_path / "packed.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    for other in (str(tmp_path / "packed.tar.gz"), f"{served}/{path.name}"):
-        assert draw_preview([other], 9, 1, 16)[1] == 2
 
 
 def test_the_command_names_damage_and_replaces_nothing(

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import pickle
 import tarfile
@@ -269,17 +268,6 @@ def test_members_are_read_in_place_and_files_closed(some, numbered_video):
     assert not before or len(os.listdir("/proc/self/fd")) == before
     copy = pickle.loads(pickle.dumps(reader))
     assert len(copy.sample(some[0][0], some[1][0], some[1][0].samples[0]).read("video.npy")) > 0
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
-def test_a_fork_reads_with_inherited_files(some):
-    (path, *_), (shard, *_) = some
-    reader = ShardReader()
-    here = bytes(reader.sample(path, shard, shard.samples[1]).read("video.npy"))
-    child = os.fork()
-    if child == 0:
-        os._exit(here != bytes(reader.sample(path, shard, shard.samples[1]).read("video.npy")))
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_replaced_shards_are_refused(some):

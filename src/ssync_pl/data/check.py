@@ -73,33 +73,21 @@ class _Sample:
 def group_shards(patterns: Sequence[str]) -> dict[str, list[str]]:
     """Sorts what a user names into sets, so that training and validation of one folder are told apart.
 
-    Shards of one folder whose names differ only in their last number are one set. Raises `ConfigError` for a pattern
-    that is malformed, or names a shard that does not exist.
+    Shards of one folder whose names differ only in their last number are one set, called by its folder and name.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for shard in (shard for pattern in patterns for shard in expand_shards(pattern, "patterns")):
         stem = re.sub(r"[-_.]?\d*\.(tar|tgz|tar\.\w+)$", "", shard_name(shard))
-        groups.setdefault((os.path.dirname(shard), stem), []).append(shard)
-    stems = Counter(stem for _, stem in groups)
-    return {
-        stem if stem and stems[stem] == 1 else f"{stem} ({masked_url(folder)})".lstrip(): shards
-        for (folder, stem), shards in groups.items()
-    }
+        groups.setdefault(os.path.join(masked_url(os.path.dirname(shard)), stem), []).append(shard)
+    return groups
 
 
 def check_shards(sets: Mapping[str, Sequence[str]], *, num_workers: int | None = None) -> CheckReport:
     """Decodes every member, with the readers of training, and reports what shards hold and what is wrong with them.
 
     Damage never stops the check: each problem becomes an entry of the report. Shards are read as they lie on disk, not
-    through their index. The same shards give the same report at any `num_workers`.
-
-    Args:
-        sets: Shards (paths or URLs) of each set, by its name. Keys must be unique in a set, videos in all.
-        num_workers: Processes; 0 reads in this one. `None` takes one per core where there is enough to read.
-
-    Raises:
-        ConfigError: A setting is out of range, or no shard is named.
-        ShardError: A worker process was killed.
+    through their index. The same shards give the same report at any `num_workers`; 0 reads in this process, `None`
+    takes one process per core where there is enough to read. Keys must be unique in a set, videos in all.
     """
     from tqdm import tqdm
 

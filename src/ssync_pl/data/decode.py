@@ -270,12 +270,8 @@ def decode_video(
     """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
     what an edit list cuts off, transparency over black.
 
-    Args:
-        source: Bytes of an mp4 file, or the path of a video file.
-        where: What it is, for messages.
-        frames: Numbers of the wanted frames, rising; `None` for all.
-        stamp: The container's time stamp of the first wanted frame, to seek to; `None` decodes from the start.
-        max_bytes: Most bytes of one frame.
+    `frames` are the numbers of the wanted frames, rising; `stamp` is the container's time stamp of the first of them,
+    to seek to; None decodes from the start. `max_bytes` limits one frame.
     """
     size: tuple[int, ...] | None = None
     begin = seen = 0

@@ -32,13 +32,9 @@ class ShardLoader(DataLoader[dict[str, Any]]):
     are two numbers; Lightning saves and restores them by `state_dict` and `load_state_dict`. Batches that were fetched
     ahead but never trained on are not counted. A stream goes on without its shuffle buffers.
 
-    Args:
-        dataset: What emits the batches.
-        trainer: Whose epochs are the passes; `None` makes each loop over the loader another pass.
-        device: Where batches are copied to, one ahead of their use; `None` leaves them where they are.
-        on_bad: Called with the bad samples of each batch, as (place, message).
-        leave_out: Leave out batches of nothing but stand-ins of bad samples; only right where one process reads.
-        **options: Options of `DataLoader`.
+    Passes are the epochs of `trainer`, or without one the loops over the loader. Batches are copied to `device` one
+    ahead of their use. `on_bad` is called with the bad samples of each batch, as (place, message). `leave_out` leaves
+    out batches of nothing but stand-ins of bad samples, which is only right where one process reads.
     """
 
     dataset: ShardBatches

@@ -12,9 +12,8 @@ import logging
 import lzma
 import posixpath
 import re
-import tarfile
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
@@ -36,6 +35,7 @@ _PASSING = (408, 425, 429)
 _ABSENT = (401, 403, 404, 410)
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _UNPACK: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_AGAIN = "Build the shard again."
 _logger = logging.getLogger(__name__)
 
 
@@ -164,38 +164,27 @@ def stream_shard(
     with contextlib.closing(raw):
         stream: Any = io.BufferedReader(raw, _CHUNK)
         plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)
+        ignored: list[str] = []
         with open_tar(plain, "r|", shown) as tar:
-            for key, group in itertools.groupby(_read_members(tar, shown, max_bytes, fields), lambda item: item[0]):
-                yield key, _as_members(f"{shown}, key {key}", list(group), max_bytes)
+            for key, group in itertools.groupby(list_members(tar, ignored), lambda item: item[1]):
+                where, sizes, contents = f"{shown}, key {key}", dict[str, int](), dict[str, bytes]()
+                for info, _, member in group:
+                    require_shard(member not in sizes, f"each member of {where} once", "one twice", advice=_AGAIN)
+                    sizes[member] = info.size
+                    if (fields is None or member.split(".")[0] in fields) and info.size <= max_bytes:
+                        stored: Any = tar.extractfile(info)
+                        contents[member] = stored.read()
+                        if len(contents[member]) != info.size:
+                            raise EOFError(f"member {info.name} ends early")
+                yield key, Members(where, sizes, functools.partial(_part, where, sizes, contents, max_bytes), max_bytes)
             while plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
                 pass
+        warn_ignored(shown, ignored)
 
 
-def _read_members(
-    tar: tarfile.TarFile, shown: str, max_bytes: int, fields: Collection[str] | None
-) -> Iterator[tuple[str, str, int, bytes]]:
-    """Yields key, name, size and content of each member that belongs to a sample."""
-    ignored: list[str] = []
-    for info, key, member in list_members(tar, ignored):
-        wanted = (fields is None or member.split(".")[0] in fields) and info.size <= max_bytes
-        stored: Any = tar.extractfile(info)
-        content = stored.read() if wanted else b""
-        if wanted and len(content) != info.size:
-            raise EOFError(f"member {info.name} ends early")
-        yield key, member, info.size, content
-    warn_ignored(shown, ignored)
-
-
-def _as_members(where: str, group: list[tuple[str, str, int, bytes]], max_bytes: int) -> Members:
-    sizes = {name: size for _, name, size, _ in group}
-    contents = {name: content for _, name, _, content in group}
-    require_shard(len(sizes) == len(group), f"each member of {where} once", "one twice", advice="Build it again.")
-
-    def fetch(name: str, start: int, length: int) -> bytes:
-        require_size(sizes[name], f"member `{name}` of {where}", max_bytes)
-        return contents[name][start : start + length]
-
-    return Members(where, sizes, fetch, max_bytes)
+def _part(where: str, sizes: Any, contents: Any, max_bytes: int, member: str, start: int, length: int) -> bytes:
+    require_size(sizes[member], f"member `{member}` of {where}", max_bytes)
+    return bytes(contents.get(member, b"")[start : start + length])
 
 
 def fetch_index(urls: Sequence[str]) -> list[ShardEntry] | None:

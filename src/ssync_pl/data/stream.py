@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from webdataset import DataPipeline
@@ -26,12 +26,7 @@ from ssync_pl.errors import ShardError, require_shard
 _logger = logging.getLogger(__name__)
 
 
-class _Clip(NamedTuple):
-    """A clip to be cut: where it is from, how it is cut, and whether it counts."""
-
-    where: str
-    cut: Callable[[], dict[str, Any]]
-    real: bool = True
+_Clip = tuple[str, Callable[[], dict[str, Any]], bool]  # where it is from, how it is cut, whether it counts
 
 
 class ShardStream(ShardBatches):
@@ -107,7 +102,7 @@ class ShardStream(ShardBatches):
                     yield from (self._clip(url, key, members, epoch, repeat) for repeat in range(self.clips_per_video))
 
     def _clip(self, url: str, key: str, members: Members, visit: int, repeat: int, real: bool = True) -> _Clip:
-        return _Clip(members.where, partial(self.cut, members, shard_name(url), key, visit, repeat), real)
+        return members.where, partial(self.cut, members, shard_name(url), key, visit, repeat), real
 
     def _cut(self, clips: Iterator[_Clip]) -> Iterator[dict[str, Any]]:
         """Cuts clips; the last good one, or the first of all shards, stands in for one that cannot be read."""
@@ -123,7 +118,7 @@ class ShardStream(ShardBatches):
                 yield {**good, "real": False, BAD_SAMPLES: [(where, str(error))] if real else []}
 
     def _first_readable(self, message: str) -> dict[str, Any]:
-        for clip in self._read_all(int(self._state[0])):
+        for _, cut, _ in self._read_all(int(self._state[0])):
             with contextlib.suppress(ShardError):
-                return clip.cut()
+                return cut()
         raise ShardError(f"Expected at least one readable sample, but all failed; one of them: {message}")

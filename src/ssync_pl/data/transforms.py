@@ -81,17 +81,10 @@ def crop_and_flip(frames: Tensor, offsets: Tensor | None, flip: Tensor | None, s
 
 
 def one_hot_masks(masks: Tensor, max_objects: int, *, ids: bool, has_background: bool) -> Tensor:
-    """Turns stored masks into one bool channel per object, with the background first.
+    """Turns stored masks (B, T, N, H, W) uint8 into one bool channel per object, and first one of the background.
 
-    Args:
-        masks: (B, T, N, H, W) uint8: with `ids` N = 1 and values 0 = background, 1 … `max_objects`; else one channel
-            per object, non-zero inside, channels may overlap.
-        max_objects: Number of object channels of the result; those that a video lacks are empty.
-        ids: How the masks are stored.
-        has_background: Put a channel of the pixels without any object first.
-
-    Returns:
-        (B, T, C, H, W) bool with C = `max_objects`, plus 1 with background.
+    With `ids` N = 1 and values are 0 = background, 1 … `max_objects`; else channels are non-zero inside and may
+    overlap. Channels of objects that a video lacks are empty.
     """
     if ids:
         first = 0 if has_background else 1
@@ -133,20 +126,11 @@ class BatchTransform:
         self._statistics = {torch.device("cpu"): torch.tensor([tuple(mean), tuple(std)])[..., None, None]}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Transforms a batch.
+        """Transforms what `collate` made; anything it does not know is passed on.
 
-        Args:
-            batch: `video` uint8 (B, T, h, w, 3), or a list of B videos (T, h, w, 3) when their sizes differ; `crop`
-                (B, 2) int64; optionally `flip` (B,) bool, `segmentations` uint8 in the shape of `video` with N
-                channels, `mask_ids` bool, `max_objects` int, `frame_mask` (B, T) bool, and anything else, which is
-                passed on.
-
-        Returns:
-            `video` (B, T, 3, H, W) float32, `features` (B, T, N, D) float32 where they are cached, and where there were
-            masks `segmentations` (B, T, C, H, W) bool, empty on padded frames. A batch without `video` gets none.
-
-        Raises:
-            ShapeError: Sizes differ between the videos and no `image_size` unites them.
+        `video` uint8 (B, T, h, w, 3), or a list of videos of several sizes, becomes (B, T, 3, H, W) float32, masks
+        become `segmentations` (B, T, C, H, W) bool, empty on padded frames. `ShapeError` where sizes differ and no
+        `image_size` unites them.
         """
         used = ("video", "segmentations", "crop", "flip", "mask_ids", "max_objects", "features")
         out = {name: value for name, value in batch.items() if name not in used}

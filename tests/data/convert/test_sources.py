@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from pycocotools import mask as coco
 from ssync_pl.cli import main, run_command
 from ssync_pl.cli.commands import data
 from ssync_pl.data.convert import media
-from ssync_pl.data.convert.movi import plan_movi
-from ssync_pl.data.convert.videos import plan_davis, plan_videos
-from ssync_pl.data.convert.ytvis import draw_mask, plan_ytvis
+from ssync_pl.data.convert.ytvis import draw_mask
 from ssync_pl.data.decode import inspect_video
 from ssync_pl.errors import ConfigError, ShardError
 
@@ -449,14 +446,6 @@ def test_an_error_is_one_line_and_help_lists_all(tmp_path, capsys):
     assert main(["data", "convert", "videos", "--root", "a", "--out", "b", "--short-side", "9000"]) == 2
     code = "import sys; sys.argv[1:] = ['data', 'convert', '-h']; from ssync_pl.cli import main; main()"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
-
-
-@pytest.mark.parametrize("plan", [plan_movi, plan_davis, plan_videos, plan_ytvis])
-def test_workers_can_be_given_each_source(root, plan):
-    words = {plan_ytvis: {"holdout": 0, "splits": ["train"]}, plan_davis: {"splits": ["train"]}}
-    SETS[{plan_ytvis: "ytvis2019"}.get(plan, plan.__name__[5:])](root)
-    (split,) = plan(root, **words.get(plan, {}))
-    assert pickle.loads(pickle.dumps(split.decode))(split.sources[0])["video.npy"].shape[-1] == 3
 
 
 @pytest.mark.parametrize(

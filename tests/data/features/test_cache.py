@@ -1,18 +1,15 @@
 """A cache is whole or refused, whatever happens while it is filled."""
 
-import errno
 import os
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from ssync_pl.data.features.cache import cache_features
-from ssync_pl.data.features.projection import read_projection
 from ssync_pl.data.features.store import FeatureStore
 from ssync_pl.data.index import scan_shard
-from ssync_pl.data.shards import ShardWriter, encode_member
+from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
 
 SIZE = (8, 12)
@@ -84,32 +81,6 @@ def test_goes_on_after_a_kill(make_videos, make_backbone, sources, tmp_path, cal
     run(shards, make_backbone(), tmp_path / "out", **options)
     run(shards, make_backbone(), tmp_path / "whole", **options)
     assert files(tmp_path / "whole") == files(tmp_path / "out")
-
-
-def test_of_two_at_once_one_waits_and_finds_all_done(make_videos, make_backbone, tmp_path):
-    shards, slow, started, release, reports = make_videos(), make_backbone(), threading.Event(), threading.Event(), {}
-
-    def wait():
-        if len(slow.calls) == 2:  # the first asks for the grid
-            started.set()
-            assert release.wait(60)
-
-    def start(name, *words):
-        job = threading.Thread(target=lambda: reports.update({name: run(*words, tmp_path / "out", components=3)}))
-        job.start()
-        return job
-
-    slow.before = wait
-    first = start("first", shards, slow)
-    assert started.wait(60)
-    other = start("other", shards[1:], make_backbone())
-    other.join(0.3)
-    assert other.is_alive()
-    release.set()
-    first.join(60)
-    other.join(60)
-    assert [(report.written, report.kept) for _, report in sorted(reports.items())] == [(3, 0), (0, 2)]
-    assert len(read_projection(tmp_path / "out" / "projection.npz").info["sources"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -187,18 +158,6 @@ def test_bad_videos_are_named_and_refused_or_left_out(sources, make_backbone, tm
     assert shapes == [(frames, 6, components or 5) for frames in (1, 5)]
     with pytest.raises(ShardError, match="key 1, but got none"):
         read(sources(shards), out, shards[0], "1")
-
-
-def test_a_full_disk_leaves_nothing_half_written(make_videos, backbone, tmp_path, monkeypatch):
-    def full(name, bits):
-        if len(bits) > 4:  # the third video
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return encode_member(name, bits)
-
-    monkeypatch.setattr("ssync_pl.data.features.cache.encode_member", full)
-    with pytest.raises(ShardError, match="make room"):
-        run(make_videos(), backbone, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == [".verified.json", "train-000000.tar"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ssync_pl.data import ShardDataModule
-from ssync_pl.data.features import store as store_module
 from ssync_pl.data.features.cache import cache_features
 from ssync_pl.data.features.store import FeatureStore
 from ssync_pl.data.index import ShardEntry, scan_shard
@@ -53,25 +52,6 @@ def test_changed_videos_are_refused_even_at_the_same_size_but_masks_do_not_matte
     os.utime(shards[1], ns=(1, 1))
     with pytest.raises(ShardError, match=r"other videos, first .*train-000001\.tar"):
         opened()
-
-
-def test_copied_videos_are_read_once_and_then_trusted(cached, opened, tmp_path, monkeypatch):
-    shards, out = cached
-    shutil.copytree(tmp_path / "videos", tmp_path / "copies")
-    copies, read, digest = [path.replace("/videos/", "/copies/") for path in shards], [], store_module._digest
-    monkeypatch.setattr(store_module, "_digest", lambda path, entry: read.append(path) or digest(path, entry))
-    opened()
-    assert read == []
-    opened(copies)
-    opened(copies)
-    assert sorted(read) == sorted(copies)
-    for note in ("[1, {", "[]", str(dict.fromkeys(copies, 1)).replace("'", '"')):
-        (out / ".verified.json").write_text(note)
-        opened(copies)
-    assert len(read) == 12
-    (out / ".verified.json").unlink()  # a read-only folder is enough
-    monkeypatch.setattr(store_module, "write_bytes", lambda path, content: (_ for _ in ()).throw(PermissionError(13)))
-    opened(copies)
 
 
 def test_missing_mixed_and_foreign_features_are_named(cached, opened, sources, make_backbone, tmp_path):

@@ -170,11 +170,8 @@ def draw_mask(segmentation: Any, size: tuple[int, int], where: str) -> np.ndarra
 
 
 def _run_lengths(text: str) -> list[int]:
-    """Read COCO's compressed run lengths (https://cocodataset.org/#format-results).
-
-    Each number is cut into groups of five bits, lowest first, in two's complement, one character per group from `0` on;
-    bit 5 says that more follow. From the fourth number on, the difference to the one two before is stored.
-    """
+    """Read COCO's compressed run lengths: groups of five bits, lowest first, in two's complement; bit 5 says that more
+    follow. From the fourth number on, the difference to the one two before is stored."""
     lengths: list[int] = []
     value = shift = 0
     for byte in text.encode():
