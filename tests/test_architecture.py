@@ -25,7 +25,7 @@ BUDGETS = {
     "rivals": 477,
     "hosts": 3000,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_530,
+    "data": 5_511,
     "compare": 1633,
     "tools": 2279,
     "cli": 760,

@@ -190,20 +190,3 @@ def test_the_command_says_clean_or_lists_problems_and_replaces_no_file_of_anothe
     assert main([*words, str(tmp_path / "*.tar"), "--json", str(mine)]) == 2
     assert "mine.json" in capsys.readouterr().err
     assert mine.read_text() == '{"mine": 1}'
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["none-*.tar"], "matches none"),
-        (["none.tar"], "does not"),
-        (["a{.tar"], "braces"),
-        (["pipe:cat a.tar"], "shell command"),
-        (["train-*.tar", "--workers", "-2"], "`num_workers` to be at least 0"),
-        (["train-{000000..000003}.tar"], "train-000003.tar"),
-    ],
-)
-def test_wrong_usage_exits_with_2(clean, tmp_path, capsys, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(["data", "check", *words]) == 2
-    assert message in capsys.readouterr().err
