@@ -1,12 +1,19 @@
-"""One thread per worker of pytest-xdist: more of them only wait for each other. Helpers lie beside their tests."""
-
-from __future__ import annotations
+"""Seeds every test; one thread per worker of pytest-xdist; helpers lie beside their tests."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; child processes inherit it
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: more threads only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes inherit it
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)

@@ -1,5 +1,3 @@
-"""Counts what PyTorch is asked to do."""
-
 from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode

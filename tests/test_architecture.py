@@ -1,12 +1,8 @@
 """The house: rooms within their budgets of lines, imports that only run down, a short list of entries at the top."""
 
-from __future__ import annotations
-
 import ast
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "ssync_pl"
 FLOORS = (
@@ -20,17 +16,17 @@ FLOORS = (
 BUDGETS = {
     "method": 1272,
     "metrics": 959,
-    "adapters": 2600,
-    "plugin": 1558,
-    "rivals": 477,
-    "hosts": 3000,
+    "adapters": 2572,
+    "plugin": 1533,
+    "rivals": 473,
+    "hosts": 2903,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
     "data": 5_511,
     "compare": 1633,
     "tools": 2279,
     "cli": 760,
 }
-TOTAL = 20_314  # the aim is 20_000
+TOTAL = 20_120  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, start=1) for room in rooms}
 SHELL = ("__init__", "__main__")  # public names and `python -m ssync_pl`: both point at all floors
@@ -81,10 +77,6 @@ def test_imports_only_run_down():
     assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("room", BUDGETS)
-def test_a_room_keeps_within_its_budget(room):
-    assert 0 < lines(room) <= BUDGETS[room]
-
-
-def test_the_whole_house_keeps_within_its_budget():
+def test_rooms_and_the_whole_house_keep_within_their_budgets():
+    assert {room: lines(room) for room, most in BUDGETS.items() if not 0 < lines(room) <= most} == {}
     assert sum(text.count("\n") for text in sources().values()) <= TOTAL

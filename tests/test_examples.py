@@ -1,10 +1,8 @@
 """The shipped examples run as they are, only shorter; fifty steps of each give the recorded losses.
 
 A refactoring must not change what users train. Record anew, after a change that is meant to change trainings, with
-`python tests/test_examples.py`.
+`python tests/test_examples.py`. The published settings in examples/paper are parsed by the command line as they are.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -14,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ssync_pl.cli import main
 
@@ -54,7 +53,6 @@ def needs_features(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One folder of videos and features for all of them."""
     return tmp_path_factory.mktemp("data")
 
 
@@ -118,6 +116,38 @@ def test_the_plain_loop_trains_and_adds_ssync(capsys):
     assert sum(losses[-5:]) < sum(losses[:5])
     assert "step   50" in printed
     assert 0 < float(printed.split("SSync adds")[1].split()[0]) < losses[0]
+
+
+PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
+# What the configurations published with SSync resolve to
+PUBLISHED = json.loads((Path(__file__).parent / "golden" / "paper_examples.json").read_text("utf-8"))
+
+
+@pytest.fixture
+def parse(capsys):
+    def run(*names):
+        words = [word for name in names for word in ("--config", str(PAPER / f"{name}.yaml"))]
+        assert main(["fit", *words, "--print_config"]) == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return run
+
+
+def test_every_file_is_in_the_record():
+    assert {path.stem for path in PAPER.glob("*.yaml")} == {*PUBLISHED, "without_ssync"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_and_the_overlay_that_takes_ssync_away(parse, name):
+    config = parse(name)
+    callback, *others = config["trainer"]["callbacks"]
+    parts = {"model": config["model"], "data": config["data"], "callback": callback}
+    found = {key: {**part, **part["init_args"], **part.get("dict_kwargs", {})} for key, part in parts.items()}
+    found["trainer"] = config["trainer"]
+    for part, settings in PUBLISHED[name].items():
+        assert {key: found[part][key] for key in settings} == settings
+    without = {**config, "trainer": {**config["trainer"], "callbacks": others}}
+    assert parse(name, "without_ssync") == without
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The promises of README and pyproject."""
-
-from __future__ import annotations
-
 import inspect
+import json
 import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import ssync_pl
 from ssync_pl import SSyncConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,3 +43,48 @@ def test_the_readme_keeps_short():
 def test_the_docs_list_every_setting():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert not [name for name in inspect.signature(SSyncConfig).parameters if f"`{name}`" not in page]
+
+
+PUBLIC = {
+    "AttachedSSync", "DenseAlignmentCallback", "LightningHost", "SSyncCallback", "SSyncConfig", "SSyncMaps",
+    "SSyncOutput", "SSyncPictures", "SSyncRegularizer", "SlotPredictions", "StepSeed", "ValidationSummary",
+    "__version__", "attach", "ssync_loss",
+}  # fmt: skip
+CODE = """
+import json, sys, time, torch
+seen, start = [], time.perf_counter()
+heavy = {"lightning", "pytorch_lightning", "torchmetrics", "webdataset", "jsonargparse", "matplotlib", "av"}
+for step in ("import ssync_pl", "from ssync_pl import SSyncConfig, SSyncMaps, SSyncOutput, attach, ssync_loss"):
+    exec(step)
+    seen.append([time.perf_counter() - start, sorted(heavy & set(sys.modules))])
+print(json.dumps(seen))
+"""
+
+
+def test_importing_it_is_quick_and_pulls_in_nothing_heavy():
+    """Best of three; the limit is generous, since shared machines are slow."""
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        (first, *heavy), (both, *more) = json.loads(result.stdout)
+        assert [heavy, more] == [[[]]] * 2
+        if first < 0.3 and both < 1.0:
+            return
+    pytest.fail(f"the import takes {first:.2f} s, and {both:.2f} s with the method, three times over")
+
+
+def test_public_names_are_these_and_documented():
+    assert sorted(ssync_pl.__all__) == sorted(PUBLIC)
+    assert set(dir(ssync_pl)) >= PUBLIC
+    for name in PUBLIC - {"__version__"}:
+        value = getattr(ssync_pl, name)
+        assert value.__doc__
+        assert value.__name__ == name
+    assert ssync_pl.__version__ == version("ssync-pl")
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(AttributeError, match=r"SSyncCalback.*SSyncCallback.*ssync_loss"):
+        _ = ssync_pl.SSyncCalback
+    with pytest.raises(ImportError, match="SSyncCalback"):
+        from ssync_pl import SSyncCalback  # noqa: F401

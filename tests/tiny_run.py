@@ -1,7 +1,5 @@
 """A configuration of `ssync-pl fit` that trains in a second."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,5 @@ def tiny_config(root: Path, **trainer: Any) -> dict[str, Any]:
 
 
 def write_tiny(path: Path, root: Path, **trainer: Any) -> Path:
-    """Writes the configuration as YAML."""
     path.write_text(yaml.safe_dump(tiny_config(root, **trainer)), encoding="utf-8")
     return path

@@ -1,12 +1,9 @@
 """Stand-ins for code on features of a frozen backbone: VideoSAUR and its forks, OCLF, AdaSlot, RandSF.Q."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from stand_in_parts import DIM, FRAME, GRID, B, Decoder, Kept, N, S, SlotAttention, StandIn, T, eyes, parts
 from torch import Tensor, nn
@@ -29,8 +26,6 @@ class Corrector(SlotAttention):
 
 
 class VideosaurDecoder(Decoder):
-    """An MLP at places, or a spatial broadcast."""
-
     name = "mlp"
 
     def __init__(self, *size: int) -> None:
@@ -57,45 +52,22 @@ class MixerDecoder(Kept):
         return {"masks": (self.sharpen * logits).softmax(-1).transpose(1, 2)}
 
 
-class VideosaurHost(StandIn, L.LightningModule):
-    """A model of videos, or of images; slots may grow at optimizer steps: its validation then scans forth and back."""
+class VideosaurHost(StandIn):
+    """A model of videos, or of images; its ``slots`` may be the first of more to come."""
 
-    def __init__(
-        self,
-        decoder: nn.Module | None = None,
-        slots: tuple[int, ...] = (S,),
-        growth: tuple[int, ...] = (),
-        video: bool = True,
-        **corrector: Any,
-    ) -> None:
+    def __init__(self, decoder: nn.Module | None = None, slots: int = S, video: bool = True, **corrector: Any) -> None:
         inside = ".module" if video else ""
         decoder = VideosaurDecoder() if decoder is None else decoder
         found = {f"processor{inside}.corrector": Corrector(**corrector), f"decoder{inside}": decoder}
         super().__init__({"encoder": eyes(), **found})
-        self.seeds = nn.Parameter(4 * torch.randn(slots[-1], DIM))
-        self.counts, self.growth, self.video = slots, growth, video
-
-    @property
-    def num_slots(self) -> int:
-        step = 0 if self._trainer is None else self.trainer.global_step
-        return self.counts[sum(step >= at for at in self.growth)] if self.training else self.counts[-1]
+        self.seeds, self.slots, self.video = nn.Parameter(4 * torch.randn(S, DIM)), slots, video
 
     def draw(self, slots: Tensor) -> Tensor:
         return super().draw(slots) - 0.3
 
     def forward(self, video: Tensor) -> Tensor:
         video = video if self.video else video[:, :1]
-        states = self.states(video, self.first_slots(video)[:, : self.num_slots])
-        if self.growth and not self.training:
-            for t in reversed(range(video.shape[1] - 1)):
-                self.attend(self.features(video)[:, t], states[:, t + 1], t + 1)
-        return self.draw(states)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch["video"])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
+        return self.draw(self.states(video, self.first_slots(video)[:, : self.slots]))
 
 
 class OclfAttention(SlotAttention):
@@ -141,8 +113,6 @@ class DroppingAttention(OclfAttention):
 
 
 class OclfDecoder(Decoder):
-    """On patches, or with two sizes on pixels."""
-
     def __init__(self, *size: int, colours: int = 3, amodal: bool = False) -> None:
         super().__init__(size or (N,), colours)
         setattr(self, "initial_conv_size" if self.pixels else "num_patches", size)
@@ -177,14 +147,7 @@ class OclfHost(StandIn):
 
     eyes = "models.feature_extractor"
 
-    def __init__(
-        self,
-        decoder: nn.Module | None = None,
-        attention: nn.Module | None = None,
-        video: bool = False,
-        at: str = "object_decoder",
-        existing: Tensor | None = None,
-    ) -> None:
+    def __init__(self, decoder=None, attention=None, video=False, at="object_decoder", existing=None):
         grouping = f"models.perceptual_grouping{'.module' * video}.slot_attention"
         attention, decoder = OclfAttention() if attention is None else attention, decoder or OclfDecoder()
         super().__init__({self.eyes: eyes(), grouping: attention, f"models.{at}": decoder})
@@ -206,9 +169,7 @@ class OclfHost(StandIn):
 class AdaSlotHost(OclfHost):
     """An image model that hands the decision to its decoder; ``masked`` are slots that it is told to leave out."""
 
-    def __init__(
-        self, mask_type: str = "mask_normalized", heads: int = 1, kept: Any = None, size: tuple[int, ...] = (N,)
-    ) -> None:
+    def __init__(self, mask_type="mask_normalized", heads=1, kept=None, size=(N,)):
         kept, self.masked = None if kept is None else torch.tensor(kept), None
         super().__init__(DroppingDecoder(mask_type, size), DroppingAttention(heads, kept))
 
@@ -270,8 +231,6 @@ class MixerDecode(Kept):
 
 
 class RandSFQHost(StandIn):
-    """A video model, or an image model without ``transit``."""
-
     eyes = "encode_backbone"
 
     def __init__(self, decode: nn.Module | None = None, video: bool = True, existing: Tensor | None = None) -> None:
@@ -292,7 +251,6 @@ class RandSFQHost(StandIn):
 
 
 def first(*counts: int) -> Tensor:
-    """Marks the first slots of each video."""
     return torch.arange(S) < torch.tensor(counts)[:, None]
 
 
@@ -307,7 +265,7 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "videosaur_images": lambda: VideosaurHost(video=False),
         "videosaur_dots": lambda: VideosaurHost(dots=True),
         "videosaur_two_softmaxes": lambda: VideosaurHost(over_patches=True),
-        "videosaur_growing": lambda: VideosaurHost(slots=(2, 3, 4), growth=(1, 2)),
+        "videosaur_growing": lambda: VideosaurHost(slots=2),
     },
     "oclf": {
         "oclf_dinosaur": OclfHost,

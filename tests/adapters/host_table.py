@@ -1,7 +1,5 @@
 """Every stand-in of every family, and the maps that it computed itself: the table that the contract test walks."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import feature_hosts
@@ -24,8 +22,6 @@ def make_host(name: str) -> Any:
 
 
 class Heard(NamedTuple):
-    """What one training step of a host gave."""
-
     adapter: HostAdapter
     capture: Capture
     batch: Any

@@ -1,7 +1,5 @@
 """Stand-ins for code around SAVi, for STEVE and SLATE, and for models around the `slot-attention` package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +22,6 @@ class SoldDecoder(Decoder):
 
 
 class SoldHost(StandIn):
-    """The module that trains the autoencoder."""
-
     eyes, predictor = "autoencoder.encoder.encoder", "autoencoder.predictor"
 
     def __init__(self, size: tuple[int, int] = GRID) -> None:
@@ -129,9 +125,7 @@ class JunkeunYiCorrector(SlotAttention):
     def split(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.heads, -1))
 
-    def step(
-        self, query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, query, keys, values, present):
         inner: Any = self.inverted_attention["attn_fn"]
         inner.sharpen = self.sharpen
         update, probs = inner(query, keys, values) if self.positional else inner(query=query, key=keys, value=values)
@@ -139,15 +133,11 @@ class JunkeunYiCorrector(SlotAttention):
 
 
 class JunkeunYiEncoder(nn.Conv2d):
-    """Channels last."""
-
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.movedim(-1, 1)).movedim(1, -1)
 
 
 class JunkeunYiDecoder(Decoder):
-    """Draws alpha by itself, channels last."""
-
     name, channels_last = "mask_pred", True
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
@@ -157,14 +147,7 @@ class JunkeunYiDecoder(Decoder):
 class JunkeunYiHost(StandIn):
     predictor = "processor.predictor"
 
-    def __init__(
-        self,
-        heads: int = 1,
-        iterations: int = 1,
-        size: tuple[int, int] = GRID,
-        predicted: bool = False,
-        positional: bool = False,
-    ) -> None:
+    def __init__(self, heads=1, iterations=1, size=GRID, predicted=False, positional=False):
         corrector = JunkeunYiCorrector(heads, iterations, positional)
         found = {"corrector": corrector, "processor.corrector": corrector, self.predictor: nn.Linear(DIM, DIM)}
         super().__init__({"encoder": eyes(JunkeunYiEncoder), **found,
@@ -245,8 +228,6 @@ class PackageWrapper(nn.Module):
 
 
 class Pictures(RawDecoder):
-    """Channels come first, or ``last``."""
-
     checked = False
 
     def __init__(self, last: bool) -> None:
@@ -263,9 +244,7 @@ class PackageHost(StandIn):
     With ``unfold``, masks get their frames back before the softmax over slots.
     """
 
-    def __init__(
-        self, attention: nn.Module | None = None, frames: str = "image", last: bool = False, unfold: bool = False
-    ) -> None:
+    def __init__(self, attention=None, frames="image", last=False, unfold=False):
         attention = PackageAttention() if attention is None else attention
         super().__init__({"encoder": eyes(), "decoder": Pictures(last), "slot_attn": attention})
         self.frames, self.unfold, self.clips = frames, unfold, frames == "loop"

@@ -1,7 +1,5 @@
 """A stand-in for the public SOLV model, which keeps its own tensors for comparison, and this package's SOLV."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -90,7 +88,6 @@ class SolvHost(nn.Module):
 
 
 def centre(value: Tensor) -> Tensor:
-    """The centre frame of each window, of values of all frames."""
     return value.unflatten(0, (-1, FRAMES))[:, RADIUS]
 
 

@@ -1,7 +1,5 @@
 """Parts of which stand-ins are built: each keeps the logits that it used, and a family says what is its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,9 +50,7 @@ class SlotAttention(Kept):
     def mix(self, weights: Tensor, values: Tensor) -> Tensor:
         return weights @ values
 
-    def step(
-        self, query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, query, keys, values, present):
         """Gives logits, their softmax and the update."""
         logits = self.product(query, keys)
         if present is not None:
@@ -118,7 +114,6 @@ class Decoder(Kept):
         return alpha.softmax(axis)
 
     def paint(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives the picture and the masks."""
         colours, alpha = self.draw(slots)
         masks = self.softmax(alpha, slots.ndim - 2)
         return (colours * masks.unsqueeze(slots.ndim - 1)).sum(slots.ndim - 2), masks
@@ -194,14 +189,12 @@ class StandIn(nn.Module):
 
 
 def first_of(output: Any) -> Tensor:
-    """Slots, or a picture, in what a part returns."""
     if isinstance(output, (dict, tuple)):
         return next(iter(output.values() if isinstance(output, dict) else output))
     return getattr(output, "reconstruction", output)
 
 
 def parts(host: nn.Module) -> tuple[Any, Any]:
-    """The slot attention and the decoder of a stand-in."""
     one, two = (next(m for m in host.modules() if getattr(m, "side", "") == side) for side in ("attention", "masks"))
     return one, two
 

@@ -1,7 +1,5 @@
 """Hosts that no adapter knows: their modules return only slots and pictures, the maps exist inside of them alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +59,6 @@ class SlotsOnly(SlotAttention):
 
 
 class PicturesOnly(Decoder):
-    """Decoder that returns the reconstruction ``(B, T, 3, N)`` of slots ``(B, T, S, D)`` alone."""
-
     def __init__(self, layout: str = "bsn") -> None:
         super().__init__()
         self.layout = layout
@@ -75,8 +71,6 @@ class PicturesOnly(Decoder):
 
 
 class Unknown(StandIn):
-    """A model of unusual names."""
-
     eyes = "eyelid"
 
     def __init__(self, attention: SlotsOnly | None = None, decoder: PicturesOnly | None = None) -> None:

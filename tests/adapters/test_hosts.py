@@ -1,7 +1,5 @@
 """What holds for every host of docs/hosts.md on its stand-in, and where in a host an adapter looks."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

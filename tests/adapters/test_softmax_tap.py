@@ -1,10 +1,5 @@
-"""Maps that users name by the softmax inside of a module, and how the doctor finds them."""
-
-from __future__ import annotations
-
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +8,8 @@ import torch
 from host_table import hear, own_maps
 from savi_hosts import JunkeunYiHost
 from stand_in_parts import DIM, FINE, GRID, B, N, S, forget
-from tiny_models import loader, trainer
+from tiny_hosts import make_trainer
+from tiny_models import loader
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -42,7 +38,6 @@ def tapped(host: Any, *places: str, video: Any = None, check: bool = True) -> SS
 
 
 def assert_own(maps: SSyncMaps, host: taps.Unknown) -> None:
-    """Both maps are the host's own tensors of its last step."""
     attention, masks = host.own()
     assert torch.equal(maps.attention_logits, attention)
     assert torch.equal(maps.mask_logits, masks)
@@ -115,7 +110,7 @@ def test_slots_that_are_absent_later_are_marked_too() -> None:
             assert ssync.maps.slot_valid.tolist() == [[True, True, True, not gone]] * B
 
 
-def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step(tmp_path: Path) -> None:
+def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step() -> None:
     host, batch = taps.UnknownHost(), {"image": taps.clip(1)[:, 0]}
     heard = hear(host, PathAdapter("softmax:.", "softmax:."), batch)  # a step without a forward pass
     assert torch.equal(heard.maps().attention_logits[:, 0], host.attention.mT)
@@ -125,7 +120,7 @@ def test_softmaxes_in_methods_of_the_host_are_heard_in_the_whole_step(tmp_path: 
     assert pair.places == ("softmax:.", "softmax:.")
     assert (pair.attention.axis, pair.masks.axis) == (2, 1)
     callback = SSyncCallback(attention="softmax:.", masks="softmax:.", warmup_steps=0)
-    run = trainer(tmp_path, max_steps=1, callbacks=[callback])
+    run = make_trainer(callback, steps=1)
     run.fit(host, loader(batch))
     assert run.callback_metrics["ssync/interior_loss"].isfinite()
     assert_clean(host)
@@ -194,8 +189,6 @@ def test_nothing_of_the_host_changes_even_when_it_fails() -> None:
 
 def test_a_softmax_without_gradient_takes_no_place() -> None:
     class Logs(taps.PicturesOnly):
-        """Draws a sharper picture for a log, after the masks."""
-
         def forward(self, slots: Tensor) -> Tensor:
             out = super().forward(slots)
             with torch.no_grad():

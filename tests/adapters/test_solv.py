@@ -1,7 +1,5 @@
 """SOLV: the public model, whose merger tells no assignment, and this package's host."""
 
-from __future__ import annotations
-
 import copy
 import random
 from typing import Any

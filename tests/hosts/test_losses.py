@@ -1,7 +1,3 @@
-"""Slot contrast and temporal similarity against their definitions, pair by pair."""
-
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -14,19 +10,16 @@ from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, tempo
 
 def _by_loops(slots: Tensor, temperature: float, across_batch: bool, valid: Tensor | None = None) -> float:
     """Each slot of a later frame asks which slot of the earlier frame it is."""
-    clips, frames, count, _ = slots.shape
     losses = []
-    for t in range(frames - 1):
-        counted = [b for b in range(clips) if valid is None or (valid[b, t] and valid[b, t + 1])]
+    for t in range(slots.shape[1] - 1):
+        counted = [b for b in range(len(slots)) if valid is None or (valid[b, t] and valid[b, t + 1])]
         for b in counted:
-            for s in range(count):
-                among = [(o, k) for o in (counted if across_batch else [b]) for k in range(count)]
-                scores = {
-                    (o, k): F.cosine_similarity(slots[o, t, k], slots[b, t + 1, s], dim=0).item() / temperature
-                    for o, k in among
-                }
-                losses.append(math.log(sum(math.exp(score) for score in scores.values())) - scores[b, s])
-    return sum(losses) / len(losses) if losses else 0.0
+            clips = counted if across_batch else [b]
+            earlier, own = slots[clips, t].flatten(0, 1), clips.index(b) * slots.shape[2]
+            for s, later in enumerate(slots[b, t + 1]):
+                scores = F.cosine_similarity(earlier, later[None]) / temperature
+                losses.append(-scores.log_softmax(0)[own + s].item())
+    return sum(losses) / len(losses)
 
 
 SOME = torch.tensor([[True, True, True, True], [True, True, False, False], [False, False, False, False]])
@@ -62,13 +55,10 @@ def test_similarity_equals_the_definition(shift: int, threshold: float | None) -
     for b in range(2):
         for t in range(4 - shift):
             for n in range(5):
-                scores = [F.cosine_similarity(features[b, t, n], features[b, t + shift, m], dim=0) for m in range(5)]
-                kept = [threshold is None or score >= threshold for score in scores]
-                shares = [math.exp(s / 0.3) if keep else 0.0 for s, keep in zip(scores, kept, strict=True)]
-                if not any(kept):  # a patch that resembles nothing is spread evenly
-                    shares = [1.0] * 5
-                expected = torch.tensor(shares, dtype=torch.float64) / sum(shares)
-                torch.testing.assert_close(target[b, t, n], expected)
+                scores = F.cosine_similarity(features[b, t, n][None], features[b, t + shift])
+                shares = (scores / 0.3).exp() * (threshold is None or scores >= threshold)
+                shares = shares if shares.any() else torch.ones_like(shares)  # what resembles nothing is spread evenly
+                torch.testing.assert_close(target[b, t, n], shares / shares.sum())
 
 
 def test_similarity_loss_by_hand() -> None:

@@ -1,7 +1,5 @@
 """Hosts against numbers recorded from the public code: tiny random state dicts, features, and what came out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,20 @@ SHARED = {
     "backbone": None,
     "feature_dim": 12,
     "grid": (3, 3),
-    "decoder_hidden": (16, 16),
+    "decoder_hidden": (16,) * 2,
 }
-MIXER = {"similarity_dim": 12, "decoder_hidden": (16, 16, 16), "similarity_weight": 0.1}
+MIXER = {"similarity_dim": 12, "decoder_hidden": (16,) * 3, "similarity_weight": 0.1}
+MOVI = {**MIXER, "reconstruction_weight": 0.0, "similarity_temperature": 0.075}
+YTVIS = {**MIXER, "mixer_blocks": 3, "similarity_temperature": 0.25}
+CONTRAST, SIMILAR = {"similarity_dim": 12}, {"similarity": "loss_timesim"}
+BOTH = {"reconstruction": "loss_featrec", "contrast": "loss_ss"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "videosaur_movi": (
-        "VideoSAUR",
-        {**MIXER, "reconstruction_weight": 0.0, "similarity_temperature": 0.075},
-        {"similarity": "loss_timesim"},
-    ),
-    "videosaur_ytvis": (
-        "VideoSAUR",
-        {**MIXER, "mixer_blocks": 3, "similarity_temperature": 0.25},
-        {"reconstruction": "loss_featrec", "similarity": "loss_timesim"},
-    ),
+    "videosaur_movi": ("VideoSAUR", MOVI, SIMILAR),
+    "videosaur_ytvis": ("VideoSAUR", YTVIS, {**SIMILAR, "reconstruction": "loss_featrec"}),
     "dinosaur": ("DINOSAUR", {}, {"reconstruction": "mse"}),
-    "slotcontrast": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
-    "ssync": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_featrec", "contrast": "loss_ss"}),
-    # SRL contrasts slots in a form of its own
-    "srl": ("SlotContrast", {"similarity_dim": 12}, {"reconstruction": "loss_recon"}),
+    "slotcontrast": ("SlotContrast", CONTRAST, BOTH),
+    "ssync": ("SlotContrast", CONTRAST, BOTH),
+    "srl": ("SlotContrast", CONTRAST, {"reconstruction": "loss_recon"}),  # SRL contrasts slots in a form of its own
 }
 
 

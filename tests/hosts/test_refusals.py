@@ -1,7 +1,3 @@
-"""Options, batches and schedules that cannot be are refused by name."""
-
-from __future__ import annotations
-
 import math
 from typing import Any
 

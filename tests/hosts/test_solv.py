@@ -1,16 +1,19 @@
-from __future__ import annotations
+"""SOLV, and what it is made of: binders, merging and linking of slots."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny, window_clips
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize
 
 from ssync_pl.hosts import SOLV
 from ssync_pl.hosts import solv as module
 from ssync_pl.hosts.linking import link_slots, relabel_slots
-
-GRID, N, C = (2, 4), 8, 6
+from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder, frame_windows
+from ssync_pl.hosts.nn.slot_merger import SlotMerger, agglomerate, cosine_distances
 
 
 def test_the_defaults_are_the_published_sizes() -> None:
@@ -41,18 +44,6 @@ def test_evaluation_of_a_frame_is_training_on_its_window(monkeypatch: pytest.Mon
         torch.testing.assert_close(one, other)
 
 
-def test_padding_neither_counts_nor_informs() -> None:
-    model, batch = tiny(SOLV).eval(), window_clips(frames=4)
-    padded = {**batch, "features": batch["features"].clone()}
-    padded["features"][:, 3] = 50.0
-    padded["frame_mask"] = torch.tensor([[True, True, True, False]] * 2)
-    with torch.no_grad():
-        masks, loss = model.evaluate(padded)
-        expected, expected_loss = model.evaluate({name: value[:, :3] for name, value in batch.items()})
-    torch.testing.assert_close(loss, expected_loss)
-    torch.testing.assert_close(masks[:, :3], expected)
-
-
 def test_masks_are_linked_over_time_by_slots_or_by_what_they_cover() -> None:
     batch = window_clips(frames=5)
     features = batch["features"]
@@ -65,8 +56,8 @@ def test_masks_are_linked_over_time_by_slots_or_by_what_they_cover() -> None:
             apart = features - features.mean((1, 2), keepdim=True)
             looks = out.masks @ apart / out.masks.sum(-1, keepdim=True).clamp_min(1e-8)
         expected = relabel_slots(out.masks, link_slots(looks, out.slot_valid))
-        torch.testing.assert_close(masks, expected.unflatten(-1, GRID))
-        torch.testing.assert_close(masks.sum(2), torch.ones(2, 5, *GRID))
+        torch.testing.assert_close(masks, expected.unflatten(-1, (2, 4)))
+        torch.testing.assert_close(masks.sum(2), torch.ones(2, 5, 2, 4))
 
 
 def test_merging_grows_with_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +95,184 @@ def test_the_step_compiles_to_one_graph() -> None:
 
 
 def test_a_random_part_of_the_tokens_is_kept_in_training() -> None:
-    model, features = tiny(SOLV, token_drop=0.75), torch.randn(500, 1, N, C)
+    model, features = tiny(SOLV, token_drop=0.75), torch.randn(500, 1, 8, 6)
     tokens, indices = model._drop_tokens(features)
-    assert tokens.shape == (500, 1, 2, C)
+    assert tokens.shape == (500, 1, 2, 6)
     assert (indices.diff(dim=-1) > 0).all()
     assert torch.equal(tokens[3, 0], features[3, 0, indices[3, 0]])
-    assert (torch.bincount(indices.flatten(), minlength=N) / 500 - 0.25).abs().max() < 0.08
+    assert (torch.bincount(indices.flatten(), minlength=8) / 500 - 0.25).abs().max() < 0.08
     assert torch.equal(model.eval()._drop_tokens(features)[0], features)
+
+
+GRID, S, D, C = (3, 4), 3, 8, 5
+ONE, TWO, THREE = torch.eye(3)
+MIXED, LIKE_TWO = normalize(ONE + 0.3 * THREE, dim=0), normalize(TWO + 0.1 * ONE, dim=0)
+
+
+def _binder() -> RelativeSlotAttention:
+    binder = RelativeSlotAttention(GRID, num_slots=S, slot_dim=D, feature_dim=C, iterations=2, dropout=0.0)
+    with torch.no_grad():
+        for parameter in binder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return binder
+
+
+def _by_hand(binder: RelativeSlotAttention, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One frame, pair by pair, in the published order: the whole MLP on one pair of slot and patch."""
+
+    def pair(projected: Tensor, relative: Tensor) -> Tensor:
+        return binder.pair_out(binder.pair_in(projected + binder.from_position(relative)).clamp(min=0))
+
+    embedded, points, norm = binder.embed(tokens), binder.points[places], binder.norm_slots
+    slots, position, spread = binder.slots, binder.position, binder.log_spread.exp()
+    for iteration in range(binder.iterations + 1):
+        normed = layer_norm(slots, (D,), norm.weight, norm.bias)
+        logits, values = torch.zeros(S, len(tokens)), torch.zeros(S, len(tokens), D)
+        for s in range(S):
+            for n in range(len(tokens)):
+                relative = (points[n] - position[s]) / (5.0 * spread[s])
+                logits[s, n] = (binder.to_q(normed[s]) * pair(binder.to_k(embedded[n]), relative)).sum() * D**-0.5
+                values[s, n] = pair(binder.to_v(embedded[n]), relative)
+        attention = logits.softmax(0) + 1e-8
+        attention = attention / attention.sum(1, keepdim=True)
+        if iteration == binder.iterations:
+            break
+        position = attention @ points
+        spread = torch.stack([(attention[s] @ (points - position[s]).square() + 1e-4).sqrt() for s in range(S)])
+        slots = binder.gru(torch.stack([attention[s] @ values[s] for s in range(S)]), slots)
+        slots = slots + binder.mlp(slots)
+    return binder.to_output(binder.norm_slots(slots)), logits, attention
+
+
+def test_the_binder_equals_the_published_order_pair_by_pair() -> None:
+    binder, tokens = _binder(), torch.randn(2, 2, 7, C)
+    indices = torch.stack([torch.randperm(12)[:7].sort().values for _ in range(4)]).view(2, 2, 7)
+    bound = binder(tokens, indices)
+    for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        found = (bound.slots[b, t], bound.logits[b, t], bound.attention[b, t])
+        torch.testing.assert_close(found, _by_hand(binder, tokens[b, t], indices[b, t]), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = binder(tokens, indices)
+    assert half.logits.dtype == half.attention.dtype == torch.float32
+    torch.testing.assert_close(half.logits, bound.logits, rtol=0.2, atol=0.1)
+
+
+def test_an_untrained_binder_can_be_soft_k_means() -> None:
+    centres, truth = 3 * torch.randn(3, 16), torch.arange(3).repeat_interleave(16)
+    tokens = (centres[truth] + 0.3 * torch.randn(48, 16)).view(1, 1, 48, 16)
+    binder = RelativeSlotAttention((6, 8), 3, 32, 16, iterations=3, dropout=0.0, init="kmeans")
+    with torch.no_grad():
+        binder.from_position.weight.zero_()
+        binder.slots.copy_(binder.embed(tokens[0, 0, [0, 16, 32]]) + 0.5 * torch.randn(3, 32))
+        bound = binder(tokens, torch.arange(48).expand(1, 1, 48))
+        assert torch.equal(bound.logits[0, 0].argmax(0), truth)
+        # The MLP of pairs passes what it gets, but for the far negative tail.
+        keys = binder.to_k(binder.embed(tokens[0, 0]))
+        assert (keys.std() - 1.5).abs() < 0.2
+        torch.testing.assert_close(binder.pair_out(binder.pair_in(keys).relu()), keys.clamp(min=-3.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_over_time_hidden_frames_do_not_matter_and_slots_do_not_mix(training: bool) -> None:
+    binder = TemporalBinder(8, 3, blocks=2, heads=2, dropout=0.0).train(training)
+    slots, valid = torch.randn(2, 1, 3, 4, 8), torch.tensor([[[True, True, False]], [[False, True, True]]])
+    other, every = torch.where(valid[..., None, None], slots, torch.full((), 7.0)), torch.ones_like(valid)
+    torch.testing.assert_close(binder(slots, valid), binder(other, valid))
+    assert not torch.allclose(binder(slots, valid), binder(slots, every), atol=1e-3)
+    changed = slots.clone()
+    changed[:, :, :, 2] += 1
+    same = (binder(slots, every) - binder(changed, every)).abs().amax(-1)[0, 0]
+    assert same[[0, 1, 3]].max() < 1e-6
+    assert same[2] > 1e-3
+
+
+def test_windows_reach_over_the_edges() -> None:
+    values = torch.arange(1, 5).view(1, 4, 1).expand(2, 4, 3)
+    windows = frame_windows(values, 2)
+    assert windows.shape == (2, 4, 5, 3)
+    assert windows[0, :, :, 0].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 0], [2, 3, 4, 0, 0]]
+    assert frame_windows(torch.ones(1, 2, dtype=torch.bool), 1).tolist() == [[[False, True, True], [True, True, False]]]
+    assert torch.equal(frame_windows(values, 0).squeeze(2), values)
+
+
+@pytest.mark.parametrize("linkage", ["complete", "average"])
+@pytest.mark.parametrize("count", [1, 2, 8, 13])
+def test_clusters_equal_those_of_scikit_learn(linkage: Any, count: int) -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    torch.manual_seed(count)
+    slots, sizes = torch.randn(24, count, 5), set()
+    for own, vectors in zip(agglomerate(cosine_distances(slots), 0.8, linkage), slots, strict=True):
+        if count == 1:
+            assert own.tolist() == [0]
+            continue
+        options: dict[str, Any] = {"metric": "cosine", "compute_full_tree": True, "distance_threshold": 0.8}
+        theirs = cluster.AgglomerativeClustering(n_clusters=None, linkage=linkage, **options).fit(vectors.numpy())
+        same = torch.from_numpy(theirs.labels_)
+        assert torch.equal(own[:, None] == own[None, :], same[:, None] == same[None, :])
+        # Each cluster goes by its lowest index.
+        assert all(label == min(i for i in range(count) if own[i] == label) for label in own.tolist())
+        sizes.add(len(own.unique()))
+    assert count < 8 or len(sizes) > 1
+
+
+def test_merged_slots_are_means_at_the_lowest_index() -> None:
+    slots = torch.tensor([[[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]]])
+    merged = SlotMerger(0.1, min_slots=2)(slots)
+    assert merged.valid.tolist() == [[[True, True, False, False]]]
+    torch.testing.assert_close(merged.slots[0, 0], torch.tensor([[0.0, 2.0], [1.5, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert merged.members[0, 0].int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    attention = torch.tensor([[[[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.1, 0.2, 0.7], [0.0, 0.0, 1.0]]]])
+    expected = torch.tensor([[0.3, 0.35, 0.35], [0.0, 0.5, 0.5]])
+    torch.testing.assert_close(merged.merge_attention(attention)[0, 0, :2], expected)
+    assert SlotMerger(0.1, min_slots=3)(slots).valid.all()  # too few slots keep all
+    torch.testing.assert_close(SlotMerger(None)(slots).slots, slots)
+    some = SlotMerger(0.1, min_slots=1)(torch.ones(2, 2, 3, 4), torch.tensor([[True, False], [False, True]]))
+    assert some.valid.sum(-1).tolist() == [[1, 3], [3, 1]]  # only wanted frames are merged
+
+
+# Frames of slots, None where there is none; how they are linked; the identities from a frame on.
+MOVED = ([ONE, TWO, THREE], [THREE, ONE, TWO], [2 * TWO, THREE, 0.5 * ONE])
+RETURNS = ([ONE, TWO, THREE], [ONE, None, THREE])
+NEW = ([None, ONE, TWO], [MIXED, ONE, TWO], [TWO, MIXED, ONE])
+EMPTY = ([ONE, TWO], [None, None], [TWO, ONE])
+
+
+@pytest.mark.parametrize(
+    ("frames", "linking", "start", "expected"),
+    [
+        (MOVED, "memory", 0, [[0, 1, 2], [2, 0, 1], [1, 2, 0]]),
+        (MOVED, "previous", 0, [[0, 1, 2], [2, 0, 1], [1, 2, 0]]),
+        (MOVED, "index", 0, [[0, 1, 2]] * 3),
+        # The memory brings back what a frame lacked; else the third slot takes the one that it is most alike.
+        ((*RETURNS, [THREE, TWO, ONE]), "memory", 2, [[2, 1, 0]]),
+        ((*RETURNS, [THREE, LIKE_TWO, ONE]), "previous", 2, [[2, 0, 0]]),
+        # The memory gives a new slot a name of its own.
+        (NEW, "memory", 1, [[0, 1, 2], [2, 0, 1]]),
+        (NEW, "previous", 1, [[1, 1, 2], [2, 1, 1]]),
+        # Both slots are most alike to ONE, and the second loses less by taking TWO: the best in total.
+        (([ONE, TWO], [normalize(ONE + 0.8 * TWO, dim=0), ONE]), "memory", 0, [[0, 1], [1, 0]]),
+        # Frames without slots are passed over.
+        (EMPTY, "memory", 2, [[1, 0]]),
+        (EMPTY, "previous", 2, [[1, 0]]),
+    ],
+)
+def test_identities_are_linked(frames: Any, linking: Any, start: int, expected: list[list[int]]) -> None:
+    slots = torch.stack([torch.stack([torch.zeros(3) if slot is None else slot for slot in frame]) for frame in frames])
+    valid = torch.tensor([[slot is not None for slot in frame] for frame in frames])
+    other = torch.stack([slots, slots[:1].expand_as(slots)])  # videos are linked by themselves
+    linked = link_slots(other, torch.stack([valid, valid]), linking)
+    assert linked[0, start:].tolist() == expected
+
+
+def test_identities_are_one_to_one_and_masks_follow_them() -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        slots = torch.randn(2, 6, 5, 3, generator=generator)
+        valid = torch.rand(2, 6, 5, generator=generator) < 0.6
+        for names, there in zip(link_slots(slots, valid).flatten(0, 1), valid.flatten(0, 1), strict=True):
+            assert len(names[there].unique()) == int(there.sum())
+    masks = torch.rand(1, 2, 3, 4).softmax(2)
+    moved = relabel_slots(masks, torch.tensor([[[2, 0, 1], [1, 1, 0]]]))
+    assert torch.equal(moved[0, 0], masks[0, 0, [1, 2, 0]])
+    expected = torch.stack([masks[0, 1, 2], masks[0, 1, 0] + masks[0, 1, 1], torch.zeros(4)])
+    torch.testing.assert_close(moved[0, 1], expected)

@@ -1,15 +1,25 @@
-"""What every host gets from its base: evaluation, prediction, schedules; and fifty recorded steps of each."""
-
-from __future__ import annotations
+"""What every host gets from its base: evaluation, prediction, schedules; fifty recorded steps of each; and SAVi."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
-from tiny_models import FEATURE_HOSTS, FEATURES, OPTIONS, Batch, loader, pixel_clips, tiny, train, trainer, window_clips
+from tiny_hosts import make_trainer
+from tiny_models import (
+    FEATURE_HOSTS,
+    FEATURES,
+    OPTIONS,
+    Batch,
+    loader,
+    pixel_clips,
+    tiny,
+    train,
+    window_clips,
+)
 
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ShapeError
@@ -118,13 +128,28 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", [SAVi, VideoSAUR, SOLV])
+def test_padded_frames_and_samples_neither_count_nor_inform(kind: Any) -> None:
+    options = {SAVi: {"slot_init": "learned"}, VideoSAUR: {"slot_init": "learned", "contrast_weight": 1.0}}
+    model, batch, frames = tiny(kind, **options.get(kind, {})).eval(), CLIPS[kind](frames=4), torch.ones(2, 4).bool()
+    name = "video" if kind is SAVi else "features"
+    padded, frames[0, 3] = batch[name].clone(), False
+    padded[0, 3], padded[1] = 50.0, -50.0
+    with torch.no_grad():
+        marks = {"frame_mask": frames, "batch_padding_mask": torch.tensor([True, False])}
+        masks, loss = model.evaluate({name: padded, **marks})
+        expected, expected_loss = model.evaluate({name: batch[name][:1, :3]})
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(masks[:1, :3], expected)
+
+
 @pytest.mark.parametrize("kind", CLIPS)
 def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_path: Path) -> None:
     options, rate = DECAYS.get(kind, ({"slot_init": "learned", "decay_steps": None, "decay_rate": 0.5}, 1.5e-3))
     batch = window_clips(frames=5) if kind is SOLV else CLIPS[kind]()
     model = tiny(kind, trained=True, **options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run = trainer(tmp_path, max_steps=4, callbacks=[SSyncCallback(warmup_ratio=0.0)])
+    run = make_trainer(SSyncCallback(warmup_ratio=0.0), steps=4)
     run.fit(model, loader(CLIPS[kind](), 4), loader(batch))
     scores = run.callback_metrics
     wanted = {"train/loss", "val/loss", "val/used_slots", "val/video_fg_ari", "val/video_ari", "val/video_mbo"}
@@ -139,7 +164,7 @@ def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_
     assert loaded.hparams == model.hparams
     with torch.no_grad():
         torch.testing.assert_close(loaded.segment(batch), model.eval().segment(batch))
-    (predicted,) = trainer(tmp_path).predict(loaded, loader(batch))  # type: ignore[misc]
+    (predicted,) = make_trainer().predict(loaded, loader(batch))  # type: ignore[misc]
     shape = batch["segmentations"].shape
     assert predicted["masks"].shape == (*shape[:2], model.hparams.num_slots, *shape[3:])
     torch.testing.assert_close(predicted["masks"].sum(dim=2), torch.ones(*shape[:2], *shape[3:]))
@@ -147,5 +172,48 @@ def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_
     if kind is not SAVi:  # without frames, masks have the size of the patches
         without = {name: value for name, value in batch.items() if name != "video"}
         assert loaded.predict_step(without, 0)["labels"].shape == (*shape[:2], *model.hparams.grid)
-    tested = trainer(tmp_path).test(loaded, loader(batch), verbose=False)[0]
+    tested = make_trainer().test(loaded, loader(batch), verbose=False)[0]
     assert tested["test/loss"] == pytest.approx(scores["val/loss"].item())
+
+
+def test_the_defaults_are_the_published_sizes() -> None:
+    model = SAVi()
+    assert sum(p.numel() for p in model.encoder.convolutions.parameters()) == (3 + 3 * 32) * 32 * 25 + 4 * 32
+    assert model.decoder.size == (64, 64)
+    assert model.corrector.to_q.weight.shape == (128, 128)
+    assert len(model.predictor.blocks) == 1
+
+
+def test_validation_ignores_repeated_padding_and_scores_by_hand() -> None:
+    model, batch = tiny(SAVi, trained=True, slot_init="learned", num_slots=1), pixel_clips()
+    padded = dict(batch, batch_padding_mask=torch.tensor([True, False]))
+    first = {key: value[:1] for key, value in batch.items()}
+    scores, expected = (make_trainer().validate(model, loader(b), verbose=False)[0] for b in (padded, first))
+    assert scores == pytest.approx(expected)
+    assert scores["val/used_slots"] == 1.0
+    assert scores["val/video_ari"] == pytest.approx(0.0, abs=1e-6)  # one region: no agreement beyond chance
+    assert scores["val/video_mbo"] == pytest.approx(36 / 256)  # IoU of the frame with a 6 x 6 square of 16 x 16
+
+
+def test_background_is_read_from_the_data_module() -> None:
+    class Data(L.LightningDataModule):
+        has_background = False
+
+        def val_dataloader(self) -> Any:
+            return loader(pixel_clips())
+
+        test_dataloader = val_dataloader
+
+    model = tiny(SAVi, trained=True)
+    scores = make_trainer().validate(model, datamodule=Data(), verbose=False)[0]
+    assert model.evaluation.has_background is False
+    assert "val/video_ari" not in scores
+    assert "test/video_mbo" in make_trainer().test(model, datamodule=Data(), verbose=False)[0]
+
+
+def test_bf16_autocast_keeps_logits_in_float32_and_frames_need_not_be_square() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tiny(SAVi, decoder_broadcast=(4, 6))(torch.randn(1, 2, 3, 16, 24))
+    assert (out.attention_grid, out.mask_logits.shape) == ((8, 12), (1, 2, 3, 8, 12))
+    assert out.attention_logits.dtype == out.mask_logits.dtype == torch.float32
+    assert torch.isfinite(out.reconstruction).all()

@@ -1,15 +1,11 @@
-"""VideoSAUR, SlotContrast and DINOSAUR: losses, options, maps, backbones."""
-
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
-from tiny_models import FEATURE_HOSTS, Batch, loader, parser_of, tiny, trainer, window_clips
+from tiny_hosts import make_trainer
+from tiny_models import FEATURE_HOSTS, Batch, loader, parser_of, tiny, window_clips
 from torch.nn import functional as F
 
 from ssync_pl import SSyncCallback
@@ -55,15 +51,6 @@ def test_training_loss_is_the_weighted_sum_of_its_parts() -> None:
     }
     torch.testing.assert_close(loss, sum(w * part for w, part in zip((2, 0.3, 0.7), parts.values(), strict=True)))
     assert logged == pytest.approx({name: part.item() for name, part in {**parts, "train/loss": loss}.items()})
-
-
-def test_padded_frames_and_samples_do_not_count() -> None:
-    model = tiny(VideoSAUR, slot_init="learned", contrast_weight=1.0)
-    padded, frames = FEATURES.clone(), torch.ones(2, 3, dtype=torch.bool)
-    padded[0, 2], padded[1], frames[0, 2] = 50.0, -50.0, False
-    batch = {"features": padded, "frame_mask": frames, "batch_padding_mask": torch.tensor([True, False])}
-    short = model.evaluate({"features": FEATURES[:1, :2]})[1]
-    torch.testing.assert_close(model.evaluate(batch)[1], short)
 
 
 def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
@@ -163,7 +150,7 @@ def test_frames_and_their_cached_features_are_the_same_and_the_backbone_stays_fr
     assert calls == []
 
 
-def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches(tmp_path: Path) -> None:
+def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patches() -> None:
     pytest.importorskip("timm")
     pixels = torch.rand(1, 2, 3, 32, 64)
 
@@ -175,7 +162,7 @@ def test_normalisation_is_taken_from_the_data_module_and_the_grid_from_the_patch
 
     model = _with_backbone(trained=True)
     expected = model.segment({"video": model.encoder.module.backbone.renormalize(pixels, Data.mean, Data.std)})
-    (output,) = trainer(tmp_path).predict(model, datamodule=Data())  # type: ignore[misc]
+    (output,) = make_trainer().predict(model, datamodule=Data())  # type: ignore[misc]
     torch.testing.assert_close(output["masks"][0], F.interpolate(expected[0], size=(32, 64), mode="bilinear"))
     batch: Batch = {"video": torch.randn(1, 2, 3, 32, 64)}
-    trainer(tmp_path, max_steps=1, callbacks=[SSyncCallback(warmup_ratio=0.0)]).fit(model, loader(batch))
+    make_trainer(SSyncCallback(warmup_ratio=0.0), steps=1).fit(model, loader(batch))

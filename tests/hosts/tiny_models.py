@@ -1,11 +1,5 @@
-"""Hosts of tiny sizes, and clips on which they learn something."""
-
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -77,14 +71,6 @@ def loader(batch: Batch, count: int = 1) -> DataLoader[Any]:
     return DataLoader([batch] * count, batch_size=None)  # type: ignore[arg-type]
 
 
-def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu", "max_steps": 3, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": tmp_path,
-    }  # fmt: skip
-    return L.Trainer(**{**quiet, **options})
-
-
 def train(model: Any, batch: Batch, steps: int, rate: float = 3e-3) -> list[float]:
     optimizer, losses = torch.optim.Adam(model.parameters(), rate), []
     for step in range(steps):
@@ -97,7 +83,6 @@ def train(model: Any, batch: Batch, steps: int, rate: float = 3e-3) -> list[floa
 
 
 def parser_of(kind: Any) -> Any:
-    """A command line's parser of a host's options, and how to make the host of them."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

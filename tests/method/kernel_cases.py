@@ -1,7 +1,5 @@
 """Cases of the kernels; `test_kernels.py` runs them through Triton's interpreter, `-m gpu` on a device."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Random cases of the method (hypothesis strategies) and the comparison with the loop reference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +47,6 @@ class Case:
         return SSyncMaps(**given)
 
     def check(self, dtype: torch.dtype = torch.float64, rtol: float = 1e-9):
-        """Compares everything with the reference; returns the output."""
         reference, maps = self.reference(), self.maps(dtype)
         output = ssync_loss(maps, **self.options)
         patches = slice(None) if self.patch_valid is None else self.patch_valid.reshape(reference.boundary.shape)
@@ -86,7 +83,6 @@ class Case:
 
 
 def through_softmax(probs: np.ndarray, grad: np.ndarray) -> np.ndarray:
-    """The gradient at the logits behind the probabilities."""
     return probs * (grad - (probs * grad).sum(axis=2, keepdims=True))
 
 

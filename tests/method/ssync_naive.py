@@ -1,7 +1,5 @@
 """The method once more, in float64: merging and regions in loops, and nothing shared with the package."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,3 @@
-"""The Triton kernels: through the interpreter on the CPU, and on a device with `-m gpu`."""
-
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,9 +1,4 @@
-"""Scores of items and of a small random scene."""
-
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +20,7 @@ CLASSES: dict[str, tuple[type[metrics.MaskMetric], Callable[..., Tensor], str]] 
 }
 
 
-def items(
-    function: Callable[..., Tensor],
-    pred: Tensor,
-    true: Tensor,
-    valid: Tensor | None = None,
-    *,
-    level: str = "video",
-    background: bool = False,
-    overlaps: bool = False,
-    **options: Any,
-) -> Tensor:
+def items(function, pred, true, valid=None, *, level="video", background=False, overlaps=False, **options):
     """Score of each video or frame; `background`: channel 0 is dropped."""
     counts = contingency(read_scene(pred, true, valid), background, overlaps)
     counts = counts.foreground() if background else counts
@@ -52,9 +37,12 @@ def random_scene() -> tuple[Tensor, Tensor]:
     return pred, truth.unsqueeze(2) == torch.arange(4)[:, None, None]
 
 
+SCENE = random_scene()
+
+
 def scores_of(videos: slice) -> dict[str, float]:
     """Scores of every row of the table on some videos of the scene, of all ranks where there are some."""
-    pred, true = (part[videos] for part in random_scene())
+    pred, true = (part[videos] for part in SCENE)
     masks = torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float()
     everything, single = metrics.SegmentationMetrics(scores=metrics.metric_names()), metrics.VideoMIoU()
     everything.update(masks, true)

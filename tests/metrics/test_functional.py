@@ -1,11 +1,9 @@
 """ARI, mBO and mIoU against scikit-learn, SciPy and sets of pixels; and what inputs are read or refused."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from metric_helpers import items
+from metric_helpers import SCENE, items
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
@@ -28,7 +26,6 @@ def one_row(labels: list[int], truth: list[int], channels: int) -> tuple[Tensor,
 
 
 def naive_iou(pred: np.ndarray, masks: list[np.ndarray], matched: bool) -> float:
-    """Of labels (P,) and masks (P,)."""
     slots = [set(np.flatnonzero(pred == slot)) for slot in np.unique(pred)]
     objects = [set(np.flatnonzero(mask)) for mask in masks if mask.any()]
     iou = np.array([[len(o & s) / len(o | s) for s in slots] for o in objects])
@@ -78,8 +75,8 @@ def test_overlaps_are_refused_or_left_out():
 
 
 @pytest.mark.parametrize("level", ["video", "image"])
-def test_padding_is_not_even_read(scene, level):
-    pred, true = scene
+def test_padding_is_not_even_read(level):
+    pred, true = SCENE
     damaged_pred, damaged_true = pred.clone(), true.clone()
     valid = torch.zeros(3, 4, dtype=torch.bool)
     valid[:2, :3] = True
@@ -91,7 +88,7 @@ def test_padding_is_not_even_read(scene, level):
         torch.testing.assert_close(got[~got.isnan()], expected.flatten())
         assert items(function, pred, true, torch.zeros(3, dtype=torch.bool), level=level).isnan().all()
     assert torch.equal(
-        boundary_f(read_scene(damaged_pred, damaged_true, valid))[:2, :3], boundary_f(read_scene(*scene))[:2, :3]
+        boundary_f(read_scene(damaged_pred, damaged_true, valid))[:2, :3], boundary_f(read_scene(*SCENE))[:2, :3]
     )
     got = items(slot_identity, damaged_pred, damaged_true, valid, level="image")[:2]
     assert torch.equal(got, items(slot_identity, pred[:2, :3], true[:2, :3], level="image"))
@@ -109,9 +106,9 @@ def test_soft_masks_are_resized_bilinearly_before_argmax():
     assert torch.equal(count(masks.half(), true).table.sum((-2, -1)), torch.full((2, 3), 180.0).double())
 
 
-def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(scene, monkeypatch):
-    pred, true = scene
-    expected, borders, masks = count(pred, true).table, boundary_f(read_scene(*scene)), labels_to_masks(pred, 5)
+def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(monkeypatch):
+    pred, true = SCENE
+    expected, borders, masks = count(pred, true).table, boundary_f(read_scene(*SCENE)), labels_to_masks(pred, 5)
     for same in (masks, masks.float(), pred.to(torch.int8), pred * 1_000_003):
         assert torch.equal(count(same, true).table, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which holds whole numbers up to 256 only
@@ -120,21 +117,21 @@ def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(scene
     monkeypatch.setattr("ssync_pl.metrics.functional.scene._GROUP_ELEMENTS", 1)
     monkeypatch.setattr("ssync_pl.metrics.functional.boundary._GROUP_ELEMENTS", 1)
     assert torch.equal(count(masks.float(), true).table, expected)
-    assert torch.equal(boundary_f(read_scene(*scene)), borders)
+    assert torch.equal(boundary_f(read_scene(*SCENE)), borders)
 
 
-def test_resolution_takes_the_nearest_pixels(scene):
-    pred, true = scene
+def test_resolution_takes_the_nearest_pixels():
+    pred, true = SCENE
     options = {"size": (7, 5), "mode": "nearest-exact"}
     small = torch.nn.functional.interpolate(true.flatten(0, 1).to(torch.uint8), **options).bool().unflatten(0, (3, 4))
     small_pred = torch.nn.functional.interpolate(pred.to(torch.uint8), **options).long()
     assert torch.equal(count(pred, true, resolution=(7, 5)).table, count(small_pred, small).table)
 
 
-def test_empty_batch_counts_nothing(scene):
-    for pred in (scene[0][:0], labels_to_masks(scene[0], 5).float()[:0]):
-        assert count(pred, scene[1][:0]).table.shape[:3] == (0, 4, 4)
-        assert boundary_f(read_scene(pred, scene[1][:0])).shape == (0, 4)
+def test_empty_batch_counts_nothing():
+    for pred in (SCENE[0][:0], labels_to_masks(SCENE[0], 5).float()[:0]):
+        assert count(pred, SCENE[1][:0]).table.shape[:3] == (0, 4, 4)
+        assert boundary_f(read_scene(pred, SCENE[1][:0])).shape == (0, 4)
 
 
 PRED, TRUE = torch.zeros(2, 3, 4, 4, dtype=torch.long), torch.ones(2, 3, 1, 4, 4, dtype=torch.bool)

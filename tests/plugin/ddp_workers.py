@@ -1,7 +1,5 @@
 """What each process of the distributed test runs; a module of its own, so that a spawned process can import it."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path
@@ -50,8 +48,6 @@ def loss_and_gradients(case: str, videos: slice, **options: Any) -> tuple[Any, .
 
 
 class OneSided(TinyHost):
-    """Its slots fall out of use on the second rank only."""
-
     def host_loss(self, batch: Any) -> Any:
         if self.global_rank == 1:
             self.collapse_at = 4

@@ -1,7 +1,3 @@
-"""`attach`: SSync in a loop without Lightning."""
-
-from __future__ import annotations
-
 import copy
 import warnings
 

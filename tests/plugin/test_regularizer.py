@@ -1,7 +1,5 @@
 """The mixin: one call in the host's own training step; and a plain PyTorch model in a Trainer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_hosts import Late, MixinHost, TinyHost, fit, make_callback, make_host, make_loader, make_trainer, maps_of
@@ -13,8 +11,6 @@ from ssync_pl.errors import ConfigError, HostError, SSyncError
 
 
 class Lazy(SSyncRegularizer, TinyHost):
-    """Makes its maps only when they are asked for."""
-
     made = 0
 
     def training_step(self, batch, batch_idx):
@@ -47,7 +43,7 @@ class Detached(MixinHost):
 
 
 class Forgetful(SSyncRegularizer, TinyHost):
-    """Does not call `ssync`."""
+    pass
 
 
 @pytest.mark.parametrize("kind", [Lazy, Manual, TinyHost])

@@ -15,8 +15,6 @@ from ssync_pl.errors import ConfigError
 
 
 class Stochastic(TinyHost):
-    """Draws random numbers in its step, so that a shifted generator shows."""
-
     def training_step(self, batch, batch_idx):
         return self.host_loss(batch)[0] * (1 + torch.rand(()))
 
@@ -53,7 +51,6 @@ def test_a_share_of_an_unknown_length_is_refused_with_a_hint_that_helps(loader, 
 
 
 def train(mixin, *callbacks, loader=None, epochs=5, steps=-1, **settings):
-    """Trains with the callback or the mixin; returns the trainer, and the engine in it."""
     host, own = tiny.either(mixin, **{"warmup_steps": None, **settings})
     trainer = fit(host, *own, *callbacks, steps=steps, max_epochs=epochs, loader=loader)
     return trainer, host._ssync_engine if mixin else own[0].engine

@@ -22,8 +22,6 @@ class FromIterator(TinyHost):
 
 
 class BuildsLate(TinyHost):
-    """Its modules exist only after `configure_model`, as Lightning recommends for sharded models."""
-
     def __init__(self):
         super().__init__()
         self.parts = (self.corrector, self.decoder)
@@ -45,7 +43,6 @@ LOSS = {"merge_threshold": 0.1, "n_bd": 2, "temperature": 0.7, "boundary_weight"
 
 
 def averaged(name, order, **settings):
-    """The row of an averager of weights before or after the callback; older Lightning has only the first of them."""
     options = {"also": lambda: (getattr(L.callbacks, name)(**settings), order), "steps": -1, "max_epochs": 3}
     missing = pytest.mark.skipif(not hasattr(L.callbacks, name), reason="needs a newer Lightning")
     return pytest.param(HandWritten, {}, {}, options, marks=missing)

@@ -1,7 +1,5 @@
 """A host of a few hundred parameters with SAVi's shape, and the ways in which hosts differ."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -107,8 +105,6 @@ class TinyHost(TinyParts, L.LightningModule):
 
 
 class HandWritten(TinyHost):
-    """The host with the method written into its training step."""
-
     options: ClassVar[dict[str, Any]] = {}
     start = 0
 
@@ -160,12 +156,11 @@ def make_loader(count: int = 8, batch_size: int = 2) -> DataLoader:
 
 def make_trainer(*callbacks: Any, steps: int = 4, trainer: Any = L.Trainer, **options: Any) -> Any:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    steps = {"max_steps": steps, "log_every_n_steps": 1, "limit_val_batches": 0}
+    steps = {"max_steps": steps, "log_every_n_steps": 1}
     return trainer(callbacks=list(callbacks), **{"accelerator": "cpu", "devices": 1, **quiet, **steps, **options})
 
 
 def fit(host: Any, *callbacks: Any, steps: int = 4, loader: DataLoader | None = None, **options: Any) -> Any:
-    """Trains a host on the same clips in the same order, and returns the trainer."""
     ckpt_path = options.pop("ckpt_path", None)
     trainer = make_trainer(*callbacks, steps=steps, **options)
     trainer.fit(host, make_loader() if loader is None else loader, ckpt_path=ckpt_path)
@@ -193,15 +188,12 @@ EXACT = {"rtol": 0, "atol": 0}
 
 
 def in_hook(hook: str, call: Callable[..., Any]) -> L.Callback:
-    """A callback that does something in one hook."""
     callback = L.Callback()
     setattr(callback, hook, call)
     return callback
 
 
 class Recorder(L.Callback):
-    """Keeps gradients and losses of every optimizer step, and what the logs held."""
-
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[Tensor] = []

@@ -55,8 +55,6 @@ def test_before_it_is_on_the_training_is_that_of_the_host_alone(kind):
 @KINDS
 def test_the_step_adds_what_the_module_gives(kind):
     class ByHand(kind):
-        """The losses written into the training step."""
-
         def training_step(self, batch, batch_idx):
             seen = self(batch["features"])
             items = batch["features"] if self.is_video else batch["features"].flatten(0, 1)

@@ -1,13 +1,7 @@
 """Adapters turn any host into a pair of maps: a new family of hosts is a short spec over shared machinery."""
 
 from ssync_pl.adapters import autoregressive, oclf, randsfq, slot_attention_package, solv, videosaur  # noqa: F401
-from ssync_pl.adapters.base import (
-    HostAdapter,
-    Located,
-    adapter_names,
-    locate,
-    register_adapter,
-)
+from ssync_pl.adapters.base import HostAdapter, Located, adapter_names, locate, register_adapter
 from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
 from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.grids import SlotMap, frame_size, join_sides, resolve_grid, stack_frames

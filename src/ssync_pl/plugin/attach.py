@@ -20,8 +20,6 @@ from ssync_pl.plugin.engine import SSyncEngine, tell_end
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
 
-__all__ = ["AttachedSSync", "attach"]
-
 
 def attach(
     model: nn.Module,

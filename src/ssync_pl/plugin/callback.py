@@ -20,8 +20,6 @@ from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
 from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
 
-__all__ = ["SSyncCallback", "callback_class"]
-
 
 class SSyncHooks:
     """Adds SSync to the training step of an existing host.
@@ -127,19 +125,16 @@ class SSyncHooks:
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the host back as it was."""
-        self._restore()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
-        self._restore()
-
-    def _restore(self) -> None:
         session, self._session = self._session, None
         wrapped, self._wrapped = self._wrapped, None
         if session is not None:
             session.remove()
         if wrapped is not None:
             wrapped.restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: running averages and the guard's state, as plain numbers."""

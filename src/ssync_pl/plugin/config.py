@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args
 from ssync_pl.errors import require
 from ssync_pl.method.loss import Backend, LossKind, check_options
 
-__all__ = ["CollapseAction", "SSyncConfig"]
-
 CollapseAction = Literal["warn", "backoff", "stop"]
 
 

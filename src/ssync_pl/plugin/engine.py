@@ -18,8 +18,6 @@ from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.guard import CollapseGuard, GuardVerdict, existing_slots, used_slots
 from ssync_pl.plugin.schedule import Phase, Schedule, training_length
 
-__all__ = ["LogFunction", "SSyncEngine", "check_first", "handle_verdict", "tell_end"]
-
 # Below Lightning's own logger: it shows INFO in a Trainer, and users silence both at once.
 _LOG = logging.getLogger("lightning.pytorch.ssync_pl")
 

@@ -14,8 +14,6 @@ from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import CollapseAction
 
-__all__ = ["CollapseGuard", "GuardVerdict", "existing_slots", "used_slots"]
-
 _SMALLEST_FACTOR = 1 / 64
 # Slots on average by which a host has to grow, so that hosts that drop another number in each batch do not count.
 _GROWTH = 0.5

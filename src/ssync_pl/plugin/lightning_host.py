@@ -15,8 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ssync_pl.errors import HostError
 
-__all__ = ["LightningHost"]
-
 LossFunction = Callable[[nn.Module, Any], Any]
 
 

@@ -16,8 +16,6 @@ from ssync_pl.plugin.engine import SSyncEngine, check_first, handle_verdict, tel
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.wrapped_step import LogSteps
 
-__all__ = ["SSyncRegularizer"]
-
 _CHECKPOINT_KEY = "ssync_regularizer"
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
-__all__ = ["Phase", "Schedule", "accumulated_batches", "steps_of", "training_length"]
-
 
 def accumulated_batches(trainer: Any, epoch: int) -> int:
     """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""

@@ -15,8 +15,6 @@ from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import check_first
 
-__all__ = ["HostSession", "adapter_from"]
-
 
 def adapter_from(
     adapter: str | HostAdapter,

@@ -14,8 +14,6 @@ import torch
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.schedule import accumulated_batches
 
-__all__ = ["StepSeed"]
-
 
 class StepSeed(L.Callback):
     """Seeds torch, NumPy and `random` before every batch with a hash of (seed, rank, stage, epoch, batch).

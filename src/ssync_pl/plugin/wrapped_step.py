@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ssync_pl.errors import HostError
 
-__all__ = ["LogSteps", "WrappedMethod", "loss_of", "with_loss"]
-
 
 class WrappedMethod:
     """A method of one host with something around it, once; a copied or pickled host gets its own plain method back.

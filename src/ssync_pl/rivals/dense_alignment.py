@@ -12,8 +12,6 @@ from torch.nn.functional import normalize
 from ssync_pl.errors import ShapeError, require, require_shape
 from ssync_pl.method.labels import hard_labels
 
-__all__ = ["DenseAlignment", "DenseAlignmentOutput", "decoder_consistency", "encoder_consistency", "slot_redundancy"]
-
 _EPSILON = 1e-8
 
 

@@ -23,8 +23,6 @@ from ssync_pl.plugin.schedule import steps_of, training_length
 from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
 from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput, check_group
 
-__all__ = ["DenseAlignmentCallback"]
-
 _HOSTS = (VideoSAUR, SlotContrast, DINOSAUR)
 _PUBLISHED_FRAMES = 4
 

@@ -63,11 +63,7 @@ class ConditionedSlots(nn.Module):
 
 
 def first_frame_hints(
-    segmentations: Tensor,
-    num_slots: int,
-    kind: Literal["boxes", "centres"] = "boxes",
-    *,
-    has_background: bool = True,
+    segmentations: Tensor, num_slots: int, kind: Literal["boxes", "centres"] = "boxes", *, has_background: bool = True
 ) -> Tensor:
     """Boxes or centres of the objects in the first frame, at most one per slot.
 

@@ -1,9 +1,0 @@
-"""Seeds every test."""
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
