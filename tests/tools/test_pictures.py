@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback, SSyncPictures
 from ssync_pl.adapters import PathAdapter
-from ssync_pl.errors import ConfigError
+from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.tools import pictures, viz
 from ssync_pl.tools.viz import color_labels, slot_colors
 
@@ -29,10 +29,8 @@ def picture_batch(seed, padded=False):
         "__key__": [f"clip-{seed}", f"clip-{seed}b"],
     }
     if padded:
-        batch["batch_padding_mask"] = torch.tensor([True, False])
-        mask = torch.ones(2, FRAMES, dtype=torch.bool)
-        mask[0, 2:] = False
-        batch["frame_mask"] = mask
+        frames = torch.tensor([[True, True, False, False], [True] * FRAMES])
+        batch |= {"batch_padding_mask": torch.tensor([True, False]), "frame_mask": frames}
     return batch
 
 
@@ -47,47 +45,24 @@ class Patches(nn.Module):
         return self.layer(frame).flatten(2)
 
 
-class ClipPatches(Patches):
-    """Logits `(B, T, S, N)` of a clip."""
+class Host(L.LightningModule):
+    """Slot attention and a decoder of frames one by one, or of all as clips of their own; with dropout."""
 
-    def forward(self, clip):
-        return super().forward(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
-
-
-class ClipHost(L.LightningModule):
-    """Slot attention a frame and a decoder a clip, with dropout so that random states matter."""
-
-    def __init__(self):
+    def __init__(self, together=False):
         super().__init__()
-        self.corrector = Patches()
-        self.decoder = ClipPatches()
-        self.dropout = nn.Dropout(0.3)
-
-    def _shared(self, batch):
-        video = batch["video"]
-        logits = torch.stack([self.corrector(video[:, t]) for t in range(video.shape[1])], 1)
-        return (self.dropout(logits) - self.decoder(video)).square().mean()
+        self.corrector, self.decoder = Patches(), Patches()
+        self.dropout, self.together = nn.Dropout(0.3), together  # so that random states matter
 
     def training_step(self, batch, batch_idx):
-        return self._shared(batch)
+        frames = [batch["video"].flatten(0, 1)] if self.together else batch["video"].unbind(1)
+        pairs = [(self.dropout(self.corrector(frame)), self.decoder(frame)) for frame in frames]
+        return torch.stack([(one - other).square().mean() for one, other in pairs]).mean()
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self._shared(batch), batch_size=2)
+        self.log("val/loss", self.training_step(batch, batch_idx), batch_size=2)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
-class FrameHost(ClipHost):
-    """Sees each frame as a clip of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = Patches()
-
-    def _shared(self, batch):
-        frames = batch["video"].flatten(0, 1)
-        return (self.dropout(self.corrector(frames)) - self.decoder(frames)).square().mean()
 
 
 def picture_adapter():
@@ -98,7 +73,7 @@ def run(tmp_path, callbacks, host=None, **options):
     torch.manual_seed(3)
     off = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(tmp_path), version=0), **off, **options}
-    trainer, host = L.Trainer(callbacks=callbacks, **settings), host or ClipHost()
+    trainer, host = L.Trainer(callbacks=callbacks, **settings), host or Host()
     train = DataLoader([picture_batch(k) for k in range(2)], batch_size=None)
     trainer.fit(host, train, DataLoader([picture_batch(7), picture_batch(8)], batch_size=None))
     return trainer
@@ -109,7 +84,7 @@ def names(trainer):
 
 
 def test_a_sheet_per_validation_and_a_training_that_is_the_same_to_the_bit(tmp_path):
-    plain, host, callback = ClipHost(), ClipHost(), SSyncPictures(picture_adapter(), max_frames=3)
+    plain, host, callback = Host(), Host(), SSyncPictures(picture_adapter(), max_frames=3)
     host.load_state_dict(plain.state_dict())
     run(tmp_path / "a", [], plain)
     state = torch.get_rng_state()
@@ -146,26 +121,24 @@ def drawn(rows, word):
 
 
 def validate(tmp_path, batch, host):
-    callbacks = [SSyncPictures(picture_adapter())]
-    trainer = L.Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=callbacks, enable_progress_bar=False
-    )
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(callbacks=[SSyncPictures(picture_adapter())], **settings)
     trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
 
 
 def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path, videos):
-    validate(tmp_path, picture_batch(1, padded=True), ClipHost())
+    validate(tmp_path, picture_batch(1, padded=True), Host())
     (rows,) = videos
     assert next(iter(rows)) == "video clip-1\nframes 0, 1"
     truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1).numpy()
     assert np.array_equal(drawn(rows, "ground truth"), color_labels(truth, background=0))
 
 
-@pytest.mark.parametrize("kind", [ClipHost, FrameHost])
-def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path, videos, kind):
-    batch, host = picture_batch(5), kind()
+@pytest.mark.parametrize("together", [False, True])
+def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path, videos, together):
+    batch, host = picture_batch(5), Host(together)
     frames = batch["video"].flatten(0, 1)
-    ids = torch.tensor([2, 0, 1])[Patches.forward(host.decoder, frames).argmax(1)].view(2, FRAMES, 4, 4)
+    ids = torch.tensor([2, 0, 1])[host.decoder(frames).argmax(1)].view(2, FRAMES, 4, 4)
     large = ids.repeat_interleave(4, -1).repeat_interleave(4, -2)
     batch["segmentations"] = nn.functional.one_hot(large, 3).movedim(-1, 2).bool()
     validate(tmp_path, batch, host)
@@ -178,10 +151,10 @@ def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path, videos,
 
 
 def test_without_truth_slots_keep_their_own_colours(tmp_path, videos):
-    batch, host = picture_batch(5), ClipHost()
+    batch, host = picture_batch(5), Host()
     del batch["segmentations"], batch["__key__"]
     validate(tmp_path, batch, host)
-    labels = host.decoder(batch["video"])[0].argmax(1).view(FRAMES, 4, 4).numpy()
+    labels = host.decoder(batch["video"][0]).argmax(1).view(FRAMES, 4, 4).numpy()
     assert np.array_equal(drawn(videos[0], "decoder\n"), slot_colors(SLOTS)[labels])
     assert not any("truth" in caption for caption in videos[0])
 
@@ -204,22 +177,22 @@ def test_own_pictures_are_replaced_and_no_others(tmp_path):
     assert file.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("trouble", ["host", "video", "disk"])
+@pytest.mark.parametrize("trouble", ["host", "disk"])
 def test_trouble_gives_one_warning_and_trains(tmp_path, monkeypatch, trouble):
-    def full(path, content):
-        raise OSError("no space left")
-
     callback = SSyncPictures("auto" if trouble == "host" else picture_adapter())
     if trouble == "disk":
-        monkeypatch.setattr(pictures, "write_bytes", full)
-    if trouble == "video":
-        monkeypatch.setattr(callback, "max_videos", 0)
+        monkeypatch.setattr(pictures, "write_bytes", lambda path, content: 1 / 0)
     with pytest.warns(UserWarning, match="SSyncPictures draws no picture: ") as caught:
         trainer = run(tmp_path, [callback])
     assert sum("SSyncPictures" in str(w.message) for w in caught) == 1
-    assert trainer.global_step == 4
-    assert callback.last_path is None
+    assert (trainer.global_step, callback.last_path) == (4, None)
     assert not any(module._forward_hooks for module in trainer.lightning_module.modules())
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 3, 8, 8), {"video": torch.zeros(2, 3, 8, 8)}, {"img": 1}])
+def test_batches_without_videos_are_named(batch):
+    with pytest.raises(ShapeError, match=r"`video` to be \(B, T, 3, H, W\)"):
+        pictures._sheet_rows(batch, None, None, None, 1, 1)
 
 
 def test_the_sheet_goes_to_loggers_that_take_images(tmp_path):
@@ -244,7 +217,7 @@ def test_settings_are_checked_at_once_and_hooks_are_gone_after_an_exception(tmp_
     for name in ("max_videos", "max_frames"):
         with pytest.raises(ConfigError, match=name):
             SSyncPictures(**{name: 0})
-    host = ClipHost()
+    host = Host()
     host.validation_step = lambda batch, batch_idx: 1 / 0
     with pytest.raises(ArithmeticError):
         run(tmp_path, [SSyncPictures(picture_adapter())], host, num_sanity_val_steps=0)

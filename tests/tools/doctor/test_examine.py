@@ -51,15 +51,12 @@ def test_a_host_inside_a_wrapper_and_what_its_adapter_says_of_it() -> None:
 
 def test_the_numbers_are_those_of_the_loss() -> None:
     host, batch = Wide(), torch.rand(2, 16, 5)
-    report = look(host, batch)
-    adapter = PathAdapter("softmax:first", "softmax:second")
-    capture = adapter.attach(host)
-    capture.open()
-    loss = float(host(batch).square().mean().detach())
+    report, adapter = look(host, batch), PathAdapter("softmax:first", "softmax:second")
+    (capture := adapter.attach(host)).open()
+    values = {"loss": float(host(batch).square().mean().detach())}
     output = ssync_loss(adapter.collect(capture))
-    for name, value in report.numbers.items():
-        assert value == (loss if name == "loss" else float(getattr(output, name).float().mean()))
-    assert set(report.numbers) == set(NUMBERS)
+    values |= {name: float(getattr(output, name).detach().float().mean()) for name in NUMBERS if name != "loss"}
+    assert report.numbers == values
 
 
 def test_a_grid_that_is_missing_and_one_that_is_given() -> None:
