@@ -21,10 +21,10 @@ BUDGETS = {
     "rivals": 473,
     "hosts": 2903,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_530,
-    "compare": 1633,
+    "data": 5_506,
+    "compare": 1603,
     "tools": 2279,
-    "cli": 760,
+    "cli": 694,
 }
 TOTAL = 20_120  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

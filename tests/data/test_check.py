@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import shutil
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def test_damaged_shards_are_named_and_the_rest_is_counted(clean, tmp_path, write
     assert report.sets[1]["videos"] == 2
     report = check(f"{served}/train-000044.tar?token=secret")
     assert found(report) == [("shard", None)]
-    assert "secret" not in json.dumps(report.to_json())
+    assert "secret" not in str(report)
 
 
 VIDEO, MASKS = encode_member("video.npy", noise(1)), encode_member("masks.npy", ids(1, 2))
@@ -151,10 +150,7 @@ def test_duplicate_keys_and_videos_and_a_leak_between_training_and_validation(wr
     assert f"those of {second}, key 2, which is of another set" in report.problems[0].message
     assert found(check_shards({"train": [second], "validation": [second]})) == [("content", "2")]
     many = check(*write(tmp_path, "many", {f"{n:02d}": {"video.npy": noise(1)} for n in range(9)}))
-    text = render_report(many, most=3)
-    assert "duplicate videos (8)" in text
-    assert "… and 5 more" in text
-    assert len(many.to_json()["problems"]) == 8
+    assert "duplicate videos (8)" in render_report(many)
 
 
 def test_sets_are_told_apart_by_name(tmp_path, monkeypatch):
@@ -168,42 +164,20 @@ def test_sets_are_told_apart_by_name(tmp_path, monkeypatch):
     assert list(several) == ["train", "train-000001/x", "train-000000/x"]
 
 
-def test_the_command_says_clean_or_lists_problems_and_replaces_no_file_of_another_program(tmp_path, capsys):
+def test_the_command_says_clean_or_lists_problems(tmp_path, capsys):
     for prefix, seeds in (("train", range(3)), ("validation", range(3, 5))):
         write(tmp_path, prefix, {str(seed): {"video.npy": noise(seed)} for seed in seeds}, 2)
-    report, mine, words = tmp_path / "new" / "report.json", tmp_path / "mine.json", ["data", "check"]
-    assert main([*words, str(tmp_path / "*.tar")]) == 0
+    assert main(["data", "check", str(tmp_path / "*.tar")]) == 0
     text = capsys.readouterr().out.splitlines()
     assert (text[0], text[-1]) == (f"{tmp_path}/train", "clean (videos read: 5)")
     assert "  frames_per_video   4" in text
     shutil.copy(tmp_path / "train-000000.tar", tmp_path / "test-000000.tar")
     shard = tmp_path / "train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:1000])
-    for _ in range(2):  # a report of ours is replaced
-        assert main([*words, str(tmp_path / "t*.tar"), "--json", str(report), "--workers", "0"]) == 1
+    assert main(["data", "check", str(tmp_path / "t*.tar"), "--workers", "0"]) == 1
     text = capsys.readouterr().out
     assert "damaged shards (1)" in text
     assert "duplicate videos (2)" in text
-    content = json.loads(report.read_text())
-    assert (content["clean"], content["sets"][1]["videos"]) == (False, 2)
-    mine.write_text('{"mine": 1}')
-    assert main([*words, str(tmp_path / "*.tar"), "--json", str(mine)]) == 2
-    assert "mine.json" in capsys.readouterr().err
-    assert mine.read_text() == '{"mine": 1}'
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["none-*.tar"], "matches none"),
-        (["none.tar"], "does not"),
-        (["a{.tar"], "braces"),
-        (["pipe:cat a.tar"], "shell command"),
-        (["train-*.tar", "--workers", "-2"], "`num_workers` to be at least 0"),
-        (["train-{000000..000003}.tar"], "train-000003.tar"),
-    ],
-)
-def test_wrong_usage_exits_with_2(clean, tmp_path, capsys, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(["data", "check", *words]) == 2
-    assert message in capsys.readouterr().err
+    for words, message in ((["none.tar"], "none.tar"), ([str(shard), "--workers", "-2"], "`num_workers`")):
+        assert main(["data", "check", *words]) == 2
+        assert message in capsys.readouterr().err

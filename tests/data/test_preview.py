@@ -1,5 +1,6 @@
 """`ssync-pl data preview`."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,11 @@ from PIL import Image
 from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.tools.viz import draw_preview, slot_colors
+
+
+def preview(paths: list[str], *counts: int) -> tuple[np.ndarray, int, list[str]]:
+    png, videos, skipped = draw_preview(paths, *counts)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), videos, skipped
 
 
 @pytest.fixture
@@ -26,14 +32,14 @@ def shards(tmp_path: Path) -> list[str]:
 
 
 def test_the_sheet_shows_each_frame_beside_its_masks(shards: list[str]) -> None:
-    sheet, videos, skipped = draw_preview(shards, 4, 3, 64)
+    sheet, videos, skipped = preview(shards, 4, 3)
     assert (videos, skipped) == (4, [])
     reds = set(np.unique(sheet[(sheet[..., 1] == 0) & (sheet[..., 2] == 90)][:, 0]).tolist())
     assert reds == {10, 30, 70, 90}  # two of each shard
     places = np.argwhere((sheet == (30, 0, 90)).all(axis=2))
-    assert len(places) > 3 * 32 * (64 + 40)  # proportions are kept, a quarter is under a mask
+    assert len(places) > 3 * 56 * (112 + 70)  # proportions are kept, a quarter is under a mask
     blended = np.rint(0.45 * np.array([30, 0, 90]) + 0.55 * slot_colors(3)[2])
-    assert (sheet == blended).all(axis=2).sum() >= 3 * 32 * 12
+    assert (sheet == blended).all(axis=2).sum() >= 3 * 56 * 20
 
 
 def test_the_command_names_damage_and_replaces_nothing(
@@ -43,7 +49,7 @@ def test_the_command_names_damage_and_replaces_nothing(
         writer.write("9", {"video.npy": np.zeros((5, 8, 8, 3), np.float32)})
     (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:900])
     out = tmp_path / "new" / "sheet.png"
-    words = ["data", "preview", str(tmp_path / "*.tar"), "--out", str(out), "--cell", "16", "--frames", "2"]
+    words = ["data", "preview", str(tmp_path / "*.tar"), "--out", str(out), "--frames", "2"]
     assert main([*words, "--videos", "4"]) == 0
     streams = capsys.readouterr()
     assert streams.out == f"{out} (videos: 4)\n"

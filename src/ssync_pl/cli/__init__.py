@@ -10,14 +10,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.errors import ConfigError, SSyncError, require
-
-__all__ = ["Command", "key_values", "lightning", "loading", "main", "run_command", "size", "with_config"]
+from ssync_pl.errors import SSyncError, require
 
 _TRAINER = ("fit", "validate", "test", "predict")
 _HELP = """usage: ssync-pl COMMAND [OPTIONS]
@@ -77,9 +75,8 @@ def lightning() -> Any:
         if entry.dist is not None and entry.dist.name.replace("_", "-") == "lightning-sdk":
             return entry.load()()
     asks = not words or words[0] in ("-h", "--help")
-    (sys.stdout if asks else sys.stderr).write(
-        f"lightning {{{','.join(_TRAINER)}}} is ssync-pl; all other commands need `pip install lightning-sdk`.\n"
-    )
+    text = f"lightning {{{','.join(_TRAINER)}}} is ssync-pl; all other commands need `pip install lightning-sdk`.\n"
+    (sys.stdout if asks else sys.stderr).write(text)
     return 0 if asks else 2
 
 
@@ -94,16 +91,16 @@ def _dispatch(words: list[str]) -> int:
     if verb in ("-h", "--help", "--version"):
         sys.stdout.write(f"ssync-pl {__version__}\n" if verb == "--version" else _HELP)
         return 0 if words else 2
-    # Lightning takes seconds to import, and only some commands need it.
     if verb in _VERBS and verb not in _TRAINER:
-        module = import_module(f"ssync_pl.cli.{'doctor' if verb == 'doctor' else 'commands'}")
-        return run_command(f"ssync-pl {verb}", getattr(module, verb), words[1:])
+        from ssync_pl.cli import commands
+
+        return run_command(f"ssync-pl {verb}", getattr(commands, verb), words[1:])
     known, alone = verb in _TRAINER or verb.startswith("-"), words == [verb] and verb in _TRAINER
     require(known, f"a command ({', '.join(_VERBS)})", repr(verb))
     require(not alone, "--config FILE or options", "none", advice=f"See ssync-pl {verb} --help.")
     words = with_config(words)
     loading()
-    from ssync_pl.cli.trainer import run_trainer
+    from ssync_pl.cli.trainer import run_trainer  # Lightning takes seconds to import, and only some commands need it
 
     run_trainer(words)
     return 0
@@ -122,15 +119,15 @@ def _reason(cause: BaseException | None) -> str | None:
     return None
 
 
-Command = Callable[[argparse.ArgumentParser, list[str]], int]
-"""Adds options to a parser, parses words, runs, and returns the exit status; its docstring is the help."""
+Command = Callable[[argparse.ArgumentParser, list[str]], int | None]
+"""Adds options to a parser, parses words, runs, and returns the exit status (None: 0); its docstring is the help."""
 
 
 def run_command(program: str, command: Command | Mapping[str, Command], words: list[str]) -> int:
     """Runs a command that is called `program` on the command line, or the one of several that the first word names."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     if callable(command):
-        return command(argparse.ArgumentParser(program, description=inspect.getdoc(command), **raw), words)
+        return command(argparse.ArgumentParser(program, description=inspect.getdoc(command), **raw), words) or 0
     lines = [f"  {name:<15} {(inspect.getdoc(one) or '').splitlines()[0]}" for name, one in command.items()]
     parser = argparse.ArgumentParser(program, epilog="\n".join(["commands:", *lines]), **raw)
     parser.add_argument("command", choices=command, metavar="COMMAND", help="see below, and COMMAND --help")
@@ -140,17 +137,14 @@ def run_command(program: str, command: Command | Mapping[str, Command], words: l
 
 def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
     """Reads words like `num_slots=7`, whose values are YAML."""
-    import yaml
+    from ssync_pl.compare.variants import parse_yaml
 
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
         valid = bool(equals) and name.isidentifier()
         require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
-        try:
-            values[name] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise ConfigError(f"Expected {option} {name}= with a YAML value, but got {text!r}.") from error
+        values[name] = parse_yaml(text, f"{option} {name}=")
     return values
 
 

@@ -1,10 +1,12 @@
-"""`ssync-pl data`, `compare`, `config` and `checkpoint`: options, a call, and what is printed."""
+"""`ssync-pl data`, `config`, `checkpoint`, `doctor` and `compare`: options, a call, and what is printed."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+from dataclasses import asdict, replace
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,27 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from ssync_pl.cli import key_values, loading, size
 from ssync_pl.errors import require
 
-__all__ = ["checkpoint", "compare", "config", "data"]
-
 _SHARDS = "shards: paths, globs, braces or URLs"
+_PLACES = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")
 
 
-def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def _generate(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Generate videos of rigid bodies that fall and collide, with exact masks. Equal seeds give equal videos."""
     add = parser.add_argument
-    change = "change a setting of the preset, e.g. resolution=64, frames=12 or zoom=1.5; may be repeated"
     add("--preset", default="a", help="look of the scenes: a, a_zoom or c (default: %(default)s)")
     add("--out", required=True, type=Path, help="folder in which the data set gets its own folder")
     add("--train", type=int, default=440, help="number of training videos (default: %(default)s)")
     add("--validation", type=int, default=48, help="number of validation videos (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of all videos (default: %(default)s)")
     add("--workers", type=int, help="processes; 0 uses this one only")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change the preset, e.g. zoom=1.5",
+    )
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.synthetic import generate
@@ -43,7 +50,6 @@ def _generate(parser: argparse.ArgumentParser, words: list[str]) -> int:
     folder = generate(options.out, config, splits=splits, seed=options.seed, num_workers=options.workers)
     for name, count in splits.items():
         sys.stdout.write(f"{name}: {folder / f'{config.name}-{name}-*.tar'} (videos: {count})\n")
-    return 0
 
 
 def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -52,46 +58,35 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     Exit status: 0 clean, 1 problems found, 2 wrong usage.
     """
     add = parser.add_argument
-    patterns = f"{_SHARDS}; give training and validation to find videos that are in both"
-    add("patterns", nargs="+", metavar="PATTERN", help=patterns)
+    add("patterns", nargs="+", metavar="PATTERN", help=f"{_SHARDS}; of training and validation, to compare them")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
-    add("--json", type=Path, metavar="FILE", help="write the whole report as JSON as well")
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.viz import refuse_foreign, write_owned_json
 
-    if options.json is not None:
-        refuse_foreign(options.json)  # before work begins
     report = check_shards(group_shards(options.patterns), num_workers=options.workers)
-    if options.json is not None:
-        write_owned_json(options.json, report.to_json())
     sys.stdout.write(render_report(report) + "\n")
     return 0 if report.clean else 1
 
 
-def _preview(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def _preview(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Draw frames of videos in shards, and below them the same frames with their object masks, as one PNG."""
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help=_SHARDS)
     add("--out", required=True, type=Path, metavar="FILE.png", help="a new picture, or an earlier one of this command")
     add("--videos", type=int, default=8, help="number of videos (default: %(default)s)")
     add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
-    add("--cell", type=int, default=112, help="longer side of a frame on the sheet, in pixels (default: %(default)s)")
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.files import write_bytes
-    from ssync_pl.data.patterns import expand_shards
-    from ssync_pl.tools.viz import draw_preview, encode_png, refuse_foreign
+    from ssync_pl.tools.viz import draw_preview, refuse_foreign
 
     require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
     refuse_foreign(options.out)
-    shards = expand_shards(options.patterns, "patterns")
-    sheet, videos, skipped = draw_preview(shards, options.videos, options.frames, options.cell)
+    sheet, videos, skipped = draw_preview(options.patterns, options.videos, options.frames)
     sys.stderr.write("".join(f"left out: {problem}\n" for problem in skipped))
-    write_bytes(options.out, encode_png(sheet))
+    write_bytes(options.out, sheet)
     sys.stdout.write(f"{options.out} (videos: {videos})\n")
-    return 0
 
 
 def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -104,13 +99,11 @@ def _convert(parser: argparse.ArgumentParser, words: list[str]) -> int:
     return int(options.run(options))
 
 
-def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def _cache(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Run a frozen backbone over every frame and store its features in shards of the same names.
 
-    Give the folder as `features` to the data module. A run that was stopped goes on where it was; of several runs for
-    a folder, one works and the others wait. With --components, run it for the training shards first: the projection is
-    fitted to the first run's shards, kept in the folder, and taken by every later run with the same --out (validation,
-    test).
+    Give the folder as `features` to the data module. A run that was stopped goes on where it was. With --components,
+    give the training shards first: the projection is fitted to them, and taken by later runs with the same --out.
     """
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
@@ -142,28 +135,28 @@ def _cache_features(parser: argparse.ArgumentParser, words: list[str]) -> int:
     rows, columns = report.recipe.grid
     kind = f"{backbone.name} {backbone.layer} ({rows}x{columns} patches, {backbone.dim} channels)"
     kind += f"; {describe_projection(report.projection)}" if report.projection is not None else ""
-    wrote = f"{report.written} written, {report.kept} kept"
-    lines = [f"features: {kind}", f"shards:   {wrote}", *(f"skipped:  {message}" for message in report.skipped)]
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    sys.stdout.write(f"features: {kind}\nshards:   {report.written} written, {report.kept} kept\n")
+    sys.stdout.write("".join(f"skipped:  {message}\n" for message in report.skipped))
 
 
-def _ssync(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def _new_file(text: str) -> Path:
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"expected a new file, but got {text}, which exists; remove it first")
+    return Path(text)
+
+
+def _ssync(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Print the configuration of SSync, which goes after your own: `… --config mine.yaml --config ssync.yaml`."""
     parser.parse_args(words)
     sys.stdout.write((resources.files("ssync_pl") / "configs" / "ssync.yaml").read_text(encoding="utf-8"))
-    return 0
 
 
-def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Translate a public configuration of VideoSAUR, SlotContrast or SSync into one for `ssync-pl fit --config`.
-
-    What has no counterpart is listed, above the result and on the screen.
-    """
+def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Translate a public configuration of VideoSAUR, SlotContrast or SSync into one for `ssync-pl fit --config`."""
     add = parser.add_argument
-    change = "change a value first, in the file's own keys, e.g. globals.NUM_SLOTS=7, or leave it out (KEY=null)"
+    change = "change a key of the file first, e.g. globals.NUM_SLOTS=7, or leave it out (KEY=null)"
     add("file", type=Path, metavar="OFFICIAL.yaml", help="the public configuration")
-    add("--out", type=Path, metavar="FILE.yaml", help="where the result goes, a new file (default: the screen)")
+    add("--out", type=_new_file, metavar="FILE.yaml", help="where the result goes, a new file (default: the screen)")
     add("--data-root", metavar="DIR", help="folder or URL that the shards lie below")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
     options = parser.parse_args(words)
@@ -171,38 +164,87 @@ def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> int:
     from ssync_pl.data.files import write_bytes
     from ssync_pl.tools.official.convert import convert_config
 
-    _refuse_existing(options.out)
     converted = convert_config(options.file, root=options.data_root, changes=options.changes)
     for key, reason in converted.left_out.items():
         sys.stderr.write(f"not converted: {key}: {reason}\n")
     if options.out is not None:
         write_bytes(options.out, converted.to_yaml().encode("utf-8"))
     sys.stdout.write(converted.to_yaml() if options.out is None else f"converted: {options.out}\n")
-    return 0
 
 
-def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Write the tensors of a public checkpoint as one for `ssync-pl validate|test|predict --ckpt_path`.
 
-    It goes beside the configuration of `ssync-pl config convert`. Only tensors and plain values are read: nothing in
-    the file can run.
+    It goes beside the configuration of `ssync-pl config convert`. Nothing in the file can run.
     """
     parser.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
-    parser.add_argument("out", type=Path, metavar="OUT.ckpt", help="where the result goes, a new file")
+    parser.add_argument("out", type=_new_file, metavar="OUT.ckpt", help="where the result goes, a new file")
     options = parser.parse_args(words)
     loading()
     from ssync_pl.tools.official.checkpoints import convert_checkpoint
 
-    _refuse_existing(options.out)
     for name in convert_checkpoint(options.file, options.out):
         sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
     sys.stdout.write(f"converted: {options.out}\n")
-    return 0
 
 
-def _refuse_existing(path: Path | None) -> None:
-    free = path is None or not path.exists()
-    require(free, "the result to be a new file", f"{path}, which exists", advice="Remove it, or name another one.")
+def doctor(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Say whether SSync can be used with a model, where its two maps are, and which lines to add.
+
+    It runs one training step of the model, without training it. It imports what you name, and runs nothing else.
+    MODULE:NAME is a class, a function that builds a model, or a model.
+
+    examples:
+      ssync-pl doctor --config mine.yaml --batch 2,4,3,64,64
+      ssync-pl doctor train:Net --init slots=7 --batch img=2,4,3,64,64 --attention softmax:binder --masks decoder:masks
+
+    exit status: 0 SSync can be used, 1 it cannot as it is, 2 wrong usage or a model that fails.
+    """
+    parser.usage = "ssync-pl doctor (MODULE:NAME | --config FILE) [OPTIONS]"
+    add = parser.add_argument
+    batch = "shapes of an example batch; with names it is a dict (default: the first batch of --config)"
+    add("--config", action="append", default=[], metavar="FILE", help="of `ssync-pl fit`, as other options are then")
+    add("--init", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the class")
+    add("--batch", action="extend", nargs="+", default=[], metavar="[NAME=]B,T,3,H,W", help=batch)
+    add("--call", default="", metavar="METHOD", help="method of a plain model that gives the loss")
+    add("--adapter", help="name of the adapter (default: the one that knows the model)")
+    for name, whose in (("attention", "slot attention"), ("masks", "the decoder's masks")):
+        add(f"--{name}", metavar="PLACE", help=f"'path', 'path:key' or 'softmax:path' of {whose}")
+        add(f"--{name}-kind", choices=("probs", "logits"), help=f"what {whose} gives there (default: probs)")
+    add("--grid", type=size, metavar="H,W", help="patches, where nothing else tells")
+    add("--json", action="store_true", help="print JSON")
+    named = words[:1] if words and not words[0].startswith("-") else []
+    # A positional argument would swallow the values of options that are meant for the configuration.
+    options, rest = parser.parse_known_args(words[len(named) :])
+    advice, got = "See ssync-pl doctor --help.", "both" if named else "neither"
+    expected = "either a model as package.module:name or --config FILE"
+    require(bool(named) != bool(options.config), expected, got, advice=advice)
+    require(not (rest and named), "options of ssync-pl doctor", " ".join(rest), advice=advice)
+    loading()
+    from ssync_pl.tools.doctor.examine import diagnose, render_report
+    from ssync_pl.tools.doctor.steps import build_model, parse_batch
+
+    sys.path.insert(0, "")  # the user's own modules are found as `python train.py` finds them
+    settings = {name: value for name in _PLACES if (value := getattr(options, name)) is not None}
+    own, data = None, None
+    if named:
+        host = build_model(named[0], key_values(options.init, "--init"))
+    else:
+        from ssync_pl.cli.trainer import from_configuration
+        from ssync_pl.plugin.callback import SSyncCallback
+
+        parts = from_configuration([f"--config={file}" for file in options.config] + rest)
+        host, data = parts.model, parts.datamodule
+        own = next((one for one in parts.callbacks if isinstance(one, SSyncCallback)), None)
+    data = parse_batch(options.batch) if options.batch else data
+    require(data is not None, "the shape of a batch", "none", advice="Add e.g. --batch 2,4,3,64,64 (B, T, 3, H, W).")
+    report = diagnose(host, data, settings or ({"adapter": own.adapter, "grid": own.grid} if own else {}), options.call)
+    if own:
+        note = "The configuration has an SSyncCallback already; it was examined with its settings."
+        report = replace(report, hints=(note, *report.hints), lines=())
+    content = {"ready": report.ready, **asdict(report)}
+    sys.stdout.write((json.dumps(content, indent=1) if options.json else render_report(report)) + "\n")
+    return 0 if report.ready else 1
 
 
 def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -212,19 +254,17 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
     SSync switches on is trained once. The same command continues a comparison that was stopped: finished runs are kept.
 
     example:
-      ssync-pl compare --config mine.yaml --variants without,with,no-merging,mine_too.yaml --slots 7,11 \\
-        --out runs/compare/mine --launcher slurm --partition gpu --gpus 1 --hours 12 -- --trainer.precision=16-mixed
+      ssync-pl compare --config mine.yaml --variants without,with,other.yaml --out runs/compare/mine --slots 7,11
 
     exit status: 0 all runs are finished, 1 some failed or are damaged, 2 wrong usage.
     """
     from ssync_pl.compare.variants import known_variants
 
     parser.usage = "ssync-pl compare --config FILE --out FOLDER [OPTIONS] [-- OPTIONS OF ssync-pl fit]"
-    variants = f"{known_variants()} (default: %(default)s)"
     add: Any = parser.add_argument
     add("--config", action="append", default=[], type=Path, metavar="FILE", help="of `ssync-pl fit`; may be repeated")
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the comparison, e.g. runs/compare/NAME")
-    add("--variants", default="with,without", metavar="A,B", help=variants)
+    add("--variants", default="with,without", metavar="A,B", help=f"{known_variants()} (default: %(default)s)")
     add("--baseline", default="without", metavar="A", help="variant to compare with (default: %(default)s)")
     add("--seeds", default="3", metavar="N", help="seeds 0 to N-1, or a list like 3,4 (default: %(default)s)")
     add("--slots", default="", metavar="A,B", help="numbers of slots (default: the configuration's)")
@@ -246,9 +286,8 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
     given = {name: getattr(options, name) for name in ("variants", "seeds", "slots", "baseline", "share")}
     matrix = build_matrix(options.config, options.out, **given, extra=words[place + 1 :])
     if options.dry_run:
-        for run in matrix.runs:
-            sys.stdout.write(f"# {run.key.label}\n{shlex.join(run.command)}\n")
-        sys.stdout.write(f"# {len(matrix.runs)} runs\n")
+        lines = [f"# {run.key.label}\n{shlex.join(run.command)}\n" for run in matrix.runs]
+        sys.stdout.write("".join([*lines, f"# {len(lines)} runs\n"]))
         return 0
     for name in ("submitit", "pandas", "jinja2", "matplotlib"):
         import_module(name)  # what is missing is said now rather than after the training
@@ -269,12 +308,6 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> int:
     return int(bool(comparison.absent))
 
 
-data = {
-    "generate": _generate,
-    "check": _check,
-    "preview": _preview,
-    "convert": _convert,
-    "cache-features": _cache_features,
-}
+data = {"generate": _generate, "check": _check, "preview": _preview, "convert": _convert, "cache-features": _cache}
 config = {"ssync": _ssync, "convert": _convert_config}
 checkpoint = {"convert": _convert_checkpoint}

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,16 +31,11 @@ from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.inputs import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
 
-__all__ = ["SSyncArgumentParser", "SSyncCLI", "add_predict_options", "from_configuration", "run_trainer"]
-
 # Words are always handed over explicitly here, so that the warning about sys.argv is noise.
 warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
 
 _ROOT = "runs"
-_OF_INPUT = {
-    "clip_frames": (int | None, "Most frames that the host sees at once; windows of a longer video share a frame (64)"),
-    "backbone_checkpoint": (str | None, "Weights of the cached features' backbone, where they are not published ones"),
-}
+_OF_INPUT = ("clip_frames", "backbone_checkpoint")  # options of `predict --input`
 
 
 class SSyncArgumentParser(LightningArgumentParser):
@@ -63,7 +59,7 @@ class SSyncCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        text = "Folder of the run below trainer.default_root_dir. Default: the first configuration file's name."
+        text = "Name of the run's folder. Default: that of the first configuration file."
         parser.add_argument("--name", type=str | None, default=None, help=text)
         if subcommand == "predict":
             add_predict_options(parser)
@@ -188,8 +184,7 @@ def run_trainer(words: list[str], *, kind: Any = SSyncCLI) -> Any:
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
             raise ConfigError(
                 f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take one "
-                "that `fit` wrote with this configuration; a public one, or a state dict alone, goes through `ssync-pl "
-                "checkpoint convert` and is for validate, test and predict."
+                "that `fit` wrote; a public one, or weights alone, goes through `ssync-pl checkpoint convert`."
             ) from error
         raise
 
@@ -200,14 +195,9 @@ def _as_list(callbacks: Any) -> list[Any]:
 
 def add_predict_options(parser: Any) -> None:
     """Adds `--out`, `--input` and its companions to the parser of `predict`."""
-    text = (
-        "Videos to predict instead of the data module's: video files, folders of frames (png, jpg), folders of videos, "
-        "shards. May come several times. The data module then only says how frames are resized, cropped and "
-        "normalised, and which features the host reads."
-    )
-    parser.add_argument("--input", nargs="+", action="extend", type=str, default=None, help=text)
-    text = "Folder of the predictions. Default: predictions in the run's log folder."
-    parser.add_argument("--out", type=str | None, default=None, help=text)
-    for name, (kind, text) in _OF_INPUT.items():
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, type=kind, default=None, help=f"{text}. Only with --input.")
+    add = partial(parser.add_argument, default=None)
+    add("--input", nargs="+", action="extend", type=str, help="Video files, folders of frames or of videos, shards.")
+    add("--out", type=str | None, help="Folder of the predictions. Default: predictions in the run's log folder.")
+    add("--clip_frames", "--clip-frames", type=int | None, help="Most frames at once (64). Only with --input.")
+    text = "Weights of the cached features' backbone, where they are not published ones. Only with --input."
+    add("--backbone_checkpoint", "--backbone-checkpoint", type=str | None, help=text)

@@ -1,1 +1,1 @@
-"""`ssync-pl compare`: the same training under several variants, seeds, slot counts and data sets, and its tables."""
+"""`ssync-pl compare`: the same training under several variants, seeds and slot counts, and its tables."""

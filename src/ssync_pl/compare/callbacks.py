@@ -31,8 +31,6 @@ from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.schedule import steps_of
 from ssync_pl.plugin.session import HostSession
 
-__all__ = ["KeepCheckpoints", "RunRecorder"]
-
 # A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
 _EARLIER_STEPS = 8
 
@@ -40,11 +38,9 @@ _EARLIER_STEPS = 8
 class RunRecorder(L.Callback):
     """Scores the host before and after the training more closely than its validation does, on the whole validation set.
 
-    Writes `evaluation.json` into the run's `log_dir` at the end of `fit`: `scores` of the decoder's map and, with
-    `encoder_` before their names, of slot attention's; those of the `untrained` host, where the run starts at step 0;
-    `first_step`, `step`, `wall_seconds` and `cpu_seconds` of the training; `device`, `torch` and `date`. Scores that
-    are not known are left out. It is the last file of a run, so that a run that has it is finished. Weights, random
-    states and checkpoints of the run are the same to the bit.
+    Writes `evaluation.json` into the run's `log_dir`, its last file: `scores` of the decoder's map and, with `encoder_`
+    before their names, of slot attention's; those of the `untrained` host, where the run starts at step 0; length, time
+    and place of the training. Weights, random states and checkpoints of the run are the same to the bit.
     """
 
     def __init__(self) -> None:
@@ -153,7 +149,7 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
     device = trainer.strategy.root_device
     decoder, encoder = (SegmentationMetrics("", *truth, scores=names).to(device) for _ in range(2))
     seen = heard = 0
-    with isolate_rng(), torch.no_grad(), _evaluating(host), _listening(trainer, host) as session:
+    with isolate_rng(), torch.no_grad(), _listening(trainer, host) as session:
         torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
         loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
         for raw in islice(loader, int(limit) if math.isfinite(limit) else None):
@@ -180,18 +176,8 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(host: nn.Module) -> Iterator[None]:
-    """Keeps a host in evaluation mode, and gives each of its parts its own mode back."""
-    training = [part for part in host.modules() if part.training]
-    host.eval()
-    yield
-    for part in training:
-        part.training = True
-
-
-@contextmanager
 def _listening(trainer: L.Trainer, host: SlotHost) -> Iterator[HostSession | None]:
-    """Hooks the host as the run's SSyncCallback does; None where slot attention's map cannot be found."""
+    """Hooks the host in evaluation mode as its SSyncCallback does; None where slot attention's map is not found."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     own = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
     session = None
@@ -199,11 +185,15 @@ def _listening(trainer: L.Trainer, host: SlotHost) -> Iterator[HostSession | Non
         session = HostSession(host) if own is None else HostSession(host, own.adapter, own.grid)
     except SSyncError as error:
         rank_zero_warn(f"RunRecorder scores no map of slot attention: {error}")
+    training = [part for part in host.modules() if part.training]  # `train()` would wake frozen backbones
+    host.eval()
     try:
         yield session
     finally:
         if session is not None:
             session.remove()
+        for part in training:
+            part.training = True
 
 
 def _attention(session: HostSession, batch: Any, masks: Tensor) -> Tensor | None:

@@ -29,8 +29,6 @@ from ssync_pl.compare.variants import (
 )
 from ssync_pl.errors import require
 
-__all__ = ["Matrix", "Run", "RunKey", "Share", "Switch", "build_matrix", "plan_sharing"]
-
 _OWN_DATA = ("SyntheticDataModule", "ShardDataModule")
 # Words for `ssync-pl fit` that may change callbacks or data in ways that are not looked into here.
 _UNSURE = ("-c", "--config", "--trainer", "--ckpt_path", "--data", "--data.class_path", "--data.init_args.backend")

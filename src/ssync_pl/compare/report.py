@@ -14,20 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from ssync_pl.compare.results import REFERENCES, Comparison, load_comparison
-from ssync_pl.compare.tables import Group, Row, group_tables, groups_of, make_table
+from ssync_pl.compare.tables import SHEETS, Group, Row, groups_of, make_table
 from ssync_pl.data.files import write_bytes
 from ssync_pl.metrics.table import METRICS, metric_names
-
-__all__ = ["write_report"]
 
 _MOST_SEEDS = 3  # whose sheets of pictures are shown
 _COLORS = ("#0b84d8", "#e07b00", "#1a9e6c", "#cc5fa5", "#d8452e", "#8c6bd1", "#a6862d", "#16a3a3")
 _GREY = "#808890"  # of the baseline
 _WIDTH = 11.2  # of the page, in inches; an inch is 100 pixels of CSS
-_MOST_BANDS = 5
 _MAIN = {name: METRICS[name].title for name in metric_names("segmentation", "headline", "table")}
 _CURVES = {
     "learning": {f"val/{name}": METRICS[name].title for name in metric_names("segmentation", "headline")},
@@ -56,7 +52,6 @@ class Figure(NamedTuple):
     kind: str
     panels: list[str]
     starts: list[float]
-    banded: bool
     png: bytes
     width: int
 
@@ -77,13 +72,13 @@ def write_report(folder: Path) -> Path:
         loader=jinja2.PackageLoader("ssync_pl.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    table = frame.to_csv(index=False, lineterminator="\n").encode()
+    table = frame.to_csv(index=False, lineterminator="\n").encode(errors="replace")
     write_bytes(Path(folder) / "results.csv", table)
     page = environment.get_template("report.html.j2").render(
         name=Path(folder).resolve().name,
         matrix=matrix,
         baseline=baseline,
-        command=shlex.join(matrix.get("command", [])),
+        command=shlex.join(matrix["command"]),
         finished=len(comparison.records),
         missing={key.label: why for key, why in comparison.absent.items()},
         sections=sections,
@@ -98,13 +93,14 @@ def write_report(folder: Path) -> Path:
             old.unlink()
     for name, png in figures.items():
         write_bytes(out / name, png)
-    return write_bytes(out / "index.html", page.encode())
+    return write_bytes(out / "index.html", page.encode(errors="replace"))
 
 
 def _section(comparison: Comparison, group: Group) -> dict[str, Any]:
     records = {
         (key.variant, key.seed): record for key, record in comparison.records.items() if key.slots == group.slots
     }
+    tables = [make_table(group, title, *names) for title, names in SHEETS.items()]
     main = make_table(group, "", *metric_names("segmentation", "headline", "table"))
     verdicts = [_verdict(row, main.columns) for row in main.rows]
     sheets: dict[int, dict[str, bytes]] = {}
@@ -113,7 +109,7 @@ def _section(comparison: Comparison, group: Group) -> dict[str, Any]:
             sheets.setdefault(seed, {})[variant] = record.sheet.read_bytes()
     return {
         "group": group,
-        "tables": group_tables(group),
+        "tables": [table for table in tables if table.columns],
         "paired": any(one["sure"] or one["unsure"] for one in verdicts),
         "verdicts": [one for one in verdicts if one["sure"] or one["unsure"] or one["single"]],
         "figures": group_figures(group, {key: record.curves for key, record in records.items()}),
@@ -190,21 +186,20 @@ def _curve_figure(group: Group, curves: Curves, kind: str, keys: Mapping[str, st
     shown = [variant for variant in group.variants if any(of == variant for of, _ in bands)]
     weights = [one["ssync/weight"] for one in curves.values() if "ssync/weight" in one]
     starts = sorted({float(one.index[one > 0][0]) for one in weights if (one > 0).any()})
-    banded = len(shown) <= _MOST_BANDS  # those of more would cover each other
 
     def paint(axes: Any, key: str) -> None:
         for variant in shown:
             if (variant, key) in bands:
                 band, look = bands[variant, key], _look(group.variants, group.baseline, variant)
                 axes.plot(band.index, band["mean"], lw=1.8, marker="o" if len(band) <= 12 else "", ms=3, **look)
-                if banded:
-                    axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=0.15, lw=0)
+                alpha = min(0.15, 0.75 / len(shown))  # many would cover each other
+                axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=alpha, lw=0)
         for step in starts:
             axes.axvline(step, color="black", lw=1.0, ls=":", label="SSync switches on")
         axes.set_xlabel("training step")
         axes.set_xlim(left=0)
 
-    return _draw(kind, found, paint, starts, banded) if found else None
+    return _draw(kind, found, paint, starts) if found else None
 
 
 def _plain(text: str) -> str:
@@ -227,7 +222,6 @@ def _draw(
     panels: Mapping[str, str],
     paint: Callable[[Any, str], None],
     starts: Sequence[float] = (),
-    banded: bool = False,
     columns: int = 4,
 ) -> Figure:
     """Draws a panel per key of `panels`, titled with its value; `paint(axes, key)` fills it."""
@@ -237,7 +231,7 @@ def _draw(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = _WIDTH if columns != 2 or rows > 1 else 7.4
-    buffer, small = io.BytesIO(), io.BytesIO()
+    buffer = io.BytesIO()
     with mpl.rc_context(_LOOKS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names may have letters that the font lacks
         canvas = Canvas(figsize=(width, 2.8 * rows + 0.4), dpi=130, layout="constrained")
@@ -253,6 +247,4 @@ def _draw(
         if legend:
             canvas.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 6))
         canvas.savefig(buffer, format="png")
-    image = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)
-    image.save(small, format="PNG", optimize=True)
-    return Figure(kind, [*panels.values()], [*starts], banded, small.getvalue(), round(width * 100))
+    return Figure(kind, [*panels.values()], [*starts], buffer.getvalue(), round(width * 100))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,8 @@ from ssync_pl.compare.runs import log_lines
 from ssync_pl.errors import ConfigError
 from ssync_pl.metrics.table import METRICS
 
-__all__ = ["COLUMNS", "REFERENCES", "Comparison", "Record", "load_comparison", "read_results"]
-
-_TAIL = 15  # lines of a log
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_WORDS = ("recipe", "device", "torch", "date")
 
 REFERENCES = {
     "untrained": ("untrained", "untrained host"),
@@ -34,7 +33,7 @@ COLUMNS = (
     *METRICS,
     *(f"encoder_{name}" for name, info in METRICS.items() if info.both_maps),
     *("wall_seconds", "cpu_seconds", "shared_steps", "merged_slots"),
-    *("recipe", "device", "torch", "date"),
+    *_WORDS,
 )
 """Columns of `results.csv`; behind them come the scores of `REFERENCES`."""
 
@@ -74,15 +73,15 @@ def load_comparison(folder: Path) -> Comparison:
             for seed in matrix["seeds"]
             for variant in matrix["variants"]
         ]
+        matrix |= {name: [*map(str, matrix.get(name, ()))] for name in ("command", "config")}
     except _UNREADABLE as error:
         raise ConfigError(
             f"Expected {folder} to be the folder of a comparison, with a whole matrix.json, but got {error}. Pass the "
             "folder that `ssync-pl compare --out` wrote."
         ) from error
-    keys += sorted(
-        RunKey(int(path.parts[-4][6:]), path.parts[-3], int(path.parts[-2][5:]))
-        for path in folder.glob("runs/slots_[0-9]*/*/seed_[0-9]*/evaluation.json")
-    )
+    places = (path.parts[-4:-1] for path in folder.glob("runs/slots_*/*/seed_*/evaluation.json"))
+    found = [(slots[6:], variant, seed[5:]) for slots, variant, seed in places]
+    keys += sorted(RunKey(int(a), name, int(b)) for a, name, b in found if a.isdecimal() and b.isdecimal())
     records: dict[RunKey, Record] = {}
     absent: dict[RunKey, str] = {}
     for key in dict.fromkeys(keys):
@@ -91,9 +90,10 @@ def load_comparison(folder: Path) -> Comparison:
             try:
                 records[key] = _read_record(place, key)
             except _UNREADABLE as error:  # our own are ValueErrors, too
-                absent[key] = str(error)
+                other = f"a JSON file of it is damaged ({error}); remove {place} and give the same command again"
+                absent[key] = str(error) if isinstance(error, ConfigError) else other
         else:
-            lines = "\n".join(log_lines(place)[-_TAIL:])
+            lines = "\n".join(log_lines(place)[-15:])
             absent[key] = f"did not finish; its log ends with:\n{lines}" if lines else "not started"
     return Comparison(matrix, records, absent)
 
@@ -112,16 +112,23 @@ def _read_record(place: Path, key: RunKey) -> Record:
         source = key._replace(variant=str(job["source"])).folder(place.parents[3])
         before = _read(source / "metrics.csv", pd.DataFrame())
         curves = pd.concat([before[before.index < shared], curves[curves.index >= shared]])
-    row: dict[str, Any] = {**rows.get("this run", {}), **evaluation, **evaluation.get("scores", {}), **key._asdict()}
-    row |= {"recipe": job.get("recipe"), "shared_steps": shared}
+    numbers = {**rows.get("this run", {}), **evaluation, **evaluation.get("scores", {})}
+    row = _numbers(numbers, [name for name in COLUMNS if name not in _WORDS]) | key._asdict()
+    row |= {name: str(value) for name, value in {**evaluation, "recipe": job.get("recipe")}.items() if name in _WORDS}
+    row["shared_steps"] = shared
     if "ssync/merged_slots" in curves:
         row["merged_slots"] = curves["ssync/merged_slots"].dropna().iloc[-1]
-    row = {name: value for name, value in row.items() if name in COLUMNS}
     rows = {**rows, "untrained": evaluation.get("untrained", {})}
     for prefix, (name, _) in REFERENCES.items():
-        row |= {f"{prefix}_{score}": value for score, value in rows.get(name, {}).items() if score in METRICS}
+        row |= {f"{prefix}_{score}": value for score, value in _numbers(rows.get(name, {}), METRICS).items()}
     sheets = sorted((place / "pictures").glob("step-*.png"))
     return Record(row, curves, sheets[-1] if sheets else None, shlex.join(map(str, job.get("command", []))))
+
+
+def _numbers(given: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Returns the finite numbers of these names; raises for values of another kind."""
+    known = {name: value for name, value in given.items() if name in names and value is not None}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
 def _read(path: Path, absent: Any = None) -> Any:

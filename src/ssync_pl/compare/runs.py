@@ -23,9 +23,8 @@ from typing import Any
 
 from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.files import exclusive, write_bytes
+from ssync_pl.data.processes import cpu_count
 from ssync_pl.errors import require
-
-__all__ = ["Launcher", "is_finished", "log_lines", "run_all", "run_job", "run_matrix"]
 
 _PAUSE = 0.2
 _CANCEL_SECONDS = 10.0
@@ -85,7 +84,7 @@ class Launcher:
         import submitit
 
         submitted = _read_json(run.folder / "submitted.json")
-        if not self.slurm or not submitted:
+        if not self.slurm or not submitted.get("id"):
             return None
         tasks = list(range(self.gpus or 1))
         job: Any = submitit.SlurmJob(folder=self.folder.resolve(), job_id=str(submitted["id"]), tasks=tasks)
@@ -105,9 +104,13 @@ def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[
     """Makes the runs of a comparison that are not in its folder yet; one that fails does not stop the others.
 
     Without `launcher.at_once`, as many runs at a time as this machine has GPUs, or CPUs, for. Refuses a folder that
-    holds anything but this comparison.
+    holds anything but this comparison; more seeds, variants or slots are welcome.
     """
-    _check_folder(out, matrix)
+    kept = _read_json(out / "matrix.json")
+    empty = not out.exists() or (out.is_dir() and all(one.name == ".lock" for one in out.iterdir()))
+    require(bool(kept) or empty, f"{out} to be empty or to hold a comparison", "other files", advice=_ADVICE)
+    other = [name for name in ("config", "extra", "version") if kept and kept.get(name) != matrix.facts[name]]
+    require(not other, f"{out} to hold this comparison", f"one with another {' and '.join(other)}", advice=_ADVICE)
     for run in matrix.runs:
         is_finished(run)  # refuses what is no run, before anything is trained
     if launcher.at_once is None and not launcher.slurm:
@@ -123,19 +126,7 @@ def _fitting(launcher: Launcher) -> int:
 
     if torch.cuda.is_available():
         return max(1, torch.cuda.device_count() // launcher.gpus) if launcher.gpus else 1
-    # Containers give a process fewer CPUs than the machine has.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // launcher.threads)
-
-
-def _check_folder(out: Path, matrix: Matrix) -> None:
-    """Refuses a folder with anything but this comparison; more seeds, variants, slots or sets are welcome."""
-    path = out / "matrix.json"
-    kept = _read_json(path)
-    empty = not out.exists() or (out.is_dir() and all(one.name == ".lock" for one in out.iterdir()))
-    require(bool(kept) or empty, f"{out} to be empty or to hold a comparison", "other files", advice=_ADVICE)
-    other = [name for name in ("config", "extra", "version") if kept and kept.get(name) != matrix.facts[name]]
-    require(not other, f"{out} to hold this comparison", f"one with another {' and '.join(other)}", advice=_ADVICE)
+    return max(1, cpu_count() // launcher.threads)
 
 
 def is_finished(run: Run) -> bool:
@@ -274,14 +265,13 @@ def _ending(jobs: list[Any]) -> Iterator[None]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _exists(process: int) -> bool:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return True
+    return False

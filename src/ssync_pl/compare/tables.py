@@ -21,7 +21,7 @@ _SHOWN = {
     "wall_seconds": MetricInfo("wall time, s", -1, "slots", digits=0),
     "cpu_seconds": MetricInfo("CPU time, s", -1, "slots", digits=0),
 }
-_SHEETS = {
+SHEETS = {
     "Segmentation": metric_names("segmentation"),
     "Slots: edges, identity, how many are in use": (*metric_names("slots"), "merged_slots"),
     "Slot attention's own map: the teacher at boundaries": tuple(n for n in _SHOWN if n.startswith("encoder_")),
@@ -147,12 +147,6 @@ class Table(NamedTuple):
 def groups_of(frame: pd.DataFrame, baseline: str) -> list[Group]:
     """Splits rows of runs by slot count."""
     return [Group(int(slots), baseline, part) for slots, part in frame.groupby("slots", sort=False)]
-
-
-def group_tables(group: Group) -> list[Table]:
-    """Makes the tables of the report, without columns and tables that have no number."""
-    tables = [make_table(group, title, *names) for title, names in _SHEETS.items()]
-    return [table for table in tables if table.columns]
 
 
 def printed_tables(frame: pd.DataFrame, baseline: str) -> str:

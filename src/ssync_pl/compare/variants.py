@@ -55,16 +55,9 @@ _FIXED = {
     "without": _Recipe("without SSync"),
     "with": _Recipe("the configuration as it is", {}),
     "published": _Recipe(
-        "SSync as published: weights 1 and 1, warm-up 0.3, no guard that backs off",
-        {
-            "merge_threshold": 0.7,
-            "warmup_ratio": 0.3,
-            "boundary_weight": 1.0,
-            "interior_weight": 1.0,
-            "on_collapse": "warn",
-        },
-        # How maps are found belongs to the host, and stays.
-        kept=("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid"),
+        "SSync as published: weights 1 and 1, warm-up 0.3, no guard that backs off",  # which are the defaults
+        {},
+        kept=("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid"),  # they belong to the host
     ),
     "boundary-only": _Recipe("only boundaries: slot attention teaches the decoder", {"interior_weight": 0.0}),
     "interior-only": _Recipe("only interiors: the decoder teaches slot attention", {"boundary_weight": 0.0}),
@@ -149,7 +142,7 @@ def _overlay(name: str, recipe: _Recipe, config: Mapping[str, Any]) -> dict[str,
     if recipe.contrast is not None:
         contrast = {"contrast_weight": recipe.contrast}
         overlay["model"] = {"class_path": config["model"]["class_path"], "init_args": contrast}
-    if recipe.ssync is None or recipe.ssync or recipe.callback:
+    if recipe.ssync is None or recipe.ssync or recipe.kept:
         edited = [_edited(callback, recipe) for callback in callbacks_of(config)]
         overlay["trainer"] = {"callbacks": [callback for callback in edited if callback is not None]}
     return merge({}, overlay)
@@ -176,22 +169,28 @@ def _edited(callback: Any, recipe: _Recipe) -> Any:
 
 def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
     """Reads a configuration file that `option` names, and refuses one without keys, with the file's name."""
-    import yaml
-
     path = Path(path)
     require(path.is_file(), f"{option} to name a YAML file", f"{str(path)!r}, which is none")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(content, sort_keys=True, default=str)  # refuses what holds itself, and keys of several kinds
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        expected = f"Expected {option} {path} to hold YAML in UTF-8"
-        raise ConfigError(f"{expected}, but reading it failed: {reason}.") from error
+    # YAML allows none of the characters that stand for other bytes.
+    content = parse_yaml(path.read_text(encoding="utf-8", errors="surrogateescape"), f"{option} {path}")
     got = "nothing" if content is None else type(content).__name__
     require(isinstance(content, dict), f"{option} {path} to hold keys with values", got)
     trainer = content.get("trainer") or {}
     require(isinstance(trainer, dict), f"`trainer` in {path} to hold keys with values", type(trainer).__name__)
     return dict(content)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Parses YAML, and refuses what holds itself, and keys of several kinds."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+        json.dumps(content, sort_keys=True, default=str)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"Expected {place} to hold YAML in UTF-8, but reading it failed: {reason}.") from error
+    return content
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,6 @@ class CheckReport:
     def clean(self) -> bool:
         """Whether no problem was found."""
         return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON values."""
-        return {"clean": self.clean, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -187,8 +183,8 @@ def _facts(name: str, shards: int, samples: Sequence[_Sample]) -> dict[str, Any]
     }
 
 
-def render_report(report: CheckReport, *, most: int = 20) -> str:
-    """Lays a report out as text, with at most `most` problems of each kind; the last line is the verdict."""
+def render_report(report: CheckReport) -> str:
+    """Lays a report out as text; the last line is the verdict."""
     lines: list[str] = []
     for facts in report.sets:
         shown = {title: _listed(value) for title, value in facts.items() if title != "name"}
@@ -196,8 +192,7 @@ def render_report(report: CheckReport, *, most: int = 20) -> str:
     for kind, title in _KINDS.items():
         found = [problem for problem in report.problems if problem.kind == kind]
         lines += [f"{title} ({len(found)})"] if found else []
-        lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found[:most]]
-        lines += [f"  … and {len(found) - most} more; --json lists all"] if len(found) > most else []
+        lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found]
     verdict = "clean" if report.clean else f"problems: {len(report.problems)}"
     return "\n".join([*lines, f"{verdict} (videos read: {sum(facts['videos'] for facts in report.sets)})"])
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ssync_pl.data.files import write_bytes
-from ssync_pl.data.patterns import shard_name
+from ssync_pl.data.patterns import expand_shards, shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
 from ssync_pl.errors import ShardError, require
@@ -143,15 +143,14 @@ def write_owned_json(path: Path, content: Mapping[str, Any]) -> None:
     write_bytes(path, f"{json.dumps({'written_by': 'ssync_pl', **content}, indent=2)}\n".encode())
 
 
-def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> tuple[Bytes, int, list[str]]:
+def draw_preview(patterns: Sequence[str], count: int, frames: int) -> tuple[bytes, int, list[str]]:
     """Draws the first videos of each shard, from shards in random order: a row of frames, and one with masks over them.
 
-    Returns the sheet (height, width, 3), the number of videos on it, and messages of those that cannot be read.
-    `frames` of each video are evenly spaced; `cell` is their longer side in pixels. Of remote shards only the starts
-    are read. Raises `ShardError` when no video can be read.
+    Returns the sheet as PNG, the number of videos on it, and messages of those that cannot be read. `frames` of each
+    video are evenly spaced. Of remote shards only the starts are read. Raises `ShardError` when no video can be read.
     """
-    fits = min(count, frames) >= 1 and cell >= 16
-    require(fits, "--videos and --frames from 1 and --cell from 16 on", count, frames, cell)
+    require(min(count, frames) >= 1, "--videos and --frames from 1 on", count, frames)
+    shards = expand_shards(patterns, "patterns")
     videos: list[list[tuple[str, Bytes]]] = []
     skipped: list[str] = []
     for left, number in zip(range(len(shards), 0, -1), np.random.default_rng(0).permutation(len(shards)), strict=True):
@@ -169,7 +168,7 @@ def draw_preview(shards: Sequence[str], count: int, frames: int, cell: int) -> t
             skipped.append(str(error))
     if not videos:
         raise ShardError(f"Expected at least one readable video in {len(shards)} shards, but got {skipped[-1:]}.")
-    return draw_sheet([row for rows in videos for row in rows], cell=cell), len(videos), skipped
+    return encode_png(draw_sheet([row for rows in videos for row in rows])), len(videos), skipped
 
 
 def _draw_rows(name: str, members: Members, frames: int) -> list[tuple[str, Bytes]]:

@@ -52,13 +52,6 @@ def test_videos_frames_and_shards_without_a_configuration(tmp_path, run, checkpo
     assert goes_on == [False, True, True, False, True, False, False]
 
 
-def test_windows_give_nearly_the_labels_of_the_whole(tmp_path, run):
-    still = write_frames(tmp_path / "still", np.repeat(moving(1), 9, axis=0))
-    for name, length in (("whole", 64), ("cut", 4)):
-        assert run("--input", still, "--clip-frames", length, "--out", tmp_path / name) == 0
-    assert np.mean(labels_of(tmp_path / "whole", "still") == labels_of(tmp_path / "cut", "still")) > 0.8
-
-
 def test_shards_give_the_labels_of_the_data_module(tmp_path, run, checkpoint):
     shard = write_shard(tmp_path / "shards", moving(3, 24, 24)[:, 4:20, 4:20], moving(5, 24, 24)[:, 4:20, 4:20])
     data = ["--data=ShardDataModule", "--data.image_size=16", "--data.num_workers=0", f"--data.predict={shard}"]

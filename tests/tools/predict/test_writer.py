@@ -234,29 +234,12 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, capsys,
     assert not list((tmp_path / "runs").glob("tiny/version_1/predictions"))
 
 
-def naive(frame, slot):
-    """Area, centre and box of a slot, as numbers."""
-    ys, xs = np.nonzero(frame == slot)
-    if not len(ys):
-        return [0.0]
-    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-    return [len(ys) / frame.size, xs.mean() + 0.5, ys.mean() + 0.5, *box]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_tracks_equal_a_loop_over_slots(seed):
-    generator = np.random.default_rng(seed)
-    labels = generator.choice(np.array([0, 1, 3, 255], np.uint8), (3, 7, 11), p=[0.5, 0.3, 0.1, 0.1])
-    lines = slot_tracks(labels, 5).splitlines()
-    assert lines[0] == "frame,slot,area,center_x,center_y,x0,y0,x1,y1"
-    assert len(lines) == 1 + 3 * 5
-    for place, line in enumerate(lines[1:]):
-        frame, slot = divmod(place, 5)
-        cells, wanted = line.split(","), naive(labels[frame], slot)
-        assert len(cells) == 9
-        assert (int(cells[0]), int(cells[1])) == (frame, slot)
-        assert float(cells[2]) == pytest.approx(wanted[0], abs=1e-6)
-        assert [float(cell) for cell in cells[3:] if cell] == pytest.approx(wanted[1:], abs=0.006)
+def test_tracks_have_area_centre_and_box_of_each_slot():
+    labels = np.array([[[0, 0, 3, 255], [0, 1, 3, 255]], [[1, 1, 1, 1], [1, 1, 1, 1]]], np.uint8)
+    head, *lines = slot_tracks(labels, 3).splitlines()  # slot 2 is empty, label 3 is no slot
+    assert head == "frame,slot,area,center_x,center_y,x0,y0,x1,y1"
+    assert lines[:3] == ["0,0,0.375000,0.83,0.83,0,0,2,2", "0,1,0.125000,1.50,1.50,1,1,2,2", "0,2,0.000000,,,,,,"]
+    assert lines[3:] == ["1,0,0.000000,,,,,,", "1,1,1.000000,2.00,1.00,0,0,4,2", "1,2,0.000000,,,,,,"]
 
 
 def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(tmp_path):
@@ -277,9 +260,7 @@ def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(
         assert told["files"] == sorted(path.name for path in tmp_path.glob(f"{name}*"))
         assert np.array_equal(np.load(tmp_path / f"{name}.labels.npz")["labels"], labels)
         assert len(list((tmp_path / f"{name}_labels").glob("0000[0-4].png"))) == 5
-    tracks = (tmp_path / "whole.tracks.csv").read_text()
-    assert tracks == (tmp_path / "pieces.tracks.csv").read_text()
-    assert sum(float(row.split(",")[2]) for row in tracks.splitlines()[1:]) == pytest.approx(5 * 6 / 8, abs=1e-4)
+    assert (tmp_path / "whole.tracks.csv").read_text() == (tmp_path / "pieces.tracks.csv").read_text()
     with Image.open(tmp_path / "whole_labels" / "00000.png") as picture:  # in the colours of the overlay
         colours = color_labels(np.where(labels[0] == 255, -1, labels[0].astype(int)))
         assert np.array_equal(np.asarray(picture), labels[0])
