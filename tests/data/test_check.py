@@ -1,7 +1,5 @@
 """`ssync-pl data check`: counts, damage, duplicates and leaks."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import shutil

@@ -1,7 +1,5 @@
 """The data module: batches as hosts see them, under a real trainer and two real processes."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

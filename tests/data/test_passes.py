@@ -1,7 +1,5 @@
 """Who reads what: every clip once per pass, and equally many batches on all ranks."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """Clips and videos cut from their members, and how they are put together."""
 
-from __future__ import annotations
-
 import gzip
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writing shards, their index, and reading their members in place."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import hashlib

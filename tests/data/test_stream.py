@@ -1,7 +1,5 @@
 """Streams: the same samples as shards that are read in place, whatever goes wrong."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 

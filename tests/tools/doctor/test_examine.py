@@ -1,7 +1,5 @@
 """Models and batches as the user names them, what the doctor finds in a host, and what it advises."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace
