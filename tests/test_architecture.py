@@ -21,7 +21,7 @@ BUDGETS = {
     "rivals": 473,
     "hosts": 2903,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_530,
+    "data": 5_506,
     "compare": 1603,
     "tools": 2278,
     "cli": 694,

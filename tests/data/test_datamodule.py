@@ -75,16 +75,6 @@ def test_batch_contents_in_training(make_shards, opened):
     assert torch.equal(batch["segmentations"][:, 0, 1, 0, 0], ~flipped)
 
 
-def test_predict_reads_no_masks_and_test_does(make_shards):
-    pattern = make_shards("validation", count=2)
-    data = ShardDataModule(test=pattern, predict=pattern, **PLAIN)
-    data.setup("test")
-    data.setup("predict")
-    assert "segmentations" in next(iter(data.test_dataloader()))
-    batch = data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)
-    assert set(batch) == {"video", "__key__", "batch_padding_mask", "frame_mask"}
-
-
 def test_ytvis_like_set(tmp_path, opened):
     masks = []
     for frames, width, objects in ((2, 12, 1), (3, 9, 3), (3, 9, 2)):
