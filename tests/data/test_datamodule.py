@@ -330,12 +330,7 @@ def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
     torch.testing.assert_close(batch["features"].flatten(0, 1), expected, rtol=0.01, atol=0.01)
     SyntheticDataModule(**options).prepare_data()
     assert built == [("means", "pool")]
-    # Other features have a folder of their own.
-    projected = SyntheticDataModule(**{**options, "cache_components": 2})
-    assert projected.features != data.features
-    projected.prepare_data()
-    projected.setup()
-    assert next(iter(projected.train_dataloader()))["features"].shape[-1] == 2
+    assert SyntheticDataModule(**{**options, "cache_components": 2}).features != data.features
 
 
 def test_the_command_line_reads_every_option(make_shards):

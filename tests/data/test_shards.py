@@ -44,18 +44,6 @@ def test_equal_samples_give_equal_bytes_that_webdataset_reads(make_shards, numbe
     assert np.array_equal(array, numbered_video(1)["video.npy"])
 
 
-def test_prefixes_share_one_index_which_keeps_its_recipe(tmp_path):
-    for prefix, recipe in (("a", {"seed": 3}), ("b", {"fps": 12})):
-        with ShardWriter(tmp_path, prefix, 2, recipe) as writer:
-            for key in "012":
-                writer.write(key, {"info.json": 1})
-    index = read_index(tmp_path)
-    assert {name: len(entry.samples) for name, entry in index.shards.items()} == {
-        "a-000000.tar": 2, "a-000001.tar": 1, "b-000000.tar": 2, "b-000001.tar": 1,
-    }  # fmt: skip
-    assert index.recipe == {"seed": 3, "fps": 12}
-
-
 def test_a_failing_writer_leaves_no_half_file_and_a_refused_member_a_whole_shard(tmp_path, numbered_video):
     writer = ShardWriter(tmp_path, "train", 2)
     for number in range(3):
