@@ -21,9 +21,9 @@ BUDGETS = {
     "rivals": 473,
     "hosts": 2903,
     # Rooms that are still larger than they should be: these ceilings only go down. The aims are 5600, 1900, 2400, 700.
-    "data": 5_530,
+    "data": 5_506,
     "compare": 1603,
-    "tools": 2279,
+    "tools": 2278,
     "cli": 693,
 }
 TOTAL = 20_120  # the aim is 20_000

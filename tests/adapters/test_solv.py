@@ -1,5 +1,3 @@
-"""SOLV: the public model, whose merger tells no assignment, and this package's host."""
-
 import copy
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """Small shard folders whose pixels name their video and frame, and what stands in for a trainer."""
 
-from __future__ import annotations
-
 import io
 import sys
 import tarfile
@@ -43,9 +41,7 @@ def numbered_video() -> Callable[..., dict[str, np.ndarray]]:
 def make_shards(tmp_path: Path) -> Callable[..., str]:
     """Write `count` numbered videos into shards and return their pattern."""
 
-    def make(
-        prefix: str = "train", count: int = 7, per_shard: int = 3, folder: str = "shards", **options: object
-    ) -> str:
+    def make(prefix="train", count=7, per_shard=3, folder="shards", **options):
         with ShardWriter(tmp_path / folder, prefix, per_shard) as writer:
             for number in range(count):
                 writer.write(str(number), _numbered_video(number, **options))

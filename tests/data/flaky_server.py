@@ -1,7 +1,5 @@
 """A file server over HTTP whose next answers can be spoiled in the ways that real ones fail."""
 
-from __future__ import annotations
-
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer

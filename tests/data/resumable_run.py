@@ -3,8 +3,6 @@
 `python resumable_run.py '[{"folder": …}, …]'` prints how each of them ended.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

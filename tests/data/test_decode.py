@@ -1,7 +1,5 @@
 """Members of shards: what decodes to what, and what is refused."""
 
-from __future__ import annotations
-
 import builtins
 import gzip
 import io

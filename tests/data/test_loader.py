@@ -1,7 +1,5 @@
 """Passes that stop in the middle and go on."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import multiprocessing

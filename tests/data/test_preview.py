@@ -42,9 +42,7 @@ def test_the_sheet_shows_each_frame_beside_its_masks(shards: list[str]) -> None:
     assert (sheet == blended).all(axis=2).sum() >= 3 * 56 * 20
 
 
-def test_the_command_names_damage_and_replaces_nothing(
-    shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_names_damage_and_replaces_nothing(shards, tmp_path, capsys):
     with ShardWriter(tmp_path, "bad") as writer:
         writer.write("9", {"video.npy": np.zeros((5, 8, 8, 3), np.float32)})
     (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:900])

@@ -1,7 +1,5 @@
 """`sampling: reference` against the published transforms, written out here step by step."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

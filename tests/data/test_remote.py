@@ -1,7 +1,5 @@
 """Transfers that fail in the ways that real ones do, and shards that are not whole."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

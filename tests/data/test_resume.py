@@ -1,7 +1,5 @@
 """A run that is killed and resumed equals the one that was not, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal

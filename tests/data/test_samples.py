@@ -1,7 +1,5 @@
 """Clips and videos cut from their members, and how they are put together."""
 
-from __future__ import annotations
-
 import gzip
 import re
 from pathlib import Path
@@ -63,23 +61,6 @@ def test_evaluation_takes_whole_videos_and_pads(tmp_path, numbered_video):
     assert batch["video"][0, :, 0, 0, 1].tolist() == [0, 1, 1, 1]
     assert batch["segmentations"][0, 2:].eq(0).all()
     assert (batch["max_objects"], batch["mask_ids"]) == (5, True)
-
-
-def test_channels_of_several_objects_and_videos_of_several_sizes(tmp_path):
-    samples = []
-    for objects, width in ((1, 6), (3, 8)):
-        masks = np.zeros((2, 4, width, objects), np.uint8)
-        masks[:, :, :2] = 40 + objects  # category ids
-        samples.append({"video.npy": np.zeros((2, 4, width, 3), np.uint8), "segmentations.npy": masks})
-    pattern = _write(tmp_path, samples)
-    data = _open(pattern, SampleRules(**CHANNELS, max_objects=3, image_size=(4, 4), crop="center"))
-    batch = collate([data.sample(0), data.sample(1)], data.rules)
-    assert [mask.sum((0, 1, 2)).tolist() for mask in batch["segmentations"]] == [[16, 0, 0], [16, 16, 16]]
-    assert [video.shape for video in batch["video"]] == [(2, 4, 6, 3), (2, 4, 8, 3)]
-    assert batch["crop"].tolist() == [[0, 1], [0, 2]]
-    for rules, message in (({**CHANNELS, "max_objects": 2}, "at most 2 objects"), ({"masks": True}, "mask_format")):
-        with pytest.raises(ShardError, match=f"key 1 .*{message}"):
-            _open(pattern, SampleRules(**rules)).sample(1)
 
 
 @pytest.mark.parametrize("video", ["video.npy.gz", "video.npy"])

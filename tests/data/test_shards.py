@@ -1,7 +1,5 @@
 """Writing shards, their index, and reading their members in place."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import hashlib
@@ -9,7 +7,6 @@ import io
 import json
 import lzma
 import os
-import pickle
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,7 @@ import pytest
 
 from ssync_pl.data import index as module
 from ssync_pl.data.check import check_shards
-from ssync_pl.data.index import FolderIndex, ShardEntry, load_shards, parse_index, read_index, scan_shard, write_index
+from ssync_pl.data.index import load_shards, parse_index, read_index, scan_shard, write_index
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
 from ssync_pl.errors import ConfigError, ShardError
@@ -45,18 +42,6 @@ def test_equal_samples_give_equal_bytes_that_webdataset_reads(make_shards, numbe
     assert [sample["__key__"] for sample in samples] == list("0123456")
     array = np.load(io.BytesIO(samples[1]["video.npy"]))
     assert np.array_equal(array, numbered_video(1)["video.npy"])
-
-
-def test_prefixes_share_one_index_which_keeps_its_recipe(tmp_path):
-    for prefix, recipe in (("a", {"seed": 3}), ("b", {"fps": 12})):
-        with ShardWriter(tmp_path, prefix, 2, recipe) as writer:
-            for key in "012":
-                writer.write(key, {"info.json": 1})
-    index = read_index(tmp_path)
-    assert {name: len(entry.samples) for name, entry in index.shards.items()} == {
-        "a-000000.tar": 2, "a-000001.tar": 1, "b-000000.tar": 2, "b-000001.tar": 1,
-    }  # fmt: skip
-    assert index.recipe == {"seed": 3, "fps": 12}
 
 
 def test_a_failing_writer_leaves_no_half_file_and_a_refused_member_a_whole_shard(tmp_path, numbered_video):
@@ -189,15 +174,6 @@ def test_our_own_index_of_another_version_is_replaced_and_offsets_are_checked(ma
         parse_index(json.dumps(raw))
 
 
-def test_an_index_is_written_whole_or_not_at_all(tmp_path):
-    entry = ShardEntry("a.tar", 10240, ())
-    write_index(tmp_path, [entry], {"seed": 1})
-    with pytest.raises(TypeError):
-        write_index(tmp_path, [], {"bad": object()})
-    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
-    assert read_index(tmp_path) == FolderIndex({"a.tar": entry}, {"seed": 1})
-
-
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_shards_that_are_not_whole_are_refused_wherever_they_end(make_shards, tmp_path, pack):
     path = _shards(make_shards(count=3))[0]
@@ -251,23 +227,6 @@ def test_odd_names_are_read_and_links_and_special_members_named(tmp_path, number
 def some(make_shards):
     paths = [str(path) for path in _shards(make_shards(count=7, per_shard=2))]
     return paths, load_shards(paths)
-
-
-def test_members_are_read_in_place_and_files_closed(some, numbered_video):
-    reader = ShardReader()
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    for path, shard in zip(*some, strict=True):
-        for sample in shard.samples:
-            members = reader.sample(path, shard, sample)
-            video = numbered_video(int(sample.key))["video.npy"]
-            assert members.header("video.npy").shape == video.shape
-            for cut in (slice(None), slice(3, 4), slice(1, 6, 2), slice(4, 4)):
-                np.testing.assert_array_equal(members.rows("video.npy", cut), video[cut])
-            np.testing.assert_array_equal(members.decode("video.npy"), video)
-    reader.close()
-    assert not before or len(os.listdir("/proc/self/fd")) == before
-    copy = pickle.loads(pickle.dumps(reader))
-    assert len(copy.sample(some[0][0], some[1][0], some[1][0].samples[0]).read("video.npy")) > 0
 
 
 def test_replaced_shards_are_refused(some):

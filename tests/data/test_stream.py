@@ -1,7 +1,5 @@
 """Streams: the same samples as shards that are read in place, whatever goes wrong."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
@@ -53,17 +51,6 @@ def test_every_way_to_read_gives_the_same_samples(local, served, tmp_path, rules
     assert [entry.samples for entry in packed_entries] == [entry.samples for entry in entries]
     if not rules.training:  # what is drawn hangs on the shard's name
         assert facts(stream([str(path) for path in packed], packed_entries, rules)) == wanted
-
-
-def test_the_order_is_a_function_of_seed_and_pass_and_the_buffer_mixes(local):
-    def keys(seed=0, epoch=0, **options):
-        data = stream(local, load_shards(local), SampleRules(clip_length=2, seed=seed), **options)
-        data.set_pass(epoch)
-        return [batch["__key__"][0] for batch in data]
-
-    assert keys() == keys()
-    assert len({tuple(keys(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert keys(shuffle_buffer=0) != keys(shuffle_buffer=7)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 
-from ssync_pl.data.transforms import BatchTransform, covering_size, one_hot_masks, resize_masks
+from ssync_pl.data.transforms import BatchTransform, covering_size, resize_masks
 from ssync_pl.errors import ConfigError, ShapeError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,17 +67,6 @@ def test_nearest_exact_agrees_with_torch_but_for_ties(source, target):
     assert got.tolist() == exact
     ties = torch.tensor([((2 * i + 1) * source) % (2 * target) == 0 for i in range(target)])
     assert torch.equal(got[~ties], want[~ties])
-
-
-def test_channels_to_one_hot_keep_overlaps():
-    channels = torch.zeros(1, 1, 2, 1, 3, dtype=torch.uint8)
-    channels[0, 0, 0, 0, :2] = 7  # category ids, not instance numbers
-    channels[0, 0, 1, 0, 1] = 1
-    bare = one_hot_masks(channels, 3, ids=False, has_background=False)
-    assert bare[0, 0, :, 0].tolist() == [[True, True, False], [False, True, False], [False, False, False]]
-    full = one_hot_masks(channels, 3, ids=False, has_background=True)
-    assert full[0, 0, 0, 0].tolist() == [False, False, True]
-    assert torch.equal(full[:, :, 1:], bare)
 
 
 def test_mixed_sizes_equal_single_transforms():

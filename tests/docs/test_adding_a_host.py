@@ -1,7 +1,5 @@
 """The page's code is run as it stands there."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

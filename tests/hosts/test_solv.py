@@ -1,5 +1,3 @@
-"""SOLV, and what it is made of: binders, merging and linking of slots."""
-
 import math
 from typing import Any
 

@@ -1,5 +1,3 @@
-"""The contract between a host and the method: what is taken, what is refused, and how the error reads."""
-
 import dataclasses
 import pickle
 

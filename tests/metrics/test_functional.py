@@ -1,5 +1,3 @@
-"""ARI, mBO and mIoU against scikit-learn, SciPy and sets of pixels; and what inputs are read or refused."""
-
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,3 @@
-"""Weights and the collapse guard: by hand, in a training whose slots fall out of use, and what they cost."""
-
 import warnings
 
 import pytest

@@ -1,5 +1,3 @@
-"""The dense rival: values by loops and by hand, where gradient flows, when each loss is on, what is refused."""
-
 import math
 
 import pytest

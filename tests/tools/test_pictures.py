@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,7 +15,6 @@ from ssync_pl import SSyncCallback, SSyncPictures
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.tools import pictures, viz
-from ssync_pl.tools.viz import color_labels, slot_colors
 
 SLOTS, FRAMES, SIZE = 3, 4, 16
 
@@ -131,7 +130,7 @@ def test_padding_is_not_drawn_and_truth_is_that_of_the_batch(tmp_path, videos):
     (rows,) = videos
     assert next(iter(rows)) == "video clip-1\nframes 0, 1"
     truth = picture_batch(1)["segmentations"][0, :2].int().argmax(1).numpy()
-    assert np.array_equal(drawn(rows, "ground truth"), color_labels(truth, background=0))
+    assert np.array_equal(drawn(rows, "ground truth"), viz.color_labels(truth, background=0))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -144,9 +143,9 @@ def test_slots_have_the_colours_of_the_objects_that_they_cover(tmp_path, videos,
     validate(tmp_path, batch, host)
     labels = host.corrector(frames).argmax(1).view(2, FRAMES, 4, 4).numpy()
     for video, rows in enumerate(videos):
-        assert np.array_equal(drawn(rows, "ground truth"), color_labels(large[video].numpy(), background=0))
-        assert np.array_equal(drawn(rows, "decoder\n"), color_labels(ids[video].numpy(), background=0))
-        encoder = color_labels(np.array([2, 0, 1])[labels[video]], background=0)
+        assert np.array_equal(drawn(rows, "ground truth"), viz.color_labels(large[video].numpy(), background=0))
+        assert np.array_equal(drawn(rows, "decoder\n"), viz.color_labels(ids[video].numpy(), background=0))
+        encoder = viz.color_labels(np.array([2, 0, 1])[labels[video]], background=0)
         assert np.array_equal(drawn(rows, "encoder\n"), encoder)
 
 
@@ -155,7 +154,7 @@ def test_without_truth_slots_keep_their_own_colours(tmp_path, videos):
     del batch["segmentations"], batch["__key__"]
     validate(tmp_path, batch, host)
     labels = host.decoder(batch["video"][0]).argmax(1).view(FRAMES, 4, 4).numpy()
-    assert np.array_equal(drawn(videos[0], "decoder\n"), slot_colors(SLOTS)[labels])
+    assert np.array_equal(drawn(videos[0], "decoder\n"), viz.slot_colors(SLOTS)[labels])
     assert not any("truth" in caption for caption in videos[0])
 
 
@@ -195,22 +194,13 @@ def test_batches_without_videos_are_named(batch):
         pictures._sheet_rows(batch, None, None, None, 1, 1)
 
 
-def test_the_sheet_goes_to_loggers_that_take_images(tmp_path):
+def test_the_sheet_goes_to_loggers_that_take_images():
     seen = []
-
-    class LogsImages(CSVLogger):
-        def log_image(self, key, images, step):
-            seen.append((key, images[0].shape[2], step))
-
-    def add_image(key, image, step, dataformats):
-        seen.append((key, image.shape[dataformats.index("C")], step))
-
-    class AddsImages(Logger):
-        name, version, experiment = "board", 0, SimpleNamespace(add_image=add_image)
-        log_metrics = log_hyperparams = lambda self, *values, **options: None
-
-    run(tmp_path, [SSyncPictures(picture_adapter())], logger=[LogsImages(tmp_path), AddsImages()], max_epochs=1)
-    assert seen == [("pictures/slots", 3, 2)] * 2
+    board = SimpleNamespace(add_image=lambda key, image, step, dataformats: seen.append((key, dataformats, step)))
+    other = SimpleNamespace(log_image=lambda key, images, step: seen.append((key, len(images), step)))
+    trainer = SimpleNamespace(global_step=2, loggers=[other, SimpleNamespace(experiment=board)])
+    SSyncPictures()._write(trainer, np.zeros((4, 4, 3), np.uint8))
+    assert seen == [("pictures/slots", 1, 2), ("pictures/slots", "HWC", 2)]
 
 
 def test_settings_are_checked_at_once_and_hooks_are_gone_after_an_exception(tmp_path):
@@ -222,3 +212,71 @@ def test_settings_are_checked_at_once_and_hooks_are_gone_after_an_exception(tmp_
     with pytest.raises(ArithmeticError):
         run(tmp_path, [SSyncPictures(picture_adapter())], host, num_sanity_val_steps=0)
     assert not any(module._forward_hooks for module in host.modules())
+
+
+def test_slot_colors_are_distinct_and_do_not_depend_on_the_count():
+    many = viz.slot_colors(64)
+    assert len({tuple(color) for color in many.tolist()}) == 64
+    for count in (0, 1, 16, 17, 33):
+        assert np.array_equal(viz.slot_colors(count), many[:count])
+    first = many[:11].astype(float)
+    assert (np.linalg.norm(first[:, None] - first[None], axis=-1) + 1e9 * np.eye(11)).min() > 60
+
+
+def test_labels_are_painted_blended_and_hidden():
+    picture = viz.color_labels(np.array([[2, -1], [0, 2]]), background=0)
+    assert picture.tolist() == [
+        [viz.slot_colors(3)[2].tolist(), [0, 0, 0]],
+        [[70, 70, 70], viz.slot_colors(3)[2].tolist()],
+    ]
+    frames = np.full((1, 4, 4, 3), 200, dtype=np.uint8)
+    overlay = viz.overlay_labels(frames, np.array([[[0, 1], [-1, 1]]]))
+    assert overlay[0, 3, 0].tolist() == [200, 200, 200]
+    assert np.array_equal(overlay[0, 3, 3], np.rint(90 + 0.55 * viz.slot_colors(2)[1]))
+
+
+def test_the_first_of_overlapping_masks_is_taken_and_labels_grow_by_nearest_pixel():
+    masks = np.zeros((1, 3, 2, 2), dtype=bool)
+    masks[0, 1, 0] = True
+    masks[0, 2, :, 0] = True
+    assert viz.label_masks(masks).tolist() == [[[1, 1], [2, -1]]]
+    assert viz.label_masks(np.zeros((1, 0, 1, 2), dtype=bool)).tolist() == [[[-1, -1]]]
+    images = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    expected = images.repeat(3, axis=1).repeat(3, axis=2)
+    assert np.array_equal(viz.resize_nearest(images, (9, 12)), expected)
+    assert np.array_equal(viz.resize_nearest(expected, (3, 4)), images)
+
+
+def test_normalisation_is_undone_or_guessed():
+    rng = np.random.default_rng(0)
+    expected = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    frames = ((expected / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    assert np.array_equal(viz.to_uint8(frames, mean, std), expected)
+    guessed = viz.to_uint8(rng.normal(5.0, 3.0, (2, 3, 16, 16)))
+    assert (guessed.min(), guessed.max()) == (0, 255)
+    assert 90 < guessed.mean() < 165
+    assert viz.to_uint8(np.full((3, 2, 2), np.nan)).shape == (2, 2, 3)
+
+
+def solid(color, frames=2, size=(8, 8)):
+    return np.broadcast_to(np.array(color, dtype=np.uint8), (frames, *size, 3))
+
+
+def boxes_of(sheet, color):
+    rows, columns = np.nonzero((sheet == np.array(color)).all(axis=-1))
+    return sorted(set(rows.tolist())), sorted(set(columns.tolist()))
+
+
+def test_cells_are_aligned_and_captions_stay_left_of_them():
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    rows = [("a caption\n" * (1 + 4 * k), solid(color)) for k, color in enumerate(colors)]
+    sheet = viz.draw_sheet([*rows, ("short", solid((0, 200, 200), 1))], title="title", cell=32)
+    places = [boxes_of(sheet, color) for color in colors]
+    assert all((len(y), len(x)) == (32, 64) and x == places[0][1] for y, x in places)
+    assert [y for y, _ in places] == sorted(y for y, _ in places)
+    assert boxes_of(sheet, (0, 200, 200))[1] == places[0][1][:32]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(viz.encode_png(sheet)))), sheet)
+    left = places[0][1][0]
+    assert (sheet[places[0][0][0] :, left - 4 : left] == 255).all()
+    assert (sheet[:, :left] < 128).any()

@@ -25,12 +25,8 @@ _MOST = 1_000_000
 def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> list[str]:
     """Expands patterns to shards: braces (`{000000..000304}`, `{train,validation}`), then globs of local paths.
 
-    Args:
-        pattern: A path, URL or pattern, or several; URLs are not looked up.
-        argument: Name of the user's argument, for messages.
-
-    Returns:
-        Local paths or URLs, in the order of the patterns, globs sorted.
+    Returns local paths or URLs, which are not looked up, in the order of the patterns, globs sorted. `argument` is the
+    name of the user's argument, for messages.
 
     Raises:
         ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or

@@ -61,12 +61,11 @@ class SyntheticDataModule(ShardDataModule):
         self.generate_workers = generate_workers
         folder = synthetic.dataset_folder(*self._recipe)
         self._cache = (cache_backbone, cache_layer, cache_components)
-        alone = cache_backbone is None and (cache_layer is not None or cache_components is not None)
+        fits = cache_backbone is not None or self._cache == (None, None, None)
         expected = "`cache_layer` and `cache_components` beside `cache_backbone` only"
-        require(not alone, expected, repr(cache_layer), repr(cache_components), advice="Name the backbone.")
+        require(fits, expected, repr(cache_layer), repr(cache_components), advice="Name the backbone.")
         if cache_backbone is not None:
-            given = loader.get("features")
-            expected = "either `features` or `cache_backbone`"
+            given, expected = loader.get("features"), "either `features` or `cache_backbone`"
             require(given is None, expected, repr(given), repr(cache_backbone), advice="Leave one out.")
             loader["image_size"] = loader.get("image_size") or self.config.resolution
             settings = [*self._cache, *(loader.get(name) for name in ("image_size", "resize_mode", "crop"))]

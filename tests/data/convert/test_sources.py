@@ -430,11 +430,6 @@ def test_names_sort_by_their_numbers_and_sizes_keep_proportions(convert, root, m
     with pytest.raises(ShardError, match="--clip-frames"):
         convert("videos")
     assert convert("videos", "--clip-frames", 4, out="out2")
-    sets.ytvis_set(root)
-    monkeypatch.setattr(media, "_MAX_BYTES", 1 << 20)
-    monkeypatch.setattr("ssync_pl.data.convert.ytvis._MOST", 4 * 12 * 20)
-    with pytest.raises(ShardError, match="2 objects"):
-        convert("ytvis2019", *ALL, "--short-side", "none", out="out3")
 
 
 def test_an_error_is_one_line_and_help_lists_all(tmp_path, capsys):

@@ -44,21 +44,6 @@ def test_the_map_is_that_of_sklearn(components):
     assert (projection.info["components"], projection.info["frames"]) == (components, 4000)
 
 
-def test_batches_do_not_matter_large_offsets_do_no_harm_and_constant_channels_are_dropped():
-    data = noise() + 1e4
-    one, many = fitted(data, (8,), 4, pieces=1), fitted(data, (8,), 4, pieces=400)
-    torch.testing.assert_close(one.matrix, many.matrix, rtol=1e-4, atol=1e-6)
-    data = noise(layers=(8,))
-    data[:, 2] = 7.25
-    projection = fitted(data, (8,), 7)
-    assert not projection.matrix[2].any()
-    assert bool(projection.matrix.isfinite().all())
-    with pytest.raises(ConfigError, match=r"`components` to be from 1 to 7, .* but got 8"):
-        fitted(data, (8,), 8)
-    with pytest.raises(ConfigError, match="from 1 to 0, the directions"):
-        fitted(np.full((10, 3), 5.0, np.float32), (3,), 1)
-
-
 def test_a_file_gives_the_projection_back_or_is_refused(tmp_path):
     projection, path = fitted(noise(), (3, 5), 4), tmp_path / "projection.npz"
     with pytest.raises(ShardError, match="No such file"):

@@ -1,7 +1,5 @@
 """The generator's videos and masks, byte for byte: who renders a set again gets the same one."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

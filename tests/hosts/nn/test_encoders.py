@@ -155,18 +155,24 @@ def test_half_precision_keeps_logits_in_float32() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("put", [weight_norm, functools.partial(prune.l1_unstructured, name="weight", amount=0.3)])
-def test_weights_made_by_hooks_are_trained_and_used(put: Any) -> None:
-    decoder, slots = MLPDecoder(6, 5, [8, 8], 7), torch.randn(2, 3, 6)
+@pytest.mark.parametrize("kind", ["mlp", "relative"])
+def test_weights_made_by_hooks_are_trained_and_used(kind: str, put: Any) -> None:
+    decoder: Any = MLPDecoder(6, 5, [8, 8], 7) if kind == "mlp" else RelativeMixtureDecoder(7, 6, 5, [8, 8])
+    given = [torch.randn(2, 1, 3, 6), torch.randn(2, 1, 3, 7, 2), torch.ones(2, 1, 3).bool()]
+
+    def decode() -> Tensor:
+        return decoder(given[0][:, 0])["reconstruction"] if kind == "mlp" else decoder(*given).reconstruction
+
     layers = [part for part in decoder.modules() if isinstance(part, nn.Linear)]
     for layer in layers:
         put(layer)
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     for _ in range(2):  # a weight that is left from an earlier step belongs to a graph that is gone
         optimizer.zero_grad()
-        decoder(slots)["reconstruction"].square().mean().backward()
+        decode().square().mean().backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
-    trained = decoder.eval()(slots)["reconstruction"]
+    trained = decode()
     for layer in layers:  # the same weights without hooks, along the lean path
         prune.remove(layer, "weight") if prune.is_pruned(layer) else remove_weight_norm(layer)
-    torch.testing.assert_close(decoder(slots)["reconstruction"], trained, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decode(), trained, rtol=1e-4, atol=1e-5)

@@ -91,20 +91,9 @@ def cache_features(
 
     A call that was killed goes on with the shards that are missing; of several for one folder, one works and the others
     wait. With `components` the first call for a folder fits `projection.npz` to up to 512 frames from all over its
-    shards, and all later calls take it: so store the training videos first.
-
-    Args:
-        shards: Local shards of videos.
-        backbone: The frozen backbone; it is moved to `device`.
-        out: Folder of the features; made when absent. It may hold shards of the same recipe, nothing else.
-        image_size: Height and width of the frames that the backbone sees, or one number for both.
-        resize_mode: `bicubic` (clamped) or `bilinear`.
-        crop: `none` or `center`; a random crop would move the patches.
-        flips: Store features of the mirrored frames too: they are no mirror image of the features.
-        batch_size: Most frames per call of the backbone.
-        device: Where the backbone runs.
-        on_bad_sample: `raise`, or `skip` videos that cannot be read: they get no features and are reported.
-        components: Store this many principal components (`fit_projection`) instead of the backbone's channels.
+    shards, and all later calls take it: so store the training videos first. `out` may hold shards of the same recipe,
+    nothing else. `flips` stores features of the mirrored frames too: they are no mirror image of the features. With
+    `on_bad_sample="skip"` videos that cannot be read get no features and are reported.
 
     Raises:
         ConfigError: A setting is out of range, or `out` holds features of another recipe or projection.
