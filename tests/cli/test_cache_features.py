@@ -1,5 +1,3 @@
-"""The command `ssync-pl data cache-features`."""
-
 import numpy as np
 import pytest
 import torch

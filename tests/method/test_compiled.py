@@ -1,5 +1,3 @@
-"""The step as a graph: one piece, fixed shapes, no host synchronisation, no loop that grows with the clip."""
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

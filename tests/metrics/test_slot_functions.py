@@ -1,5 +1,3 @@
-"""Borders, slots an object, unused slots and identity over time: against naive loops and on scenes made by hand."""
-
 import math
 from collections.abc import Callable
 from typing import Any

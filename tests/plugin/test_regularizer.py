@@ -1,5 +1,3 @@
-"""The mixin: one call in the host's own training step; and a plain PyTorch model in a Trainer."""
-
 import pytest
 import torch
 from tiny_hosts import Late, MixinHost, TinyHost, fit, make_callback, make_host, make_loader, make_trainer, maps_of

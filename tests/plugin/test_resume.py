@@ -1,5 +1,3 @@
-"""The host is put back however a training ends; copies, pickles and checkpoints train on as if nothing had happened."""
-
 import copy
 import pickle
 import random

@@ -1,5 +1,3 @@
-"""During the warm-up nothing happens; after it, everything; and what is logged and told."""
-
 import re
 
 import lightning.pytorch as L

@@ -1,5 +1,3 @@
-"""The wrapped training step: as a host that calls the loss itself, in every precision, compiled, averaged; unseen."""
-
 import lightning.pytorch as L
 import pytest
 import tiny_hosts as tiny

@@ -1,5 +1,3 @@
-"""Dense alignment in the training of feature hosts: equal before it is on, trained after, resumed to the bit."""
-
 import copy
 
 import pytest

@@ -1,5 +1,3 @@
-"""Conversions that finish, stop, are killed, meet bad samples and foreign files."""
-
 import errno
 import logging
 import os

@@ -1,5 +1,3 @@
-"""When stored features are refused, how they are read, and that they come with the batches of the data module."""
-
 import os
 import pickle
 import shutil

@@ -1,5 +1,3 @@
-"""`ssync-pl predict --input` from the words to the files."""
-
 import io
 import shutil
 
