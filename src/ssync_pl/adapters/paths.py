@@ -46,7 +46,7 @@ class PathAdapter(HostAdapter):
 
     * ``"path"`` or ``"path:key"``: the module's output is the map, or has it under a key (a dict's key, an attribute,
       or a position): ``(B, S, N)`` for one frame of a call, stacked over the calls of a step; ``(B, T, S, N)``;
-      ``(B, T, S, H, W)``; ``(B * T, S, N)`` where the other side tells T.
+      ``(B, T, S, H, W)``; ``(B * T, S, N)`` where the other side tells T. H and W may have one channel before them.
     * ``"softmax:path"``: the map is what the module feeds to its last softmax over the slots in each call: the host's
       own logits, so that merging works. Name a module that runs once per frame or per step, around the iterations.
       ``"softmax:."`` listens to the whole training step; ``"softmax:path:axis"`` names the axis of the slots.
@@ -154,6 +154,8 @@ def watch_place(capture: Capture, key: str, module: nn.Module, place: Place, ste
 
 def _outputs(values: list[Tensor], place: Place, kind: MapKind) -> list[Seen]:
     check_frames(values, place.text)
+    if values[0].ndim in (5, 6) and values[0].shape[-3] == 1:  # a channel axis, as many decoders give their masks
+        values = [value.squeeze(-3) if value.ndim == 6 else value.flatten(2) for value in values]
     ndim = values[0].ndim
     if ndim == 3 or (ndim in (4, 5) and len(values) == 1):
         return [Seen(values, 1 if ndim == 3 else 2, kind, place.text, heads=False)]

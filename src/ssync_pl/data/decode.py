@@ -176,7 +176,7 @@ def decode_picture(
     *,
     ids: bool = False,
     formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
-    max_bytes: int = MAX_MEMBER_BYTES,
+    max_bytes: int = 1 << 28,
 ) -> np.ndarray:
     """Decodes one picture from its bytes or its path to uint8 (h, w, 3), turned as its EXIF orientation says.
 
@@ -191,7 +191,8 @@ def decode_picture(
     ):
         require_size(3 * picture.width * picture.height, f"the pixels of {where}", max_bytes)
         if not ids:
-            return _to_rgb(ImageOps.exif_transpose(picture), where)
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _to_rgb(picture, where)
         grey = picture.mode in ("1", "L", "P", "I", "I;16", "I;16B")
         expected = f"{where} to be a grey or palette picture whose numbers are object ids"
         require_shard(grey, expected, f"mode {picture.mode!r}", advice="Save the ids as a grey or palette PNG.")
@@ -213,7 +214,7 @@ def _to_rgb(picture: Any, where: str) -> np.ndarray:
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         over = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
-    return np.array(picture.convert("RGB"))
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 class VideoFacts(NamedTuple):
