@@ -24,7 +24,7 @@ BUDGETS = {
     "data": 5_506,
     "compare": 1603,
     "tools": 2278,
-    "cli": 694,
+    "cli": 693,
 }
 TOTAL = 20_120  # the aim is 20_000
 ENTRIES = {"__init__.py", "__main__.py", "errors.py", "py.typed", "configs", *BUDGETS}

@@ -9,11 +9,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ssync_pl import SSyncConfig, __version__, cli
-from ssync_pl.cli import main
-from ssync_pl.cli.trainer import SSyncCLI, run_trainer
+from ssync_pl.cli import main, with_config
+from ssync_pl.cli.trainer import SSyncCLI, add_predict_options, run_trainer
 from ssync_pl.data import load_shards
 from ssync_pl.data.patterns import expand_shards
 from ssync_pl.errors import ConfigError
@@ -118,7 +118,6 @@ REFUSED = [
     ([*FIT, "--trainer.max_steps=-1", "--trainer.fast_dev_run=-1"], "fast_dev_run"),
     ([*FIT, SSYNC, SSYNC], "more than one stateful callback"),
     ([*FIT, SSYNC, "--model=lightning.pytorch.demos.boring_classes.BoringModel"], "BoringModel is none"),
-    ([*FIT, "--trainer.logger=needy_logger.Needy"], "a_module_that_is_not_there"),
     ([*FIT, "--config=none.yaml"], "'none.yaml', which is none"),
     ([*FIT, "--config", "tabs.yaml"], "tabs.yaml to hold YAML in UTF-8"),
     ([*FIT, "-c", "wide.yaml"], "wide.yaml to hold YAML in UTF-8"),
@@ -132,17 +131,10 @@ REFUSED = [
     ([*GENERATE, "--train", "0", "--validation", "0"], "to be above 0"),
     (["config", "nope"], "ssync"),
 ]
-NEEDY = """from lightning.pytorch.loggers import CSVLogger
-class Needy(CSVLogger):
-    def __init__(self, save_dir: str = "."):
-        import a_module_that_is_not_there
-"""
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED)
-def test_errors_name_the_key_or_the_file(config, tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.syspath_prepend(tmp_path)
-    config.with_name("needy_logger.py").write_text(NEEDY)
+def test_errors_name_the_key_or_the_file(config, tmp_path, capsys, words, message):
     config.with_name("tabs.yaml").write_text("trainer:\n\tmax_steps: 1")
     config.with_name("wide.yaml").write_text("trainer: {max_steps: 1}", encoding="utf-16")
     config.with_name("empty.yaml").touch()
@@ -265,3 +257,25 @@ def test_a_run_of_unknown_length_says_what_to_set():
         SSyncEngine(SSyncConfig()).phase_in(trainer)
     with pytest.raises(ConfigError, match="max_steps"):
         schedule_for(-1, warmup_steps=100, decay="exponential")
+
+
+def test_the_configuration_beside_the_run(tmp_path, capsys):
+    for words in (["fit", "--ckpt_path", "a"], ["predict", "--model=SAVi", "--x=1"], ["validate", "-h"], ["--help"]):
+        assert with_config(words) == words
+    for words in ([], [f"--ckpt_path={tmp_path / 'a.ckpt'}"]):
+        with pytest.raises(ConfigError, match=r"--config FILE, or --ckpt_path .*config\.yaml"):
+            with_config(["predict", "--input=a", *words])
+    (tmp_path / "config.yaml").write_text("a: 1")
+    found = f"--config={tmp_path / 'config.yaml'}"
+    for verb, below in (("predict", "checkpoints"), ("validate", ".")):
+        words = [verb, "--ckpt_path", str(tmp_path / below / "last.ckpt"), "--input", "a"]
+        assert with_config(words) == [verb, found, *words[1:]]
+        assert f"configuration: {tmp_path / 'config.yaml'}" in capsys.readouterr().err
+        assert with_config([*words, found]) == [*words, found]
+
+
+def test_inputs_come_several_times_and_stay_whole():
+    parser = LightningArgumentParser()
+    add_predict_options(parser)
+    options = parser.parse_args(["--input", "a.mp4", 'b,"c".mp4', "--clip-frames", "8", "--input=null"])
+    assert (options.input, options.clip_frames) == (["a.mp4", 'b,"c".mp4', "null"], 8)

@@ -199,17 +199,11 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, write_config, 
     assert ours.equals(theirs)
 
 
-@pytest.fixture
-def quality():
-    """The script of the repository's own experiments."""
+def test_the_experiments_of_the_repository_fit_its_examples(shared, tmp_path, monkeypatch, capsys):
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
     spec = importlib.util.spec_from_file_location("quality", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_experiments_of_the_repository_fit_its_examples(quality, tmp_path, monkeypatch, capsys):
+    quality = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quality)
     monkeypatch.chdir(tmp_path)
     for experiment in quality.EXPERIMENTS:
         assert quality.main([experiment, "--seeds", "1", "--dry-run"]) == 0
@@ -217,9 +211,6 @@ def test_the_experiments_of_the_repository_fit_its_examples(quality, tmp_path, m
         assert "/without/seed_0/overlay.yaml" in printed
         assert "seed_1" not in printed  # the caller's options win
     assert not list(tmp_path.iterdir())
-
-
-def test_an_experiment_that_is_done_leaves_its_table(quality, shared, tmp_path, monkeypatch):
     out, words = shared
     monkeypatch.setattr(quality, "words_of", lambda *args: ["compare", *words])
     assert quality.main(["savi", "--out", str(out), "--results", str(tmp_path)]) == 0

@@ -93,9 +93,10 @@ def test_no_bit_of_the_training_changes(tmp_path):
     assert all(torch.equal(value, recorded[name]) for name, value in plain.items())
 
 
-@pytest.mark.parametrize(
-    ("kind", "ssync"), [(SlotContrast, True), (SOLV, False), (SOLV, True), (VideoSAUR, False), (DINOSAUR, True)]
-)
+HOSTS = [(SlotContrast, True), (SOLV, False), (SOLV, True), (VideoSAUR, False), (DINOSAUR, True)]
+
+
+@pytest.mark.parametrize(("kind", "ssync"), HOSTS)
 def test_every_host_on_cached_features(tmp_path, kind, ssync):
     fit(tmp_path, make_host(kind), *[SSyncCallback(warmup_ratio=0.5)] * ssync, RunRecorder())
     # SOLV may order its slots anew after decoding, DINOSAUR sees frames as images of their own.

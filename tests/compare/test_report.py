@@ -160,6 +160,8 @@ def test_printed_tables(plain):
 
 def test_odd_names_are_shown_as_they_are_and_never_as_markup(tmp_path):
     folder = make_folder(tmp_path / "<x> & y", ("without", ODD))
+    for job in folder.glob("runs/*/*/seed_0/job.json"):
+        job.write_text(r'{"command": ["\ud800"]}')
     page = Page(write_report(folder))
     assert not re.search(r"<(i|x|b<|b>8)\b", page.body)
     assert all(text in page.words for text in (ODD, f"{ODD} as <i>described</i>", "<b>87</b>"))
@@ -180,16 +182,26 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     assert {"photo_2.png"} == {path.name for path in (folder / "report").glob("*[92]*.png")}
 
 
-@pytest.mark.parametrize("name", ["log.txt", "evaluation.json", "metrics.csv", "summary.json", "job.json"])
-def test_a_run_that_is_missing_or_damaged_is_named_and_the_others_are_shown(tmp_path, no_figures, name):
-    absent = [("with", 1)] if name == "log.txt" else []
-    folder = make_folder(tmp_path / "x", absent=absent)
+CUT = b'\xff\xfe{"scores": {'
+DAMAGED = [  # file and content
+    ("log.txt", None),
+    *((name, CUT) for name in ("evaluation.json", "metrics.csv", "summary.json", "job.json")),
+    *(("summary.json", text) for text in ('{"rows": null}', '{"rows": {"this run": null}}', '{"rows": {"grid": [3]}}')),
+    *(("evaluation.json", text) for text in ('{"scores": [1]}', '{"step": "x"}', '{"first_step": 1e999}')),
+    *(("job.json", text) for text in ('{"command": 3}', "[" * 9999)),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_run_that_is_missing_or_damaged_is_named_and_the_others_are_shown(tmp_path, no_figures, name, content):
+    folder = make_folder(tmp_path / "x", absent=[] if content else [("with", 1)])
     path = folder / "runs" / "slots_7" / "with" / "seed_1" / name
-    if not absent:
-        path.write_bytes(b"\xff\xfe" + path.read_bytes()[:20])
+    if content:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "runs" / "slots_7_old" / "with" / "seed_1").mkdir(parents=True)
+    (folder / "runs" / "slots_7_old" / "with" / "seed_1" / "evaluation.json").touch()
     page = Page(write_report(folder))
-    why = "did not finish; its log ends with: step 10 RuntimeError: loss is <NaN>" if absent else f"{name} is damaged"
-    assert f"7 slots, with, seed 1: {why}" in page.words
+    assert re.search(r"7 slots, with, seed 1: .*( is damaged|did not finish.*: loss is <NaN>)", page.words)
     assert "3 of 4 runs finished" in page.words
     assert len(page.numbers("with")) >= 8
 

@@ -7,24 +7,16 @@ from scipy import stats
 from ssync_pl.compare.tables import Estimate, estimate, judge, paired_difference, verdict
 
 
-def test_the_interval_is_worked_out_by_hand_and_is_that_of_scipy():
-    found = estimate([0.1, 0.2, 0.3])
-    assert (found.mean, found.half_width, found.count) == pytest.approx((0.2, 4.302653 * 0.1 / math.sqrt(3), 3))
+def test_intervals_are_those_of_scipy_and_differences_are_paired_by_seed():
     values = np.random.default_rng(0).normal(size=7)
     low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
     found = estimate(list(values))
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
-    assert estimate([math.nan, 0.5]) == Estimate(0.5, None, 1)
-    assert estimate([math.nan]) is None
-
-
-def test_a_difference_is_paired_by_seed():
-    ours, theirs = {0: 0.9, 1: 0.3, 2: 0.6, 7: 9.0}, {2: 0.5, 0: 0.7, 1: 0.2, 8: 9.0}
+    assert (estimate([math.nan, 0.5]), estimate([math.nan])) == (Estimate(0.5, None, 1), None)
     interval = stats.ttest_rel([0.9, 0.3, 0.6], [0.7, 0.2, 0.5]).confidence_interval(0.95)
-    found = paired_difference(ours, theirs)
-    assert found.count == 3
-    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+    found = paired_difference({0: 0.9, 1: 0.3, 2: 0.6, 7: 9.0}, {2: 0.5, 0: 0.7, 1: 0.2, 8: 9.0})
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(tuple(interval))
+    assert (found.count, paired_difference({0: 1.0}, {1: 1.0})) == (3, None)
 
 
 VERDICTS = [  # what it says, and judges where more is better, less is better, and neither
