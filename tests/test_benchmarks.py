@@ -203,7 +203,6 @@ def test_nothing_is_added_and_nothing_kept_while_ssync_is_off(name):
 
 
 def page_cells(start, section=""):
-    """Cells of the one row of benchmarks/README.md that starts so."""
     page = (BENCHMARKS / "README.md").read_text("utf-8")
     text = page.partition(section)[2].partition("\n## ")[0] if section else page
     (line,) = [line for line in text.splitlines() if line.startswith(start)]
@@ -246,14 +245,6 @@ def test_a_table_that_is_out_of_date_is_found_and_mended(load, tmp_path, monkeyp
     assert capsys.readouterr().out == "README.md: out of date\n"
     assert module.main([]) == 0
     assert copy.read_text("utf-8") == text
-
-
-def test_seeds_of_another_configuration_are_refused(load, tmp_path):
-    folder = tmp_path / "runs" / "with" / "seed_0"
-    folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text('{"recipe": "another"}', encoding="utf-8")
-    with pytest.raises(SystemExit, match="another configuration"):
-        load("example_seeds").main(["--seeds", "1", "--runs", str(tmp_path / "runs"), "--processes", "1"])
 
 
 @pytest.mark.skipif(shutil.which("bash") is None or torch.cuda.is_available(), reason="needs bash, and no GPU")

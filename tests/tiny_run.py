@@ -1,5 +1,3 @@
-"""A configuration of `ssync-pl fit` that trains in a second."""
-
 from pathlib import Path
 from typing import Any
 

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 
 class Corrector(SlotAttention):
-    """Of the VideoSAUR family; forks return their logits, or have a second softmax over patches."""
-
     def __init__(self, dots: bool = False, over_patches: bool = False) -> None:
         super().__init__()
         self.dots, self.over_patches = dots, over_patches
@@ -71,8 +69,6 @@ class VideosaurHost(StandIn):
 
 
 class OclfAttention(SlotAttention):
-    """One softmax over slots and heads."""
-
     def __init__(self, heads: int = 1) -> None:
         super().__init__(heads=heads)
         self.n_heads, self.dims_per_head = heads, DIM // heads
@@ -125,8 +121,6 @@ class OclfDecoder(Decoder):
 
 
 class DroppingDecoder(Decoder):
-    """Multiplies the softmax of all slots with the decision, in the ways of AdaSlot."""
-
     def __init__(self, mask_type: str, size: tuple[int, ...] = (N,)) -> None:
         super().__init__(size)
         self.mask_type, self.num_patches = mask_type, N
@@ -143,8 +137,6 @@ class DroppingDecoder(Decoder):
 
 
 class OclfHost(StandIn):
-    """An image or video model, which decodes all frames at once or, in a wrapper, one by one."""
-
     eyes = "models.feature_extractor"
 
     def __init__(self, decoder=None, attention=None, video=False, at="object_decoder", existing=None):
@@ -181,8 +173,6 @@ class AdaSlotHost(OclfHost):
 
 
 class Aggregat(SlotAttention):
-    """RandSF.Q's slot attention returns its attention; logits of absent slots are minus infinity."""
-
     names = ("proj_q", "proj_k", "proj_v")
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:

@@ -43,13 +43,11 @@ def hear(host: Any, adapter: HostAdapter | str = "auto", batch: Any = None) -> H
 
 
 def pooled(value: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over blocks of a map ``(..., h, w)``, as ``(..., N)``."""
     blocks = value.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))
     return blocks.mean((-1, -3)).flatten(-2)
 
 
 def own_maps(host: Any) -> SSyncMaps:
-    """Maps from the tensors that the host kept in its last step."""
     attention, decoder = parts(host)
     (logits, probs), drawn = attention.whole(torch.stack(attention.own_logits, 1)), decoder.own_logits
     masks = torch.stack(drawn, 1) if 1 < len(drawn) == logits.shape[1] else drawn[0]

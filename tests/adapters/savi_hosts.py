@@ -79,8 +79,6 @@ class Genera1zDecoder(Decoder):
 
 
 class Genera1zHost(StandIn):
-    """Slots start from boxes; the model returns the picture first."""
-
     eyes, predictor = "encoder.backbone", "processor.predict"
 
     def __init__(self, iterations: int = 1, size: tuple[int, int] = GRID, colours: int = 3) -> None:
@@ -184,8 +182,6 @@ class SplitHeads(nn.Module):
 
 
 class PackageAttention(SlotAttention):
-    """Returns slots only, which it samples itself; ``heads`` have a softmax over slots each."""
-
     def __init__(self, heads: int | None = None) -> None:
         super().__init__(heads=heads or 1)
         self.slots_mu, self.slots_logsigma = (nn.Parameter(torch.ones(1, 1, DIM)) for _ in range(2))
@@ -215,8 +211,6 @@ class PackageAttention(SlotAttention):
 
 
 class PackageWrapper(nn.Module):
-    """Decides which slots to keep, 0 or 1 with a gradient."""
-
     def __init__(self, kept: Any) -> None:
         super().__init__()
         self.slot_attn, self.pred_keep_slot, self.kept = PackageAttention(), nn.Linear(DIM, 2), torch.tensor(kept)

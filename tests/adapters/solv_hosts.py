@@ -15,8 +15,6 @@ PATCHES, KEPT, VIDEOS, FRAMES = 12, 6, 3, 2 * RADIUS + 1
 
 
 class Binder(nn.Module):
-    """Slot attention whose keys and values depend on the slot; `f` makes keys, then values, in each iteration."""
-
     def __init__(self, iterations: int = 2) -> None:
         super().__init__()
         self.num_slots, self.iters, self.scale, self.N_frame = SLOTS, iterations, DIM**-0.5, RADIUS
@@ -60,8 +58,6 @@ class Merger(nn.Module):
 
 
 class SolvHost(nn.Module):
-    """`forward(frames, mask, token_indices)` of the public model: a plain module, trained by a loop."""
-
     def __init__(self, merge: bool = True, iterations: int = 2) -> None:
         super().__init__()
         self.merge_slots, self.tamper, self.s_bind, self.merge = merge, False, Binder(iterations), Merger()

@@ -51,7 +51,6 @@ class SlotAttention(Kept):
         return weights @ values
 
     def step(self, query, keys, values, present):
-        """Gives logits, their softmax and the update."""
         logits = self.product(query, keys)
         if present is not None:
             logits = logits.masked_fill(~present.view(*present.shape, *[1] * (logits.ndim - 2)), float("-inf"))
@@ -78,7 +77,6 @@ class SlotAttention(Kept):
 
 
 def mean_of_heads(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The map of heads with a softmax over slots each, ``(B, T, heads, S, N)``."""
     if logits.shape[2] == 1:
         return logits.squeeze(2), None
     return logits.float().mean(2), logits.float().softmax(3).mean(2)

@@ -37,8 +37,6 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SlotsOnly(SlotAttention):
-    """Slot attention that returns slots alone; slots are absent by a ``bias`` from elsewhere, or filled in."""
-
     gone: Tensor | None = None
 
     def __init__(self, how: str = "method", iterations: int = 2) -> None:
@@ -87,7 +85,6 @@ class Unknown(StandIn):
         return self.painter(slots)
 
     def own(self) -> tuple[Tensor, Tensor]:
-        """The host's own logits of its last step, as ``(B, T, S, N)``."""
         return torch.stack(self.binder.own_logits, 1), self.painter.own_logits[-1]
 
 

@@ -1,5 +1,3 @@
-"""What is special about a family of hosts: its grids, its slots that come and go, and what is refused."""
-
 import copy
 import functools
 import warnings

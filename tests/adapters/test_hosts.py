@@ -1,5 +1,3 @@
-"""What holds for every host of docs/hosts.md on its stand-in, and where in a host an adapter looks."""
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -28,7 +28,6 @@ def _run(host: solv.SolvHost | None = None, seed: int = 3) -> Run:
 
 
 def _expected(host: solv.SolvHost, places: Tensor) -> SSyncMaps:
-    """Maps, cluster by cluster, from what the host kept of itself."""
     dots, where = solv.centre(host.s_bind.own_logits), solv.centre(places)
     clusters = host.merge.own_clusters if host.merge_slots else [list(range(solv.SLOTS))] * len(dots)
     logits, masks = torch.zeros(2, len(dots), 1, solv.SLOTS, solv.PATCHES)

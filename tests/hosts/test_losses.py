@@ -9,7 +9,6 @@ from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, tempo
 
 
 def _by_loops(slots: Tensor, temperature: float, across_batch: bool, valid: Tensor | None = None) -> float:
-    """Each slot of a later frame asks which slot of the earlier frame it is."""
     losses = []
     for t in range(slots.shape[1] - 1):
         counted = [b for b in range(len(slots)) if valid is None or (valid[b, t] and valid[b, t + 1])]

@@ -116,8 +116,6 @@ def _binder() -> RelativeSlotAttention:
 
 
 def _by_hand(binder: RelativeSlotAttention, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One frame, pair by pair, in the published order: the whole MLP on one pair of slot and patch."""
-
     def pair(projected: Tensor, relative: Tensor) -> Tensor:
         return binder.pair_out(binder.pair_in(projected + binder.from_position(relative)).clamp(min=0))
 

@@ -1,5 +1,3 @@
-"""What every host gets from its base: evaluation, prediction, schedules; fifty recorded steps of each; and SAVi."""
-
 import math
 from collections.abc import Callable
 from pathlib import Path

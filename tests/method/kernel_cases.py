@@ -27,7 +27,6 @@ def maps_of(d, a, grid):
 
 
 def check(d, a, grid, **options):
-    """Outputs and gradients of the fused path are those of the plain one, which it returns."""
     results = []
     for backend in ("torch", "triton"):
         leaves, maps = maps_of(d, a, grid)

@@ -20,8 +20,6 @@ LABELS = ("encoder_labels", "decoder_labels", "raw_encoder_labels", "raw_decoder
 
 @dataclass
 class Case:
-    """Arrays under the names of `SSyncMaps`, and options, as the loop reference takes both."""
-
     attention_logits: np.ndarray | None
     mask_logits: np.ndarray | None
     grid: tuple[int, int]
@@ -39,7 +37,6 @@ class Case:
         return naive_ssync(**self.arrays(), **self.options)
 
     def maps(self, dtype: torch.dtype = torch.float64) -> SSyncMaps:
-        """Fresh leaves: every map needs a gradient."""
         given = {name: x if name == "grid" else torch.tensor(x) for name, x in self.arrays().items()}
         for name in given:
             if name.endswith(("logits", "probs")):

@@ -19,7 +19,6 @@ ON_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def passed(environment: dict[str, str]) -> int:
-    """Runs the cases in a process of its own, since Triton reads its settings when it is imported."""
     done = subprocess.run(COMMAND, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return int(re.search(r"(\d+) passed", done.stdout)[1])  # type: ignore[index]

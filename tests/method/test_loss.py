@@ -1,5 +1,3 @@
-"""What the comparison with the loop reference does not see: autograd, precision, padding, refusals, backends."""
-
 import math
 
 import numpy as np

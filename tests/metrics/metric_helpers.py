@@ -21,7 +21,6 @@ CLASSES: dict[str, tuple[type[metrics.MaskMetric], Callable[..., Tensor], str]] 
 
 
 def items(function, pred, true, valid=None, *, level="video", background=False, overlaps=False, **options):
-    """Score of each video or frame; `background`: channel 0 is dropped."""
     counts = contingency(read_scene(pred, true, valid), background, overlaps)
     counts = counts.foreground() if background else counts
     return function(counts.videos() if level == "video" else counts, **options)
@@ -41,7 +40,6 @@ SCENE = random_scene()
 
 
 def scores_of(videos: slice) -> dict[str, float]:
-    """Scores of every row of the table on some videos of the scene, of all ranks where there are some."""
     pred, true = (part[videos] for part in SCENE)
     masks = torch.nn.functional.one_hot(pred, 7).movedim(-1, 2).float()
     everything, single = metrics.SegmentationMetrics(scores=metrics.metric_names()), metrics.VideoMIoU()

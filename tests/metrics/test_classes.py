@@ -1,5 +1,3 @@
-"""The torchmetrics classes: equal to the functions and to values recorded from the official code; and the table."""
-
 import json
 import pickle
 from pathlib import Path

@@ -19,7 +19,6 @@ def count(pred: Tensor, true: Tensor, **options: tuple[int, int]) -> Contingency
 
 
 def one_row(labels: list[int], truth: list[int], channels: int) -> tuple[Tensor, Tensor]:
-    """A video of one frame of one row; a truth of -1 is an unlabelled pixel."""
     return torch.tensor(labels)[None, None, None], labels_to_masks(torch.tensor(truth)[None, None, None], channels)
 
 

@@ -16,7 +16,6 @@ Scene = tuple[Tensor, Tensor]
 
 
 def naive_borders(labels: Tensor) -> set[tuple[int, int]]:
-    """Pixels that differ from the one to the right, below, or diagonally below."""
     pixels = {(y, x): int(labels[y, x]) for y in range(labels.shape[0]) for x in range(labels.shape[1])}
     steps = (0, 1), (1, 0), (1, 1)
     return {(y, x) for (y, x), one in pixels.items() if any(pixels.get((y + j, x + i), one) != one for j, i in steps)}

@@ -1,5 +1,3 @@
-"""Two processes with gloo: equal weights, gradients of the joined batch, one verdict of the guard."""
-
 import os
 import socket
 import warnings

@@ -146,7 +146,6 @@ SETTINGS = {"warmup_steps": 3, "guard_window": 2, "collapse_threshold": 0.5, "bo
 
 
 def collapsing(at, *callbacks, steps, **options):
-    """Trains a host whose slots fall out of use at a step; returns the trainer and what was told."""
     host = make_host()
     host.collapse_at = at
     with warnings.catch_warnings(record=True) as caught:

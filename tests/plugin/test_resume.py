@@ -108,8 +108,6 @@ def test_a_checkpoint_of_the_plain_host_is_resumed(tmp_path):
 
 
 class Draws(tiny.TinyHost):
-    """Notes what each generator gives in each batch."""
-
     def note(self, batch, batch_idx):
         draw = float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
         self.draws.setdefault(self.trainer.training, []).append(draw)

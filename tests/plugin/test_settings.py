@@ -1,5 +1,3 @@
-"""Settings are checked and the same wherever they are given; hosts that cannot be served are refused, untouched."""
-
 import dataclasses
 import inspect
 import types

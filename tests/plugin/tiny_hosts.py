@@ -141,7 +141,6 @@ def make_callback(kind: type[SSyncCallback] = SSyncCallback, **options: Any) -> 
 
 
 def either(mixin: bool, **settings: Any) -> tuple[Any, list[SSyncCallback]]:
-    """A host that adds SSync itself and no callback, or a plain host and the callback."""
     return (make_host(MixinHost, ssync=settings), []) if mixin else (make_host(), [make_callback(**settings)])
 
 

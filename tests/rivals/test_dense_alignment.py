@@ -19,7 +19,6 @@ def labels(seed):
 
 
 def groups(one, other, label, frames):
-    """Unit rows of the patches of each group of frames, and their labels."""
     for b in range(B):
         for start in range(0, T, frames):
             x, y, objects = (value[b, start : start + frames].flatten(0, 1) for value in (one, other, label))

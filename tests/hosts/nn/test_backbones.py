@@ -12,8 +12,6 @@ from ssync_pl.hosts.nn.backbones import FrozenBackbone, load_backbone, weights_f
 
 
 class Patches(FrozenBackbone):
-    """A convolution with dropout and batch statistics, which show the mode."""
-
     def __init__(self, seed=0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.BatchNorm2d(6), nn.Dropout(0.5))

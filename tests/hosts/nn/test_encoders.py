@@ -1,5 +1,3 @@
-"""Features, first slots and slot attention; decoders and their lean order of computation against the plain one."""
-
 import copy
 import functools
 from typing import Any
