@@ -66,6 +66,10 @@ def test_frames_of_a_scan_are_stacked_and_kinds_go_to_the_right_sides() -> None:
     assert torch.equal(maps.attention_logits, torch.stack(frames, 1))
     assert maps.mask_logits is masks
     assert torch.equal(_collect(frames, [masks.flatten(0, 1)]).mask_logits, masks)  # frames in the batch
+    drawn = rand(2, 5, 3, 1, 4, 4)  # with a channel axis, whole or frame by frame
+    whole, single = (_collect(frames, values, grid=(2, 2)) for values in ([drawn], list(drawn.unbind(1))))
+    assert whole.mask_probs.shape == (2, 5, 3, 4)
+    assert torch.equal(whole.mask_probs, single.mask_probs)
     value = torch.full((1, 1, 2, 4), 0.5)
     maps = _collect([value], [value], attention_kind="probs")
     assert maps.attention_probs is maps.mask_logits is value
