@@ -1,5 +1,4 @@
 import copy
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ from host_table import hear, own_maps
 from savi_hosts import PackageAttention, PackageHost
 from stand_in_parts import DIM, FRAME, GRID, B, N, S, T, forget, parts
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ssync_pl import attach, ssync_loss
 from ssync_pl.adapters import HostAdapter, locate
@@ -74,7 +72,9 @@ Package = SlotAttentionPackageAdapter
 )
 def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapter], host: Callable[[], Any]) -> None:
     assert not adapter().match(host())
-    with pytest.raises(HostError, match=r"Expected .* to have|Expected a host"):
+    with pytest.raises(
+        HostError, match=r"(Expected .* to have|Expected a host).*Name (the modules yourself|both maps)"
+    ):
         adapter().attach(host())
 
 
@@ -304,19 +304,3 @@ def test_hosts_without_object_masks_are_refused_with_a_way_out_that_works(name: 
             ssync.add(host.training_step(host.batch(), 0)).backward()
     assert torch.equal(ssync.maps.attention_logits, torch.stack(one.own_logits, 1))
     assert torch.equal(ssync.maps.mask_logits, two.own_logits[0].unflatten(0, (B, T)))
-
-
-def _checkpointed(host: Any) -> Any:
-    for part, name in ((host.processor.module.corrector, "forward"), (host, "draw")):
-        setattr(part, name, functools.partial(checkpoint, getattr(part, name), use_reentrant=True))
-    return host
-
-
-def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
-    host = _checkpointed(fh.VideosaurHost())
-    with attach(host, warmup_steps=0) as ssync:
-        with pytest.raises(HostError, match=r"activation checkpointing without use_reentrant=False"):
-            host.training_step(host.batch(), 0)
-        host.processor.module.corrector = fh.VideosaurHost().processor.module.corrector
-        with pytest.raises(HostError, match=r"to run .*, but it did not.*reentrant activation checkpointing"):
-            ssync.add(host.training_step(host.batch(), 0))

@@ -17,10 +17,9 @@ from ssync_pl.adapters import (
     frame_size,
     join_sides,
     resolve_grid,
-    submodule,
     watch_attention,
 )
-from ssync_pl.adapters.calls import check_close, scaled_product
+from ssync_pl.adapters.calls import scaled_product
 from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import ConfigError, HostError, ShapeError
@@ -171,7 +170,6 @@ def test_a_place_is_a_path_and_both_paths_are_needed() -> None:
     ("patches", "options", "grid"),
     [
         (48, {"explicit": (4, 12), "patch_size": 14, "frame": (84, 112)}, (4, 12)),
-        (48, {"patch_size": 14, "frame": (90, 119)}, (6, 8)),
         (48, {"patch_size": (14, 7), "frame": (84, 56)}, (6, 8)),
         (36, {"patch_size": 14, "frame": (224, 224)}, (6, 6)),
         (864, {"frame": (340, 517)}, (24, 36)),
@@ -244,8 +242,6 @@ SCAN = seen((2, 3, 16), 1, 4)
 @pytest.mark.parametrize(
     ("attention", "masks", "sizes"),
     [
-        (SCAN, seen((8, 3, 16), 1), (2, 4)),
-        (SCAN, seen((2, 4, 3, 16), 2), (2, 4)),
         (SCAN, seen((2, 3, 16), 1, 4), (2, 4)),
         (seen((8, 3, 16), 1), seen((2, 3, 16), 1, 4), (2, 4)),
         (seen((8, 3, 16), 1), seen((8, 16, 3), 2), (8, 1)),
@@ -282,35 +278,9 @@ def test_the_likelier_pair_wins_and_heads_are_not_rows_where_the_grids_would_not
 X = torch.zeros(1, 2)
 
 
-def _watched() -> tuple[nn.Linear, Capture]:
+def test_training_only_leaves_no_grad_out() -> None:
     layer, capture = nn.Linear(2, 2), Capture()
     capture.watch("layer", layer)
-    return layer, capture
-
-
-def test_listens_only_inside_the_window() -> None:
-    layer, capture = _watched()
-    capture.watch("other", nn.Identity())
-    capture.watch("input", layer, lambda module, args, kwargs: kwargs.get("input"), inputs=True)
-    layer(X)
-    assert capture["layer"] == []
-    assert capture.silent == ["layer", "other", "input"]
-    capture.open()
-    outputs = [layer(input=torch.full((1, 2), float(i))) for i in range(3)]
-    capture.close()
-    layer(X)
-    assert all(kept is output for kept, output in zip(capture["layer"], outputs, strict=True))
-    assert len(capture["input"]) == 3
-    assert capture.silent == ["other"]
-    capture.remove()
-    capture.remove()  # may be called again
-    assert not layer._forward_hooks
-    assert not layer._forward_pre_hooks
-    assert capture["layer"] == []
-
-
-def test_training_only_leaves_no_grad_out() -> None:
-    layer, capture = _watched()
     capture.open(training_only=True)
     with torch.no_grad():
         assert not capture.is_open
@@ -333,14 +303,6 @@ def test_a_step_that_goes_past_hooks_is_told() -> None:
     capture.refuse_bypass()
 
 
-def test_paths_name_modules() -> None:
-    host = nn.ModuleDict({"processor": nn.Sequential(nn.Identity(), nn.Linear(1, 3))})
-    assert submodule(host, "processor.1").out_features == 3
-    for path, children in (("processor.2", "0, 1"), ("decoder.mlp", "processor"), ("processor.0.weight", "none")):
-        with pytest.raises(HostError, match=f"module at '{path}', but .* Its children: {children}"):
-            submodule(host, path)
-
-
 class _Attention(SlotAttention):
     def forward(self, slots: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.attend(features, slots) if self.iterations else (slots, features)
@@ -361,14 +323,3 @@ def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up()
     module.iterations = 0
     with pytest.raises(HostError, match=r"Attention to call 'to_q' .*use_reentrant=False"):
         module(torch.randn(2, 3, 8), torch.randn(2, 9, 8))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rounding_is_no_difference_and_more_is(dtype: torch.dtype) -> None:
-    probs = torch.randn(2, 3, 50).softmax(1)
-    check_close(1000 * probs, 1000 * probs.to(dtype), "update", "the mean", scale=1000.0)
-    for change in (0.1, -0.1, torch.nan):
-        other = probs.to(dtype, copy=True)
-        other[1, 2, 7] += change
-        with pytest.raises(HostError, match=r"masks to be the softmax, but they differ by up to .*tolerance"):
-            check_close(probs, other, "masks", "the softmax")

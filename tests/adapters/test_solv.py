@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssync_pl import attach, ssync_loss
 from ssync_pl.adapters import Capture
-from ssync_pl.adapters.solv import SolvAdapter, merge_member_logits
+from ssync_pl.adapters.solv import SolvAdapter
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 
@@ -164,14 +164,3 @@ def test_maps_of_the_packaged_host(training: bool) -> None:
     expected = (out.members[:, 0].float() @ own.exp()).log()
     got = maps.attention_logits[:, 0].gather(2, where[:, None].expand_as(own))
     torch.testing.assert_close(got[maps.slot_valid], expected[maps.slot_valid])
-
-
-def test_slots_without_members_get_no_gradient() -> None:
-    logits = torch.randn(1, 1, 3, 4, requires_grad=True)
-    members = torch.tensor([[[[True, False, True], [False, True, False], [False, False, False]]]])
-    merged = merge_member_logits(logits, members)
-    assert torch.equal(merged[0, 0, 1], logits[0, 0, 1])
-    assert not merged[0, 0, 2].any()
-    (grad,) = torch.autograd.grad(merged.sum(), logits)
-    torch.testing.assert_close(grad[0, 0, 0] + grad[0, 0, 2], torch.ones(4))
-    torch.testing.assert_close(grad[0, 0, 1], torch.ones(4))

@@ -75,7 +75,6 @@ def test_stores_features_and_says_what_it_did(videos, means, tmp_path, call):
     ("words", "message"),
     [
         (("--crop", "random"), "invalid choice: 'random'"),
-        (("--image-size", "0"), "expected HEIGHTxWIDTH"),
         (("--image-size", "8x"), "but got '8x'"),
         (("--batch-size", "0"), "`batch_size` to be at least 1"),
         (("--weights", "none", "--checkpoint", "a.pth"), "not allowed with"),

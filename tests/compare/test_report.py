@@ -186,9 +186,7 @@ CUT = b'\xff\xfe{"scores": {'
 DAMAGED = [  # file and content
     ("log.txt", None),
     *((name, CUT) for name in ("evaluation.json", "metrics.csv", "summary.json", "job.json")),
-    *(("summary.json", text) for text in ('{"rows": null}', '{"rows": {"this run": null}}', '{"rows": {"grid": [3]}}')),
-    *(("evaluation.json", text) for text in ('{"scores": [1]}', '{"step": "x"}', '{"first_step": 1e999}')),
-    *(("job.json", text) for text in ('{"command": 3}', "[" * 9999)),
+    *(("summary.json", '{"rows": null}'), ("evaluation.json", '{"first_step": 1e999}'), ("job.json", "[" * 9999)),
 ]
 
 

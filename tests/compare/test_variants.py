@@ -146,21 +146,8 @@ def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
     assert found.model.hparams["slot_dim"] == 8
 
 
-UNREADABLE = [
-    (b"a: [", "to hold YAML"),
-    (b"a:\n\tb: 1", "to hold YAML"),
-    ("a: 1".encode("utf-16"), "YAML in UTF-8"),
-    (b"- 1", "keys with values, but got list"),
-    (b"", "keys with values, but got nothing"),
-    (b"a: &a [*a]", "to hold YAML"),
-    (b"a: {1: 2, b: 3}", "to hold YAML"),
-    (b"a: 2026-99-99", "to hold YAML"),
-    (b"[" * 5000, "to hold YAML"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), UNREADABLE)
-def test_files_that_are_no_configuration_are_named(tmp_path, content, message):
+@pytest.mark.parametrize("content", [b"a: &a [*a]", b"a: {1: 2, b: 3}", b"a: 2026-99-99", b"[" * 5000])
+def test_files_that_are_no_configuration_are_named(tmp_path, content):
     (tmp_path / "a.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=f"a.yaml .*{message}"):
+    with pytest.raises(ConfigError, match=r"a\.yaml .*to hold YAML"):
         read_yaml(tmp_path / "a.yaml")

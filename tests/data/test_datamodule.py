@@ -138,13 +138,15 @@ def test_bad_and_short_videos_raise_or_are_counted_and_logged_once(
         ({"max_objects": 255}, "max_objects"),
         ({"flip_probability": 2.0}, "flip_probability"),
         ({"crop": "random"}, "image_size"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"std": (0.5, 0.0, 1.0)}, "std"),
         ({"sampling": "reference", "frame_stride": 2}, "frame_stride"),
         ({"sampling": "reference", "crop": "center", "image_size": (4, 8)}, "image_size"),
         ({"features_only": True}, "features"),
     ],
 )
 def test_settings_out_of_range(settings, name):
-    with pytest.raises(ConfigError, match=f"argument `{name}`"):
+    with pytest.raises(ConfigError, match=f"arguments? .*`{name}`"):
         ShardDataModule("x.tar", **settings)
 
 
@@ -222,13 +224,6 @@ def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
     assert model.validated == ["0", "1", "2"] * 3
     predictions = trainer.predict(model, datamodule=data)
     assert [key for keys in predictions for key in keys] == ["0", "1", "2"]
-
-
-def test_overfit_batches_work(make_shards):
-    model = _Model()
-    trainer = L.Trainer(max_epochs=2, overfit_batches=1, **QUIET)
-    trainer.fit(model, datamodule=ShardDataModule(make_shards(), batch_size=2, **PLAIN))
-    assert model.trained[0] == model.trained[1]
 
 
 @pytest.mark.gpu
@@ -344,12 +339,6 @@ def test_the_command_line_reads_every_option(make_shards):
     assert built.data.transform.image_size == (8, 8)
     assert built.data.patterns["train"] == [pattern]
     assert (built.data.ignore_overlaps, ShardDataModule(has_background=False).ignore_overlaps) == (False, True)
-    synthetic = ArgumentParser(exit_on_error=False)
-    synthetic.add_class_arguments(SyntheticDataModule, "data")
-    namespace = synthetic.parse_args(["--data.batch_size=3", "--data.scene", '{"zoom": 2.0}', "--data.image_size=32"])
-    built = synthetic.instantiate(namespace)
-    assert (built.data.batch_size, built.data.transform.image_size, built.data.config.zoom) == (3, (32, 32), 2.0)
-    assert "train" not in namespace.data
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ REFUSED = [
     (lambda: temporal_similarity(SLOTS, temperature=0), ConfigError, "`temperature`"),
     (lambda: temporal_similarity_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)), ShapeError, "target"),
     (lambda: schedule_for(math.inf, 10, "cosine"), ConfigError, "max_steps"),
+    (lambda: schedule_for(-1, 100, "exponential"), ConfigError, "max_steps"),
     (lambda: schedule_for(10, 0, "linear"), ConfigError, "decay"),  # type: ignore[arg-type]
     (lambda: schedule_for(10, -1), ConfigError, "warmup_steps"),
     (lambda: exponential_for(-1, 10), ConfigError, "decay_steps"),

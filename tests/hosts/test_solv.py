@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, normalize
 from ssync_pl.hosts import SOLV
 from ssync_pl.hosts import solv as module
 from ssync_pl.hosts.linking import link_slots, relabel_slots
-from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder, frame_windows
+from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder
 from ssync_pl.hosts.nn.slot_merger import SlotMerger, agglomerate, cosine_distances
 
 
@@ -180,15 +180,6 @@ def test_over_time_hidden_frames_do_not_matter_and_slots_do_not_mix(training: bo
     same = (binder(slots, every) - binder(changed, every)).abs().amax(-1)[0, 0]
     assert same[[0, 1, 3]].max() < 1e-6
     assert same[2] > 1e-3
-
-
-def test_windows_reach_over_the_edges() -> None:
-    values = torch.arange(1, 5).view(1, 4, 1).expand(2, 4, 3)
-    windows = frame_windows(values, 2)
-    assert windows.shape == (2, 4, 5, 3)
-    assert windows[0, :, :, 0].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 0], [2, 3, 4, 0, 0]]
-    assert frame_windows(torch.ones(1, 2, dtype=torch.bool), 1).tolist() == [[[False, True, True], [True, True, False]]]
-    assert torch.equal(frame_windows(values, 0).squeeze(2), values)
 
 
 @pytest.mark.parametrize("linkage", ["complete", "average"])

@@ -22,17 +22,8 @@ from tiny_models import (
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ShapeError
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
-from ssync_pl.hosts.evaluation import SlotEvaluation, frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import SlotEvaluation
 from ssync_pl.hosts.training import exponential_for, schedule_for
-
-
-def test_frames_and_samples_that_count() -> None:
-    frames, samples = torch.tensor([[True, False], [True, True]]), torch.tensor([True, False])
-    batch = {"video": torch.zeros(2, 2, 3, 4, 4), "frame_mask": frames, "batch_padding_mask": samples}
-    assert frame_validity(batch).tolist() == [[True, False], [False, False]]
-    cached = {"features": torch.zeros(2, 3, 5, 4), "batch_padding_mask": samples}
-    assert frame_validity(cached).tolist() == [[True] * 3, [False] * 3]
-    assert mean_over_frames(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
 
 
 def test_evaluation_weighs_videos_and_frames_resets_and_refuses() -> None:

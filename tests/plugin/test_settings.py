@@ -10,7 +10,6 @@ from tiny_hosts import ManualHost, MixinHost, assert_untouched, fit, in_hook, ma
 from torch import nn
 
 from ssync_pl import SSyncCallback, SSyncConfig, ssync_loss
-from ssync_pl.adapters import SaviAdapter
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.plugin.callback import callback_class
 from ssync_pl.plugin.schedule import Phase, Schedule
@@ -96,11 +95,8 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
     ("options", "match"),
     [
         ({"attention": "corrector"}, "`attention` and `masks` to come together"),
-        ({"masks": "decoder"}, "`attention` and `masks` to come together"),
         ({"adapter": "savi", **PATHS}, "either `adapter` or `attention` and `masks`"),
-        ({"adapter": SaviAdapter(), **PATHS}, "either `adapter` or `attention` and `masks`"),
         ({"attention_kind": "logits"}, "only beside `attention` and `masks`"),
-        ({"masks_kind": "logits"}, "only beside `attention` and `masks`"),
         ({"start": "mature"}, "but got start. Did you mean `warmup_ratio`"),
         ({"warm_up_steps": 3}, "but got warm_up_steps. Did you mean `warmup_steps`"),
         ({"zzz": 3}, "but got zzz.$"),

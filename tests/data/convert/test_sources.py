@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import folder_sets as sets
 import numpy as np
@@ -248,7 +246,6 @@ def video(**values):
     ("source", "damage", "message"),
     [
         ("movi", record(video=None), "`video`"),
-        ("movi", record(video=([b"no picture"] * 3, "byte")), "frame 0 of `video`"),
         ("movi", record(segmentations=pngs(*[(8, 8)] * 3, dtype=np.uint16)), "8 bits"),
         ("movi", record(segmentations=pngs((8, 8))), "segmentations"),
         ("movi", record(video=pngs((8, 8, 3), (8, 9, 3))), "one size"),
@@ -272,7 +269,6 @@ def video(**values):
         ("videos", put(IDS, np.full((6, 10, 14), -1)), "integers from 0 on"),
         ("videos", put(IDS, np.arange(6 * 10 * 14).reshape(6, 10, 14)), "at most 255 objects"),
         ("videos", put("c.mp4", b""), r"c\.mp4.*an empty file"),
-        ("videos", put("c.mp4", b"this is no video" * 99), r"c\.mp4"),
     ],
 )
 def test_a_bad_video_is_refused_by_name_or_left_out(convert, root, tmp_path, source, damage, message, capsys):
@@ -320,14 +316,9 @@ def intact(root):
         ("ytvis2021", intact, ("--holdout", 0), "--holdout"),
         ("ytvis2021", intact, ("--splits", "valid"), "valid/JPEGImages"),
         ("ytvis2021", only("test/JPEGImages/a"), ("--splits", "test"), "annotations of split `test`"),
-        ("ytvis2021", lambda root: os.truncate(root / "train/instances.json", 500), ALL, "JSON"),
-        ("ytvis2021", edit(lambda c: {**c, "videos": [{"id": 1}]}), ALL, "file_names"),
         ("ytvis2021", edit(lambda c: {**c, "videos": c["videos"] * 2}), ALL, "twice"),
         ("ytvis2021", video(length=9), ALL, "length is 9"),
-        ("ytvis2021", video(height="12"), ALL, "height"),
         ("ytvis2021", video(file_names=["../a"] * 4), ALL, "relative"),
-        ("ytvis2021", edit(lambda c: {**c, "categories": [{"id": 1}]}), ALL, "categories"),
-        ("ytvis2021", edit(lambda c: {**c, "annotations": [{"id": 1, "bbox": []}]}), ALL, "segmentations"),
         ("ytvis2021", thing(video_id=99), ALL, "unknown video 99"),
         ("ytvis2021", thing(segmentations=[{"counts": [1], "size": [1e30, 1]}]), ALL, "JSON"),
         ("davis", names("bear\nbear\n"), (), "each once"),
@@ -439,8 +430,6 @@ def test_an_error_is_one_line_and_help_lists_all(tmp_path, capsys):
         assert main(["data", "convert", name, "--help"]) == 0
         assert "--on-bad-sample" in capsys.readouterr().out
     assert main(["data", "convert", "videos", "--root", "a", "--out", "b", "--short-side", "9000"]) == 2
-    code = "import sys; sys.argv[1:] = ['data', 'convert', '-h']; from ssync_pl.cli import main; main()"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,3 @@ def test_settings_have_one_spelling_and_survive_json():
 def test_bad_settings_are_refused(change, match):
     with pytest.raises(ConfigError, match=match):
         SceneConfig(**change)
-
-
-def test_unknown_preset_or_field_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'a', 'a_zoom', 'c'.*but got 'z'"):
-        preset("z")
-    with pytest.raises(ConfigError, match=r"resolution.*but got \['size'\]"):
-        preset("a", size=3)

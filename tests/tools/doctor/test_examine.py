@@ -32,7 +32,6 @@ from ssync_pl.tools.doctor.steps import StepError, build_model, describe_batch, 
         ("nowhere:Net", {}, "No module named 'nowhere'.*in the folder of your code"),
         ("broken_code:Net", {}, "SystemExit: at import"),
         ("user_code:Net", {"slot": 3}, "with slot=3 .*TypeError: .*slot.*--init name=value"),
-        ("user_code:model", {"slots": 3}, "TypeError"),
         ("builtins:dict", {}, "gives dict and no torch.nn.Module"),
     ],
 )

@@ -51,7 +51,6 @@ DAMAGED = [
     ({"state_dict": {"a": torch.ones(1)}, "module": torch.nn.Linear(1, 1)}, "plain values only.*none is read"),
     ({"state_dict": {"a": 3, "b": torch.ones(1)}}, "tensors by name, but got a"),
     ([torch.ones(1)], "hold a state dict, but got list"),
-    (b"PK\x03\x04", "reading it failed"),
 ]
 
 
@@ -59,8 +58,6 @@ DAMAGED = [
 def test_damaged_and_strange_files_are_refused(tmp_path, content, message):
     path = tmp_path / "a.ckpt"
     torch.save(content, path)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         convert_checkpoint(path, tmp_path / "ours.ckpt")
     assert not (tmp_path / "ours.ckpt").exists()

@@ -96,10 +96,8 @@ BOMBS = {
     "nested": "a: " + "[" * 2000,
 }
 UNREADABLE = [
-    *(f"globals: [1]\nname: {value}" for value in ("!!int abc", "!!bool maybe", "!!timestamp foo", "9" * 5000)),
-    *("a: !!set {a}", "a: !!python/object/apply:os.system ['true']", "a: [1"),
-    *("{a: 1, a: 2}", "a:\n\t- 1", "", "# nothing", "[1, 2]", "a: 1\n---\nb: 2", "a: " + "x" * 200_001),
-    *("a: 1".encode("utf-16"), b"\xff\xfe\x00"),
+    *("a: !!timestamp foo", "a: " + "9" * 5000, "a: !!set {a}", "a: !!python/object/apply:os.system ['true']"),
+    *("{a: 1, a: 2}", "", "[1, 2]", "a: 1\n---\nb: 2", "a: " + "x" * 200_001, "a: 1".encode("utf-16")),
 ]
 
 
