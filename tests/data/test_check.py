@@ -1,6 +1,7 @@
 """`ssync-pl data check`: counts, damage, duplicates and leaks."""
 
 import gzip
+import json
 import io
 import shutil
 from pathlib import Path
@@ -165,6 +166,15 @@ def test_sets_are_told_apart_by_name(tmp_path, monkeypatch):
 def test_the_command_says_clean_or_lists_problems(tmp_path, capsys):
     for prefix, seeds in (("train", range(3)), ("validation", range(3, 5))):
         write(tmp_path, prefix, {str(seed): {"video.npy": noise(seed)} for seed in seeds}, 2)
+    facts, mine = tmp_path / "facts.json", tmp_path / "mine.json"
+    mine.write_text("{}")
+    for _ in range(2):  # an earlier report is replaced, a file of others never
+        assert main(["data", "check", str(tmp_path / "*.tar"), "--json", str(facts)]) == 0
+    content = json.loads(facts.read_text())
+    assert (content["clean"], content["problems"], len(content["sets"])) == (True, [], 2)
+    assert main(["data", "check", str(tmp_path / "*.tar"), "--json", str(mine)]) == 2
+    assert mine.read_text() == "{}"
+    capsys.readouterr()
     assert main(["data", "check", str(tmp_path / "*.tar")]) == 0
     text = capsys.readouterr().out.splitlines()
     assert (text[0], text[-1]) == (f"{tmp_path}/train", "clean (videos read: 5)")

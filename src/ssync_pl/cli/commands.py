@@ -60,11 +60,17 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     add = parser.add_argument
     add("patterns", nargs="+", metavar="PATTERN", help=f"{_SHARDS}; of training and validation, to compare them")
     add("--workers", type=int, metavar="N", help="processes; 0 uses this one only (default: by size)")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON as well")
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
+    from ssync_pl.tools.viz import refuse_foreign, write_owned_json
 
+    if options.json is not None:
+        refuse_foreign(options.json)  # before work begins
     report = check_shards(group_shards(options.patterns), num_workers=options.workers)
+    if options.json is not None:
+        write_owned_json(options.json, {"clean": report.clean, **asdict(report)})
     sys.stdout.write(render_report(report) + "\n")
     return 0 if report.clean else 1
 

@@ -61,6 +61,7 @@ def add_sources(commands: Any) -> None:
         add("--samples-per-shard", type=int, default=32, metavar="N", help="videos per shard (default: 32)")
         help = "stop at the first bad video, or leave it out and name it (default: raise)"
         add("--on-bad-sample", choices=("raise", "skip"), default="raise", help=help)
+        add("--no-progress", action="store_true", help="show no progress bar on a terminal either")
         for name, parameter in inspect.signature(plan).parameters.items():
             if name != "root":
                 add("--" + name.replace("_", "-"), default=parameter.default, **_OPTIONS[name])
@@ -83,6 +84,7 @@ def _convert(options: argparse.Namespace) -> int:
             samples_per_shard=options.samples_per_shard,
             num_workers=options.workers,
             on_bad_sample=options.on_bad_sample,
+            progress=not options.no_progress,
         )
         sys.stdout.write("\n".join(_describe(options.out, split.prefix, report, split.notes)) + "\n")
     return 0

@@ -59,12 +59,14 @@ def convert(
     samples_per_shard: int = 32,
     num_workers: int | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
 ) -> ConversionReport:
     """Convert sources into the shards `<prefix>-000000.tar`, … and note them in the folder's index.
 
     Each shard is made whole by one process under a hidden name, read back, and only then renamed. The same call goes on
     where a killed one was. Equal arguments give equal bytes, whatever the number of workers and the interruptions.
-    `recipe` holds the settings that decide the samples, as JSON values; several prefixes may share a folder.
+    `recipe` holds the settings that decide the samples, as JSON values; several prefixes may share a folder. `progress`
+    shows a bar on terminals.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -88,7 +90,7 @@ def convert(
             _claim(out, prefix, settings, parts)
             make = partial(_make, decode, on_bad_sample == "skip")
             try:
-                made = _run(make, parts, num_workers, f"writing {prefix}")
+                made = _run(make, parts, num_workers, f"writing {prefix}" if progress else "")
             finally:
                 for name in os.listdir(out):  # what killed processes left: the lock says that nobody works on it
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
@@ -138,7 +140,7 @@ def _run(
     workers = min(cpu_count() if wanted is None else wanted, len(parts))
     workers = 0 if wanted is None and workers == 1 else workers
     made = []
-    bar = tqdm(total=sum(map(len, parts.values())), desc=title, unit="video", disable=None)
+    bar = tqdm(total=sum(map(len, parts.values())), desc=title, unit="video", disable=None if title else True)
     with bar, mapper(workers) as apply:
         for part, result in zip(parts.values(), apply(make, parts, parts.values()), strict=True):
             made.append(result)
