@@ -1,8 +1,8 @@
 """`ssync-pl data check`: counts, damage, duplicates and leaks."""
 
 import gzip
-import json
 import io
+import json
 import shutil
 from pathlib import Path
 
