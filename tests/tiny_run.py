@@ -2,6 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
+
+from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 TINY_SAVI: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "warmup_steps": 1}
 TINY_SAVI |= {"encoder_channels": [8], "encoder_strides": [2], "decoder_channels": [8], "decoder_strides": [2]}
@@ -27,3 +30,11 @@ def tiny_config(root: Path, **trainer: Any) -> dict[str, Any]:
 def write_tiny(path: Path, root: Path, **trainer: Any) -> Path:
     path.write_text(yaml.safe_dump(tiny_config(root, **trainer)), encoding="utf-8")
     return path
+
+
+class PatchBackbone(FrozenBackbone):
+    """Gives what its model makes of frames, a vector per patch."""
+
+    def extract(self, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        maps = self.model(frames)
+        return maps.flatten(2).mT, (maps.shape[2], maps.shape[3])

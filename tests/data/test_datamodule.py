@@ -16,6 +16,7 @@ import torch
 from ssync_pl.data import ShardDataModule, SyntheticDataModule
 from ssync_pl.data.shards import ShardWriter
 from ssync_pl.errors import ConfigError, ShardError
+from tiny_run import PatchBackbone
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "num_workers": 0}
 
@@ -298,18 +299,11 @@ def test_the_synthetic_set_is_made_once(tmp_path):
 
 
 def test_synthetic_features_are_stored_on_first_use(tmp_path, monkeypatch):
-    from ssync_pl.hosts.nn.backbones import FrozenBackbone
-
-    class Means(FrozenBackbone):
-        def extract(self, frames):
-            maps = self.model(frames)
-            return maps.flatten(2).mT, (maps.shape[2], maps.shape[3])
-
     built = []
 
     def load(name, layer):
         built.append((name, layer))
-        return Means(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
+        return PatchBackbone(torch.nn.AvgPool2d(4), name=name, layer=layer, dim=3, mean=[0.5] * 3, std=[0.5] * 3)
 
     monkeypatch.setattr("ssync_pl.data.features.builders", [load])
     options = {"root": str(tmp_path), "flip_probability": 0.0, "cache_backbone": "means", "cache_layer": "pool"}

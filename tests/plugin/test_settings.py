@@ -77,7 +77,7 @@ def test_the_command_line_lists_and_explains_every_setting(capsys):
     assert set(inspect.signature(SSyncCallback).parameters) == {*own, *NAMES}
 
 
-def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
+def test_a_configuration_file_reaches_the_callback(tmp_path):
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(SSyncCallback, "callback")
@@ -85,10 +85,6 @@ def test_a_configuration_file_reaches_the_callback(tmp_path, capsys):
     file.write_text("callback: {class_path: SSyncCallback, init_args: {relative_weight: 0.1, grid: [3, 4], merge: no}}")
     made = parser.instantiate_classes(parser.parse_args(["--config", str(file), "--callback.n_bd=2"])).callback
     assert (made.config, made.grid) == (SSyncConfig(relative_weight=0.1, merge=False, n_bd=2), (3, 4))
-    file.write_text("callback: {class_path: SSyncCallback, init_args: {start: mature}}")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--config", str(file)])
-    assert "start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -168,8 +164,6 @@ CASES = {
     "manual optimization": (lambda: make_host(ManualHost), {}, HostError, ["automatic_optimization=False", "mixin"]),
     "unrecognised": (make_host, [SSyncCallback()], HostError, ["TinyHost is none", "attention='path", "Candidates: c"]),
     "unknown path": (make_host, {"attention": "corrector.softmax"}, HostError, ["no child 'softmax'", "to_q, to_k"]),
-    "unknown key": (make_host, {"attention": "corrector:attn"}, HostError, ["slots, logits"]),
-    "unknown adapter": (make_host, [SSyncCallback("nothing")], ConfigError, ["nothing"]),
     "another adapter": (make_host, [SSyncCallback("savi")], HostError, ["'savi'", "TinyHost", "corrector"]),
     "silent module": (idle, {"attention": "spare"}, HostError, ["run 'spare', but it did not", "_dynamo.reset()"]),
     "a list is returned": (lambda: make_host(returns="list"), {}, HostError, ["or None, but got list"]),
@@ -181,7 +175,6 @@ CASES = {
     "NaN, in the warm-up": (SPOILED, LATE, ShapeError, ["`mask_logits` to be finite"]),
     "slot counts that differ": (MORE, {}, ShapeError, ["(2, 4, 12)", "(2, 2, 5, 12)"]),
     "logits as probabilities": (make_host, {"masks_kind": "probs"}, ShapeError, ["`mask_probs`"]),
-    "wrong grid": (make_host, {"grid": (5, 5)}, HostError, ["`grid` to have 12 patches"]),
     "two callbacks": (make_host, [make_callback(), make_callback(SecondCallback)], HostError, ["already has SSync"]),
     "mixin beside the callback": (lambda: make_host(MixinHost), {}, HostError, ["is an SSyncRegularizer"]),
 }

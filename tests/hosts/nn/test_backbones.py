@@ -8,18 +8,15 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.hosts.nn.backbones import FrozenBackbone, load_backbone, weights_fingerprint
+from ssync_pl.hosts.nn.backbones import load_backbone, weights_fingerprint
+from tiny_run import PatchBackbone
 
 
-class Patches(FrozenBackbone):
+class Patches(PatchBackbone):
     def __init__(self, seed=0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.BatchNorm2d(6), nn.Dropout(0.5))
         super().__init__(model, name="patches", layer="conv", dim=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-
-    def extract(self, frames):
-        maps = self.model(frames)
-        return maps.flatten(2).mT, (maps.shape[2], maps.shape[3])
 
 
 class Host(nn.Module):

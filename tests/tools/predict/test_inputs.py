@@ -12,6 +12,7 @@ from ssync_pl.data.features.cache import cache_features
 from ssync_pl.errors import ConfigError, ShardError
 from ssync_pl.hosts.nn import backbones
 from ssync_pl.tools.predict.inputs import InputDataModule, find_videos
+from tiny_run import PatchBackbone
 
 
 def test_every_kind_of_input(tmp_path):
@@ -70,19 +71,11 @@ def test_bad_input_is_refused(tmp_path, name, spoil, error, message):
 SEEN = {"image_size": 8, "crop": "center"}
 
 
-class Means(backbones.FrozenBackbone):
-    """Mean colour and its mirror image of each patch."""
-
-    def extract(self, frames):
-        maps = self.model(frames)
-        return maps.flatten(2).mT.repeat(1, 1, 2), (maps.shape[2], maps.shape[3])
-
-
 def means(name="means", layer=None, weights=None, checkpoint=None):
-    convolution = nn.Conv2d(3, 3, 4, stride=4, bias=False)
+    convolution = nn.Conv2d(3, 6, 4, stride=4, bias=False)
     generator = torch.Generator().manual_seed(0 if weights == "pretrained" else 1)
     nn.init.normal_(convolution.weight, generator=generator)
-    return Means(convolution, name="means", layer="pool", dim=6, mean=[0.5] * 3, std=[0.5] * 3)
+    return PatchBackbone(convolution, name="means", layer="pool", dim=6, mean=[0.5] * 3, std=[0.5] * 3)
 
 
 @pytest.fixture
