@@ -55,14 +55,16 @@ def _handler(server: FlakyServer) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 return
             data = path.read_bytes()
-            begin = int(span[len("bytes=") : -1]) if span and server.ranges else 0
+            first, _, last = (span or "bytes=").removeprefix("bytes=").partition("-") if server.ranges else ("", "", "")
+            begin, total = int(first or 0), len(data)
+            data = data[: int(last) + 1] if last else data
             if begin >= len(data):
                 self.send_response(416)
                 self.end_headers()
                 return
-            self.send_response(206 if begin else 200)
-            if begin:
-                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+            self.send_response(206 if first else 200)
+            if first:
+                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{total}")
             self.send_header("Content-Length", str(len(data) - begin + (rest[0] if kind == "length" else 0)))
             self.end_headers()
             self.wfile.write(data[begin : begin + rest[0]] if kind in ("cut", "stall") else data[begin:])

@@ -43,7 +43,7 @@ def read(url):
 def test_broken_transfers_go_on_and_give_the_whole_file(flaky, script, ranges):
     flaky.script, flaky.ranges = list(script), ranges
     assert read(f"{flaky.url}/a.tar") == CONTENT
-    assert len(flaky.requests) == len(script) + 1
+    assert len(script) < len(flaky.requests) <= 2 * len(script) + 1  # after a break a piece, then the rest
     if script == [("stall", 140_000)]:
         assert flaky.requests[1][1].startswith("bytes=")
 

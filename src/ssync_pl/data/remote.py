@@ -12,6 +12,7 @@ import logging
 import lzma
 import posixpath
 import re
+import sys
 import time
 from collections.abc import Collection, Generator, Sequence
 from typing import Any, cast
@@ -30,6 +31,7 @@ _STALL_SECONDS = 30.0
 _SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _LONGEST_PAUSE = 10.0
 _CHUNK = 1 << 20
+_PIECE = 32 << 10  # bytes that are asked for after a break
 # Client errors that another try can mend: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
 _ABSENT = (401, 403, 404, 410)
@@ -52,6 +54,7 @@ class RemoteFile(io.RawIOBase):
         self._connection: Any = None
         self._position = 0
         self._size: int | None = None
+        self._until: int | None = None  # where the piece ends that was asked for; None: at the end of the file
         self._patience = RETRY_SECONDS
 
     def readable(self) -> bool:
@@ -64,11 +67,17 @@ class RemoteFile(io.RawIOBase):
         while True:
             began = time.monotonic()
             try:
+                if self._connection is None and self._position == self._size:
+                    return 0
                 if self._connection is None:
                     self._connect()
                 data = self._connection.read(len(buffer))
                 self._patience -= time.monotonic() - began
                 began = time.monotonic()
+                if not data and self._position == self._until != self._size:  # a piece is whole: ask for the rest
+                    self._disconnect()
+                    self._until = None
+                    continue
                 if data and self._patience < 0:
                     raise OSError(f"fewer than {_SLOWEST} bytes per second came for {RETRY_SECONDS:g} s")
                 if not data and self._position != (self._size or self._position):
@@ -78,6 +87,8 @@ class RemoteFile(io.RawIOBase):
                 buffer[: len(data)] = data
                 return len(data)
             except Exception as error:  # each file system of fsspec has errors of its own
+                if self._connection is not None:  # what came just before a break would be lost with it again
+                    self._until = min(self._position + _PIECE, self._size or sys.maxsize)
                 self._disconnect()
                 self._patience -= time.monotonic() - began + pause
                 reason = _describe(error, self.url)
@@ -127,17 +138,20 @@ class RemoteFile(io.RawIOBase):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
         system, path = url_to_fs(self.url, client_kwargs={"timeout": timeout})
         headers = {"Accept-Encoding": "identity"}
-        if self._position:
-            headers["Range"] = f"bytes={self._position}-"
+        if self._position or self._until:
+            headers["Range"] = f"bytes={self._position}-{'' if self._until is None else self._until - 1}"
         # A size is passed so that none is asked for.
         self._connection = system.open(path, "rb", block_size=0, size=1, headers=headers)
         answer = self._connection.r
-        begin = self._position if answer.status == 206 else 0
-        span = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-        if begin and (span is None or int(span[1]) != begin):
+        in_part = answer.status == 206
+        begin = self._position if in_part else 0
+        span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if in_part and (span is None or int(span[1]) != begin):
             raise OSError("the server answered with another part of the file than was asked for")
-        length = answer.headers.get("Content-Length", "")
-        size = begin + int(length) if length.isdecimal() else None
+        whole = span[2] if in_part and span is not None else answer.headers.get("Content-Length", "")
+        size = int(whole) if whole.isdecimal() else self._size
+        if not in_part or (self._until is not None and size is not None and self._until >= size):
+            self._until = None
         if self._size is not None and size is not None and size != self._size:
             raise ValueError("the file was replaced on the server meanwhile")
         self._size = size
