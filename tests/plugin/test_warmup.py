@@ -122,6 +122,7 @@ def test_logged_values_are_those_of_the_step():
     names += ("agreement", "merged_slots", "used_encoder_slots", "used_decoder_slots")
     expected |= {f"ssync/{name}": getattr(out, name).float().mean() for name in names}
     expected["ssync/used_slots"] = expected.pop("ssync/used_decoder_slots")
+    expected["ssync/total_loss"] = loss + out.loss
     assert expected["ssync/merged_slots"] > 0
     logged = {name: recorder.logs[0][name] for name in expected}
     assert logged == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)

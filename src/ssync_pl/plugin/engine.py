@@ -82,9 +82,12 @@ class SSyncEngine:
         output = ssync_loss(maps, **self.config.loss_options())
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
+        term = weight * output.loss
         if log is not None:
             _write(log, output, used, weight)
-        return weight * output.loss, self.guard.step(used, existing_slots(maps))
+            if host_loss is not None:  # what the host logs as its loss leaves SSync out
+                log("ssync/total_loss", (host_loss + term).detach())
+        return term, self.guard.step(used, existing_slots(maps))
 
     def summary(self, step: int) -> str:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
