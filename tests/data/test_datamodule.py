@@ -256,7 +256,8 @@ def test_two_processes_under_ddp_share_the_data_exactly(make_shards, tmp_path):
     # Variables of an outer cluster job would tell Lightning that the processes exist already.
     outer = ("SLURM_", "PL_", "LOCAL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     words = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
