@@ -1,7 +1,5 @@
 """Maps that come about in one call of a module: of slot attention from its projections, of a decoder from its alpha."""
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Specs of the SAVi family: this package's host, and SOLD, SlotFormer, Genera1Z's and junkeun-yi's code."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Spec of models that are built around the `slot-attention` package from PyPI."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

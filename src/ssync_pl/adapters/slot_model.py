@@ -1,7 +1,5 @@
 """An adapter by a short spec: where attention and decoder are in a family of hosts, and how their logits come about."""
 
-from __future__ import annotations
-
 import math
 import operator
 from abc import abstractmethod

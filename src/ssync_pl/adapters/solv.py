@@ -1,7 +1,5 @@
 """Spec of SOLV: the public code's model and this package's host."""
 
-from __future__ import annotations
-
 import random
 from typing import Any, ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """Files that appear complete or not at all, and the lock of those who write them."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

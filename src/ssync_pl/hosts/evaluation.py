@@ -1,7 +1,5 @@
 """Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

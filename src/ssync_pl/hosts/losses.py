@@ -1,7 +1,5 @@
 """Losses of the hosts beside reconstruction: VideoSAUR's temporal similarity and SlotContrast's slot contrast."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor

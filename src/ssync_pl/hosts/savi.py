@@ -1,7 +1,5 @@
 """SAVi, a video host that learns objects from reconstructing frames (Kipf et al. 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 

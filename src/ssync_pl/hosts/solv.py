@@ -1,7 +1,5 @@
 """SOLV, a video host that merges slots and looks at a window of frames (Aydemir et al. 2023)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple

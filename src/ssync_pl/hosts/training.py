@@ -1,7 +1,5 @@
 """What the hosts share around their models: validation, test, prediction, optimizer and learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

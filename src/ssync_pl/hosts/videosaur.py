@@ -1,7 +1,5 @@
 """Hosts that reconstruct frozen features, in the public layout: VideoSAUR, SlotContrast, and DINOSAUR for images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """The metrics as torchmetrics classes: means over videos or frames, summed over batches and ranks."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A new metric is a function in `functional`, a row here, and a class in `classes` if it is also used alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

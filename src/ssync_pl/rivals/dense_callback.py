@@ -1,7 +1,5 @@
 """`DenseAlignmentCallback`: SRL's dense alignment, the quadratic rival of SSync, in the training of a feature host."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

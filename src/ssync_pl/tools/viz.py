@@ -1,7 +1,5 @@
 """Pictures of slots: colours, overlays and sheets of frames, the preview of shards, and the mark of our own files."""
 
-from __future__ import annotations
-
 import colorsys
 import contextlib
 import io

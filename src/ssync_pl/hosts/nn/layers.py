@@ -1,7 +1,5 @@
 """Small layers that encoders, slot attention and decoders share: MLP, position embeddings, initial weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

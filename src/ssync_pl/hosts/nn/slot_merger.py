@@ -1,7 +1,5 @@
 """Slot merging by agglomerative clustering, in tensor code of fixed shapes (Aydemir et al. 2023, section 3.3)."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch

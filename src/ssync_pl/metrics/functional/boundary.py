@@ -1,7 +1,5 @@
 """F-measure of the borders between slots against the borders between true masks."""
 
-from __future__ import annotations
-
 import math
 
 import torch

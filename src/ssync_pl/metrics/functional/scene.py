@@ -1,7 +1,5 @@
 """From labels or masks of any size to what the metrics count: one slot and one object per pixel."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """ARI, mean best overlap and mean IoU of contingency tables."""
 
-from __future__ import annotations
-
 import math
 
 import torch

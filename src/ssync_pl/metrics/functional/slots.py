@@ -1,7 +1,5 @@
 """What becomes of slots: how many share an object, how many are in use, whether objects keep theirs over time."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
