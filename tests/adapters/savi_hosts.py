@@ -182,6 +182,8 @@ class SplitHeads(nn.Module):
 
 
 class PackageAttention(SlotAttention):
+    checked = False
+
     def __init__(self, heads: int | None = None) -> None:
         super().__init__(heads=heads or 1)
         self.slots_mu, self.slots_logsigma = (nn.Parameter(torch.ones(1, 1, DIM)) for _ in range(2))

@@ -243,10 +243,6 @@ def check_update(call: MapCall, name: str) -> None:
         return
     values = call.values.value.detach()
     with torch.no_grad(), call.values.precision():
-        weights = call.weigh(call.logits).to(values.dtype)
-        if weights.ndim == 4:  # heads, which lie side by side in values and update
-            values = values.unflatten(-1, (weights.shape[1], -1)).movedim(2, 1)
-        mine = (weights @ values).movedim(-3, -2) if weights.ndim == 4 else weights @ values
-    mine = mine.reshape(call.update.shape)
+        mine = (call.weigh(call.logits).to(values.dtype) @ values).reshape(call.update.shape)
     expected = "the mean of its values weighted by the softmax over slots"
     check_close(mine, call.update, f"update of the slots in {name}", expected, scale=float(values.abs().max()))
