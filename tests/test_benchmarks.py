@@ -1,5 +1,3 @@
-"""Benchmarks run, their numbers are right, and what README prints is what their result files hold."""
-
 import csv
 import importlib
 import os

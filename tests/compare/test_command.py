@@ -1,5 +1,3 @@
-"""`ssync-pl compare` from its words to its tables, on runs of a few steps that one in-process launcher makes."""
-
 import contextlib
 import importlib.util
 import json

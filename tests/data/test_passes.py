@@ -1,5 +1,3 @@
-"""Who reads what: every clip once per pass, and equally many batches on all ranks."""
-
 import collections
 import itertools
 import multiprocessing
@@ -19,9 +17,8 @@ CLIPS = SampleRules(clip_length=2, seed=3)
 
 def source(counts):
     """Shards that are never read, with so many videos each."""
-    entries = [
-        ShardEntry(f"{n}.tar", 0, tuple(SampleEntry(f"{n}/{k}", {}) for k in range(c))) for n, c in enumerate(counts)
-    ]
+    videos = [tuple(SampleEntry(f"{n}/{k}", {}) for k in range(count)) for n, count in enumerate(counts)]
+    entries = [ShardEntry(f"{n}.tar", 0, samples) for n, samples in enumerate(videos)]
     return ShardSource([entry.name for entry in entries], entries)
 
 

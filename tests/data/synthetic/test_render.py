@@ -1,5 +1,3 @@
-"""The generator's videos and masks, byte for byte: who renders a set again gets the same one."""
-
 import dataclasses
 import hashlib
 import json
