@@ -58,14 +58,6 @@ def test_ranks_and_workers_share_each_pass_exactly(kind, training, videos):
         assert len(real) == (videos // (world * BATCH) * world * BATCH if training else videos)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_resumed_stream_reads_the_clips_that_were_left(workers):
-    for rank, start in itertools.product(range(2), (1, 4, 7)):
-        data = ShardStream(source([7] * 8), CLIPS, batch_size=BATCH, rank=rank, world=2)
-        whole, rest = (in_turns(parts_of_workers(data, 0, workers, begin)) for begin in (0, start))
-        assert sorted(rest) == sorted(whole[start:])
-
-
 def test_clips_of_a_video_are_numbered_and_a_stream_comes_to_the_rest_in_other_passes():
     for kind in (ShardDataset, ShardStream):
         data = kind(source([3, 4]), CLIPS, clips_per_video=3)
