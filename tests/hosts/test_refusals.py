@@ -9,13 +9,13 @@ from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
-from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import exponential_for, schedule_for
 
-VIDEO, SLOTS = pixel_clips()["video"], torch.zeros(2, 2, 3, 4)
+VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(2, 2, 3, 4)
 REFUSED = [
     (lambda: tiny(SAVi, slot_init="zeros"), ConfigError, "`slot_init` to be 'gaussian'"),
     (lambda: tiny(SAVi, encoder_strides=(1,)), ConfigError, "`encoder_channels` and `encoder_strides`"),
@@ -42,6 +42,10 @@ REFUSED = [
     (lambda: tiny(SOLV, merge_threshold=3.0), ConfigError, "`merge_threshold`"),
     (lambda: tiny(SOLV, temporal_heads=5), ConfigError, "`temporal_heads`"),
     (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
+    (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),
+    (lambda: tiny(SAVi, slot_init="boxes")(VIDEO), ConfigError, "`conditioning` to be a tensor"),
+    (lambda: tiny(SAVi)(VIDEO, HINTS), ConfigError, "`conditioning` to be None"),
+    (lambda: tiny(SAVi, slot_init="centres")(VIDEO, HINTS), ShapeError, r"`conditioning` to be \(B, 3, 2\)"),
     (lambda: tiny(SAVi).validation_step({"video": VIDEO}, 0), ConfigError, "key `segmentations`"),
     (lambda: tiny(VideoSAUR)(torch.zeros(2, 6, 6)), ShapeError, "inputs"),
     (lambda: tiny(VideoSAUR).training_step({"image": VIDEO}, 0), ConfigError, "`features` or `video`"),
@@ -81,6 +85,8 @@ REFUSED = [
     (lambda: encoder_of(feature_dim=5)(torch.zeros(1, 23, 5)), ShapeError, "got 23 patches"),
     (lambda: encoder_of(feature_dim=5)(torch.zeros(1, 24, 7)), ShapeError, "7 channels"),
     (lambda: encoder_of(feature_dim=5)(torch.zeros(1, 3, 8, 8)), ConfigError, "cached `features`"),
+    (lambda: first_frame_hints(torch.zeros(2, 4, 8, 8), 3), ShapeError, "segmentations"),
+    (lambda: ConditionedSlots(3, 8, hint_dim=2)(torch.zeros(2, 4, 2)), ShapeError, "conditioning"),
     (lambda: LearnedSlots(4, 8, initial_std=0), ConfigError, "spread"),
     (lambda: GaussianSlots(4, 8, initial_std=0), ConfigError, "spread"),
 ]

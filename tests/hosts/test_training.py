@@ -67,6 +67,10 @@ QUICK = {"encoder_position": 0.5, "corrector_init": "kmeans", "init": "fan_in"}
 # Losses of the steps 0, 7, 14, …, 49
 RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
     "savi": (SAVi, PIXELS, [0.2840989, 0.268051, 0.2644934, 0.2613299, 0.2569141, 0.2547613, 0.2520722, 0.2480242]),
+    "savi_boxes": (
+        SAVi, {**PIXELS, "slot_init": "boxes", "init": "fan_in", "corrector_sharpness": 2.0},
+        [0.7346642, 0.4854275, 0.3823616, 0.3315478, 0.302177, 0.2843691, 0.2726362, 0.2646811],
+    ),
     "videosaur": (VideoSAUR, SMALL, [1.240298, 1.240215, 1.227007, 1.232644, 1.215848, 1.218615, 1.224285, 1.208933]),
     "slotcontrast": (
         SlotContrast, SMALL, [1.671878, 1.486052, 1.393003, 1.348609, 1.321687, 1.300943, 1.286878, 1.274648]

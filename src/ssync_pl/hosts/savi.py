@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import choose, require, require_shape
+from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
-from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -34,7 +34,7 @@ class SAViOutput(NamedTuple):
 
 
 class SAVi(SlotHost):
-    """Slot Attention for Video with RGB reconstruction (Kipf et al. 2022), unconditional.
+    """Slot Attention for Video with RGB reconstruction (Kipf et al. 2022), unconditional or conditioned.
 
     The defaults are SAVi-small for frames of 64x64, with a pre-norm predictor as in later work. Clip gradients in the
     Trainer: `gradient_clip_val=0.05`. Frames are compared, resized by area, at the decoder's size
@@ -43,7 +43,8 @@ class SAVi(SlotHost):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"boxes"`,
+            `"centres"`: from the objects' masks in the first frame, which training batches must hold then.
         encoder_channels: output channels of each convolution.
         encoder_strides: stride of each convolution.
         encoder_kernel: size of the encoder's kernels, odd.
@@ -86,7 +87,7 @@ class SAVi(SlotHost):
         self,
         num_slots: int = 11,
         slot_dim: int = 128,
-        slot_init: Literal["gaussian", "learned"] = "gaussian",
+        slot_init: Literal["gaussian", "learned", "boxes", "centres"] = "gaussian",
         encoder_channels: tuple[int, ...] = (32, 32, 32, 32),
         encoder_strides: tuple[int, ...] = (1, 1, 1, 1),
         encoder_kernel: int = 5,
@@ -114,16 +115,22 @@ class SAVi(SlotHost):
         has_background: bool = True,
     ) -> None:
         super().__init__(has_background)
-        choose("slot_init", slot_init, "gaussian", "learned")
+        choose("slot_init", slot_init, "gaussian", "learned", "boxes", "centres")
         expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1"
         counts = (num_slots, iterations_first, iterations_later)
         require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
         self.save_hyperparameters()
+        self.slot_init = slot_init
+        self.num_slots = num_slots
         self.carries_slots = True
         self.iterations_first = iterations_first
         self.iterations_later = iterations_later
-        first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
-        self.initializer: nn.Module = first_slots(num_slots, slot_dim)
+        hint_dims = {"boxes": 4, "centres": 2}
+        self.initializer: nn.Module
+        if slot_init in hint_dims:
+            self.initializer = ConditionedSlots(num_slots, slot_dim, hint_dims[slot_init])
+        else:
+            self.initializer = (GaussianSlots if slot_init == "gaussian" else LearnedSlots)(num_slots, slot_dim)
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
@@ -134,12 +141,12 @@ class SAVi(SlotHost):
         shape = (decoder_channels, decoder_strides, decoder_broadcast, decoder_kernel)
         self.decoder = SpatialBroadcastDecoder(slot_dim, *shape, init, decoder_position_std)
 
-    def forward(self, video: Tensor) -> SAViOutput:
+    def forward(self, video: Tensor, conditioning: Tensor | None = None) -> SAViOutput:
         """Decompose a clip into slots."""
         require_shape(video.ndim == 5, "argument `video` to be (B, T, 3, H, W)", video)
         features, grid = self.encoder(video.flatten(0, 1))
         features = features.unflatten(0, video.shape[:2])
-        state = self.initializer(video.shape[0])
+        state = self._first_slots(video.shape[0], conditioning)
         slots, logits = [], []
         for frame in range(video.shape[1]):
             first = frame == 0
@@ -152,24 +159,43 @@ class SAVi(SlotHost):
         decoded: DecoderOutput = self.decoder(all_slots)
         return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
 
+    def _first_slots(self, batch_size: int, conditioning: Tensor | None) -> Tensor:
+        wanted, given = isinstance(self.initializer, ConditionedSlots), conditioning is not None
+        words = {True: "a tensor", False: "None"}
+        expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
+        require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
+        return torch.as_tensor(self.initializer(batch_size if conditioning is None else conditioning))
+
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
         """Run a batch; returns the output and the mean squared error over the frames that count."""
         video = batch["video"]
-        out: SAViOutput = self(video)
+        out: SAViOutput = self(video, self._conditioning(batch))
         target = nn.functional.interpolate(video.flatten(0, 1), size=self.decoder.size, mode="area")
         target = target.unflatten(0, video.shape[:2])
         error = (out.reconstruction.float() - target.float()).square().mean(dim=(2, 3, 4))
         return out, mean_over_frames(error, frame_validity(batch))
 
+    def _conditioning(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if not isinstance(self.initializer, ConditionedSlots):
+            return None
+        if batch.get("segmentations") is None:
+            raise ConfigError(
+                f"Expected key `segmentations` in the batch for slot_init {self.slot_init!r}, but got the keys "
+                f"{sorted(batch)}. Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
+            )
+        kind: Any = self.slot_init
+        background = self.evaluation.has_background
+        return first_frame_hints(batch["segmentations"], self.num_slots, kind, has_background=background)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Reconstruct a batch that holds `video`; returns the error."""
+        """Reconstruct a batch that holds `video`, and `segmentations` too when conditioned; returns the error."""
         _, loss = self._step(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch["video"].shape[0])
         return loss
 
     def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch that holds `video`."""
-        out: SAViOutput = self(batch["video"])
+        """Decompose a batch that holds `video`, and `segmentations` too when conditioned."""
+        out: SAViOutput = self(batch["video"], self._conditioning(batch))
         return out.mask_logits.softmax(dim=2)
 
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
