@@ -56,18 +56,10 @@ _SLOT_WIDTHS = ("encoder.output_transform.outp_dim", "grouper.inp_dim", "grouper
 _MIXER_WIDTHS = ("embed_dim", "allocator.dim", "allocator.memory_dim", "renderer.inp_dim")
 _TAGS = {"dino": "dino", "mae": "mae", "dinov2": "lvd142m"}
 _CONTRAST, _IMAGE_CONTRAST = "Slot_Slot_Contrastive_Loss", "Img_Slot_Slot_Contrastive_Loss"
-_KINDS = {
-    "MSELoss": "reconstruction",
-    "CrossEntropyLoss": "similarity",
-    "MSECLSLoss": "ssync",
-    _CONTRAST: "contrast",
-    _IMAGE_CONTRAST: "contrast",
-}
+_KINDS = {"MSELoss": "reconstruction", "CrossEntropyLoss": "similarity", "MSECLSLoss": "ssync"}
+_KINDS |= dict.fromkeys((_CONTRAST, _IMAGE_CONTRAST), "contrast")
 # What SSync's losses compare, and the weight of its settings
-_SIDES = {
-    "dec_bd_preds": ("grp_bd_labels", "boundary_weight"),
-    "grp_nbd_preds": ("dec_nbd_labels", "interior_weight"),
-}
+_SIDES = {"dec_bd_preds": ("grp_bd_labels", "boundary_weight"), "grp_nbd_preds": ("dec_nbd_labels", "interior_weight")}
 
 
 class ConvertedConfig(NamedTuple):
