@@ -39,8 +39,8 @@ def refuse_foreign(path: Path, mark: str) -> None:
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as stream:
                 head = stream.read(200)
-        expected = f"{path} to be absent or written by ssync_pl for this purpose"
-        require(mark.encode() in head, expected, "another file", advice="Move it away.")
+        known, advice = mark.encode() in head, "Move it away."
+        require(known, f"{path} to be absent or of this kind and written by ssync_pl", "another file", advice=advice)
 
 
 def write_owned_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:

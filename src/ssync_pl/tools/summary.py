@@ -95,10 +95,9 @@ class ValidationSummary(L.Callback):
             finite = {
                 row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in self.rows.items()
             }
+            content = {"step": self._step, "rows": finite, **places}
             try:
-                write_owned_json(
-                    Path(log_dir) / "summary.json", "summary", {"step": self._step, "rows": finite, **places}
-                )
+                write_owned_json(Path(log_dir) / "summary.json", "summary", content)
             except (ConfigError, OSError) as error:
                 rank_zero_warn(f"The summary is not written: {error}")
 

@@ -78,8 +78,7 @@ class SlotPredictions(L.Callback):
 
     def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         """Hands the slots of a window to the next one of the same video."""
-        batch = step[0]
-        window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
+        window = step[0].get(WINDOW_KEY) if isinstance(step[0], Mapping) else None
         self._carry.next_window(window is not None and window.start > 0)
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
@@ -280,8 +279,7 @@ def _is_ours(path: Path, frames: int, size: Any) -> bool:
     if frames < 0 or path.is_symlink() or path.is_dir() != pictures:
         return False
     if pictures:
-        names = [one.name for one in path.iterdir()]
-        return all(re.fullmatch(r"\d{5,}\.png", name) and int(name[:-4]) < frames for name in names)
+        return all(re.fullmatch(r"\d{5,}\.png", one.name) and int(one.stem) < frames for one in path.iterdir())
     return size in (None, path.stat().st_size)
 
 
