@@ -32,8 +32,10 @@ _CANCEL_SECONDS = 10.0
 _LOCAL_HOURS, _SLURM_HOURS = 24.0 * 365, 24.0
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 # What a run leaves in its folder beside job.json; all else is of the user, or of callbacks of theirs.
-_LEFT = ("submitted.json", "evaluation.json", "summary.json", "config.yaml", "hparams.yaml", "metrics.csv")
-_LEFT += ("log.txt", "log_[0-9]*.txt", "pictures/step-*.png", "checkpoints/*.ckpt")
+_LEFT = (
+    *("submitted.json", "evaluation.json", "summary.json", "config.yaml", "hparams.yaml", "metrics.csv"),
+    *("log.txt", "log_[0-9]*.txt", "pictures/step-*.png", "checkpoints/*.ckpt"),
+)
 _ADVICE = "Pass another --out, or remove that folder."
 
 

@@ -24,7 +24,7 @@ _PALETTE = bytes.fromhex(
     "e6194b 3cb44b 4363d8 ffe119 f58231 911eb4 42d4f4 f032e6 9a6324 fabed4 008080 bfef45 800000 aaffc3 000075 ffd8b1"
 )
 _GOLDEN_ANGLE = 0.6180339887498949
-PREVIEW, SHEET = "Software\0ssync_pl preview", "Software\0ssync_pl sheet"  # marks of our pictures: a text chunk
+PREVIEW, SHEET = "ssync_pl preview", "ssync_pl sheet"  # marks of our pictures: a text chunk
 _BACKGROUND = (70, 70, 70)
 _INK = (20, 20, 20)
 _GAP, _MARGIN = 4, 10
@@ -120,7 +120,7 @@ def _fit(frame: Bytes, cell: int) -> Image.Image:
 def encode_png(image: Bytes, mark: str) -> bytes:
     """Encodes a picture `(H, W, 3)` as a PNG file that carries a mark."""
     buffer, info = io.BytesIO(), PngInfo()
-    info.add_text(*mark.split("\0"))
+    info.add_text("Software", mark)
     Image.fromarray(image).save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 

@@ -192,10 +192,10 @@ def _scan(root: Path) -> tuple[list[_Source], list[str]]:
     by_stem: dict[str, list[str]] = {}
     for name, video in videos.items():
         by_stem.setdefault(name if video["names"] else Path(name).stem, []).append(name)
-    for stem, places in masks.items():
+    for stem, found in masks.items():
         owners = by_stem.get(stem, [])
-        got = f"the videos {sorted(owners)} and the masks {sorted(one['path'] for one in places)}"
-        single = len(owners) == len(places) == 1
+        got = f"the videos {sorted(owners)} and the masks {sorted(one['path'] for one in found)}"
+        single = len(owners) == len(found) == 1
         require(single, f"one video called {stem!r} for the masks in one place of {root}", got)
-        videos[owners[0]]["masks"] = places[0]
+        videos[owners[0]]["masks"] = found[0]
     return [videos[name] for name in sorted(videos, key=media.natural_key)], sorted(ignored)
