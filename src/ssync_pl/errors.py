@@ -2,19 +2,6 @@
 
 from typing import Any
 
-__all__ = [
-    "ConfigError",
-    "HostError",
-    "MissingShardError",
-    "SSyncError",
-    "ShapeError",
-    "ShardError",
-    "choose",
-    "require",
-    "require_shape",
-    "require_shard",
-]
-
 
 class SSyncError(Exception):
     """Base of every exception that this package raises on purpose."""
