@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall
+from ssync_pl.adapters.calls import MapCall, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_frames
 from ssync_pl.adapters.paths import parse_place, watch_place
@@ -74,7 +74,7 @@ class SlotAttentionPackageAdapter(GridAdapter):
                 "Expected the decoder's slots to be those of the slot attention, but MetaSlotAttention averages slots "
                 "of one code and packs the rest to the front. Leave it out, or name maps over its own slots."
             )
-        capture.tap("attention", module, axis=-2)
+        watch_softmax(capture, "attention", module)
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
             capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
@@ -82,10 +82,11 @@ class SlotAttentionPackageAdapter(GridAdapter):
         watch_place(capture, "masks", decoder, self.masks, step=decoder is host)
 
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
-        logits = [[*softmaxes.values()][-1].logits for softmaxes in capture["attention"] if softmaxes]
+        calls: list[MapCall] = capture["attention"]
+        logits = [call.logits for call in calls if call.logits is not None]
         check_frames(logits, "attention")
-        kept = capture["kept"] if "kept" in capture else [None] * len(logits)
-        calls = [MapCall(one, axis=one.ndim - 2, valid=some) for one, some in zip(logits, kept, strict=True)]
+        if "kept" in capture:
+            calls = [call._replace(valid=kept) for call, kept in zip(calls, capture["kept"], strict=True)]
         # The package's own softmax is heard as well; the same tensor cannot be both maps.
         candidates, slots = self._candidates(capture, {*map(id, logits)}), logits[0].shape[-2]
         images = len(calls) * len(logits[0]) // max(len(candidates), 1)
