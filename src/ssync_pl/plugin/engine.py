@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class SSyncEngine:
     def start(self, total_steps: float) -> None:
         """Fixes the warm-up for a training of this many optimizer steps, infinity when unknown."""
         self.schedule = Schedule.resolve(self.config, total_steps)
+        self._stay_on()
 
     def phase_in(self, trainer: Any) -> Phase:
         """Returns what a Trainer's training step has to do; each epoch asks for the length again, which may change."""
@@ -94,9 +96,7 @@ class SSyncEngine:
         if self.first_step is not None:
             return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
         if self.schedule is None:
-            return (
-                "SSync never ran: no training step came to it. An SSyncRegularizer has to call self.ssync(loss, maps)."
-            )
+            return "SSync never ran: no training step came to it. An SSyncRegularizer calls self.ssync(loss, maps)."
         if step <= self.schedule.start:
             setting = "warmup_ratio" if self.config.warmup_steps is None else "warmup_steps"
             return (
@@ -122,6 +122,16 @@ class SSyncEngine:
         host, term = state["host_average"], state["term_average"]
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
+        self._stay_on()
+
+    def _stay_on(self) -> None:
+        # A share of a training that is made longer on resuming must not switch SSync off again.
+        if self.schedule is None or self.first_step is None or self.first_step >= self.schedule.start:
+            return
+        if self.config.warmup_steps is None:
+            self.schedule = replace(self.schedule, start=self.first_step)
+        else:  # the longer warm-up was asked for
+            self.first_step = None
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
