@@ -102,6 +102,8 @@ def test_the_warm_up_follows_a_length_that_changes(mixin, epochs, later, ratio):
         trainer.fit_loop.max_epochs = later if trainer.current_epoch else epochs
 
     assert train(mixin, in_hook("on_train_epoch_end", change), warmup_ratio=ratio)[1].schedule.start == 6
+    search = L.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None, update_attr=False)
+    assert train(mixin, search, warmup_ratio=0.3)[1].schedule.start == 6
 
 
 @pytest.mark.parametrize("mixin", [False, True])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.errors import HostError, SSyncError
+from ssync_pl.errors import HostError
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -58,9 +58,7 @@ class SSyncEngine:
 
     def phase(self, step: int) -> Phase:
         """Returns what the training step after ``step`` optimizer steps has to do."""
-        if self.schedule is None:
-            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
-        return self.schedule.phase(step)
+        return self.schedule.phase(step)  # type: ignore[union-attr]
 
     def term(
         self, host_loss: Tensor | None, maps: SSyncMaps, step: int, log: LogFunction | None = None
@@ -122,6 +120,7 @@ class SSyncEngine:
         host, term = state["host_average"], state["term_average"]
         self._host_average = None if host is None else torch.tensor(host)
         self._term_average = None if term is None else torch.tensor(term)
+        self._epoch = None  # a search for a learning rate asked for its own length
         self._stay_on()
 
     def _stay_on(self) -> None:
@@ -138,8 +137,7 @@ class SSyncEngine:
         share = self.config.relative_weight
         if share is None:
             return factor
-        if host_loss is None:  # `attach` and the callback have refused that
-            raise SSyncError("Expected the host's loss beside `relative_weight`, but got None.")
+        assert host_loss is not None  # `attach` and the callback have refused that
         # Each rank's own averages would weight ranks differently, and undo sync_counts.
         now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
         self._host_average = _running(self._host_average, now[0])

@@ -96,9 +96,9 @@ class SSyncRegularizer:
     def setup(self, stage: str) -> None:
         """Forgets an earlier training; a checkpoint is loaded after this."""
         super().setup(stage)  # type: ignore[misc]
-        if stage == "fit":
-            if self.trainer.global_step == 0:  # type: ignore[attr-defined]  # else one that goes on in the same Trainer
-                self._ssync_engine = SSyncEngine(self.ssync_config)
+        # One that goes on in the same Trainer keeps its state.
+        if stage == "fit" and self.trainer.global_step == 0:  # type: ignore[attr-defined]
+            self._ssync_engine = SSyncEngine(self.ssync_config)
             self._ssync_log_steps = LogSteps()
             self._ssync_checked = False
 
