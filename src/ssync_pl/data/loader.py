@@ -82,7 +82,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         ended = self._ended and done == self._batches
         if self.trainer is not None and not ended and done != length:
             # Gradients of an unfinished accumulation are in no checkpoint.
-            done -= done % accumulated_batches(self.trainer, self._pass)
+            done -= done % accumulated_batches(self.trainer, self.trainer.current_epoch)
         place = {"pass": self._pass, "batches": done, "ended": ended}
         return {"version": _VERSION, **place, **self._partition(), "length": length}
 
