@@ -94,7 +94,7 @@ class SSyncEngine:
         if self.first_step is not None:
             return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
         if self.schedule is None:
-            return "SSync never ran: no training step came to it. An SSyncRegularizer calls self.ssync(loss, maps)."
+            return "SSync never ran: no training step came to it. An SSyncRegularizer must call self.ssync(loss, maps)."
         if step <= self.schedule.start:
             setting = "warmup_ratio" if self.config.warmup_steps is None else "warmup_steps"
             return (
