@@ -133,9 +133,8 @@ class ShardLoader(DataLoader[dict[str, Any]]):
 def accumulated_batches(trainer: Any, epoch: int) -> int:
     """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""
     # Lightning's GradientAccumulationScheduler, of either namespace.
-    schedulers = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
-    number = getattr(trainer, "accumulate_grad_batches", 1)
-    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else number
+    found = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
+    return found[0].get_accumulate_grad_batches(epoch) if found else getattr(trainer, "accumulate_grad_batches", 1)
 
 
 def mend_restart(trainer: Any) -> None:
