@@ -72,7 +72,7 @@ class SOLV(SlotHost):
     Args:
         num_slots: number S of slots before merging.
         slot_dim: size D of a slot.
-        backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
+        backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
         backbone_weights: `pretrained`, or `none` for random ones.
         backbone_checkpoint: file of weights instead.

@@ -64,7 +64,7 @@ class FeatureHost(SlotHost):
         slot_dim: size D of a slot.
         slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot.
         slot_init_std: their spread at the start of the training; None for `slot_dim ** -0.5`, as published.
-        backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
+        backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
         similarity_layer: layer that the similarity loss compares, as `vit_block_keys12`; None takes `layer`.
         backbone_weights: `pretrained`, or `none` for random ones.
