@@ -36,6 +36,7 @@ REFUSED = [
     (lambda: tiny(SOLV, merge_rise=0.5), ConfigError, "`merge_rise`"),
     (lambda: tiny(SOLV, linking="never"), ConfigError, "`linking`"),
     (lambda: tiny(SOLV, link_by="names"), ConfigError, "`link_by`"),
+    (lambda: tiny(SOLV, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(SOLV, corrector_init="other"), ConfigError, "`corrector_init`"),
     (lambda: tiny(SOLV, clip_length=4), ConfigError, "odd"),
     (lambda: tiny(SOLV, token_drop=1.0), ConfigError, "`token_drop`"),

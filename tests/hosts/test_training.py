@@ -117,6 +117,20 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", CLIPS)
+def test_slots_from_features_differ_between_clips_and_draw_no_random_numbers(kind: Any) -> None:
+    model, batch = tiny(kind, slot_init="features"), CLIPS[kind]()
+    losses = train(model, batch, 12)
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    inputs, state = batch["video" if kind is SAVi else "features"], torch.get_rng_state()
+    first, second = (model.eval()(inputs).slots for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model(inputs[1:]).slots, first[1:])
+    assert not torch.allclose(first[0], first[1], atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", [SAVi, VideoSAUR, SOLV])
 def test_padded_frames_and_samples_neither_count_nor_inform(kind: Any) -> None:
     options = {SAVi: {"slot_init": "learned"}, VideoSAUR: {"slot_init": "learned", "contrast_weight": 1.0}}

@@ -16,7 +16,7 @@ from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, tempo
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
-from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
+from ssync_pl.hosts.nn.initializers import build_initializer, first_slots
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
@@ -62,7 +62,8 @@ class FeatureHost(SlotHost):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"features"`:
+            means of groups of alike patches in the first frame (farthest points, then k-means), without randomness.
         slot_init_std: their spread at the start of the training; None for `slot_dim ** -0.5`, as published.
         backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
@@ -119,7 +120,7 @@ class FeatureHost(SlotHost):
         self,
         num_slots: int = 11,
         slot_dim: int = 128,
-        slot_init: Literal["gaussian", "learned"] = "gaussian",
+        slot_init: Literal["gaussian", "learned", "features"] = "gaussian",
         slot_init_std: float | None = None,
         backbone: str | None = "efficientnet_lite0",
         layer: str | None = None,
@@ -169,7 +170,7 @@ class FeatureHost(SlotHost):
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
         require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
-        choose("slot_init", slot_init, "gaussian", "learned")
+        choose("slot_init", slot_init, "gaussian", "learned", "features")
         choose("decoder", decoder, "mlp", "mixer")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
@@ -205,9 +206,8 @@ class FeatureHost(SlotHost):
         predictor = None
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
-        first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
         spread = slot_dim**-0.5 if slot_init_std is None else slot_init_std
-        self.initializer: nn.Module = first_slots(num_slots, slot_dim, spread)
+        self.initializer = build_initializer(slot_init, num_slots, slot_dim, encoder.output_dim, spread)
         corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
         processor = SlotProcessor(corrector, predictor, iterations_first)
         patch_decoder: nn.Module
@@ -237,7 +237,9 @@ class FeatureHost(SlotHost):
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)
-        processed = self.processor(self.initializer(len(items)), encoded["features"])
+        frames = [encoded[name] for name in ("features", "backbone_features")]
+        first = (frame[:, 0] if self.is_video else frame for frame in frames)
+        processed = self.processor(first_slots(self.initializer, *first), encoded["features"])
         decoded = self.decoder(processed["slots"])
         if not self.is_video:
             encoded, processed, decoded = (
@@ -339,7 +341,7 @@ class SlotContrast(FeatureHost):
 
     Args:
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip: `"learned"` or `"gaussian"`.
+        slot_init: first slots of a clip: `"learned"`, `"gaussian"` or `"features"`.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
         decoder: `"mlp"` or `"mixer"`.
         similarity_weight: weight of VideoSAUR's similarity loss.
@@ -350,7 +352,7 @@ class SlotContrast(FeatureHost):
     def __init__(
         self,
         slot_dim: int = 64,
-        slot_init: Literal["gaussian", "learned"] = "learned",
+        slot_init: Literal["gaussian", "learned", "features"] = "learned",
         corrector_mlp_hidden: int | None = None,
         decoder: Literal["mlp", "mixer"] = "mlp",
         similarity_weight: float = 0.0,

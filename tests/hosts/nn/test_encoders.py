@@ -11,7 +11,13 @@ from torch.nn.utils import prune, remove_weight_norm, weight_norm
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
 from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
-from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
+from ssync_pl.hosts.nn.initializers import (
+    ConditionedSlots,
+    GaussianSlots,
+    LearnedSlots,
+    first_frame_hints,
+    group_patches,
+)
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector
 
 
@@ -60,6 +66,26 @@ def test_first_slots_are_drawn_learned_or_made_of_hints() -> None:
     hints[0, 1, 0] = 0.9
     assert torch.equal(slots[0, 0], conditioned(hints)[0, 0])
     assert not torch.allclose(slots[0, 1], conditioned(hints)[0, 1])
+
+
+def test_patches_are_grouped_as_by_hand_and_no_group_is_empty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 20, 5, generator=generator)
+    features[2] = 1.0  # one group holds all
+    weights = group_patches(features, 4, rounds=2)
+    for frame, rows in zip(features[:2].double(), weights[:2], strict=True):
+        centres = [frame[(frame - frame.mean(0)).norm(dim=1).argmax()]]
+        while len(centres) < 4:
+            centres.append(frame[torch.cdist(frame, torch.stack(centres)).amin(1).argmax()])
+        for _ in range(3):
+            labels = torch.cdist(frame, torch.stack(list(centres))).argmin(1)
+            centres = [frame[labels == group].mean(0) for group in range(4)]
+        assert torch.equal(rows > 0, labels == torch.arange(4).unsqueeze(1))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4))
+    assert (weights[2, 1:] > 0).sum(-1).tolist() == [1, 1, 1]
+    assert torch.equal(weights, group_patches(features, 4, rounds=2))
+    with pytest.raises(ShapeError, match="at least 21 patches"):
+        group_patches(features, 21)
 
 
 def test_layers_of_a_transformer_are_split_and_frames_normalised_again() -> None:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssync_pl.errors import choose, require
+from ssync_pl.hosts.nn.initializers import FeatureSlots, group_patches
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
@@ -75,8 +76,10 @@ class RelativeSlotAttention(nn.Module):
         dropout: float = 0.1,
         init: str = "default",
         sharpness: float | None = None,
+        slot_init: str = "learned",
     ) -> None:
         super().__init__()
+        choose("slot_init", slot_init, "learned", "features")
         require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be two positive integers", grid)
         sizes = (num_slots, slot_dim, iterations)
         require(min(sizes) >= 1, "`num_slots`, `slot_dim` and `iterations` to be at least 1", *sizes)
@@ -115,11 +118,19 @@ class RelativeSlotAttention(nn.Module):
             nn.Dropout(dropout),
         )
         self.to_output = nn.Linear(slot_dim, slot_dim)
+        self.initializer: FeatureSlots | None = None
+        if slot_init == "features":
+            self.initializer = FeatureSlots(num_slots, slot_dim, slot_dim)
+            for unused in (self.slots, self.position, self.log_spread):
+                unused.requires_grad_(False)
         if init == "kmeans":
             self._start_as_kmeans(1.5 if sharpness is None else sharpness)
 
-    def forward(self, tokens: Tensor, indices: Tensor) -> BoundSlots:
-        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` among the N patches, each frame by itself."""
+    def forward(self, tokens: Tensor, indices: Tensor, first: Tensor | None = None) -> BoundSlots:
+        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` among the N patches, each frame by itself.
+
+        With `slot_init: features`, they start from the features `first` `(B, N, C)` of the clip's first frame.
+        """
         points = F.embedding(indices, self.points)
         embedded = self.embed(tokens)
         pair = self.pair_in.weight
@@ -127,8 +138,12 @@ class RelativeSlotAttention(nn.Module):
         keys = F.linear(embedded, pair @ self.to_k.weight, bias).unsqueeze(2)
         values = F.linear(embedded, pair @ self.to_v.weight, bias).unsqueeze(2)
         from_position = pair @ self.from_position.weight
-        slots = self.slots.expand(*tokens.shape[:2], -1, -1)
-        pose = SlotPose(self.position, self.log_spread.exp())
+        slots, pose = self.slots, SlotPose(self.position, self.log_spread.exp())
+        if self.initializer is not None and first is not None:
+            groups = group_patches(first, self.slots.shape[0])
+            slots = self.initializer.to_slots(groups @ self.embed(first)).unsqueeze(1)
+            pose = SlotPose(*(part.unsqueeze(1) for part in attention_pose(groups, self.points)))
+        slots = slots.expand(*tokens.shape[:2], -1, -1)
         for iteration in range(self.iterations + 1):
             offsets = F.linear(pose.relative(points), from_position)
             query = self.to_q(self.norm_slots(slots))
