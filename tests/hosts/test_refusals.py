@@ -24,6 +24,7 @@ REFUSED = [
     (lambda: tiny(VideoSAUR, similarity_shift=0), ConfigError, "similarity_shift"),
     (lambda: tiny(VideoSAUR, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(VideoSAUR, decoder="broadcast"), ConfigError, "decoder"),
+    (lambda: tiny(VideoSAUR, decoder="fourier"), ConfigError, "fourier_bands"),
     (lambda: tiny(VideoSAUR, num_slots=0), ConfigError, "num_slots"),
     (lambda: tiny(VideoSAUR, iterations_later=0), ConfigError, "iterations"),
     (lambda: tiny(VideoSAUR, encoder_position=0.5, encoder_hidden=0), ConfigError, "encoder_hidden"),

@@ -79,6 +79,10 @@ RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
         SlotContrast, {**SMALL, **QUICK},
         [2.200798, 1.738822, 1.544685, 1.414945, 1.315226, 1.245186, 1.19975, 1.165801],
     ),
+    "slotcontrast_fourier": (
+        SlotContrast, {**SMALL, **QUICK, "slot_init": "features", "decoder": "fourier", "fourier_bands": 2},
+        [1.0] * 8,
+    ),
     "dinosaur": (DINOSAUR, SMALL, [1.077415, 1.068806, 1.070286, 1.056795, 1.054723, 1.057818, 1.049659, 1.053291]),
     "solv": (
         SOLV, {**SMALL, **WINDOW}, [0.8292246, 1.186644, 0.811561, 0.8073176, 0.8010862, 0.7924412, 0.785345, 0.7792116]

@@ -14,7 +14,7 @@ from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
-from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import build_initializer, first_slots
 from ssync_pl.hosts.nn.layers import init_fan_in_
@@ -77,6 +77,8 @@ class FeatureHost(SlotHost):
         encoder_hidden: hidden size of the MLP in front of slot attention; None for twice the channels, 0 for no MLP.
         encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Set 0.5 with
             convolutional backbones, whose features do not say where a patch lies.
+        fourier_bands: 0: that embedding is linear in row and column, as published; above: of waves with up to this many
+            half periods along the longer side. `decoder: fourier` needs some; 6 fits 16 x 28 patches.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
@@ -87,7 +89,8 @@ class FeatureHost(SlotHost):
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP; None for `4 * slot_dim`.
-        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less.
+        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less;
+            `"fourier"` draws masks from waves and gives a slot one feature: masks follow slot attention within minutes.
         decoder_hidden: sizes of the decoder's hidden layers.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
@@ -134,6 +137,7 @@ class FeatureHost(SlotHost):
         grid: tuple[int, int] = (14, 14),
         encoder_hidden: int | None = None,
         encoder_position: float = 0.0,
+        fourier_bands: int = 0,
         iterations_first: int = 3,
         iterations_later: int = 2,
         corrector_mlp_hidden: int | None = 0,
@@ -143,7 +147,7 @@ class FeatureHost(SlotHost):
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mixer",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mixer",
         decoder_hidden: tuple[int, ...] = (1024, 1024, 1024),
         mixer_blocks: int = 2,
         mixer_heads: int = 4,
@@ -173,7 +177,7 @@ class FeatureHost(SlotHost):
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
         require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
-        choose("decoder", decoder, "mlp", "mixer")
+        choose("decoder", decoder, "mlp", "mixer", "fourier")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
         self.reconstruction_weight = reconstruction_weight
@@ -202,6 +206,7 @@ class FeatureHost(SlotHost):
             slot_dim=slot_dim,
             hidden=encoder_hidden,
             position=encoder_position,
+            bands=fourier_bands,
         )
         self.grid = encoder.grid
         patches = math.prod(encoder.grid)
@@ -216,6 +221,8 @@ class FeatureHost(SlotHost):
         patch_decoder: nn.Module
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
+        elif decoder == "fourier":
+            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands)
         else:
             patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         if corrector_init == "kmeans":
@@ -346,7 +353,7 @@ class SlotContrast(FeatureHost):
         slot_dim: size D of a slot.
         slot_init: first slots of a clip: `"learned"`, `"gaussian"` or `"features"`.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
-        decoder: `"mlp"` or `"mixer"`.
+        decoder: `"mlp"`, `"mixer"` or `"fourier"`.
         similarity_weight: weight of VideoSAUR's similarity loss.
         contrast_weight: weight of the slot-slot contrastive loss.
         **options: all other options of `FeatureHost`.
@@ -357,7 +364,7 @@ class SlotContrast(FeatureHost):
         slot_dim: int = 64,
         slot_init: Literal["gaussian", "learned", "features"] = "learned",
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
         similarity_weight: float = 0.0,
         contrast_weight: float = 0.5,
         **options: Any,
@@ -406,7 +413,7 @@ class DINOSAUR(FeatureHost):
         slot_dim: int = 256,
         iterations: int = 3,
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
         decoder_hidden: tuple[int, ...] = (2048, 2048, 2048),
         warmup_steps: int = 10_000,
         decay_steps: int | None = 100_000,

@@ -19,6 +19,7 @@ from ssync_pl.hosts.nn.initializers import (
     first_frame_hints,
     group_patches,
 )
+from ssync_pl.hosts.nn.layers import fourier_code
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector
 
 
@@ -87,6 +88,14 @@ def test_patches_are_grouped_as_by_hand_and_no_group_is_empty() -> None:
     assert torch.equal(weights, group_patches(features, 4, rounds=2))
     with pytest.raises(ShapeError, match="at least 21 patches"):
         group_patches(features, 21)
+
+
+def test_the_mean_of_a_fourier_code_tells_the_shape_of_the_patches() -> None:
+    code, (y, x) = fourier_code((12, 20), 6), torch.meshgrid(torch.arange(12), torch.arange(20), indexing="ij")
+    assert code.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    shape = ((y > 6) & (x < 15)) | ((x - 4).abs() < 3)
+    density = (code @ code[shape.flatten()].mean(0)).view(12, 20)
+    assert ((density > density[shape].mean() / 2) == shape).float().mean() > 0.9
 
 
 def test_layers_of_a_transformer_are_split_and_frames_normalised_again() -> None:
