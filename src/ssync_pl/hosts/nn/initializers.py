@@ -1,7 +1,5 @@
 """Initial slots of a clip: random, learned, from the first frame's features, or from hints about it."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
