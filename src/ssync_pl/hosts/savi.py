@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
-from ssync_pl.hosts.nn.initializers import ConditionedSlots, build_initializer, first_frame_hints, first_slots
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, build_initializer, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -165,7 +165,7 @@ class SAVi(SlotHost):
         words = {True: "a tensor", False: "None"}
         expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
         require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
-        return first_slots(self.initializer, features) if conditioning is None else self.initializer(conditioning)
+        return torch.as_tensor(self.initializer(features if conditioning is None else conditioning))
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
         """Run a batch; returns the output and the mean squared error over the frames that count."""

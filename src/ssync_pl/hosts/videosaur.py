@@ -14,7 +14,7 @@ from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, tempo
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
-from ssync_pl.hosts.nn.initializers import build_initializer, first_slots
+from ssync_pl.hosts.nn.initializers import build_initializer
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
@@ -241,9 +241,9 @@ class FeatureHost(SlotHost):
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)
-        frames = [encoded[name] for name in ("features", "backbone_features")]
-        first = (frame[:, 0] if self.is_video else frame for frame in frames)
-        processed = self.processor(first_slots(self.initializer, *first), encoded["features"])
+        seen = (encoded["features"], encoded["backbone_features"])
+        first = self.initializer(*(frames[:, 0] if self.is_video else frames for frames in seen))
+        processed = self.processor(first, encoded["features"])
         decoded = self.decoder(processed["slots"])
         if not self.is_video:
             encoded, processed, decoded = (

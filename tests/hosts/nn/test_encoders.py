@@ -56,10 +56,10 @@ def test_hints_are_the_objects_of_the_first_frame_in_order_then_filled() -> None
 
 def test_first_slots_are_drawn_learned_or_made_of_hints() -> None:
     gaussian = GaussianSlots(4, 3)
-    slots = gaussian(2000)
+    slots = gaussian(torch.empty(2000, 1, 1))
     assert not torch.equal(slots[:, 0], slots[:, 1])
-    assert not torch.equal(slots, gaussian(2000))
-    learned = LearnedSlots(4, 3)(2)
+    assert not torch.equal(slots, gaussian(torch.empty(2000, 1, 1)))
+    learned = LearnedSlots(4, 3)(torch.empty(2, 1, 1))
     assert torch.equal(learned[0], learned[1])
     assert not torch.equal(learned[0, 0], learned[0, 1])
     conditioned, hints = ConditionedSlots(3, 8, hint_dim=2), torch.tensor([[[0.1, 0.2], [0.5, 0.5], [-1.0, -1.0]]])

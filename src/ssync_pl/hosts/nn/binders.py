@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.initializers import FeatureSlots, group_patches
-from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.layers import init_fan_in_, unit_grid
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
 # A grid cell's position is divided by this many spreads of the slot, so that relative positions are of order 1.
@@ -85,7 +85,7 @@ class RelativeSlotAttention(nn.Module):
         require(sharpness is None or sharpness > 0, "`corrector_sharpness` to be None or above 0", sharpness)
         self.iterations = iterations
         self.scale = slot_dim**-0.5
-        self.points = nn.Parameter(_unit_grid(grid))
+        self.points = nn.Parameter(unit_grid(grid).flip(-1))  # x and y
         self.slots = nn.Parameter(torch.empty(num_slots, slot_dim))
         nn.init.xavier_uniform_(self.slots)
         self.position = nn.Parameter(0.02 * torch.randn(num_slots, 2))
@@ -168,13 +168,6 @@ class RelativeSlotAttention(nn.Module):
         for layer, bias in ((self.pair_in, shift), (self.pair_out, -shift)):
             nn.init.eye_(layer.weight)
             nn.init.constant_(layer.bias, bias)
-
-
-def _unit_grid(grid: tuple[int, int]) -> Tensor:
-    """Float `(h * w, 2)`: x and y of each cell, row by row, each from -1 to 1."""
-    rows, columns = (torch.linspace(-1.0, 1.0, length) for length in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def frame_windows(values: Tensor, radius: int) -> Tensor:

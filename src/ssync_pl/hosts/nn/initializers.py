@@ -20,9 +20,9 @@ class GaussianSlots(nn.Module):
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
         self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
 
-    def forward(self, batch_size: int) -> Tensor:
-        """Draw slots `(B, S, D)` for a number of clips."""
-        mean = self.mean.expand(batch_size, self.num_slots, -1)
+    def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Draw slots `(B, S, D)` for as many clips as `features` has."""
+        mean = self.mean.expand(len(features), self.num_slots, -1)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
 
@@ -34,27 +34,24 @@ class LearnedSlots(nn.Module):
         require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
-    def forward(self, batch_size: int) -> Tensor:
-        """Repeat the slots, to `(B, S, D)`, for a number of clips."""
-        return self.slots.expand(batch_size, -1, -1)
+    def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Repeat the slots, to `(B, S, D)`, for as many clips as `features` has."""
+        return self.slots.expand(len(features), -1, -1)
 
 
 class FeatureSlots(nn.Module):
     """Means of the features of alike patches in the first frame, turned into slots by a linear map."""
 
-    def __init__(self, num_slots: int, slot_dim: int, feature_dim: int, rounds: int = 3) -> None:
+    def __init__(self, num_slots: int, slot_dim: int, feature_dim: int) -> None:
         super().__init__()
         self.num_slots = num_slots
-        self.rounds = rounds
-        self.to_slots = nn.Linear(feature_dim, slot_dim)
-        nn.init.orthogonal_(self.to_slots.weight)
-        nn.init.zeros_(self.to_slots.bias)
+        self.to_slots = nn.Linear(feature_dim, slot_dim, bias=False)
         if feature_dim == slot_dim:  # slots start out where patches lie
             nn.init.eye_(self.to_slots.weight)
 
     def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
         """Turn features `(B, N, C)` into slots `(B, S, D)`; patches are alike in `looks` `(B, N, K)`, if given."""
-        groups = group_patches(features if looks is None else looks, self.num_slots, self.rounds)
+        groups = group_patches(features if looks is None else looks, self.num_slots)
         return torch.as_tensor(self.to_slots(groups.to(features.dtype) @ features))
 
 
@@ -92,13 +89,6 @@ def build_initializer(kind: str, num_slots: int, slot_dim: int, feature_dim: int
     if kind == "features":
         return FeatureSlots(num_slots, slot_dim, feature_dim)
     return (GaussianSlots if kind == "gaussian" else LearnedSlots)(num_slots, slot_dim, spread)
-
-
-def first_slots(initializer: nn.Module, features: Tensor, looks: Tensor | None = None) -> Tensor:
-    """Slots `(B, S, D)` for clips whose first frames have features `(B, N, C)`; see `FeatureSlots` for `looks`."""
-    return torch.as_tensor(
-        initializer(features, looks) if isinstance(initializer, FeatureSlots) else initializer(len(features))
-    )
 
 
 class ConditionedSlots(nn.Module):

