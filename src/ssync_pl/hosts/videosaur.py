@@ -209,6 +209,7 @@ class FeatureHost(SlotHost):
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
         spread = slot_dim**-0.5 if slot_init_std is None else slot_init_std
+        require(spread > 0, "argument `slot_init_std` to be above 0", spread, advice="Leave it out.")
         self.initializer = build_initializer(slot_init, num_slots, slot_dim, encoder.output_dim, spread)
         corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
         processor = SlotProcessor(corrector, predictor, iterations_first)

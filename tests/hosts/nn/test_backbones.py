@@ -263,9 +263,6 @@ def test_dinov2_is_read_from_an_onnx_export_whose_matrices_have_no_names(timm, t
     found = read_dinov2(tmp_path / "vit.onnx")
     assert set(found) == set(state)
     assert all(torch.equal(found[name], state[name]) for name in state)
-    (tmp_path / "vit.onnx").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match="ONNX"):
-        read_dinov2(tmp_path / "vit.onnx")
 
 
 def test_dinov2_small_agrees_with_the_onnx_model_that_its_package_runs(timm):

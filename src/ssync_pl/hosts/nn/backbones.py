@@ -147,10 +147,8 @@ def load_backbone(
     net = _create(timm, architecture, published and not packaged, options)
     state = _read_state(checkpoint) if checkpoint else packaged.read(net) if packaged and published else None
     facts = timm.get_pretrained_cfg(architecture)
-    mean, std = facts.mean, facts.std
-    if packaged:
-        layer = layer or packaged.layer
-        mean, std = ((value,) * 3 for value in packaged.normalization) if packaged.normalization else (mean, std)
+    layer = packaged.layer if packaged and layer is None else layer
+    mean, std = packaged.normalization if packaged and packaged.normalization else (facts.mean, facts.std)
     backbone = _TimmBackbone(net, layer, vit, name=name, mean=mean, std=std)
     if state is not None:
         # Turns published forms into the network's, for example resizes position embeddings.

@@ -125,10 +125,7 @@ class RelativeSlotAttention(nn.Module):
             self._start_as_kmeans(1.5 if sharpness is None else sharpness)
 
     def forward(self, tokens: Tensor, indices: Tensor, first: Tensor | None = None) -> BoundSlots:
-        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` among the N patches, each frame by itself.
-
-        With `slot_init: features`, they start from the features `first` `(B, N, C)` of the clip's first frame.
-        """
+        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` of the N patches, each frame by itself."""
         points = F.embedding(indices, self.points)
         embedded = self.embed(tokens)
         pair = self.pair_in.weight

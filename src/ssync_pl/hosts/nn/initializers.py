@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import require, require_shape
+from ssync_pl.errors import require_shape
 from ssync_pl.method.labels import compute_dtype
 
 
@@ -15,7 +15,6 @@ class GaussianSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.num_slots = num_slots
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
         self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
@@ -31,7 +30,6 @@ class LearnedSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
     def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
@@ -60,7 +58,7 @@ def group_patches(features: Tensor, num_groups: int, rounds: int = 3) -> Tensor:
     """Group the patches of frames `(B, N, C)` by k-means from the farthest points, without random numbers.
 
     The first centre is the patch farthest from the mean, each further one the patch farthest from all before it.
-    Returns weights `(B, S, N)`, equal within a group, that sum to 1 over the patches.
+    Returns weights `(B, S, N)`, equal within a group, that sum to 1 over the patches; 0 where fewer patches differ.
     """
     require_shape(features.shape[1] >= num_groups, f"a frame of at least {num_groups} patches (`num_slots`)", features)
     with torch.autocast(features.device.type, enabled=False):
@@ -73,14 +71,12 @@ def group_patches(features: Tensor, num_groups: int, rounds: int = 3) -> Tensor:
             near = (points - centre).square().sum(dim=-1)
             distance = near if number == 0 else torch.minimum(distance, near)
         patches = torch.arange(points.shape[1], device=points.device)
-        own = (torch.stack(chosen, dim=1).unsqueeze(-1) == patches).to(points.dtype)  # in the place of an empty group
-        weights = own
+        weights = (torch.stack(chosen, dim=1).unsqueeze(-1) == patches).to(points.dtype)
         numbers = torch.arange(num_groups, device=points.device).view(1, -1, 1)
         for _ in range(rounds + 1):
             nearest = torch.cdist(weights @ points, points).argmin(dim=1, keepdim=True)
             members = (nearest == numbers).to(points.dtype)
-            count = members.sum(dim=-1, keepdim=True)
-            weights = torch.where(count > 0, members / count.clamp(min=1.0), own)
+            weights = members / members.sum(dim=-1, keepdim=True).clamp(min=1.0)
     return weights
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,7 @@ def _dinov2_small(net: nn.Module) -> dict[str, Tensor]:
 def read_dinov2(path: Path) -> dict[str, Tensor]:
     """Read a DINOv2 backbone that was exported from Hugging Face to ONNX, under the names of timm."""
     onnx = package("onnx", f"reading {path.name}", "dinov2")
-    try:
-        graph = onnx.load(path).graph
-    except Exception as error:
-        raise ConfigError(f"Expected {str(path)!r} to be an ONNX model, but got {type(error).__name__}.") from error
+    graph = onnx.load(path).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     places = [value for key, value in tensors.items() if key.startswith(("onnx::Concat", "onnx::Reshape"))]
     for node in graph.node:
@@ -80,14 +77,14 @@ class Packaged(NamedTuple):
 
     architecture: str
     layer: str | None
-    normalization: tuple[float, float] | None
+    normalization: tuple[Sequence[float], Sequence[float]] | None
     read: Callable[[nn.Module], dict[str, Tensor]]
 
 
 PACKAGED = {
     # It sees (x - 127) / 128 for x in [0, 255].
     "efficientnet_lite0": Packaged(
-        "tf_efficientnet_lite0", "blocks.4+blocks.6", (127 / 255, 128 / 255), _efficientnet_lite0
+        "tf_efficientnet_lite0", "blocks.4+blocks.6", ((127 / 255,) * 3, (128 / 255,) * 3), _efficientnet_lite0
     ),
     "dinov2_small": Packaged("vit_small_patch14_dinov2", None, None, _dinov2_small),
 }
