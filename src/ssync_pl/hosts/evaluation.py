@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, require_shape
-from ssync_pl.metrics import SegmentationMetrics
+from ssync_pl.method import SSyncMaps, redundant_slots, relabel
+from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics, metric_names
 from ssync_pl.metrics.functional import used_slots
 
 
@@ -39,6 +41,35 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.unflatten(0, masks.shape[:2])
 
 
+class Evaluated(NamedTuple):
+    """What a host makes of a batch in an evaluation.
+
+    Args:
+        masks: `(B, T, S, h, w)` object masks of the decoder, which sum to 1 over slots.
+        loss: 0-dim.
+        attention: `(B, T, S, h, w)` logits of slot attention, with the same slots; None where a host has none of these.
+        images: slots keep no identity from frame to frame, so that each frame is merged by itself.
+    """
+
+    masks: Tensor
+    loss: Tensor
+    attention: Tensor | None = None
+    images: bool = False
+
+    def labels(self, size: tuple[int, int], merge_threshold: float = 0.7) -> dict[str, Tensor]:
+        """Labels `(B, T, H, W)` of every map, by the prefix of its scores in `ssync_pl.metrics.MAPS`."""
+        # Upsampled once here instead of once in each metric.
+        found = {"": resize_masks(self.masks.float(), size).max(dim=2).indices}
+        if self.attention is not None:
+            found["encoder_"] = resize_masks(self.attention.float().softmax(dim=2), size).max(dim=2).indices
+            logits = self.attention.flatten(3)
+            logits = logits.flatten(0, 1).unsqueeze(1) if self.images else logits
+            winners = redundant_slots(SSyncMaps(logits, logits, grid=self.attention.shape[-2:]), merge_threshold)
+            for prefix, labels in list(found.items()):
+                found[f"merged_{prefix}"] = relabel(labels.reshape(len(winners), -1), winners).view_as(labels)
+        return found
+
+
 class SlotEvaluation(nn.Module):
     """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
 
@@ -51,33 +82,49 @@ class SlotEvaluation(nn.Module):
         self.has_background = has_background
         self.ignore_overlaps = ignore_overlaps
         self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps)
+        names = [name for name in metric_names("segmentation") if METRICS[name].both_maps]
+        self.others = nn.ModuleDict(
+            {
+                name: SegmentationMetrics(prefix + name, has_background, ignore_overlaps, scores=names)
+                for name in MAPS
+                if name
+            }
+        )
         self.used_slots = MeanMetric()
         self.loss = MeanMetric()
 
     @torch.no_grad()
-    def update(self, masks: Tensor, batch: Mapping[str, Any], loss: Tensor) -> None:
+    def update(self, evaluated: Evaluated, batch: Mapping[str, Any]) -> None:
         """Add a batch."""
+        masks = evaluated.masks
         truth = batch.get("segmentations")
         if truth is None:
             raise ConfigError(f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}.")
         fits = truth.ndim == 5 and truth.shape[:2] == masks.shape[:2]
         require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
-        # Upsampled once here instead of once in each metric.
-        labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices
-        self.metrics.update(labels, truth, valid)
+        for prefix, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items():
+            metrics: Any = self.others[prefix] if prefix else self.metrics
+            metrics.update(labels, truth, valid)
         real = valid.any(dim=1).float()
         self.used_slots.update(used_slots(masks, valid).nan_to_num().float(), real)
-        self.loss.update(loss.detach().float(), valid.sum().float())
+        self.loss.update(evaluated.loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name."""
+        """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name.
+
+        Scores of the other `MAPS` are there where the host has these.
+        """
         scores = dict(self.metrics.compute())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metrics without a batch; all ranks have to take part all the same
+            found = (pair for metrics in self.others.values() for pair in metrics.compute().items())  # type: ignore
+            scores |= {name: value for name, value in found if not value.isnan()}
         scores[f"{self.prefix}used_slots"] = self.used_slots.compute()
         scores[f"{self.prefix}loss"] = self.loss.compute()
         return scores
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in (self.metrics, self.used_slots, self.loss):
-            metric.reset()
+        for metric in (self.metrics, *self.others.values(), self.used_slots, self.loss):
+            metric.reset()  # type: ignore[operator]
