@@ -1,5 +1,3 @@
-"""Maps that users name by outputs of modules; hooks in a window; tensors of any layout as maps on one grid."""
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -276,18 +274,6 @@ def test_the_likelier_pair_wins_and_heads_are_not_rows_where_the_grids_would_not
 
 
 X = torch.zeros(1, 2)
-
-
-def test_training_only_leaves_no_grad_out() -> None:
-    layer, capture = nn.Linear(2, 2), Capture()
-    capture.watch("layer", layer)
-    capture.open(training_only=True)
-    with torch.no_grad():
-        assert not capture.is_open
-        layer(X)
-    assert capture["layer"] == []
-    layer.eval()(X)  # a part that is frozen in evaluation mode is heard all the same
-    assert len(capture["layer"]) == 1
 
 
 def test_a_step_that_goes_past_hooks_is_told() -> None:

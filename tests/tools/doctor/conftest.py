@@ -1,5 +1,3 @@
-"""A folder with a user's module in it, of models that no adapter knows."""
-
 import sys
 
 import pytest

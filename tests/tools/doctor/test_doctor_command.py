@@ -1,5 +1,3 @@
-"""`ssync-pl doctor`: what it prints, and its exit status."""
-
 import json
 import re
 import sys

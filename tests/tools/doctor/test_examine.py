@@ -1,5 +1,3 @@
-"""Models and batches as the user names them, what the doctor finds in a host, and what it advises."""
-
 import math
 import re
 from dataclasses import replace

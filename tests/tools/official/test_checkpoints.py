@@ -1,5 +1,3 @@
-"""Public checkpoints, and the commands: what they write runs under `ssync-pl fit` and `validate`."""
-
 import pathlib
 from pathlib import Path
 
