@@ -120,10 +120,11 @@ class SSyncCLI(LightningCLI):
             added.append(bar(refresh_rate=10))
         if self.subcommand == "predict":
             if lacks(SlotPredictions, BasePredictionWriter):
-                added.append(SlotPredictions(out))
+                added.append(SlotPredictions(out, self._get(self.config_init, "merge")))
             else:
-                expected = "--out only without a prediction writer in the configuration"
-                require(out is None, expected, "both", advice="Set the writer's folder instead.")
+                expected = "--out and --merge only without a prediction writer in the configuration"
+                none = out is None and self._get(self.config_init, "merge") is None
+                require(none, expected, "both", advice="Set the writer's own options instead.")
             if inputs:
                 kwargs = {"devices": 1, "num_nodes": 1, **kwargs}  # the windows of a video go one after the other
         return super().instantiate_trainer(**{"callbacks": [*callbacks, *added], **kwargs})
@@ -198,6 +199,8 @@ def add_predict_options(parser: Any) -> None:
     add = partial(parser.add_argument, default=None)
     add("--input", nargs="+", action="extend", type=str, help="Video files, folders of frames or of videos, shards.")
     add("--out", type=str | None, help="Folder of the predictions. Default: predictions in the run's log folder.")
+    text = "Give redundant slots one label, in each video; the overlap above which they are redundant, 0.7 without one."
+    add("--merge", nargs="?", const=0.7, type=float | None, help=text)
     add("--clip_frames", "--clip-frames", type=int | None, help="Most frames at once (64). Only with --input.")
     text = "Weights of the cached features' backbone, where they are not published ones. Only with --input."
     add("--backbone_checkpoint", "--backbone-checkpoint", type=str | None, help=text)

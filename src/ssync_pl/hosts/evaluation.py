@@ -62,9 +62,10 @@ class Evaluated(NamedTuple):
         found = {"": resize_masks(self.masks.float(), size).max(dim=2).indices}
         if self.attention is not None:
             found["encoder_"] = resize_masks(self.attention.float().softmax(dim=2), size).max(dim=2).indices
+            rows, columns = self.attention.shape[-2:]
             logits = self.attention.flatten(3)
             logits = logits.flatten(0, 1).unsqueeze(1) if self.images else logits
-            winners = redundant_slots(SSyncMaps(logits, logits, grid=self.attention.shape[-2:]), merge_threshold)
+            winners = redundant_slots(SSyncMaps(logits, logits, grid=(rows, columns)), merge_threshold)
             for prefix, labels in list(found.items()):
                 found[f"merged_{prefix}"] = relabel(labels.reshape(len(winners), -1), winners).view_as(labels)
         return found

@@ -208,7 +208,7 @@ class SAVi(SlotHost):
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""
         out, loss = self._step(batch)
-        return Evaluated(out.mask_logits.softmax(dim=2), loss, out.attention_logits.unflatten(-1, out.grid))
+        return Evaluated(out.mask_logits.softmax(dim=2), loss, out.attention_logits.unflatten(-1, out.attention_grid))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with warm-up and decay over the Trainer's steps."""
