@@ -14,6 +14,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
@@ -30,9 +31,12 @@ from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.inputs import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
+from ssync_pl.tools.progress import EpochLines
 
-# Words are always handed over explicitly here, so that the warning about sys.argv is noise.
+# Words are always handed over explicitly here, and nobody can follow hints about Lightning's own code or products.
 warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+rank_zero_module.log.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
 
 _ROOT = "runs"
 _OF_INPUT = ("clip_frames", "backbone_checkpoint")  # options of `predict --input`
@@ -115,9 +119,9 @@ class SSyncCLI(LightningCLI):
         if seed is not False and lacks(StepSeed):
             added.append(StepSeed())
         if settings.get("enable_progress_bar") is not False and lacks(ProgressBar):
-            # Each refresh reads numbers off the device, so not in every step.
             bar = TQDMProgressBar if importlib.util.find_spec("rich") is None else RichProgressBar
-            added.append(bar(refresh_rate=10))
+            # Each refresh reads numbers off the device, so not in every step.
+            added.append(bar(refresh_rate=10) if sys.stdout.isatty() else EpochLines())
         if self.subcommand == "predict":
             if lacks(SlotPredictions, BasePredictionWriter):
                 added.append(SlotPredictions(out, self._get(self.config_init, "merge")))
