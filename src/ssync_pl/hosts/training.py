@@ -56,7 +56,7 @@ class SlotHost(L.LightningModule, ABC):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch of the data module, with `segmentations`, to the metrics."""
-        self.evaluation.update(self.evaluate(batch), batch)
+        self.evaluation.update(Evaluated(*self.evaluate(batch)), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and start afresh."""
