@@ -1,21 +1,6 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
-from __future__ import annotations
-
 from typing import Any
-
-__all__ = [
-    "ConfigError",
-    "HostError",
-    "MissingShardError",
-    "SSyncError",
-    "ShapeError",
-    "ShardError",
-    "choose",
-    "require",
-    "require_shape",
-    "require_shard",
-]
 
 
 class SSyncError(Exception):

@@ -1,7 +1,5 @@
 """Where the two maps of an unknown host may be: one step, in which `PathAdapter` would hear each of its modules."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +122,7 @@ def _rank(spots: list[Spot]) -> tuple[FoundPair, ...]:
     # The same two softmaxes are heard from every module around them: only the best place of each is told.
     best: dict[tuple[Any, ...], FoundPair] = {}
     for _, found in ranked:
-        best.setdefault((found.attention.shape, found.attention.axis, found.masks.shape, found.masks.axis), found)
+        best.setdefault((found.attention.last, found.masks.last), found)
     return tuple(best.values())
 
 

@@ -1,8 +1,5 @@
 """The callbacks of every compared run: `RunRecorder` scores the trained host, `KeepCheckpoints` saves it."""
 
-from __future__ import annotations
-
-import json
 import math
 import platform
 import time
@@ -22,12 +19,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import refuse_foreign, write_owned_json
 from ssync_pl.errors import ConfigError, require
 from ssync_pl.hosts.evaluation import Evaluated, frame_validity
 from ssync_pl.hosts.training import SlotHost
 from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics
-from ssync_pl.plugin.schedule import steps_of
+from ssync_pl.plugin.schedule import steps_of, training_length
 
 # A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
 _EARLIER_STEPS = 8
@@ -53,7 +50,9 @@ class RunRecorder(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step = trainer.global_step
+        step, log_dir = trainer.global_step, trainer.log_dir
+        if log_dir is not None:
+            refuse_foreign(Path(log_dir) / "evaluation.json", '"ssync_pl evaluation"')  # before work begins
         self._found |= {"first_step": step, "untrained": _scores(trainer, pl_module) if step == 0 else {}}
         self._start = (time.monotonic(), time.process_time())
 
@@ -77,7 +76,7 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero and log_dir is not None:
             for logger in trainer.loggers:
                 logger.save()
-            write_bytes(Path(log_dir) / "evaluation.json", f"{json.dumps(self._found, indent=1)}\n".encode())
+            write_owned_json(Path(log_dir) / "evaluation.json", "evaluation", self._found)
 
 
 class KeepCheckpoints(Checkpoint):
@@ -96,7 +95,7 @@ class KeepCheckpoints(Checkpoint):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
+        total = training_length(trainer)
         self._latest = {
             one["name"]: steps_of(one["ratio"], one["steps"], total) - one["watch"] for one in self.switches
         }

@@ -4,8 +4,6 @@ An uncompressed tar stores each member as one run of bytes, so an offset and a s
 a slice of it. The index is a cache: it is built again by scanning the tar headers wherever it does not fit a shard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -133,7 +131,7 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an index of ours in any version."""
     try:
-        return bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
+        return not path.is_symlink() and bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
     except FileNotFoundError:
         return True
     except (OSError, ShardError):

@@ -1,7 +1,5 @@
 """Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +11,6 @@ from torchmetrics import MeanMetric
 from ssync_pl.errors import ConfigError, require_shape
 from ssync_pl.method import SSyncMaps, redundant_slots, relabel
 from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics, metric_names
-from ssync_pl.metrics.functional import used_slots
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -82,16 +79,11 @@ class SlotEvaluation(nn.Module):
         self.prefix = prefix
         self.has_background = has_background
         self.ignore_overlaps = ignore_overlaps
-        self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps)
-        names = [name for name in metric_names("segmentation") if METRICS[name].both_maps]
-        self.others = nn.ModuleDict(
-            {
-                name: SegmentationMetrics(prefix + name, has_background, ignore_overlaps, scores=names)
-                for name in MAPS
-                if name
-            }
-        )
-        self.used_slots = MeanMetric()
+        scores = (*metric_names("segmentation"), "used_slots")
+        self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps, scores)
+        shared = [name for name in metric_names("segmentation") if METRICS[name].both_maps]
+        others = {of: SegmentationMetrics(prefix + of, has_background, ignore_overlaps, shared) for of in MAPS if of}
+        self.others = nn.ModuleDict(others)
         self.loss = MeanMetric()
 
     @torch.no_grad()
@@ -104,11 +96,10 @@ class SlotEvaluation(nn.Module):
         fits = truth.ndim == 5 and truth.shape[:2] == masks.shape[:2]
         require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
-        for prefix, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items():
-            metrics: Any = self.others[prefix] if prefix else self.metrics
-            metrics.update(labels, truth, valid)
-        real = valid.any(dim=1).float()
-        self.used_slots.update(used_slots(masks, valid).nan_to_num().float(), real)
+        self.metrics.update(masks.nan_to_num(), truth, valid)  # a training that diverged is logged, not ended
+        for of, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items():
+            if of:
+                self.others[of].update(labels, truth, valid)  # type: ignore[operator]
         self.loss.update(evaluated.loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:
@@ -116,16 +107,13 @@ class SlotEvaluation(nn.Module):
 
         Scores of the other `MAPS` are there where the host has these.
         """
-        scores = dict(self.metrics.compute())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics without a batch; all ranks have to take part all the same
             found = (pair for metrics in self.others.values() for pair in metrics.compute().items())  # type: ignore
-            scores |= {name: value for name, value in found if not value.isnan()}
-        scores[f"{self.prefix}used_slots"] = self.used_slots.compute()
-        scores[f"{self.prefix}loss"] = self.loss.compute()
-        return scores
+            others = {name: value for name, value in found if not value.isnan()}
+        return {**self.metrics.compute(), **others, f"{self.prefix}loss": self.loss.compute()}
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in (self.metrics, *self.others.values(), self.used_slots, self.loss):
+        for metric in (self.metrics, *self.others.values(), self.loss):
             metric.reset()  # type: ignore[operator]

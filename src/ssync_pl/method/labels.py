@@ -1,11 +1,7 @@
 """Hard labels and probabilities over slots, with slots and patches that may not exist."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
-
-__all__ = ["compute_dtype", "hard_labels", "mask_slots", "slot_areas", "slot_logits", "slot_probabilities"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

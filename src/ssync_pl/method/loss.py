@@ -1,7 +1,5 @@
 """`ssync_loss`: from a pair of maps to both distillation losses."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -182,12 +180,7 @@ def describe_backend(
 
     Args:
         maps: The host's maps; their values are not read.
-        temperature: As for `ssync_loss`.
-        loss: As for `ssync_loss`.
-        backend: As for `ssync_loss`.
-
-    Returns:
-        The backend and the reason.
+        temperature, loss, backend: As for `ssync_loss`.
 
     Raises:
         ConfigError: The backend is unknown, or it is ``"triton"``, which cannot serve these maps and options.

@@ -1,15 +1,11 @@
 """`SSyncMaps`: the one contract between a host model and the method."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ssync_pl.errors import ShapeError
-
-__all__ = ["SSyncMaps"]
 
 _MAP_FIELDS = ("attention_logits", "attention_probs", "mask_logits", "mask_probs")
 
@@ -87,7 +83,7 @@ class SSyncMaps:
         """Sizes of the maps, ``(B, T, S, N)``."""
         return tuple(self.attention.shape)  # type: ignore[return-value]
 
-    def detach(self) -> SSyncMaps:
+    def detach(self) -> "SSyncMaps":
         """Returns the same maps without gradient, for pictures and logs."""
         values = {name: getattr(self, name) for name in _MAP_FIELDS}
         return replace(self, **{name: None if v is None else v.detach() for name, v in values.items()})
@@ -115,6 +111,9 @@ class SSyncMaps:
                     f"Expected argument `{name}` to be finite, but got NaN or +inf. "
                     "The host has diverged, or the map was read before it was written."
                 )
+            if name.endswith("_logits") and bool((value >= 0).all()) and bool(((value.sum(2) - 1).abs() < 1e-5).all()):
+                advice = f"Pass such values as `{name.replace('_logits', '_probs')}`."
+                raise ShapeError(f"Expected argument `{name}` to be logits, but got probabilities. {advice}")
             if name.endswith("_probs"):
                 _check_simplex(name, value, self.patch_valid, tolerance)
 

@@ -1,7 +1,5 @@
 """Transitive pseudo-label merging: redundant slots share one label."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -9,8 +7,6 @@ from torch import Tensor
 
 from ssync_pl.method.labels import compute_dtype, hard_labels, slot_areas, slot_logits
 from ssync_pl.method.maps import SSyncMaps
-
-__all__ = ["MergeResult", "merge_slots", "redundant_slots", "relabel", "slot_coverage"]
 
 # The reference adds this to each area, so that two slots that cover nothing have an overlap of 0, not 0 / 0.
 _AREA_EPSILON = 1e-6

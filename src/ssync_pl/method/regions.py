@@ -1,11 +1,7 @@
 """Where each map is trusted: boundaries of the encoder, interiors of the decoder."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
-
-__all__ = ["NUM_NEIGHBOURS", "boundary_region", "count_differing_neighbours", "interior_region"]
 
 NUM_NEIGHBOURS = 10  # eight patches around one in its frame, and the same place in the frame before and after
 

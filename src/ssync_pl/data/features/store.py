@@ -4,8 +4,6 @@ Every shard of features begins with the member `__features__/recipe.json`: the r
 was made from. So each shard can be judged alone, whatever became of the others and of the index.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -57,7 +55,7 @@ class FeatureRecipe:
     projection: str = ""  # fingerprint
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
+    def from_json(cls, values: Mapping[str, Any]) -> "FeatureRecipe":
         """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
@@ -96,13 +94,16 @@ def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
     """
     place, status = os.path.abspath(path), os.stat(path)
     stamp, memo = [status.st_size, status.st_mtime_ns], {}
+    free = not os.path.lexists(folder / _MEMO)
     with contextlib.suppress(OSError, ShardError):
         memo = parse_json((folder / _MEMO).read_bytes(), _MEMO, dict)
+        free = all(isinstance(note, list) and len(note) == 3 for note in memo.values())  # else another program's
     note = memo.get(place)
-    if not isinstance(note, list) or len(note) != 3 or note[:2] != stamp:
+    if not isinstance(note, list) or note[:2] != stamp:
         memo[place] = note = [*stamp, _digest(path, entry)]
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
-            write_bytes(folder / _MEMO, json.dumps(memo).encode())
+            if free:
+                write_bytes(folder / _MEMO, json.dumps(memo).encode())
     return {"name": entry.name, "sha256": str(note[2])}
 
 

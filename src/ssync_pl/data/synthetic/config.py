@@ -1,15 +1,11 @@
 """Settings of the synthetic scenes, and their presets."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from ssync_pl.errors import require
-
-__all__ = ["PRESETS", "SceneConfig", "preset"]
 
 _RANGES: dict[str, tuple[float, float]] = {
     "resolution": (8, 1024),

@@ -1,7 +1,5 @@
 """Reads public configurations: YAML whose `${…}` references OmegaConf resolves, within limits, running no code."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import math
@@ -16,8 +14,6 @@ from typing import Any
 import yaml
 
 from ssync_pl.errors import ConfigError, require
-
-__all__ = ["Keys", "evaluate", "read_config"]
 
 _MOST_BYTES = 200_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
