@@ -32,8 +32,7 @@ from ssync_pl.tools.predict.writer import SlotPredictions
 from ssync_pl.tools.progress import EpochLines
 
 # Words are always handed over explicitly here, and nobody can follow hints about Lightning's own code or products.
-warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+warnings.filterwarnings("ignore", message=".*(LightningCLI's args parameter|isinstance.treespec, LeafSpec)")
 rank_zero_module.log.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
 
 _ROOT = "runs"
@@ -100,9 +99,8 @@ class SSyncCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer with the package's own logger and callbacks where the user named none."""
-        settings, name, inputs, out, seed = (
-            self._get(self.config_init, key) for key in ("trainer", "name", "input", "out", "seed_everything")
-        )
+        keys = ("trainer", "name", "input", "out", "merge", "seed_everything")
+        settings, name, inputs, out, merge, seed = (self._get(self.config_init, key) for key in keys)
         if settings.get("barebones"):
             return super().instantiate_trainer(**kwargs)
         if settings.get("logger") in (None, True):
@@ -122,11 +120,10 @@ class SSyncCLI(LightningCLI):
             added.append(bar(refresh_rate=10) if sys.stdout.isatty() else EpochLines())
         if self.subcommand == "predict":
             if lacks(SlotPredictions, BasePredictionWriter):
-                added.append(SlotPredictions(out, self._get(self.config_init, "merge")))
+                added.append(SlotPredictions(out, merge))
             else:
                 expected = "--out and --merge only without a prediction writer in the configuration"
-                none = out is None and self._get(self.config_init, "merge") is None
-                require(none, expected, "both", advice="Set the writer's own options instead.")
+                require(out is merge is None, expected, "both", advice="Set the writer's own options instead.")
             if inputs:
                 kwargs = {"devices": 1, "num_nodes": 1, **kwargs}  # the windows of a video go one after the other
         trainer = super().instantiate_trainer(**{"callbacks": [*callbacks, *added], **kwargs})
@@ -204,8 +201,7 @@ def add_predict_options(parser: Any) -> None:
     add = parser.add_argument
     add("--input", nargs="+", action="extend", type=str, help="Video files, folders of frames or of videos, shards.")
     add("--out", type=str | None, help="Folder of the predictions. Default: predictions in the run's log folder.")
-    text = "Give redundant slots one label, in each video; the overlap above which they are redundant, 0.7 without one."
-    add("--merge", nargs="?", const=0.7, type=float | None, help=text)
+    add("--merge", nargs="?", const=0.7, type=float | None, help="Give redundant slots (overlap above 0.7) one label.")
     add("--clip_frames", "--clip-frames", type=int | None, help="Most frames at once (64). Only with --input.")
     text = "Weights of the cached features' backbone, where they are not published ones. Only with --input."
     add("--backbone_checkpoint", "--backbone-checkpoint", type=str | None, help=text)

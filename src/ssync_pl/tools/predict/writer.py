@@ -250,13 +250,7 @@ class VideoFiles:
         self._fps, self._mp4 = fps, io.BytesIO()
         self._container: Any = None
 
-    def add(
-        self,
-        frames: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        num_slots: int,
-        winners: NDArray[Any] | None = None,
-    ) -> None:
+    def add(self, frames: NDArray[Any], labels: NDArray[np.uint8], num_slots: int, winners: Any = None) -> None:
         """Takes frames (T, H, W, 3), labels (T, H, W) of them, of which 255 is no slot, and whose label slots take."""
         self.last = labels[-1].copy()
         if winners is not None:
