@@ -1,5 +1,3 @@
-"""The report as HTML, on folders with made-up numbers and flat pictures."""
-
 import base64
 import html
 import itertools
@@ -55,9 +53,8 @@ def write_run(place, seed, slots, number, effect):
         Image.new("RGB", (112, 227), (step // 20, 120, 150)).save(place / "pictures" / f"step-{step:06d}.png")
     steps = np.arange(49, 3000, 150)
     ssync = {"boundary_loss": np.exp(-steps / 3000), "merged_slots": steps / 1000, "weight": 0.1 * (steps >= 1500)}
-    logged = pd.DataFrame(
-        {"step": steps} | ({f"ssync/{name}": value for name, value in ssync.items()} if number else {})
-    )
+    ssync = {f"ssync/{name}": value for name, value in ssync.items()}
+    logged = pd.DataFrame({"step": steps} | (ssync if number else {}))
     validated = pd.DataFrame({"step": [1000, 2000, 3000], "val/video_fg_ari": [0.4, 0.55, 0.6], "val/video_ari": 0.1})
     pd.concat([logged, validated]).to_csv(place / "metrics.csv", index=False)
 

@@ -1,5 +1,3 @@
-"""`ssync-pl data preview`."""
-
 import io
 from pathlib import Path
 

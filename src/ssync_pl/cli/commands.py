@@ -29,14 +29,8 @@ def _generate(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add("--validation", type=int, default=48, help="number of validation videos (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of all videos (default: %(default)s)")
     add("--workers", type=int, help="processes; 0 uses this one only")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="changes",
-        help="change the preset, e.g. zoom=1.5",
-    )
+    change = "change the preset, e.g. zoom=1.5"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.synthetic import generate
@@ -181,15 +175,18 @@ def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Write the tensors of a public checkpoint as one for `ssync-pl validate|test|predict --ckpt_path`.
 
-    It goes beside the configuration of `ssync-pl config convert`. Nothing in the file can run.
+    Nothing in the file can run.
     """
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="of `config convert`, to lie beside OUT.ckpt")
     parser.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
     parser.add_argument("out", type=_new_file, metavar="OUT.ckpt", help="where the result goes, a new file")
     options = parser.parse_args(words)
     loading()
+    from ssync_pl.compare.variants import read_yaml
     from ssync_pl.tools.official.checkpoints import convert_checkpoint
 
-    for name in convert_checkpoint(options.file, options.out):
+    config = None if options.config is None else read_yaml(options.config)
+    for name in convert_checkpoint(options.file, options.out, config):
         sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
     sys.stdout.write(f"converted: {options.out}\n")
 

@@ -26,12 +26,8 @@ def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> lis
     """Expands patterns to shards: braces (`{000000..000304}`, `{train,validation}`), then globs of local paths.
 
     Returns local paths or URLs, which are not looked up, in the order of the patterns, globs sorted. `argument` is the
-    name of the user's argument, for messages.
-
-    Raises:
-        ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
-            has a scheme that cannot be read.
-        MissingShardError: A named shard does not exist.
+    name of the user's argument, for messages. Raises ConfigError for what is malformed, matches nothing or names a
+    shard twice, and MissingShardError.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = bool(patterns) and all(isinstance(item, str) and item for item in patterns)

@@ -1,5 +1,3 @@
-"""MOVi records, YouTube-VIS, DAVIS and own videos, written here, to shards and back."""
-
 import importlib.util
 import json
 import os

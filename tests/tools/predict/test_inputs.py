@@ -1,5 +1,3 @@
-"""Inputs as users have them, and features of new videos as the cache holds them."""
-
 import numpy as np
 import pytest
 import torch

@@ -143,11 +143,8 @@ def test_a_folder_with_files_of_others_is_refused_by_name(tmp_path, name, conten
 
 
 def test_labels_of_our_hosts_and_of_others(tmp_path):
-    for answer in (
-        None,
-        lambda labels: {"masks": one_hot(labels)[..., ::2, ::2]},
-        lambda labels: {"labels": labels.int()},
-    ):
+    small, plain = lambda found: {"masks": one_hot(found)[..., ::2, ::2]}, lambda found: {"labels": found.int()}
+    for answer in (None, small, plain):
         predict(tmp_path, [clip("a")], answer)
         labels = labels_of(tmp_path, "a")
         assert (labels.dtype, labels.shape) == (np.uint8, (2, 6, 6))
@@ -223,9 +220,8 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, capsys,
     files = {f"{name}{ending}" for name in "01" for ending in (".mp4", *ENDINGS)}
     assert {path.name for path in folder.iterdir()} == {"index.json", *files}
     monkeypatch.setitem(sys.modules, "quiet_writer", sys.modules[__name__])
-    kept = run_trainer(
-        [*words, "--trainer.callbacks+=quiet_writer.QuietWriter", "--trainer.callbacks.write_interval=epoch"]
-    )
+    words += ["--trainer.callbacks+=quiet_writer.QuietWriter", "--trainer.callbacks.write_interval=epoch"]
+    kept = run_trainer(words)
     assert kept.trainer.predict_loop.return_predictions is False  # which would fill the memory
     assert not any(isinstance(callback, SlotPredictions) for callback in kept.trainer.callbacks)
     assert not list((tmp_path / "runs").glob("tiny/version_1/predictions"))

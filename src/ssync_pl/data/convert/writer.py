@@ -66,12 +66,7 @@ def convert(
     Each shard is made whole by one process under a hidden name, read back, and only then renamed. The same call goes on
     where a killed one was. Equal arguments give equal bytes, whatever the number of workers and the interruptions.
     `recipe` holds the settings that decide the samples, as JSON values; several prefixes may share a folder. `progress`
-    shows a bar on terminals.
-
-    Raises:
-        ConfigError: An argument is out of range.
-        ShardError: A source is bad and `on_bad_sample` is not `skip`, the folder holds shards of another conversion,
-            another process works on it, or the disk is full or refuses. Finished shards stay.
+    shows a bar on terminals. Finished shards stay after errors.
     """
     plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
     require(bool(plain), "the prefix to be a plain file name part", repr(prefix))

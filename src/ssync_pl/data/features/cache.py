@@ -94,10 +94,6 @@ def cache_features(
     shards, and all later calls take it: so store the training videos first. `out` may hold shards of the same recipe,
     nothing else. `flips` stores features of the mirrored frames too: they are no mirror image of the features. With
     `on_bad_sample="skip"` videos that cannot be read get no features and are reported.
-
-    Raises:
-        ConfigError: A setting is out of range, or `out` holds features of another recipe or projection.
-        ShardError: A video cannot be read or changes, features are not finite, or `out` cannot be written.
     """
     from tqdm import tqdm
 
