@@ -1,7 +1,5 @@
 """Looks through shard sets: counts, damage, duplicates, and leaks between training and validation."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -22,12 +20,8 @@ from ssync_pl.data.shards import read_shard
 from ssync_pl.errors import ShardError, require
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
-_KINDS = {
-    "shard": "damaged shards",
-    "sample": "damaged or refused samples",
-    "key": "duplicate keys",
-    "content": "duplicate videos",
-}
+_KINDS = {"shard": "damaged shards", "sample": "damaged or refused samples"}
+_KINDS |= {"key": "duplicate keys", "content": "duplicate videos"}
 
 
 @dataclass(frozen=True)
