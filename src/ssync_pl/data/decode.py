@@ -287,12 +287,13 @@ def decode_video(
     size: tuple[int, int] | None = None
     begin = seen = 0
     with _open_video(source, where, max_bytes) as (container, stream):
-        pictures: Iterator[Any] | None = _decoded(container, stream)
+        pictures = _decoded(container, stream)
         if frames and frames[0] > 0 and stamp is not None:
-            begin, pictures = frames[0], _seek(container, stream, stamp)
-            if pictures is None:
+            found = _seek(container, stream, stamp)
+            if found is None:
                 yield from decode_video(source, where, frames, max_bytes=max_bytes)
                 return
+            begin, pictures = frames[0], found
         for number, picture in enumerate(pictures, begin):
             require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
             turned = _orientation(picture)[0]
@@ -317,7 +318,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         return iter(container.decode(stream))
     from av import CodecContext
 
-    decoder = CodecContext.create(name, "r")
+    decoder: Any = CodecContext.create(name, "r")
     return itertools.chain.from_iterable(decoder.decode(packet) for packet in container.demux(stream))
 
 
