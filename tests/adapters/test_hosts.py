@@ -220,7 +220,7 @@ def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])
-def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
+def test_a_model_inside_a_trainers_module_is_found_and_wrappers_do_not_count_as_depth(spec: Any) -> None:
     inner = tiny(SAVi)
     inner.teacher = tiny(SAVi)  # a host that is known stays the root, whatever its parts look like
     assert locate(spec, inner)[1:] == (inner, "")
@@ -228,10 +228,6 @@ def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
     assert located[1:] == (inner, "task.model")
     assert isinstance(located.adapter, SaviAdapter)
     assert locate(spec, nn.ModuleDict({"a": inner, "b": inner})).root is inner  # in two places, it is one
-
-
-def test_wrappers_do_not_count_as_depth() -> None:
-    inner = tiny(SAVi)
     outer = _nested("task.model", nn.DataParallel(torch.compile(inner, backend="eager")))
     assert locate("auto", outer)[1:] == (inner, "task.model.module._orig_mod")
     # Only real wrappers are looked through: a user's own `module` is a child like any other.

@@ -114,8 +114,7 @@ RECORDED = {
 }
 
 
-def test_the_recorded_cases_are_there():
-    assert len(GOLDEN) == 3
+assert len(GOLDEN) == 3
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

@@ -116,15 +116,12 @@ def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(monke
     assert torch.equal(boundary_f(read_scene(*SCENE)), borders)
 
 
-def test_resolution_takes_the_nearest_pixels():
+def test_resolution_takes_the_nearest_pixels_and_an_empty_batch_counts_nothing():
     pred, true = SCENE
     options = {"size": (7, 5), "mode": "nearest-exact"}
     small = torch.nn.functional.interpolate(true.flatten(0, 1).to(torch.uint8), **options).bool().unflatten(0, (3, 4))
     small_pred = torch.nn.functional.interpolate(pred.to(torch.uint8), **options).long()
     assert torch.equal(count(pred, true, resolution=(7, 5)).table, count(small_pred, small).table)
-
-
-def test_empty_batch_counts_nothing():
     for pred in (SCENE[0][:0], labels_to_masks(SCENE[0], 5).float()[:0]):
         assert count(pred, SCENE[1][:0]).table.shape[:3] == (0, 4, 4)
         assert boundary_f(read_scene(pred, SCENE[1][:0])).shape == (0, 4)

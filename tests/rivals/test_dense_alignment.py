@@ -141,8 +141,5 @@ DIFFERENT = "of the same videos, frames and patches"
 def test_features_and_groups_that_are_refused(loss, given, options, error, match):
     with pytest.raises(error, match=match):
         loss(*given, **options)
-
-
-def test_maps_of_another_clip_are_refused():
     with pytest.raises(ShapeError, match="of one clip"):
         slot_redundancy(MAPS, MAPS.mT)
