@@ -194,10 +194,6 @@ class _Flat(HostAdapter):
         raise HostError("nothing to collect")
 
 
-class _FlatToo(_Flat):
-    name = "flat-too"
-
-
 def _nested(path: str, inner: nn.Module) -> nn.Module:
     for name in reversed(path.split(".")):
         inner = nn.ModuleDict({name: inner})
@@ -214,7 +210,7 @@ def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.M
     assert locate(own, host) == (own, host, "")  # which is left to complain itself
     with pytest.raises(HostError, match="no child 'x'"):
         own.attach(host)
-    register_adapter(_FlatToo)
+    register_adapter(type("FlatToo", (_Flat,), {"name": "flat-too"}))
     with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
         locate("auto", nn.Flatten())
 

@@ -238,8 +238,7 @@ SCAN = seen((2, 3, 16), 1, 4)
         (seen((2, 5, 3, 16), 2), seen((2, 3, 16), 1), (2, 1)),  # five heads
         (seen((2, 5, 3, 16), 2), seen((10, 3, 16), 1), (2, 5)),  # five frames
         (seen((2, 3, 16), 1, 3), seen((8, 3, 16), 1), None),  # other frames
-        (SCAN, seen((8, 4, 16), 1), None),  # other slots
-        (SCAN, seen((8, 3, 24), 1), None),  # patches that do not fit
+        *((SCAN, seen(shape, 1), None) for shape in ((8, 4, 16), (8, 3, 24))),  # other slots, patches that do not fit
         (seen((2, 5, 3, 16), 2, heads=False), seen((2, 3, 16), 1), None),
     ],
 )

@@ -9,7 +9,7 @@ from metric_helpers import CLASSES, SCENE, items
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics import METRICS, BoundaryF, MaskMetric, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
+from ssync_pl.metrics import BoundaryF, MaskMetric, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
 from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene
 
 
@@ -84,12 +84,6 @@ def test_collection_scores_segmentation_unless_told():
         single.update(empty, labels_to_masks(empty, 2))
         several.update(empty, labels_to_masks(empty, 2))
         assert [single.compute().isnan(), several.compute()["video_fg_ari"].isnan()] == [skip] * 2
-
-
-def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():
-    assert len({info.title for info in METRICS.values()}) == len(METRICS)
-    assert metric_names(None, "headline") == ("video_fg_ari", "video_ari", "video_mbo")
-    assert {name for group in ("segmentation", "slots") for name in metric_names(group)} == set(METRICS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
