@@ -135,6 +135,7 @@ NOT_TOGETHER = r"same slots, videos and frames.*'grouping' gave \(.*'decoder' ga
         ([rand(2, 4)], HostError, r"gave \(2, 4\) in 1 call"),
         ([rand(1, 1, 2, 4)] * 2, HostError, r"gave \(1, 1, 2, 4\) in 2 call"),
         ([rand(1, 2, 4), rand(1, 3, 4)], HostError, "one shape for all frames"),
+        ([rand(1, 1, 2, 1)], ShapeError, "more patches than slots"),
         ([torch.zeros(1, 1, 2, 4, dtype=torch.long)], ShapeError, "floating-point"),
         *(([rand(*shape)], ShapeError, NOT_TOGETHER) for shape in ((1, 1, 3, 4), (1, 2, 2, 4), (2, 1, 2, 4))),
     ],

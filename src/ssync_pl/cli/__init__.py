@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import io
 import os
@@ -136,7 +137,7 @@ def run_command(program: str, command: Command | Mapping[str, Command], words: l
 
 
 def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
-    """Reads words like `num_slots=7`, whose values are YAML."""
+    """Reads words like `num_slots=7`, whose values are literals of Python, such as `(1, 2)` and `None`, or YAML."""
     from ssync_pl.compare.variants import parse_yaml
 
     values = {}
@@ -144,7 +145,10 @@ def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         valid = bool(equals) and name.isidentifier()
         require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
-        values[name] = parse_yaml(text, f"{option} {name}=")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            values[name] = parse_yaml(text, f"{option} {name}=")
     return values
 
 

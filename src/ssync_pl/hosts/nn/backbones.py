@@ -144,12 +144,6 @@ def load_backbone(
             Several are joined by `+` and concatenated, in this order, on the finest grid among them (bilinear).
         weights: `pretrained` (default; timm's need the network once), or `none` for random weights from a fixed seed.
         checkpoint: File of weights instead: PyTorch (read with `weights_only=True`) or safetensors.
-
-    Returns:
-        The frozen backbone on CPU.
-
-    Raises:
-        ConfigError: A name, the layer or the file does not fit, a package is missing, or a download fails.
     """
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
