@@ -82,6 +82,10 @@ RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
     "solv": (
         SOLV, {**SMALL, **WINDOW}, [0.8292246, 1.186644, 0.811561, 0.8073176, 0.8010862, 0.7924412, 0.785345, 0.7792116]
     ),
+    "solv_quick": (
+        SOLV, {**SMALL, **WINDOW, "corrector_init": "kmeans"},
+        [0.7721073, 0.7643553, 0.765318, 0.7953144, 0.7761944, 0.7543694, 0.733297, 0.7277712],
+    ),
 }  # fmt: skip
 
 
