@@ -1,7 +1,5 @@
 """`python -m ssync_pl` is the command `ssync-pl`."""
 
-from __future__ import annotations
-
 import sys
 
 from ssync_pl.cli import main
