@@ -4,19 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "ConfigError",
-    "HostError",
-    "MissingShardError",
-    "SSyncError",
-    "ShapeError",
-    "ShardError",
-    "choose",
-    "require",
-    "require_shape",
-    "require_shard",
-]
-
 
 class SSyncError(Exception):
     """Base of every exception that this package raises on purpose."""

@@ -58,13 +58,13 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.viz import refuse_foreign, write_owned_json
+    from ssync_pl.data.files import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        refuse_foreign(options.json)  # before work begins
+        refuse_foreign(options.json, '"ssync_pl check"')  # before work begins
     report = check_shards(group_shards(options.patterns), num_workers=options.workers)
     if options.json is not None:
-        write_owned_json(options.json, {"clean": report.clean, **asdict(report)})
+        write_owned_json(options.json, "check", {"clean": report.clean, **asdict(report)})
     sys.stdout.write(render_report(report) + "\n")
     return 0 if report.clean else 1
 
@@ -78,11 +78,11 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
     options = parser.parse_args(words)
     loading()
-    from ssync_pl.data.files import write_bytes
-    from ssync_pl.tools.viz import draw_preview, refuse_foreign
+    from ssync_pl.data.files import refuse_foreign, write_bytes
+    from ssync_pl.tools.viz import PREVIEW, draw_preview
 
     require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
-    refuse_foreign(options.out)
+    refuse_foreign(options.out, PREVIEW)
     sheet, videos, skipped = draw_preview(options.patterns, options.videos, options.frames)
     sys.stderr.write("".join(f"left out: {problem}\n" for problem in skipped))
     write_bytes(options.out, sheet)
@@ -140,7 +140,7 @@ def _cache(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def _new_file(text: str) -> Path:
-    if Path(text).exists():
+    if Path(text).exists() or Path(text).is_symlink():
         raise argparse.ArgumentTypeError(f"expected a new file, but got {text}, which exists; remove it first")
     return Path(text)
 

@@ -1,18 +1,24 @@
-"""Files that appear complete or not at all, and the lock of those who write them."""
+"""Files that appear complete or not at all, the mark of our own, and the lock of those who write them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from ssync_pl.errors import require
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Writes a file under a temporary name, then renames it, so that no reader sees half; makes missing folders."""
     path = Path(path)
+    if path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "a link stands there, which is not replaced: move it away", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -26,6 +32,23 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def refuse_foreign(path: Path, mark: str) -> None:
+    """Raises ConfigError where there is anything but a file with the mark of its kind near its start."""
+    if os.path.lexists(path):
+        head = b""
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as stream:
+                head = stream.read(200)
+        known, advice = mark.encode() in head, "Move it away."
+        require(known, f"{path} to be absent or of this kind and written by ssync_pl", "another file", advice=advice)
+
+
+def write_owned_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file with the mark `"ssync_pl <kind>"`; raises ConfigError where there is another file."""
+    refuse_foreign(path, f'"ssync_pl {kind}"')
+    write_bytes(path, f"{json.dumps({'written_by': f'ssync_pl {kind}', **content}, indent=2)}\n".encode())
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
     """Holds a lock file while the block runs; the operating system frees that of a killed process.
@@ -34,6 +57,8 @@ def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):
+        raise FileExistsError(errno.EEXIST, "a file that is no lock stands there: move it away", str(path))
     lock = FileLock(path)
     try:
         lock.acquire(timeout=timeout)

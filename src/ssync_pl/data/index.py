@@ -133,7 +133,7 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an index of ours in any version."""
     try:
-        return bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
+        return not path.is_symlink() and bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
     except FileNotFoundError:
         return True
     except (OSError, ShardError):

@@ -105,7 +105,10 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
             f"Expected argument `{argument}` to name shards that exist, but {shard!r} (from {pattern!r}) does not. "
             "Check the path and the range of numbers."
         )
-    found = sorted(filter(os.path.isfile, glob.glob(shard)))
+    matched = sorted(glob.glob(shard))
+    dangling = [path for path in matched if not os.path.exists(path)]
+    require(not dangling, f"argument `{argument}` to match files", f"{dangling[:1]}, a link to nothing")
+    found = [*filter(os.path.isfile, matched)]
     require(bool(found), f"argument `{argument}` to match at least one shard", f"{pattern!r}, which matches none")
     return found
 

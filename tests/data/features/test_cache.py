@@ -108,7 +108,13 @@ def test_foreign_and_damaged_files_are_never_replaced(make_videos, backbone, tmp
     with pytest.raises(ShardError, match="shard of features"):
         run(shards, backbone, tmp_path / "videos")
     assert files(tmp_path / "videos") == before
-    run(shards, backbone, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".verified.json").write_text('{"mine": 1}')
+    (tmp_path / "out" / ".features.tmp").write_text("what a killed call left")
+    for _ in range(2):
+        run(shards, backbone, tmp_path / "out")
+    assert (tmp_path / "out" / ".verified.json").read_text() == '{"mine": 1}'
+    assert not (tmp_path / "out" / ".features.tmp").exists()
     path = tmp_path / "out" / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:2100])
     with pytest.raises(ShardError, match=r"out/train-000000\.tar"):

@@ -17,8 +17,6 @@ import yaml
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ConfigError, require
 
-__all__ = ["convert_checkpoint", "public_globals", "read_checkpoint"]
-
 _DROPPED = ("projector.", "projector2.")
 
 

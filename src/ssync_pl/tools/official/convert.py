@@ -15,8 +15,6 @@ import yaml
 from ssync_pl.errors import require
 from ssync_pl.tools.official.reading import Keys, read_config
 
-__all__ = ["ConvertedConfig", "convert_config"]
-
 _CROPS = {None: "none", "central": "center", "short_side_resize_random": "random"}
 _TRAIN, _VAL = "dataset.train_pipeline", "dataset.val_pipeline"
 _UNREAD = "the official code does not read it"
@@ -56,18 +54,10 @@ _SLOT_WIDTHS = ("encoder.output_transform.outp_dim", "grouper.inp_dim", "grouper
 _MIXER_WIDTHS = ("embed_dim", "allocator.dim", "allocator.memory_dim", "renderer.inp_dim")
 _TAGS = {"dino": "dino", "mae": "mae", "dinov2": "lvd142m"}
 _CONTRAST, _IMAGE_CONTRAST = "Slot_Slot_Contrastive_Loss", "Img_Slot_Slot_Contrastive_Loss"
-_KINDS = {
-    "MSELoss": "reconstruction",
-    "CrossEntropyLoss": "similarity",
-    "MSECLSLoss": "ssync",
-    _CONTRAST: "contrast",
-    _IMAGE_CONTRAST: "contrast",
-}
+_KINDS = {"MSELoss": "reconstruction", "CrossEntropyLoss": "similarity", "MSECLSLoss": "ssync"}
+_KINDS |= dict.fromkeys((_CONTRAST, _IMAGE_CONTRAST), "contrast")
 # What SSync's losses compare, and the weight of its settings
-_SIDES = {
-    "dec_bd_preds": ("grp_bd_labels", "boundary_weight"),
-    "grp_nbd_preds": ("dec_nbd_labels", "interior_weight"),
-}
+_SIDES = {"dec_bd_preds": ("grp_bd_labels", "boundary_weight"), "grp_nbd_preds": ("dec_nbd_labels", "interior_weight")}
 
 
 class ConvertedConfig(NamedTuple):
