@@ -81,7 +81,7 @@ RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
     ),
     "slotcontrast_fourier": (
         SlotContrast, {**SMALL, **QUICK, "slot_init": "features", "decoder": "fourier", "fourier_bands": 2},
-        [1.0] * 8,
+        ,
     ),
     "dinosaur": (DINOSAUR, SMALL, [1.077415, 1.068806, 1.070286, 1.056795, 1.054723, 1.057818, 1.049659, 1.053291]),
     "solv": (
