@@ -79,7 +79,11 @@ def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(config, t
     names = ["SSyncCallback", "SSyncPictures", "ValidationSummary"]
     callbacks = [f"--trainer.callbacks+={name}" for name in names]
     assert main(["fit", "--config", str(config), *callbacks]) == 0
-    assert "| this run " in capsys.readouterr().out
+    streams = capsys.readouterr()
+    assert "| this run " in streams.out
+    lines = [line for line in streams.out.splitlines() if line.startswith("epoch ")]
+    assert lines[-1].startswith("epoch 1, step 2 of 2: train/loss 0.")
+    assert "Tip:" not in streams.err
     folder = tmp_path / "runs" / "tiny" / "version_0"
     for name in ("metrics.csv", "summary.json", "pictures/step-000002.png"):
         assert (folder / name).is_file(), name
@@ -146,12 +150,6 @@ def test_errors_name_the_key_or_the_file(config, tmp_path, capsys, words, messag
     assert not (tmp_path / "new").exists()
 
 
-def test_debug_shows_the_traceback(config, capsys, monkeypatch):
-    monkeypatch.setenv("SSYNC_DEBUG", "1")
-    assert main([*FIT, "--model.num_slots=0"]) == 2
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_data_generate_prints_patterns_that_load(tmp_path, capsys):
     args = ["data", "generate", "--preset", "a_zoom", "--out", str(tmp_path), "--train", "33", "--validation", "1"]
     args += ["--seed", "4", "--workers", "0"]
@@ -210,13 +208,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(config, tmp_path, verb, cont
     assert "Expected --ckpt_path to be a whole checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
+def test_ctrl_c_is_one_line_and_debug_shows_the_traceback(config, monkeypatch, capsys):
     def stop(parser, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ssync_pl.cli.commands.data", stop)
     assert main(["data", "convert", "videos"]) == 130
     assert capsys.readouterr().err == "\nssync-pl: stopped.\n"
+    monkeypatch.setenv("SSYNC_DEBUG", "1")
+    assert main([*FIT, "--model.num_slots=0"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -7,7 +7,15 @@ import torch
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
-from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, cut_windows, match_slots, restore_labels, seen_region
+from ssync_pl.tools.predict.windows import (
+    OUTSIDE,
+    CarrySlots,
+    cut_windows,
+    match_slots,
+    restore_labels,
+    seen_region,
+    share_labels,
+)
 from tiny_run import TINY_SAVI
 
 
@@ -34,11 +42,8 @@ def test_windows_share_a_frame_and_cover_all(total, most):
 
 
 FEATURES = {"backbone": None, "feature_dim": 6, "grid": (2, 2), "num_slots": 3, "slot_dim": 8, "encoder_hidden": 8}
-HOSTS = [
-    (SAVi, TINY_SAVI | {"slot_init": "learned"}, (1, 5, 3, 16, 16), True),
-    (SlotContrast, FEATURES, (1, 5, 4, 6), True),
-    (DINOSAUR, FEATURES, (1, 5, 4, 6), False),
-]
+HOSTS = [(kind, FEATURES, (1, 5, 4, 6), kind is SlotContrast) for kind in (SlotContrast, DINOSAUR)]
+HOSTS += [(SAVi, TINY_SAVI | {"slot_init": "learned"}, (1, 5, 3, 16, 16), True)]
 
 
 @pytest.mark.parametrize(("kind", "options", "shape", "carries"), HOSTS)
@@ -66,7 +71,7 @@ def test_a_window_begins_with_the_slots_that_the_one_before_ended_with(kind, opt
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_matching_keeps_most_pixels(seed):
+def test_matching_keeps_most_pixels_and_numbers_where_pixels_do_not_decide(seed):
     generator = np.random.default_rng(seed)
     slots = 5
     before = generator.integers(0, 4, (6, 6)).astype(np.uint8)
@@ -76,8 +81,6 @@ def test_matching_keeps_most_pixels(seed):
     kept = int((names[after] == before).sum())
     assert kept == max(int((np.array(order)[after] == before).sum()) for order in itertools.permutations(range(slots)))
 
-
-def test_where_pixels_do_not_decide_slots_keep_their_number():
     before = np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 4, axis=0)
     assert match_slots(before, np.array([2, 0, 1, *range(3, 256)], np.uint8)[before], 3).tolist() == [1, 2, 0]
     assert match_slots(before * 0 + 2, before * 0 + 2, 6).tolist() == [0, 1, 2, 3, 4, 5]
@@ -108,3 +111,19 @@ def test_masks_give_smooth_outlines():
     masks = torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])  # (1, 2, 1, 2)
     labels = restore_labels(masks, (2, 8), (slice(0, 2), slice(0, 8)))
     assert labels[0].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
+
+
+def test_slots_that_were_joined_once_stay_so_and_the_largest_label_goes_on():
+    def step(table, winners, sizes):
+        sizes = np.array([*sizes, *[0] * (OUTSIDE + 1 - len(sizes))])
+        table = np.array([*table, *range(len(table), OUTSIDE + 1)], np.uint8)
+        joined = share_labels(table, np.array(winners), sizes)
+        assert joined[len(winners) :].tolist() == list(range(len(winners), OUTSIDE + 1))
+        return joined[: len(winners)].tolist()
+
+    nothing = [0, 1, 2, 3]
+    assert step(nothing, nothing, [5, 5, 5, 5]) == nothing
+    assert step(nothing, [0, 2, 2, 3], [5, 1, 4, 5]) == [0, 2, 2, 3]
+    assert step([0, 2, 2, 3], nothing, [5, 0, 9, 5]) == [0, 2, 2, 3]  # joined before
+    assert step([0, 2, 2, 3], [1, 1, 2, 3], [5, 0, 9, 5]) == [2, 2, 2, 3]  # 0 joins 1, which is called 2
+    assert step([0, 2, 2, 3], [0, 1, 2, 1], [5, 0, 2, 9]) == [0, 3, 3, 3]

@@ -133,7 +133,7 @@ class RelativeSlotAttention(nn.Module):
         keys = F.linear(embedded, pair @ self.to_k.weight, bias).unsqueeze(2)
         values = F.linear(embedded, pair @ self.to_v.weight, bias).unsqueeze(2)
         from_position = pair @ self.from_position.weight
-        slots, pose = self.slots, SlotPose(self.position, self.log_spread.exp())
+        slots, pose = self.slots[:], SlotPose(self.position, self.log_spread.exp())
         if self.initializer is not None and first is not None:
             groups = group_patches(first, self.slots.shape[0])
             slots = self.initializer.to_slots(groups @ self.embed(first)).unsqueeze(1)

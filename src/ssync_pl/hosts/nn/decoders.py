@@ -176,10 +176,10 @@ class FourierDecoder(nn.Module):
         self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
         self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
         self.mlp = MLP(slot_dim, hidden, output_dim)
-        for stack in (self.coefficients, self.mlp):
-            init_fan_in_(stack)
+        init_fan_in_(self.coefficients)
+        init_fan_in_(self.mlp)
         with torch.no_grad():  # mask logits start with a variance of about 1
-            self.coefficients.layers[-1].weight.mul_(self.waves.shape[1] ** -0.5)
+            list(self.coefficients.parameters())[-2].mul_(self.waves.shape[1] ** -0.5)
 
     def forward(self, slots: Tensor) -> dict[str, Tensor]:
         """Decode the slots `(M, S, D)` of some frames, to what `MLPDecoder` returns."""
