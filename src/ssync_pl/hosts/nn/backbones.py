@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ssync_pl.data.features import builders
 from ssync_pl.errors import ConfigError, choose, require, require_packages, require_shape
@@ -25,8 +26,6 @@ Weights = Literal["pretrained", "none"]
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
-
-_Self = TypeVar("_Self", bound="FrozenBackbone")
 
 
 class FrozenBackbone(nn.Module, ABC):
@@ -76,7 +75,7 @@ class FrozenBackbone(nn.Module, ABC):
         shift = [(theirs - ours) / unit for theirs, ours, unit in zip(mean, self.mean, self.std, strict=True)]
         return frames * frames.new_tensor(scale).view(3, 1, 1) + frames.new_tensor(shift).view(3, 1, 1)
 
-    def train(self: _Self, mode: bool = True) -> _Self:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
@@ -231,18 +230,22 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
             ) from error
 
 
-def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …); nothing in it is executed."""
+def read_weights(path: str | os.PathLike[str]) -> Any:
+    """Read a file of PyTorch or `.safetensors`; nothing in it is executed."""
     try:
         if Path(path).suffix == ".safetensors":
-            state: Any = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return importlib.import_module("safetensors.torch").load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(
             f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
-            f"({str(error).splitlines()[0]}). Files that hold more than tensors are refused."
+            f"({str(error).splitlines()[0]}). Files with more than tensors and plain values are refused."
         ) from error
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …)."""
+    state = read_weights(path)
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -1,6 +1,5 @@
 """Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."""
 
-import importlib
 import io
 import os
 import pathlib
@@ -13,7 +12,8 @@ import torch
 import yaml
 
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import require
+from ssync_pl.hosts.nn.backbones import read_weights
 
 _DROPPED = ("projector.", "projector2.")
 
@@ -34,18 +34,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     require(path.is_file(), f"a checkpoint at {str(path)!r}", "no such file", advice="Correct the path.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            with public_globals():
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({type(error).__name__}). Take another file; none is read in a way that could run "
-            "what is in it."
-        ) from error
+    with public_globals():
+        content = read_weights(path)
     whole = content if isinstance(content, Mapping) else {}
     state = whole.get("state_dict", whole)
     known = isinstance(state, Mapping) and len(state) > 0
