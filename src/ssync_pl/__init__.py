@@ -7,9 +7,11 @@ webdataset.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` itself takes a while, in which Ctrl-C would show a traceback
+    from typing import Any
+
     from ssync_pl.method.loss import SSyncOutput, ssync_loss
     from ssync_pl.method.maps import SSyncMaps
     from ssync_pl.plugin.attach import AttachedSSync, attach
@@ -42,23 +44,7 @@ _HOMES = {
     "ssync_loss": "ssync_pl.method.loss",
 }
 
-__all__ = [
-    "AttachedSSync",
-    "DenseAlignmentCallback",
-    "LightningHost",
-    "SSyncCallback",
-    "SSyncConfig",
-    "SSyncMaps",
-    "SSyncOutput",
-    "SSyncPictures",
-    "SSyncRegularizer",
-    "SlotPredictions",
-    "StepSeed",
-    "ValidationSummary",
-    "__version__",
-    "attach",
-    "ssync_loss",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

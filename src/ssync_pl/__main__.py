@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from ssync_pl.cli import main
+
+def main() -> int:
+    """Runs the command line of the package; Ctrl-C ends it with 130 from the first import on."""
+    try:
+        from ssync_pl import cli
+
+        return cli.main()
+    except KeyboardInterrupt:  # before `cli.main` could take it
+        sys.stderr.write("\nssync-pl: stopped.\n")
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "ConfigError",
-    "HostError",
-    "MissingShardError",
-    "SSyncError",
-    "ShapeError",
-    "ShardError",
-    "choose",
-    "require",
-    "require_shape",
-    "require_shard",
-]
+
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey or cannot show, in names of files and answers of servers; line breaks too."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class SSyncError(Exception):
-    """Base of every exception that this package raises on purpose."""
+    """Base of every exception that this package raises on purpose; its message is one printable line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ShapeError(SSyncError, ValueError):

@@ -7,7 +7,9 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.errors import SSyncError, require
+from ssync_pl.errors import SSyncError, printable, require
 
 _TRAINER = ("fit", "validate", "test", "predict")
 _HELP = """usage: ssync-pl COMMAND [OPTIONS]
@@ -41,14 +43,48 @@ _VERBS = re.findall(r"^  (\w+) ", _HELP, re.MULTILINE)
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
-    words = list(sys.argv[1:] if args is None else args)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, io.StringIO())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a name that the terminal cannot show must not end what works
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _stop) if main_thread else None
+    try:
+        status = _run(list(sys.argv[1:] if args is None else args))
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again, and complain
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"ssync-pl: error: {error}\n")
+        return status or 2
+    return status
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Ends at once on Ctrl-C while modules are imported, where some swallow the exception and break."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\nssync-pl: stopped.\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _run(words: list[str]) -> int:
     try:
         return _dispatch(words)
+    except BrokenPipeError:  # `| head` has read enough
+        return 2
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
             return 143
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end a training
+            return 130
         if isinstance(stop.code, str):
             sys.stderr.write(f"{stop.code}\n")
             return 1
@@ -113,7 +149,7 @@ def _reason(cause: BaseException | None) -> str | None:
             return str(cause)
         known = isinstance(cause, OSError | UnicodeDecodeError | ModuleNotFoundError)
         if known or type(cause).__name__ == "MisconfigurationException":  # Lightning's, which takes seconds to import
-            text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            text = f"{type(cause).__name__}: {printable(' '.join(str(cause).split()))}"
             return text + ". Install it, or the extra of ssync-pl that has it." * isinstance(cause, ModuleNotFoundError)
         cause = cause.__cause__  # jsonargparse wraps what classes refuse
     return None
@@ -159,6 +195,7 @@ def size(text: str) -> tuple[int, int]:
 def with_config(words: list[str]) -> list[str]:
     """Checks the files of `--config`; without one, adds that of the run whose checkpoint is named, and says so."""
     from ssync_pl.compare.variants import read_yaml
+    from ssync_pl.data.files import require_unpacked
 
     parser = argparse.ArgumentParser("ssync-pl", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
@@ -166,10 +203,13 @@ def with_config(words: list[str]) -> list[str]:
     given, rest = parser.parse_known_args(words)
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
+    if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
+        require(given.ckpt_path.is_file(), "--ckpt_path to be a file", given.ckpt_path)
+        require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
     if given.config or apart or words[0] not in ("validate", "test", "predict"):
         return words
-    folders = [] if given.ckpt_path is None else given.ckpt_path.expanduser().absolute().parents[:2]
+    folders = [] if given.ckpt_path is None else Path(os.path.expanduser(given.ckpt_path)).absolute().parents[:2]
     found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     expected = "--config FILE, or --ckpt_path of a run in whose folder `ssync-pl fit` saved config.yaml"
     require(found is not None, expected, given.ckpt_path or "neither")

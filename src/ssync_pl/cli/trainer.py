@@ -24,7 +24,7 @@ import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
 from ssync_pl.cli import with_config
-from ssync_pl.errors import ConfigError, SSyncError, require
+from ssync_pl.errors import ConfigError, SSyncError, printable, require
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
@@ -45,8 +45,9 @@ class SSyncArgumentParser(LightningArgumentParser):
         """Writes what is wrong with which key, and exits with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
+        text = "\n".join(map(printable, message.rstrip().split("\n")))
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: error: {message.rstrip()}\nSee {program} --help.\n")
+        sys.stderr.write(f"{program}: error: {text}\nSee {program} --help.\n")
         self.exit(2)
 
 

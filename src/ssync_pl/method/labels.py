@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "hard_labels", "mask_slots", "slot_areas", "slot_logits", "slot_probabilities"]
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the precision of labels, merging and losses: float32 for halves, whose logits often tie."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ssync_pl.errors import ShapeError
 
-__all__ = ["SSyncMaps"]
-
 _MAP_FIELDS = ("attention_logits", "attention_probs", "mask_logits", "mask_probs")
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ssync_pl.method.labels import compute_dtype
 
-__all__ = ["MergeResult", "merge_slots", "relabel", "slot_coverage"]
-
 # The reference adds this to each area, so that two slots that cover nothing have an overlap of 0, not 0 / 0.
 _AREA_EPSILON = 1e-6
 

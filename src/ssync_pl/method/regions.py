@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_NEIGHBOURS", "boundary_region", "count_differing_neighbours", "interior_region"]
-
 NUM_NEIGHBOURS = 10  # eight patches around one in its frame, and the same place in the frame before and after
 
 

@@ -17,8 +17,6 @@ from ssync_pl.metrics.functional.scene import Scene
 from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
 from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, used_slots
 
-__all__ = ["METRICS", "MetricInfo", "ScoredBatch", "metric_names"]
-
 Level = Literal["video", "image"]
 Group = Literal["segmentation", "slots"]
 Shown = Literal["headline", "table", "report"]

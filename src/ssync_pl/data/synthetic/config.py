@@ -9,8 +9,6 @@ from typing import Any
 
 from ssync_pl.errors import require
 
-__all__ = ["PRESETS", "SceneConfig", "preset"]
-
 _RANGES: dict[str, tuple[float, float]] = {
     "resolution": (8, 1024),
     "frames": (1, 1000),

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ssync_pl.metrics.functional.scene import Scene, check_share
 
-__all__ = ["boundary_f"]
-
 # Borders are widened for a group of frames at a time: 2**24 floats are 64 MiB.
 _GROUP_ELEMENTS = 2**24
 

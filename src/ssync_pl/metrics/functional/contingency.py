@@ -10,8 +10,6 @@ from torch import Tensor
 from ssync_pl.errors import ShapeError
 from ssync_pl.metrics.functional.scene import Scene
 
-__all__ = ["Contingency", "contingency"]
-
 
 class Contingency(NamedTuple):
     """Pixel counts of true masks against slots."""

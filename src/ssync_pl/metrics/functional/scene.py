@@ -10,16 +10,6 @@ from torch import Tensor
 
 from ssync_pl.errors import ShapeError, require, require_shape
 
-__all__ = [
-    "Scene",
-    "check_resolution",
-    "check_share",
-    "counted_frames",
-    "labels_to_masks",
-    "read_scene",
-    "require_tensor",
-]
-
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Soft masks are enlarged for a group of frames at a time: 2**22 floats are 16 MiB.
 _GROUP_ELEMENTS = 2**22

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ssync_pl.metrics.functional.contingency import Contingency
 
-__all__ = ["adjusted_rand_index", "mean_best_overlap", "mean_iou"]
-
 
 def adjusted_rand_index(counts: Contingency, skip_empty: bool = False) -> Tensor:
     """Computes the adjusted Rand index over the pixels that have a true mask (Hubert and Arabie, 1985).

@@ -8,8 +8,6 @@ from torch import Tensor
 from ssync_pl.metrics.functional.contingency import Contingency
 from ssync_pl.metrics.functional.scene import check_share, counted_frames, require_tensor
 
-__all__ = ["slot_identity", "slots_per_object", "used_slots"]
-
 
 def slots_per_object(counts: Contingency, min_share: float = 0.01) -> Tensor:
     """Computes the number of slots that an object is cut into: 1 is perfect, more is over-segmentation.

@@ -15,8 +15,6 @@ import yaml
 from ssync_pl.errors import require
 from ssync_pl.tools.official.reading import Keys, read_config
 
-__all__ = ["ConvertedConfig", "convert_config"]
-
 _CROPS = {None: "none", "central": "center", "short_side_resize_random": "random"}
 _TRAIN, _VAL = "dataset.train_pipeline", "dataset.val_pipeline"
 _UNREAD = "the official code does not read it"

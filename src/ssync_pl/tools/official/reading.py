@@ -17,8 +17,6 @@ import yaml
 
 from ssync_pl.errors import ConfigError, require
 
-__all__ = ["Keys", "evaluate", "read_config"]
-
 _MOST_BYTES = 200_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
 _MOST_CHARACTERS = 10_000
