@@ -1,19 +1,48 @@
-"""`python -m ssync_pl` is the command `ssync-pl`."""
+"""`python -m ssync_pl` is the command `ssync-pl`; what a process needs around it, whatever ends it, stands here."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
-    """Runs the command line of the package; Ctrl-C ends it with 130 from the first import on."""
+    """Runs the command line of the package, and returns its exit status: 130 after Ctrl-C, from the first import on."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # names that a terminal cannot show
     try:
+        import signal
+
+        signal.signal(signal.SIGINT, _stop)
         from ssync_pl import cli
 
-        return cli.main()
+        status = cli.main()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # before `cli.main` could take it
-        sys.stderr.write("\nssync-pl: stopped.\n")
+        _say_stopped()
         return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again at its end, and complain
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"ssync-pl: error: {error}\n")
+        return 2
+    return status
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ends at once on Ctrl-C while modules are imported, where some swallow the exception and break."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):  # type: ignore[attr-defined]
+            _say_stopped()
+            os._exit(130)
+        frame = frame.f_back  # type: ignore[attr-defined]
+    raise KeyboardInterrupt
+
+
+def _say_stopped() -> None:
+    os.write(2, b"\nssync-pl: stopped.\n")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -43,41 +40,8 @@ _VERBS = re.findall(r"^  (\w+) ", _HELP, re.MULTILINE)
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by `>&-`
-            setattr(sys, name, io.StringIO())
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a name that the terminal cannot show must not end what works
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, _stop) if main_thread else None
     try:
-        status = _run(list(sys.argv[1:] if args is None else args))
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again, and complain
-        if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"ssync-pl: error: {error}\n")
-        return status or 2
-    return status
-
-
-def _stop(number: int, frame: Any) -> None:
-    """Ends at once on Ctrl-C while modules are imported, where some swallow the exception and break."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"\nssync-pl: stopped.\n")
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _run(words: list[str]) -> int:
-    try:
-        return _dispatch(words)
+        return _dispatch(list(sys.argv[1:] if args is None else args))
     except BrokenPipeError:  # `| head` has read enough
         return 2
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
@@ -204,7 +168,6 @@ def with_config(words: list[str]) -> list[str]:
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
     if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
-        require(given.ckpt_path.is_file(), "--ckpt_path to be a file", given.ckpt_path)
         require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
     if given.config or apart or words[0] not in ("validate", "test", "predict"):

@@ -29,14 +29,8 @@ def _generate(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add("--validation", type=int, default=48, help="number of validation videos (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of all videos (default: %(default)s)")
     add("--workers", type=int, help="processes; 0 uses this one only")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="changes",
-        help="change the preset, e.g. zoom=1.5",
-    )
+    change = "change the preset, e.g. zoom=1.5"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.synthetic import generate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import logging
 import os
 import stat
@@ -12,9 +11,8 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import require
 
 _logger = logging.getLogger(__name__)
 
@@ -27,26 +25,9 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     return Path(path).read_bytes()
 
 
-def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Reads a file of PyTorch or safetensors; nothing in it is executed or unpacked. `ConfigError` if it cannot be."""
-    import torch
-
-    require(os.path.isfile(path), f"weights at {str(path)!r}", "no such file", advice="Correct the path.")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        require_unpacked(path, os.path.getsize(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise ConfigError(
-            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({reason}). Take another file; none is read in a way that could run what is in it."
-        ) from error
-
-
-def require_unpacked(path: Any, most: int) -> None:
-    """Raises `ConfigError` where the members of a file that is a zip take more than `most` bytes when unpacked."""
+def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
+    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
+    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())

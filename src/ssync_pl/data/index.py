@@ -21,18 +21,17 @@ from typing import Any
 
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import read_bytes, write_bytes
-from ssync_pl.errors import ShardError, printable, require_shard
+from ssync_pl.errors import ShardError, require_shard
 
 INDEX_NAMES = ("index.json", "ssync_index.json")
 """File names of the sidecar; the second is taken where another program wrote `index.json`."""
 
-MOST_BYTES = 1 << 30
-"""Bytes of the largest sidecar that is read."""
+MOST_BYTES = 1 << 28  # of a sidecar
 
 _FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"g", b"X")
-_LONGEST_HEADER = 1 << 20
+_LONGEST_HEADER, _LARGEST = 1 << 20, 1 << 36  # bytes of names and attributes, of a member
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, LookupError, RecursionError)
 _ERRORS = "backslashreplace"  # names that are not UTF-8 are read with escapes, so that they can be printed and written
 
@@ -86,24 +85,9 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}, and no end-of-archive mark") from error
 
 
-class _Ending:
-    """A stream that says when it is over: tarfile would go on to skip what a huge size promises."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._left = stream, 9
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._stream.read(size)
-        self._left -= not data
-        if self._left < 0:
-            raise EOFError("it ends in the middle of a member")
-        return data
-
-
 @contextlib.contextmanager
 def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
     """Opens a tar whose end must be whole; every error inside becomes a `ShardError` that names `where`."""
-    stream = _Ending(stream) if "|" in mode else stream
     try:
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader, encoding="utf-8", errors=_ERRORS) as tar:
             yield tar
@@ -120,7 +104,7 @@ def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tar
     Links and special files are put on the list `ignored`.
     """
     for info in tar:
-        if info.size < 0:  # by an extended header
+        if not 0 <= info.size <= _LARGEST:  # a stream is read on and on for what is promised
             raise tarfile.ReadError(f"a member of {info.size} bytes")
         plain, parts = info.isreg() and not info.issparse(), re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", info.name, re.S)
         if plain and parts is not None and not re.match(r"__[^/]*__(?:$|/)", info.name):
@@ -132,8 +116,8 @@ def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tar
 def warn_ignored(where: str, names: Sequence[str]) -> None:
     """Names the links and special files that are left out of a shard."""
     if names:
-        text = "Leaving out %d members of %s that are no plain files (pack links with `tar --dereference"
-        _logger.warning(f"{text} --hard-dereference`): %s", len(names), printable(where), names[:5])
+        text = "Leaving out %d members of %r that are no plain files (pack links with `tar --dereference"
+        _logger.warning(f"{text} --hard-dereference`): %s", len(names), where, names[:5])
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:

@@ -195,11 +195,11 @@ def stream_shard(
                         if len(contents[member]) != info.size:
                             raise EOFError(f"member {info.name} ends early")
                 yield key, Members(where, sizes, functools.partial(_part, where, sizes, contents, max_bytes), max_bytes)
-            behind = 0
-            while data := plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
-                behind += len(data)
-                if behind > _MOST_BEHIND:
-                    raise EOFError(f"more than {_MOST_BEHIND} bytes behind its end")
+            for _ in range(_MOST_BEHIND // _CHUNK):
+                if not plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
+                    break
+            else:
+                raise EOFError(f"{_MOST_BEHIND} bytes behind its end")
         warn_ignored(shown, ignored)
 
 

@@ -76,17 +76,10 @@ def _convert(options: argparse.Namespace) -> int:
     for name in ("root", "splits", "prefix"):  # they decide where videos are found, and not what is made of them
         given.pop(name, None)
     for split in splits:
-        report = convert(
-            split.sources,
-            split.decode,
-            options.out,
-            split.prefix,
-            recipe={"source": options.source, **given},
-            samples_per_shard=options.samples_per_shard,
-            num_workers=options.workers,
-            on_bad_sample=options.on_bad_sample,
-            progress=not options.no_progress,
-        )
+        what, recipe = (split.sources, split.decode, options.out, split.prefix), {"source": options.source, **given}
+        how = {"samples_per_shard": options.samples_per_shard, "on_bad_sample": options.on_bad_sample}
+        how |= {"num_workers": options.workers, "progress": not options.no_progress}
+        report = convert(*what, recipe=recipe, **how)
         lines = _describe(options.out, split.prefix, report, split.notes)
         sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

@@ -19,6 +19,7 @@ from ssync_pl.data.convert import media
 from ssync_pl.data.convert.writer import Split
 from ssync_pl.data.decode import VideoFacts, inspect_video, require_size
 from ssync_pl.data.samples import Members
+from ssync_pl.data.shards import read_at
 from ssync_pl.errors import ShardError, require, require_shard
 
 _ARRAY = ".masks.npy"
@@ -136,12 +137,13 @@ def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tup
         require_shard(len(names) == total, counted, f"{len(names)} masks in {path}", f"{total} frames")
         return media.read_ids(path, names[part], where, size)[..., None]
     require_shard(path.is_file(), f"the masks {path} of {where} to be a plain file", "none")
-    # Not mapped: a file that is cut off meanwhile would kill the process.
-    array = Members(f"{path.parent} of {where}", {path.name: path.stat().st_size}, partial(_part, path), 1 << 40)
-    shape = array.header(path.name).shape
-    require_shard(shape[:1] == (total,), counted, f"{shape} masks in {path}", f"{total} frames")
-    require_size(math.prod(shape[1:]) * len(shown), f"the masks {path} of {where}", media.MAX_BYTES)
-    ids = array.rows(path.name, part)
+    with path.open("rb") as stream:  # not mapped: a file that is cut off meanwhile would kill the process
+        read = lambda _, start, length: read_at(stream, start, length)  # noqa: E731
+        array = Members(f"{path.parent} of {where}", {path.name: path.stat().st_size}, read, 1 << 40)
+        shape = array.header(path.name).shape
+        require_shard(shape[:1] == (total,), counted, f"{shape[0] if shape else 0} masks in {path}", f"{total} frames")
+        require_size(math.prod(shape[1:]) * len(shown), f"the masks {path} of {where}", media.MAX_BYTES)
+        ids = array.rows(path.name, part)
     ids = ids[..., None] if ids.ndim == 3 else ids
     fits = ids.ndim == 4 and ids.size > 0 and ids.shape[1:3] == size and ids.dtype.kind in "uib" and ids.min() >= 0
     expected = (
@@ -149,12 +151,6 @@ def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tup
     )
     require_shard(bool(fits), expected, f"{ids.dtype} {ids.shape} in {path}")
     return ids
-
-
-def _part(path: Path, name: str, start: int, length: int) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(start)
-        return stream.read(length)
 
 
 def _number_objects(masks: np.ndarray, size: Any, void: int | None, where: str) -> tuple[np.ndarray, list[int]]:

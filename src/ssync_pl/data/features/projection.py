@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.files import read_bytes, require_unpacked
+from ssync_pl.data.files import require_unpacked
 from ssync_pl.errors import ShardError, require
 
 PROJECTION_FILE = "projection.npz"
@@ -95,9 +95,8 @@ def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], compone
 def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
     try:
-        packed = io.BytesIO(read_bytes(path, MAX_MEMBER_BYTES))
-        require_unpacked(packed, MAX_MEMBER_BYTES)
-        with np.load(packed, allow_pickle=False) as content:
+        require_unpacked(path, MAX_MEMBER_BYTES)
+        with np.load(path, allow_pickle=False) as content:
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
-from ssync_pl.data.files import load_tensors
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
+from ssync_pl.hosts.weights import load_tensors
 
 Weights = Literal["pretrained", "none"]
 

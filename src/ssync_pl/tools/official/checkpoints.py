@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ssync_pl.data.files import load_tensors, write_bytes
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import require
+from ssync_pl.hosts.weights import load_tensors
 
 _DROPPED = ("projector.", "projector2.")
 
