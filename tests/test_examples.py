@@ -68,9 +68,7 @@ def test_fifty_steps_give_the_recorded_losses(name, data, tmp_path):
                 assert value == pytest.approx(expected, **loose), (column, step)
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [("savi_synthetic", []), ("slotcontrast_synthetic", []), ("slotcontrast_synthetic", WITHOUT)]
-)
+@pytest.mark.parametrize(("name", "more"), [(EXAMPLES[0], []), (EXAMPLES[1], []), (EXAMPLES[1], WITHOUT)])
 def test_an_example_trains_validates_and_reports(name, more, data, tmp_path, capsys):
     needs_features(name)
     fit(name, data, tmp_path, *more, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")

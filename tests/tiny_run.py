@@ -8,12 +8,8 @@ from ssync_pl.hosts.nn.backbones import FrozenBackbone
 
 TINY_SAVI: dict[str, Any] = {"num_slots": 3, "slot_dim": 8, "feature_dim": 8, "warmup_steps": 1}
 TINY_SAVI |= {"encoder_channels": [8], "encoder_strides": [2], "decoder_channels": [8], "decoder_strides": [2]}
-TINY_SAVI |= {
-    "decoder_broadcast": [4, 4],
-    "encoder_mlp_hidden": 8,
-    "corrector_mlp_hidden": 8,
-    "predictor_mlp_hidden": 8,
-}
+TINY_SAVI |= dict.fromkeys(("encoder_mlp_hidden", "corrector_mlp_hidden", "predictor_mlp_hidden"), 8)
+TINY_SAVI["decoder_broadcast"] = [4, 4]
 
 
 def tiny_config(root: Path, **trainer: Any) -> dict[str, Any]:

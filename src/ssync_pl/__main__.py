@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -13,15 +14,13 @@ def main() -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # names that a terminal cannot show
     try:
-        import signal
-
-        signal.signal(signal.SIGINT, _stop)
         from ssync_pl import cli
 
+        signal.signal(signal.SIGINT, _stop)
         status = cli.main()
         sys.stdout.flush()
     except KeyboardInterrupt:  # before `cli.main` could take it
-        _say_stopped()
+        os.write(2, b"\nssync-pl: stopped.\n")
         return 130
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again at its end, and complain
@@ -35,14 +34,10 @@ def _stop(number: int, frame: object) -> None:
     """Ends at once on Ctrl-C while modules are imported, where some swallow the exception and break."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):  # type: ignore[attr-defined]
-            _say_stopped()
+            os.write(2, b"\nssync-pl: stopped.\n")
             os._exit(130)
         frame = frame.f_back  # type: ignore[attr-defined]
     raise KeyboardInterrupt
-
-
-def _say_stopped() -> None:
-    os.write(2, b"\nssync-pl: stopped.\n")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,7 @@ Package = SlotAttentionPackageAdapter
 )
 def test_hosts_that_lack_a_part_are_another_host(adapter: Callable[[], HostAdapter], host: Callable[[], Any]) -> None:
     assert not adapter().match(host())
-    with pytest.raises(
-        HostError, match=r"(Expected .* to have|Expected a host).*Name (the modules yourself|both maps)"
-    ):
+    with pytest.raises(HostError, match=r"Expected (.* to have|a host).*Name (the modules yourself|both maps)"):
         adapter().attach(host())
 
 
@@ -103,27 +101,19 @@ def test_grids_of_features() -> None:
         assert pixels.adapter.collect(pixels.capture).grid == GRID
 
 
+OCLF_NET = "models.object_decoder.decoder"
+short = lambda output: [x[1:] for x in output]  # noqa: E731
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (
-        lambda: hear(giving(fh.VideosaurHost(), "decoder.module", lambda output: {"alpha": output["masks"]})),
-        "VideosaurDecoder .* as 'masks', but got dict with keys alpha",
-    ),
-    (
-        lambda: hear(giving(fh.OclfHost(), "models.object_decoder.decoder", lambda output: output[:, 0])),
-        r"inner network to give \(B \* S, N, C\)",
-    ),
+    (lambda: hear(giving(fh.VideosaurHost(), "decoder.module", lambda x: {"alpha": x})), "'masks', .* with keys alpha"),
+    (lambda: hear(giving(fh.OclfHost(), OCLF_NET, lambda x: x[:, 0])), r"inner network to give \(B \* S, N, C\)"),
     (lambda: hear(fh.OclfHost(fh.OclfDecoder(3 * N))), r"decoder of 24 patches to have the proportions of \(2, 4\)"),
     (
         lambda: hear(altered(fh.OclfHost(video=True), "models.object_decoder", use_decoder_masks=False)),
-        r"OclfDecoder to draw object masks, but it predicts patches .*attention='softmax:models\.perceptual_grouping"
-        r"\.module\.slot_attention', masks='models\.object_decoder:masks'",
+        "it predicts patches .*='softmax:models.perceptual_grouping.module.slot_attention', masks='models.object_decod",
     ),
     (lambda: hear(altered(fh.OclfHost(), "models.object_decoder", depth_positions=5)), "OclfDecoder .* densities"),
     (lambda: hear(sh.Genera1zHost(colours=4)), r"decoder\.readout to give 3 colours and alpha, but got 5"),
-    (
-        lambda: hear(giving(fh.RandSFQHost(fh.MixerDecode()), "decode", lambda output: [x[1:] for x in output])),
-        r"draw the 2 x 3 x 4 slots .* ran on 5 x 4",
-    ),
+    (lambda: hear(giving(fh.RandSFQHost(fh.MixerDecode()), "decode", short)), "the 2 x 3 x 4 slots .* ran on 5 x 4"),
     (lambda: hear(giving(fh.RandSFQHost(), "encode_backbone", lambda x: x.flatten(2))), r"feature map .*\(6, 8, 8\)"),
     (lambda: hear(fh.RandSFQHost(fh.MixerDecode(beside="bos"))), r"one after the other.* \(need_weights"),
     (lambda: hear(fh.RandSFQHost(fh.MixerDecode(beside="noise_sched"))), "diffusion .* nn.Identity .* its denoiser"),
@@ -204,15 +194,6 @@ def test_adaslot_decoders_that_draw_dropped_slots_are_refused_and_masked_slots_a
     host = fh.AdaSlotHost(kept=fh.KEPT)
     host.masked = ~fh.first(3, S)
     assert torch.equal(hear(host).maps().slot_valid, torch.tensor(fh.KEPT).bool() & fh.first(3, S))
-
-
-def test_randsfq_slot_masks_that_change_between_frames_are_refused() -> None:
-    host, flips = fh.RandSFQHost(existing=fh.VALID), iter([fh.VALID, fh.VALID.flip(0), fh.VALID])
-    flip = lambda module, args, kwargs: (args, {**kwargs, "smask": next(flips)})  # noqa: E731
-    host.aggregat.register_forward_pre_hook(flip, with_kwargs=True)
-    heard = hear(host)
-    with pytest.raises(HostError, match="differ by up to"):
-        heard.adapter.verify(heard.capture, heard.maps())
 
 
 @pytest.mark.parametrize("loss", ["brier", "ce"])

@@ -12,7 +12,7 @@ from tap_hosts import Unknown, UnknownHost
 from tiny_models import tiny
 from torch import nn
 
-from ssync_pl import attach, ssync_loss
+from ssync_pl import ssync_loss
 from ssync_pl.adapters import PathAdapter, SaviAdapter, base, locate
 from ssync_pl.adapters.base import HostAdapter, adapter_names, register_adapter
 from ssync_pl.errors import ConfigError, HostError
@@ -122,27 +122,6 @@ def test_a_host_that_changes_its_maps_is_refused(name: str, side: int) -> None:
     heard = hear(host)
     with pytest.raises(HostError, match="but they differ by up to"):
         heard.adapter.verify(heard.capture, heard.maps())
-
-
-@EVERY
-def test_steps_in_a_loop(name: str) -> None:
-    host, alone = make_host(name), make_host(name)
-    with attach(host, warmup_steps=0) as ssync:
-        for model in (host, alone):
-            torch.manual_seed(3)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            for _ in range(2):
-                forget(model)
-                loss = model.training_step(model.batch(), 0)
-                optimizer.zero_grad()
-                (ssync.add(loss) if model is host else loss).backward()
-                optimizer.step()
-        own = own_maps(host)  # of the last step
-        if own.attention_probs is None and own.slot_valid is None:
-            assert torch.equal(ssync.maps.attention_logits, own.attention_logits)
-    assert not any(module._forward_hooks for module in host.modules())
-    pairs = zip(host.parameters(), alone.parameters(), strict=True)
-    assert sum(not torch.equal(a, b) for a, b in pairs) > 2
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -263,13 +242,7 @@ def test_wrappers_do_not_count_as_depth() -> None:
     ("spec", "host", "grid", "error", "message"),
     [
         ("auto", _nested("a.b.c", tiny(SAVi)), None, HostError, r"ModuleDict is none.*`ssync-pl doctor`"),
-        (
-            "auto",
-            nn.ModuleDict({"one": tiny(SAVi), "two": tiny(SAVi)}),
-            None,
-            HostError,
-            r"savi \(at one\), savi \(at t",
-        ),
+        ("auto", nn.ModuleDict({"a": tiny(SAVi), "b": tiny(SAVi)}), None, HostError, r"savi \(at a\), savi \(at b"),
         ("auto", nn.ModuleDict({"slot_attention": nn.Identity()}), None, HostError, r"Candidates: slot_attention\."),
         ("auto", nn.Identity(), None, HostError, "Candidates: none found by name"),
         ("savi", nn.Identity(), None, HostError, "'savi' knows, but Identity lacks"),

@@ -1,5 +1,3 @@
-"""Maps that users name by outputs of modules; hooks in a window; tensors of any layout as maps on one grid."""
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +143,7 @@ NOT_TOGETHER = r"same slots, videos and frames.*'grouping' gave \(.*'decoder' ga
         ([rand(2, 4)], HostError, r"gave \(2, 4\) in 1 call"),
         ([rand(1, 1, 2, 4)] * 2, HostError, r"gave \(1, 1, 2, 4\) in 2 call"),
         ([rand(1, 2, 4), rand(1, 3, 4)], HostError, "one shape for all frames"),
+        ([rand(1, 1, 2, 1)], ShapeError, "more patches than slots"),
         ([torch.zeros(1, 1, 2, 4, dtype=torch.long)], ShapeError, "floating-point"),
         *(([rand(*shape)], ShapeError, NOT_TOGETHER) for shape in ((1, 1, 3, 4), (1, 2, 2, 4), (2, 1, 2, 4))),
     ],
@@ -276,18 +275,6 @@ def test_the_likelier_pair_wins_and_heads_are_not_rows_where_the_grids_would_not
 
 
 X = torch.zeros(1, 2)
-
-
-def test_training_only_leaves_no_grad_out() -> None:
-    layer, capture = nn.Linear(2, 2), Capture()
-    capture.watch("layer", layer)
-    capture.open(training_only=True)
-    with torch.no_grad():
-        assert not capture.is_open
-        layer(X)
-    assert capture["layer"] == []
-    layer.eval()(X)  # a part that is frozen in evaluation mode is heard all the same
-    assert len(capture["layer"]) == 1
 
 
 def test_a_step_that_goes_past_hooks_is_told() -> None:

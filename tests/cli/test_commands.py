@@ -111,7 +111,9 @@ def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(config, t
 def test_fixed_folders_names_and_tensorboard_on_request(config, tmp_path):
     for _ in range(2):  # the configuration is replaced
         assert main(["fit", "--config", str(config), "--trainer.logger=false"]) == 0
-    assert (tmp_path / "runs" / "config.yaml").is_file()
+    (tmp_path / "runs" / "config.yaml").write_text("mine: true")
+    assert main(["fit", "--config", str(config), "--trainer.logger=false"]) == 2
+    assert (tmp_path / "runs" / "config.yaml").read_text() == "mine: true"
     pytest.importorskip("tensorboard")
     assert main(["fit", "--config", str(config), "--name=mine", "--trainer.logger=true"]) == 0
     assert list((tmp_path / "runs" / "mine" / "version_0").glob("events.out.tfevents.*"))

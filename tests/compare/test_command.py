@@ -1,13 +1,7 @@
-"""`ssync-pl compare` from its words to its tables, on runs of a few steps that one in-process launcher makes."""
-
 import contextlib
 import importlib.util
 import json
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,34 +163,6 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, write_config, ca
     assert all(command.endswith(" --trainer.precision=32") for command in commands)
     assert lines[-1].startswith("# 8 runs")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_comparison_goes_on_to_the_same_scores(tmp_path, write_config, number):
-    config = str(write_config(tmp_path, max_steps=120))
-
-    def start(name):
-        words = ["--config", config, "--out", str(tmp_path / name), "--seeds", "1"]
-        return subprocess.Popen([sys.executable, "-m", "ssync_pl", "compare", *words], stdout=subprocess.DEVNULL)
-
-    broken = start("broken")
-    try:
-        deadline = time.monotonic() + 600
-        while not list((tmp_path / "broken").rglob("metrics.csv")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(random.random())
-        broken.send_signal(number)
-        assert broken.wait(timeout=60) == (-number if number == signal.SIGKILL else 143)
-    finally:
-        broken.kill()
-    assert not list((tmp_path / "broken").rglob("runs/**/evaluation.json"))
-    for name in ("broken", "whole"):
-        assert start(name).wait(timeout=900) == 0
-    ours, theirs = (read_results(tmp_path / name / "results.csv").drop(columns=OWN) for name in ("broken", "whole"))
-    assert len(ours) == 2
-    assert ours.equals(theirs)
 
 
 def test_the_experiments_of_the_repository_fit_its_examples(shared, tmp_path, monkeypatch, capsys):

@@ -53,11 +53,7 @@ REFUSED = [  # changes of the configuration, options, message
     ({"model": {"class_path": "SAVi"}}, {}, "`num_slots` among the options of SAVi"),
     ({"trainer": [1]}, {"variants": "without"}, "`trainer` in .*tiny.yaml to hold keys"),
     ({"data": SEEN}, {}, "validation shards of 'with' .* but got a.tar"),
-    (
-        {"model": SLOTCONTRAST},
-        {"variants": "without,slot-contrast"},
-        "'without' and 'slot-contrast', which are the same",
-    ),
+    ({"model": SLOTCONTRAST}, {"variants": "without,slot-contrast"}, "'without' and 'slot-contrast', which are the"),
     ({}, {"variants": "without,a.yaml,b.yaml"}, "'a' and 'b', which are the same"),
     ({}, {"variants": "without,=a.yaml"}, "begin with a letter"),
     ({}, {"variants": "without,...yaml"}, "begin with a letter"),

@@ -1,5 +1,3 @@
-"""The recorder writes what runs are compared by, and changes no bit of a training."""
-
 import json
 
 import lightning.pytorch as L

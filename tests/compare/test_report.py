@@ -1,5 +1,3 @@
-"""The report as HTML, on folders with made-up numbers and flat pictures."""
-
 import base64
 import html
 import itertools
@@ -55,9 +53,8 @@ def write_run(place, seed, slots, number, effect):
         Image.new("RGB", (112, 227), (step // 20, 120, 150)).save(place / "pictures" / f"step-{step:06d}.png")
     steps = np.arange(49, 3000, 150)
     ssync = {"boundary_loss": np.exp(-steps / 3000), "merged_slots": steps / 1000, "weight": 0.1 * (steps >= 1500)}
-    logged = pd.DataFrame(
-        {"step": steps} | ({f"ssync/{name}": value for name, value in ssync.items()} if number else {})
-    )
+    ssync = {f"ssync/{name}": value for name, value in ssync.items()}
+    logged = pd.DataFrame({"step": steps} | (ssync if number else {}))
     validated = pd.DataFrame({"step": [1000, 2000, 3000], "val/video_fg_ari": [0.4, 0.55, 0.6], "val/video_ari": 0.1})
     pd.concat([logged, validated]).to_csv(place / "metrics.csv", index=False)
 
@@ -171,15 +168,30 @@ def test_odd_names_are_shown_as_they_are_and_never_as_markup(tmp_path):
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     folder = make_folder(tmp_path / "x", seeds=(3,))
     (folder / "report").mkdir()
-    for name in ("paired_9_gone_3.png", "photo_2.png"):
-        (folder / "report" / name).write_bytes(b"x")
+    for name, content in (("paired_9.png", b"Software\0ssync_pl report"), ("paired_9_mine.png", b""), ("2.png", b"")):
+        (folder / "report" / name).write_bytes(content)
     page = Page(write_report(folder))
     assert "With one seed there is no interval and no verdict" in page.words
     assert "±" not in " ".join(" ".join(row) for row in page.rows)
     assert "(better)" not in page.words
     assert len(page.numbers("with")[0]) == 2
     # figures of an earlier report go, other pictures stay
-    assert {"photo_2.png"} == {path.name for path in (folder / "report").glob("*[92]*.png")}
+    assert {"2.png", "paired_9_mine.png"} == {path.name for path in (folder / "report").glob("*[92]*.png")}
+
+
+@pytest.mark.parametrize("name", ["results.csv", "report/index.html", "report/merging_3.png", "report/paired_7.png"])
+def test_files_of_others_are_refused_by_name_and_cells_are_no_formulas(tmp_path, no_figures, name):
+    folder = make_folder(tmp_path / "x", ("without", "=1+1"))
+    for path in folder.glob("runs/*/*/seed_0/pictures/step-003000.png"):
+        path.unlink()
+        path.mkdir()  # no picture
+    for _ in range(2):  # an earlier one of ours is replaced
+        write_report(folder)
+    assert {*read_results(folder / "results.csv")["variant"]} == {"without", "'=1+1"}
+    (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name} to be absent"):
+        write_report(folder)
+    assert (folder / name).read_text() == "mine"
 
 
 CUT = b'\xff\xfe{"scores": {'

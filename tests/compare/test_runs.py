@@ -23,7 +23,11 @@ folder = pathlib.Path(sys.argv[1])
 (folder / 'words.json').write_text(json.dumps([sys.argv[2:], time.time()]))
 """
 ENDS = "(folder / 'evaluation.json').write_text('{}')\n"
-KEEPS = BEGINS + "(folder / 'checkpoints').mkdir(); (folder / 'checkpoints' / 'x.ckpt').touch(); time.sleep(1)\n" + ENDS
+KEEPS = (
+    BEGINS
+    + "(folder / 'checkpoints').mkdir(exist_ok=True); (folder / 'checkpoints' / 'x.ckpt').touch(); time.sleep(1)\n"
+    + ENDS
+)
 
 
 def make_run(tmp_path: Path, seed: int, code: str = BEGINS + ENDS, **changes) -> Run:
@@ -64,12 +68,13 @@ def test_a_run_starts_from_the_checkpoint_of_another_one_while_that_goes_on(tmp_
     # What a killed comparison left of the source is made again, and nothing starts from its old checkpoint.
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("old")
+    (checkpoint.parent / "notes.txt").write_text("mine")
     (source.folder / "job.json").write_text(json.dumps({"recipe": "r"}))
     lost = make_run(tmp_path, 2, source="without", checkpoint=tmp_path / "none" / "checkpoints" / "x.ckpt")
     launch(tmp_path, [first, source, lost])
     words, begun = words_of(first)
     assert words == ["--ckpt_path", str(checkpoint)]
-    assert checkpoint.read_text() == ""
+    assert (checkpoint.read_text(), (checkpoint.parent / "notes.txt").read_text()) == ("", "mine")
     assert begun > words_of(source)[1]
     assert json.loads((first.folder / "job.json").read_text())["source"] == "without"
     assert words_of(lost)[0] == []  # nobody makes it, so it trains all itself

@@ -1,5 +1,3 @@
-"""`ssync-pl data check`: counts, damage, duplicates and leaks."""
-
 import gzip
 import io
 import json

@@ -1,5 +1,3 @@
-"""The data module: batches as hosts see them, under a real trainer and two real processes."""
-
 import json
 import logging
 import os
@@ -109,9 +107,7 @@ def test_ids_and_single_channels(tmp_path, opened):
 
 
 @pytest.mark.parametrize("backend", ["mmap", "webdataset"])
-def test_bad_and_short_videos_raise_or_are_counted_and_logged_once(
-    write_tar, npy_bytes, numbered_video, caplog, opened, backend
-):
+def test_bad_and_short_videos_raise_or_are_counted(write_tar, npy_bytes, numbered_video, caplog, opened, backend):
     frames = [6, 1, 6, 6, 6]
     members = {f"{n}.video.npy": npy_bytes(numbered_video(n, count)["video.npy"]) for n, count in enumerate(frames)}
     members["3.video.npy"] = members["3.video.npy"][:-7]

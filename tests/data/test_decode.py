@@ -1,5 +1,3 @@
-"""Members of shards: what decodes to what, and what is refused."""
-
 import builtins
 import gzip
 import io

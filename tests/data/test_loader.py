@@ -1,5 +1,3 @@
-"""Passes that stop in the middle and go on."""
-
 import gc
 import logging
 import multiprocessing
@@ -17,9 +15,7 @@ BACKENDS = ["mmap", "webdataset"]
 
 
 def _keys(batches) -> list[tuple]:
-    return [
-        (tuple(b["__key__"]), tuple(b["flip"].tolist()), b["video"][..., 1].flatten(1)[:, 0].tolist()) for b in batches
-    ]
+    return [(*b["__key__"], *b["flip"].tolist(), b["video"][..., 1].flatten(1)[:, 0].tolist()) for b in batches]
 
 
 def _stopped(data, stop):

@@ -1,5 +1,3 @@
-"""Who reads what: every clip once per pass, and equally many batches on all ranks."""
-
 import collections
 import itertools
 import multiprocessing
@@ -19,9 +17,8 @@ CLIPS = SampleRules(clip_length=2, seed=3)
 
 def source(counts):
     """Shards that are never read, with so many videos each."""
-    entries = [
-        ShardEntry(f"{n}.tar", 0, tuple(SampleEntry(f"{n}/{k}", {}) for k in range(c))) for n, c in enumerate(counts)
-    ]
+    videos = [tuple(SampleEntry(f"{n}/{k}", {}) for k in range(count)) for n, count in enumerate(counts)]
+    entries = [ShardEntry(f"{n}.tar", 0, samples) for n, samples in enumerate(videos)]
     return ShardSource([entry.name for entry in entries], entries)
 
 
@@ -59,14 +56,6 @@ def test_ranks_and_workers_share_each_pass_exactly(kind, training, videos):
         assert len(set(real)) == len(real), "a video came twice"
         assert {visit for visit, *_ in read} <= ({epoch} if training else {0, 1})
         assert len(real) == (videos // (world * BATCH) * world * BATCH if training else videos)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_resumed_stream_reads_the_clips_that_were_left(workers):
-    for rank, start in itertools.product(range(2), (1, 4, 7)):
-        data = ShardStream(source([7] * 8), CLIPS, batch_size=BATCH, rank=rank, world=2)
-        whole, rest = (in_turns(parts_of_workers(data, 0, workers, begin)) for begin in (0, start))
-        assert sorted(rest) == sorted(whole[start:])
 
 
 def test_clips_of_a_video_are_numbered_and_a_stream_comes_to_the_rest_in_other_passes():

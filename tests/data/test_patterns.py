@@ -10,6 +10,7 @@ from ssync_pl.errors import ConfigError
 def folder(tmp_path):
     for name in ("a-000000.tar", "a-000001.tar", "a-000002.tar", "b-000000.tar", "c[1].tar"):
         (tmp_path / name).touch()
+    (tmp_path / "d-000000.tar").symlink_to(tmp_path / "nothing")
     return tmp_path
 
 
@@ -60,6 +61,7 @@ def test_wrong_braces_name_argument_and_pattern(pattern):
         ("https://host/a-*.tar", "by braces"),
         ("FOLDER/c-*.tar", "match at least one shard"),
         ("FOLDER", "folder"),
+        ("FOLDER/[bd]-*.tar", "d-000000.tar.*link to nothing"),
         *((empty, "at least one shard") for empty in ([], "", [""])),
         (["FOLDER/a-*.tar", "FOLDER/a-000001.tar"], "comes twice"),
         (["FOLDER/a-*.tar", "https://host/a.tar"], "all local or all remote"),

@@ -1,5 +1,3 @@
-"""`ssync-pl data preview`."""
-
 import io
 from pathlib import Path
 
@@ -9,7 +7,7 @@ from PIL import Image
 
 from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
-from ssync_pl.tools.viz import draw_preview, slot_colors
+from ssync_pl.tools.viz import SHEET, draw_preview, encode_png, slot_colors
 
 
 def preview(paths: list[str], *counts: int) -> tuple[np.ndarray, int, list[str]]:
@@ -59,11 +57,13 @@ def test_the_command_names_damage_and_replaces_nothing(shards, tmp_path, capsys)
     assert main(words) == 2
     assert out.read_bytes() == b"mine"
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "sheet.png").write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8), SHEET))
     for shard, name, more, message in (
         ("bad*.tar", "a.png", [], "key 9"),
         ("train*.tar", "a.jpg", [], "to end in .png"),
         ("train*.tar", "a.png", ["--videos", "0"], "--videos"),
-        ("train*.tar", "folder.png", [], "written by ssync_pl"),
+        *(("train*.tar", f"{name}.png", [], "written by ssync_pl") for name in ("folder", "link", "sheet")),
     ):
         assert main(["data", "preview", str(tmp_path / shard), "--out", str(tmp_path / name), *more]) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,3 @@
-"""Transfers that fail in the ways that real ones do, and shards that are not whole."""
-
 import io
 
 import pytest
@@ -29,17 +27,10 @@ def read(url):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize(
-    "script",
-    [
-        [],
-        [("cut", 70_000)],
-        [("cut", 0), ("cut", 70_000), ("stall", 1)],
-        [("status", 503), ("status", 429), ("hang",)],
-        [("stall", 140_000)],
-    ],
-    ids=["whole", "cut", "often", "refused", "stalled"],
-)
+@pytest.mark.parametrize("script", [
+    [], [("cut", 70_000)], [("cut", 0), ("cut", 70_000), ("stall", 1)],
+    [("status", 503), ("status", 429), ("hang",)], [("stall", 140_000)],
+], ids=str)  # fmt: skip
 def test_broken_transfers_go_on_and_give_the_whole_file(flaky, script, ranges):
     flaky.script, flaky.ranges = list(script), ranges
     assert read(f"{flaky.url}/a.tar") == CONTENT

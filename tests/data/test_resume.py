@@ -1,5 +1,3 @@
-"""A run that is killed and resumed equals the one that was not, bit for bit."""
-
 import json
 import random
 import signal

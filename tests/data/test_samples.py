@@ -1,5 +1,3 @@
-"""Clips and videos cut from their members, and how they are put together."""
-
 import gzip
 import re
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Writing shards, their index, and reading their members in place."""
-
 import bz2
 import gzip
 import hashlib

@@ -1,5 +1,3 @@
-"""Streams: the same samples as shards that are read in place, whatever goes wrong."""
-
 import gzip
 from pathlib import Path
 
@@ -102,10 +100,7 @@ def test_members_over_the_limit_are_bad_samples_and_not_read(write_tar, npy_byte
     path = str(write_tar({"0.video.npy": many, "1.video.npy.gz": gzip.compress(many), "2.video.npy": frames}))
     for rules in (SampleRules(), SampleRules(clip_length=2)):
         (batch,) = stream([path], load_shards([path]), rules, 3, skip_bad=True, max_bytes=2000)
-        assert sorted((place[-1], "max_member_bytes" in text) for place, text in batch[BAD_SAMPLES]) == [
-            ("0", True),
-            ("1", True),
-        ]
+        assert sorted(place[-1] for place, text in batch[BAD_SAMPLES] if "max_member_bytes" in text) == ["0", "1"]
 
 
 def test_a_shard_and_an_index_that_do_not_belong_together_are_refused(local, tmp_path, numbered_video):

@@ -1,5 +1,3 @@
-"""The page's code is run as it stands there."""
-
 import importlib
 import re
 from pathlib import Path

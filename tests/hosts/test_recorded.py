@@ -11,14 +11,8 @@ from torch import Tensor
 from ssync_pl import SSyncMaps, hosts, ssync_loss
 
 RECORDED = Path(__file__).parent / "recorded"
-SHARED = {
-    "num_slots": 4,
-    "slot_dim": 8,
-    "backbone": None,
-    "feature_dim": 12,
-    "grid": (3, 3),
-    "decoder_hidden": (16,) * 2,
-}
+SHARED = {"num_slots": 4, "slot_dim": 8, "backbone": None, "feature_dim": 12, "grid": (3, 3)}
+SHARED["decoder_hidden"] = (16,) * 2
 MIXER = {"similarity_dim": 12, "decoder_hidden": (16,) * 3, "similarity_weight": 0.1}
 MOVI = {**MIXER, "reconstruction_weight": 0.0, "similarity_temperature": 0.075}
 YTVIS = {**MIXER, "mixer_blocks": 3, "similarity_temperature": 0.25}

@@ -7,17 +7,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from tiny_hosts import make_trainer
-from tiny_models import (
-    FEATURE_HOSTS,
-    FEATURES,
-    OPTIONS,
-    Batch,
-    loader,
-    pixel_clips,
-    tiny,
-    train,
-    window_clips,
-)
+from tiny_models import FEATURE_HOSTS, FEATURES, OPTIONS, Batch, loader, pixel_clips, tiny, train, window_clips
 
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ShapeError
@@ -63,11 +53,7 @@ def test_schedules_by_hand(factor: Any, expected: dict[int, float]) -> None:
     assert {step: factor(step) for step in expected} == pytest.approx(expected)
 
 
-CLIPS: dict[Any, Callable[[], Batch]] = {
-    SAVi: pixel_clips,
-    **dict.fromkeys(FEATURE_HOSTS, window_clips),
-    SOLV: window_clips,
-}
+CLIPS: dict[Any, Callable[[], Batch]] = {SAVi: pixel_clips, **dict.fromkeys([*FEATURE_HOSTS, SOLV], window_clips)}
 # How learning rates of 3e-3 decay, and what is left of them after four steps
 DECAYS: dict[Any, tuple[dict[str, Any], float]] = {
     SAVi: ({"slot_init": "learned", "decay": "cosine"}, 0.0),

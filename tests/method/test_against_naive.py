@@ -1,5 +1,3 @@
-"""The implementation equals the loop reference on random clips, and the values of the published code."""
-
 import json
 from pathlib import Path
 

@@ -113,6 +113,7 @@ BAD_PROBS = torch.where(BAD.isnan(), BAD, 1 / 3)
         ({"mask_logits": changed(logits(), (slice(None), slice(None), 0), -torch.inf)}, None),
         ({"mask_probs": changed(PROBS, FIRST, 0.75)}, r"`mask_probs` to sum to 1 over slots.*from 1 to 1\.5"),
         ({"attention_probs": logits()}, "from 0 to 0"),
+        ({"attention_logits": torch.randn(2, 3, 4, 6).softmax(2)}, "to be logits, but got probabilities"),
         ({"attention_probs": torch.randn(2, 3, 4, 6).softmax(3)}, "the slot axis, not over patches"),
         ({"mask_probs": NEGATIVE}, r"probabilities in \[0, 1\], but got values down to -0\.75.*`mask_logits`"),
         ({"mask_logits": BAD, "attention_probs": BAD_PROBS}, "finite"),

@@ -53,9 +53,8 @@ def test_collection_equals_single_metrics(has_background):
     everything = (*metric_names("segmentation"), *metric_names("slots"))
     metrics = SegmentationMetrics("val/", has_background, skip_empty=True, resolution=(8, 8), scores=everything)
     options = {"ignore_background": has_background, "resolution": (8, 8)}
-    singles = {
-        name: kind(**options, **({"skip_empty": True} if "ari" in name else {})) for name, (kind, *_) in CLASSES.items()
-    }
+    skip = {name: {"skip_empty": True} if "ari" in name else {} for name in CLASSES}
+    singles = {name: kind(**options, **skip[name]) for name, (kind, *_) in CLASSES.items()}
     singles |= {"boundary_f": BoundaryF(resolution=(8, 8)), "unused_slots": UnusedSlots()}
     if has_background:
         singles["video_ari"] = VideoARI(resolution=(8, 8))

@@ -66,9 +66,8 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
     rank = first + index
     warnings.simplefilter("ignore")
     # These make Lightning believe that its processes were started from outside.
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(folder)
     results: dict[str, Any] = {}
     for name, (options, ddp) in CASES.items():

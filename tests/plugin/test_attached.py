@@ -185,7 +185,7 @@ def test_models_losses_and_states_that_cannot_be_used(host):
             ssync.loss()
     good = attached(host).state_dict()
     wrong = [{**good, name: value} for name in good for value in ("x", [], {}, object())]
-    inside = [("factor", None), ("before", [1]), ("sum", [1, 2]), ("count", "many"), ("on", True), ("sum", 3)]
+    inside = [("factor", None), ("before", [1]), ("sum", [1, 2]), ("count", "many"), ("sum", 3)]
     wrong += [{**good, "guard": {**good["guard"], name: value}} for name, value in inside]
     for state in (None, 3, {}, {"calls": 3}, {**good, "calls": -1}, {**good, "calls": "3"}, *wrong):
         with pytest.raises(ConfigError, match="Expected what `state_dict` of"):

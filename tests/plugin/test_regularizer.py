@@ -111,9 +111,7 @@ def test_a_plain_model_trains_with_the_given_optimizer_and_schedule():
     assert (type(default), default.param_groups[0]["lr"]) == (torch.optim.Adam, 2e-4)
 
 
-@pytest.mark.parametrize(
-    ("output", "got"), [(3.0, "float"), (torch.zeros(2), r"shape \(2,\)"), ({"los": 1}, "NoneType")]
-)
+@pytest.mark.parametrize(("output", "got"), [(3.0, "float"), (torch.zeros(2), "shape"), ({"los": 1}, "NoneType")])
 def test_other_losses_of_a_plain_model_are_refused(output, got):
     host = LightningHost(nn.Linear(3, 1), lambda model, batch: output)
     with pytest.raises(HostError, match=f"0-dim tensor, or a dict with one under 'loss', but got .*{got}"):

@@ -224,10 +224,8 @@ def test_slot_colors_are_distinct_and_do_not_depend_on_the_count():
 
 def test_labels_are_painted_or_hidden():
     picture = viz.color_labels(np.array([[2, -1], [0, 2]]), background=0)
-    assert picture.tolist() == [
-        [viz.slot_colors(3)[2].tolist(), [0, 0, 0]],
-        [[70, 70, 70], viz.slot_colors(3)[2].tolist()],
-    ]
+    colour = viz.slot_colors(3)[2].tolist()
+    assert picture.tolist() == [[colour, [0, 0, 0]], [[70, 70, 70], colour]]
 
 
 def test_the_first_of_overlapping_masks_is_taken_and_labels_grow_by_nearest_pixel():

@@ -1,5 +1,3 @@
-"""The table of a training, and its rows that need no learning: layouts by hand, k-means that finds what is there."""
-
 import json
 from pathlib import Path
 
@@ -148,13 +146,7 @@ def test_processes_score_the_baselines_together(tmp_path):
         assert together[row] == pytest.approx(alone[row])
 
 
-LAYOUTS = [
-    (1, (5, 7), [1]),
-    (8, (64, 64), [4, 4]),
-    (6, (60, 40), [2, 2, 2]),
-    (11, (64, 64), [4, 4, 3]),
-    (24, (336, 336), [6, 6, 6, 6]),
-]
+LAYOUTS = [(1, (5, 7), [1]), (6, (60, 40), [2] * 3), (11, (64, 64), [4, 4, 3]), (24, (336, 336), [6] * 4)]
 
 
 @pytest.mark.parametrize(("cells", "size", "rows"), LAYOUTS)

@@ -75,16 +75,9 @@ class Located(NamedTuple):
 def locate(spec: str | HostAdapter, host: nn.Module, grid: tuple[int, int] | None = None) -> Located:
     """Finds the adapter that a user asked for, and the part of the host that it knows.
 
-    The host itself comes first, then what DDP and `torch.compile` wrap, then its children and theirs.
-
-    Args:
-        spec: ``"auto"``, the name of an adapter, or an adapter.
-        host: The model that is trained.
-        grid: ``(H, W)`` patches, for adapters that cannot always find it.
-
-    Raises:
-        ConfigError: There is no adapter of that name, or it takes no grid.
-        HostError: No adapter knows the host or a part of it, or several do.
+    The host itself comes first, then what DDP and `torch.compile` wrap, then its children and theirs. ``spec`` is
+    ``"auto"``, the name of an adapter, or an adapter; ``grid`` is for adapters that cannot always find it. Raises
+    ConfigError for an unknown name or a grid that is not taken, HostError where no adapter knows the host, or several.
     """
     if isinstance(spec, HostAdapter):
         if grid is not None:

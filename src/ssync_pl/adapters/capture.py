@@ -157,8 +157,9 @@ class Capture:
         heard = {module for key, module in self.modules.items() if self._records[key]}
         for key in self.silent:
             if heard & {*self.modules[key].modules()} - {self.modules[key]}:
-                called = f"the method forward of {type(self.modules[key]).__name__}, past all hooks"
-                raise HostError(f"Expected hooks on '{key}' to run, but the step calls {called}. Call self(...).")
+                kind = type(self.modules[key]).__name__
+                past = f"goes past them by the method forward of {kind}, or another one"
+                raise HostError(f"Expected hooks on '{key}' to run, but the step {past}. Call {kind} as self(...).")
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
         return (Capture, ())

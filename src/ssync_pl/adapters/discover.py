@@ -124,7 +124,7 @@ def _rank(spots: list[Spot]) -> tuple[FoundPair, ...]:
     # The same two softmaxes are heard from every module around them: only the best place of each is told.
     best: dict[tuple[Any, ...], FoundPair] = {}
     for _, found in ranked:
-        best.setdefault((found.attention.shape, found.attention.axis, found.masks.shape, found.masks.axis), found)
+        best.setdefault((found.attention.last, found.masks.last), found)
     return tuple(best.values())
 
 

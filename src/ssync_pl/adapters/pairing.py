@@ -106,7 +106,8 @@ def find_pair(attention: Iterable[Seen], masks: Iterable[Seen]) -> Pair | None:
     """
     best: tuple[tuple[int, ...], Pair] | None = None
     for (i, one), (j, two) in itertools.product(enumerate(attention), enumerate(masks)):
-        if (one.name, one.axis, one.values[0].shape) == (two.name, two.axis, two.values[0].shape):
+        alike = (one.name, one.axis, one.values[0].shape) == (two.name, two.axis, two.values[0].shape)
+        if alike or (one.heads and two.heads and one.values[-1] is two.values[-1]):
             continue  # one softmax is not both maps
         for a, m in itertools.product(_layouts(one), _layouts(two)):
             sizes, (few, many) = _clip(a, m), sorted((a.count, m.count))
@@ -144,6 +145,17 @@ def _nest(a: Layout, m: Layout) -> bool:
         return True
     coarse, fine = sorted((one, two))
     return fine[0] % coarse[0] == 0 and fine[1] % coarse[1] == 0
+
+
+def sources(pair: Pair, frame: int) -> Tensor:
+    """Finds the frames ``(B, T)`` whose attention has a part in the masks of one frame of the first video, as bool."""
+    logits, probs = _arrange(pair.masks, pair.layouts[1], pair.batch, pair.frames)
+    read = torch.as_tensor(probs if logits is None else logits)[0, frame].square().sum()
+    values = pair.attention.values
+    found = torch.autograd.grad(read, values, retain_graph=True, allow_unused=True)
+    parts = [torch.zeros_like(one) if part is None else part.abs() for one, part in zip(values, found, strict=True)]
+    seen = pair.attention._replace(values=parts, kind="probs")
+    return torch.as_tensor(_arrange(seen, pair.layouts[0], pair.batch, pair.frames).probs).amax((2, 3)) > 0
 
 
 def _arrange(seen: Seen, layout: Layout, batch: int, frames: int) -> SlotMap:

@@ -121,6 +121,11 @@ class PathAdapter(HostAdapter):
                 "Expected both maps to have the same slots, videos and frames, and patches that fit, but "
                 f"{' and '.join(gave)}. Name modules that run once per frame or per step, around the iterations."
             )
+        slots, patches = pair.layouts[0].slots, min(layout.count for layout in pair.layouts)
+        if slots > patches:
+            raise ShapeError(
+                f"Expected more patches than slots, but got {patches} and {slots}. Put slots before patches."
+            )
         one, two = pair.attention, pair.masks
         drawn, (inner, outer) = two.inside, (place.path for place in self.places)
         if self.places[0].softmax and inner != outer and (outer == "." or inner.startswith(f"{outer}.")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import os
 import re
@@ -42,8 +43,6 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
     try:
         return _dispatch(list(sys.argv[1:] if args is None else args))
-    except BrokenPipeError:  # `| head` has read enough
-        return 2
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
             return 143
@@ -135,19 +134,6 @@ def run_command(program: str, command: Command | Mapping[str, Command], words: l
     return run_command(f"{program} {name}", command[name], words[1:])
 
 
-def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
-    """Reads words like `num_slots=7`, whose values are YAML."""
-    from ssync_pl.compare.variants import parse_yaml
-
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        valid = bool(equals) and name.isidentifier()
-        require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
-        values[name] = parse_yaml(text, f"{option} {name}=")
-    return values
-
-
 def size(text: str) -> tuple[int, int]:
     """Reads `24x32` or `24,32` as height and width; one number is both."""
     found = re.fullmatch(r"0*([1-9]\d*)(?:[x,]0*([1-9]\d*))?", text)
@@ -159,7 +145,6 @@ def size(text: str) -> tuple[int, int]:
 def with_config(words: list[str]) -> list[str]:
     """Checks the files of `--config`; without one, adds that of the run whose checkpoint is named, and says so."""
     from ssync_pl.compare.variants import read_yaml
-    from ssync_pl.data.files import require_unpacked
 
     parser = argparse.ArgumentParser("ssync-pl", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
@@ -168,6 +153,8 @@ def with_config(words: list[str]) -> list[str]:
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
     if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
+        from ssync_pl.hosts.nn.backbones import require_unpacked
+
         require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
     if given.config or apart or words[0] not in ("validate", "test", "predict"):

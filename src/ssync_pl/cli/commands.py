@@ -13,7 +13,8 @@ from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from ssync_pl.cli import key_values, loading, size
+from ssync_pl.cli import loading, size
+from ssync_pl.compare.variants import key_values
 from ssync_pl.errors import require
 
 _SHARDS = "shards: paths, globs, braces or URLs"
@@ -58,13 +59,13 @@ def _check(parser: argparse.ArgumentParser, words: list[str]) -> int:
     options = parser.parse_args(words)
     loading()
     from ssync_pl.data.check import check_shards, group_shards, render_report
-    from ssync_pl.tools.viz import refuse_foreign, write_owned_json
+    from ssync_pl.data.files import refuse_foreign, write_owned_json
 
     if options.json is not None:
-        refuse_foreign(options.json)  # before work begins
+        refuse_foreign(options.json, '"ssync_pl check"')  # before work begins
     report = check_shards(group_shards(options.patterns), num_workers=options.workers)
     if options.json is not None:
-        write_owned_json(options.json, {"clean": report.clean, **asdict(report)})
+        write_owned_json(options.json, "check", {"clean": report.clean, **asdict(report)})
     sys.stdout.write(render_report(report) + "\n")
     return 0 if report.clean else 1
 
@@ -78,11 +79,11 @@ def _preview(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add("--frames", type=int, default=6, help="frames per video, evenly spaced (default: %(default)s)")
     options = parser.parse_args(words)
     loading()
-    from ssync_pl.data.files import write_bytes
-    from ssync_pl.tools.viz import draw_preview, refuse_foreign
+    from ssync_pl.data.files import refuse_foreign, write_bytes
+    from ssync_pl.tools.viz import PREVIEW, draw_preview
 
     require(options.out.suffix.lower() == ".png", "--out to end in .png", repr(str(options.out)))
-    refuse_foreign(options.out)
+    refuse_foreign(options.out, PREVIEW)
     sheet, videos, skipped = draw_preview(options.patterns, options.videos, options.frames)
     sys.stderr.write("".join(f"left out: {problem}\n" for problem in skipped))
     write_bytes(options.out, sheet)
@@ -140,7 +141,7 @@ def _cache(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def _new_file(text: str) -> Path:
-    if Path(text).exists():
+    if Path(text).exists() or Path(text).is_symlink():
         raise argparse.ArgumentTypeError(f"expected a new file, but got {text}, which exists; remove it first")
     return Path(text)
 
@@ -175,15 +176,18 @@ def _convert_config(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def _convert_checkpoint(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Write the tensors of a public checkpoint as one for `ssync-pl validate|test|predict --ckpt_path`.
 
-    It goes beside the configuration of `ssync-pl config convert`. Nothing in the file can run.
+    Nothing in the file can run.
     """
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="of `config convert`, to lie beside OUT.ckpt")
     parser.add_argument("file", type=Path, metavar="OFFICIAL.ckpt", help="file of Lightning, PyTorch or safetensors")
     parser.add_argument("out", type=_new_file, metavar="OUT.ckpt", help="where the result goes, a new file")
     options = parser.parse_args(words)
     loading()
+    from ssync_pl.compare.variants import read_yaml
     from ssync_pl.tools.official.checkpoints import convert_checkpoint
 
-    for name in convert_checkpoint(options.file, options.out):
+    config = None if options.config is None else read_yaml(options.config)
+    for name in convert_checkpoint(options.file, options.out, config):
         sys.stderr.write(f"left out: {name}: a part of another training that no host has\n")
     sys.stdout.write(f"converted: {options.out}\n")
 

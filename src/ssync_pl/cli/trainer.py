@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import traceback
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,8 @@ import ssync_pl.rivals.dense_callback
 import ssync_pl.tools.pictures
 import ssync_pl.tools.summary  # noqa: F401
 from ssync_pl.cli import with_config
-from ssync_pl.errors import ConfigError, SSyncError, printable, require
+from ssync_pl.data.files import refuse_foreign
+from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.plugin.step_seed import StepSeed
 from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
@@ -35,7 +35,6 @@ from ssync_pl.tools.predict.writer import SlotPredictions
 warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
 
 _ROOT = "runs"
-_OF_INPUT = ("clip_frames", "backbone_checkpoint")  # options of `predict --input`
 
 
 class SSyncArgumentParser(LightningArgumentParser):
@@ -45,9 +44,8 @@ class SSyncArgumentParser(LightningArgumentParser):
         """Writes what is wrong with which key, and exits with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        text = "\n".join(map(printable, message.rstrip().split("\n")))
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: error: {text}\nSee {program} --help.\n")
+        sys.stderr.write(f"{program}: error: {message.rstrip()}\nSee {program} --help.\n")
         self.exit(2)
 
 
@@ -55,7 +53,7 @@ class SSyncCLI(LightningCLI):
     """LightningCLI that logs to `runs/<name>/version_<n>`, a fresh folder per run.
 
     `trainer.logger: null` (default) writes `metrics.csv`, `true` TensorBoard files, `false` nothing; a class path is
-    taken as it is. The configuration is saved beside the logs, and replaced if a fixed folder is used again.
+    taken as it is. The configuration is saved beside the logs, in the place of none but one that a run saved.
     """
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -90,7 +88,8 @@ class SSyncCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer; `predict --input` puts the user's videos into the place of the data."""
         settings = self.config[self.config["subcommand"]]
-        given = {name: settings[name] for name in _OF_INPUT if settings.get(name) is not None}
+        companions = ("clip_frames", "backbone_checkpoint")
+        given = {name: settings[name] for name in companions if settings.get(name) is not None}
         inputs = settings.get("input")
         require(bool(inputs) or not given, f"--{' and --'.join(given)} only with --input", "no --input")
         super().instantiate_classes()
@@ -127,7 +126,10 @@ class SSyncCLI(LightningCLI):
                 require(out is None, expected, "both", advice="Set the writer's folder instead.")
             if inputs:
                 kwargs = {"devices": 1, "num_nodes": 1, **kwargs}  # the windows of a video go one after the other
-        return super().instantiate_trainer(**{"callbacks": [*callbacks, *added], **kwargs})
+        trainer = super().instantiate_trainer(**{"callbacks": [*callbacks, *added], **kwargs})
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            refuse_foreign(Path(trainer.log_dir) / "config.yaml", "# lightning.pytorch==")
+        return trainer
 
     def after_predict(self) -> None:
         """Says where the predictions are, and of which weights when no checkpoint is named."""
@@ -196,7 +198,7 @@ def _as_list(callbacks: Any) -> list[Any]:
 
 def add_predict_options(parser: Any) -> None:
     """Adds `--out`, `--input` and its companions to the parser of `predict`."""
-    add = partial(parser.add_argument, default=None)
+    add = parser.add_argument
     add("--input", nargs="+", action="extend", type=str, help="Video files, folders of frames or of videos, shards.")
     add("--out", type=str | None, help="Folder of the predictions. Default: predictions in the run's log folder.")
     add("--clip_frames", "--clip-frames", type=int | None, help="Most frames at once (64). Only with --input.")

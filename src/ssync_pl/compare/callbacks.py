@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import refuse_foreign, write_owned_json
 from ssync_pl.errors import ConfigError, SSyncError, require
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.hosts.training import SlotHost
@@ -55,7 +54,9 @@ class RunRecorder(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step = trainer.global_step
+        step, log_dir = trainer.global_step, trainer.log_dir
+        if log_dir is not None:
+            refuse_foreign(Path(log_dir) / "evaluation.json", '"ssync_pl evaluation"')  # before work begins
         self._found |= {"first_step": step, "untrained": _scores(trainer, pl_module) if step == 0 else {}}
         self._start = (time.monotonic(), time.process_time())
 
@@ -79,7 +80,7 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero and log_dir is not None:
             for logger in trainer.loggers:
                 logger.save()
-            write_bytes(Path(log_dir) / "evaluation.json", f"{json.dumps(self._found, indent=1)}\n".encode())
+            write_owned_json(Path(log_dir) / "evaluation.json", "evaluation", self._found)
 
 
 class KeepCheckpoints(Checkpoint):

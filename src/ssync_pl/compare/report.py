@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ssync_pl.compare.results import REFERENCES, Comparison, load_comparison
+from ssync_pl.compare.runs import earlier_figures
 from ssync_pl.compare.tables import SHEETS, Group, Row, groups_of, make_table
 from ssync_pl.data.files import write_bytes
 from ssync_pl.metrics.table import METRICS, metric_names
@@ -65,6 +65,7 @@ def write_report(folder: Path) -> Path:
     import jinja2
 
     comparison = load_comparison(Path(folder))
+    earlier = earlier_figures(Path(folder))
     frame, matrix, out = comparison.frame, comparison.matrix, Path(folder) / "report"
     baseline = str(matrix.get("baseline", "without"))
     sections = [_section(comparison, group) for group in groups_of(frame, baseline)]
@@ -72,7 +73,9 @@ def write_report(folder: Path) -> Path:
         loader=jinja2.PackageLoader("ssync_pl.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    table = frame.to_csv(index=False, lineterminator="\n").encode(errors="replace")
+    # A quote keeps spreadsheets from reading a word as a formula.
+    words = frame.replace(r"^([=+@\t\r\n-])", r"'\1", regex=True)
+    table = words.to_csv(index=False, lineterminator="\n").encode(errors="replace")
     write_bytes(Path(folder) / "results.csv", table)
     page = environment.get_template("report.html.j2").render(
         name=Path(folder).resolve().name,
@@ -88,8 +91,8 @@ def write_report(folder: Path) -> Path:
     )
     figures = {f"{one.kind}_{part['group'].slots}.png": one.png for part in sections for one in part["figures"]}
     # A figure of an earlier report that this one lacks would be taken for its part.
-    for old in out.glob("*.png"):
-        if re.match(r"(paired|learning|merging)_\d", old.name) and old.name not in figures:
+    for old in earlier:
+        if old.name not in figures:
             old.unlink()
     for name, png in figures.items():
         write_bytes(out / name, png)
@@ -106,7 +109,7 @@ def _section(comparison: Comparison, group: Group) -> dict[str, Any]:
     sheets: dict[int, dict[str, bytes]] = {}
     for (variant, seed), record in sorted(records.items(), key=lambda one: group.variants.index(one[0][0])):
         if record.sheet is not None:
-            sheets.setdefault(seed, {})[variant] = record.sheet.read_bytes()
+            sheets.setdefault(seed, {})[variant] = record.sheet
     return {
         "group": group,
         "tables": [table for table in tables if table.columns],
@@ -246,5 +249,5 @@ def _draw(
             axes.set_axis_off()
         if legend:
             canvas.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 6))
-        canvas.savefig(buffer, format="png")
+        canvas.savefig(buffer, format="png", metadata={"Software": "ssync_pl report"})
     return Figure(kind, [*panels.values()], [*starts], buffer.getvalue(), round(width * 100))

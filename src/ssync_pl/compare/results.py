@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -44,7 +45,7 @@ class Record:
 
     row: Mapping[str, Any]
     curves: pd.DataFrame
-    sheet: Path | None
+    sheet: bytes | None
     command: str
 
 
@@ -67,20 +68,17 @@ def load_comparison(folder: Path) -> Comparison:
     """Reads what `ssync-pl compare` left in a folder, earlier calls included; refuses any other folder."""
     try:
         matrix = _read(folder / "matrix.json")
-        keys = [
-            RunKey(int(slots), str(variant["name"]), int(seed))
-            for slots in matrix["slots"]
-            for seed in matrix["seeds"]
-            for variant in matrix["variants"]
-        ]
+        names = [str(variant["name"]) for variant in matrix["variants"]]
+        places = itertools.product(matrix["slots"], matrix["seeds"], names)
+        keys = [RunKey(int(slots), name, int(seed)) for slots, seed, name in places]
         matrix |= {name: [*map(str, matrix.get(name, ()))] for name in ("command", "config")}
     except _UNREADABLE as error:
         raise ConfigError(
             f"Expected {folder} to be the folder of a comparison, with a whole matrix.json, but got {error}. Pass the "
             "folder that `ssync-pl compare --out` wrote."
         ) from error
-    places = (path.parts[-4:-1] for path in folder.glob("runs/slots_*/*/seed_*/evaluation.json"))
-    found = [(slots[6:], variant, seed[5:]) for slots, variant, seed in places]
+    ends = (path.parts[-4:-1] for path in folder.glob("runs/slots_*/*/seed_*/evaluation.json"))
+    found = [(slots[6:], variant, seed[5:]) for slots, variant, seed in ends]
     keys += sorted(RunKey(int(a), name, int(b)) for a, name, b in found if a.isdecimal() and b.isdecimal())
     records: dict[RunKey, Record] = {}
     absent: dict[RunKey, str] = {}
@@ -90,7 +88,7 @@ def load_comparison(folder: Path) -> Comparison:
             try:
                 records[key] = _read_record(place, key)
             except _UNREADABLE as error:  # our own are ValueErrors, too
-                other = f"a JSON file of it is damaged ({error}); remove {place} and give the same command again"
+                other = f"a file of it is damaged ({error}); remove {place} and give the same command again"
                 absent[key] = str(error) if isinstance(error, ConfigError) else other
         else:
             lines = "\n".join(log_lines(place)[-15:])
@@ -121,8 +119,9 @@ def _read_record(place: Path, key: RunKey) -> Record:
     rows = {**rows, "untrained": evaluation.get("untrained", {})}
     for prefix, (name, _) in REFERENCES.items():
         row |= {f"{prefix}_{score}": value for score, value in _numbers(rows.get(name, {}), METRICS).items()}
-    sheets = sorted((place / "pictures").glob("step-*.png"))
-    return Record(row, curves, sheets[-1] if sheets else None, shlex.join(map(str, job.get("command", []))))
+    sheets = sorted(path for path in (place / "pictures").glob("step-*.png") if path.is_file())
+    sheet = sheets[-1].read_bytes() if sheets else None
+    return Record(row, curves, sheet, shlex.join(map(str, job.get("command", []))))
 
 
 def _numbers(given: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:

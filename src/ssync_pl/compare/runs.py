@@ -22,14 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from ssync_pl.compare.matrix import Matrix, Run
-from ssync_pl.data.files import exclusive, write_bytes
+from ssync_pl.data.decode import parse_json
+from ssync_pl.data.files import exclusive, refuse_foreign, write_bytes
 from ssync_pl.data.processes import cpu_count
-from ssync_pl.errors import printable, require
+from ssync_pl.errors import ShardError, printable, require
 
 _PAUSE = 0.2
 _CANCEL_SECONDS = 10.0
 _LOCAL_HOURS, _SLURM_HOURS = 24.0 * 365, 24.0
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+# What a run leaves in its folder beside job.json; all else is of the user, or of callbacks of theirs.
+_LEFT = (
+    *("submitted.json", "evaluation.json", "summary.json", "config.yaml", "hparams.yaml", "metrics.csv"),
+    *("log.txt", "log_[0-9]*.txt", "pictures/step-*.png", "checkpoints/*.ckpt"),
+)
 _ADVICE = "Pass another --out, or remove that folder."
 
 
@@ -111,6 +117,7 @@ def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[
     require(bool(kept) or empty, f"{out} to be empty or to hold a comparison", "other files", advice=_ADVICE)
     other = [name for name in ("config", "extra", "version") if kept and kept.get(name) != matrix.facts[name]]
     require(not other, f"{out} to hold this comparison", f"one with another {' and '.join(other)}", advice=_ADVICE)
+    earlier_figures(out)
     for run in matrix.runs:
         is_finished(run)  # refuses what is no run, before anything is trained
     if launcher.at_once is None and not launcher.slurm:
@@ -119,6 +126,17 @@ def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[
     with exclusive(out / ".lock"):
         write_bytes(out / "matrix.json", json.dumps({**matrix.facts, "command": [*command]}, indent=1).encode())
         run_all(matrix.runs, launcher)
+
+
+def earlier_figures(out: Path) -> list[Path]:
+    """Returns the figures of an earlier report of a comparison; refuses files of others in the places of a report."""
+    refuse_foreign(out / "results.csv", "slots,variant,seed,step,")
+    refuse_foreign(out / "report" / "index.html", '"ssync_pl report"')
+    pictures = (out / "report").glob("*.png")
+    figures = [path for path in pictures if re.fullmatch(r"(paired|learning|merging)_\d+\.png", path.name)]
+    for path in figures:
+        refuse_foreign(path, "Software\0ssync_pl report")
+    return figures
 
 
 def _fitting(launcher: Launcher) -> int:
@@ -226,14 +244,13 @@ def _may_start(run: Run, runs: Sequence[Run], waiting: Sequence[Run], running: S
 
 
 def _lay_out(run: Run, job: Mapping[str, Any]) -> None:
-    """Empties the folder of a run, once nothing is at work in it, and writes what its job reads."""
+    """Removes what an earlier run left in a folder, once nothing is at work in it, and writes what its job reads."""
     import yaml
 
     run.folder.mkdir(parents=True, exist_ok=True)
     with exclusive(run.folder / ".lock", timeout=30):
-        for path in run.folder.iterdir():
-            if path.name not in (".lock", "job.json"):  # by which the folder is known as one of ours
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in (path for pattern in _LEFT for path in run.folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_bytes(run.folder / "job.json", json.dumps(job, indent=1).encode())
         for name, content in run.files.items():
             plain = json.loads(json.dumps(content, default=str))
@@ -263,11 +280,9 @@ def _ending(jobs: list[Any]) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, ShardError):
+        return dict(parse_json(path.read_bytes(), str(path), dict))
+    return {}
 
 
 def _exists(process: int) -> bool:

@@ -22,12 +22,8 @@ from ssync_pl.data.shards import read_shard
 from ssync_pl.errors import ShardError, printable, require
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
-_KINDS = {
-    "shard": "damaged shards",
-    "sample": "damaged or refused samples",
-    "key": "duplicate keys",
-    "content": "duplicate videos",
-}
+_KINDS = {"shard": "damaged shards", "sample": "damaged or refused samples"}
+_KINDS |= {"key": "duplicate keys", "content": "duplicate videos"}
 
 
 @dataclass(frozen=True)

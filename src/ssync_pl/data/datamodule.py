@@ -22,12 +22,8 @@ from ssync_pl.errors import choose, require
 _logger = logging.getLogger(__name__)
 
 # Sets that a stage, or a verb of the Trainer, reads
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("predict",),
-}
+_SPLITS: dict[str, tuple[str, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
+_SPLITS |= {"test": ("test",), "predict": ("predict",)}
 
 
 class ShardDataModule(L.LightningDataModule):

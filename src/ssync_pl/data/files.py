@@ -1,42 +1,27 @@
-"""Files that appear complete or not at all, and the lock of those who write them."""
+"""Files that appear complete or not at all, the mark of our own, and the lock of those who write them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
-import stat
 import tempfile
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ssync_pl.errors import require
 
 _logger = logging.getLogger(__name__)
 
 
-def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """Reads a plain file of at most `most` bytes; anything else, as a pipe, which never ends, is an `OSError`."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-        raise OSError(errno.EINVAL, f"no plain file of at most {most} bytes", str(path))
-    return Path(path).read_bytes()
-
-
-def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
-    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
-    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
-
-
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Writes a file under a temporary name, then renames it, so that no reader sees half; makes missing folders."""
     path = Path(path)
+    if path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "a link stands there, which is not replaced: move it away", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -50,6 +35,23 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def refuse_foreign(path: Path, mark: str) -> None:
+    """Raises ConfigError where there is anything but a file with the mark of its kind near its start."""
+    if os.path.lexists(path):
+        head = b""
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as stream:
+                head = stream.read(200)
+        known, advice = mark.encode() in head, "Move it away."
+        require(known, f"{path} to be absent or of this kind and written by ssync_pl", "another file", advice=advice)
+
+
+def write_owned_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file with the mark `"ssync_pl <kind>"`; raises ConfigError where there is another file."""
+    refuse_foreign(path, f'"ssync_pl {kind}"')
+    write_bytes(path, f"{json.dumps({'written_by': f'ssync_pl {kind}', **content}, indent=2)}\n".encode())
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
     """Holds a lock file while the block runs; the operating system frees that of a killed process.
@@ -58,6 +60,8 @@ def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):
+        raise FileExistsError(errno.EEXIST, "a file that is no lock stands there: move it away", str(path))
     lock = FileLock(path)
     try:
         try:

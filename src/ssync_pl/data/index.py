@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ssync_pl.data.decode import parse_json
-from ssync_pl.data.files import read_bytes, write_bytes
+from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError, require_shard
 
 INDEX_NAMES = ("index.json", "ssync_index.json")
@@ -139,14 +139,18 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
     """Reads a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
     for name in INDEX_NAMES:
         with contextlib.suppress(OSError, ShardError):
-            return parse_index(read_bytes(Path(directory, name), MOST_BYTES))
+            if Path(directory, name).is_file():  # a pipe never ends
+                return parse_index(Path(directory, name).read_bytes())
     return None
 
 
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an index of ours in any version."""
     try:
-        return bool(parse_json(read_bytes(path, MOST_BYTES), path.name, dict).get("format") == _FORMAT)
+        plain = path.is_file() and not path.is_symlink()
+        return (plain or not os.path.lexists(path)) and bool(
+            parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT
+        )
     except FileNotFoundError:
         return True
     except (OSError, ShardError):

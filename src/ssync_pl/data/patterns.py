@@ -26,12 +26,8 @@ def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> lis
     """Expands patterns to shards: braces (`{000000..000304}`, `{train,validation}`), then globs of local paths.
 
     Returns local paths or URLs, which are not looked up, in the order of the patterns, globs sorted. `argument` is the
-    name of the user's argument, for messages.
-
-    Raises:
-        ConfigError: The pattern is malformed, matches nothing, names a shard twice, mixes local and remote shards, or
-            has a scheme that cannot be read.
-        MissingShardError: A named shard does not exist.
+    name of the user's argument, for messages. Raises ConfigError for what is malformed, matches nothing or names a
+    shard twice, and MissingShardError.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = bool(patterns) and all(isinstance(item, str) and item for item in patterns)
@@ -109,7 +105,10 @@ def _resolve(shard: str, pattern: str, argument: str) -> list[str]:
             f"Expected argument `{argument}` to name shards that exist, but {shard!r} (from {pattern!r}) does not. "
             "Check the path and the range of numbers."
         )
-    found = sorted(filter(os.path.isfile, glob.glob(shard)))
+    matched = sorted(glob.glob(shard))
+    dangling = [path for path in matched if not os.path.exists(path)]
+    require(not dangling, f"argument `{argument}` to match files", f"{dangling[:1]}, a link to nothing")
+    found = [*filter(os.path.isfile, matched)]
     require(bool(found), f"argument `{argument}` to match at least one shard", f"{pattern!r}, which matches none")
     return found
 

@@ -188,8 +188,8 @@ def stream_shard(
                     require_shard(member not in sizes, f"each member of {where} once", "one twice", advice=_AGAIN)
                     sizes[member] = info.size
                     wanted = fields is None or member.split(".")[0] in fields
-                    held = sum(map(len, contents.values()))
-                    if wanted and info.size <= max_bytes and held + info.size <= _TOGETHER * max_bytes:
+                    room = _TOGETHER * max_bytes - sum(map(len, contents.values()))
+                    if wanted and info.size <= min(max_bytes, room):
                         stored: Any = tar.extractfile(info)
                         contents[member] = stored.read()
                         if len(contents[member]) != info.size:

@@ -146,7 +146,7 @@ class ShardWriter:
         # Everything is encoded before the first byte is written, so that a refused member leaves no half sample.
         encoded = {name: encode_member(name, value, f"key {key}") for name, value in members.items()}
         if self._file is None:
-            self._file = (self.directory / f".{self._name()}.{os.getpid()}.tmp").open("wb")
+            self._file = (self.directory / f".{self._name()}.tmp").open("wb")
             # Members are bytes already; a fixed time and no names make equal samples equal files.
             self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         self._tar.write({"__key__": key, **encoded})

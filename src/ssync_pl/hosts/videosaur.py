@@ -69,6 +69,7 @@ class FeatureHost(SlotHost):
         similarity_layer: layer that the similarity loss compares, as `vit_block_keys12`; None takes `layer`.
         backbone_weights: `pretrained`, or `none` for random ones.
         backbone_checkpoint: file of weights instead.
+        backbone_renormalize: normalise frames again as the backbone was trained; the public code does not.
         feature_dim: without a backbone, channels of the cached features.
         similarity_dim: without a backbone, further cached channels behind them, for the similarity loss.
         grid: rows and columns of the patches, each of which has a position embedding in the decoder.
@@ -126,6 +127,7 @@ class FeatureHost(SlotHost):
         similarity_layer: str | None = None,
         backbone_weights: Weights = "pretrained",
         backbone_checkpoint: str | None = None,
+        backbone_renormalize: bool = True,
         feature_dim: int | None = None,
         similarity_dim: int | None = None,
         grid: tuple[int, int] = (14, 14),
@@ -192,6 +194,7 @@ class FeatureHost(SlotHost):
             similarity_layer=similarity_layer,
             weights=backbone_weights,
             checkpoint=backbone_checkpoint,
+            renormalize=backbone_renormalize,
             feature_dim=feature_dim,
             similarity_dim=similarity_dim,
             grid=grid,

@@ -168,12 +168,7 @@ def describe_backend(
 
     Args:
         maps: The host's maps; their values are not read.
-        temperature: As for `ssync_loss`.
-        loss: As for `ssync_loss`.
-        backend: As for `ssync_loss`.
-
-    Returns:
-        The backend and the reason.
+        temperature, loss, backend: As for `ssync_loss`.
 
     Raises:
         ConfigError: The backend is unknown, or it is ``"triton"``, which cannot serve these maps and options.

@@ -113,6 +113,9 @@ class SSyncMaps:
                     f"Expected argument `{name}` to be finite, but got NaN or +inf. "
                     "The host has diverged, or the map was read before it was written."
                 )
+            if name.endswith("_logits") and bool((value >= 0).all()) and bool(((value.sum(2) - 1).abs() < 1e-5).all()):
+                advice = f"Pass such values as `{name.replace('_logits', '_probs')}`."
+                raise ShapeError(f"Expected argument `{name}` to be logits, but got probabilities. {advice}")
             if name.endswith("_probs"):
                 _check_simplex(name, value, self.patch_valid, tolerance)
 

@@ -123,10 +123,8 @@ class SSyncEngine:
             host, term = (None if value is None else torch.tensor(float(value)) for value in averages)
             self.guard.load_state_dict(state["guard"])
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
-            raise ConfigError(
-                f"Expected what `state_dict` of SSync returned, but got another state ({error!r}). Load the one that "
-                "was saved."
-            ) from error
+            text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
+            raise ConfigError(text) from error
         self.first_step, self._host_average, self._term_average = first, host, term
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:

@@ -115,11 +115,9 @@ class CollapseGuard:
         on, told, factor, count = bool(state["on"]), bool(state["told"]), float(state["factor"]), int(state["count"])
         pair = None if before is None else (float(before[0]), float(before[1]))
         existing = None if existing is None else float(existing)
-        if on and None in (pair, existing):
-            raise ValueError("a guard that is on and has nothing to compare with")
         self._sum = None if total is None else torch.tensor([*map(float, total)]).reshape(3)
-        self.before, self.existing_before, self.on, self.told = pair, existing, on, told
-        self.factor, self.count = factor, count
+        self.before, self.existing_before, self.factor, self.count, self.told = pair, existing, factor, count, told
+        self.on = on and None not in (pair, existing)
 
     def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
         before = (min(before[0], self._existing), min(before[1], self._existing))

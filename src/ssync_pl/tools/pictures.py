@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ssync_pl.adapters import HostAdapter
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import refuse_foreign, write_bytes
 from ssync_pl.errors import require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.method.loss import SSyncOutput, ssync_loss
@@ -26,12 +26,8 @@ from ssync_pl.plugin.session import HostSession
 from ssync_pl.tools import viz
 from ssync_pl.tools.predict.windows import match_slots
 
-_LABELS = {
-    "raw_encoder_labels": "encoder",
-    "raw_decoder_labels": "decoder",
-    "encoder_labels": "encoder, merged",
-    "decoder_labels": "decoder, merged",
-}
+_LABELS = {"raw_encoder_labels": "encoder", "raw_decoder_labels": "decoder"}
+_LABELS |= {"encoder_labels": "encoder, merged", "decoder_labels": "decoder, merged"}
 # Patches in no region, at which the encoder teaches, at which the decoder teaches, and in both.
 _REGION_COLORS = np.array([(35, 35, 35), (255, 140, 0), (30, 110, 220), (225, 60, 170)], dtype=np.uint8)
 _REGIONS = "SSync regions\norange: boundary\nblue: interior\npink: both"
@@ -132,8 +128,8 @@ class SSyncPictures(L.Callback):
         step = trainer.global_step
         if self._log_dir is not None:
             path = Path(self._log_dir) / "pictures" / f"step-{step:06d}.png"
-            viz.refuse_foreign(path)
-            self.last_path = write_bytes(path, viz.encode_png(sheet))
+            refuse_foreign(path, viz.SHEET)
+            self.last_path = write_bytes(path, viz.encode_png(sheet, viz.SHEET))
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             log_image = getattr(logger, "log_image", None)

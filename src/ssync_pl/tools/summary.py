@@ -19,11 +19,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from ssync_pl.data.files import write_owned_json
 from ssync_pl.errors import ConfigError, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import METRICS, SegmentationMetrics, metric_names
 from ssync_pl.tools.pictures import SSyncPictures
-from ssync_pl.tools.viz import write_owned_json
 
 _LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time and memory
 
@@ -95,8 +95,9 @@ class ValidationSummary(L.Callback):
             finite = {
                 row: {k: v if math.isfinite(v) else None for k, v in one.items()} for row, one in self.rows.items()
             }
+            content = {"step": self._step, "rows": finite, **places}
             try:
-                write_owned_json(Path(log_dir) / "summary.json", {"step": self._step, "rows": finite, **places})
+                write_owned_json(Path(log_dir) / "summary.json", "summary", content)
             except (ConfigError, OSError) as error:
                 rank_zero_warn(f"The summary is not written: {error}")
 

@@ -1,13 +1,11 @@
-"""Pictures of slots: colours, overlays and sheets of frames, the preview of shards, and the mark of our own files."""
+"""Pictures of slots: colours, overlays and sheets of frames, and the preview of shards."""
 
 from __future__ import annotations
 
 import colorsys
 import contextlib
 import io
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from ssync_pl.data.files import write_bytes
 from ssync_pl.data.patterns import expand_shards, shard_name
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
@@ -27,8 +24,7 @@ _PALETTE = bytes.fromhex(
     "e6194b 3cb44b 4363d8 ffe119 f58231 911eb4 42d4f4 f032e6 9a6324 fabed4 008080 bfef45 800000 aaffc3 000075 ffd8b1"
 )
 _GOLDEN_ANGLE = 0.6180339887498949
-_MARK = ("Software", "ssync_pl")  # a text chunk of our pictures
-_STARTS = (b'{\n  "written_by": "ssync_pl"', b"Software\0ssync_pl")
+PREVIEW, SHEET = "ssync_pl preview", "ssync_pl sheet"  # marks of our pictures: a text chunk
 _BACKGROUND = (70, 70, 70)
 _INK = (20, 20, 20)
 _GAP, _MARGIN = 4, 10
@@ -121,26 +117,12 @@ def _fit(frame: Bytes, cell: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), method)
 
 
-def encode_png(image: Bytes) -> bytes:
-    """Encodes a picture `(H, W, 3)` as a PNG file that carries our mark."""
+def encode_png(image: Bytes, mark: str) -> bytes:
+    """Encodes a picture `(H, W, 3)` as a PNG file that carries a mark."""
     buffer, info = io.BytesIO(), PngInfo()
-    info.add_text(*_MARK)
+    info.add_text("Software", mark)
     Image.fromarray(image).save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raises ConfigError where there is a file that neither `write_owned_json` nor `encode_png` made."""
-    if path.is_symlink() or path.exists():
-        head = path.read_bytes()[:100] if path.is_file() else b""
-        ours = any(start in head for start in _STARTS)
-        require(ours, f"{path} to be absent or written by ssync_pl", "another file", advice="Move it away.")
-
-
-def write_owned_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file with our mark; raises ConfigError where there is a file that is not ours."""
-    refuse_foreign(path)
-    write_bytes(path, f"{json.dumps({'written_by': 'ssync_pl', **content}, indent=2)}\n".encode())
 
 
 def draw_preview(patterns: Sequence[str], count: int, frames: int) -> tuple[bytes, int, list[str]]:
@@ -168,7 +150,7 @@ def draw_preview(patterns: Sequence[str], count: int, frames: int) -> tuple[byte
             skipped.append(str(error))
     if not videos:
         raise ShardError(f"Expected at least one readable video in {len(shards)} shards, but got {skipped[-1:]}.")
-    return encode_png(draw_sheet([row for rows in videos for row in rows])), len(videos), skipped
+    return encode_png(draw_sheet([row for rows in videos for row in rows]), PREVIEW), len(videos), skipped
 
 
 def _draw_rows(name: str, members: Members, frames: int) -> list[tuple[str, Bytes]]:

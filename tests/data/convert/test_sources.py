@@ -1,5 +1,3 @@
-"""MOVi records, YouTube-VIS, DAVIS and own videos, written here, to shards and back."""
-
 import importlib.util
 import json
 import os
@@ -82,7 +80,7 @@ def test_ytvis_comes_back_and_the_last_videos_are_held_out(convert, root):
         equal(sample["segmentations.npy.gz"], mask[:, rows[:, None], columns])
 
 
-def test_ytvis_without_annotations_and_with_crowds(convert, root):
+def test_ytvis_without_annotations_and_with_crowds(convert, root, caplog):
     content, _, _ = sets.ytvis_set(root, "valid")
     sets.write_json(root / "valid" / "instances.json", {**content, "annotations": None})
     samples = convert("ytvis2019", "--splits", "valid")["ytvis-valid"]
@@ -92,6 +90,7 @@ def test_ytvis_without_annotations_and_with_crowds(convert, root):
     sets.write_json(root / "train" / "train.json", content)  # an official place
     os.unlink(root / "train" / "instances.json")
     assert convert("ytvis2019", *ALL)["ytvis-train"][2]["segmentations.npy.gz"].shape[-1] == 1
+    assert "Leaving out 1 crowds" in caplog.text
 
 
 def test_davis_comes_back_and_void_is_background(convert, root):
@@ -119,9 +118,10 @@ def test_every_kind_of_own_video_comes_back_exactly_whole_or_in_clips(convert, r
     made["x.GIF"] = sets.smooth_video(3, seed=3)[..., :1].repeat(3, -1)
     shades = [Image.fromarray(frame[..., 0]) for frame in made["x.GIF"]]
     shades[0].save(root / "x.GIF", save_all=True, append_images=shades[1:], duration=100)
-    for name in (".DS_Store", "notes.txt"):
+    for name in (".DS_Store", "notes.txt", "frames é/a.tif"):
         (root / name).write_bytes(b"x")
     (root / "empty").mkdir()
+    os.mkfifo(root / "pipe.mp4")
     (root / "gone.mp4").symlink_to(root / "nowhere")
     for sample, (name, video) in zip(convert("videos")["videos"], made.items(), strict=True):
         equal(sample["video.npy"], video)
@@ -129,7 +129,11 @@ def test_every_kind_of_own_video_comes_back_exactly_whole_or_in_clips(convert, r
         expected = (name, fps, len(video), [10, 14])
         assert (info["video"], info["fps"], info["source_frames"], info["original_size"]) == expected
     text = capsys.readouterr().out
-    for line in ("videos: videos: 4,", "0 of 4 videos", "ignored 4: .DS_Store, empty, gone.mp4, notes.txt"):
+    for line in (
+        "videos: videos: 4,",
+        "0 of 4 videos",
+        "ignored 6: .DS_Store, empty, frames é/a.tif, gone.mp4, notes.txt, pipe",
+    ):
         assert line in text
     samples = convert("videos", "--clip-frames", 4, "--prefix", "own-train")["own-train"]
     clips = [("12:30.mkv", 0, 4), ("clip 10.avi", 0, 4), *(("frames é", k, k + 4) for k in (0, 4, 8)), ("x.GIF", 0, 3)]
@@ -140,7 +144,7 @@ def test_every_kind_of_own_video_comes_back_exactly_whole_or_in_clips(convert, r
     assert "left out 3 frames after the last whole clips" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["a_masks", "a_mask", "masks/a", "a.masks.npy", "channels"])
+@pytest.mark.parametrize("kind", ["a_mask", "masks/a", "a-Masks", "Labels/a", "a.masks.npy", "channels"])
 def test_masks_are_found_and_cut_as_their_video(convert, root, tmp_path, kind):
     ids = sets.own_set(root)
     (root / "a_masks").rename(tmp_path / "gone")
@@ -331,7 +335,9 @@ def intact(root):
         ("videos", only("a/0.png", "b_masks/0.png"), (), "b_masks"),
         ("videos", only("a.mp4", "a.avi", "a.masks.npy"), (), "a.avi', 'a.mp4"),
         ("videos", only("a/0.png", "a_masks/0.png", "a.masks.npy"), (), "a.masks.npy', 'a_masks"),
-        ("videos", only("a/0.jpg", "a/0.png"), (), "0.jpg and 0.png"),  # frames and masks side by side
+        # frames and masks side by side
+        ("videos", only("a/0.jpg", "a/0.png"), (), "0.jpg and 0.png"),
+        *(("videos", only("a/f_01.jpg", f"a/{name}.png"), (), rf"{name}\.png") for name in ("m1", "01_gt", "2_Masks")),
         ("videos", intact, ("--clip-frames", 0), "--clip-frames"),
         ("videos", intact, ("--workers", -1), "--workers"),
         ("videos", intact, ("--samples-per-shard", 0), "--samples-per-shard"),

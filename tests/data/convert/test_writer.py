@@ -79,10 +79,15 @@ def test_foreign_shards_records_and_files_are_refused(tmp_path):
     # `colors` is the start of the other prefix, and none of its shards
     assert run(tmp_path, range(2), "colors").videos == 2
     record.write_bytes(before[RECORD])
-    (tmp_path / "colors-train-000009.tar").write_bytes(b"mine")
-    with pytest.raises(ShardError, match="000009"):
+    for name in ("colors-train-000009.tar", "colors-train-000000.tar", ".convert.lock"):
+        (tmp_path / name).write_bytes(b"mine")
+        with pytest.raises(ShardError, match=name):
+            run(tmp_path, range(2))
+        assert (tmp_path / name).read_bytes() == b"mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "colors-train-000000.tar").symlink_to(tmp_path / "a disk that is not mounted")
+    with pytest.raises(ShardError, match="000000"):
         run(tmp_path, range(2))
-    assert (tmp_path / "colors-train-000009.tar").read_bytes() == b"mine"
     for out in (record, record / "out"):
         with pytest.raises(ShardError, match="choose another folder"):
             run(out)

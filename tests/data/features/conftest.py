@@ -1,5 +1,3 @@
-"""A backbone that needs no package, and shards of noise."""
-
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,3 @@
-"""Projected features: the map against scikit-learn's, its file, and what is stored."""
-
 import os
 
 import numpy as np

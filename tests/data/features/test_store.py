@@ -122,9 +122,8 @@ def test_batches_bring_the_features_of_their_frames(make_videos, backbone, tmp_p
     assert (report.written, report.kept, report.frames) == (3, 0, 2 * (3 + 4 + 5 + 6 + 7))
     assert max(backbone.calls) <= batch_size
     settings = {**options(backbone, out), "num_workers": workers, "crop": crop, "resize_mode": "bicubic"}
-    data, full, lean = (
-        ShardDataModule(shards, validation=shards, features_only=only, **settings) for only in (False, False, True)
-    )
+    settings["validation"] = shards
+    data, full, lean = (ShardDataModule(shards, features_only=only, **settings) for only in (False, False, True))
     for module in (data, full, lean):
         module.setup("fit")
     flips, loader = set(), data.train_dataloader()

@@ -1,5 +1,3 @@
-"""The generator's videos and masks, byte for byte: who renders a set again gets the same one."""
-
 import dataclasses
 import hashlib
 import json
@@ -34,15 +32,6 @@ def test_bytes_of_videos_and_masks(name, changes, seed, index, video, masks):
     arrays = render_video(preset(name, **{"resolution": 24, "frames": 5, **changes}), seed, index)
     found = [hashlib.sha256(arrays[key].tobytes()).hexdigest()[:16] for key in ("video", "segmentations")]
     assert found == [video, masks]
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_look_as_they_always_did_on_any_machine(name):
-    clip = render_video(preset(name, resolution=24, frames=3), seed=11, index=2)
-    with np.load(Path(__file__).with_name("golden_renders.npz"), allow_pickle=False) as golden:
-        masks, video = golden[f"{name}.segmentations"], golden[f"{name}.video"].astype(int)
-    assert (clip["segmentations"] != masks).mean() < 0.005
-    assert (np.abs(clip["video"] - video) > 2).mean() < 0.01
 
 
 def test_arrays_ids_and_independence_of_what_ran_before():

@@ -1,5 +1,6 @@
 import copy
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,10 @@ def test_layers_of_a_transformer_are_split_and_frames_normalised_again() -> None
     wanted = encoder(encoder.backbone.renormalize(frames, (0.0,) * 3, (1.0,) * 3))["backbone_features"]
     encoder.frame_mean, encoder.frame_std = (0.0,) * 3, (1.0,) * 3
     torch.testing.assert_close(encoder(frames)["backbone_features"], wanted)
+    layers = {"layer": "vit_block1", "similarity_layer": "vit_block_keys2"}
+    public = encoder_of(backbone="test_vit", **layers, renormalize=False)
+    public.take_normalization(SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3))
+    assert torch.equal(public(frames)["backbone_features"], output["backbone_features"])
 
 
 def test_refusals() -> None:

@@ -1,5 +1,3 @@
-"""A folder with a user's module in it, of models that no adapter knows."""
-
 import sys
 
 import pytest
@@ -9,7 +7,7 @@ import lightning.pytorch as L
 import torch
 from torch import nn
 
-from ssync_pl import SSyncRegularizer
+from ssync_pl import SSyncMaps, SSyncRegularizer
 
 class Binder(nn.Module):
     def __init__(self):
@@ -34,20 +32,23 @@ class Painter(nn.Module):
         return torch.einsum("bsn,bsd->bnd", masks, slots.flatten(0, 1))
 
 class Net(nn.Module):
-    def __init__(self, slots=3, detach=False):
+    def __init__(self, slots=3, detach=False, kind=""):
         super().__init__()
         self.seeds = nn.Parameter(3 * torch.randn(1, slots, 6))
         self.eyes = nn.Linear(3, 6)
         self.place = nn.Parameter(2 * torch.randn(16, 6))
         self.binder, self.painter = Binder(), Painter(detach)
+        self.spare, self.kind = Binder(), kind
 
     def forward(self, video):
         features = self.eyes(video.flatten(3).transpose(2, 3)) + self.place
         slots, clip = self.seeds.repeat(len(video), 1, 1), []
         for t in range(video.shape[1]):
+            if self.kind == "spare":  # whose slots nothing reads
+                self.spare(slots, features[:, t])
             slots = self.binder(slots, features[:, t])
             clip.append(slots)
-        return self.painter(torch.stack(clip, 1))
+        return self.painter(torch.stack(clip, 0 if self.kind == "time_first" else 1))
 
     def loss_function(self, batch):
         return {"recon_loss": self(batch["img"]).square().mean()}
@@ -63,7 +64,7 @@ class Host(L.LightningModule):
         self.key = key
 
     def training_step(self, batch, batch_idx):
-        loss = self.net(batch[self.key] if self.key else batch).square().mean()
+        loss = self.net(batch if self.key in ("", None) else batch[self.key]).square().mean()
         self.log("train/loss", loss, prog_bar=True)
         self.trainer.global_step  # what a host asks of its trainer
         return {"loss": loss}
@@ -78,10 +79,22 @@ class Gives(Host):
 
     def training_step(self, batch):
         loss = self.net(batch["video"]).square()
-        return {"none": None, "vector": loss.mean((1, 2)), "terms": {"recon_loss": loss.mean()}}[self.what]
+        given = {"none": None, "vector": loss.mean((1, 2)), "terms": {"recon_loss": loss.mean()}}
+        return {**given, "detached": loss.mean().detach()}[self.what]
 
-class Regularized(SSyncRegularizer, Host):
+class Idle(SSyncRegularizer, Host):
     pass
+
+class Regularized(Idle):
+    maps = 16
+
+    def training_step(self, batch, batch_idx):
+        logits = torch.randn(2, 2, 3, self.maps, requires_grad=True)
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return self.ssync(loss, SSyncMaps(attention_logits=logits, mask_logits=logits, grid=(4, 4)))
+
+class Misshaped(Regularized):
+    maps = 15
 
 class Tokens(nn.Module):
     def forward(self, x):

@@ -1,5 +1,3 @@
-"""`ssync-pl doctor`: what it prints, and its exit status."""
-
 import json
 import re
 import sys
@@ -23,7 +21,9 @@ def doctor(*words: str) -> int:
     return main(["doctor", *words])
 
 
-@pytest.mark.parametrize(("key", "batch"), [("video", "{'video': (2, 2, 3, 4, 4)}"), ("", "(2, 2, 3, 4, 4)")])
+@pytest.mark.parametrize(
+    ("key", "batch"), [("video", "{'video': (2, 2, 3, 4, 4)}"), ("", "(2, 2, 3, 4, 4)"), (0, "[(2, 2, 3, 4, 4)]")]
+)
 def test_what_it_says_to_write_can_be_written(user_folder, capsys, key, batch):
     assert doctor("user_code:Host", "--init", f"key={key}", "--batch", BATCH) == 0
     captured = capsys.readouterr()
@@ -40,7 +40,7 @@ def test_what_it_says_to_write_can_be_written(user_folder, capsys, key, batch):
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], **off)
     video = torch.rand(2, 2, 3, 4, 4)
-    data = [{"video": video} if key else video] * 2
+    data = [{"video": {"video": video}, "": video, 0: [video]}[key]] * 2
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
     assert "ssync/merged_slots" in trainer.callback_metrics
 
@@ -54,11 +54,29 @@ ATTACH = r"attach.model, grid=.2, 8., attention='softmax:binder', masks='softmax
     [
         (NET, 0, rf"Net .plain PyTorch.*S=5 N=16, grid 2 x 8.*No adapter knows this host.*{ATTACH}"),
         ("user_code:Regularized", 0, r"adds SSync itself.*ready: nothing to add\.$"),
+        ("user_code:Idle", 1, "Idle to call self.ssync, but it does not"),
+        ("user_code:Misshaped", 1, "argument `grid` to be .H, W. with H [*] W == 15"),
+        (
+            "user_code:Net --init kind=time_first --batch 2,3,3,4,4",
+            1,
+            "masks of frame 2 of the first video to come from",
+        ),
+        ("user_code:Net --init kind=spare", 0, "found at +softmax:binder, softmax:painter"),
+        (
+            "user_code:Net --init kind=spare --attention softmax:spare --masks softmax:painter",
+            0,
+            "No gradient goes from",
+        ),
+        ("user_code:Gives --init what=detached", 1, "a loss with a gradient, but it has none"),
         ("user_code:classifier", 1, "this model has no slots"),
         ("user_code:Tokens", 1, "softmax of 16 on axis 2.*no two such maps"),
         ("user_code:Net --init detach=true", 1, "decoder masks of Net to carry gradient"),
         ("user_code:Host --init automatic=false", 1, "Use the SSyncRegularizer mixin"),
-        ("user_code:Gives --init what=none", 1, "a loss of one number, but this batch gave NoneType. Was it skipped"),
+        (
+            "user_code:Gives --init what=none",
+            1,
+            "a loss of one number, but this batch gave NoneType. Was it skipped",
+        ),
         ("user_code:Gives --init what=vector", 1, "a loss of one number, but this batch gave .4,."),
         ("user_code:Gives --init what=terms", 1, "a dict with 'loss'"),  # which a training would refuse, too
         ("user_code:Net", 0, "No loss came back: the mean square of the output takes its place"),

@@ -1,5 +1,3 @@
-"""Models and batches as the user names them, what the doctor finds in a host, and what it advises."""
-
 import math
 import re
 from dataclasses import replace
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from ssync_pl import SSyncCallback, ssync_loss
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
+from ssync_pl.compare.variants import key_values
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import VideoSAUR
 from ssync_pl.tools.doctor.examine import DoctorReport, examine, hints, lines, render_report
@@ -45,10 +44,29 @@ def test_models(user_folder: Path, target: str, settings: dict[str, Any], found:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("(1, (2, 3), None)", (1, (2, 3), None)),
+        ("[(1,), {'a': (2,)}]", [(1,), {"a": (2,)}]),
+        ("1e-3", 0.001),
+        ("{a: [null, yes]}", {"a": [None, True]}),
+        ("'x'", "x"),
+        ("(1, 2", "(1, 2"),
+        ("()", ()),
+        ("", None),
+    ],
+)
+def test_values_of_init(text: str, value: Any) -> None:
+    assert key_values([f"name={text}"], "--init") == {"name": value}
+
+
+@pytest.mark.parametrize(
     ("words", "found"),
     [
         ("2,4,3,8,8", "(2, 4, 3, 8, 8)"),
         ("2,3 4", "((2, 3), (4,))"),
+        ("a.b=2,3 a.c=4 d=1", "{'a': {'b': (2, 3), 'c': (4,)}, 'd': (1,)}"),
+        ("a=2,3 a.b=2", "one name per shape"),
         ("img=1,2,3,8,8 boxes=1,2,5,4", "{'img': (1, 2, 3, 8, 8), 'boxes': (1, 2, 5, 4)}"),
         *((word, "--batch as sizes") for word in ("a", "2,,3", "2,-1", "2,0", "=2,3", "2x3", "\u00b2,3")),
         ("img=2,3 4", "one name per shape or without names"),
@@ -71,6 +89,7 @@ def test_batches(words: str, found: str) -> None:
         (lambda w, *pair: (w * pair[0] * pair[1]).sum(), 4.0),
         (lambda w, *x: {"loss": w.sum(), "aux_loss": w.sum()}, 2.0),
         (lambda w, *x: {"post_loss": w.sum(), "kld_loss": 2 * w.sum(), "other": w}, 6.0),
+        (lambda w, *x: {"total_loss": w.sum(), "kld_loss": w.sum()}, 2.0),
         (lambda w, *x: 3 * w, 9.0),
         (lambda w, *x: {"masks": [w, 2 * w], "input": x}, 5.0),
     ],
@@ -193,20 +212,21 @@ GOOD = DoctorReport("Net", "lightning", shape=(2, 4, 5, 144), grid=(8, 18), kind
 
 
 @pytest.mark.parametrize(
-    ("changes", "frames", "hint"),
+    ("changes", "clips", "hint"),
     [
-        ({}, {8, 16}, ""),
-        ({"numbers": NUMBERS | {"loss": 0.003}}, {8}, "relative_weight=0.1"),
+        ({}, {(2, 4), (4, 4)}, ""),
+        ({"numbers": NUMBERS | {"loss": 0.003}}, {(2, 4)}, "relative_weight=0.1"),
         ({"numbers": NUMBERS | {"loss": 2000.0}}, set(), "relative_weight=0.1"),
-        ({"numbers": NUMBERS | {"loss": math.nan}}, {8}, "loss is nan"),
-        ({"shape": (2, 4, 1, 144)}, {8}, "There is one slot"),
-        ({"shape": (2, 1, 5, 144)}, {8}, "SSync sees 2 frames of a batch of 8"),
-        ({"kinds": ("probs", "logits")}, {8}, "merged by logits only"),
+        ({"numbers": NUMBERS | {"loss": math.nan}}, {(2, 4)}, "loss is nan"),
+        ({"shape": (2, 4, 1, 144)}, {(2, 4)}, "There is one slot"),
+        ({"shape": (2, 1, 5, 144)}, {(2, 4)}, "SSync sees 2 frames of a batch of 8"),
+        ({"shape": (8, 1, 5, 144)}, {(2, 4)}, "8 clips of 1: right only where frames hand on no slots"),
+        ({"kinds": ("probs", "logits")}, {(2, 4)}, "merged by logits only"),
     ],
 )
-def test_hints(changes: dict[str, Any], frames: set[int], hint: str) -> None:
+def test_hints(changes: dict[str, Any], clips: set[tuple[int, int]], hint: str) -> None:
     report = replace(GOOD, **changes)
-    found = hints(report, frames)
+    found = hints(report, clips)
     assert len(found) == bool(hint)
     assert hint in "".join(found)
     assert render_report(replace(report, lines=("one line",))).endswith("ready. Add:\n  one line")

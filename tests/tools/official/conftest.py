@@ -1,5 +1,3 @@
-"""Configurations in the form of the public ones, written for these tests."""
-
 import pytest
 
 SLOTCONTRAST = """

@@ -1,5 +1,3 @@
-"""Public checkpoints, and the commands: what they write runs under `ssync-pl fit` and `validate`."""
-
 import pathlib
 from pathlib import Path
 
@@ -145,6 +143,15 @@ def test_a_converted_configuration_trains_and_checkpoints_validate_alike(run, tm
     state |= {f"encoder.module.backbone.model.{key}": value + 0.01 for key, value in backbone.state_dict().items()}
     public, ours = old_file(tmp_path / "public.ckpt", state), tmp_path / "converted.ckpt"
     assert main(["checkpoint", "convert", str(public), str(ours)]) == 0
+    alone, shard = tmp_path / "alone" / "a.ckpt", tmp_path / "movi" / "movi-validation-000000.tar"
+    assert main(["checkpoint", "convert", str(public), str(alone), "--config", str(config)]) == 0
+    words = ["--ckpt_path", str(alone), "--input", str(shard), "--out", str(tmp_path / "seen")]
+    assert main(["predict", *words, "--trainer.accelerator=cpu"]) == 0
+    assert (tmp_path / "seen" / "index.json").is_file()
+    for other, message in ((config, "no config.yaml in OUT's folder"), (tmp_path / "ssync.yaml", "config convert")):
+        capsys.readouterr()
+        assert main(["checkpoint", "convert", str(public), str(alone.with_stem("b")), "--config", str(other)]) == 2
+        assert message in capsys.readouterr().err
     assert start("fit") == 0
     (last,) = config.parent.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 2

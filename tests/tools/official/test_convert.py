@@ -70,7 +70,7 @@ CONVERTED = """
   data: {clip_length: 1, ignore_overlaps: true, max_objects: 63}
 - name: slotcontrast
   changes: [globals.VIT=vit_small_patch16_224, globals.PATCHES=4]
-  left_out: {model.encoder.backbone.model: normalised as timm says}
+  model: {backbone_renormalize: false}
 - name: slotcontrast
   changes: [model.losses.loss_ss.name=Img_Slot_Slot_Contrastive_Loss, dataset.train_pipeline.chunk_size=1]
   model: {contrast_weight: 0.0}

@@ -1,5 +1,3 @@
-"""References of public configurations: what they resolve to, and what is refused without a traceback or a long wait."""
-
 import time
 
 import pytest

@@ -1,5 +1,3 @@
-"""Videos of two moving squares, as the files that users have."""
-
 import json
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Inputs as users have them, and features of new videos as the cache holds them."""
-
 import numpy as np
 import pytest
 import torch
@@ -36,8 +34,9 @@ def test_every_kind_of_input(tmp_path):
     assert np.array_equal(np.stack(list(found[2].frames())), video[:3])
     assert np.array_equal(np.stack(list(found[3].frames())), video[:2])
     (clips / "film.wmv").touch()
+    (clips / "c[1]" / "notes").touch()
     (clips / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
-    with pytest.warns(UserWarning, match=r"leaves out of .*clips: film\.wmv, gone\.mp4$"):
+    with pytest.warns(UserWarning, match=r"leaves out of .*clips: c\[1\]/notes, c_masks, film\.wmv, gone\.mp4$"):
         assert len(find_videos([str(clips)])) == 3
 
 

@@ -1,5 +1,3 @@
-"""Windows of long videos, slots that keep their numbers, and labels that go back to where the model saw them."""
-
 import itertools
 
 import numpy as np

@@ -98,7 +98,9 @@ def test_a_second_run_replaces_the_first_and_what_a_killed_one_left(tmp_path):
     for name in (".mine", ".ssync_pl-killed"):
         (out / name).mkdir(parents=True)
         (out / name / "labels.raw").write_bytes(b"half")
-    for key, names in (("a", ["a"]), ("a", ["a"]), ("c", ["a", "c"]), ("a", ["c", "a"])):
+    for key, names in (("a", ["a"]), ("a", ["a"]), ("c", ["a", "c"]), ("a", ["c", "a"]), ("c", ["a", "c"])):
+        if names == ["c", "a"]:  # a run was killed while it showed the files of `a`
+            (out / "a.labels.npz").unlink()
         predict(out, [clip(key)])
         assert [video["name"] for video in index(out)] == names
         files = {"index.json", ".mine", *(f"{name}{end}" for name in names for end in ENDINGS)}
@@ -115,7 +117,7 @@ def test_a_prediction_into_the_folder_of_one_that_runs_is_refused(tmp_path):
     assert [video["key"] for video in index(tmp_path)] == ["a"]
 
 
-OURS = {"format": "ssync_pl.predictions", "videos": [{"name": "a", "files": ["a_labels", "a.tracks.csv"]}]}
+OURS = {"format": "ssync_pl.predictions", "videos": [{"name": "a", "frames": 1, "files": ["a_labels"], "bytes": {}}]}
 FOREIGN = [
     ("a.mp4", None),
     ("a_labels/mine.png", None),
@@ -125,6 +127,11 @@ FOREIGN = [
     ("notes.txt", OURS),
     ("a.mp4", OURS),  # PyAV was missing when these predictions were made
     ("a_labels/mine.png", OURS),
+    ("a_labels/00001.png", OURS),  # it has one frame
+    (
+        "a.labels.npz",
+        {**OURS, "videos": [{**OURS["videos"][0], "files": ["a.labels.npz"], "bytes": {"a.labels.npz": 9}}]},
+    ),
 ]
 
 
@@ -143,11 +150,8 @@ def test_a_folder_with_files_of_others_is_refused_by_name(tmp_path, name, conten
 
 
 def test_labels_of_our_hosts_and_of_others(tmp_path):
-    for answer in (
-        None,
-        lambda labels: {"masks": one_hot(labels)[..., ::2, ::2]},
-        lambda labels: {"labels": labels.int()},
-    ):
+    small, plain = lambda found: {"masks": one_hot(found)[..., ::2, ::2]}, lambda found: {"labels": found.int()}
+    for answer in (None, small, plain):
         predict(tmp_path, [clip("a")], answer)
         labels = labels_of(tmp_path, "a")
         assert (labels.dtype, labels.shape) == (np.uint8, (2, 6, 6))
@@ -223,9 +227,8 @@ def test_the_command_writes_predictions_unless_it_has_a_writer(tmp_path, capsys,
     files = {f"{name}{ending}" for name in "01" for ending in (".mp4", *ENDINGS)}
     assert {path.name for path in folder.iterdir()} == {"index.json", *files}
     monkeypatch.setitem(sys.modules, "quiet_writer", sys.modules[__name__])
-    kept = run_trainer(
-        [*words, "--trainer.callbacks+=quiet_writer.QuietWriter", "--trainer.callbacks.write_interval=epoch"]
-    )
+    words += ["--trainer.callbacks+=quiet_writer.QuietWriter", "--trainer.callbacks.write_interval=epoch"]
+    kept = run_trainer(words)
     assert kept.trainer.predict_loop.return_predictions is False  # which would fill the memory
     assert not any(isinstance(callback, SlotPredictions) for callback in kept.trainer.callbacks)
     assert not list((tmp_path / "runs").glob("tiny/version_1/predictions"))
@@ -249,7 +252,9 @@ def test_pieces_give_the_files_of_the_whole_and_nothing_of_an_earlier_run_stays(
         files = VideoFiles(tmp_path, hidden, name, 6)
         for first, end in zip([0, *ends], ends, strict=False):
             files.add(frames[first:end], labels[first:end], 6)
-        return files.finish()
+        told = files.finish()
+        files.show()
+        return told
 
     for name, ends in (("whole", [5]), ("pieces", [2, 3, 5])):
         told = write(name, ends)

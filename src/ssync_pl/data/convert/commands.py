@@ -38,16 +38,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "holdout": {"type": int, "metavar": "N", "help": "size of `validation` (default: %(default)s, as published)"},
     "annotations": {"help": "folder of the masks, e.g. Annotations_unsupervised (default: %(default)s)"},
     "prefix": {"help": "start of the shards' names, e.g. videos-train (default: %(default)s)"},
-    "clip_frames": {
-        "type": int,
-        "metavar": "N",
-        "help": "cut each video into clips of N frames; the rest is dropped, shorter videos stay whole",
-    },
-    "short_side": {
-        "type": _pixels,
-        "metavar": "PIXELS",
-        "help": "shorter side of frames and masks; `none` keeps the size (default: %(default)s)",
-    },
+    "clip_frames": {"type": int, "metavar": "N", "help": "cut videos into clips of N frames; the rest is dropped"},
+    "short_side": {"type": _pixels, "metavar": "N", "help": "shorter side in pixels, or none (default: %(default)s)"},
 }
 
 
@@ -75,11 +67,11 @@ def _convert(options: argparse.Namespace) -> int:
     splits = plan(**given)
     for name in ("root", "splits", "prefix"):  # they decide where videos are found, and not what is made of them
         given.pop(name, None)
+    how = {"samples_per_shard": options.samples_per_shard, "num_workers": options.workers}
+    how |= {"on_bad_sample": options.on_bad_sample, "progress": not options.no_progress}
+    recipe = {"source": options.source, **given}
     for split in splits:
-        what, recipe = (split.sources, split.decode, options.out, split.prefix), {"source": options.source, **given}
-        how = {"samples_per_shard": options.samples_per_shard, "on_bad_sample": options.on_bad_sample}
-        how |= {"num_workers": options.workers, "progress": not options.no_progress}
-        report = convert(*what, recipe=recipe, **how)
+        report = convert(split.sources, split.decode, options.out, split.prefix, recipe=recipe, **how)
         lines = _describe(options.out, split.prefix, report, split.notes)
         sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

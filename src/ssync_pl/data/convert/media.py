@@ -78,9 +78,11 @@ def natural_key(name: str) -> tuple[Any, ...]:
     return (*(int(part) if number % 2 else part for number, part in enumerate(parts)), name)
 
 
-def is_mask_folder(name: str) -> bool:
-    """Whether a folder beside videos holds masks: `masks`, `mask`, or any name that ends in `_masks` or `_mask`."""
-    return re.fullmatch("(.*_)?masks?", name, re.DOTALL) is not None
+def mask_owner(path: Path) -> str | None:
+    """Name of the video whose masks are called so: `a` for `a_masks`, empty for `masks`; None for what is no masks."""
+    name = path.name if path.is_dir() else re.sub("[-_. ]?[0-9]*$", "", path.stem)  # a picture's may be numbered
+    found = re.fullmatch(r"(?s:(.*)[-_. ])?(?:masks?|labels?|annotations?|segmentations?|gt)", name, re.IGNORECASE)
+    return None if found is None else found[1] or ""
 
 
 def list_pictures(folder: Path, extensions: tuple[str, ...] = PICTURE_EXTENSIONS) -> list[str]:
@@ -91,12 +93,15 @@ def list_pictures(folder: Path, extensions: tuple[str, ...] = PICTURE_EXTENSIONS
 
 
 def list_frames(folder: Path) -> list[str]:
-    """Names of the frames in a folder; `ConfigError` where two pictures share a name, as frames and their masks do."""
+    """Names of the frames in a folder; `ConfigError` where two pictures share their numbers, or a name without any, as
+    frames and their masks do."""
     names = list_pictures(folder)
-    first: dict[str, str] = {}
+    first: dict[tuple[str, ...], str] = {}
     for name in names:
-        other, advice = first.setdefault(Path(name).stem, name), f"Move masks to {folder}_masks."
-        require(other == name, f"one picture per frame in {folder}", other, name, advice=advice)
+        stem, advice = Path(name).stem, f"Move masks to {folder}_masks."
+        other = first.setdefault(tuple(number.lstrip("0") for number in re.findall("[0-9]+", stem)) or (stem,), name)
+        fits = other == name and mask_owner(folder / name) is None
+        require(fits, f"one picture per frame in {folder}, and no masks", *dict.fromkeys((other, name)), advice=advice)
     return names
 
 

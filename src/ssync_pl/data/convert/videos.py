@@ -31,9 +31,9 @@ def plan_videos(
     root: Path, prefix: str = "videos", clip_frames: int | None = None, short_side: int | None = None
 ) -> list[Split]:
     """Convert own videos: each mp4, avi, mov, mkv, webm or gif file of ROOT is a video, and so is each sub-folder of
-    frames (jpg, png, bmp). Masks of a video called NAME are found in NAME_masks/*.png, masks/NAME/*.png (grey or
-    palette pictures of ids, named after their frames) or NAME.masks.npy (F, h, w) or (F, h, w, N). They become ids
-    (F, h, w, 1) from 1 on in the order of the source's ids, or channels (F, h, w, N) of 0 and 1.
+    frames (jpg, png, bmp). Masks of a video called NAME are found in NAME_masks/*.png, masks/NAME/*.png (or labels,
+    annotations, segmentations, gt: grey or palette pictures of ids, named after their frames) or NAME.masks.npy
+    (F, h, w[, N]). They become ids (F, h, w, 1) from 1 on, in the source's order, or channels (F, h, w, N) of 0 and 1.
     """
     require(clip_frames is None or clip_frames > 0, "--clip-frames to be at least 1", clip_frames)
     videos, ignored = _scan(root)
@@ -171,21 +171,23 @@ def _scan(root: Path) -> tuple[list[_Source], list[str]]:
     ignored: list[str] = []
     videos: dict[str, _Source] = {}
     masks: dict[str, list[_Source]] = {}
-    for path in (*root.iterdir(), *root.glob("masks/*"), *root.glob("mask/*")):
+    places = [path for path in root.iterdir() if media.mask_owner(path) == ""]
+    for path in (*root.iterdir(), *(path for place in places for path in place.glob("*"))):
         name, inner = str(path.relative_to(root)), path.parent != root
-        lower, folder = name.lower(), path.is_dir()
-        if path.name.startswith(".") or not path.exists():  # hidden, or a dangling link
+        lower, folder, owner = name.lower(), path.is_dir(), media.mask_owner(path)
+        owner = path.name if inner else owner
+        if path.name.startswith(".") or not (folder or path.is_file()):  # hidden, a dangling link, a pipe
             ignored.append(name)
-        elif folder and (inner or media.is_mask_folder(name)):
-            stem = path.name if inner else name.rpartition("_")[0]
+        elif folder and owner is not None:
             pictures = media.list_pictures(path, (".png", ".bmp"))
-            masks.setdefault(stem, []).append({"path": name, "names": pictures})
+            masks.setdefault(owner, []).append({"path": name, "names": pictures})
         elif folder and (frames := media.list_frames(path)):
             videos[name] = {"video": name, "names": frames, "masks": None}
+            ignored += [f"{name}/{other}" for other in {one.name for one in path.iterdir()} - {*frames}]
         elif lower.endswith(_ARRAY) and not inner:
             array = {"path": name, "names": None, "bytes": path.stat().st_size}
             masks.setdefault(name[: -len(_ARRAY)], []).append(array)
-        elif lower.endswith(media.VIDEO_EXTENSIONS) and not inner:
+        elif lower.endswith(media.VIDEO_EXTENSIONS) and owner is None:
             videos[name] = {"video": name, "names": None, "bytes": path.stat().st_size, "masks": None}
         else:
             ignored.append(name)
@@ -195,10 +197,10 @@ def _scan(root: Path) -> tuple[list[_Source], list[str]]:
     by_stem: dict[str, list[str]] = {}
     for name, video in videos.items():
         by_stem.setdefault(name if video["names"] else Path(name).stem, []).append(name)
-    for stem, places in masks.items():
+    for stem, found in masks.items():
         owners = by_stem.get(stem, [])
-        got = f"the videos {sorted(owners)} and the masks {sorted(one['path'] for one in places)}"
-        single = len(owners) == len(places) == 1
+        got = f"the videos {sorted(owners)} and the masks {sorted(one['path'] for one in found)}"
+        single = len(owners) == len(found) == 1
         require(single, f"one video called {stem!r} for the masks in one place of {root}", got)
-        videos[owners[0]]["masks"] = places[0]
+        videos[owners[0]]["masks"] = found[0]
     return [videos[name] for name in sorted(videos, key=media.natural_key)], sorted(ignored)

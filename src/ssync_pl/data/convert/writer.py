@@ -66,12 +66,7 @@ def convert(
     Each shard is made whole by one process under a hidden name, read back, and only then renamed. The same call goes on
     where a killed one was. Equal arguments give equal bytes, whatever the number of workers and the interruptions.
     `recipe` holds the settings that decide the samples, as JSON values; several prefixes may share a folder. `progress`
-    shows a bar on terminals.
-
-    Raises:
-        ConfigError: An argument is out of range.
-        ShardError: A source is bad and `on_bad_sample` is not `skip`, the folder holds shards of another conversion,
-            another process works on it, or the disk is full or refuses. Finished shards stay.
+    shows a bar on terminals. Finished shards stay after errors.
     """
     plain = prefix and not prefix.startswith(".") and not any(character in prefix for character in "/\\{}*?[]")
     require(bool(plain), "the prefix to be a plain file name part", repr(prefix))
@@ -123,12 +118,21 @@ def _claim(out: Path, prefix: str, settings: Mapping[str, Any], parts: Mapping[P
         if then.get(name) != now.get(name)
     ]
     why = why[:4] if before else ["no record of a conversion lies beside them"]
-    why = why or [f"{name} is none of this conversion" for name in found if out / name not in parts]
+    why = why or [f"{name} is none of this conversion" for name in found if not _is_ours(out / name, parts)]
     expected = f"the {len(found)} shards `{prefix}-*.tar` in {out} to be of this conversion"
     advice = "Run with the earlier settings to go on, move the shards away, or choose another folder with --out."
     require_shard(not (found and why), expected, "; ".join(why), advice=advice)
     if before != record:
         write_bytes(path, json.dumps(record, sort_keys=True).encode())
+
+
+def _is_ours(path: Path, parts: Mapping[Path, Mapping[str, Any]]) -> bool:
+    """Whether a shard, whole or cut off, begins with a sample of its place; a link counts where what it names does."""
+    if path not in parts or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        heads = [stream.read(512).partition(b".")[0].decode(errors="replace") for _ in range(3)]
+    return any(head in parts[path] for head in heads)  # the first ones may tell of long names
 
 
 def _run(

@@ -6,6 +6,7 @@ Source: https://youtube-vos.org/dataset/vis/ (folders and JSON), and the shards 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -70,6 +71,7 @@ def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
                 raise ValueError(f"video {video['id']} twice")
             objects: list[Any] | None = [] if annotations else None
             videos[video["id"]] = {**_video(video), "folder": f"{split}/JPEGImages", "objects": objects}
+        crowds = [thing["id"] for thing in annotations if thing.get("iscrowd")]
         for thing in annotations:
             number, masks = thing["category_id"], thing["segmentations"]
             if thing["video_id"] not in videos:
@@ -82,6 +84,8 @@ def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
             f"Expected {found[0]} to be JSON with `videos`, `categories` and `annotations` with `segmentations` as of "
             f"YouTube-VIS 2019 or 2021, but got {error!r}. Repair it, or download it again."
         ) from error
+    if crowds:
+        logging.getLogger(__name__).warning("Leaving out %d crowds of %s: %s", len(crowds), found[0], crowds[:9])
     return list(videos.values())
 
 

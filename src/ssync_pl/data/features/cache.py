@@ -25,6 +25,7 @@ from ssync_pl.data.transforms import BatchTransform, Size
 from ssync_pl.errors import ShardError, choose, require, require_shard
 
 _VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
+_SCRATCH = ".features.tmp"  # the shard that is being written
 
 _logger = logging.getLogger(__name__)
 _Source = tuple[str, ShardEntry]
@@ -94,10 +95,6 @@ def cache_features(
     shards, and all later calls take it: so store the training videos first. `out` may hold shards of the same recipe,
     nothing else. `flips` stores features of the mirrored frames too: they are no mirror image of the features. With
     `on_bad_sample="skip"` videos that cannot be read get no features and are reported.
-
-    Raises:
-        ConfigError: A setting is out of range, or `out` holds features of another recipe or projection.
-        ShardError: A video cannot be read or changes, features are not finite, or `out` cannot be written.
     """
     from tqdm import tqdm
 
@@ -116,9 +113,11 @@ def cache_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".cache.lock", timeout=-1):
+            (folder / _SCRATCH).unlink(missing_ok=True)  # what a killed process left
+            stored = {path: store.read_recipe(path)[0] for path in sorted(folder.glob("*.tar"))}  # refuses other files
             maker = _projected(maker, folder, components, sources, skip)
-            for path in sorted(folder.glob("*.tar")):
-                store.require_same(path, store.read_recipe(path)[0], maker.recipe)
+            for path, there in stored.items():
+                store.require_same(path, there, maker.recipe)
             report = CacheReport(maker.recipe, maker.projection)
             for source in tqdm(sources, unit="shard", disable=None):
                 _store_shard(source, maker, folder, skip, report)
@@ -175,7 +174,7 @@ def _store_shard(source: _Source, maker: FeatureMaker, folder: Path, skip: bool,
     facts = store.source_facts(*source, folder)
     target, there = store.find_shard(folder, facts)
     if not there:
-        temporary = folder / f".{facts['sha256'][:12]}.tmp"
+        temporary = folder / _SCRATCH
         try:
             with temporary.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
                 head, kind = os.path.splitext(store.RECIPE_MEMBER)

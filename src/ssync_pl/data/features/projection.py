@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.files import require_unpacked
+from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.errors import ShardError, require
 
 PROJECTION_FILE = "projection.npz"
@@ -95,8 +94,9 @@ def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], compone
 def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
     try:
-        require_unpacked(path, MAX_MEMBER_BYTES)
         with np.load(path, allow_pickle=False) as content:
+            size = sum(member.file_size for member in content.zip.infolist())
+            require_size(size, f"the members of {path}", MAX_MEMBER_BYTES)
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")

@@ -96,13 +96,16 @@ def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
     """
     place, status = os.path.abspath(path), os.stat(path)
     stamp, memo = [status.st_size, status.st_mtime_ns], {}
+    free = not os.path.lexists(folder / _MEMO)
     with contextlib.suppress(OSError, ShardError):
         memo = parse_json((folder / _MEMO).read_bytes(), _MEMO, dict)
+        free = all(isinstance(note, list) and len(note) == 3 for note in memo.values())  # else another program's
     note = memo.get(place)
-    if not isinstance(note, list) or len(note) != 3 or note[:2] != stamp:
+    if not isinstance(note, list) or note[:2] != stamp:
         memo[place] = note = [*stamp, _digest(path, entry)]
         with contextlib.suppress(OSError):  # without the note the next start only takes longer
-            write_bytes(folder / _MEMO, json.dumps(memo).encode())
+            if free:
+                write_bytes(folder / _MEMO, json.dumps(memo).encode())
     return {"name": entry.name, "sha256": str(note[2])}
 
 

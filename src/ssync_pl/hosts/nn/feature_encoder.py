@@ -29,6 +29,7 @@ class FeatureEncoder(nn.Module):
         similarity_layer: str | None = None,
         weights: Weights = "pretrained",
         checkpoint: str | None = None,
+        renormalize: bool = True,
         feature_dim: int | None = None,
         similarity_dim: int | None = None,
         grid: tuple[int, int],
@@ -70,14 +71,14 @@ class FeatureEncoder(nn.Module):
         self.output_dim = slot_dim if hidden else feature_dim
         self.frame_mean: Sequence[float] | None = None
         self.frame_std: Sequence[float] | None = None
-        self.backbone = network
+        self.backbone, self.renormalize = network, renormalize
         self.output_transform = MLP(feature_dim, [hidden], slot_dim, layer_norm=True) if hidden else None
         self.position = PatchPosition(self.grid, hidden, position) if position else None
 
     def take_normalization(self, data: object) -> None:
         """Take over how a data module normalises frames (`mean` and `std`), if it says so."""
         mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-        known = mean is not None and std is not None
+        known = self.renormalize and mean is not None and std is not None
         self.frame_mean, self.frame_std = (mean, std) if known else (None, None)
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter, PathAdapter, locate
 from ssync_pl.adapters.discover import discover
+from ssync_pl.adapters.pairing import Pair, sources
 from ssync_pl.errors import HostError, ShapeError
 from ssync_pl.method.loss import ssync_loss
 from ssync_pl.plugin.callback import SSyncCallback
@@ -27,11 +28,12 @@ from ssync_pl.tools.doctor import steps
 _NUMBERS = ("boundary_loss", "interior_loss", "boundary_fraction", "agreement", "merged_slots")
 _USED = ("used_encoder_slots", "used_decoder_slots")
 _PACKAGE = str(Path(__file__).parents[2])
-_DICT_FOR_TENSOR = (AttributeError, IndexError, KeyError, TypeError)  # what the one in place of the other gives
+_OTHER_KIND = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # a tensor in a dict's place, and so on
 _UNKNOWN = (
     "No adapter knows this host; its maps were found at the softmaxes named above. Look at the shapes: S has to be the "
     "number of slots, and N that of the patches."
 )
+_UNLINKED = "No gradient goes from these masks to this attention: another one draws them, or the slots are detached."
 _NO_MAPS = (
     "Expected a softmax over S slots in the slot attention and one over the same S in the decoder, both with more "
     "patches than slots, but {found} (a decoder that predicts tokens one after another draws no masks). Where modules "
@@ -84,16 +86,19 @@ def lines(kind: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def hints(report: DoctorReport, frames: set[int]) -> tuple[str, ...]:
-    """Returns what the numbers of a host that can be used suggest; `frames` are the counts that its batch may have."""
+def hints(report: DoctorReport, clips: set[tuple[int, int]]) -> tuple[str, ...]:
+    """Returns what the numbers of a host that can be used suggest; `clips` are (B, T) that its batch may have."""
     (batch, time, slots, _), loss = report.shape, report.numbers["loss"]
+    frames = {videos * length for videos, length in clips}
     scale = "the published weights go with one near 1: relative_weight=0.1 adds a tenth of the host's loss instead"
     merging = "Redundant slots are merged by logits only: attention='softmax:path' takes them from inside a module."
     missed = f"SSync sees {batch * time} frames of a batch of {max(frames, default=0)}: check that this is meant."
+    folded = f"SSync takes the frames for {batch} clips of {time}: right only where frames hand on no slots."
     advice = [
         (not math.isfinite(loss), f"The host's own loss is {loss}: check the host and the batch."),
         (not 0.2 <= abs(loss) <= 5.0 and math.isfinite(loss), f"The host's own loss is {loss:.3g}, and {scale}."),
         (bool(frames) and batch * time not in frames, missed),
+        (batch * time in frames and (batch, time) not in clips, folded),
         (slots == 1, "There is one slot: both maps are 1 everywhere, so that SSync is 0 and changes nothing."),
         (report.kinds[0] == "probs", merging),
     ]
@@ -108,21 +113,19 @@ def diagnose(host: nn.Module, data: Any, settings: Mapping[str, Any], method: st
     if method or steps.namespace(host) is None:
         return examine(host, steps.plain_step(host, data, method), data, settings)
     report = DoctorReport(type(host).__name__, "lightning")
-    if isinstance(host, SSyncRegularizer):
-        hint = f"{report.host} is an SSyncRegularizer and adds SSync itself: leave the callback out."
-        return replace(report, adapter="its own", hints=(hint,))
     try:
-        SSyncCallback().setup(None, host, "fit")
+        if not isinstance(host, SSyncRegularizer):
+            SSyncCallback().setup(None, host, "fit")
     except HostError as error:
         return replace(report, problems=(str(error),))
     named = isinstance(data, Tensor) and data.ndim in (4, 5)
     failures: list[steps.StepError] = []
-    for batch in [{"video" if data.ndim == 5 else "image": data}, data] if named else [data]:
+    for batch in [{"video" if data.ndim == 5 else "image": data}, [data], data] if named else [data]:
         try:
             return steps.in_trainer(host, batch, functools.partial(examine, host, settings=settings, kind="lightning"))
         except steps.StepError as error:
             failures.append(error)
-            if not isinstance(error.__cause__, _DICT_FOR_TENSOR):
+            if not isinstance(error.__cause__, _OTHER_KIND):
                 raise
     raise failures[0]
 
@@ -135,11 +138,15 @@ def examine(
     named = {name: value for name, value in (settings or {}).items() if value not in (None, "auto")}
     callback = SSyncCallback(**named)
     try:
+        if kind == "lightning" and isinstance(host, SSyncRegularizer):
+            run()  # which checks the maps
+            unused = () if host._ssync_checked else (f"Expected {report.host} to call self.ssync, but it does not.",)
+            hint = f"{report.host} is an SSyncRegularizer and adds SSync itself: leave the callback out."
+            return replace(report, adapter="its own", problems=unused, hints=(hint,))
         adapter = locate(callback.adapter, host, callback.grid).adapter
-    except HostError as error:
-        if callback.adapter == "auto" and "all do" not in str(error):  # no adapter knows it
-            return _search(report, host, run, batch, named)
-        return replace(report, problems=(str(error),))
+    except (HostError, ShapeError) as error:
+        own = isinstance(host, SSyncRegularizer) or callback.adapter != "auto" or "all do" in str(error)
+        return replace(report, problems=(str(error),)) if own else _search(report, host, run, batch, named)
     return _listen(report, host, run, batch, named, adapter)
 
 
@@ -153,8 +160,13 @@ def _listen(
             session = HostSession(host, adapter)
             session.open(training_only=report.kind == "plain")  # as `attach` and as `SSyncCallback` listen
             loss = run()
+            if not loss.requires_grad:
+                raise HostError("Expected the step to give a loss with a gradient, but it has none. Was it detached?")
             maps = session.collect(batch, SSyncConfig())
             output = ssync_loss(maps)
+            hidden = any(one._compiled_call_impl or hasattr(one, "_orig_mod") for one in host.modules())  # compiled
+            pair = None if hidden or not isinstance(adapter, PathAdapter) else adapter.pair(session.capture)
+            unlinked = () if pair is None else _unlinked(pair)
     except (HostError, ShapeError) as error:
         return replace(report, problems=(str(error),))
     finally:
@@ -170,9 +182,24 @@ def _listen(
         numbers={"loss": float(loss.detach()), **values},
         lines=lines(report.kind, named),
     )
-    frames = {value.shape[0] * value.shape[1] for value in steps.tensors_of(batch) if value.ndim == 5}
+    clips = {(value.shape[0], value.shape[1]) for value in steps.tensors_of(batch) if value.ndim == 5}
     own = tuple(str(one.message) for one in told if one.filename.startswith(_PACKAGE))  # what adapters say of this host
-    return replace(report, hints=(*own, *hints(report, frames)))
+    return replace(report, hints=(*own, *unlinked, *hints(report, clips)))
+
+
+def _unlinked(pair: Pair) -> tuple[str, ...]:
+    """Says that masks do not come from the attention, and refuses maps whose frames or sides are exchanged."""
+    for frame in {0, pair.frames - 1}:
+        try:
+            used = sources(pair, frame)
+        except RuntimeError:  # such as that of reentrant checkpointing
+            return ()
+        if not used.any():
+            return (_UNLINKED,)
+        if not used[0, frame]:
+            text = f"masks of frame {frame} of the first video to come from the attention to it, but it was another's"
+            raise HostError(f"Expected the {text}. Let both maps have their axes in one order: B, T, S, N.")
+    return ()
 
 
 def _search(report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, named: dict[str, Any]) -> DoctorReport:
@@ -183,15 +210,16 @@ def _search(report: DoctorReport, host: nn.Module, run: steps.Run, batch: Any, n
     except HostError as error:
         return replace(report, problems=(str(error),))
     pairs = {"attention='{}' with masks='{}'".format(*pair.places): pair.places for pair in found.pairs}
-    failed: list[str] = []
-    for text, (attention, masks) in pairs.items():
+    tried: dict[str, DoctorReport] = {}
+    for text, (attention, masks) in list(pairs.items())[:8]:
         adapter = PathAdapter(attention, masks, grid=named.get("grid"))
-        tried = _listen(report, host, run, batch, {**named, "attention": attention, "masks": masks}, adapter)
-        if tried.ready:
-            others = "; ".join([other for other in pairs if other != text][:3])
-            more = (f"Other softmaxes would fit as well, should these be the wrong ones: {others}.",) if others else ()
-            return replace(tried, hints=(_UNKNOWN, *tried.hints, *more))
-        failed += [f"{text}: {problem}" for problem in tried.problems]
+        tried[text] = _listen(report, host, run, batch, {**named, "attention": attention, "masks": masks}, adapter)
+    ready = [text for text, one in tried.items() if one.ready]
+    if ready:
+        best, *others = sorted(ready, key=lambda text: _UNLINKED in tried[text].hints)
+        more = f"Other softmaxes would fit as well, should these be the wrong ones: {'; '.join(others[:3])}."
+        return replace(tried[best], hints=(_UNKNOWN, *tried[best].hints, *((more,) if others else ())))
+    failed = [f"{text}: {problem}" for text, one in tried.items() for problem in one.problems]
     what = "no two such maps were found" if found.spots else "this model has no slots: no softmax ran at all"
     spots = tuple(
         f"softmax of {spot.slots} on axis {spot.axis} of {spot.shape} in '{spot.path}', {spot.calls} call(s)"

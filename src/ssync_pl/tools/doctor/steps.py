@@ -55,7 +55,7 @@ def build_model(target: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def parse_batch(words: Sequence[str]) -> Any:
-    """Makes random numbers in [0, 1): a tensor, a tuple of tensors for several shapes, a dict for shapes with names."""
+    """Makes random numbers in [0, 1): a tensor, a tuple for several shapes, a dict for names, nested by their dots."""
     values: dict[str, Tensor] = {}
     for place, word in enumerate(words):
         name, equals, text = word.rpartition("=")
@@ -68,8 +68,15 @@ def parse_batch(words: Sequence[str]) -> Any:
             raise ConfigError(f"Expected --batch to fit into memory, but got {word!r}. Give a smaller one.") from error
     named = sum("=" in word for word in words)
     alike = named in (0, len(words)) and len(values) == len(words)
-    require(alike, "--batch with one name per shape or without names", ", ".join(words))
-    return values if named else values["0"] if len(values) == 1 else tuple(values.values())
+    inside = any(name.startswith(f"{other}.") for name in values for other in values)
+    require(alike and not inside, "--batch with one name per shape or without names", ", ".join(words))
+    if not named:
+        return values["0"] if len(values) == 1 else tuple(values.values())
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, nested)[last] = value
+    return nested
 
 
 def describe_batch(batch: Any) -> str:
@@ -148,13 +155,13 @@ def _step(host: nn.Module, call: Any, batch: Any, arguments: tuple[Any, ...], fi
 
 def _find_loss(output: Any) -> Tensor | None:
     """Finds the loss in what a step gives; without one, the mean square of its tensors takes the place."""
-    if isinstance(output, Tensor) and output.ndim == 0:
+    if isinstance(output, Tensor) and output.numel() == 1:
         return output
     if isinstance(output, Mapping):
         losses = {name: value for name, value in output.items() if "loss" in str(name) and isinstance(value, Tensor)}
         terms = {name: value.sum() for name, value in losses.items() if value.numel() == 1 and value.requires_grad}
         if terms:
-            return terms["loss"] if "loss" in terms else torch.stack([*terms.values()]).sum()
+            return terms.get("loss", terms.get("total_loss", torch.stack([*terms.values()]).sum()))
     floats = [value for value in tensors_of(output) if value.is_floating_point()]
     values = [value for value in floats if value.requires_grad] or floats
     if not values:

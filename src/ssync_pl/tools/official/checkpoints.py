@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import require
-from ssync_pl.hosts.weights import load_tensors
+from ssync_pl.hosts.nn.backbones import load_tensors
 
 _DROPPED = ("projector.", "projector2.")
 
@@ -49,18 +50,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"state_dict": dict(state), **counted}
 
 
-def convert_checkpoint(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[str]:
+def convert_checkpoint(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], config: Mapping[str, Any] | None = None
+) -> list[str]:
     """Turns a public checkpoint into one that `--ckpt_path` takes, beside the converted configuration.
 
     It keeps the tensors of the model and its backbone, the epoch and the step; it leaves out the state of the optimizer
-    and the parts of SRL that no host has, whose names it returns. The host loads it strictly.
+    and the parts of SRL that no host has, whose names it returns. The host loads it strictly. A converted `config`
+    goes beside it as a new `config.yaml`, with which `validate`, `test` and `predict` need no other.
     """
     import lightning.pytorch as L
 
+    beside, model = Path(out).parent / "config.yaml", (config or {}).get("model")
+    ours = isinstance(model, Mapping) and "class_path" in model
+    fits, got = config is None or (ours and not beside.exists()), str(beside) if ours else "another file"
+    require(fits, "--config of `ssync-pl config convert`, and no config.yaml in OUT's folder yet", got)
     content = read_checkpoint(path)
     state = content["state_dict"]
     content["state_dict"] = {name: value.clone() for name, value in state.items() if not name.startswith(_DROPPED)}
     buffer = io.BytesIO()
     torch.save({**content, "pytorch-lightning_version": L.__version__}, buffer)
     write_bytes(Path(out), buffer.getvalue())
+    if config is not None and model is not None:
+        options = {**model.get("init_args", {}), "backbone_weights": "none"}  # the checkpoint has them
+        text = yaml.safe_dump({**config, "model": {**model, "init_args": options}}, sort_keys=False)
+        write_bytes(beside, text.encode("utf-8"))
     return [name for name in state if name.startswith(_DROPPED)]

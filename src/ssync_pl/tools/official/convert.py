@@ -54,18 +54,10 @@ _SLOT_WIDTHS = ("encoder.output_transform.outp_dim", "grouper.inp_dim", "grouper
 _MIXER_WIDTHS = ("embed_dim", "allocator.dim", "allocator.memory_dim", "renderer.inp_dim")
 _TAGS = {"dino": "dino", "mae": "mae", "dinov2": "lvd142m"}
 _CONTRAST, _IMAGE_CONTRAST = "Slot_Slot_Contrastive_Loss", "Img_Slot_Slot_Contrastive_Loss"
-_KINDS = {
-    "MSELoss": "reconstruction",
-    "CrossEntropyLoss": "similarity",
-    "MSECLSLoss": "ssync",
-    _CONTRAST: "contrast",
-    _IMAGE_CONTRAST: "contrast",
-}
+_KINDS = {"MSELoss": "reconstruction", "CrossEntropyLoss": "similarity", "MSECLSLoss": "ssync"}
+_KINDS |= dict.fromkeys((_CONTRAST, _IMAGE_CONTRAST), "contrast")
 # What SSync's losses compare, and the weight of its settings
-_SIDES = {
-    "dec_bd_preds": ("grp_bd_labels", "boundary_weight"),
-    "grp_nbd_preds": ("dec_nbd_labels", "interior_weight"),
-}
+_SIDES = {"dec_bd_preds": ("grp_bd_labels", "boundary_weight"), "grp_nbd_preds": ("dec_nbd_labels", "interior_weight")}
 
 
 class ConvertedConfig(NamedTuple):
@@ -85,15 +77,9 @@ class ConvertedConfig(NamedTuple):
 
 
 def convert_config(path: str | Path, *, root: str | None = None, changes: Iterable[str] = ()) -> ConvertedConfig:
-    """Translates an official configuration of VideoSAUR, SlotContrast or SSync.
+    """Translates an official configuration of VideoSAUR, SlotContrast or SSync; refuses parts without a counterpart.
 
-    Args:
-        path: The official YAML file.
-        root: Folder or URL that the shards lie below; `None` leaves their names as they are.
-        changes: `KEY=VALUE` in the official file's own keys, put in before; `null` leaves a key out.
-
-    Raises:
-        ConfigError: There is no such file; a part has no counterpart; unknown keys of model, optimizer or data.
+    Shards lie below `root`, where one is given. `changes` are `KEY=VALUE` in the file's own keys, put in before.
     """
     keys = Keys(read_config(path, changes))
     for part in ("model", "optimizer", "dataset"):
@@ -269,11 +255,8 @@ def _backbone(keys: Keys) -> dict[str, Any]:
     known = layer in listed and all(isinstance(one, str) for one in listed)
     require(known, f"{backbone}.features to be names of layers, 'vit_block12' among them", listed)
     head, _, ending = name.rpartition("_")
-    if not re.search("dino|mae", name):
-        # Those were trained with ImageNet's mean, as the official pipeline normalises frames for every backbone.
-        reason = "frames are normalised as timm says for it, which may be otherwise than ImageNet's mean and deviation"
-        keys.left_out[f"{backbone}.model"] = reason
-    return {
+    # The official pipeline takes ImageNet's mean for every backbone, as those of DINO and MAE were trained.
+    return ({} if re.search("dino|mae", name) else {"backbone_renormalize": False}) | {
         "layer": layer,
         "backbone": f"{name if ending == 'dinov2' else head}.{_TAGS[ending]}" if ending in _TAGS else name,
         "backbone_weights": "pretrained" if keys.take(f"{backbone}.pretrained", False) else "none",

@@ -58,11 +58,13 @@ def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
 def _folder(path: Path) -> list[InputVideo]:
     frames, videos, ignored = dict.fromkeys(media.list_frames(path)), [], []
     for item in sorted(path.iterdir(), key=lambda item: media.natural_key(item.name)):
-        if item.name.startswith(".") or item.name in frames or media.is_mask_folder(item.name):
+        if item.name.startswith(".") or item.name in frames or item.suffix == ".json":  # such as the index of shards
             continue
-        found = _frame_folder(item) if item.is_dir() else _file(item)
+        masks = media.mask_owner(item) is not None
+        found = [] if masks else _frame_folder(item) if item.is_dir() else _file(item)
         videos += found
-        ignored += [] if found or item.suffix == ".json" else [item.name]  # such as the index of shards
+        others = {one.name for one in item.iterdir()} - {*media.list_frames(item)} if found and item.is_dir() else set()
+        ignored += [f"{item.name}/{other}" for other in sorted(others)] if found else [item.name]
     advice = "Name the inputs themselves, or move one kind into a folder of its own."
     kinds = [*list(frames)[:1], *(Path(video.source).name for video in videos[:1])]
     require(not (frames and videos), f"folder {path} to hold one kind of input", *kinds, advice=advice)

@@ -76,23 +76,14 @@ class SlotPredictions(L.Callback):
         if not mp4_available():
             rank_zero_warn("SlotPredictions writes no MP4: PyAV is missing. Run `pip install av`.")
 
-    def on_predict_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         """Hands the slots of a window to the next one of the same video."""
-        window = batch.get(WINDOW_KEY) if isinstance(batch, Mapping) else None
+        window = step[0].get(WINDOW_KEY) if isinstance(step[0], Mapping) else None
         self._carry.next_window(window is not None and window.start > 0)
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         """Writes the videos of a batch."""
+        outputs, batch, *_ = step
         video = batch.get("video") if isinstance(batch, Mapping) else None
         fits = isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] == 3
         require_shape(fits, "batch key `video` to be (B, T, 3, H, W)", () if video is None else video)
@@ -145,8 +136,9 @@ class SlotPredictions(L.Callback):
         if window.last:
             line = {"key": window.key, "name": files.name, "source": window.source, "windows": files.windows}
             self.written.append(line | files.finish())
+            self._write_index()  # first, so that a killed run leaves no file that the next one does not know
+            files.show()
             self._open = None
-            self._write_index()
 
     def _name(self, key: str) -> str:
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[-100:].lstrip("._-") or "video"
@@ -199,7 +191,7 @@ def mp4_available() -> bool:
 
 
 class VideoFiles:
-    """Keeps the pieces of a video in a hidden folder; `finish` shows its files, with an MP4 where PyAV is installed."""
+    """Keeps the pieces of a video in a hidden folder; `finish` makes its files there, `show` moves them out."""
 
     def __init__(self, folder: Path, hidden: Path, name: str, fps: int) -> None:
         self.folder, self.name, self.slots, self.windows = folder, name, 0, 0
@@ -233,7 +225,7 @@ class VideoFiles:
             self._container.mux(self._stream.encode(picture))
 
     def finish(self) -> dict[str, Any]:
-        """Writes the files, in the place of those of an earlier prediction; returns what the index says of them."""
+        """Writes the files, removes those of an earlier prediction, and returns what the index says of them."""
         labels = np.memmap(self._raw, np.uint8, "r", shape=(self._frames, *self.last.shape))
         start = self._hidden / self.name
         if self._container is not None:
@@ -250,28 +242,45 @@ class VideoFiles:
         self._raw.unlink()
         for earlier in (self.folder / f"{self.name}{ending}" for ending in _ENDINGS):
             shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
-        files = sorted(os.listdir(self._hidden))
-        for name in files:
-            os.replace(self._hidden / name, self.folder / name)
-        return {"frames": self._frames, "slots_used": int(self._used[: self.slots].sum()), "files": files}
+        files = sorted(self._hidden.iterdir())
+        sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
+        told = {"frames": self._frames, "slots_used": int(self._used[: self.slots].sum()), "bytes": sizes}
+        return told | {"files": [path.name for path in files]}
+
+    def show(self) -> None:
+        """Moves the files into the folder of the predictions."""
+        for path in self._hidden.iterdir():
+            os.replace(path, self.folder / path.name)
 
 
 def _look_into(folder: Path) -> list[dict[str, Any]]:
     """Videos of earlier predictions in the folder; refuses files of others, but for hidden ones, which stay."""
     earlier: list[dict[str, Any]] = []
-    known: set[str] = set()
+    known: dict[str, tuple[int, Any]] = {}  # lower names of files → frames of the video, bytes
     no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
     with contextlib.suppress(*no_index):
         index = json.loads((folder / _INDEX).read_bytes())
         if index["format"] == _FORMAT and all(isinstance(video["name"], str) for video in index["videos"]):
-            known = {_INDEX, *(name.lower() for video in index["videos"] for name in video["files"])}
-            earlier = index["videos"]
-    foreign = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in known]
-    foreign += [path for path in folder.glob(f"*{_ENDINGS[-1]}/*") if not re.fullmatch(r"\d{5,}\.png", path.name)]
+            for video in index["videos"]:
+                sizes = video.get("bytes", {})
+                known |= {name.lower(): (int(video["frames"]), sizes.get(name)) for name in video["files"]}
+            earlier, known[_INDEX] = index["videos"], (0, None)
+    shown = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    foreign = [path for path in shown if not _is_ours(path, *known.get(path.name.lower(), (-1, None)))]
     got = f"{folder} holds {foreign[0].name if foreign else ''} and perhaps more"
     expected = "the folder of the predictions to be new, empty or one of earlier predictions"
     require(not foreign, expected, got, advice="Name another folder by --out, or by `out` of SlotPredictions.")
     return earlier
+
+
+def _is_ours(path: Path, frames: int, size: Any) -> bool:
+    """Whether there is a file of this size, or a folder of the pictures of so many frames and no others."""
+    pictures = path.name.endswith(_ENDINGS[-1])
+    if frames < 0 or path.is_symlink() or path.is_dir() != pictures:
+        return False
+    if pictures:
+        return all(re.fullmatch(r"\d{5,}\.png", one.name) and int(one.stem) < frames for one in path.iterdir())
+    return size in (None, path.stat().st_size)
 
 
 def _read(outputs: Any, clip: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
