@@ -1,7 +1,5 @@
 """`python -m ssync_pl` is the command `ssync-pl`; what a process needs around it, whatever ends it, stands here."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

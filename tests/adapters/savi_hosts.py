@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SoldCorrector(SlotAttention):
-    epsilon, slots_only = SlotAttention.eps, True
+    epsilon, slots_only, checked = SlotAttention.eps, True, False
 
 
 class SoldDecoder(Decoder):
@@ -31,7 +31,7 @@ class SoldHost(StandIn):
 
 
 class SlotFormerAttention(SlotAttention):
-    names, slots_only = ("project_q", "project_k", "project_v"), True
+    names, slots_only, checked = ("project_q", "project_k", "project_v"), True, False
     eps, attn_scale = 1e-6, DIM**-0.5
 
     def __init__(self) -> None:
@@ -40,6 +40,9 @@ class SlotFormerAttention(SlotAttention):
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return (self.attn_scale * torch.einsum("bnc,bmc->bnm", keys, query)).transpose(1, 2)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.transpose(1, 2).softmax(-1).transpose(1, 2)
 
 
 class SlotFormerHost(StandIn):
@@ -68,7 +71,7 @@ class SlotFormerHost(StandIn):
 
 
 class Genera1zAttention(SlotAttention):
-    names, slots_only = ("proj_q", "proj_k", "proj_v"), True
+    names, slots_only, checked = ("proj_q", "proj_k", "proj_v"), True, False
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return torch.einsum("bmc,bnc->bmn", query / query.size(-1) ** 0.5, keys)
@@ -182,6 +185,8 @@ class SplitHeads(nn.Module):
 
 
 class PackageAttention(SlotAttention):
+    checked = False
+
     def __init__(self, heads: int | None = None) -> None:
         super().__init__(heads=heads or 1)
         self.slots_mu, self.slots_logsigma = (nn.Parameter(torch.ones(1, 1, DIM)) for _ in range(2))

@@ -40,7 +40,6 @@ REFUSED = [
     (lambda: tiny(SOLV, clip_length=4), ConfigError, "odd"),
     (lambda: tiny(SOLV, token_drop=1.0), ConfigError, "`token_drop`"),
     (lambda: tiny(SOLV, merge_threshold=3.0), ConfigError, "`merge_threshold`"),
-    (lambda: tiny(SOLV, merge_linkage="single"), ConfigError, "`merge_linkage`"),
     (lambda: tiny(SOLV, temporal_heads=5), ConfigError, "`temporal_heads`"),
     (lambda: tiny(SAVi)(torch.randn(2, 3, 16, 16)), ShapeError, "`video`"),
     (lambda: tiny(SAVi, slot_init="boxes").training_step({"video": VIDEO}, 0), ConfigError, "masks_in_training"),

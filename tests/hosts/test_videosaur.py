@@ -104,7 +104,7 @@ def test_an_image_host_has_no_options_of_videos_and_decays_on_after_its_steps_as
     with pytest.raises(TypeError, match="similarity_weight"):
         tiny(DINOSAUR, similarity_weight=1.0)
     model = DINOSAUR(backbone=None, feature_dim=6, grid=(2, 3))
-    assert (model.warmup_steps, model.decay_steps, model.decay_rate) == (10_000, 100_000, 0.5)
+    assert [model.hparams[name] for name in ("warmup_steps", "decay_steps", "decay_rate")] == [10_000, 100_000, 0.5]
     model.trainer = type("Trainer", (), {"estimated_stepping_batches": 500_000})()  # type: ignore[assignment]
     factor: Any = model.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]  # type: ignore[index,call-overload]
     assert [factor(step) for step in (0, 5_000, 10_000, 100_000, 190_000)] == pytest.approx([0, 0.5, 1, 0.5, 0.25])

@@ -9,7 +9,7 @@ from metric_helpers import CLASSES, SCENE, items
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics import METRICS, BoundaryF, MaskMetric, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
+from ssync_pl.metrics import METRICS, BoundaryF, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
 from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene
 
 
@@ -34,13 +34,7 @@ def test_class_is_the_mean_of_the_function(name, background):
     assert not metric.count.any()
 
 
-def test_settings_are_refused():
-    with pytest.raises(TypeError, match="item_values"):
-        MaskMetric()
-    for resolution in ((4,), (0, 3), (2.5, 3)):
-        for metric_class in (VideoARI, BoundaryF, SegmentationMetrics):
-            with pytest.raises(ConfigError, match="two positive sizes"):
-                metric_class(resolution=resolution)
+def test_unknown_scores_are_refused():
     with pytest.raises(ConfigError, match="video_dice"):
         SegmentationMetrics(scores=["video_dice"])
 
@@ -51,13 +45,11 @@ def test_collection_equals_single_metrics(has_background):
     truth = true if has_background else true[:, :, 1:]
     masks = labels_to_masks(pred, 6).float()
     everything = (*metric_names("segmentation"), *metric_names("slots"))
-    metrics = SegmentationMetrics("val/", has_background, skip_empty=True, resolution=(8, 8), scores=everything)
-    options = {"ignore_background": has_background, "resolution": (8, 8)}
-    skip = {name: {"skip_empty": True} if "ari" in name else {} for name in CLASSES}
-    singles = {name: kind(**options, **skip[name]) for name, (kind, *_) in CLASSES.items()}
-    singles |= {"boundary_f": BoundaryF(resolution=(8, 8)), "unused_slots": UnusedSlots()}
+    metrics = SegmentationMetrics("val/", has_background, scores=everything)
+    singles = {name: kind(ignore_background=has_background) for name, (kind, *_) in CLASSES.items()}
+    singles |= {"boundary_f": BoundaryF(), "unused_slots": UnusedSlots()}
     if has_background:
-        singles["video_ari"] = VideoARI(resolution=(8, 8))
+        singles["video_ari"] = VideoARI()
     for part in (slice(0, 2), slice(2, 3)):
         metrics.update(masks[part], truth[part])
         for name, single in singles.items():
@@ -78,12 +70,6 @@ def test_collection_scores_segmentation_unless_told():
     nothing = SegmentationMetrics()
     nothing.update(torch.zeros(1, 1, 2, 2, dtype=torch.long), torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool))
     assert all(value.isnan() for value in nothing.compute().values())
-    empty = torch.zeros(1, 1, 2, 2, dtype=torch.long)  # with background only
-    for skip in (False, True):
-        single, several = VideoARI(ignore_background=True, skip_empty=skip), SegmentationMetrics(skip_empty=skip)
-        single.update(empty, labels_to_masks(empty, 2))
-        several.update(empty, labels_to_masks(empty, 2))
-        assert [single.compute().isnan(), several.compute()["video_fg_ari"].isnan()] == [skip] * 2
 
 
 def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():

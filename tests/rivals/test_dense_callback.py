@@ -113,30 +113,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(make_host().state_dict())
 
 
-class Grouped(SlotContrast):
-    """One projection of the callback is trained in the middle of the host's parameters, the other behind them."""
-
-    def configure_optimizers(self):
-        groups = [[], []]
-        for name, parameter in self.named_parameters():
-            groups["decoder" in name].append(parameter)
-        return torch.optim.Adam([{"params": group, "lr": 0.01} for group in groups])
-
-
-@pytest.mark.parametrize("kind", [SlotContrast, Grouped])
-def test_a_checkpoint_of_the_host_alone_is_taken_up(kind, tmp_path):
-    def averages(trainer, module):
-        found.append([trainer.optimizers[0].state[p]["exp_avg"].clone() for p in module.parameters()])
-        sizes.append(len(trainer.optimizers[0].state))
-
-    saver, found, sizes = ModelCheckpoint(tmp_path), [], []
-    fit(make_host(kind), saver, in_hook("on_train_end", averages), steps=2, enable_checkpointing=True)
-    looks = in_hook("on_train_start", averages), in_hook("on_train_end", averages)
-    trainer, _ = fit(make_host(kind), make_callback(), *looks, steps=4, ckpt_path=saver.best_model_path)
-    torch.testing.assert_close(found[1], found[0], **EXACT)
-    assert (trainer.global_step, sizes) == (4, [sizes[0], sizes[0], sizes[0] + 2])
-
-
 def test_schedule_logs_mixed_precision_and_accumulation():
     callback = DenseAlignmentCallback(weight=0.3, warmup_ratio=0.5, redundancy_ratio=0.25, neighbours=2)
     options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "max_epochs": 4}
@@ -157,11 +133,6 @@ def test_group_follows_the_clip(frames, wanted, group):
     assert callback.losses.group_frames == group
 
 
-class Own(SlotContrast):
-    def configure_optimizers(self):
-        return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()])
-
-
 def manual():
     host = make_host()
     host.automatic_optimization = False
@@ -174,7 +145,6 @@ def manual():
         (manual, [{}], HostError, "automatic_optimization=False"),
         (lambda: SAVi(num_slots=2), [{}], HostError, "but got SAVi"),
         (lambda: make_host(VideoSAUR, reconstruction_weight=0.0), [{}], HostError, "reconstruction_weight=0"),
-        (lambda: make_host(Own), [{}], HostError, "Build it from self.parameters"),
         (make_host, [{"group_frames": 3, "warmup_steps": 9}], ShapeError, "divide the 4 frames"),
         (make_host, [{"neighbours": 13}], ConfigError, r"`neighbours` to be in \[1, 12\]"),
         (make_host, [{}, SSyncCallback], HostError, "already has dense alignment"),

@@ -2,7 +2,7 @@
 
 from ssync_pl.adapters import autoregressive, oclf, randsfq, slot_attention_package, solv, videosaur
 from ssync_pl.adapters.base import HostAdapter, Located, adapter_names, locate, register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention, watch_softmax
 from ssync_pl.adapters.capture import Capture, submodule
 from ssync_pl.adapters.grids import SlotMap, frame_size, join_sides, resolve_grid, stack_frames
 from ssync_pl.adapters.paths import PathAdapter

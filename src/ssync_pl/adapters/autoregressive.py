@@ -1,7 +1,5 @@
 """STEVE, SLATE and their kin: hosts that are recognised in order to say why they cannot be used as they are."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import nn

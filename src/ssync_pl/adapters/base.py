@@ -1,7 +1,5 @@
 """What an adapter is, which adapters there are, and which of them knows a host."""
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple

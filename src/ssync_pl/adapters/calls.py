@@ -1,12 +1,9 @@
 """Maps that come about in one call of a module: of slot attention from its projections, of a decoder from its alpha."""
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +46,12 @@ class MapCall(NamedTuple):
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
         valid: ``(B, S)`` bool, slots that exist; None when all do.
-        values, update, weigh: What slot attention weighs, its mean, and its weights, where it returns slots only.
     """
 
     logits: Tensor | None
     own: Tensor | None = None
     axis: int = 1
     valid: Tensor | None = None
-    values: Projection | None = None
-    update: Tensor | None = None
-    weigh: Callable[[Tensor], Tensor] | None = None
 
 
 def watch_joined(
@@ -106,9 +99,7 @@ def watch_attention(
     logits: Callable[[Any, Tensor, Tensor], Tensor],
     projections: tuple[str, ...] = ("to_q", "to_k"),
     *,
-    own: Own | None = None,
-    weigh: Callable[[Any, Tensor], Tensor] | None = None,
-    cell: str = "gru",
+    own: Own,
     given: str | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
     kept: Own | None = None,
@@ -121,26 +112,22 @@ def watch_attention(
         key: Name of the module's calls.
         module: Slot attention, or a decoder that attends to slots.
         logits: ``(module, query, key)`` to logits, in the operations and the order of the host.
-        projections: Names of its children for queries and keys, and for values where ``weigh`` is given.
-        own: Picks the host's softmax of them from ``(module, output)``; None where it returns none.
-        weigh: ``(module, logits)`` to the host's weights over patches, for modules that return slots only.
-        cell: Child whose first input is the update of the slots, with ``weigh``.
+        projections: Names of its children for queries and keys.
+        own: Picks the host's softmax of them from ``(module, output)``; see `watch_softmax` where it returns none.
         given: Entry of the output with the logits themselves, where a fork returns them.
         mask: ``(args, kwargs)`` to the slots that exist, ``(B, S)`` bool, where the module is told.
         kept: ``(module, output)`` to the slots that it keeps, ``(B, S)`` bool, where it decides itself.
         axis: Axis of the slots in the logits.
     """
     parts: dict[str, Take] = dict.fromkeys(projections, take_projection)
-    if weigh is not None:
-        parts[f"{cell} input"] = lambda module, args, kwargs: args[0]
     if mask is not None:
         parts[". input"] = lambda module, args, kwargs: mask(args, kwargs)
 
     def make(module: Any, output: Any, part: Part) -> MapCall:
         returned = output_entry(output, given) if given else None
-        if returned is not None and own is not None:
+        if returned is not None:
             return MapCall(*in_shape_of(returned, own(module, output), module), axis)
-        query, keys, *values = map(part, projections)
+        query, keys = map(part, projections)
         with query.precision():
             value = logits(module, query.value, keys.value)
         valid = None if mask is None else part(". input")
@@ -149,13 +136,26 @@ def watch_attention(
             value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
         if kept is not None:
             valid = kept(module, output) if valid is None else kept(module, output) & valid
-        used = None if own is None else in_shape_of(value, own(module, output), module)[1]
-        call = MapCall(value, used, axis, valid)
-        if weigh is None:
-            return call
-        return call._replace(values=values[0], update=part(f"{cell} input"), weigh=partial(weigh, module))
+        return MapCall(value, in_shape_of(value, own(module, output), module)[1], axis, valid)
 
     watch_joined(capture, key, module, make, parts)
+
+
+def watch_softmax(capture: Capture, key: str, module: nn.Module, axis: int = -2) -> None:
+    """Records a `MapCall` under ``key`` whenever slot attention returns slots only: what its last softmax was fed.
+
+    ``axis`` is that of the slots in the softmax, -2 or -1.
+    """
+    capture.tap(f"{key} softmax", module, axis)
+
+    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
+        heard = [*capture[f"{key} softmax"][-1].values()]
+        if not heard:
+            raise HostError(f"Expected {type(module).__name__} to take a softmax over slots, but none ran. {NAME_THEM}")
+        logits = heard[-1].logits
+        return MapCall(logits if axis == -2 else logits.transpose(-1, -2), axis=logits.ndim - 2)
+
+    capture.watch(key, module, take)
 
 
 def watch_alpha(
@@ -215,12 +215,6 @@ def scaled_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
     return torch.einsum("bsd,bnd->bsn", query, key) * module.scale
 
 
-def token_weights(logits: Tensor, eps: float) -> Tensor:
-    """Weights over patches: the softmax over slots ``(..., S, N)``, plus ``eps``, normalised over patches."""
-    weights = logits.softmax(-2) + eps
-    return weights / weights.sum(-1, keepdim=True)
-
-
 def check_close(
     mine: Tensor, own: Tensor, what: str, expected: str, scale: float = 1.0, tolerance: float = 0.0
 ) -> None:
@@ -237,18 +231,3 @@ def check_close(
             f"Expected the {what} to be {expected}, but they differ by up to {gap:.3g} (tolerance {tolerance:.1g}): "
             f"this host changes its maps on the way. {NAME_THEM}"
         )
-
-
-def check_update(call: MapCall, name: str) -> None:
-    """Refuses a call of slot attention from whose logits the update that the host made does not follow."""
-    if call.logits is None or call.values is None or call.update is None or call.weigh is None:
-        return
-    values = call.values.value.detach()
-    with torch.no_grad(), call.values.precision():
-        weights = call.weigh(call.logits).to(values.dtype)
-        if weights.ndim == 4:  # heads, which lie side by side in values and update
-            values = values.unflatten(-1, (weights.shape[1], -1)).movedim(2, 1)
-        mine = (weights @ values).movedim(-3, -2) if weights.ndim == 4 else weights @ values
-    mine = mine.reshape(call.update.shape)
-    expected = "the mean of its values weighted by the softmax over slots"
-    check_close(mine, call.update, f"update of the slots in {name}", expected, scale=float(values.abs().max()))

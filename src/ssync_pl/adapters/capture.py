@@ -1,7 +1,5 @@
 """Hooks that listen inside a window only: to outputs, to inputs, and to the softmaxes inside of modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -161,7 +159,7 @@ class Capture:
                 past = f"goes past them by the method forward of {kind}, or another one"
                 raise HostError(f"Expected hooks on '{key}' to run, but the step {past}. Call {kind} as self(...).")
 
-    def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
+    def __reduce__(self) -> "tuple[type[Capture], tuple[()]]":
         return (Capture, ())
 
 
@@ -180,7 +178,7 @@ class _Hook:
                 raise HostError(f"Expected one copy of the host, but {copies}. Use DDP, or give it one device.")
             self.capture[self.key].append(given if self.take is None else self.take(module, args, given))
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[Capture, str, None]]:
+    def __reduce__(self) -> "tuple[type[_Hook], tuple[Capture, str, None]]":
         return (_Hook, (self.capture, self.key, None))
 
 
@@ -253,7 +251,7 @@ class _Bracket:
         last, self.last = self.last, {}
         return last
 
-    def __reduce__(self) -> tuple[type[_Bracket], tuple[Capture, int | None]]:
+    def __reduce__(self) -> "tuple[type[_Bracket], tuple[Capture, int | None]]":
         return (_Bracket, (self.capture, self.axis))
 
 

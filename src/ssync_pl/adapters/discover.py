@@ -1,7 +1,5 @@
 """Where the two maps of an unknown host may be: one step, in which `PathAdapter` would hear each of its modules."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

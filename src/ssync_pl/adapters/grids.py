@@ -10,8 +10,6 @@ What the softmax of the host normalises decides how several heads of slot attent
   With one head both are the host's logits, to the bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Specs of the object-centric learning framework (OCLF), with which DINOSAUR and others are built, and of AdaSlot."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

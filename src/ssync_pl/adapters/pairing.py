@@ -1,7 +1,5 @@
 """From the tensors of two modules, in whatever layout, to one pair of maps: the shapes say which axis is what."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable

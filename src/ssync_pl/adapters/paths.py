@@ -1,7 +1,5 @@
 """Any host whose two maps are outputs of modules that the user names, or inputs of softmaxes inside of them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 

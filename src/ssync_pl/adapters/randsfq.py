@@ -1,7 +1,5 @@
 """Spec of RandSF.Q, VQ-VFM-OCL and the models that share their modules."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

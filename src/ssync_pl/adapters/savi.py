@@ -1,7 +1,5 @@
 """Specs of the SAVi family: this package's host, and SOLD, SlotFormer, Genera1Z's and junkeun-yi's code."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
@@ -9,16 +7,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import (
-    MapCall,
-    Part,
-    Projection,
-    entry,
-    take_projection,
-    token_weights,
-    watch_alpha,
-    watch_attention,
-)
+from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_softmax
 from ssync_pl.adapters.capture import NAME_THEM, Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
@@ -62,8 +51,7 @@ class SoldAdapter(SlotModelAdapter):
     attention, decoder, features = "corrector", "decoder", "encoder.encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: token_weights(logits, module.epsilon)
-        watch_attention(capture, "corrector", host.corrector, calls.scaled_product, names, weigh=weigh)
+        watch_softmax(capture, "corrector", host.corrector)
         watch_alpha(capture, "decoder", host.decoder, "encoder", lambda out: out[:, -1], entry("1", squeeze=2))
 
 
@@ -82,8 +70,7 @@ class SlotFormerAdapter(SlotModelAdapter):
     attention, decoder, features = "slot_attention", "decoder", "encoder"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names, weigh = ("project_q", "project_k", "project_v"), lambda module, logits: token_weights(logits, module.eps)
-        watch_attention(capture, "slot_attention", host.slot_attention, _key_query, names, weigh=weigh)
+        watch_softmax(capture, "slot_attention", host.slot_attention, axis=-1)
         capture.watch("decoder", host.decoder, lambda module, args, output: MapCall(output[:, -1], axis=0))
         capture.watch("output", host, lambda module, args, output: output_entry(output, "post_masks"), optional=True)
 
@@ -110,8 +97,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
     attention, decoder, features = "processor.correct", "decoder.readout", "encoder.backbone"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        names = ("proj_q", "proj_k", "proj_v")
-        watch_attention(capture, self.attention, host.processor.correct, _root, names, weigh=_weigh_inside)
+        watch_softmax(capture, self.attention, host.processor.correct)
         capture.watch(self.decoder, host.decoder.readout, _four_channels)
         capture.watch("colours", host.decoder.readout, lambda module, args, output: output[:, :3])
         capture.watch("output", host, lambda module, args, output: output_entry(output, "0"), optional=True)
@@ -182,16 +168,3 @@ def _four_channels(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
     if output.shape[1] != 4:
         raise HostError(f"Expected decoder.readout to give 3 colours and alpha, but got {output.shape[1]}. {NAME_THEM}")
     return MapCall(output[:, 3], axis=0)
-
-
-def _key_query(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    return (module.attn_scale * torch.einsum("bnd,bsd->bns", key, query)).transpose(1, 2)
-
-
-def _root(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    return torch.einsum("bsd,bnd->bsn", query / query.shape[-1] ** 0.5, key)
-
-
-def _weigh_inside(module: Any, logits: Tensor) -> Tensor:
-    weights = logits.softmax(1)
-    return weights / (weights.sum(2, keepdim=True) + 1e-8)  # a default argument of the host's, which no hook can read

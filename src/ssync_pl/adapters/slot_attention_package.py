@@ -1,15 +1,12 @@
 """Spec of models that are built around the `slot-attention` package from PyPI."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, token_weights, watch_attention
+from ssync_pl.adapters.calls import MapCall, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, check_frames
 from ssync_pl.adapters.paths import parse_place, watch_place
@@ -77,17 +74,12 @@ class SlotAttentionPackageAdapter(GridAdapter):
                 "Expected the decoder's slots to be those of the slot attention, but MetaSlotAttention averages slots "
                 "of one code and packs the rest to the front. Leave it out, or name maps over its own slots."
             )
-        # With several heads, the update passes through a projection before it reaches the cell.
-        cell, axis = ("combine_heads", 2) if _heads(module) else ("gru", 1)
-        names, weigh = ("to_q", "to_k", "to_v"), lambda module, logits: token_weights(logits, module.eps)
-        watch_attention(capture, "attention", module, _per_head_product, names, weigh=weigh, cell=cell, axis=axis)
+        watch_softmax(capture, "attention", module)
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
             capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
         decoder = submodule(host, self.masks.path)
         watch_place(capture, "masks", decoder, self.masks, step=decoder is host)
-        if self.masks.softmax:
-            capture.tap("own softmax", module)
 
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
         calls: list[MapCall] = capture["attention"]
@@ -95,7 +87,8 @@ class SlotAttentionPackageAdapter(GridAdapter):
         check_frames(logits, "attention")
         if "kept" in capture:
             calls = [call._replace(valid=kept) for call, kept in zip(calls, capture["kept"], strict=True)]
-        candidates, slots = self._candidates(capture), logits[0].shape[-2]
+        # The package's own softmax is heard as well; the same tensor cannot be both maps.
+        candidates, slots = self._candidates(capture, {*map(id, logits)}), logits[0].shape[-2]
         images = len(calls) * len(logits[0]) // max(len(candidates), 1)
         maps = [[_as_map(value, axis, images, slots) for value, axis in one] for one in candidates]
         drawn = [found for one in maps for found in [found for found in one if found is not None][-1:]]
@@ -112,11 +105,9 @@ class SlotAttentionPackageAdapter(GridAdapter):
             drawn = [MapCall(None, own=call.logits, axis=call.axis) for call in drawn]
         return calls, drawn
 
-    def _candidates(self, capture: Capture) -> list[list[tuple[Tensor, int]]]:
+    def _candidates(self, capture: Capture, own: set[int]) -> list[list[tuple[Tensor, int]]]:
         """What each call of the decoder gave, with the axes on which its slots may be."""
         if self.masks.softmax:
-            # The package's own softmax is heard as well; the same tensor cannot be both maps.
-            own = {id(call.logits) for softmaxes in capture["own softmax"] for call in softmaxes.values()}
             return [
                 [(call.logits, axis) for (_, axis), call in softmaxes.items() if id(call.logits) not in own]
                 for softmaxes in capture["masks"]
@@ -140,21 +131,13 @@ def _as_map(value: Tensor, axis: int, images: int, slots: int) -> MapCall | None
     return MapCall(value.reshape(*value.shape[: axis + 1], *patches), axis=axis) if len(patches) in (1, 2) else None
 
 
-def _per_head_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    split = module.split_heads if _heads(module) else nn.Identity()
-    return torch.einsum("...sd,...nd->...sn", split(query), split(key)) * module.scale
-
-
 def _parent(host: nn.Module, module: nn.Module, place: str, other: str) -> nn.Module | None:
     parents = (one for one in host.modules() if getattr(one, place, None) is module and has_modules(one, other))
     return next(parents, None)
 
 
-def _heads(module: nn.Module) -> bool:
-    return has_modules(module, "split_heads")
-
-
 def _is_package(module: nn.Module) -> bool:
-    children = ("to_q", "to_k", "to_v", "gru", "norm_input", "norm_slots", *(("combine_heads",) * _heads(module)))
+    children = ["to_q", "to_k", "to_v", "gru", "norm_input", "norm_slots"]
+    children += ["combine_heads"] if has_modules(module, "split_heads") else []
     attributes = ("slots_mu", "slots_logsigma", "scale", "eps")
     return has_modules(module, *children) and all(hasattr(module, name) for name in attributes)

@@ -1,7 +1,5 @@
 """An adapter by a short spec: where attention and decoder are in a family of hosts, and how their logits come about."""
 
-from __future__ import annotations
-
 import math
 import operator
 from abc import abstractmethod
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from ssync_pl.adapters import grids
 from ssync_pl.adapters.base import HostAdapter
-from ssync_pl.adapters.calls import MapCall, check_close, check_update
+from ssync_pl.adapters.calls import MapCall, check_close
 from ssync_pl.adapters.capture import NAME_THEM, Capture, describe, has_modules, submodule
 from ssync_pl.adapters.grids import Grid, SlotMap, frame_size, stack_frames
 from ssync_pl.errors import HostError
@@ -116,7 +114,6 @@ class SlotModelAdapter(HostAdapter):
                 if logits is not None and own is not None:
                     mine = logits.detach().double().softmax(call.axis)
                     check_close(mine, own, what, expected, tolerance=tolerance)
-                check_update(call, f"'{key}'")
 
     def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
         """Logits of a call and the host's softmax of them, where these agree, and how far they may differ at least."""

@@ -1,7 +1,5 @@
 """Spec of SOLV: the public code's model and this package's host."""
 
-from __future__ import annotations
-
 import random
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
-from ssync_pl.adapters.calls import Part, check_close, take_projection, token_weights, watch_joined
+from ssync_pl.adapters.calls import Part, check_close, take_projection, watch_joined
 from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules, output_entry
 from ssync_pl.errors import HostError
 from ssync_pl.method.labels import compute_dtype
@@ -99,7 +97,8 @@ class SolvAdapter(HostAdapter):
 
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
         bound: _Bound = capture.only("binder")
-        mine = token_weights(bound.logits.double(), _EPSILON)
+        weights = bound.logits.double().softmax(2) + _EPSILON
+        mine = weights / weights.sum(3, keepdim=True)
         _check("attention of the binder", mine, bound.attention, bound.logits)
         if "merger" in capture:
             given, slots, members = capture.only("merger")

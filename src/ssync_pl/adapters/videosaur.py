@@ -1,7 +1,5 @@
 """Spec of the VideoSAUR family: VideoSAUR, SlotContrast and the forks that keep their modules."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The command `ssync-pl`: the verbs of LightningCLI, and the package's other commands."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import inspect

@@ -1,7 +1,5 @@
 """`ssync-pl data`, `config`, `checkpoint`, `doctor` and `compare`: options, a call, and what is printed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

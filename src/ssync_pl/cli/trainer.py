@@ -1,7 +1,5 @@
 """`ssync-pl fit|validate|test|predict`: LightningCLI with the package's hosts, data and callbacks by short name."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """The callbacks of every compared run: `RunRecorder` scores the trained host, `KeepCheckpoints` saves it."""
 
-from __future__ import annotations
-
 import math
 import platform
 import time

@@ -4,8 +4,6 @@ Until SSync switches on, a run with it is the run without it, to the bit. The ru
 checkpoint from just before the switch, and the runs with SSync start there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

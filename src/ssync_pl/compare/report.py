@@ -1,7 +1,5 @@
 """The report of a comparison: one HTML page that needs nothing beside it, and its figures as PNG."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -1,7 +1,5 @@
 """What a comparison left in its folder: a row, learning curves and a sheet of pictures per finished run."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -4,8 +4,6 @@ A finished run is recognised by its scores, `evaluation.json`; what a killed run
 again. Nothing here imports PyTorch at the top, since jobs only wait for their training.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

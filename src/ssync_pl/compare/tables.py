@@ -1,7 +1,5 @@
 """Tables of a comparison: means with intervals, paired differences and what needs no learning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

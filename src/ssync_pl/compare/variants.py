@@ -1,7 +1,5 @@
 """Configurations as plain dicts, merged as LightningCLI merges its files, and what variants lay over them."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import json

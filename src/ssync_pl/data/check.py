@@ -1,7 +1,5 @@
 """Looks through shard sets: counts, damage, duplicates, and leaks between training and validation."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

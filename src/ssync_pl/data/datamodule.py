@@ -1,7 +1,5 @@
 """The Lightning data module over shards."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Sets of shards and their passes: who reads which clip when, and batches of clips that are read in place."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -146,7 +144,7 @@ class ShardDataset(ShardBatches):
     """Batches of clips or videos of plain local shards, read in place; they do not depend on the number of workers."""
 
     def __init__(
-        self, source: ShardSource, rules: SampleRules, features: FeatureStore | None = None, **options: Any
+        self, source: ShardSource, rules: SampleRules, features: "FeatureStore | None" = None, **options: Any
     ) -> None:
         super().__init__(source, rules, **options)
         self.features = features

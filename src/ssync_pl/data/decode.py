@@ -3,8 +3,6 @@
 `webdataset`'s default `.decode()` unpickles `.pyd`, `.pkl` and `.pth` members, so this package never calls it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gzip

@@ -1,7 +1,5 @@
 """Files that appear complete or not at all, the mark of our own, and the lock of those who write them."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

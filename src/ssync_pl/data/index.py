@@ -4,8 +4,6 @@ An uncompressed tar stores each member as one run of bytes, so an offset and a s
 a slice of it. The index is a cache: it is built again by scanning the tar headers wherever it does not fit a shard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The loader that all sets go through: it knows its pass, can go on in the middle of one, and copies ahead to CUDA."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import logging

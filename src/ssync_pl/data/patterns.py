@@ -1,7 +1,5 @@
 """From what a user writes (`movi_c-train-{000000..000304}.tar`, lists, globs, URLs) to a list of shards."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Worker processes that behave: one thread each, and no longer alive than the process that started them."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Reading a shard once from start to end, from a disk or through fsspec (http, s3, gs, hf, …), with retries."""
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import functools

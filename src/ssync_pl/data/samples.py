@@ -1,7 +1,5 @@
 """From the members of one sample to what a worker emits: uint8 frames, masks and the clip's parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

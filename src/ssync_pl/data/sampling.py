@@ -5,8 +5,6 @@ every resume. A pass is what Lightning calls an epoch. A clip is a number: `visi
 where `clips` is their number in a pass, and a clip draws anew at each visit.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Plain tar files, one video per sample, members `<key>.<field>.npy`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io
@@ -170,7 +168,7 @@ class ShardWriter:
             Path(self._file.name).unlink(missing_ok=True)
         self._file = None
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

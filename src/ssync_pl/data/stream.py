@@ -3,8 +3,6 @@
 this worker's clips → samples of each shard → cut → shuffle buffer → batches
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import random

@@ -1,7 +1,5 @@
 """The Lightning data module of the synthetic set."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace

@@ -4,8 +4,6 @@ Workers send uint8, a quarter of the bytes of float32 and, before resizing, far 
 with the batch, so the result is a function of the batch alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Reference hosts: object-centric models that run out of the box."""
 
-from __future__ import annotations
-
 from ssync_pl.hosts.savi import SAVi, SAViOutput
 from ssync_pl.hosts.solv import SOLV, SOLVOutput
 from ssync_pl.hosts.videosaur import DINOSAUR, FeatureHostOutput, SlotContrast, VideoSAUR

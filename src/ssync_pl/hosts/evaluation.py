@@ -1,7 +1,5 @@
 """Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, require_shape
-from ssync_pl.metrics import SegmentationMetrics
-from ssync_pl.metrics.functional import used_slots
+from ssync_pl.metrics import SegmentationMetrics, metric_names
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -50,8 +47,8 @@ class SlotEvaluation(nn.Module):
         self.prefix = prefix
         self.has_background = has_background
         self.ignore_overlaps = ignore_overlaps
-        self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps)
-        self.used_slots = MeanMetric()
+        scores = (*metric_names("segmentation"), "used_slots")
+        self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps, scores)
         self.loss = MeanMetric()
 
     @torch.no_grad()
@@ -63,21 +60,14 @@ class SlotEvaluation(nn.Module):
         fits = truth.ndim == 5 and truth.shape[:2] == masks.shape[:2]
         require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
-        # Upsampled once here instead of once in each metric.
-        labels = resize_masks(masks.float(), (truth.shape[-2], truth.shape[-1])).max(dim=2).indices
-        self.metrics.update(labels, truth, valid)
-        real = valid.any(dim=1).float()
-        self.used_slots.update(used_slots(masks, valid).nan_to_num().float(), real)
+        self.metrics.update(masks.nan_to_num(), truth, valid)  # a training that diverged is logged, not ended
         self.loss.update(loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:
         """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name."""
-        scores = dict(self.metrics.compute())
-        scores[f"{self.prefix}used_slots"] = self.used_slots.compute()
-        scores[f"{self.prefix}loss"] = self.loss.compute()
-        return scores
+        return {**self.metrics.compute(), f"{self.prefix}loss": self.loss.compute()}
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in (self.metrics, self.used_slots, self.loss):
-            metric.reset()
+        self.metrics.reset()
+        self.loss.reset()

@@ -1,7 +1,5 @@
 """Slots of single frames, linked over time."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

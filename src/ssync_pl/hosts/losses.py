@@ -1,13 +1,12 @@
 """Losses of the hosts beside reconstruction: VideoSAUR's temporal similarity and SlotContrast's slot contrast."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_pl.errors import require, require_shape
+from ssync_pl.hosts.evaluation import mean_over_frames
 from ssync_pl.method.labels import compute_dtype
 
 
@@ -30,8 +29,7 @@ def slot_contrast_loss(
     # A slot stays beside itself, so that no column is empty; columns that do not count get weight 0 below.
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     among = logits.masked_fill(~(pairs.unsqueeze(-1) | itself), -torch.inf)
-    weights = pairs.to(logits.dtype)
-    return ((among.logsumexp(dim=-2) - own) * weights).sum() / weights.sum().clamp(min=1.0)
+    return mean_over_frames(among.logsumexp(dim=-2) - own, pairs)
 
 
 @torch.no_grad()
@@ -65,7 +63,4 @@ def temporal_similarity_loss(prediction: Tensor, target: Tensor, valid: Tensor |
     logits = prediction.flatten(0, 2).to(compute_dtype(prediction.dtype))
     per_patch = F.cross_entropy(logits, target.flatten(0, 2).to(logits.dtype), reduction="none")
     per_frame = per_patch.view(prediction.shape[:3]).mean(dim=-1)
-    if valid is None:
-        return per_frame.mean()
-    weights = valid.to(per_frame.dtype)
-    return (per_frame * weights).sum() / weights.sum().clamp(min=1.0)
+    return per_frame.mean() if valid is None else mean_over_frames(per_frame, valid)

@@ -1,12 +1,9 @@
 """SAVi, a video host that learns objects from reconstructing frames (Kipf et al. 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
@@ -15,7 +12,7 @@ from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, Lear
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
-from ssync_pl.hosts.training import Decay, SlotHost, schedule_for
+from ssync_pl.hosts.training import Decay, SlotHost
 
 
 class SAViOutput(NamedTuple):
@@ -124,14 +121,10 @@ class SAVi(SlotHost):
         require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
         self.save_hyperparameters()
         self.slot_init = slot_init
-        self.carries_slots = True
         self.num_slots = num_slots
+        self.carries_slots = True
         self.iterations_first = iterations_first
         self.iterations_later = iterations_later
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.decay = decay
-        self.halvings = halvings
         hint_dims = {"boxes": 4, "centres": 2}
         self.initializer: nn.Module
         if slot_init in hint_dims:
@@ -209,8 +202,3 @@ class SAVi(SlotHost):
         """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""
         out, loss = self._step(batch)
         return out.mask_logits.softmax(dim=2), loss
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build Adam with warm-up and decay over the Trainer's steps."""
-        steps = self.trainer.estimated_stepping_batches
-        return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))

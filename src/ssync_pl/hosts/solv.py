@@ -1,7 +1,5 @@
 """SOLV, a video host that merges slots and looks at a window of frames (Aydemir et al. 2023)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -17,8 +15,8 @@ from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
 from ssync_pl.hosts.nn.decoders import RelativeMixtureDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
-from ssync_pl.hosts.nn.slot_merger import Linkage, MergedSlots, SlotMerger
-from ssync_pl.hosts.training import Decay, SlotHost, inputs_of, schedule_for
+from ssync_pl.hosts.nn.slot_merger import MergedSlots, SlotMerger
+from ssync_pl.hosts.training import Decay, SlotHost, inputs_of
 
 # Frames of an evaluation batch that are encoded, or decoded, at a time: videos are long, and decoders are wide.
 _FRAMES_AT_A_TIME = 64
@@ -88,7 +86,6 @@ class SOLV(SlotHost):
         temporal_blocks: transformer blocks over the frames of a window.
         temporal_heads: heads of each block.
         merge_threshold: cosine distance below which slots are merged; None never merges.
-        merge_linkage: distance of clusters, `"complete"` or `"average"`.
         merge_min_slots: a frame that would keep fewer slots than this keeps them all.
         merge_rise: the share of clips that are merged rises to 1 as `log(1 + (rise - 1) * progress) / log(rise)`; 1
             merges from the start. Published: the number of passes, 180.
@@ -138,7 +135,6 @@ class SOLV(SlotHost):
         temporal_blocks: int = 3,
         temporal_heads: int = 8,
         merge_threshold: float | None = 0.12,
-        merge_linkage: Linkage = "complete",
         merge_min_slots: int = 3,
         merge_rise: float = 180.0,
         linking: Linking = "memory",
@@ -167,10 +163,6 @@ class SOLV(SlotHost):
         self.merge_rise = merge_rise
         self.linking: Linking = linking
         self.link_by = link_by
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.decay = decay
-        self.halvings = halvings
         self.encoder = FeatureEncoder(
             backbone=backbone,
             layer=layer,
@@ -186,7 +178,7 @@ class SOLV(SlotHost):
             grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
-        self.merger = SlotMerger(merge_threshold, merge_linkage, merge_min_slots)
+        self.merger = SlotMerger(merge_threshold, merge_min_slots)
         self.decoder = RelativeMixtureDecoder(
             math.prod(self.grid), slot_dim, channels, decoder_hidden, init, memory_efficient
         )
@@ -273,7 +265,7 @@ class SOLV(SlotHost):
         """Build Adam with warm-up and decay over the Trainer's steps."""
         steps = self.trainer.estimated_stepping_batches
         self._total_steps = steps if steps > 0 else math.inf  # Lightning gives -1 for a length that nobody knows
-        return self.adam(self.learning_rate, schedule_for(steps, self.warmup_steps, self.decay, self.halvings))
+        return super().configure_optimizers()
 
     def _linked(self, out: SOLVOutput) -> Tensor:
         looks = out.slots

@@ -1,7 +1,5 @@
 """What the hosts share around their models: validation, test, prediction, optimizer and learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -80,6 +78,12 @@ class SlotHost(L.LightningModule, ABC):
             height, width = batch["video"].shape[-2:]
             masks = resize_masks(masks, (height, width))
         return {"labels": masks.max(dim=2).indices, "masks": masks}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build Adam with warm-up and decay over the Trainer's steps, as the hyperparameters say."""
+        given, steps = self.hparams, self.trainer.estimated_stepping_batches
+        factor = schedule_for(steps, given["warmup_steps"], given["decay"], given["halvings"])
+        return self.adam(given["learning_rate"], factor)
 
     def adam(self, learning_rate: float, factor: Callable[[int], float]) -> OptimizerLRScheduler:
         """Build Adam over all parameters, with `factor(step)` on its rate, as Lightning's optimizer dictionary."""

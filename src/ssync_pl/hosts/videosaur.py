@@ -1,7 +1,5 @@
 """Hosts that reconstruct frozen features, in the public layout: VideoSAUR, SlotContrast, and DINOSAUR for images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -183,10 +181,6 @@ class FeatureHost(SlotHost):
         self.contrast_weight = contrast_weight
         self.contrast_temperature = contrast_temperature
         self.contrast_across_batch = contrast_across_batch
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.decay_steps = decay_steps
-        self.decay_rate = decay_rate
         self.carries_slots = self.is_video
         encoder = FeatureEncoder(
             backbone=backbone,
@@ -309,9 +303,9 @@ class FeatureHost(SlotHost):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with linear warm-up and exponential decay."""
-        steps = self.trainer.estimated_stepping_batches
-        factor = exponential_for(steps, self.warmup_steps, self.decay_steps, self.decay_rate)
-        return self.adam(self.learning_rate, factor)
+        given, steps = self.hparams, self.trainer.estimated_stepping_batches
+        factor = exponential_for(steps, given["warmup_steps"], given["decay_steps"], given["decay_rate"])
+        return self.adam(given["learning_rate"], factor)
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[FeatureHostOutput, dict[str, Tensor], Tensor]:
         output: FeatureHostOutput = self(inputs_of(batch))
@@ -387,16 +381,11 @@ class DINOSAUR(FeatureHost):
         decoder_hidden: sizes of the decoder's hidden layers.
         warmup_steps: linear warm-up in optimizer steps.
         decay_steps: step at which the rate has fallen to `decay_rate`, and falls on; None is the end of the training.
-        **options: all other options of `FeatureHost` that make sense for images.
+        **options: all other options of `FeatureHost`; those of the predictor and of its other losses change nothing.
     """
 
     is_video = False
-    fixed = (
-        *("iterations_first", "iterations_later", "predictor_blocks", "predictor_heads", "predictor_mlp_hidden"),
-        *("similarity_layer", "similarity_dim", "similarity_weight", "similarity_temperature", "similarity_threshold"),
-        *("similarity_shift", "contrast_weight", "contrast_temperature", "contrast_across_batch"),
-        "reconstruction_weight",
-    )
+    fixed = ("iterations_first", "iterations_later", "predictor_blocks", "similarity_weight", "contrast_weight")
 
     def __init__(
         self,
@@ -413,24 +402,14 @@ class DINOSAUR(FeatureHost):
         super().__init__(
             num_slots=num_slots,
             slot_dim=slot_dim,
-            similarity_layer=None,
-            similarity_dim=None,
             iterations_first=iterations,
             iterations_later=iterations,
             corrector_mlp_hidden=corrector_mlp_hidden,
             predictor_blocks=0,
-            predictor_heads=1,
-            predictor_mlp_hidden=None,
             decoder=decoder,
             decoder_hidden=decoder_hidden,
-            reconstruction_weight=1.0,
             similarity_weight=0.0,
-            similarity_temperature=1.0,
-            similarity_threshold=None,
-            similarity_shift=1,
             contrast_weight=0.0,
-            contrast_temperature=1.0,
-            contrast_across_batch=False,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
             **options,

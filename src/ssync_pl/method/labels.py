@@ -1,7 +1,5 @@
 """Hard labels and probabilities over slots, with slots and patches that may not exist."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

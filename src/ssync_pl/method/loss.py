@@ -1,7 +1,5 @@
 """`ssync_loss`: from a pair of maps to both distillation losses."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`SSyncMaps`: the one contract between a host model and the method."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,7 +83,7 @@ class SSyncMaps:
         """Sizes of the maps, ``(B, T, S, N)``."""
         return tuple(self.attention.shape)  # type: ignore[return-value]
 
-    def detach(self) -> SSyncMaps:
+    def detach(self) -> "SSyncMaps":
         """Returns the same maps without gradient, for pictures and logs."""
         values = {name: getattr(self, name) for name in _MAP_FIELDS}
         return replace(self, **{name: None if v is None else v.detach() for name, v in values.items()})

@@ -1,7 +1,5 @@
 """Transitive pseudo-label merging: redundant slots share one label."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Where each map is trusted: boundaries of the encoder, interiors of the decoder."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

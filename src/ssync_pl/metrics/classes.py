@@ -1,8 +1,5 @@
 """The metrics as torchmetrics classes: means over videos or frames, summed over batches and ranks."""
 
-from __future__ import annotations
-
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +9,10 @@ from torchmetrics import Metric
 
 from ssync_pl.errors import require
 from ssync_pl.metrics.functional.boundary import boundary_f
-from ssync_pl.metrics.functional.contingency import Contingency, contingency
-from ssync_pl.metrics.functional.scene import check_resolution, check_share, read_scene
-from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
-from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, used_slots
-from ssync_pl.metrics.table import METRICS, Level, ScoredBatch, metric_names
+from ssync_pl.metrics.functional.contingency import contingency
+from ssync_pl.metrics.functional.scene import read_scene
+from ssync_pl.metrics.functional.slots import used_slots
+from ssync_pl.metrics.table import METRICS, ScoredBatch, metric_names
 
 _NEED_BACKGROUND = ("video_ari", "image_ari")  # without one they are FG-ARI again
 
@@ -55,35 +51,20 @@ class ItemMean(Metric):
 
 
 class MaskMetric(ItemMean):
-    """Base of the metrics that score predicted masks against true masks; a new one implements `item_values`.
+    """Base of the metrics that score predicted masks against true masks, by rows of `ssync_pl.metrics.METRICS`.
 
     Args:
         ignore_background: channel 0 of the true masks is the background and does not count.
         ignore_overlaps: leave out pixels with several true masks, in true masks and slots, instead of refusing them.
-        resolution: `(h, w)` at which to evaluate; None takes the size of the true masks.
         **kwargs: for `torchmetrics.Metric`.
-
-    Raises:
-        ConfigError: a setting is out of range.
     """
 
-    level: Level = "video"
+    score_names: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        ignore_background: bool = False,
-        ignore_overlaps: bool = False,
-        resolution: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.ignore_background = ignore_background
+    def __init__(self, ignore_background: bool = False, ignore_overlaps: bool = False, **kwargs: Any) -> None:
+        super().__init__(len(self.score_names), **kwargs)
+        self.has_background = ignore_background
         self.ignore_overlaps = ignore_overlaps
-        self.resolution = check_resolution(resolution)
-
-    @abstractmethod
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns values of tables `(..., C, S)`, NaN for items that do not count."""
 
     def update(self, pred: Tensor, true: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch.
@@ -96,10 +77,10 @@ class MaskMetric(ItemMean):
         Raises:
             ShapeError: the inputs do not fit.
         """
-        scene = read_scene(pred, true, valid, self.resolution)
-        counts = contingency(scene, self.ignore_background, self.ignore_overlaps)
-        counts = counts.foreground() if self.ignore_background else counts
-        self.add_items(self.item_values(counts.videos() if self.level == "video" else counts))
+        scene = read_scene(pred, true, valid)
+        frames = contingency(scene, self.has_background, self.ignore_overlaps)
+        batch = ScoredBatch(pred, valid, scene, frames, self.has_background)
+        self.add_items(*(METRICS[name].score(batch) for name in self.score_names))  # type: ignore[misc]
 
 
 class VideoARI(MaskMetric):
@@ -107,10 +88,8 @@ class VideoARI(MaskMetric):
 
     As published for VideoSAUR, SlotContrast and SSync: all frames of a video, the first included, are one partition,
     so a slot must keep its object over time; only pixels with a true mask count; soft masks are resized bilinearly to
-    the true masks' size, then argmax; mean over videos that have any true mask. Further arguments as `MaskMetric`.
-
-    Args:
-        skip_empty: skip videos with nothing but background in FG-ARI; published scores count them as 1.
+    the true masks' size, then argmax; mean over videos that have any true mask, of which those with nothing but
+    background count as 1 in FG-ARI. Arguments as `MaskMetric`.
 
     Example:
         >>> true = torch.tensor([[[[[1, 1, 0, 0]], [[0, 0, 1, 1]]]]], dtype=torch.bool)
@@ -120,19 +99,13 @@ class VideoARI(MaskMetric):
         1.0
     """
 
-    def __init__(self, *args: Any, skip_empty: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.skip_empty = skip_empty
-
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns one value per item."""
-        return adjusted_rand_index(counts, self.skip_empty)
+    score_names = ("video_fg_ari",)  # with a background of which nothing is known, it is the ARI
 
 
-class ImageARI(VideoARI):
+class ImageARI(MaskMetric):
     """As `VideoARI`, but each frame is a partition of its own: identity over time does not matter."""
 
-    level: Level = "image"
+    score_names = ("image_fg_ari",)
 
 
 class VideoMBO(MaskMetric):
@@ -144,71 +117,46 @@ class VideoMBO(MaskMetric):
     `MaskMetric`.
     """
 
-    item_values = staticmethod(mean_best_overlap)
+    score_names = ("video_mbo",)
 
 
-class ImageMBO(VideoMBO):
+class ImageMBO(MaskMetric):
     """As `VideoMBO`, but each frame apart; mean over all frames that have an object."""
 
-    level: Level = "image"
+    score_names = ("image_mbo",)
 
 
 class VideoMIoU(MaskMetric):
     """As `VideoMBO`, but objects and slots are matched one to one: mean IoU (mIoU); objects without a slot count 0."""
 
-    item_values = staticmethod(mean_iou)
+    score_names = ("video_miou",)
 
 
-class ImageMIoU(VideoMIoU):
+class ImageMIoU(MaskMetric):
     """As `VideoMIoU`, but each frame apart; mean over all frames that have an object."""
 
-    level: Level = "image"
+    score_names = ("image_miou",)
 
 
 class SlotsPerObject(MaskMetric):
-    """Slots that an object of a video is cut into (`functional.slots_per_object`): more than 1 is over-segmentation.
+    """Slots that an object of a video is cut into (`functional.slots_per_object`): more than 1 is over-segmentation."""
 
-    Args:
-        min_share: slots that win a smaller share of the object's pixels are left out, in [0, 1].
-    """
-
+    score_names = ("slots_per_object",)
     higher_is_better = False
-
-    def __init__(self, min_share: float = 0.01, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.min_share = check_share("min_share", min_share)
-
-    def item_values(self, counts: Contingency) -> Tensor:
-        """Returns one value per item."""
-        return slots_per_object(counts, self.min_share)
 
 
 class SlotIdentity(MaskMetric):
     """How often an object keeps its slot from one frame to the next (`functional.slot_identity`); mean over videos."""
 
-    level: Level = "image"  # the function takes the tables of all frames and gives one value per video
-
-    item_values = staticmethod(slot_identity)
+    score_names = ("identity",)
 
 
 class BoundaryF(ItemMean):
-    """F-measure of the borders between slots (`functional.boundary_f`): mean over frames, then videos.
-
-    Args:
-        tolerance: distance that counts as found, as a share of the image's diagonal; at least one pixel.
-        resolution: `(h, w)` at which to evaluate; None takes the size of the true masks.
-        **kwargs: for `torchmetrics.Metric`.
-    """
-
-    def __init__(self, tolerance: float = 0.0075, resolution: tuple[int, int] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.tolerance = check_share("tolerance", tolerance)
-        self.resolution = check_resolution(resolution)
+    """F-measure of the borders between slots (`functional.boundary_f`): mean over frames, then videos."""
 
     def update(self, pred: Tensor, true: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch; arguments as `MaskMetric.update`."""
-        scene = read_scene(pred, true, valid, self.resolution)
-        self.add_items(boundary_f(scene, self.tolerance).nanmean(dim=1))
+        self.add_items(boundary_f(read_scene(pred, true, valid)).nanmean(dim=1))
 
 
 class UnusedSlots(ItemMean):
@@ -221,24 +169,23 @@ class UnusedSlots(ItemMean):
         self.add_items(masks.shape[2] - used_slots(masks, valid))
 
 
-class SegmentationMetrics(ItemMean):
+class SegmentationMetrics(MaskMetric):
     """FG-ARI, ARI, mBO and mIoU of videos and of frames, from one pass over the pixels and one exchange between ranks.
 
     As an attribute of a LightningModule it follows the module's device and sums over ranks:
-    `self.log_dict(self.metrics.compute())` in `on_validation_epoch_end`, then `self.metrics.reset()`.
+    `self.log_dict(self.metrics.compute())` in `on_validation_epoch_end`, then `self.metrics.reset()`. `used_slots` and
+    `unused_slots` need float masks at the host's own size.
 
     Args:
         prefix: put before each name, for example "val/".
         has_background: channel 0 of the true masks is the background. FG-ARI, mBO and mIoU drop it, ARI keeps it.
             If False, `*_fg_ari` is the ARI over all true masks, and `*_ari` is left out.
         ignore_overlaps: leave out pixels with several true masks instead of refusing them.
-        skip_empty: skip videos and frames with nothing but background in FG-ARI; published scores count them as 1.
-        resolution: `(h, w)` at which to evaluate; None takes the size of the true masks, as published scores do.
-        scores: names of `ssync_pl.metrics.METRICS` with a `score`; None takes the group "segmentation".
+        scores: names of `ssync_pl.metrics.METRICS`; None takes the group "segmentation".
         **kwargs: for `torchmetrics.Metric`.
 
     Raises:
-        ConfigError: a score is unknown, or a setting is out of range.
+        ConfigError: a score is unknown.
 
     Example:
         >>> true = torch.tensor([[[[[1, 1, 0, 0, 0, 0]], [[0, 0, 1, 1, 0, 0]], [[0, 0, 0, 0, 1, 1]]]]]).bool()
@@ -253,33 +200,19 @@ class SegmentationMetrics(ItemMean):
         prefix: str = "",
         has_background: bool = True,
         ignore_overlaps: bool = False,
-        skip_empty: bool = False,
-        resolution: tuple[int, int] | None = None,
         scores: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         wanted = metric_names("segmentation") if scores is None else tuple(scores)
         unknown = [name for name in wanted if name not in METRICS]
         require(not unknown, f"scores among {list(METRICS)}", unknown)
-        names = tuple(name for name in wanted if has_background or name not in _NEED_BACKGROUND)
-        super().__init__(len(names), **kwargs)
-        self.score_names = names
         self.prefix = prefix
-        self.has_background = has_background
-        self.ignore_overlaps = ignore_overlaps
-        self.skip_empty = skip_empty
-        self.resolution = check_resolution(resolution)
+        self.score_names = tuple(name for name in wanted if has_background or name not in _NEED_BACKGROUND)
+        super().__init__(has_background, ignore_overlaps, **kwargs)
 
     def keys(self) -> list[str]:
         """Returns the names of the scores, with the prefix, in the order of `compute`."""
         return [self.prefix + name for name in self.score_names]
-
-    def update(self, pred: Tensor, true: Tensor, valid: Tensor | None = None) -> None:
-        """Adds a batch; arguments as `MaskMetric.update`. `used_slots` needs float masks at the host's own size."""
-        scene = read_scene(pred, true, valid, self.resolution)
-        frames = contingency(scene, self.has_background, self.ignore_overlaps)
-        batch = ScoredBatch(pred, valid, scene, frames, self.has_background, self.skip_empty)
-        self.add_items(*(METRICS[name].score(batch) for name in self.score_names))  # type: ignore[misc]
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the mean over the items so far of every score, float64 scalars; NaN where there are none."""

@@ -3,8 +3,6 @@
 A new metric is a function in `functional`, a row here, and a class in `classes` if it is also used alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +29,6 @@ class ScoredBatch:
     scene: Scene
     frames: Contingency
     has_background: bool
-    skip_empty: bool
 
     def counts(self, level: Level) -> Contingency:
         """Returns the counts of videos `(B, ...)` or frames `(B, T, ...)`."""
@@ -47,7 +44,7 @@ class ScoredBatch:
 
     def fg_ari(self, level: Level) -> Tensor:
         """Returns the FG-ARI of videos or frames."""
-        return adjusted_rand_index(self.objects(level), self.skip_empty)
+        return adjusted_rand_index(self.objects(level))
 
 
 Score = Callable[[ScoredBatch], Tensor]

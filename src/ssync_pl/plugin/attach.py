@@ -1,7 +1,5 @@
 """`attach`: SSync in any training loop around PyTorch."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ def attach(
     total_steps: int | None = None,
     accumulate: int = 1,
     **settings: Any,
-) -> AttachedSSync:
+) -> "AttachedSSync":
     """Listens to a model that is trained by a loop of your own.
 
     Inside the ``with`` block every forward pass in training mode and with gradients is heard. After it, and before the
@@ -127,7 +125,7 @@ class AttachedSSync:
         """Optimizer steps taken so far: calls of `loss`, divided by ``accumulate``."""
         return self._calls // self._accumulate
 
-    def __enter__(self) -> AttachedSSync:
+    def __enter__(self) -> "AttachedSSync":
         if self._session is not None:
             raise SSyncError("Expected `attach(...)` to be entered once at a time, but it is entered already.")
         self._session = HostSession(self.model, self._adapter, self._grid)
@@ -297,5 +295,5 @@ class _RootHook:
         if self.attached is not None:
             self.attached._remember(module, args, kwargs)
 
-    def __reduce__(self) -> tuple[type[_RootHook], tuple[()]]:
+    def __reduce__(self) -> "tuple[type[_RootHook], tuple[()]]":
         return (_RootHook, ())

@@ -1,7 +1,5 @@
 """`SSyncCallback`: SSync for a LightningModule that its user does not want to edit."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

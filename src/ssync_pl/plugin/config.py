@@ -1,7 +1,5 @@
 """`SSyncConfig`: every setting of SSync in one place, checked when it is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -76,7 +74,7 @@ class SSyncConfig:
         check_options(**{name: getattr(self, name) for name in checked})
 
     @classmethod
-    def from_options(cls, **options: Any) -> SSyncConfig:
+    def from_options(cls, **options: Any) -> "SSyncConfig":
         """Makes the settings from keywords; raises `ConfigError` for names that do not exist."""
         known = [field.name for field in fields(cls)]
         for name in set(options) - set(known):

@@ -1,7 +1,5 @@
 """SSync in a training step: schedule, losses, weights, logs and guard, for the callback, the mixin and `attach`."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Notices when slots fall out of use after SSync was switched on, and says what to do."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`LightningHost`: a plain PyTorch model as a LightningModule, so that `SSyncCallback` can serve it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

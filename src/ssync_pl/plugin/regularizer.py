@@ -1,7 +1,5 @@
 """`SSyncRegularizer`: SSync for authors of LightningModules, who hand the maps over themselves."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """When SSync is off, watching or on, in optimizer steps."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -68,7 +66,7 @@ class Schedule:
     watch_steps: int = 0
 
     @classmethod
-    def resolve(cls, config: SSyncConfig, total_steps: float) -> Schedule:
+    def resolve(cls, config: SSyncConfig, total_steps: float) -> "Schedule":
         """Turns ratios into steps; raises `ConfigError` where the warm-up is a share of an unknown length."""
         start = steps_of(config.warmup_ratio, config.warmup_steps, total_steps)
         return cls(start=start, ramp_steps=config.ramp_steps, watch_steps=config.guard_window)

@@ -1,7 +1,5 @@
 """A host with hooks on it: from one training step's tensors to checked maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

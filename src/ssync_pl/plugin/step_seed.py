@@ -1,7 +1,5 @@
 """`StepSeed`: random numbers that depend on the step alone, so that a resumed run goes on as if never interrupted."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """What callbacks put around a method of a host, and what they do with the loss of a training step."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import types

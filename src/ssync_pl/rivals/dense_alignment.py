@@ -1,7 +1,5 @@
 """Dense alignment, the quadratic rival of SSync: every patch is compared with every other of its group of frames."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,17 +1,13 @@
 """`DenseAlignmentCallback`: SRL's dense alignment, the quadratic rival of SSync, in the training of a feature host."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ssync_pl.adapters.capture import Capture
 from ssync_pl.errors import HostError, require
@@ -34,8 +30,8 @@ class DenseAlignmentCallback(L.Callback):
     regions. VideoSAUR, SlotContrast and DINOSAUR of `ssync_pl.hosts` can be trained with it, on one device or with DDP.
     No parameter, buffer or state-dict key is added to the host, and until the losses are on, the training is that of
     the host alone, bit for bit. The host's optimizer trains the two projections in the group of the host's own
-    parameters, and the callback's state holds them. A checkpoint of a training without the callback can be resumed with
-    it, not the other way round. Padded frames count as frames.
+    parameters, and the callback's state holds them. A training is resumed as it began, with the callback or without.
+    Padded frames count as frames.
 
     Args:
         weight: Of both consistency losses, at least 0.
@@ -88,7 +84,7 @@ class DenseAlignmentCallback(L.Callback):
         self._log_steps = LogSteps()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses hosts that cannot be served, makes the projections, and lets the host's optimizer have them."""
+        """Refuses hosts that cannot be served, and makes the projections."""
         if stage != "fit":
             return
         encoder = _encoder_of(trainer, pl_module)
@@ -98,21 +94,15 @@ class DenseAlignmentCallback(L.Callback):
         with torch.random.fork_rng(devices=[]):
             self.losses = DenseAlignment(encoder.feature_dim, encoder.output_dim, **self._options)
         self._checked = False
-        configure = functools.partial(self._configure, pl_module)
-        self._wrapped = [WrappedMethod(pl_module, "configure_optimizers", configure, "dense alignment")]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the hooks on and wraps the training step."""
-        groups = chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers)
-        trained = {id(parameter) for group in groups for parameter in group["params"]}
-        if not all(id(parameter) in trained for parameter in self.losses.parameters()):
-            raise HostError(
-                f"Expected configure_optimizers of {type(pl_module).__name__} to give an optimizer of "
-                "self.parameters(), but the projections of dense alignment, which are among them, are not in it. Build "
-                "it from self.parameters() or self.named_parameters()."
-            )
-        for optimizer in trainer.optimizers:  # before Lightning loads their states from a checkpoint
-            optimizer.register_load_state_dict_pre_hook(functools.partial(_extended, self.losses))
+        """Gives the projections to the host's optimizer, puts the hooks on and wraps the training step."""
+        projections = [*self.losses.to(pl_module.device).parameters()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in projections:  # ranks need not have drawn the same
+                torch.distributed.broadcast(parameter.data, src=0)
+        # Before Lightning loads its state from a checkpoint; a group of their own would lack the scheduler's factor.
+        trainer.optimizers[0].param_groups[0]["params"] += projections
         self._capture.watch("encoder", pl_module.encoder)  # type: ignore[arg-type]
         self._capture.watch("host", pl_module)
         step = functools.partial(self._step, trainer, pl_module)
@@ -155,26 +145,6 @@ class DenseAlignmentCallback(L.Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not hold on to the host, its hooks or tensors of a graph.
         return {**self.__dict__, "_capture": Capture(), "_wrapped": []}
-
-    def _configure(self, host: Any, configure: Callable[[], Any]) -> Any:
-        """Makes the host's optimizers and schedulers while the host seems to have the projections' parameters.
-
-        A group that is added to a finished optimizer has no learning-rate factor in its schedulers.
-        """
-        own, losses = host.named_parameters, self.losses.to(host.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in losses.parameters():  # ranks need not have drawn the same
-                torch.distributed.broadcast(parameter.data, src=0)
-
-        def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
-            below = f"{prefix}.dense_alignment" if prefix else "dense_alignment"
-            return chain(own(prefix, recurse, remove_duplicate), losses.named_parameters(below) if recurse else ())
-
-        host.__dict__["named_parameters"] = named_parameters  # `parameters` goes through it
-        try:
-            return configure()
-        finally:
-            del host.__dict__["named_parameters"]
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         capture, losses, now = self._capture, self.losses, trainer.global_step
@@ -245,18 +215,3 @@ def _dense_losses(losses: DenseAlignment, seen: Any, features: Tensor, step: int
     with torch.autocast(seen.targets.device.type, enabled=False):
         maps = [wide(x).softmax(2) for x in (seen.attention_logits, seen.mask_logits.flatten(3))]
         return losses(wide(seen.targets), wide(rebuilt), wide(features), *maps, wide(seen.slots), step)
-
-
-def _extended(extra: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state, saved by a training without the extra parameters, as one that has not stepped them yet."""
-    added = {id(parameter) for parameter in extra.parameters()}
-    sizes = [sum(id(parameter) not in added for parameter in group["params"]) for group in optimizer.param_groups]
-    if sizes != [len(saved["params"]) for saved in state["param_groups"]]:
-        return state  # it has them, or it is of another host, as the optimizer will say
-    old = iter([number for saved in state["param_groups"] for number in saved["params"]])
-    groups, moved, count = [], {}, 0
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        groups.append({**saved, "params": list(range(count, count + len(group["params"])))})
-        moved.update({next(old): count + i for i, p in enumerate(group["params"]) if id(p) not in added})
-        count += len(group["params"])
-    return {**state, "state": {moved[k]: v for k, v in state["state"].items()}, "param_groups": groups}

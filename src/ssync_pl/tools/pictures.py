@@ -1,7 +1,5 @@
 """`SSyncPictures`: sheets of what the host's slots hold, at each validation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

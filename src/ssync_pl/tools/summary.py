@@ -1,7 +1,5 @@
 """`ValidationSummary`: a table of the last validation beside partitions without any learning, scored as a model is."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Pictures of slots: colours, overlays and sheets of frames, and the preview of shards."""
 
-from __future__ import annotations
-
 import colorsys
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """`ssync-pl data convert SOURCE`: the options of each source, and the report of what was written."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Video files and folders of frames: their frames, which mask belongs to which frame, and their size in shards."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence

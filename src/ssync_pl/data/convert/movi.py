@@ -4,8 +4,6 @@ A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the
 the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import partial

@@ -5,8 +5,6 @@ for a file), `bytes` (of a file), `masks` (None, or their `path`, `names` and `b
 `stamp`, `total` and `rate`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

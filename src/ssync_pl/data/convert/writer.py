@@ -1,7 +1,5 @@
 """The one writer of converted shards: parallel, resumable, and read back before a shard gets its name."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

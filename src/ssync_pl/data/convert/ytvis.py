@@ -3,8 +3,6 @@
 Source: https://youtube-vos.org/dataset/vis/ (folders and JSON), and the shards that the field made of it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Features of a frozen backbone, computed once and stored; what that asks of a backbone, and where one comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol
 

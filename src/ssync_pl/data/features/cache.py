@@ -1,7 +1,5 @@
 """Running a frozen backbone over shards once and storing its features, shard by shard."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

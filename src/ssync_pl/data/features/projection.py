@@ -4,8 +4,6 @@ Channels of a backbone differ in scale by orders of magnitude, and stages in the
 error that hosts train with, then see little but the largest channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ Every shard of features begins with the member `__features__/recipe.json`: the r
 was made from. So each shard can be judged alone, whatever became of the others and of the index.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -57,7 +55,7 @@ class FeatureRecipe:
     projection: str = ""  # fingerprint
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> FeatureRecipe:
+    def from_json(cls, values: Mapping[str, Any]) -> "FeatureRecipe":
         """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"

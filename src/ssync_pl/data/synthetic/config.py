@@ -1,7 +1,5 @@
 """Settings of the synthetic scenes, and their presets."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass

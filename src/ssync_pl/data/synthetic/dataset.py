@@ -1,7 +1,5 @@
 """Writes a synthetic data set as shards, through the converters' writer."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

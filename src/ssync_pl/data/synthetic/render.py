@@ -4,8 +4,6 @@ Images are ``(H, s, W, s)`` with s rays along each side of a pixel, so that aver
 and patterns within a pixel broadcast. Vectors are sequences of three numbers or images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

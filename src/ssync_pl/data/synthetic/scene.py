@@ -6,8 +6,6 @@ so that the fastest contact stays well inside the stability limit of the symplec
 the restitution. Angular momentum, not angular velocity, is integrated, so that free rotation conserves it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

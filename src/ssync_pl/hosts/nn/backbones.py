@@ -1,7 +1,5 @@
 """Frozen image backbones: patch features that hosts attend to and reconstruct, but never train."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """SOLV's two binders: slots to the patches of each frame, and slots of neighbouring frames to each other."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

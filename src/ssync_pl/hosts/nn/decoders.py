@@ -1,7 +1,5 @@
 """Decoders from slots to patch features: an MLP per slot and patch, or one mixture of slots per patch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Frozen features of frames, computed or taken from a cache, and what slots attend to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Initial slots of a clip: random, learned, or from hints about the first frame."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

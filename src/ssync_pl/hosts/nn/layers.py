@@ -1,7 +1,5 @@
 """Small layers that encoders, slot attention and decoders share: MLP, position embeddings, initial weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -46,15 +44,6 @@ class MLP(nn.Module):
         return torch.as_tensor(self.layers(inputs))
 
 
-def coordinate_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Coordinates `(y, x, 1 - y, 1 - x)` of a feature map, each in [0, 1], as float `(height, width, 4)`."""
-    # One row or column sits at 0, as `linspace` puts it.
-    y = torch.linspace(0.0, 1.0, height, device=device)
-    x = torch.linspace(0.0, 1.0, width, device=device)
-    yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
-    return torch.cat([yx, 1.0 - yx], dim=-1)
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether a linear layer has hooks (pruning, weight norm): it has to be called, as its weight may be stale."""
     layers = (part for part in module.modules() if isinstance(part, nn.Linear))
@@ -76,8 +65,10 @@ class SoftPositionEmbedding(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Add the embedding to a map `(B, C, H, W)`."""
-        grid = coordinate_grid(features.shape[-2], features.shape[-1], device=features.device)
-        embedding = self.projection(grid.to(self.projection.weight.dtype))
+        # Coordinates (y, x, 1 - y, 1 - x) in [0, 1]; one row or column sits at 0, as `linspace` puts it.
+        axes = [torch.linspace(0.0, 1.0, size, device=features.device) for size in features.shape[-2:]]
+        yx = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+        embedding = self.projection(torch.cat([yx, 1.0 - yx], dim=-1).to(self.projection.weight.dtype))
         return features + self.scale * rearrange(embedding, "h w c -> c h w")
 
 

@@ -1,7 +1,5 @@
 """Modules for one frame, run over the frames of clips: all at once, or one after the other."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

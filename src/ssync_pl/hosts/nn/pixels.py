@@ -1,7 +1,5 @@
 """SAVi's encoder and decoder: frames to patch features, and slots to frames and object masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Slot attention (Locatello et al. 2020), the corrector of the hosts."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

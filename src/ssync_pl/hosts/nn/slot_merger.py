@@ -1,17 +1,12 @@
 """Slot merging by agglomerative clustering, in tensor code of fixed shapes (Aydemir et al. 2023, section 3.3)."""
 
-from __future__ import annotations
-
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssync_pl.errors import choose, require
-
-Linkage = Literal["complete", "average"]
-"""Distance of two clusters: the largest between their members, or the mean."""
+from ssync_pl.errors import require
 
 
 class MergedSlots(NamedTuple):
@@ -38,8 +33,10 @@ def cosine_distances(slots: Tensor) -> Tensor:
         return 1.0 - unit @ unit.transpose(-1, -2)
 
 
-def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complete") -> Tensor:
+def agglomerate(distances: Tensor, threshold: float) -> Tensor:
     """Agglomerative clustering: the two closest clusters become one until none are closer than the threshold.
+
+    The distance of two clusters is the largest between their members (complete linkage).
 
     S - 1 rounds of a masked minimum for the whole batch at once: no loop over samples, and the device is never waited
     for. Where distances tie, the pair with the lowest indices comes first.
@@ -48,7 +45,6 @@ def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complet
     flat = distances.detach().float().reshape(-1, count, count)
     index = torch.arange(count, device=flat.device)
     labels = index.expand(len(flat), -1)
-    size = torch.ones_like(flat[:, 0])
     alive = torch.ones_like(flat[:, 0], dtype=torch.bool)
     upper = index.unsqueeze(1) < index
     for _ in range(count - 1):
@@ -58,15 +54,10 @@ def agglomerate(distances: Tensor, threshold: float, linkage: Linkage = "complet
         second = (closest.indices % count).unsqueeze(1)
         merges = (closest.values < threshold).unsqueeze(1)
         rows = [flat.gather(1, place.unsqueeze(2).expand(-1, -1, count)).squeeze(1) for place in (first, second)]
-        if linkage == "complete":
-            joined = torch.maximum(*rows)
-        else:
-            weights = [size.gather(1, place) for place in (first, second)]
-            joined = (weights[0] * rows[0] + weights[1] * rows[1]) / (weights[0] + weights[1])
+        joined = torch.maximum(*rows)
         is_first, is_second = (index == first) & merges, (index == second) & merges
         flat = torch.where(is_first.unsqueeze(2), joined.unsqueeze(1), flat)
         flat = torch.where(is_first.unsqueeze(1), joined.unsqueeze(2), flat)
-        size = torch.where(is_first, size + size.gather(1, second), size)
         alive = alive & ~is_second
         labels = torch.where((labels == second) & merges, first, labels)
     return labels.reshape(distances.shape[:-1])
@@ -80,13 +71,11 @@ class SlotMerger(nn.Module):
     Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.3; linkage and the least number as in its public code.
     """
 
-    def __init__(self, threshold: float | None = 0.12, linkage: Linkage = "complete", min_slots: int = 3) -> None:
+    def __init__(self, threshold: float | None = 0.12, min_slots: int = 3) -> None:
         super().__init__()
         require(threshold is None or 0.0 <= threshold <= 2.0, "`merge_threshold` to be None or in [0, 2]", threshold)
         require(min_slots >= 1, "argument `merge_min_slots` to be at least 1", min_slots)
-        choose("merge_linkage", linkage, "complete", "average")
         self.threshold = threshold
-        self.linkage: Linkage = linkage
         self.min_slots = min_slots
 
     def forward(self, slots: Tensor, wanted: Tensor | None = None) -> MergedSlots:
@@ -94,7 +83,7 @@ class SlotMerger(nn.Module):
         index = torch.arange(slots.shape[2], device=slots.device)
         labels = index.expand(slots.shape[:3])
         if self.threshold is not None:
-            merged = agglomerate(cosine_distances(slots.detach()), self.threshold, self.linkage)
+            merged = agglomerate(cosine_distances(slots.detach()), self.threshold)
             # Each cluster goes by its lowest index, so that these are as many as clusters.
             keep = (merged == index).sum(dim=-1) >= self.min_slots
             keep = keep if wanted is None else keep & wanted

@@ -1,7 +1,5 @@
 """Transformer of slots: predictor from frame to frame, and allocator of the slot mixer."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The kernels as one differentiable function of two maps of logits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

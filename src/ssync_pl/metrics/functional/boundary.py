@@ -1,14 +1,13 @@
 """F-measure of the borders between slots against the borders between true masks."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssync_pl.metrics.functional.scene import Scene, check_share
+from ssync_pl.errors import require
+from ssync_pl.metrics.functional.scene import Scene
 
 # Borders are widened for a group of frames at a time: 2**24 floats are 64 MiB.
 _GROUP_ELEMENTS = 2**24
@@ -39,8 +38,9 @@ def boundary_f(scene: Scene, tolerance: float = 0.0075) -> Tensor:
 
     Source: F and tolerance of DAVIS (Perazzi et al., CVPR 2016), which matches borders object by object.
     """
+    require(0.0 <= tolerance <= 1.0, "`tolerance` to be a share in [0, 1]", tolerance)
     size = scene.slots.shape[-2:]
-    radius = max(1, math.ceil(check_share("tolerance", tolerance) * math.hypot(*size)))
+    radius = max(1, math.ceil(tolerance * math.hypot(*size)))
     group = max(1, _GROUP_ELEMENTS // (2 * size[0] * size[1]))
     parts = zip(scene.slots.split(group), scene.objects.split(group), strict=True)
     values = [_f_measure(_borders(slots), _borders(objects), radius) for slots, objects in parts]

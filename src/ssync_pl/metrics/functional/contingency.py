@@ -1,7 +1,5 @@
 """The contingency table: everything that ARI, mBO, mIoU and the slot metrics need, in one small table per frame."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -18,11 +16,11 @@ class Contingency(NamedTuple):
     slot_sizes: Tensor  # float64 (..., S), pixels of slot s, those without a true mask included
     labelled: Tensor  # bool (...), True where the item has any true mask
 
-    def videos(self) -> Contingency:
+    def videos(self) -> "Contingency":
         """Sums the frames of each video: `(B, T, ...)` to `(B, ...)`."""
         return Contingency(self.table.sum(dim=1), self.slot_sizes.sum(dim=1), self.labelled.any(dim=1))
 
-    def foreground(self) -> Contingency:
+    def foreground(self) -> "Contingency":
         """Drops true channel 0, the background; slots keep their background pixels."""
         return self._replace(table=self.table[..., 1:, :])
 

@@ -1,14 +1,12 @@
 """From labels or masks of any size to what the metrics count: one slot and one object per pixel."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssync_pl.errors import ShapeError, require, require_shape
+from ssync_pl.errors import ShapeError, require_shape
 
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Soft masks are enlarged for a group of frames at a time: 2**22 floats are 16 MiB.
@@ -33,26 +31,22 @@ class Scene(NamedTuple):
         return out.index_copy(0, self.places, values.double()).unflatten(0, self.shape)
 
 
-def read_scene(
-    pred: Tensor, true: Tensor, valid: Tensor | None = None, resolution: tuple[int, int] | None = None
-) -> Scene:
-    """Reads predicted and true masks as published: soft masks are resized bilinearly, then argmax.
+def read_scene(pred: Tensor, true: Tensor, valid: Tensor | None = None) -> Scene:
+    """Reads predicted and true masks as published: soft masks are resized bilinearly to the true ones, then argmax.
 
     Args:
         pred: integer labels `(B, T, H, W)`; or masks `(B, T, S, h, w)`, float (probabilities) or bool (one-hot).
         true: bool masks `(B, T, C, H, W)`.
         valid: bool `(B,)` or `(B, T)`, False for padding, which may hold anything; None counts all.
-        resolution: `(h, w)` at which to evaluate; None takes the size of `true`, as published scores do.
 
     Returns:
         The scene.
 
     Raises:
-        ConfigError: `resolution` is out of range.
         ShapeError: the inputs do not fit, or `pred` holds negative labels, NaN, or bool masks that are not one-hot.
     """
     _check_shapes(pred, true)
-    size = check_resolution(resolution) or (int(true.shape[-2]), int(true.shape[-1]))
+    size = (int(true.shape[-2]), int(true.shape[-1]))
     shape = (int(true.shape[0]), int(true.shape[1]))
     counted = counted_frames(valid, shape)
     places = torch.arange(shape[0] * shape[1], device=true.device)
@@ -64,24 +58,7 @@ def read_scene(
     covered, first = flat_true.view(torch.uint8).max(dim=1)
     objects = torch.where(covered > 0, first, -1)
     overlaps = flat_true.sum(dim=1, dtype=torch.int16) > 1
-    objects, overlaps = _resize_nearest(objects, size), _resize_nearest(overlaps, size)
     return Scene(slots, objects, overlaps, places, shape, int(num_slots), int(true.shape[2]))
-
-
-def check_resolution(resolution: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Returns None or a tuple of two positive ints; YAML gives lists."""
-    if resolution is None:
-        return None
-    sizes = tuple(resolution)
-    fits = len(sizes) == 2 and all(int(size) == size >= 1 for size in sizes)
-    require(fits, "`resolution` to be None or two positive sizes (h, w)", resolution)
-    return int(sizes[0]), int(sizes[1])
-
-
-def check_share(name: str, share: float) -> float:
-    """Returns a share if it is in [0, 1]."""
-    require(0.0 <= share <= 1.0, f"`{name}` to be a share in [0, 1]", share)
-    return float(share)
 
 
 def counted_frames(valid: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -1,7 +1,5 @@
 """ARI, mean best overlap and mean IoU of contingency tables."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -11,13 +9,12 @@ from torch import Tensor
 from ssync_pl.metrics.functional.contingency import Contingency
 
 
-def adjusted_rand_index(counts: Contingency, skip_empty: bool = False) -> Tensor:
+def adjusted_rand_index(counts: Contingency) -> Tensor:
     """Computes the adjusted Rand index over the pixels that have a true mask (Hubert and Arabie, 1985).
 
     Args:
         counts: tables `(..., C, S)` of frames or, after `counts.videos()`, of videos. For FG-ARI drop the background
             first: `counts.foreground()`.
-        skip_empty: skip items without a pixel left, instead of counting them as 1 as published scores do.
 
     Returns:
         Float64 `(...)`, at most 1, near 0 by chance, 1 where it is not defined; NaN for items without any true mask.
@@ -38,8 +35,7 @@ def adjusted_rand_index(counts: Contingency, skip_empty: bool = False) -> Tensor
     spread = (true_pairs + slot_pairs) / 2 - expected
     defined = spread != 0
     score = torch.where(defined, (agreeing - expected) / torch.where(defined, spread, 1.0), 1.0)
-    counted = counts.labelled & (pixels > 0) if skip_empty else counts.labelled
-    return score.masked_fill(~counted, torch.nan)
+    return score.masked_fill(~counts.labelled, torch.nan)
 
 
 def mean_best_overlap(counts: Contingency) -> Tensor:

@@ -1,12 +1,11 @@
 """What becomes of slots: how many share an object, how many are in use, whether objects keep theirs over time."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
+from ssync_pl.errors import require
 from ssync_pl.metrics.functional.contingency import Contingency
-from ssync_pl.metrics.functional.scene import check_share, counted_frames, require_tensor
+from ssync_pl.metrics.functional.scene import counted_frames, require_tensor
 
 
 def slots_per_object(counts: Contingency, min_share: float = 0.01) -> Tensor:
@@ -26,7 +25,7 @@ def slots_per_object(counts: Contingency, min_share: float = 0.01) -> Tensor:
     Raises:
         ConfigError: `min_share` is out of range.
     """
-    check_share("min_share", min_share)
+    require(0.0 <= min_share <= 1.0, "`min_share` to be a share in [0, 1]", min_share)
     table = counts.table
     if not table.shape[-2]:
         return torch.full_like(table.sum(dim=(-2, -1)), torch.nan)

@@ -1,7 +1,5 @@
 """Examines a host: one training step, listened to as in a training; what was found and what to write, as text."""
 
-from __future__ import annotations
-
 import functools
 import math
 import shlex

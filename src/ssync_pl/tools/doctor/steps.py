@@ -1,7 +1,5 @@
 """A model and a batch as the user names them, and one training step, to be run as often as it takes."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

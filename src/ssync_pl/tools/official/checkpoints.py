@@ -1,7 +1,5 @@
 """Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."""
 
-from __future__ import annotations
-
 import io
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Public configurations of the VideoSAUR family as configurations of `ssync-pl fit`."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import posixpath

@@ -1,7 +1,5 @@
 """Reads public configurations: YAML whose `${…}` references OmegaConf resolves, within limits, running no code."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import math

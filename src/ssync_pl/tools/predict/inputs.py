@@ -1,7 +1,5 @@
 """Videos that `ssync-pl predict --input` names: files, folders of frames or videos, shards; and windows of them."""
 
-from __future__ import annotations
-
 import copy
 import os
 import warnings

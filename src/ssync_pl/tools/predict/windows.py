@@ -1,7 +1,5 @@
 """Long videos in windows that share one frame, slots that keep their numbers, and labels at the video's own size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 

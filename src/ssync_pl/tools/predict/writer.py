@@ -1,7 +1,5 @@
 """`SlotPredictions`: what the slots hold of each predicted video, as overlay videos and label files."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
