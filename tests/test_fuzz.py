@@ -140,8 +140,7 @@ def checkpoint(folder: Path) -> list[Path]:
 
 def read_inputs(folder: Path) -> None:
     for video in find_videos([str(folder / "c.mp4"), str(folder / "a")]):
-        for _ in video.frames():
-            pass
+        list(video.frames())
 
 
 RUN = "runs/slots_7/with/seed_0"

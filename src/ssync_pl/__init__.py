@@ -4,6 +4,8 @@ Public names are imported on first use, so that ``import ssync_pl`` costs little
 webdataset.
 """
 
+from __future__ import annotations
+
 import importlib
 
 TYPE_CHECKING = False

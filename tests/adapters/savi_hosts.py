@@ -117,7 +117,7 @@ class JunkeunYiProducts(Kept):
 class JunkeunYiCorrector(SlotAttention):
     """A module inside of it takes the softmax, over slots for each head, called by keywords or ``positional``."""
 
-    names, whole = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads)
+    names, whole, checked = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads), False
 
     def __init__(self, heads: int, iterations: int, positional: bool) -> None:
         super().__init__(iterations, heads)

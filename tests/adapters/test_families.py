@@ -239,19 +239,15 @@ def test_slotformer_trainers_that_go_past_the_models_call_or_wrap_it_are_served(
             ssync.loss()
 
 
-@pytest.mark.parametrize(
-    ("frames", "last", "options"),
-    [
-        ("image", False, NAMED),
-        ("image", True, {"masks": "decoder", "alpha_axis": -1}),
-        ("folded", False, NAMED),
-        ("loop", False, {**NAMED, "attention": "slot_attn"}),
-    ],
-)
+FRAMES = [("image", False, {}), ("image", True, {"alpha_axis": -1}), ("folded", False, {})]
+FRAMES += [("loop", False, {"attention": "slot_attn"})]
+
+
+@pytest.mark.parametrize(("frames", "last", "options"), FRAMES)
 @pytest.mark.parametrize("heads", [None, 2])
 def test_package_frames_are_clips_whatever_the_decoder_gives(heads, frames, last, options):
     host = PackageHost(PackageAttention(heads), frames, last)
-    heard = hear(host, Package(**options))
+    heard = hear(host, Package(**NAMED | options))
     maps, own = heard.maps(), own_maps(host)
     assert maps.shape == (B if frames == "image" else B * T, 1, S, N)
     for key in ("attention_logits", "attention_probs", "mask_probs"):

@@ -194,10 +194,6 @@ class _Flat(HostAdapter):
         raise HostError("nothing to collect")
 
 
-class _FlatToo(_Flat):
-    name = "flat-too"
-
-
 def _nested(path: str, inner: nn.Module) -> nn.Module:
     for name in reversed(path.split(".")):
         inner = nn.ModuleDict({name: inner})
@@ -214,13 +210,13 @@ def test_registered_adapters_are_found_by_host_and_by_name(monkeypatch: pytest.M
     assert locate(own, host) == (own, host, "")  # which is left to complain itself
     with pytest.raises(HostError, match="no child 'x'"):
         own.attach(host)
-    register_adapter(_FlatToo)
+    register_adapter(type("FlatToo", (_Flat,), {"name": "flat-too"}))
     with pytest.raises(HostError, match=r"flat \(at the host\), flat-too \(at the host\) all do"):
         locate("auto", nn.Flatten())
 
 
 @pytest.mark.parametrize("spec", ["auto", "savi", SaviAdapter()])
-def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
+def test_a_model_inside_a_trainers_module_is_found_and_wrappers_do_not_count_as_depth(spec: Any) -> None:
     inner = tiny(SAVi)
     inner.teacher = tiny(SAVi)  # a host that is known stays the root, whatever its parts look like
     assert locate(spec, inner)[1:] == (inner, "")
@@ -228,10 +224,6 @@ def test_a_model_inside_a_trainers_module_is_found(spec: Any) -> None:
     assert located[1:] == (inner, "task.model")
     assert isinstance(located.adapter, SaviAdapter)
     assert locate(spec, nn.ModuleDict({"a": inner, "b": inner})).root is inner  # in two places, it is one
-
-
-def test_wrappers_do_not_count_as_depth() -> None:
-    inner = tiny(SAVi)
     outer = _nested("task.model", nn.DataParallel(torch.compile(inner, backend="eager")))
     assert locate("auto", outer)[1:] == (inner, "task.model.module._orig_mod")
     # Only real wrappers are looked through: a user's own `module` is a child like any other.

@@ -7,16 +7,8 @@ import torch
 from stand_in_parts import SlotAttention
 from torch import Tensor, nn
 
-from ssync_pl.adapters import (
-    Capture,
-    PathAdapter,
-    SlotMap,
-    entry,
-    frame_size,
-    join_sides,
-    resolve_grid,
-    watch_attention,
-)
+from ssync_pl import adapters
+from ssync_pl.adapters import Capture, PathAdapter, SlotMap, entry, frame_size, join_sides, resolve_grid
 from ssync_pl.adapters.calls import scaled_product
 from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
@@ -247,8 +239,7 @@ SCAN = seen((2, 3, 16), 1, 4)
         (seen((2, 5, 3, 16), 2), seen((2, 3, 16), 1), (2, 1)),  # five heads
         (seen((2, 5, 3, 16), 2), seen((10, 3, 16), 1), (2, 5)),  # five frames
         (seen((2, 3, 16), 1, 3), seen((8, 3, 16), 1), None),  # other frames
-        (SCAN, seen((8, 4, 16), 1), None),  # other slots
-        (SCAN, seen((8, 3, 24), 1), None),  # patches that do not fit
+        *((SCAN, seen(shape, 1), None) for shape in ((8, 4, 16), (8, 3, 24))),  # other slots, patches that do not fit
         (seen((2, 5, 3, 16), 2, heads=False), seen((2, 3, 16), 1), None),
     ],
 )
@@ -297,7 +288,7 @@ class _Attention(SlotAttention):
 
 def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up() -> None:
     module, capture = _Attention(3), Capture()
-    watch_attention(capture, "attention", module, scaled_product, own=entry("1"))
+    adapters.watch_attention(capture, "attention", module, scaled_product, own=entry("1"))
     capture.open()
     piled: list[int] = []
     module.gru.register_forward_hook(lambda *call: piled.append(len(capture["attention to_q"])))

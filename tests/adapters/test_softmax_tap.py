@@ -255,23 +255,3 @@ def test_masks_of_each_frame_and_iterations_of_images_are_no_further_masks() -> 
     for masks in ("softmax:.", "softmax:painter"):
         host = taps.make_unknown(taps.SlotsOnly(iterations=3))
         assert_own(tapped(host, TAPS[0], masks, video=taps.clip(1)), host)
-
-
-class TokensToTokens(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ x.transpose(1, 2)).softmax(2) @ x
-
-
-@pytest.mark.parametrize(
-    ("host", "value", "spots"),
-    [
-        (lambda: nn.Sequential(nn.Flatten(1), nn.Linear(48, 10), nn.Softmax(1)), torch.rand(2, 3, 4, 4), set()),
-        (lambda: nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.rand(2, 5, 8), set()),
-        (lambda: nn.Sequential(TokensToTokens(), TokensToTokens()), torch.rand(2, 9, 4), {"0", "1"}),
-    ],
-)
-def test_nothing_is_found_in_hosts_without_slots(host: Any, value: Tensor, spots: set[str]) -> None:
-    module = host()
-    found = discover(module, lambda: module(value))
-    assert found.pairs == ()
-    assert {spot.path for spot in found.spots} == spots

@@ -11,11 +11,6 @@ from ssync_pl.hosts.nn import backbones
 from tiny_run import PatchBackbone
 
 
-class Means(PatchBackbone):
-    def __init__(self):
-        super().__init__(nn.AvgPool2d(4), name="means", layer="pool", dim=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-
-
 @pytest.fixture
 def videos(tmp_path):
     """Three videos of plain colours; the last one of `bad` cannot be read."""
@@ -31,8 +26,9 @@ def videos(tmp_path):
 
 @pytest.fixture
 def means(monkeypatch):
-    asked = []
-    monkeypatch.setattr(backbones, "load_backbone", lambda *words: asked.append(words) or Means())
+    asked, facts = [], {"name": "means", "layer": "pool", "dim": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    make = lambda *words: asked.append(words) or PatchBackbone(nn.AvgPool2d(4), **facts)  # noqa: E731
+    monkeypatch.setattr(backbones, "load_backbone", make)
     return asked
 
 

@@ -161,12 +161,6 @@ def test_errors_name_the_key_or_the_file(config, tmp_path, capsys, words, messag
     assert not (tmp_path / "new").exists()
 
 
-def test_debug_shows_the_traceback(config, capsys, monkeypatch):
-    monkeypatch.setenv("SSYNC_DEBUG", "1")
-    assert main([*FIT, "--model.num_slots=0"]) == 2
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_data_generate_prints_patterns_that_load(tmp_path, capsys):
     args = ["data", "generate", "--preset", "a_zoom", "--out", str(tmp_path), "--train", "33", "--validation", "1"]
     args += ["--seed", "4", "--workers", "0"]
@@ -225,13 +219,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(config, tmp_path, verb, cont
     assert "Expected --ckpt_path to be a whole checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
+def test_ctrl_c_is_one_line_and_debug_shows_the_traceback(config, monkeypatch, capsys):
     def stop(parser, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ssync_pl.cli.commands.data", stop)
     assert main(["data", "convert", "videos"]) == 130
     assert capsys.readouterr().err == "\nssync-pl: stopped.\n"
+    monkeypatch.setenv("SSYNC_DEBUG", "1")
+    assert main([*FIT, "--model.num_slots=0"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_training_with_130(config, monkeypatch):

@@ -1,10 +1,11 @@
 import json
 
-import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from tiny_hosts import make_trainer
+from tiny_models import tiny
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncCallback
@@ -31,21 +32,12 @@ def videos(count, seed):
 
 
 def make_host(kind=SlotContrast, **changes):
-    options = {"num_slots": 3, "slot_dim": 8, "backbone": None, "feature_dim": 6, "grid": (4, 4)}
-    options |= {"decoder_hidden": (16,), "warmup_steps": 0}
-    if kind is SOLV:
-        options |= {"clip_length": 3, "temporal_heads": 2, "temporal_blocks": 1}
-    else:
-        options |= {"encoder_hidden": 16, "decay_rate": 1.0}
-    torch.manual_seed(0)
-    return kind(**(options | changes))
+    return tiny(kind, trained=True, grid=(4, 4), **changes)
 
 
 def fit(path, host, *callbacks, validation=None, **options):
-    settings = {"max_steps": 4, "accelerator": "cpu", "logger": CSVLogger(str(path), "", "")}
-    settings |= dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     torch.manual_seed(5)
-    trainer = L.Trainer(**(settings | options), callbacks=list(callbacks))
+    trainer = make_trainer(*callbacks, logger=CSVLogger(str(path), "", ""), **options)
     validation = videos(6, 1) if validation is None else validation
     trainer.fit(host, DataLoader(videos(4, 0), batch_size=2), DataLoader(validation, batch_size=2))
     return trainer
@@ -130,5 +122,5 @@ def test_no_validation_set_leaves_no_scores_and_other_models_are_refused(tmp_pat
 @pytest.mark.parametrize("kind", [SlotContrast, SOLV])
 def test_on_cuda(tmp_path, kind):
     callbacks = [SSyncCallback(warmup_ratio=0.5), RunRecorder()]
-    fit(tmp_path, make_host(kind), *callbacks, accelerator="cuda", devices=1, max_steps=30)
+    fit(tmp_path, make_host(kind), *callbacks, accelerator="cuda", steps=30)
     assert names_in(tmp_path) >= (BOTH_MAPS if kind is SlotContrast else SCORES)

@@ -227,13 +227,11 @@ def test_a_missing_file_takes_only_what_it_tells(tmp_path, no_figures, name):
     assert ("fixed grid" in page.words) == (name != "summary.json")
 
 
-def test_a_comparison_without_a_finished_run_has_a_report_and_other_folders_none(tmp_path):
+def test_reports_without_a_finished_run_and_of_a_variant_alone_but_none_of_other_folders(tmp_path, no_figures):
     folder = make_folder(tmp_path / "x", ("without",), seeds=())
     assert "No run has finished yet." in Page(write_report(folder)).words
     with pytest.raises(ConfigError, match="Pass the folder that"):
         write_report(tmp_path)
 
-
-def test_several_slot_counts_with_a_variant_alone(tmp_path, no_figures):
-    page = Page(write_report(make_folder(tmp_path / "x", ("without",), slots=(7, 64))))
+    page = Page(write_report(make_folder(tmp_path / "y", ("without",), slots=(7, 64))))
     assert all(text in page.words for text in ("7 slots", "64 slots", "There is nothing to compare it with."))

@@ -1,5 +1,3 @@
-"""Order, failures, kills and Slurm scripts, on processes that only write what a training would leave."""
-
 import contextlib
 import dataclasses
 import json

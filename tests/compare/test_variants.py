@@ -5,16 +5,9 @@ import yaml
 
 from ssync_pl import SSyncConfig
 from ssync_pl.cli.trainer import from_configuration
+from ssync_pl.compare import variants
 from ssync_pl.compare.matrix import build_matrix
-from ssync_pl.compare.variants import (
-    callback_name,
-    callbacks_of,
-    class_of,
-    make_variant,
-    merge,
-    read_yaml,
-    ssync_options,
-)
+from ssync_pl.compare.variants import callback_name, callbacks_of, make_variant, merge, ssync_options
 from ssync_pl.errors import ConfigError
 
 CHANGES = [  # of SSync's options
@@ -38,10 +31,6 @@ REFUSED = [
 ]
 
 
-def names_after(name, config):
-    return [callback_name(one) for one in callbacks_of(merge(config, make_variant(name, config).overlay))]
-
-
 def with_contrast(config, weight):
     return {**config, "model": {"class_path": "SlotContrast", "init_args": {"num_slots": 7, "contrast_weight": weight}}}
 
@@ -62,8 +51,11 @@ def test_published_keeps_how_maps_are_found(tiny):
 
 
 def test_without_with_and_the_dense_rival(tiny):
-    assert names_after("without", tiny) == ["ValidationSummary"]
+    left = callbacks_of(merge(tiny, make_variant("without", tiny).overlay))
+    assert [callback_name(one) for one in left] == ["ValidationSummary"]
     assert make_variant("with", tiny).overlay == {}
+    host = {"model": {"class_path": "A", "init_args": {"x": 1}}}  # options of another class go
+    assert merge(host, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}
     for options, ratio in (({}, 0.3), ({"warmup_ratio": 0.5, "loss": "ce"}, 0.5)):
         tiny["trainer"]["callbacks"][0]["init_args"] = options
         callbacks = callbacks_of(make_variant("srl", with_contrast(tiny, 0.1)).overlay)
@@ -120,34 +112,15 @@ def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tin
         assert all(kinds.count(kind) == 1 for kind in ("RunRecorder", "KeepCheckpoints"))
         assert (parts.model.hparams["num_slots"], parts.model.hparams["slot_dim"]) == (5, 8)
         configs[run.key.variant] = [one.config for one in parts.callbacks if type(one).__name__ == "SSyncCallback"]
-    assert configs == {
-        "without": [],
-        "with": [SSyncConfig(**own)],
-        "published": [SSyncConfig()],
-        "warmup-0.25": [SSyncConfig(**ratio, warmup_ratio=0.25)],
-    }
+    quarter = SSyncConfig(**ratio, warmup_ratio=0.25)
+    wanted = {"with": [SSyncConfig(**own)], "published": [SSyncConfig()], "warmup-0.25": [quarter]}
+    assert configs == {"without": [], **wanted}
     shared = {run.key.variant: run.checkpoint.stem for run in matrix.runs if run.checkpoint is not None}
     assert shared == {"with": "warmup_9_steps_2", "published": "warmup_0.3_50", "warmup-0.25": "warmup_0.25_2"}
-
-
-def test_the_merge_is_that_of_the_command_line(tmp_path, tiny):
-    """LightningCLI itself, on the same files, sees the same callbacks and options."""
-    base = {"model": {"class_path": "A", "init_args": {"x": 1}}}
-    assert merge(base, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}  # options of another class go
-    pictures = {"trainer": {"callbacks+": [{"class_path": "SSyncPictures"}]}}
-    slots = {"model": {"init_args": {"num_slots": 5}}, "trainer": {"callbacks+": [{"class_path": "StepSeed"}]}}
-    words = []
-    for place, over in enumerate([tiny, pictures, slots]):
-        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(over))
-        words += ["--config", str(tmp_path / f"{place}.yaml")]
-    found, merged = from_configuration(words), merge(merge(tiny, pictures), slots)
-    assert [type(one).__name__ for one in found.callbacks] == [callback_name(one) for one in callbacks_of(merged)]
-    assert found.model.hparams["num_slots"] == class_of(merged, "model")[1]["num_slots"] == 5
-    assert found.model.hparams["slot_dim"] == 8
 
 
 @pytest.mark.parametrize("content", [b"a: &a [*a]", b"a: {1: 2, b: 3}", b"a: 2026-99-99", b"[" * 5000])
 def test_files_that_are_no_configuration_are_named(tmp_path, content):
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.yaml .*to hold YAML"):
-        read_yaml(tmp_path / "a.yaml")
+        variants.read_yaml(tmp_path / "a.yaml")

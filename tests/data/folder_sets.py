@@ -41,10 +41,11 @@ def smooth_video(frames, height=10, width=14, seed=0):
 
 
 def write_pictures(folder, pictures, pattern="{:05d}.png"):
-    """Write frames or id masks."""
+    """Write frames or id masks, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / pattern.format(number))
+    return folder
 
 
 def write_jpegs(folder, seed):

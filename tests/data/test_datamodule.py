@@ -1,15 +1,11 @@
-import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from tiny_hosts import make_trainer
 
 from ssync_pl.data import ShardDataModule, SyntheticDataModule
 from ssync_pl.data.shards import ShardWriter
@@ -164,7 +160,7 @@ def test_errors_before_any_work(make_shards, tmp_path, opened):
         opened("https://nowhere.invalid/a.tar", backend="mmap")
 
 
-class _Model(L.LightningModule):
+class Watcher(L.LightningModule):
     """Records what it sees."""
 
     def __init__(self) -> None:
@@ -195,16 +191,6 @@ class _Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-
 @pytest.mark.parametrize("source", ["local", "remote"])
 def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
     make_shards("train", count=7)
@@ -212,8 +198,8 @@ def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
     root = str(tmp_path) if source == "local" else served
     train, validation = f"{root}/shards/train-{{000000..000002}}.tar", f"{root}/shards/validation-000000.tar"
     data = ShardDataModule(train, validation, batch_size=2, predict=validation, **{**PLAIN, "num_workers": 1})
-    model = _Model()
-    trainer = L.Trainer(max_epochs=3, **QUIET)
+    model = Watcher()
+    trainer = make_trainer(steps=-1, max_epochs=3, num_sanity_val_steps=0)
     trainer.fit(model, datamodule=data)
     assert model.steps == 9
     assert [len(set(videos)) for videos in model.trained[:3]] == [6, 6, 6]
@@ -225,47 +211,11 @@ def test_a_trainer_sees_each_pass(make_shards, served, tmp_path, source):
 
 @pytest.mark.gpu
 def test_the_data_module_gives_the_same_batches_on_cuda(make_shards):
-    models, pattern = [_Model(), _Model()], make_shards(count=8)
+    models, pattern = [Watcher(), Watcher()], make_shards(count=8)
     for model, accelerator in zip(models, ("cpu", "cuda"), strict=True):
         data = ShardDataModule(pattern, batch_size=2, **PLAIN)
-        L.Trainer(max_epochs=2, devices=1, **{**QUIET, "accelerator": accelerator}).fit(model, datamodule=data)
+        make_trainer(steps=-1, max_epochs=2, accelerator=accelerator).fit(model, datamodule=data)
     assert models[0].trained == models[1].trained
-
-
-def _train_under_ddp(folder: str) -> None:
-    torch.set_num_threads(1)
-    shards, model = f"{folder}/shards", _Model()
-    options = {**PLAIN, "batch_size": 2, "num_workers": 1, "start_method": "fork"}
-    data = ShardDataModule(f"{shards}/train-*.tar", f"{shards}/validation-*.tar", **options)
-    trainer = L.Trainer(devices=2, strategy="ddp", max_epochs=2, **QUIET)
-    trainer.fit(model, datamodule=data)
-    seen = {"train": model.trained, "validation": model.validated, "steps": model.steps}
-    Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
-
-
-def test_two_processes_under_ddp_share_the_data_exactly(make_shards, tmp_path):
-    make_shards("train", count=13)
-    make_shards("validation", count=5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Variables of an outer cluster job would tell Lightning that the processes exist already.
-    outer = ("SLURM_", "PL_", "LOCAL_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    words = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "IterableDataset" not in done.stderr  # Lightning doubts the lengths of such sets; ours are exact
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert [rank["steps"] for rank in ranks] == [6, 6]
-    for epoch in range(2):
-        first, second = (rank["train"][epoch] for rank in ranks)
-        assert len(first) == len(second) == 6
-        assert len(set(first + second)) == 12
-    assert ranks[0]["train"][0] != ranks[0]["train"][1]
-    assert sorted(key for rank in ranks for key in rank["validation"]) == sorted(list("01234") * 2)
 
 
 SYNTHETIC = {"num_train": 4, "num_validation": 2, "resolution": 16, "frames": 4, "generate_workers": 0, "batch_size": 2}
@@ -330,7 +280,3 @@ def test_the_command_line_reads_every_option(make_shards):
     assert built.data.transform.image_size == (8, 8)
     assert built.data.patterns["train"] == [pattern]
     assert (built.data.ignore_overlaps, ShardDataModule(has_background=False).ignore_overlaps) == (False, True)
-
-
-if __name__ == "__main__":
-    _train_under_ddp(sys.argv[1])

@@ -11,8 +11,6 @@ from ssync_pl.data import ShardDataModule
 from ssync_pl.data.loader import copied_ahead
 from ssync_pl.errors import ConfigError
 
-BACKENDS = ["mmap", "webdataset"]
-
 
 def _keys(batches) -> list[tuple]:
     return [(*b["__key__"], *b["flip"].tolist(), b["video"][..., 1].flatten(1)[:, 0].tolist()) for b in batches]
@@ -102,7 +100,7 @@ def test_workers_end_with_their_loader(make_shards, opened):
         gc.enable()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["mmap", "webdataset"])
 def test_without_a_trainer_every_loop_is_another_pass(make_shards, opened, backend):
     data = ShardDataModule(make_shards(count=8), num_workers=0, backend=backend, batch_size=2, clip_length=2)
     data.setup("fit")

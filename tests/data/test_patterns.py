@@ -26,19 +26,14 @@ A = [f"a-00000{number}.tar" for number in range(3)]
         ("~/b-*.tar", ["b-000000.tar"]),
         (["{}/b-000000.tar", "file://{}/a-000001.tar"], ["b-000000.tar", "a-000001.tar"]),
         ("{}/c[1].tar", ["c[1].tar"]),  # taken as it is
-        ("https://nowhere.invalid/x-{{0..1}}.tar", ["x-0.tar", "x-1.tar"]),  # not looked up
+        ("https://nowhere.invalid/{{8..11}}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),  # not looked up
+        ("https://nowhere.invalid/{{08..11}}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
     ],
 )
 def test_braces_globs_lists_and_plain_paths(folder, monkeypatch, patterns, names):
     monkeypatch.setenv("HOME", str(folder))
     filled = [pattern.format(folder) for pattern in patterns] if isinstance(patterns, list) else patterns.format(folder)
     assert [os.path.basename(shard) for shard in expand_shards(filled)] == names
-
-
-def test_padding_follows_the_numbers():
-    assert expand_braces("{8..11}") == ["8", "9", "10", "11"]
-    assert expand_braces("{08..11}") == ["08", "09", "10", "11"]
-    assert len(expand_braces("movi_c-train-{000000..000304}.tar")) == 305
 
 
 @pytest.mark.parametrize(
@@ -53,10 +48,7 @@ def test_wrong_braces_name_argument_and_pattern(pattern):
 @pytest.mark.parametrize(
     ("pattern", "word"),
     [
-        *(
-            (pattern, "shell command")
-            for pattern in ("pipe:cat a.tar", "pipe: curl http://x/{0..1}.tar | cat", "PIPE:ls")
-        ),
+        *((f"{word} {{0..1}}.tar | cat", "shell command") for word in ("pipe:cat", "pipe: curl http://x/", "PIPE:ls")),
         *((pattern, "URLs of http") for pattern in ("s4://bucket/a.tar", "ssh://host/a.tar", "http:/host/a.tar")),
         ("https://host/a-*.tar", "by braces"),
         ("FOLDER/c-*.tar", "match at least one shard"),

@@ -22,13 +22,6 @@ def _open(pattern: str | Path, rules: SampleRules, **options: object) -> ShardDa
     return ShardDataset(ShardSource(paths, load_shards(paths)), rules, **options)
 
 
-def _write(folder: Path, samples: list[dict]) -> str:
-    with ShardWriter(folder, "a") as writer:
-        for number, members in enumerate(samples):
-            writer.write(str(number), members)
-    return f"{folder}/a-*.tar"
-
-
 def test_clips_are_where_their_numbers_say_and_start_anywhere(make_shards, numbered_video):
     pattern = make_shards(size=(8, 11))
     rules = {"clip_length": 2, "frame_stride": 2, "masks": True, "image_size": (8, 8), "crop": "random"}
@@ -49,8 +42,10 @@ def test_clips_are_where_their_numbers_say_and_start_anywhere(make_shards, numbe
 
 
 def test_evaluation_takes_whole_videos_and_pads(tmp_path, numbered_video):
-    pattern = _write(tmp_path, [numbered_video(number, frames) for number, frames in enumerate((2, 4, 3))])
-    data = _open(pattern, SampleRules(masks=True, max_objects=5))
+    with ShardWriter(tmp_path, "a") as writer:
+        for number, frames in enumerate((2, 4, 3)):
+            writer.write(str(number), numbered_video(number, frames))
+    data = _open(tmp_path / "a-*.tar", SampleRules(masks=True, max_objects=5))
     batch = collate([data.sample(clip) for clip in (0, 1, 2, 3)], data.rules)
     assert batch["__key__"] == ["0", "1", "2", "0"]
     assert batch["batch_padding_mask"].tolist() == [True, True, True, False]

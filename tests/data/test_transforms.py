@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssync_pl.data.transforms import BatchTransform, covering_size, resize_masks
+from ssync_pl.data.transforms import BatchTransform, covering_size
 from ssync_pl.errors import ShapeError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,17 +56,6 @@ def test_shrinking_averages():
     assert (out({"video": video, "crop": torch.zeros(1, 2).long()})["video"] - 0.5).abs().max() < 0.1
     plain = BatchTransform(mean=(0.5,) * 3, std=(0.5,) * 3)({"video": video, "crop": torch.zeros(1, 2).long()})["video"]
     assert torch.equal(plain, (video.permute(0, 1, 4, 2, 3) / 255.0 - 0.5) / 0.5)  # no image_size keeps pixels
-
-
-@pytest.mark.parametrize(("source", "target"), [(128, 336), (256, 336), (24, 64), (5, 7), (7, 3), (64, 64), (320, 518)])
-def test_nearest_exact_agrees_with_torch_but_for_ties(source, target):
-    line = torch.arange(source, dtype=torch.float32).view(1, 1, 1, source).expand(1, 1, 2, source)
-    want = torch.nn.functional.interpolate(line, size=(2, target), mode="nearest-exact")[0, 0, 0].long()
-    got = resize_masks(line[0, 0], (2, target))[0].long()
-    exact = [((2 * i + 1) * source) // (2 * target) for i in range(target)]
-    assert got.tolist() == exact
-    ties = torch.tensor([((2 * i + 1) * source) % (2 * target) == 0 for i in range(target)])
-    assert torch.equal(got[~ties], want[~ties])
 
 
 def test_mixed_sizes_equal_single_transforms():

@@ -4,13 +4,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny, window_clips
-from torch import Tensor
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import normalize
 
 from ssync_pl.hosts import SOLV
 from ssync_pl.hosts import solv as module
 from ssync_pl.hosts.linking import link_slots, relabel_slots
-from ssync_pl.hosts.nn.binders import RelativeSlotAttention, TemporalBinder
+from ssync_pl.hosts.nn.binders import TemporalBinder
 from ssync_pl.hosts.nn.slot_merger import SlotMerger, agglomerate, cosine_distances
 
 
@@ -102,70 +101,8 @@ def test_a_random_part_of_the_tokens_is_kept_in_training() -> None:
     assert torch.equal(model.eval()._drop_tokens(features)[0], features)
 
 
-GRID, S, D, C = (3, 4), 3, 8, 5
 ONE, TWO, THREE = torch.eye(3)
 MIXED, LIKE_TWO = normalize(ONE + 0.3 * THREE, dim=0), normalize(TWO + 0.1 * ONE, dim=0)
-
-
-def _binder() -> RelativeSlotAttention:
-    binder = RelativeSlotAttention(GRID, num_slots=S, slot_dim=D, feature_dim=C, iterations=2, dropout=0.0)
-    with torch.no_grad():
-        for parameter in binder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return binder
-
-
-def _by_hand(binder: RelativeSlotAttention, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    def pair(projected: Tensor, relative: Tensor) -> Tensor:
-        return binder.pair_out(binder.pair_in(projected + binder.from_position(relative)).clamp(min=0))
-
-    embedded, points, norm = binder.embed(tokens), binder.points[places], binder.norm_slots
-    slots, position, spread = binder.slots, binder.position, binder.log_spread.exp()
-    for iteration in range(binder.iterations + 1):
-        normed = layer_norm(slots, (D,), norm.weight, norm.bias)
-        logits, values = torch.zeros(S, len(tokens)), torch.zeros(S, len(tokens), D)
-        for s in range(S):
-            for n in range(len(tokens)):
-                relative = (points[n] - position[s]) / (5.0 * spread[s])
-                logits[s, n] = (binder.to_q(normed[s]) * pair(binder.to_k(embedded[n]), relative)).sum() * D**-0.5
-                values[s, n] = pair(binder.to_v(embedded[n]), relative)
-        attention = logits.softmax(0) + 1e-8
-        attention = attention / attention.sum(1, keepdim=True)
-        if iteration == binder.iterations:
-            break
-        position = attention @ points
-        spread = torch.stack([(attention[s] @ (points - position[s]).square() + 1e-4).sqrt() for s in range(S)])
-        slots = binder.gru(torch.stack([attention[s] @ values[s] for s in range(S)]), slots)
-        slots = slots + binder.mlp(slots)
-    return binder.to_output(binder.norm_slots(slots)), logits, attention
-
-
-def test_the_binder_equals_the_published_order_pair_by_pair() -> None:
-    binder, tokens = _binder(), torch.randn(2, 2, 7, C)
-    indices = torch.stack([torch.randperm(12)[:7].sort().values for _ in range(4)]).view(2, 2, 7)
-    bound = binder(tokens, indices)
-    for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        found = (bound.slots[b, t], bound.logits[b, t], bound.attention[b, t])
-        torch.testing.assert_close(found, _by_hand(binder, tokens[b, t], indices[b, t]), rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = binder(tokens, indices)
-    assert half.logits.dtype == half.attention.dtype == torch.float32
-    torch.testing.assert_close(half.logits, bound.logits, rtol=0.2, atol=0.1)
-
-
-def test_an_untrained_binder_can_be_soft_k_means() -> None:
-    centres, truth = 3 * torch.randn(3, 16), torch.arange(3).repeat_interleave(16)
-    tokens = (centres[truth] + 0.3 * torch.randn(48, 16)).view(1, 1, 48, 16)
-    binder = RelativeSlotAttention((6, 8), 3, 32, 16, iterations=3, dropout=0.0, init="kmeans")
-    with torch.no_grad():
-        binder.from_position.weight.zero_()
-        binder.slots.copy_(binder.embed(tokens[0, 0, [0, 16, 32]]) + 0.5 * torch.randn(3, 32))
-        bound = binder(tokens, torch.arange(48).expand(1, 1, 48))
-        assert torch.equal(bound.logits[0, 0].argmax(0), truth)
-        # The MLP of pairs passes what it gets, but for the far negative tail.
-        keys = binder.to_k(binder.embed(tokens[0, 0]))
-        assert (keys.std() - 1.5).abs() < 0.2
-        torch.testing.assert_close(binder.pair_out(binder.pair_in(keys).relu()), keys.clamp(min=-3.0))
 
 
 @pytest.mark.parametrize("training", [True, False])

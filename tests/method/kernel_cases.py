@@ -1,5 +1,7 @@
 """Cases of the kernels; `test_kernels.py` runs them through Triton's interpreter, `-m gpu` on a device."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -146,11 +148,10 @@ def _wrong(*args, **kwargs):
     return tuple(fields)
 
 
-def _broken(*args, **kwargs):
-    raise RuntimeError("Failed to find C compiler")
+BROKEN = Mock(side_effect=RuntimeError("Failed to find C compiler"))
 
 
-@pytest.mark.parametrize(("kernels", "reason"), [(_wrong, "differ from torch"), (_broken, "Failed to find C compiler")])
+@pytest.mark.parametrize(("kernels", "reason"), [(_wrong, "differ from torch"), (BROKEN, "Failed to find C compiler")])
 def case_kernels_that_fail_their_trial_are_not_taken(monkeypatch, kernels, reason):
     monkeypatch.setattr(loss, "fused_block", kernels)
     monkeypatch.setattr(loss, "_TRIALS", {})

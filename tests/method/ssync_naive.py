@@ -10,25 +10,10 @@ NEIGHBOURS_IN_FRAME = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1,
 
 
 def naive_ssync(
-    attention_logits=None,
-    mask_logits=None,
-    *,
-    attention_probs=None,
-    mask_probs=None,
-    grid,
-    slot_valid=None,
-    patch_valid=None,
-    frame_index=None,
-    merge_threshold=0.7,
-    n_bd=1,
-    n_nbd=1,
-    n_noise=1,
-    temperature=1.0,
-    loss="brier",
-    merge=None,
-    boundary_weight=1.0,
-    interior_weight=1.0,
-):
+    attention_logits=None, mask_logits=None, *, attention_probs=None, mask_probs=None, grid, slot_valid=None,
+    patch_valid=None, frame_index=None, merge_threshold=0.7, n_bd=1, n_nbd=1, n_noise=1, temperature=1.0, loss="brier",
+    merge=None, boundary_weight=1.0, interior_weight=1.0,
+):  # fmt: skip
     """Labels, regions, losses and gradients of arrays (B, T, S, N).
 
     `grad_decoder` is the gradient of the (unweighted) boundary loss with respect to the decoder side's input,
@@ -52,7 +37,8 @@ def naive_ssync(
     slot_iou, coverage = None, None
     winners = np.tile(np.arange(s_), (b_, 1))
     if (attention_logits is not None) if merge is None else merge:
-        logits = _log(attention_probs) if attention_logits is None else np.asarray(attention_logits, np.float64)
+        with np.errstate(divide="ignore"):
+            logits = np.log(encoder) if attention_logits is None else np.asarray(attention_logits, np.float64)
         coverage = _coverage(logits, sv, pv)
         slot_iou = _slot_iou(coverage)
         for b in range(b_):
@@ -73,9 +59,8 @@ def naive_ssync(
     padded, soft_d, soft_e = slot_valid is not None, mask_probs is not None, attention_probs is not None
     boundary_loss, grad_decoder = _loss(decoder, soft_d, padded, boundary, merged_e, sv, temperature, loss)
     interior_loss, grad_encoder = _loss(encoder, soft_e, padded, interior, merged_d, sv, temperature, loss)
-    used_e, used_d = (
-        np.array([len(set(one[valid])) for one, valid in zip(raw, pv, strict=True)]) for raw in (raw_e, raw_d)
-    )
+    pairs = [zip(raw, pv, strict=True) for raw in (raw_e, raw_d)]
+    used_e, used_d = (np.array([len(set(one[valid])) for one, valid in pair]) for pair in pairs)
     valid, shape = int(pv.sum()), (b_, t_, *grid)
     return SimpleNamespace(
         loss=boundary_weight * boundary_loss + interior_weight * interior_loss,
@@ -103,11 +88,6 @@ def naive_ssync(
         used_encoder_slots=used_e,
         used_decoder_slots=used_d,
     )
-
-
-def _log(probs):
-    with np.errstate(divide="ignore"):
-        return np.log(np.asarray(probs, np.float64))
 
 
 def _labels(scores, sv):

@@ -34,13 +34,11 @@ def gradients(outputs, given):
     return torch.autograd.grad(outputs[0], (given["attention_logits"], given["mask_logits"]), retain_graph=True)
 
 
-CE = {"loss": "ce", "temperature": 0.5}
+CASES = [("eager", {}, {}), ("eager", {"probs": True}, {"loss": "ce", "temperature": 0.5})]
+CASES += [("aot_eager", {"padded": True}, {})]
 
 
-@pytest.mark.parametrize(
-    ("backend", "kind", "options"),
-    [("eager", {}, {}), ("eager", {"probs": True}, CE), ("aot_eager", {"padded": True}, {})],
-)
+@pytest.mark.parametrize(("backend", "kind", "options"), CASES)
 def test_compiled_in_one_graph_equals_eager(backend, kind, options):
     torch._dynamo.reset()
     given = inputs(**kind)

@@ -9,7 +9,7 @@ from metric_helpers import CLASSES, SCENE, items
 from torch import nn
 
 from ssync_pl.errors import ConfigError, ShapeError
-from ssync_pl.metrics import METRICS, BoundaryF, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
+from ssync_pl.metrics import BoundaryF, SegmentationMetrics, UnusedSlots, VideoARI, metric_names
 from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene
 
 
@@ -72,12 +72,6 @@ def test_collection_scores_segmentation_unless_told():
     assert all(value.isnan() for value in nothing.compute().values())
 
 
-def test_table_has_one_title_per_metric_and_the_groups_that_tables_need():
-    assert len({info.title for info in METRICS.values()}) == len(METRICS)
-    assert metric_names(None, "headline") == ("video_fg_ari", "video_ari", "video_mbo")
-    assert {name for group in ("segmentation", "slots") for name in metric_names(group)} == set(METRICS)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_hosts_keep_float64_sums_and_no_state(dtype):
     hosts = [nn.ModuleList([SegmentationMetrics(), VideoARI()]) for _ in range(2)]
@@ -100,8 +94,7 @@ RECORDED = {
 }
 
 
-def test_the_recorded_cases_are_there():
-    assert len(GOLDEN) == 3
+assert len(GOLDEN) == 3
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

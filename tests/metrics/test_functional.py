@@ -115,14 +115,11 @@ def test_groups_of_frames_names_of_slots_and_autocast_do_not_change_counts(monke
     assert torch.equal(boundary_f(read_scene(*SCENE)), borders)
 
 
-def test_labels_of_another_size_take_the_nearest_pixels():
+def test_labels_of_another_size_take_the_nearest_pixels_and_an_empty_batch_counts_nothing():
     pred = SCENE[0]
     small = torch.nn.functional.interpolate(pred.to(torch.uint8), size=(7, 5), mode="nearest-exact").long()
     masks = torch.ones(3, 4, 1, 7, 5, dtype=torch.bool)
     assert torch.equal(count(pred, masks).table, count(small, masks).table)
-
-
-def test_empty_batch_counts_nothing():
     for pred in (SCENE[0][:0], labels_to_masks(SCENE[0], 5).float()[:0]):
         assert count(pred, SCENE[1][:0]).table.shape[:3] == (0, 4, 4)
         assert boundary_f(read_scene(pred, SCENE[1][:0])).shape == (0, 4)

@@ -5,14 +5,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import tiny_hosts as tiny
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from metric_helpers import scores_of
-from tiny_hosts import HandWritten, Recorder, TinyHost, fit, hooks_of, make_callback, make_clips, make_host, weights
+from test_datamodule import PLAIN, Watcher
+from tiny_hosts import HandWritten, Recorder, TinyHost, fit, make_callback, make_clips, make_host
 from torch.utils.data import DataLoader
 
 from ssync_pl import SSyncMaps, ssync_loss
+from ssync_pl.data import ShardDataModule
 from ssync_pl.hosts import SlotContrast
 from ssync_pl.rivals.dense_callback import DenseAlignmentCallback
 
@@ -75,15 +78,15 @@ def run_rank(index: int, first: int, port: int, folder: str) -> None:
         if name == "compiled":
             host.corrector.compile(backend="eager")
         fit_rank(host, make_callback(**options), recorder, **ddp)
-        results[name] = {"gradients": recorder.gradients, "weights": weights(host), "hooks": hooks_of(host)}
+        results[name] = {"gradients": recorder.gradients, "weights": tiny.weights(host), "hooks": tiny.hooks_of(host)}
     by_hand, recorder = make_host(HandWritten), Recorder()
     fit_rank(by_hand, recorder)
-    results["by_hand"] = {"gradients": recorder.gradients, "weights": weights(by_hand)}
+    results["by_hand"] = {"gradients": recorder.gradients, "weights": tiny.weights(by_hand)}
     host, callback = dense_host(), dense_callback()
     torch.manual_seed(rank)  # the ranks draw other projections
     fit_rank(host, callback, clips=dense_clips())
     results["dense"] = {"host": host.state_dict(), "projections": callback.state_dict()["projections"]}
-    results["stop"] = _stop()
+    results["stop"], results["data"] = _stop(), _data(folder)
     results["counts"] = {c: loss_and_gradients(c, slice(rank, rank + 1), sync_counts=True) for c in COUNTS}
     results["metrics"] = scores_of(slice(0, 1) if rank == 0 else slice(1, 3))  # uneven on purpose
     torch.save(results, Path(folder) / f"rank{rank}.pt")
@@ -103,6 +106,15 @@ def dense_callback() -> DenseAlignmentCallback:
 def dense_clips() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"features": torch.randn(2, 12, 6, generator=generator)} for _ in range(4 * STEPS)]
+
+
+def _data(folder: str) -> dict[str, Any]:
+    """What a rank sees of the shards in the folder, which are numbered."""
+    host, patterns = Watcher(), [f"{folder}/{split}-*.tar" for split in ("train", "validation")]
+    ddp = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+    trainer = tiny.make_trainer(devices=2, strategy=ddp, steps=-1, max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(host, datamodule=ShardDataModule(*patterns, batch_size=2, **PLAIN))
+    return {"trained": host.trained, "validated": host.validated, "steps": host.steps}
 
 
 def _stop() -> dict[str, Any]:

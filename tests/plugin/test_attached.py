@@ -95,23 +95,6 @@ def test_a_resumed_loop_goes_on(host):
     assert_same_weights(host, parts, **EXACT)
 
 
-def test_wrapped_models_are_found_inside(host):
-    torch._dynamo.reset()
-    sizes = {"encoder_channels": (8,), "encoder_strides": (2,), "decoder_channels": (8,), "decoder_strides": (2,)}
-    savi, video = SAVi(2, slot_dim=8, feature_dim=8, decoder_broadcast=(4, 4), **sizes), torch.rand(1, 2, 3, 16, 16)
-    terms = []
-    for one in (host, torch.compile(host, backend="eager"), nn.DataParallel(host)):
-        with attached(one) as ssync:
-            host_loss(one)
-            terms.append(ssync.loss())
-    with attach(nn.Sequential(nn.ModuleDict({"net": savi})), warmup_steps=0) as ssync:
-        savi(video)
-        assert ssync.loss() > 0
-    assert terms[0] > 0
-    torch.testing.assert_close(terms[1], terms[0])
-    assert torch.equal(terms[2], terms[0])
-
-
 def test_nothing_stays_on_the_model(host):
     keys, ssync = list(host.state_dict()), attached(host)
 

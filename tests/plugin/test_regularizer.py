@@ -40,10 +40,6 @@ class Detached(MixinHost):
         return super().ssync(loss, maps.detach())
 
 
-class Forgetful(SSyncRegularizer, TinyHost):
-    pass
-
-
 @pytest.mark.parametrize("kind", [Lazy, Manual, TinyHost])
 def test_same_as_by_hand_beside_validation_in_automatic_and_manual_optimization(kind):
     settings = {"warmup_steps": 2, "guard_window": 1}
@@ -77,7 +73,7 @@ def test_refusals():
     with pytest.raises(SSyncError, match="Expected MixinHost to run in a Trainer"):
         MixinHost().ssync(torch.tensor(1.0), None)
     with pytest.warns(UserWarning, match="SSync never ran.*call self.ssync"):
-        fit(make_host(Forgetful), steps=1)
+        fit(make_host(type("Forgetful", (SSyncRegularizer, TinyHost), {})), steps=1)
 
 
 def _loss(model, batch):

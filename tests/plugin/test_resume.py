@@ -55,7 +55,6 @@ def test_validation_and_a_search_for_a_learning_rate_are_not_touched():
     trainer.validate(host, make_loader(), verbose=False)
     assert seen == [None]
     tiny.assert_same_weights(host, make_host(), **EXACT)
-    host.lr = 1e-3
     options = {"num_training_steps": 5, "early_stop_threshold": None, "update_attr": False}
     fit(host, callback, L.callbacks.LearningRateFinder(**options))
     assert callback.engine.guard.state_dict()["count"] == 4
@@ -98,6 +97,45 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options, stop, mix
     torch.testing.assert_close(ends[0][0], ends[1][0], **EXACT)
     assert ends[0][1] == ends[1][1]
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(tiny.weights(make_host()))
+
+
+STEPS, EPOCHS = {"every_n_train_steps": 1}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+
+
+@pytest.mark.parametrize(
+    ("mixin", "pace", "save", "steps"),
+    [
+        *((True, {0: 1}, STEPS, -1), (False, {0: 1, 1: 2}, STEPS, -1), (False, {0: 3, 1: 1}, STEPS, 7)),
+        *((False, {0: 2, 1: 1}, EPOCHS, -1), (False, {0: 2}, EPOCHS, 99), (True, {1: 3}, EPOCHS, 99)),
+    ],
+)
+def test_a_run_resumed_after_each_step_or_each_epoch_equals_the_uninterrupted_one(tmp_path, mixin, pace, save, steps):
+    data = DataLoader(tiny.make_clips(2) * 4, batch_size=2)
+
+    def run(folder, ckpt_path=None):
+        host, callbacks = either(mixin, warmup_ratio=0.3, warmup_steps=None, relative_weight=0.3)
+        saver = ModelCheckpoint(folder, "{step:02d}", save_top_k=-1, **save)
+        callbacks += [saver, StepSeed(0), L.callbacks.GradientAccumulationScheduler(dict(pace))]
+        options = {"steps": steps, "max_epochs": 3, "loader": data, "enable_checkpointing": True}
+        trainer = fit(host, *callbacks, ckpt_path=ckpt_path, **options)
+        return (trainer.global_step, tiny.weights(host)), sorted(folder.glob("*.ckpt"))
+
+    whole, saved = run(tmp_path)
+    while saved:  # each goes on from the first checkpoint of the one before
+        end, saved = run(tmp_path / saved[0].stem, saved[0])
+        torch.testing.assert_close(end, whole, **EXACT)
+
+
+@pytest.mark.parametrize("settings", [{"warmup_steps": None, "warmup_ratio": 0.5}, {"warmup_steps": 2}])
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_training_that_is_made_longer_leaves_ssync_on(tmp_path, settings, mixin):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4)
+    host, callbacks = either(mixin, **settings)
+    fit(host, *callbacks, saver, steps=4, enable_checkpointing=True)
+    host, callbacks = either(mixin, **settings)
+    fit(host, *callbacks, steps=20, ckpt_path=saver.best_model_path)
+    engine = host._ssync_engine if mixin else callbacks[0].engine
+    assert (engine.first_step, engine.schedule.start) == (2, 2)
 
 
 def test_a_checkpoint_of_the_plain_host_is_resumed(tmp_path):

@@ -12,7 +12,6 @@ from torch import nn
 from ssync_pl import SSyncCallback, SSyncConfig, ssync_loss
 from ssync_pl.errors import ConfigError, HostError, ShapeError
 from ssync_pl.plugin.callback import callback_class
-from ssync_pl.plugin.schedule import Phase, Schedule
 
 NAN, INF = float("nan"), float("inf")
 PATHS = {"attention": "corrector:masks", "masks": "decoder:masks"}
@@ -122,34 +121,13 @@ def test_a_class_of_another_namespace():
         callback_class(types)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "phases", "weights"),
-    [
-        (Schedule.resolve(SSyncConfig(warmup_steps=4, guard_window=2), 100), "off off watch watch on", [0, 0, 0, 0, 1]),
-        (Schedule(start=2, watch_steps=50), "watch watch on on on", [0, 0, 1, 1, 1]),
-        (Schedule(start=0, watch_steps=50, ramp_steps=4), "on on on on on", [0.25, 0.5, 0.75, 1, 1]),
-        (Schedule(start=2, ramp_steps=2), "off off on on on", [0, 0, 0.5, 1, 1]),
-    ],
-)
-def test_phases_and_weights(schedule, phases, weights):
-    assert [schedule.phase(step) for step in range(5)] == [Phase(one) for one in phases.split()]
-    assert [schedule.weight(step) for step in range(5)] == weights
-
-
-class SecondCallback(SSyncCallback):
-    pass
-
-
-def idle():
-    host = make_host()
-    host.spare = nn.Identity()
-    return host
+SecondCallback = type("SecondCallback", (SSyncCallback,), {})
 
 
 def with_part(part, name, value):
     def make():
         host = make_host()
-        setattr(getattr(host, part), name, value)
+        setattr(host.get_submodule(part), name, value)
         return host
 
     return make
@@ -157,7 +135,7 @@ def with_part(part, name, value):
 
 DETACHED, SPOILED = with_part("corrector", "detach", True), with_part("decoder", "nan", True)
 MORE = with_part("decoder", "extra_slots", 1)
-LATE = {"warmup_steps": 100}
+LATE, SPARE = {"warmup_steps": 100}, with_part("", "spare", nn.Identity())
 SOFT = {"attention": "corrector.soft", "attention_kind": "probs"}
 # The host, the options of the callback or callbacks, the error, and words of its message.
 CASES = {
@@ -165,7 +143,7 @@ CASES = {
     "unrecognised": (make_host, [SSyncCallback()], HostError, ["TinyHost is none", "attention='path", "Candidates: c"]),
     "unknown path": (make_host, {"attention": "corrector.softmax"}, HostError, ["no child 'softmax'", "to_q, to_k"]),
     "another adapter": (make_host, [SSyncCallback("savi")], HostError, ["'savi'", "TinyHost", "corrector"]),
-    "silent module": (idle, {"attention": "spare"}, HostError, ["run 'spare', but it did not", "_dynamo.reset()"]),
+    "silent module": (SPARE, {"attention": "spare"}, HostError, ["run 'spare', but it did not", "_dynamo.reset()"]),
     "a list is returned": (lambda: make_host(returns="list"), {}, HostError, ["or None, but got list"]),
     "attention without gradient": (DETACHED, {}, HostError, ["slot attention of TinyHost", "detached"]),
     "masks without gradient": (with_part("decoder", "detach", True), {}, HostError, ["decoder masks", "detached"]),

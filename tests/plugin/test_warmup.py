@@ -102,6 +102,28 @@ def test_the_warm_up_follows_a_length_that_changes(mixin, epochs, later, ratio):
         trainer.fit_loop.max_epochs = later if trainer.current_epoch else epochs
 
     assert train(mixin, in_hook("on_train_epoch_end", change), warmup_ratio=ratio)[1].schedule.start == 6
+    search = L.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None, update_attr=False)
+    assert train(mixin, search, warmup_ratio=0.3)[1].schedule.start == 6
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_second_fit_of_one_trainer_goes_on(mixin):
+    host, own = tiny.either(mixin, warmup_steps=None, warmup_ratio=0.5)
+    trainer = fit(host, *own, steps=-1, max_epochs=1)
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(host, make_loader())
+    assert ((host._ssync_engine if mixin else own[0].engine).schedule.start, trainer.global_step) == (2, 20)
+
+
+def test_the_length_of_very_many_epochs_and_ctrl_c(caplog):
+    def interrupt(trainer, *args):
+        raise KeyboardInterrupt
+
+    callback, limit = make_callback(warmup_steps=None, warmup_ratio=1e-9), {"steps": -1, "max_epochs": 10**9}
+    with caplog.at_level("INFO", logger="lightning.pytorch.ssync_pl"), pytest.raises(SystemExit):
+        fit(make_host(), callback, in_hook("on_train_epoch_end", interrupt), accumulate_later(), **limit)
+    assert callback.engine.schedule.start == 2
+    assert "SSync ran from optimizer step 2 to the end at step 4." in caplog.text
 
 
 class Logs(TinyHost):

@@ -1,3 +1,5 @@
+import copy
+
 import lightning.pytorch as L
 import pytest
 import tiny_hosts as tiny
@@ -46,9 +48,7 @@ def averaged(name, order, **settings):
     return pytest.param(HandWritten, {}, {}, options, marks=missing)
 
 
-def scaled():
-    """Float16: the loss has to be inside before the scaler multiplies."""
-    return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))]
+SCALER = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # the loss has to be inside before it multiplies
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def scaled():
         (HandWritten, {}, {}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
         (HandWritten, {}, {}, {"precision": "64-true"}),
         (HandWritten, {}, {}, {"precision": "bf16-true"}),
-        (HandWritten, {}, {}, {"plugins": scaled}),
+        (HandWritten, {}, {}, {"plugins": lambda: [MixedPrecision("16-mixed", "cpu", scaler=copy.deepcopy(SCALER))]}),
         averaged("StochasticWeightAveraging", 1, swa_lrs=1e-2, swa_epoch_start=1),
         averaged("WeightAveraging", 1),
         averaged("WeightAveraging", -1),

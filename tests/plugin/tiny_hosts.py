@@ -52,7 +52,7 @@ class TinyDecoder(nn.Module):
 class TinyParts:
     """Everything but the base class, so that both Lightning namespaces can use it."""
 
-    automatic = True
+    automatic, lr = True, 1e-3
     collapse_at: int | None = None
 
     def __init__(self, returns: str = "tensor", checkpointing: str = "", grow: bool = False):

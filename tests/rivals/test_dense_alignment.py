@@ -100,12 +100,9 @@ def parts():
     return {name: torch.randn(B, T, N, d, requires_grad=True) for name, d in sizes.items()} | maps | {"slots": slots}
 
 
-def module(**options):
-    return DenseAlignment(7, C, projection_dim=6, neighbours=2, **options)
-
-
 def test_the_module_projects_weights_and_adds_what_is_on(parts):
-    dense = module(weight=0.3, redundancy_weight=0.7, start_step=9, redundancy_steps=10)
+    weights = {"weight": 0.3, "redundancy_weight": 0.7, "start_step": 9, "redundancy_steps": 10}
+    dense = DenseAlignment(7, C, projection_dim=6, neighbours=2, **weights)
     out = dense(**parts, step=9)
     backbone, attention = parts["backbone_features"], parts["attention"]
     rebuilt, anchor = (dense.decoder_projection(x) for x in (parts["rebuilt_features"], backbone))
@@ -141,8 +138,5 @@ DIFFERENT = "of the same videos, frames and patches"
 def test_features_and_groups_that_are_refused(loss, given, options, error, match):
     with pytest.raises(error, match=match):
         loss(*given, **options)
-
-
-def test_maps_of_another_clip_are_refused():
     with pytest.raises(ShapeError, match="of one clip"):
         slot_redundancy(MAPS, MAPS.mT)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from tiny_hosts import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -69,9 +70,8 @@ def picture_adapter():
 
 def run(tmp_path, callbacks, host=None, **options):
     torch.manual_seed(3)
-    off = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": CSVLogger(str(tmp_path), version=0), **off, **options}
-    trainer, host = L.Trainer(callbacks=callbacks, **settings), host or Host()
+    options = {"steps": -1, "max_epochs": 2, "logger": CSVLogger(str(tmp_path), version=0), **options}
+    trainer, host = make_trainer(*callbacks, **options), host or Host()
     train = DataLoader([picture_batch(k) for k in range(2)], batch_size=None)
     trainer.fit(host, train, DataLoader([picture_batch(7), picture_batch(8)], batch_size=None))
     return trainer
@@ -119,8 +119,7 @@ def drawn(rows, word):
 
 
 def validate(tmp_path, batch, host):
-    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False}
-    trainer = L.Trainer(callbacks=[SSyncPictures(picture_adapter())], **settings)
+    trainer = make_trainer(SSyncPictures(picture_adapter()), default_root_dir=tmp_path)
     trainer.validate(host, DataLoader([batch, picture_batch(6)], batch_size=None), verbose=False)
 
 
@@ -213,7 +212,7 @@ def test_settings_are_checked_at_once_and_hooks_are_gone_after_an_exception(tmp_
     assert not any(module._forward_hooks for module in host.modules())
 
 
-def test_slot_colors_are_distinct_and_do_not_depend_on_the_count():
+def test_slot_colors_are_distinct_and_do_not_depend_on_the_count_and_labels_are_painted_or_hidden():
     many = viz.slot_colors(64)
     assert len({tuple(color) for color in many.tolist()}) == 64
     for count in (0, 1, 16, 17, 33):
@@ -221,23 +220,9 @@ def test_slot_colors_are_distinct_and_do_not_depend_on_the_count():
     first = many[:11].astype(float)
     assert (np.linalg.norm(first[:, None] - first[None], axis=-1) + 1e9 * np.eye(11)).min() > 60
 
-
-def test_labels_are_painted_or_hidden():
     picture = viz.color_labels(np.array([[2, -1], [0, 2]]), background=0)
     colour = viz.slot_colors(3)[2].tolist()
     assert picture.tolist() == [[colour, [0, 0, 0]], [[70, 70, 70], colour]]
-
-
-def test_the_first_of_overlapping_masks_is_taken_and_labels_grow_by_nearest_pixel():
-    masks = np.zeros((1, 3, 2, 2), dtype=bool)
-    masks[0, 1, 0] = True
-    masks[0, 2, :, 0] = True
-    assert viz.label_masks(masks).tolist() == [[[1, 1], [2, -1]]]
-    assert viz.label_masks(np.zeros((1, 0, 1, 2), dtype=bool)).tolist() == [[[-1, -1]]]
-    images = np.arange(2 * 3 * 4).reshape(2, 3, 4)
-    expected = images.repeat(3, axis=1).repeat(3, axis=2)
-    assert np.array_equal(viz.resize_nearest(images, (9, 12)), expected)
-    assert np.array_equal(viz.resize_nearest(expected, (3, 4)), images)
 
 
 def test_normalisation_is_undone_or_guessed():

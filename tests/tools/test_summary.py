@@ -118,10 +118,7 @@ def test_baselines_that_fail_and_a_file_of_others_cost_themselves_only(tmp_path,
     path = Path(trainer.log_dir) / "summary.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"rows": {}}')
-    with (
-        pytest.warns(UserWarning, match="No baselines in the summary: division by zero"),
-        pytest.warns(UserWarning, match=r"summary\.json.*Move it away"),
-    ):
+    with pytest.warns(match="No baselines in the summary: div"), pytest.warns(match=r"summary\.json.*Move it away"):
         trainer.validate(Host(), loader(5), verbose=False)
     assert list(callback.rows) == ["this run"]
     assert path.read_text() == '{"rows": {}}'

@@ -103,7 +103,6 @@ def watch_attention(
     given: str | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
     kept: Own | None = None,
-    axis: int = 1,
 ) -> None:
     """Records a `MapCall` under ``key`` whenever a module that attends to slots returns: its last query counts.
 
@@ -117,7 +116,6 @@ def watch_attention(
         given: Entry of the output with the logits themselves, where a fork returns them.
         mask: ``(args, kwargs)`` to the slots that exist, ``(B, S)`` bool, where the module is told.
         kept: ``(module, output)`` to the slots that it keeps, ``(B, S)`` bool, where it decides itself.
-        axis: Axis of the slots in the logits.
     """
     parts: dict[str, Take] = dict.fromkeys(projections, take_projection)
     if mask is not None:
@@ -126,7 +124,7 @@ def watch_attention(
     def make(module: Any, output: Any, part: Part) -> MapCall:
         returned = output_entry(output, given) if given else None
         if returned is not None:
-            return MapCall(*in_shape_of(returned, own(module, output), module), axis)
+            return MapCall(*in_shape_of(returned, own(module, output), module))
         query, keys = map(part, projections)
         with query.precision():
             value = logits(module, query.value, keys.value)
@@ -136,7 +134,7 @@ def watch_attention(
             value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
         if kept is not None:
             valid = kept(module, output) if valid is None else kept(module, output) & valid
-        return MapCall(value, in_shape_of(value, own(module, output), module)[1], axis, valid)
+        return MapCall(value, in_shape_of(value, own(module, output), module)[1], valid=valid)
 
     watch_joined(capture, key, module, make, parts)
 

@@ -2,12 +2,10 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ssync_pl.adapters import calls
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, Part, Projection, entry, take_projection, watch_alpha, watch_softmax
+from ssync_pl.adapters.calls import MapCall, check_close, entry, watch_alpha, watch_softmax
 from ssync_pl.adapters.capture import NAME_THEM, Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
@@ -79,7 +77,7 @@ class SlotFormerAdapter(SlotModelAdapter):
         masks = capture.last("output")
         if masks is not None and masks.ndim == 6:
             probs = capture.only("decoder").logits.detach().double().reshape(masks.shape).softmax(2)
-            calls.check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
+            check_close(probs, masks, "'post_masks'", "the softmax over slots of the decoder's alpha")
 
 
 @register_adapter
@@ -112,7 +110,7 @@ class Genera1zSaviAdapter(SlotModelAdapter):
         alpha, colours = (part.detach().float().unflatten(0, (-1, slots)) for part in parts)
         mine = (alpha.softmax(1)[:, :, None] * colours).sum(1).reshape(picture.shape)
         expected = "the sum of what the slots draw, weighted by the softmax over slots of the fourth channel"
-        calls.check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
+        check_close(mine, picture, "reconstruction", expected, scale=float(colours.abs().max()))
 
 
 @register_adapter
@@ -143,25 +141,9 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 f"Expected {type(host).__name__} to decode the corrected slots, but decode_corrected is False. Set it "
                 "to True, since masks of predicted slots show the next frame."
             )
-        attention = "inverted_attention.attn_fn"
-        take = lambda module, args, output: entry("1")(module, output)  # noqa: E731
-        parts = {attention: take, f"{attention} input": _query_and_key}
-        calls.watch_joined(capture, "corrector", host.corrector, _per_head, parts)
+        watch_softmax(capture, "corrector", host.corrector)
         masks = entry("alpha_mask", squeeze=-1)
         watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
-
-
-def _query_and_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Projection, Projection]:
-    given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
-    return take_projection(module, args, given["query"]), take_projection(module, args, given["key"])
-
-
-def _per_head(module: nn.Module, output: Any, part: Part) -> MapCall:
-    query, key = part("inverted_attention.attn_fn input")
-    with query.precision():
-        scaled = query.value / (query.value.shape[-1] ** 0.5)
-        logits = torch.matmul(scaled.permute(0, 2, 1, 3), key.value.permute(0, 2, 3, 1))
-    return MapCall(*calls.in_shape_of(logits, part("inverted_attention.attn_fn"), module), axis=2)
 
 
 def _four_channels(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> MapCall:

@@ -25,7 +25,7 @@ from ssync_pl.hosts.training import SlotHost
 from ssync_pl.metrics import SegmentationMetrics, metric_names
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
-from ssync_pl.plugin.schedule import steps_of
+from ssync_pl.plugin.schedule import steps_of, training_length
 from ssync_pl.plugin.session import HostSession
 
 # A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
@@ -97,7 +97,7 @@ class KeepCheckpoints(Checkpoint):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
+        total = training_length(trainer)
         self._latest = {
             one["name"]: steps_of(one["ratio"], one["steps"], total) - one["watch"] for one in self.switches
         }

@@ -10,7 +10,7 @@ import torch
 
 from ssync_pl.data.dataset import Backend, ShardDataset, open_source
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
-from ssync_pl.data.loader import ShardLoader, count_epoch
+from ssync_pl.data.loader import ShardLoader, mend_resume
 from ssync_pl.data.patterns import Patterns
 from ssync_pl.data.samples import SampleRules
 from ssync_pl.data.stream import ShardStream
@@ -210,7 +210,7 @@ class ShardDataModule(L.LightningDataModule):
         """Transforms a batch on its device; see `BatchTransform`."""
         if not isinstance(batch, dict) or "crop" not in batch:
             return batch  # a model's `example_input_array` passes here too
-        count_epoch(self.trainer)
+        mend_resume(self.trainer)
         batch = self.transform(batch)
         precision = getattr(self.trainer, "precision_plugin", None)
         # Lightning converts batches before this hook, when frames are bytes still.

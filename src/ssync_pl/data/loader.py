@@ -82,7 +82,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         ended = self._ended and done == self._batches
         if self.trainer is not None and not ended and done != length:
             # Gradients of an unfinished accumulation are in no checkpoint.
-            done -= done % getattr(self.trainer, "accumulate_grad_batches", 1)
+            done -= done % accumulated_batches(self.trainer, self.trainer.current_epoch)
         place = {"pass": self._pass, "batches": done, "ended": ended}
         return {"version": _VERSION, **place, **self._partition(), "length": length}
 
@@ -130,20 +130,38 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         self._ended = epoch == self._pass and done == self._batches
 
 
-def count_epoch(trainer: Any) -> None:
-    """Counts the running epoch where Lightning left it out: when it resumed at the last batch of the one before."""
+def accumulated_batches(trainer: Any, epoch: int) -> int:
+    """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""
+    # Lightning's GradientAccumulationScheduler, of either namespace.
+    found = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
+    return found[0].get_accumulate_grad_batches(epoch) if found else getattr(trainer, "accumulate_grad_batches", 1)
+
+
+def mend_restart(trainer: Any) -> None:
+    """Keeps a training by max_steps that resumes at the end of an epoch from ending that epoch twice."""
+    loop = trainer.fit_loop
+    if getattr(loop, "restarted_on_epoch_end", False):
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop._restarting = loop.epoch_loop.restarting = False
+
+
+def mend_resume(trainer: Any) -> None:
+    """Sets right, before a training batch, what a resumed Lightning leaves out: the epoch's count and accumulation."""
     if getattr(trainer, "training", False):
         progress = trainer.fit_loop.epoch_progress
+        # Resumed at the last batch of the epoch before; the next resume would train one epoch too many.
         if progress.current.ready == progress.current.processed:
             progress.increment_ready()
             progress.increment_started()
+        trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
 
 
 def _go_back(trainer: Any, batch: int) -> None:
     """Lets a resumed trainer count the batches of an unfinished accumulation again."""
     loop = trainer.fit_loop.epoch_loop
     surplus = loop.batch_progress.current.ready - batch if getattr(loop, "restarting", False) else 0
-    if 0 < surplus < trainer.accumulate_grad_batches:
+    if 0 < surplus < accumulated_batches(trainer, trainer.current_epoch):
         loop.update_restart_stage()
         for counts in (loop.batch_progress.current, loop.batch_progress.total):
             for name in ("ready", "started", "processed", "completed"):

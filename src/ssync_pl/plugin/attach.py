@@ -141,7 +141,7 @@ class AttachedSSync:
         if self._root_hook is not None:
             self._root_hook.remove()
         self._batch = None
-        if kind is None and self._calls > self._first_call:
+        if kind in (None, KeyboardInterrupt) and self._calls > self._first_call:
             tell_end(self._engine, self.step)
 
     def loss(self, host_loss: Tensor | None = None, batch: Any = None) -> Tensor:

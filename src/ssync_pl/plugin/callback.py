@@ -10,6 +10,7 @@ import lightning.pytorch as L
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
+from ssync_pl.data.loader import mend_restart, mend_resume
 from ssync_pl.errors import HostError, require
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
@@ -84,7 +85,8 @@ class SSyncHooks:
                 f"Expected a host without SSync, but {type(pl_module).__name__} is an SSyncRegularizer and adds it "
                 "itself. Remove the callback."
             )
-        self.engine = SSyncEngine(self.config)
+        if trainer.global_step == 0:  # else one that goes on in the same Trainer
+            self.engine = SSyncEngine(self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Recognises the host and wraps its step; only here, since a host may build modules in its own ``setup``."""
@@ -95,7 +97,12 @@ class SSyncHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Fixes the warm-up, and refuses one that is a share of an unknown length."""
+        mend_restart(trainer)
         self.engine.phase_in(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """Sets right what Lightning leaves out when it resumes."""
+        mend_resume(trainer)
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of the host's training step."""
@@ -132,6 +139,8 @@ class SSyncHooks:
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt) and self._session is not None:
+            tell_end(self.engine, trainer.global_step)
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:

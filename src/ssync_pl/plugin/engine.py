@@ -3,13 +3,14 @@
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, HostError, SSyncError
+from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -43,6 +44,7 @@ class SSyncEngine:
     def start(self, total_steps: float) -> None:
         """Fixes the warm-up for a training of this many optimizer steps, infinity when unknown."""
         self.schedule = Schedule.resolve(self.config, total_steps)
+        self._stay_on()
 
     def phase_in(self, trainer: Any) -> Phase:
         """Returns what a Trainer's training step has to do; each epoch asks for the length again, which may change."""
@@ -54,9 +56,7 @@ class SSyncEngine:
 
     def phase(self, step: int) -> Phase:
         """Returns what the training step after ``step`` optimizer steps has to do."""
-        if self.schedule is None:
-            raise SSyncError("Expected `start(total_steps)` to be called before the first step, but it was not.")
-        return self.schedule.phase(step)
+        return self.schedule.phase(step)  # type: ignore[union-attr]
 
     def term(
         self, host_loss: Tensor | None, maps: SSyncMaps, step: int, log: LogFunction | None = None
@@ -92,9 +92,7 @@ class SSyncEngine:
         if self.first_step is not None:
             return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
         if self.schedule is None:
-            return (
-                "SSync never ran: no training step came to it. An SSyncRegularizer has to call self.ssync(loss, maps)."
-            )
+            return "SSync never ran: no training step came to it. An SSyncRegularizer must call self.ssync(loss, maps)."
         if step <= self.schedule.start:
             setting = "warmup_ratio" if self.config.warmup_steps is None else "warmup_steps"
             return (
@@ -124,14 +122,24 @@ class SSyncEngine:
             text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
             raise ConfigError(text) from error
         self.first_step, self._host_average, self._term_average = first, host, term
+        self._epoch = None  # a search for a learning rate asked for its own length
+        self._stay_on()
+
+    def _stay_on(self) -> None:
+        # A share of a training that is made longer on resuming must not switch SSync off again.
+        if self.schedule is None or self.first_step is None or self.first_step >= self.schedule.start:
+            return
+        if self.config.warmup_steps is None:
+            self.schedule = replace(self.schedule, start=self.first_step)
+        else:  # the longer warm-up was asked for
+            self.first_step = None
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         share = self.config.relative_weight
         if share is None:
             return factor
-        if host_loss is None:  # `attach` and the callback have refused that
-            raise SSyncError("Expected the host's loss beside `relative_weight`, but got None.")
+        assert host_loss is not None  # `attach` and the callback have refused that
         # Each rank's own averages would weight ranks differently, and undo sync_counts.
         now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
         self._host_average = _running(self._host_average, now[0])

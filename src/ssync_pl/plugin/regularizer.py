@@ -43,9 +43,8 @@ class SSyncRegularizer:
     def __init__(self, *args: Any, ssync: SSyncConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ssync = {} if ssync is None else ssync
-        require(
-            isinstance(ssync, (SSyncConfig, Mapping)), "argument `ssync` to be an SSyncConfig or a dict", repr(ssync)
-        )
+        known = isinstance(ssync, (SSyncConfig, Mapping))
+        require(known, "argument `ssync` to be an SSyncConfig or a dict", repr(ssync))
         self.ssync_config = ssync if isinstance(ssync, SSyncConfig) else SSyncConfig.from_options(**ssync)
         self._ssync_engine = SSyncEngine(self.ssync_config)
         self._ssync_log_steps = LogSteps()
@@ -95,7 +94,8 @@ class SSyncRegularizer:
     def setup(self, stage: str) -> None:
         """Forgets an earlier training; a checkpoint is loaded after this."""
         super().setup(stage)  # type: ignore[misc]
-        if stage == "fit":
+        # One that goes on in the same Trainer keeps its state.
+        if stage == "fit" and self.trainer.global_step == 0:  # type: ignore[attr-defined]
             self._ssync_engine = SSyncEngine(self.ssync_config)
             self._ssync_log_steps = LogSteps()
             self._ssync_checked = False

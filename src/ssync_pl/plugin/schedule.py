@@ -5,15 +5,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ssync_pl.data.loader import accumulated_batches
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
-
-
-def accumulated_batches(trainer: Any, epoch: int) -> int:
-    """Returns the batches that a Trainer accumulates into an optimizer step in this epoch."""
-    # Lightning's GradientAccumulationScheduler, of either namespace.
-    schedulers = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "get_accumulate_grad_batches")]
-    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
 
 
 def training_length(trainer: Any) -> float:
@@ -24,7 +18,10 @@ def training_length(trainer: Any) -> float:
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is None or epochs < 0 or not math.isfinite(batches):
         return steps  # max_steps
-    steps = sum(math.ceil(batches / accumulated_batches(trainer, epoch)) for epoch in range(max(epochs, 1)))
+    # From the last change of the accumulation on, epochs are alike.
+    last = max((epoch for c in trainer.callbacks for epoch in getattr(c, "scheduling", ())), default=0)
+    paces = [math.ceil(batches / accumulated_batches(trainer, epoch)) for epoch in range(min(last + 1, epochs) or 1)]
+    steps = sum(paces) + paces[-1] * max(epochs - len(paces), 0)
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
@@ -34,10 +31,8 @@ def steps_of(ratio: float, steps: int | None, total_steps: float, name: str = "w
     Raises:
         ConfigError: The training has no known length and the span is a share of it.
     """
-    if steps is not None:
-        return steps
-    if ratio == 0.0:
-        return 0
+    if steps is not None or ratio == 0.0:
+        return steps or 0
     if not math.isfinite(total_steps) or total_steps < 0:
         raise ConfigError(
             f"Expected a training of known length for `{name}_ratio`={ratio}, but its number of optimizer steps is "

@@ -24,13 +24,9 @@ def adapter_from(
 ) -> tuple[str | HostAdapter, tuple[int, int] | None]:
     """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
     require(isinstance(adapter, (str, HostAdapter)), "argument `adapter` to be a name or an adapter", repr(adapter))
-    require(
-        (attention is None) == (masks is None),
-        "arguments `attention` and `masks` to come together",
-        f"{attention=}",
-        f"{masks=}",
-        advice="Name both modules, or neither and let `adapter` find them.",
-    )
+    named, advice = f"{attention=}, {masks=}", "Name both modules, or neither and let `adapter` find them."
+    together = (attention is None) == (masks is None)
+    require(together, "arguments `attention` and `masks` to come together", named, advice=advice)
     if attention is not None and masks is not None:
         require(adapter == "auto", "either `adapter` or `attention` and `masks`", "both", advice="Leave one out.")
         return PathAdapter(attention, masks, attention_kind, masks_kind, grid), None

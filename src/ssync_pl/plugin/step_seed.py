@@ -9,8 +9,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
+from ssync_pl.data.loader import accumulated_batches, mend_restart, mend_resume
 from ssync_pl.errors import ConfigError
-from ssync_pl.plugin.schedule import accumulated_batches
 
 
 class StepSeed(L.Callback):
@@ -55,6 +55,7 @@ class StepSeed(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps a resumed training from saving its first step again, in the middle of accumulated batches."""
+        mend_restart(trainer)
         for callback in trainer.checkpoint_callbacks:
             if hasattr(callback, "_last_global_step_saved"):
                 callback._last_global_step_saved = trainer.global_step
@@ -63,6 +64,7 @@ class StepSeed(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seeds a training batch."""
+        mend_resume(trainer)
         self._seed("fit", trainer, trainer.current_epoch, batch_idx)
 
     def on_validation_batch_start(

@@ -56,12 +56,9 @@ def _plain_method(host: Any, name: str) -> Callable[..., Any]:
 
 def loss_of(output: Any) -> Tensor | None:
     """Finds the 0-dim loss in what a training step returned; None where the step is skipped."""
-    if output is None or isinstance(output, Tensor):
-        return output
-    if isinstance(output, MutableMapping):
-        loss = output.get("loss")
-        if isinstance(loss, Tensor):
-            return loss
+    loss = output.get("loss") if isinstance(output, MutableMapping) else output
+    if isinstance(loss, Tensor) or output is None:
+        return loss
     raise HostError(
         f"Expected the training step to return a tensor, a dict with 'loss', or None, but got {type(output).__name__}."
     )

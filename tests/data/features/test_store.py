@@ -31,10 +31,6 @@ def opened(cached, sources):
     )
 
 
-def damage(path, old, new):
-    path.write_bytes(path.read_bytes().replace(old, new, 1) if old else path.read_bytes()[:3000])
-
-
 def test_changed_videos_are_refused_even_at_the_same_size_but_masks_do_not_matter(cached, opened):
     shards, _ = cached
     offset, size = scan_shard(shards[0]).samples[0].members["segmentations.npy.gz"]
@@ -83,8 +79,8 @@ def test_missing_mixed_and_foreign_features_are_named(cached, opened, sources, m
     ],
 )
 def test_other_versions_and_damage_are_refused(cached, opened, old, new, message):
-    shards, out = cached
-    damage(out / "train-000000.tar", old, new)
+    shards, path = cached[0], cached[1] / "train-000000.tar"
+    path.write_bytes(path.read_bytes().replace(old, new, 1) if old else path.read_bytes()[:3000])
     with pytest.raises(ShardError, match=message):
         opened().read(shards[0], "000", slice(None), False)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import prune, remove_weight_norm, weight_norm
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
 from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
-from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
+from ssync_pl.hosts.nn.initializers import first_frame_hints
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector
 
 
@@ -45,22 +45,6 @@ def test_hints_are_the_objects_of_the_first_frame_in_order_then_filled() -> None
     torch.testing.assert_close(centres[0], torch.tensor([[3 / 8, 7.5 / 10], [0.5 / 8, 0.5 / 10]]))
     assert torch.equal(first_frame_hints(masks, num_slots=1), boxes[:, :1])  # objects beyond the slots are dropped
     assert first_frame_hints(masks, 4, has_background=False)[0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
-
-
-def test_first_slots_are_drawn_learned_or_made_of_hints() -> None:
-    gaussian = GaussianSlots(4, 3)
-    slots = gaussian(2000)
-    assert not torch.equal(slots[:, 0], slots[:, 1])
-    assert not torch.equal(slots, gaussian(2000))
-    learned = LearnedSlots(4, 3)(2)
-    assert torch.equal(learned[0], learned[1])
-    assert not torch.equal(learned[0, 0], learned[0, 1])
-    conditioned, hints = ConditionedSlots(3, 8, hint_dim=2), torch.tensor([[[0.1, 0.2], [0.5, 0.5], [-1.0, -1.0]]])
-    slots = conditioned(hints)
-    torch.testing.assert_close(slots[0, 2], conditioned.empty[0, 2])
-    hints[0, 1, 0] = 0.9
-    assert torch.equal(slots[0, 0], conditioned(hints)[0, 0])
-    assert not torch.allclose(slots[0, 1], conditioned(hints)[0, 1])
 
 
 def test_layers_of_a_transformer_are_split_and_frames_normalised_again() -> None:

@@ -3,10 +3,10 @@ import re
 import sys
 from pathlib import Path
 
-import lightning.pytorch as L
 import pytest
 import torch
 import yaml
+from tiny_hosts import make_trainer
 
 from ssync_pl import SSyncCallback
 from ssync_pl.cli import main
@@ -37,8 +37,7 @@ def test_what_it_says_to_write_can_be_written(user_folder, capsys, key, batch):
     line = next(line for line in captured.out.splitlines() if "L.Trainer(" in line)
     callback = eval(line.split("callbacks=[")[1][:-3] + ", warmup_steps=0)", {"SSyncCallback": SSyncCallback})
     model = build_model("user_code:Host", {"key": key})
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], **off)
+    trainer = make_trainer(callback, steps=2)
     video = torch.rand(2, 2, 3, 4, 4)
     data = [{"video": {"video": video}, "": video, 0: [video]}[key]] * 2
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))

@@ -181,15 +181,13 @@ def test_the_numbers_are_those_of_the_loss() -> None:
     assert report.numbers == values
 
 
-def test_a_grid_that_is_missing_and_one_that_is_given() -> None:
+def test_a_missing_grid_a_given_one_and_a_host_that_its_adapter_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = torch.rand(2, 12, 5)
     assert "12 patches, which is no square. Pass grid=(H, W)" in look(Wide(), batch).problems[0]
     report = look(Wide(), batch, grid=(3, 4))
     assert (report.ready, report.grid) == (True, (3, 4))
     assert "grid=(3, 4)" in report.lines[1]
 
-
-def test_a_host_that_its_adapter_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SaviAdapter, "match", lambda self, host: isinstance(host, Wide))
     monkeypatch.setattr(SaviAdapter, "attach", lambda self, host: (_ for _ in ()).throw(HostError("No masks.")))
     report = look(Wide(), torch.rand(2, 16, 5))

@@ -1,8 +1,7 @@
 import json
 
 import numpy as np
-import pytest
-from PIL import Image
+from folder_sets import encode_file, write_pictures
 
 from ssync_pl.data import ShardWriter
 
@@ -18,21 +17,11 @@ def moving(frames, height=24, width=40):
 
 
 def write_video(path, video):
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-        for frame in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return encode_file(path, video, "mpeg4", "yuv420p")
 
 
 def write_frames(path, video):
-    path.mkdir()
-    for number, frame in enumerate(video):
-        Image.fromarray(frame).save(path / f"f{number}.png")
-    return path
+    return write_pictures(path, video, "f{}.png")
 
 
 def write_shard(folder, *videos, prefix="clips"):

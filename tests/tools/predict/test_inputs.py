@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -40,15 +42,10 @@ def test_every_kind_of_input(tmp_path):
         assert len(find_videos([str(clips)])) == 3
 
 
-def cut_video(path):
-    write_video(path, moving(20))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 BAD = [
     ("gone.mp4", lambda path: None, ConfigError, "does not exist"),
     ("empty.mp4", lambda path: path.touch(), ShardError, "whole video file.*empty"),
-    ("cut.mp4", cut_video, ShardError, r"cut\.mp4"),
+    ("cut.mp4", lambda path: os.truncate(write_video(path, moving(20)), 1500), ShardError, r"cut\.mp4"),
     ("sound.txt", lambda path: path.touch(), ConfigError, "is none of them"),
     ("one.png", lambda path: Image.fromarray(moving(1)[0]).save(path), ConfigError, "Name the folder"),
     ("nothing", lambda path: path.mkdir(), ConfigError, "is none of them"),

@@ -10,6 +10,7 @@ import yaml
 from input_files import index, labels_of, moving, write_shard
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
+from tiny_hosts import make_trainer
 from torch.utils.data import DataLoader
 
 from ssync_pl.cli import main
@@ -47,8 +48,7 @@ class BrightnessHost(L.LightningModule):
 
 
 def predict(out, data, answer=None):
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[SlotPredictions(str(out))], **quiet)
+    trainer = make_trainer(SlotPredictions(str(out)))
     data = data if isinstance(data, ShardDataModule) else DataLoader(data, batch_size=None)
     trainer.predict(BrightnessHost(answer), data, return_predictions=False)
 
