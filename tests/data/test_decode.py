@@ -1,6 +1,7 @@
 import builtins
 import gzip
 import io
+import struct
 import sys
 
 import numpy as np
@@ -45,6 +46,38 @@ def video_bytes(frames, codec="mpeg4", container="mp4", pixels="yuv420p", **opti
         for frame in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=kind)))
         output.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def edited(data, *edits):
+    """An MP4 of 12 frames per second whose edit list shows parts of it, as (first frame, frames)."""
+    movie, track = (int.from_bytes(data[data.index(name) + 16 :][:4], "big") // 12 for name in (b"mvhd", b"mdhd"))
+    parts = b"".join(struct.pack(">IiI", count * movie, first * track, 1 << 16) for first, count in edits)
+    new = struct.pack(">I4sI4sII", 24 + len(parts), b"edts", 16 + len(parts), b"elst", 0, len(edits)) + parts
+    start = data.index(b"edts") - 4
+    old = int.from_bytes(data[start : start + 4], "big")
+    changed = bytearray(data[:start] + new + data[start + old :])
+    for at in (changed.index(b"moov") - 4, changed.index(b"trak") - 4):
+        struct.pack_into(">I", changed, at, int.from_bytes(changed[at : at + 4], "big") + len(new) - old)
+    return bytes(changed)
+
+
+def sounding(video, container, disposition=0):
+    """A file with two seconds of silence and, as its only pictures, those of a video."""
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(buffer, "w", format=container) as output:
+        sound, stream = output.add_stream("aac", rate=8000), output.add_stream_from_template(source.streams.video[0])
+        stream.disposition = av.stream.Disposition(disposition)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+        for number in range(16):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 8000, 1024 * number
+            output.mux(sound.encode(frame))
+        output.mux(sound.encode())
     return buffer.getvalue()
 
 
@@ -182,11 +215,34 @@ def test_frames_are_turned_and_mirrored_as_the_display_matrix_says(turns, mirror
     np.testing.assert_array_equal(shown, np.rot90(plain[:, ::-1] if mirrored else plain, turns))
 
 
-def test_transparent_pixels_are_black_in_videos_as_in_pictures(tmp_path):
+@pytest.mark.parametrize(
+    "kind", [("qtrle", "mov", "argb"), *((f"libvpx{n}", "webm", "yuva420p") for n in ("", "-vp9"))]
+)
+def test_transparent_pixels_are_black_in_videos_as_in_pictures(tmp_path, kind):
     clear = np.dstack([grey(200), np.full((16, 32), 100, np.uint8)])
-    (tmp_path / "a.mov").write_bytes(video_bytes([clear], "qtrle", "mov", pixels="argb"))
+    (tmp_path / "a.mov").write_bytes(
+        video_bytes([clear], *kind, **({"auto-alt-ref": "0"} if kind[1] == "webm" else {}))
+    )
     (frame,) = decode.decode_video(tmp_path / "a.mov", HERE)
-    np.testing.assert_array_equal(frame, decode.decode_picture(picture_bytes(clear), HERE))
+    np.testing.assert_allclose(frame, decode.decode_picture(picture_bytes(clear), HERE), atol=3)
+
+
+@pytest.mark.parametrize("edits", [[(0, 5)], [(2, 4)], [(4, 8)], [(0, 3), (8, 3)], [(0, 3), (0, 3)]])
+def test_what_an_edit_list_shows_is_a_whole_video(edits):
+    data = video_bytes([grey(20 * level) for level in range(12)], "libx264", g="4", bf="0")
+    shown = [level for first, count in edits for level in range(first, first + count)]
+    whole = decode.decode_member("video.mp4", edited(data, *edits))
+    np.testing.assert_allclose(whole.mean((1, 2, 3)), np.multiply(20, shown), atol=6)
+    assert decode.inspect_video(edited(data, *edits), HERE).frames == len(shown)
+
+
+def test_sound_does_not_hide_that_a_file_is_cut_off_and_a_cover_is_no_video():
+    data = sounding(video_bytes([grey(level) for level in range(24)]), "matroska")
+    assert decode.inspect_video(data, HERE).frames == 24
+    with pytest.raises(ShardError, match="seconds and it ends"):
+        decode.inspect_video(data[: len(data) * 4 // 5], HERE)
+    with pytest.raises(ShardError, match="without a video stream"):
+        decode.inspect_video(sounding(video_bytes([grey(0)], "mjpeg", pixels="yuvj420p"), "mp4", 1024), HERE)
 
 
 def test_a_video_whose_size_changes_is_refused_by_name():
@@ -199,8 +255,9 @@ def test_a_video_whose_size_changes_is_refused_by_name():
             packet.pts = packet.dts = number * 1000
             packet.stream = stream
             output.mux(packet)
-    with pytest.raises(ShardError, match=f"{HERE} to have one size"):
-        decode.decode_member("video.mp4", buffer.getvalue(), HERE)
+    for wanted in (None, range(3, 6)):  # a clip behind the change is no better
+        with pytest.raises(ShardError, match=f"{HERE} to have one size"):
+            list(decode.decode_video(buffer.getvalue(), HERE, wanted))
 
 
 def test_files_are_never_taken_for_addresses_and_playlists_never_followed(tmp_path, monkeypatch):

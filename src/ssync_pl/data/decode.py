@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ _CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvid
 _STAMPED = ("mp4", "matroska")
 # Headers that count no frames say a duration, which some writers round.
 _SLACK, _SLACK_SECONDS = 0.1, 0.25
+_ROUNDING = 0.005  # seconds, of times in edit lists
 _AGAIN = "Copy, export or build it again."
 
 
@@ -89,9 +90,8 @@ def decode_member(member: str, data: Data, where: str = "", max_bytes: int = MAX
     if extension == "json":
         return parse_json(data, place)
     if extension == "mp4":
-        inspect_video(data, place, max_bytes)
-        frames: list[np.ndarray] = []
-        for frame in decode_video(data, place, max_bytes=max_bytes):
+        frames, least = list[np.ndarray](), inspect_video(data, place, max_bytes).frames
+        for frame in decode_video(data, place, least=least, max_bytes=max_bytes):
             require_size((len(frames) + 1) * frame.nbytes, f"the frames of {place}", max_bytes)
             frames.append(frame)
         return np.stack(frames)
@@ -225,35 +225,45 @@ class VideoFacts(NamedTuple):
 
 def inspect_video(source: Source, where: str, max_bytes: int = MAX_MEMBER_BYTES) -> VideoFacts:
     """Counts the frames that a video holds and shows, as a rule without decoding; `ShardError` unless it is whole."""
+    shown: list[int | None] = []
+    stored, cut = 0, False
     with _open_video(source, where, max_bytes) as (container, stream):
-        stored = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-        missing = _missing(source, container, stream, [stamp for stamp, _ in stored])
+        ends = {stream.index: 0.0}
+        for packet in filter(lambda packet: packet.size, container.demux()):
+            place, cut = packet.stream.index, cut or packet.is_corrupt
+            end = 0.0 if packet.pts is None else float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            ends[place] = max(end, ends.get(place, 0.0))
+            if place == stream.index:
+                stored += 1
+                # An edit list cuts packets off, and some of VP8 are there only for other frames.
+                hidden = packet.is_discard or (stream.codec_context.name == "vp8" and not bytes(packet)[0] & 16)
+                shown += [] if hidden else [packet.pts]
+        missing = _missing(source, container, stream, stored, ends) or ("its last packet ends early" if cut else None)
         rate = stream.average_rate or stream.guessed_rate
         exact = any(name in container.format.name for name in _STAMPED)
     require_shard(missing is None, f"{where} to be a whole video", f"a part: {missing}", advice=_AGAIN)
-    shown = [stamp for stamp, hidden in stored if not hidden]
     require_shard(bool(shown), f"{where} to have frames", "none", advice=_AGAIN)
-    seekable = exact and None not in shown and len(set(shown)) == len(shown)
-    return VideoFacts(len(shown), rate and float(rate), tuple(sorted(shown)) if seekable else None)
+    stamps = tuple(sorted({stamp for stamp in shown if stamp is not None}))
+    return VideoFacts(len(shown), rate and float(rate), stamps if exact and len(stamps) == len(shown) else None)
 
 
-def _missing(source: Source, container: Any, stream: Any, stamps: Sequence[int | None]) -> str | None:
-    """Says what a file lacks by its own header; None when it is whole, or when nothing tells."""
-    count, kind = len(stamps), container.format.name
-    if kind == "gif":
+def _missing(source: Source, container: Any, stream: Any, count: int, ends: Mapping[int, float]) -> str | None:
+    """Says what a file lacks by its own header; None when it is whole, or when nothing tells.
+
+    `count` frames were found; `ends` is where each stream ended, in seconds.
+    """
+    if container.format.name == "gif":
         with io.BytesIO(source) if isinstance(source, Data) else open(source, "rb") as file:
             file.seek(-min(9, file.seek(0, os.SEEK_END)), os.SEEK_END)
             whole = file.read().rstrip(b"\0").endswith(b"\0;")
         return None if whole else f"it ends after {count} frames without the mark of its end"
     if stream.frames:
-        # Edited files hide some of their packets, so the hidden ones count too.
-        return f"its header says {stream.frames} frames and it ends after {count}" if count < stream.frames else None
-    known = sorted(stamp for stamp in stamps if stamp is not None)
-    if not known or len(container.streams) > 1 or not container.duration:
-        return None  # the duration may be that of the sound
-    step = (known[-1] - known[0]) / max(1, len(known) - 1)
-    end, promised = float((known[-1] + step) * stream.time_base), container.duration / 1e6
-    if promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
+        # An MP4 counts what its edit list cuts off, too: then all that the list shows has to be there.
+        shown = float((stream.duration or math.inf) * stream.time_base) if "mp4" in container.format.name else math.inf
+        whole = count >= stream.frames or ends[stream.index] >= shown - _ROUNDING
+        return None if whole else f"its header says {stream.frames} frames and it ends after {count}"
+    end, promised = max(ends.values()), (container.duration or 0) / 1e6
+    if not ends[stream.index] or promised - end <= max(_SLACK_SECONDS, _SLACK * promised):
         return None
     return f"its header says {promised:.2f} seconds and it ends after {end:.2f}, {count} frames"
 
@@ -264,74 +274,93 @@ def decode_video(
     frames: range | None = None,
     *,
     stamp: int | None = None,
+    least: int = 1,
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[np.ndarray]:
     """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
     what an edit list cuts off, transparency over black.
 
-    `frames` are the numbers of the wanted frames, rising; `stamp` is the container's time stamp of the first of them,
-    to seek to; None decodes from the start. `max_bytes` limits one frame.
+    `frames` are the numbers of the wanted frames, rising; None takes all, which have to be `least` or more. `stamp` is
+    the container's time stamp of the first of them, to seek to; None decodes from the start. `max_bytes` limits one
+    frame.
     """
-    size: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
     begin = seen = 0
     with _open_video(source, where, max_bytes) as (container, stream):
-        pictures = container.decode(stream)
+        pictures = _decoded(container, stream)
         if frames and frames[0] > 0 and stamp is not None:
-            first = _seek(container, stream, stamp)
-            if first is None:
+            found = _seek(container, stream, stamp)
+            if found is None:
                 yield from decode_video(source, where, frames, max_bytes=max_bytes)
                 return
-            begin, pictures = frames[0], itertools.chain([first], container.decode(stream))
+            begin, pictures = frames[0], found
         for number, picture in enumerate(pictures, begin):
             require_size(3 * picture.width * picture.height, f"frame {number} of {where}", max_bytes)
-            seen = number + 1
+            turned = _orientation(picture)[0]
+            height, width = sides = (picture.width, picture.height) if turned else (picture.height, picture.width)
+            size, seen = size or sides, number + 1
+            expected = f"all frames of {where} to have one size, {size[0]} x {size[1]} (height x width)"
+            got, advice = f"{height} x {width} in frame {number}", "Split the video there."
+            require_shard(sides == size, expected, got, advice=advice)
             if frames is None or number in frames:
-                frame = _shown(picture, where, number)
-                size = size or frame.shape
-                expected = f"all frames of {where} to have one size, {size[0]} x {size[1]} (height x width)"
-                got = f"{frame.shape[0]} x {frame.shape[1]} in frame {number}"
-                require_shard(frame.shape == size, expected, got, advice="Split the video there.")
-                yield frame
+                yield _shown(picture, where, number)
             if frames is not None and number >= frames[-1]:
                 return
-    need = f"at least {frames[-1] + 1} frames" if frames else "frames"
+    need = frames[-1] + 1 if frames else max(1, least)
     got, advice = f"only {seen} that can be decoded", f"{_AGAIN[:-1]}, or take fewer."
-    require_shard(frames is None and seen > 0, f"{where} to have {need}", got, advice=advice)
+    require_shard(frames is None and seen >= need, f"{where} to have at least {need} frames", got, advice=advice)
 
 
-def _seek(container: Any, stream: Any, stamp: int) -> Any:
-    """Returns the frame with this time stamp; `None` when the container cannot find it."""
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Decodes all frames from here on, those of WebM with transparency by libvpx, as FFmpeg's own decoders drop it."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return iter(container.decode(stream))
+    from av import CodecContext
+
+    decoder: Any = CodecContext.create(name, "r")
+    return itertools.chain.from_iterable(decoder.decode(packet) for packet in container.demux(stream))
+
+
+def _seek(container: Any, stream: Any, stamp: int) -> Iterator[Any] | None:
+    """Decodes from the frame with this time stamp on; `None` when the container cannot find it."""
     with contextlib.suppress(Exception):  # whatever a seek does, reading from the start decides
         container.seek(stamp, stream=stream)
-        complete = False
-        for frame in container.decode(stream):
+        complete, pictures = False, _decoded(container, stream)
+        for frame in pictures:
             # Containers that seek by decoding time may land behind the frame, or before a key frame that it needs.
             if frame.pts is None or frame.pts > stamp:
                 return None
             complete = complete or bool(frame.key_frame)
             if frame.pts == stamp:
-                return frame if complete else None
+                return itertools.chain([frame], pictures) if complete else None
     return None
 
 
 def _shown(frame: Any, where: str, number: int) -> np.ndarray:
     """Returns a frame's pixels as a player shows them."""
     require_shard(not frame.is_corrupt, f"all frames of {where} to decode", f"damage in frame {number}", advice=_AGAIN)
-    if any(part.is_alpha for part in frame.format.components):
+    if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
         from PIL import Image
 
         array = _to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), where)
     else:
         array = frame.to_ndarray(format="rgb24")
+    turned, down, across = _orientation(frame)
+    array = array.transpose(1, 0, 2) if turned else array
+    return np.ascontiguousarray(array[::down, ::across])
+
+
+def _orientation(frame: Any) -> tuple[bool, int, int]:
+    """Says whether rows are shown as columns, and then the directions, 1 or -1, in which both are read."""
     matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
-        return array
+        return False, 1, 1
     # A pixel at (x, y) is shown at (a x + c y, b x + d y); ffmpeg's libavutil/display.h.
     a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     turned = abs(b) + abs(c) > abs(a) + abs(d)
-    array = array.transpose(1, 0, 2) if turned else array
     across, down = (c, b) if turned else (a, d)
-    return np.ascontiguousarray(array[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+    return turned, -1 if down < 0 else 1, -1 if across < 0 else 1
 
 
 @contextlib.contextmanager
@@ -339,21 +368,21 @@ def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[An
     """Opens a video as (container, video stream); every error of PyAV inside becomes a `ShardError`."""
     try:
         import av
+        from av.stream import Disposition
     except ImportError as error:
         raise ConfigError(
             f"Expected PyAV to be installed to read {where}, but it is missing. Run "
             '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
         ) from error
     with _named(where, "a whole video file", source):
-        if isinstance(source, Data):
-            container = av.open(io.BytesIO(source), format="mp4")
-        else:
-            options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
-            container = av.open(f"file:{os.fspath(source)}", options=options)
-        with container:
+        options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+        with av.open(
+            io.BytesIO(source) if isinstance(source, Data) else f"file:{source}", options=options
+        ) as container:
+            moving = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
             expected, got = f"{where} to be a whole video file", "one without a video stream"
-            require_shard(bool(container.streams.video), expected, got, advice=_AGAIN)
-            stream = container.streams.video[0]
+            require_shard(bool(moving), expected, got, advice=_AGAIN)
+            stream = moving[0]
             require_size(3 * (stream.width or 0) * (stream.height or 0), f"a frame of {where}", max_bytes)
             yield container, stream
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ssync_pl.data.loader import accumulated_batches
 from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.config import SSyncConfig
 
 
 def training_length(trainer: Any) -> float:
     """Computes the optimizer steps of a training, also where the accumulation changes; infinity when unknown."""
+    from ssync_pl.data.loader import accumulated_batches  # brings Lightning, which `attach` can do without
+
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:  # Lightning gives -1 for a loader without a length
         return math.inf

@@ -30,15 +30,15 @@ def require_packages(extra: str, *modules: str) -> None:
 
 
 def read_frames(
-    path: Path, names: Sequence[str] | None, wanted: range | None, stamp: int | None, where: str
+    path: Path, names: Sequence[str] | None, wanted: range | None, stamp: int | None, where: str, least: int = 1
 ) -> Iterator[np.ndarray]:
     """Read frames (h, w, 3) uint8 of one size; `ShardError` when one is missing or damaged.
 
     `names` are the pictures in a folder; None for a video file. `stamp` is the time stamp of its first wanted frame, to
-    seek to; None reads from the start.
+    seek to; None reads from the start. The whole of a file has to have `least` frames.
     """
     if names is None:
-        yield from decode_video(path, where, wanted, stamp=stamp)
+        yield from decode_video(path, where, wanted, stamp=stamp, least=least)
         return
     size: tuple[int, ...] | None = None
     for name in names if wanted is None else names[wanted.start : wanted.stop]:

@@ -84,7 +84,8 @@ def _file(path: Path) -> list[InputVideo]:
     if ending not in media.VIDEO_EXTENSIONS:
         return []
     facts = inspect_video(path, where)
-    return [InputVideo(path.stem, str(path), partial(media.read_frames, path, None, None, None, where), facts.rate)]
+    frames = partial(media.read_frames, path, None, None, None, where, facts.frames)
+    return [InputVideo(path.stem, str(path), frames, facts.rate)]
 
 
 def _shard(path: Path) -> list[InputVideo]:
