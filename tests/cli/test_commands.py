@@ -233,7 +233,7 @@ def test_ctrl_c_is_one_line_and_debug_shows_the_traceback(config, monkeypatch, c
 
 def test_ctrl_c_ends_a_training_with_130(config, monkeypatch):
     monkeypatch.setattr(SAVi, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["fit", "--config", str(config)]) == 130
     finally:

@@ -41,6 +41,8 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
     try:
         return _dispatch(list(sys.argv[1:] if args is None else args))
+    except BrokenPipeError:  # `| head` has read enough
+        return 2
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
             return 143
