@@ -78,6 +78,10 @@ RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
     "slotcontrast_quick": (
         SlotContrast, SMALL | QUICK, [2.200798, 1.738822, 1.544685, 1.414945, 1.315226, 1.245186, 1.19975, 1.165801]
     ),
+    "slotcontrast_fourier": (
+        SlotContrast, {**SMALL, **QUICK, "slot_init": "features", "decoder": "fourier", "fourier_bands": 2},
+        [2.8578458, 2.3857214, 2.1213734, 1.899652, 1.7359881, 1.6008786, 1.4811823, 1.3763499],
+    ),
     "dinosaur": (DINOSAUR, SMALL, [1.077415, 1.068806, 1.070286, 1.056795, 1.054723, 1.057818, 1.049659, 1.053291]),
     "solv": (
         SOLV, {**SMALL, **WINDOW}, [0.8292246, 1.186644, 0.811561, 0.8073176, 0.8010862, 0.7924412, 0.785345, 0.7792116]
@@ -104,6 +108,20 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     # Small steps: with large ones rounding grows a hundredfold every ten steps.
     assert train(model, batch, 50, 5e-4)[::7] == pytest.approx(recorded, rel=1e-4)
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_slots_from_features_differ_between_clips_and_draw_no_random_numbers(kind: Any) -> None:
+    model, batch = tiny(kind, slot_init="features"), CLIPS[kind]()
+    losses = train(model, batch, 12)
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    inputs, state = batch["video" if kind is SAVi else "features"], torch.get_rng_state()
+    first, second = (model.eval()(inputs).slots for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model(inputs[1:]).slots, first[1:])
+    assert not torch.allclose(first[0], first[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [SAVi, VideoSAUR, SOLV])

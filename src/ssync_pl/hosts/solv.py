@@ -70,7 +70,7 @@ class SOLV(SlotHost):
     Args:
         num_slots: number S of slots before merging.
         slot_dim: size D of a slot.
-        backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
+        backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
         backbone_weights: `pretrained`, or `none` for random ones.
         backbone_checkpoint: file of weights instead.
@@ -101,6 +101,8 @@ class SOLV(SlotHost):
         halvings: how often `"exponential"` halves the rate over the training.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
         memory_efficient: the decoder computes activations again in the backward pass: same result, less memory.
+        slot_init: first slots. `"learned"`: one vector and place per slot; `"features"`: groups of alike patches in the
+            clip's first frame, in evaluation the video's.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -148,6 +150,7 @@ class SOLV(SlotHost):
         halvings: float = 3.0,
         has_background: bool = True,
         memory_efficient: bool = True,
+        slot_init: Literal["learned", "features"] = "learned",
     ) -> None:
         super().__init__(has_background)
         require(0.0 <= edge_probability <= 1.0, "argument `edge_probability` to be in [0, 1]", edge_probability)
@@ -175,7 +178,7 @@ class SOLV(SlotHost):
         )
         channels = self.encoder.output_dim
         self.spatial_binder = RelativeSlotAttention(
-            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness
+            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness, slot_init
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_min_slots)
@@ -207,11 +210,12 @@ class SOLV(SlotHost):
 
     def _bind(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Features, and slots, logits, attention and places of each frame by itself."""
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
         for piece in inputs.split(self._frames_at_a_time(inputs), dim=1):
             features = self.encoder(piece.flatten(0, 1))["backbone_features"].unflatten(0, piece.shape[:2])
             tokens, indices = self._drop_tokens(features)
-            parts.append((features, *self.spatial_binder(tokens, indices), indices))
+            first = parts[0][0] if parts else features
+            parts.append((features, *self.spatial_binder(tokens, indices, first[:, 0]), indices))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
     def _drop_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
