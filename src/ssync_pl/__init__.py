@@ -4,14 +4,10 @@ Public names are imported on first use, so that ``import ssync_pl`` costs little
 webdataset.
 """
 
-from __future__ import annotations
-
 import importlib
+from typing import TYPE_CHECKING, Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # `typing` itself takes a while, in which Ctrl-C would show a traceback
-    from typing import Any
-
+if TYPE_CHECKING:
     from ssync_pl.method.loss import SSyncOutput, ssync_loss
     from ssync_pl.method.maps import SSyncMaps
     from ssync_pl.plugin.attach import AttachedSSync, attach
@@ -44,7 +40,23 @@ _HOMES = {
     "ssync_loss": "ssync_pl.method.loss",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "AttachedSSync",
+    "DenseAlignmentCallback",
+    "LightningHost",
+    "SSyncCallback",
+    "SSyncConfig",
+    "SSyncMaps",
+    "SSyncOutput",
+    "SSyncPictures",
+    "SSyncRegularizer",
+    "SlotPredictions",
+    "StepSeed",
+    "ValidationSummary",
+    "__version__",
+    "attach",
+    "ssync_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,12 @@
 """The command `ssync-pl`: the verbs of LightningCLI, and the package's other commands."""
 
 import argparse
-import ast
 import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,7 @@ def with_config(words: list[str]) -> list[str]:
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
     if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
-        from ssync_pl.hosts.nn.backbones import require_unpacked
+        from ssync_pl.data.files import require_unpacked
 
         require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)

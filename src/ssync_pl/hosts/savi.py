@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, build_initializer, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
@@ -199,7 +199,7 @@ class SAVi(SlotHost):
         out: SAViOutput = self(batch["video"], self._conditioning(batch))
         return out.mask_logits.softmax(dim=2)
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""
         out, loss = self._step(batch)
-        return out.mask_logits.softmax(dim=2), loss
+        return Evaluated(out.mask_logits.softmax(dim=2), loss, out.attention_logits.unflatten(-1, out.attention_grid))

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ssync_pl.errors import ShapeError, choose, require
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
@@ -259,11 +259,11 @@ class SOLV(SlotHost):
         """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
         return self._linked(self(inputs_of(batch), frame_validity(batch)))
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose every frame of a batch that holds `features` or `video`, and compare its reconstruction."""
         valid = frame_validity(batch)
         out: SOLVOutput = self(inputs_of(batch), valid)
-        return self._linked(out), _error(out, valid)
+        return Evaluated(self._linked(out), _error(out, valid))  # linked slots are not those of slot attention
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with warm-up and decay over the Trainer's steps."""

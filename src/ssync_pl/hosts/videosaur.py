@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
@@ -306,10 +306,11 @@ class FeatureHost(SlotHost):
         output: FeatureHostOutput = self(inputs_of(batch))
         return output.mask_logits.softmax(dim=2)
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
         output, _, loss = self._step(batch)
-        return output.mask_logits.softmax(dim=2), loss
+        attention = output.attention_logits.unflatten(-1, self.grid)
+        return Evaluated(output.mask_logits.softmax(dim=2), loss, attention, images=not self.is_video)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with linear warm-up and exponential decay."""

@@ -15,4 +15,4 @@ from ssync_pl.metrics.classes import (
     VideoMBO,
     VideoMIoU,
 )
-from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
+from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names

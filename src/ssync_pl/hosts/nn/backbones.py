@@ -5,11 +5,9 @@ import hashlib
 import importlib
 import math
 import os
-import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
+from ssync_pl.data.files import load_tensors
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
 from ssync_pl.hosts.nn.packaged import PACKAGED, package
@@ -229,30 +228,6 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
                 f"{type(error).__name__}: {error}. Published weights need the network once: connect, or give a file "
                 "with `checkpoint`, or `weights: none`."
             ) from error
-
-
-def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
-    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
-    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
-
-
-def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Reads a file of PyTorch or safetensors; nothing in it is executed or unpacked. `ConfigError` if it cannot be."""
-    require_unpacked(path, os.path.getsize(path) if os.path.exists(path) else 0)
-    try:
-        if Path(path).suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise ConfigError(
-            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({reason}). Take another file; none is read in a way that could run what is in it."
-        ) from error
 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from ssync_pl.data.files import write_bytes
+from ssync_pl.data.files import load_tensors, write_bytes
 from ssync_pl.errors import require
-from ssync_pl.hosts.nn.backbones import load_tensors
 
 _DROPPED = ("projector.", "projector2.")
 
