@@ -14,8 +14,6 @@ from typing import Any
 
 from ssync_pl.errors import ConfigError, require
 
-_logger = logging.getLogger(__name__)
-
 
 def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
     """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
@@ -36,10 +34,9 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
             return importlib.import_module("safetensors.torch").load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise ConfigError(
             f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({reason}). Take another file; none is read in a way that could run what is in it."
+            f"but reading it failed ({error!r:.200}). Take another file; none is read in a way that could run what is in it."
         ) from error
 
 
@@ -95,7 +92,7 @@ def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
         except Timeout:
             if timeout == 0:
                 raise
-            _logger.warning("Waiting for another process, which holds %s", path)
+            logging.getLogger(__name__).warning("Waiting for another process, which holds %s", path)
             lock.acquire(timeout=timeout)
     except Timeout as error:
         raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from error

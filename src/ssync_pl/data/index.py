@@ -145,10 +145,9 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an index of ours in any version."""
     try:
-        plain = path.is_file() and not path.is_symlink()
-        return (plain or not os.path.lexists(path)) and bool(
-            parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT
-        )
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            return False
+        return bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
     except FileNotFoundError:
         return True
     except (OSError, ShardError):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssync_pl.data.dataset import BAD_SAMPLES, ShardBatches
-from ssync_pl.data.processes import deaf_children
 from ssync_pl.errors import require
 
 _VERSION = 1
@@ -70,8 +69,7 @@ class ShardLoader(DataLoader[dict[str, Any]]):
         if self.num_workers and self._iterator is None:  # workers are started now, and may be kept for the next pass
             # A forked worker that collects what PyAV left behind waits for decoding threads that it does not have.
             gc.collect()
-        with deaf_children():
-            batches = super().__iter__()
+        batches = super().__iter__()
         return self._count(batches if self.device is None else copied_ahead(batches, self.device), *place)
 
     def state_dict(self) -> dict[str, Any]:

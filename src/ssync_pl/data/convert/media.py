@@ -18,8 +18,7 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 """Files that are taken for frames."""
 
-MAX_BYTES = 1 << 32
-"""Most bytes of one sample's frames: a worker has to hold them."""
+MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 
 def require_packages(extra: str, *modules: str) -> None:

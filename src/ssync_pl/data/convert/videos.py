@@ -141,9 +141,7 @@ def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tup
         ids = array.rows(path.name, part)
     ids = ids[..., None] if ids.ndim == 3 else ids
     fits = ids.ndim == 4 and ids.size > 0 and ids.shape[1:3] == size and ids.dtype.kind in "uib" and ids.min() >= 0
-    expected = (
-        f"the masks of {where} to be integers from 0 on, (frames, {size[0]}, {size[1]}[, objects]) like its frames"
-    )
+    expected = f"the masks of {where} to be integers from 0 on, (F, {size[0]}, {size[1]}[, objects]) like its frames"
     require_shard(bool(fits), expected, f"{ids.dtype} {ids.shape} in {path}")
     return ids
 

@@ -93,8 +93,7 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            size = sum(member.file_size for member in content.zip.infolist())
-            require_size(size, f"the members of {path}", MAX_MEMBER_BYTES)
+            require_size(sum(one.file_size for one in content.zip.infolist()), f"{path}", MAX_MEMBER_BYTES)
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")
