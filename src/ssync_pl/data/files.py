@@ -36,7 +36,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     except Exception as error:
         raise ConfigError(
             f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({error!r:.200}). Take another file; none is read in a way that could run what is in it."
+            f"but reading it failed ({error!r:.200}). Take another; none is read in a way that could run what is in it."
         ) from error
 
 
