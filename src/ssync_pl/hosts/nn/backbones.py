@@ -8,7 +8,6 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ssync_pl.data.features import builders
+from ssync_pl.data.files import load_tensors
 from ssync_pl.errors import ConfigError, choose, require, require_packages, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
 from ssync_pl.hosts.nn.packaged import PACKAGED
@@ -230,22 +230,9 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
             ) from error
 
 
-def read_weights(path: str | os.PathLike[str]) -> Any:
-    """Read a file of PyTorch or `.safetensors`; nothing in it is executed."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
-            f"({str(error).splitlines()[0]}). Files with more than tensors and plain values are refused."
-        ) from error
-
-
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …)."""
-    state = read_weights(path)
+    """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …); nothing in it is executed."""
+    state = load_tensors(path)
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
