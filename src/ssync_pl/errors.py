@@ -1,10 +1,19 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
+import importlib.util
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey or cannot show, in names of files and answers of servers; line breaks too."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class SSyncError(Exception):
-    """Base of every exception that this package raises on purpose."""
+    """Base of every exception that this package raises on purpose; its message is one printable line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ShapeError(SSyncError, ValueError):
@@ -46,6 +55,13 @@ def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:
     if not ok:
         found = " and ".join(str(tuple(getattr(x, "shape", x))) for x in got)
         raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Raises `ConfigError` unless the packages of an extra are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
+    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
 
 
 def choose(argument: str, value: object, *choices: str) -> None:
