@@ -79,7 +79,11 @@ def test_a_run_writes_a_fresh_folder_and_runs_again_from_what_it_saved(config, t
     names = ["SSyncCallback", "SSyncPictures", "ValidationSummary"]
     callbacks = [f"--trainer.callbacks+={name}" for name in names]
     assert main(["fit", "--config", str(config), *callbacks]) == 0
-    assert "| this run " in capsys.readouterr().out
+    streams = capsys.readouterr()
+    assert "| this run " in streams.out
+    lines = [line for line in streams.out.splitlines() if line.startswith("epoch ")]
+    assert lines[-1].startswith("epoch 1, step 2 of 2: train/loss 0.")
+    assert "Tip:" not in streams.err
     folder = tmp_path / "runs" / "tiny" / "version_0"
     for name in ("metrics.csv", "summary.json", "pictures/step-000002.png"):
         assert (folder / name).is_file(), name

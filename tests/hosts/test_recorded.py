@@ -50,7 +50,7 @@ def test_a_public_state_dict_gives_the_public_numbers(name):
     host = _host(name, state)
     if "noise" in recorded:
         first = host.initializer.mean + recorded["noise"] * host.initializer.log_std.exp()
-        host.initializer.forward = lambda count: first
+        host.initializer.forward = lambda *_: first
     with torch.no_grad():
         features = recorded["features"]
         out = host(features)

@@ -9,7 +9,7 @@ from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts import SOLV, SAVi, VideoSAUR
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
-from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -24,6 +24,7 @@ REFUSED = [
     (lambda: tiny(VideoSAUR, similarity_shift=0), ConfigError, "similarity_shift"),
     (lambda: tiny(VideoSAUR, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(VideoSAUR, decoder="broadcast"), ConfigError, "decoder"),
+    (lambda: tiny(VideoSAUR, decoder="fourier"), ConfigError, "fourier_bands"),
     (lambda: tiny(VideoSAUR, num_slots=0), ConfigError, "num_slots"),
     (lambda: tiny(VideoSAUR, iterations_later=0), ConfigError, "iterations"),
     (lambda: tiny(VideoSAUR, encoder_position=0.5, encoder_hidden=0), ConfigError, "encoder_hidden"),
@@ -36,6 +37,7 @@ REFUSED = [
     (lambda: tiny(SOLV, merge_rise=0.5), ConfigError, "`merge_rise`"),
     (lambda: tiny(SOLV, linking="never"), ConfigError, "`linking`"),
     (lambda: tiny(SOLV, link_by="names"), ConfigError, "`link_by`"),
+    (lambda: tiny(SOLV, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(SOLV, corrector_init="other"), ConfigError, "`corrector_init`"),
     (lambda: tiny(SOLV, clip_length=4), ConfigError, "odd"),
     (lambda: tiny(SOLV, token_drop=1.0), ConfigError, "`token_drop`"),
@@ -87,8 +89,7 @@ REFUSED = [
     (lambda: encoder_of(feature_dim=5)(torch.zeros(1, 3, 8, 8)), ConfigError, "cached `features`"),
     (lambda: first_frame_hints(torch.zeros(2, 4, 8, 8), 3), ShapeError, "segmentations"),
     (lambda: ConditionedSlots(3, 8, hint_dim=2)(torch.zeros(2, 4, 2)), ShapeError, "conditioning"),
-    (lambda: LearnedSlots(4, 8, initial_std=0), ConfigError, "spread"),
-    (lambda: GaussianSlots(4, 8, initial_std=0), ConfigError, "spread"),
+    (lambda: tiny(VideoSAUR, slot_init_std=0), ConfigError, "slot_init_std"),
 ]
 
 

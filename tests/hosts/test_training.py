@@ -12,7 +12,7 @@ from tiny_models import FEATURE_HOSTS, FEATURES, OPTIONS, Batch, loader, pixel_c
 from ssync_pl import SSyncCallback
 from ssync_pl.errors import ShapeError
 from ssync_pl.hosts import DINOSAUR, SOLV, SAVi, SlotContrast, VideoSAUR
-from ssync_pl.hosts.evaluation import SlotEvaluation
+from ssync_pl.hosts.evaluation import Evaluated, SlotEvaluation
 from ssync_pl.hosts.training import exponential_for, schedule_for
 
 
@@ -21,16 +21,38 @@ def test_evaluation_weighs_videos_and_frames_resets_and_refuses() -> None:
     truth[:, :, 1, :, :2] = truth[:, :, 2, :, 2:] = True
     batch = {"video": torch.zeros(1, 1, 3, 4, 4), "segmentations": truth}
     evaluation = SlotEvaluation("x/")
-    evaluation.update(truth.float(), batch, torch.tensor(2.0))
-    evaluation.update(truth.float(), batch | {"batch_padding_mask": torch.tensor([False])}, torch.tensor(100.0))
+    evaluation.update(Evaluated(truth.float(), torch.tensor(2.0)), batch)
+    padded = batch | {"batch_padding_mask": torch.tensor([False])}
+    evaluation.update(Evaluated(truth.float(), torch.tensor(100.0)), padded)
     scores = evaluation.compute()
+    assert not [name for name in scores if "encoder_" in name or "merged_" in name]
     assert (scores["x/loss"].item(), scores["x/used_slots"].item()) == (2.0, 2.0)
     assert scores["x/video_mbo"].item() == scores["x/video_fg_ari"].item() == pytest.approx(1.0)
     evaluation.reset()
-    evaluation.update(truth.float(), batch, torch.tensor(4.0))
+    evaluation.update(Evaluated(truth.float(), torch.tensor(4.0)), batch)
     assert evaluation.compute()["x/loss"].item() == 4.0
+    short = Evaluated(torch.rand(1, 2, 3, 4, 4), torch.tensor(1.0))
     with pytest.raises(ShapeError, match="segmentations"):
-        evaluation.update(torch.rand(1, 2, 3, 4, 4), batch | {"video": torch.zeros(1, 2, 3, 4, 4)}, torch.tensor(1.0))
+        evaluation.update(short, batch | {"video": torch.zeros(1, 2, 3, 4, 4)})
+
+
+def test_both_maps_are_scored_alone_and_with_redundant_slots_merged() -> None:
+    """Frame 0: slots 0 and 1 share the left object, and slot 1 wins its lower half; frame 1: slot 0 has it alone."""
+    truth = torch.zeros(1, 2, 2, 4, 4, dtype=torch.bool)
+    truth[:, :, 0, :, 2:], truth[:, :, 1, :, :2] = True, True
+    attention = torch.zeros(1, 2, 3, 4, 4)
+    attention[:, :, 0, :, :2], attention[:, :, 1, :, :2], attention[:, :, 2, :, 2:] = 2.0, 1.5, 2.0
+    attention[:, 0, 1, 2:, :2] = 3.0
+    scores = {}
+    for images in (False, True):
+        evaluation = SlotEvaluation("x/")
+        batch = {"video": torch.zeros(1, 2, 3, 4, 4), "segmentations": truth}
+        masks = torch.nn.functional.one_hot(attention.argmax(2), 3).movedim(-1, 2).float()
+        evaluation.update(Evaluated(masks, torch.tensor(1.0), attention, images), batch)
+        scores[images] = evaluation.compute()
+    assert scores[False]["x/video_mbo"] == scores[False]["x/encoder_video_mbo"] == pytest.approx(0.75)
+    assert scores[False]["x/merged_video_mbo"] == scores[False]["x/merged_encoder_video_mbo"] == 1.0
+    assert scores[True]["x/merged_video_mbo"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -78,6 +100,10 @@ RECORDED: dict[str, tuple[Any, dict[str, Any], list[float]]] = {
     "slotcontrast_quick": (
         SlotContrast, SMALL | QUICK, [2.200798, 1.738822, 1.544685, 1.414945, 1.315226, 1.245186, 1.19975, 1.165801]
     ),
+    "slotcontrast_fourier": (
+        SlotContrast, {**SMALL, **QUICK, "slot_init": "features", "decoder": "fourier", "fourier_bands": 2},
+        [2.8578458, 2.3857214, 2.1213734, 1.899652, 1.7359881, 1.6008786, 1.4811823, 1.3763499],
+    ),
     "dinosaur": (DINOSAUR, SMALL, [1.077415, 1.068806, 1.070286, 1.056795, 1.054723, 1.057818, 1.049659, 1.053291]),
     "solv": (
         SOLV, {**SMALL, **WINDOW}, [0.8292246, 1.186644, 0.811561, 0.8073176, 0.8010862, 0.7924412, 0.785345, 0.7792116]
@@ -106,6 +132,20 @@ def test_losses_of_fifty_steps_are_those_that_were_recorded(name: str) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", CLIPS)
+def test_slots_from_features_differ_between_clips_and_draw_no_random_numbers(kind: Any) -> None:
+    model, batch = tiny(kind, slot_init="features"), CLIPS[kind]()
+    losses = train(model, batch, 12)
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    inputs, state = batch["video" if kind is SAVi else "features"], torch.get_rng_state()
+    first, second = (model.eval()(inputs).slots for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model(inputs[1:]).slots, first[1:])
+    assert not torch.allclose(first[0], first[1], atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", [SAVi, VideoSAUR, SOLV])
 def test_padded_frames_and_samples_neither_count_nor_inform(kind: Any) -> None:
     options = {SAVi: {"slot_init": "learned"}, VideoSAUR: {"slot_init": "learned", "contrast_weight": 1.0}}
@@ -115,8 +155,8 @@ def test_padded_frames_and_samples_neither_count_nor_inform(kind: Any) -> None:
     padded[0, 3], padded[1] = 50.0, -50.0
     with torch.no_grad():
         marks = {"frame_mask": frames, "batch_padding_mask": torch.tensor([True, False])}
-        masks, loss = model.evaluate({name: padded, **marks})
-        expected, expected_loss = model.evaluate({name: batch[name][:1, :3]})
+        masks, loss, *_ = model.evaluate({name: padded, **marks})
+        expected, expected_loss, *_ = model.evaluate({name: batch[name][:1, :3]})
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(masks[:1, :3], expected)
 

@@ -60,15 +60,15 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
     model.similarity_weight = 0.0
     with pytest.raises(ConfigError, match=r"for the contrast loss.*contrast_weight=0"):
         model.training_step(still, 0)
-    masks, loss = model.eval().evaluate(still)
+    masks, loss, *_ = model.eval().evaluate(still)
     assert masks.shape == (2, 1, 3, 2, 4)
     torch.testing.assert_close(loss, F.mse_loss(model(FEATURES[:, :1]).reconstruction[..., :6], FEATURES[:, :1]))
 
 
 @EVERY
-@pytest.mark.parametrize("decoder", ["mlp", "mixer"])
+@pytest.mark.parametrize("decoder", ["mlp", "mixer", "fourier"])
 def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
-    model = tiny(kind, decoder=decoder, slot_init="learned")
+    model = tiny(kind, decoder=decoder, slot_init="learned", fourier_bands=2)
     adapter = locate("auto", model).adapter
     capture = adapter.attach(model)
     capture.open()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ssync_cases import Case, cases, close_to_largest, logits_of_kind, off_threshold, softmax
 from ssync_naive import naive_ssync
 
-from ssync_pl.method import ssync_loss
+from ssync_pl.method import redundant_slots, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 
 QUIET = {"deadline": None, "derandomize": True}
@@ -20,7 +20,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 @given(case=cases(), double=st.sampled_from([True, True, False]))
 def test_logits(case, double):
     if double:
-        case.check()
+        output = case.check()
+        if case.options["merge"] is not False:
+            assert torch.equal(redundant_slots(case.maps(), case.options["merge_threshold"]), output.winners)
     else:
         case.check(torch.float32, 2e-6 if case.options["loss"] == "brier" else 2e-5)
 

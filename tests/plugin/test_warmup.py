@@ -91,7 +91,7 @@ def test_the_end_says_when_it_ran_or_why_it_never_did(mixin, also, settings, fir
         assert (told, len(warned), bool(re.search(reason, warned[0]))) == ([], 1, True)
     else:
         assert warned == []
-        assert all(word in told[0] for word in (f"step {first}", "backend 'torch'", "cpu"))
+        assert all(word in told[0] for word in (f"step {first}", "slots in use", "Backend 'torch'", "cpu"))
         assert told[1:] == [f"SSync ran from optimizer step {first} to the end at step {last}."]
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -42,7 +43,7 @@ class Host(L.LightningModule):
 
     def on_validation_epoch_end(self):
         self.log_dict(self.scores.compute())
-        self.log("val/used_slots", 3.0)
+        self.log_dict({"val/used_slots": 3.0, "val/encoder_video_mbo": 0.5, "val/merged_encoder_video_mbo": 0.625})
         self.scores.reset()
 
     def test_step(self, batch, batch_idx):
@@ -77,6 +78,8 @@ def test_fit_prints_one_table_and_writes_json(tmp_path, capsys):
     assert text.count("video FG-ARI") == 1
     assert all(text.count(f"| {row} ") == 1 for row in ("this run", "grid", "k-means RGB"))
     assert "used slots" in text
+    for row, value in {"slot attention's map": "0.500", "slot attention's, merged": "0.625"}.items():
+        assert re.search(rf"^\| {row} +\|.* {value} ", text, re.MULTILINE)
     assert trainer.checkpoint_callback.best_model_path in text
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
     content, expected = written(trainer), SegmentationMetrics()
@@ -120,7 +123,7 @@ def test_baselines_that_fail_and_a_file_of_others_cost_themselves_only(tmp_path,
     path.write_text('{"rows": {}}')
     with pytest.warns(match="No baselines in the summary: div"), pytest.warns(match=r"summary\.json.*Move it away"):
         trainer.validate(Host(), loader(5), verbose=False)
-    assert list(callback.rows) == ["this run"]
+    assert list(callback.rows) == ["this run", "slot attention's map", "slot attention's, merged"]
     assert path.read_text() == '{"rows": {}}'
     path.unlink()
     for _ in range(2):  # one of ours is replaced

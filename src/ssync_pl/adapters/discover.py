@@ -122,7 +122,7 @@ def _rank(spots: list[Spot]) -> tuple[FoundPair, ...]:
     # The same two softmaxes are heard from every module around them: only the best place of each is told.
     best: dict[tuple[Any, ...], FoundPair] = {}
     for _, found in ranked:
-        best.setdefault((found.attention.last, found.masks.last), found)
+        best.setdefault(tuple((side.last, side.calls) for side in (found.attention, found.masks)), found)
     return tuple(best.values())
 
 

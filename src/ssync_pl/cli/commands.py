@@ -105,7 +105,7 @@ def _cache(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """
     add = parser.add_argument
     add("shards", nargs="+", help="local shards of videos: paths or patterns")
-    add("--backbone", required=True, help="efficientnet_lite0, or a model of timm")
+    add("--backbone", required=True, help="efficientnet_lite0, dinov2_small, or a model of timm")
     add("--image-size", required=True, type=size, help="size of the frames: 224, or HEIGHTxWIDTH")
     add("--out", required=True, type=Path, help="folder of the features")
     add("--layer", help="layer, or several joined by +; each backbone has a default")

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 import ssync_pl.data.synthetic_datamodule
 import ssync_pl.hosts
@@ -28,9 +29,11 @@ from ssync_pl.tools.doctor.steps import quiet
 from ssync_pl.tools.official.checkpoints import public_globals
 from ssync_pl.tools.predict.inputs import InputDataModule
 from ssync_pl.tools.predict.writer import SlotPredictions
+from ssync_pl.tools.progress import EpochLines
 
-# Words are always handed over explicitly here, so that the warning about sys.argv is noise.
-warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+# Words are always handed over explicitly here, and nobody can follow hints about Lightning's own code or products.
+warnings.filterwarnings("ignore", message=".*(LightningCLI's args parameter|isinstance.treespec, LeafSpec)")
+rank_zero_module.log.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
 
 _ROOT = "runs"
 
@@ -96,9 +99,8 @@ class SSyncCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer with the package's own logger and callbacks where the user named none."""
-        settings, name, inputs, out, seed = (
-            self._get(self.config_init, key) for key in ("trainer", "name", "input", "out", "seed_everything")
-        )
+        keys = ("trainer", "name", "input", "out", "merge", "seed_everything")
+        settings, name, inputs, out, merge, seed = (self._get(self.config_init, key) for key in keys)
         if settings.get("barebones"):
             return super().instantiate_trainer(**kwargs)
         if settings.get("logger") in (None, True):
@@ -113,15 +115,15 @@ class SSyncCLI(LightningCLI):
         if seed is not False and lacks(StepSeed):
             added.append(StepSeed())
         if settings.get("enable_progress_bar") is not False and lacks(ProgressBar):
-            # Each refresh reads numbers off the device, so not in every step.
             bar = TQDMProgressBar if importlib.util.find_spec("rich") is None else RichProgressBar
-            added.append(bar(refresh_rate=10))
+            # Each refresh reads numbers off the device, so not in every step.
+            added.append(bar(refresh_rate=10) if sys.stdout.isatty() else EpochLines())
         if self.subcommand == "predict":
             if lacks(SlotPredictions, BasePredictionWriter):
-                added.append(SlotPredictions(out))
+                added.append(SlotPredictions(out, merge))
             else:
-                expected = "--out only without a prediction writer in the configuration"
-                require(out is None, expected, "both", advice="Set the writer's folder instead.")
+                expected = "--out and --merge only without a prediction writer in the configuration"
+                require(out is merge is None, expected, "both", advice="Set the writer's own options instead.")
             if inputs:
                 kwargs = {"devices": 1, "num_nodes": 1, **kwargs}  # the windows of a video go one after the other
         trainer = super().instantiate_trainer(**{"callbacks": [*callbacks, *added], **kwargs})
@@ -199,6 +201,7 @@ def add_predict_options(parser: Any) -> None:
     add = parser.add_argument
     add("--input", nargs="+", action="extend", type=str, help="Video files, folders of frames or of videos, shards.")
     add("--out", type=str | None, help="Folder of the predictions. Default: predictions in the run's log folder.")
+    add("--merge", nargs="?", const=0.7, type=float | None, help="Give redundant slots (overlap above 0.7) one label.")
     add("--clip_frames", "--clip-frames", type=int | None, help="Most frames at once (64). Only with --input.")
     text = "Weights of the cached features' backbone, where they are not published ones. Only with --input."
     add("--backbone_checkpoint", "--backbone-checkpoint", type=str | None, help=text)

@@ -3,6 +3,7 @@
 import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -15,18 +16,15 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from ssync_pl.data.files import refuse_foreign, write_owned_json
-from ssync_pl.errors import ConfigError, SSyncError, require
-from ssync_pl.hosts.evaluation import frame_validity
+from ssync_pl.errors import ConfigError, require
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity
 from ssync_pl.hosts.training import SlotHost
-from ssync_pl.metrics import SegmentationMetrics, metric_names
-from ssync_pl.plugin.callback import SSyncCallback
-from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics
 from ssync_pl.plugin.schedule import steps_of, training_length
-from ssync_pl.plugin.session import HostSession
 
 # A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
 _EARLIER_STEPS = 8
@@ -35,9 +33,9 @@ _EARLIER_STEPS = 8
 class RunRecorder(L.Callback):
     """Scores the host before and after the training more closely than its validation does, on the whole validation set.
 
-    Writes `evaluation.json` into the run's `log_dir`, its last file: `scores` of the decoder's map and, with `encoder_`
-    before their names, of slot attention's; those of the `untrained` host, where the run starts at step 0; length, time
-    and place of the training. Weights, random states and checkpoints of the run are the same to the bit.
+    Writes `evaluation.json` into the `log_dir`, its last file: `scores` of the decoder's map and, with a prefix of
+    `ssync_pl.metrics.MAPS`, of the other maps; those of the `untrained` host, where the run starts at step 0; length,
+    time and place of the training. Weights, random states and checkpoints of the run are the same to the bit.
     """
 
     def __init__(self) -> None:
@@ -143,12 +141,11 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
         return {}
     limit = trainer.num_val_batches[0]
     data = getattr(trainer, "datamodule", None) or host
-    names = (*metric_names("segmentation"), *metric_names("slots"))
+    names = {of: tuple(name for name, info in METRICS.items() if not of or info.both_maps) for of in MAPS}
     truth = (host.evaluation.has_background, host.evaluation.ignore_overlaps)
     device = trainer.strategy.root_device
-    decoder, encoder = (SegmentationMetrics("", *truth, scores=names).to(device) for _ in range(2))
-    seen = heard = 0
-    with isolate_rng(), torch.no_grad(), _listening(trainer, host) as session:
+    metrics = {of: SegmentationMetrics(of, *truth, scores=names[of]).to(device) for of in MAPS}
+    with isolate_rng(), torch.no_grad(), _evaluating(host):
         torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
         loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
         for raw in islice(loader, int(limit) if math.isfinite(limit) else None):
@@ -158,57 +155,24 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
                 got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
                 raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
             with trainer.precision_plugin.val_step_context():
-                if session is not None:
-                    session.open()
-                masks, _ = host.evaluate(batch)
-            attention = None if session is None else _attention(session, batch, masks)
+                found = Evaluated(*host.evaluate(batch))
             true, valid = batch["segmentations"], frame_validity(batch)
-            decoder.update(masks, true, valid)
-            if attention is not None:
-                encoder.update(attention, true, valid)
-            seen, heard = seen + len(masks), heard + (0 if attention is None else len(masks))
-    scores = {name: float(value) for name, value in decoder.compute().items()} if seen else {}
-    # Of all videos or of none: half a score would be another score. Processes have to agree.
-    if trainer.strategy.reduce_boolean_decision(seen == heard > 0, all=True):
-        scores.update({f"encoder_{name}": float(value) for name, value in encoder.compute().items()})
+            metrics[""].update(found.masks, true, valid)
+            for of, labels in found.labels((true.shape[-2], true.shape[-1])).items():
+                if of:
+                    metrics[of].update(labels, true, valid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metrics without a batch; all processes take part all the same
+        scores = {name: float(value) for one in metrics.values() for name, value in one.compute().items()}
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 @contextmanager
-def _listening(trainer: L.Trainer, host: SlotHost) -> Iterator[HostSession | None]:
-    """Hooks the host in evaluation mode as its SSyncCallback does; None where slot attention's map is not found."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    own = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
-    session = None
-    try:
-        session = HostSession(host) if own is None else HostSession(host, own.adapter, own.grid)
-    except SSyncError as error:
-        rank_zero_warn(f"RunRecorder scores no map of slot attention: {error}")
+def _evaluating(host: SlotHost) -> Iterator[None]:
     training = [part for part in host.modules() if part.training]  # `train()` would wake frozen backbones
     host.eval()
     try:
-        yield session
+        yield
     finally:
-        if session is not None:
-            session.remove()
         for part in training:
             part.training = True
-
-
-def _attention(session: HostSession, batch: Any, masks: Tensor) -> Tensor | None:
-    """Slot attention's map `(B, T, S, h, w)`; None where it is not one per frame, or its slots are in another order."""
-    try:
-        maps = session.collect(batch, SSyncConfig())
-    except SSyncError:  # a finished training must not fail for want of a score
-        return None
-    if maps.grid is None or maps.shape[:3] != masks.shape[:3] or maps.patch_valid is not None:
-        return None
-    found, attention = (
-        (side if given else side.softmax(dim=2)).float().unflatten(-1, maps.grid)
-        for side, given in (
-            (maps.masks, maps.mask_probs is not None),
-            (maps.attention, maps.attention_probs is not None),
-        )
-    )
-    expected = nn.functional.adaptive_avg_pool2d(masks.float().flatten(0, 1), maps.grid).view_as(found)
-    return attention if torch.allclose(found, expected, atol=1e-3) else None

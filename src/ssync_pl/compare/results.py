@@ -14,7 +14,7 @@ import pandas as pd
 from ssync_pl.compare.matrix import RunKey
 from ssync_pl.compare.runs import log_lines
 from ssync_pl.errors import ConfigError
-from ssync_pl.metrics.table import METRICS
+from ssync_pl.metrics.table import MAPS, METRICS
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _WORDS = ("recipe", "device", "torch", "date")
@@ -30,7 +30,7 @@ REFERENCES = {
 COLUMNS = (
     *("slots", "variant", "seed", "step"),
     *METRICS,
-    *(f"encoder_{name}" for name, info in METRICS.items() if info.both_maps),
+    *(f"{of}{name}" for of in MAPS if of for name, info in METRICS.items() if info.both_maps),
     *("wall_seconds", "cpu_seconds", "shared_steps", "merged_slots"),
     *_WORDS,
 )

@@ -10,11 +10,11 @@ import pandas as pd
 from scipy import stats
 
 from ssync_pl.compare.results import REFERENCES
-from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
+from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names
 
 _SHOWN = {
     **METRICS,
-    **{f"encoder_{name}": info for name, info in METRICS.items() if info.both_maps},
+    **{f"{of}{name}": info for of in MAPS if of for name, info in METRICS.items() if info.both_maps},
     "merged_slots": MetricInfo("merged slots", 0, "slots", digits=2),
     "wall_seconds": MetricInfo("wall time, s", -1, "slots", digits=0),
     "cpu_seconds": MetricInfo("CPU time, s", -1, "slots", digits=0),
@@ -23,6 +23,9 @@ SHEETS = {
     "Segmentation": metric_names("segmentation"),
     "Slots: edges, identity, how many are in use": (*metric_names("slots"), "merged_slots"),
     "Slot attention's own map: the teacher at boundaries": tuple(n for n in _SHOWN if n.startswith("encoder_")),
+    "Redundant slots merged after training": tuple(
+        n for n in _SHOWN if n.startswith("merged_") and n != "merged_slots"
+    ),
     "Cost of a run": ("wall_seconds", "cpu_seconds"),
 }
 

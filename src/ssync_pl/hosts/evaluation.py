@@ -1,14 +1,16 @@
 """Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ssync_pl.errors import ConfigError, require_shape
-from ssync_pl.metrics import SegmentationMetrics, metric_names
+from ssync_pl.method import SSyncMaps, redundant_slots, relabel
+from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics, metric_names
 
 
 def frame_validity(batch: Mapping[str, Any]) -> Tensor:
@@ -36,6 +38,36 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.unflatten(0, masks.shape[:2])
 
 
+class Evaluated(NamedTuple):
+    """What a host makes of a batch in an evaluation.
+
+    Args:
+        masks: `(B, T, S, h, w)` object masks of the decoder, which sum to 1 over slots.
+        loss: 0-dim.
+        attention: `(B, T, S, h, w)` logits of slot attention, with the same slots; None where a host has none of these.
+        images: slots keep no identity from frame to frame, so that each frame is merged by itself.
+    """
+
+    masks: Tensor
+    loss: Tensor
+    attention: Tensor | None = None
+    images: bool = False
+
+    def labels(self, size: tuple[int, int], merge_threshold: float = 0.7) -> dict[str, Tensor]:
+        """Labels `(B, T, H, W)` of every map, by the prefix of its scores in `ssync_pl.metrics.MAPS`."""
+        # Upsampled once here instead of once in each metric.
+        found = {"": resize_masks(self.masks.float(), size).max(dim=2).indices}
+        if self.attention is not None:
+            found["encoder_"] = resize_masks(self.attention.float().softmax(dim=2), size).max(dim=2).indices
+            rows, columns = self.attention.shape[-2:]
+            logits = self.attention.flatten(3)
+            logits = logits.flatten(0, 1).unsqueeze(1) if self.images else logits
+            winners = redundant_slots(SSyncMaps(logits, logits, grid=(rows, columns)), merge_threshold)
+            for prefix, labels in list(found.items()):
+                found[f"merged_{prefix}"] = relabel(labels.reshape(len(winners), -1), winners).view_as(labels)
+        return found
+
+
 class SlotEvaluation(nn.Module):
     """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
 
@@ -49,11 +81,15 @@ class SlotEvaluation(nn.Module):
         self.ignore_overlaps = ignore_overlaps
         scores = (*metric_names("segmentation"), "used_slots")
         self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps, scores)
+        shared = [name for name in metric_names("segmentation") if METRICS[name].both_maps]
+        others = {of: SegmentationMetrics(prefix + of, has_background, ignore_overlaps, shared) for of in MAPS if of}
+        self.others = nn.ModuleDict(others)
         self.loss = MeanMetric()
 
     @torch.no_grad()
-    def update(self, masks: Tensor, batch: Mapping[str, Any], loss: Tensor) -> None:
+    def update(self, evaluated: Evaluated, batch: Mapping[str, Any]) -> None:
         """Add a batch."""
+        masks = evaluated.masks
         truth = batch.get("segmentations")
         if truth is None:
             raise ConfigError(f"Expected key `segmentations` in an evaluation batch, but got the keys {sorted(batch)}.")
@@ -61,13 +97,23 @@ class SlotEvaluation(nn.Module):
         require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
         self.metrics.update(masks.nan_to_num(), truth, valid)  # a training that diverged is logged, not ended
-        self.loss.update(loss.detach().float(), valid.sum().float())
+        for of, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items():
+            if of:
+                self.others[of].update(labels, truth, valid)  # type: ignore[operator]
+        self.loss.update(evaluated.loss.detach().float(), valid.sum().float())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name."""
-        return {**self.metrics.compute(), f"{self.prefix}loss": self.loss.compute()}
+        """Return segmentation metrics, `used_slots` and `loss` since the last reset, 0-dim, by prefixed name.
+
+        Scores of the other `MAPS` are there where the host has these.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metrics without a batch; all ranks have to take part all the same
+            found = (pair for metrics in self.others.values() for pair in metrics.compute().items())  # type: ignore
+            others = {name: value for name, value in found if not value.isnan()}
+        return {**self.metrics.compute(), **others, f"{self.prefix}loss": self.loss.compute()}
 
     def reset(self) -> None:
         """Forget everything."""
-        self.metrics.reset()
-        self.loss.reset()
+        for metric in (self.metrics, *self.others.values(), self.loss):
+            metric.reset()  # type: ignore[operator]

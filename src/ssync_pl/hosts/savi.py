@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
-from ssync_pl.hosts.nn.initializers import ConditionedSlots, GaussianSlots, LearnedSlots, first_frame_hints
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
+from ssync_pl.hosts.nn.initializers import ConditionedSlots, build_initializer, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
 from ssync_pl.hosts.nn.slot_attention import SlotAttention
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -43,8 +43,9 @@ class SAVi(SlotHost):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"boxes"`,
-            `"centres"`: from the objects' masks in the first frame, which training batches must hold then.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"features"`:
+            means of groups of alike patches in the first frame; `"boxes"`, `"centres"`: from the objects' masks in the
+            first frame, which training batches must hold then.
         encoder_channels: output channels of each convolution.
         encoder_strides: stride of each convolution.
         encoder_kernel: size of the encoder's kernels, odd.
@@ -87,7 +88,7 @@ class SAVi(SlotHost):
         self,
         num_slots: int = 11,
         slot_dim: int = 128,
-        slot_init: Literal["gaussian", "learned", "boxes", "centres"] = "gaussian",
+        slot_init: Literal["gaussian", "learned", "features", "boxes", "centres"] = "gaussian",
         encoder_channels: tuple[int, ...] = (32, 32, 32, 32),
         encoder_strides: tuple[int, ...] = (1, 1, 1, 1),
         encoder_kernel: int = 5,
@@ -115,7 +116,7 @@ class SAVi(SlotHost):
         has_background: bool = True,
     ) -> None:
         super().__init__(has_background)
-        choose("slot_init", slot_init, "gaussian", "learned", "boxes", "centres")
+        choose("slot_init", slot_init, "gaussian", "learned", "features", "boxes", "centres")
         expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1"
         counts = (num_slots, iterations_first, iterations_later)
         require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
@@ -130,7 +131,7 @@ class SAVi(SlotHost):
         if slot_init in hint_dims:
             self.initializer = ConditionedSlots(num_slots, slot_dim, hint_dims[slot_init])
         else:
-            self.initializer = (GaussianSlots if slot_init == "gaussian" else LearnedSlots)(num_slots, slot_dim)
+            self.initializer = build_initializer(slot_init, num_slots, slot_dim, feature_dim)
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
@@ -146,7 +147,7 @@ class SAVi(SlotHost):
         require_shape(video.ndim == 5, "argument `video` to be (B, T, 3, H, W)", video)
         features, grid = self.encoder(video.flatten(0, 1))
         features = features.unflatten(0, video.shape[:2])
-        state = self._first_slots(video.shape[0], conditioning)
+        state = self._first_slots(features[:, 0], conditioning)
         slots, logits = [], []
         for frame in range(video.shape[1]):
             first = frame == 0
@@ -159,12 +160,12 @@ class SAVi(SlotHost):
         decoded: DecoderOutput = self.decoder(all_slots)
         return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
 
-    def _first_slots(self, batch_size: int, conditioning: Tensor | None) -> Tensor:
+    def _first_slots(self, features: Tensor, conditioning: Tensor | None) -> Tensor:
         wanted, given = isinstance(self.initializer, ConditionedSlots), conditioning is not None
         words = {True: "a tensor", False: "None"}
         expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
         require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
-        return torch.as_tensor(self.initializer(batch_size if conditioning is None else conditioning))
+        return torch.as_tensor(self.initializer(features if conditioning is None else conditioning))
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
         """Run a batch; returns the output and the mean squared error over the frames that count."""
@@ -198,7 +199,7 @@ class SAVi(SlotHost):
         out: SAViOutput = self(batch["video"], self._conditioning(batch))
         return out.mask_logits.softmax(dim=2)
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""
         out, loss = self._step(batch)
-        return out.mask_logits.softmax(dim=2), loss
+        return Evaluated(out.mask_logits.softmax(dim=2), loss, out.attention_logits.unflatten(-1, out.attention_grid))

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ssync_pl.errors import ShapeError, choose, require
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.linking import Linking, link_slots, relabel_slots
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.binders import RelativeSlotAttention, SlotPose, TemporalBinder, attention_pose, frame_windows
@@ -70,7 +70,7 @@ class SOLV(SlotHost):
     Args:
         num_slots: number S of slots before merging.
         slot_dim: size D of a slot.
-        backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
+        backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
         backbone_weights: `pretrained`, or `none` for random ones.
         backbone_checkpoint: file of weights instead.
@@ -101,6 +101,8 @@ class SOLV(SlotHost):
         halvings: how often `"exponential"` halves the rate over the training.
         has_background: channel 0 of `segmentations` is the background; the data module's own answer comes first.
         memory_efficient: the decoder computes activations again in the backward pass: same result, less memory.
+        slot_init: first slots. `"learned"`: one vector and place per slot; `"features"`: groups of alike patches in the
+            clip's first frame, in evaluation the video's.
 
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
@@ -148,6 +150,7 @@ class SOLV(SlotHost):
         halvings: float = 3.0,
         has_background: bool = True,
         memory_efficient: bool = True,
+        slot_init: Literal["learned", "features"] = "learned",
     ) -> None:
         super().__init__(has_background)
         require(0.0 <= edge_probability <= 1.0, "argument `edge_probability` to be in [0, 1]", edge_probability)
@@ -175,7 +178,7 @@ class SOLV(SlotHost):
         )
         channels = self.encoder.output_dim
         self.spatial_binder = RelativeSlotAttention(
-            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness
+            grid, num_slots, slot_dim, channels, iterations, dropout, corrector_init, corrector_sharpness, slot_init
         )
         self.temporal_binder = TemporalBinder(slot_dim, clip_length, temporal_blocks, temporal_heads, dropout)
         self.merger = SlotMerger(merge_threshold, merge_min_slots)
@@ -207,11 +210,12 @@ class SOLV(SlotHost):
 
     def _bind(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Features, and slots, logits, attention and places of each frame by itself."""
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
         for piece in inputs.split(self._frames_at_a_time(inputs), dim=1):
             features = self.encoder(piece.flatten(0, 1))["backbone_features"].unflatten(0, piece.shape[:2])
             tokens, indices = self._drop_tokens(features)
-            parts.append((features, *self.spatial_binder(tokens, indices), indices))
+            first = parts[0][0] if parts else features
+            parts.append((features, *self.spatial_binder(tokens, indices, first[:, 0]), indices))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
     def _drop_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,11 +259,11 @@ class SOLV(SlotHost):
         """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
         return self._linked(self(inputs_of(batch), frame_validity(batch)))
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose every frame of a batch that holds `features` or `video`, and compare its reconstruction."""
         valid = frame_validity(batch)
         out: SOLVOutput = self(inputs_of(batch), valid)
-        return self._linked(out), _error(out, valid)
+        return Evaluated(self._linked(out), _error(out, valid))  # linked slots are not those of slot attention
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with warm-up and decay over the Trainer's steps."""

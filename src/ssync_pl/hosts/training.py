@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssync_pl.errors import ConfigError, choose, require
-from ssync_pl.hosts.evaluation import SlotEvaluation, resize_masks
+from ssync_pl.hosts.evaluation import Evaluated, SlotEvaluation, resize_masks
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 
 Decay = Literal["cosine", "exponential", "constant"]
@@ -34,7 +34,7 @@ class SlotHost(L.LightningModule, ABC):
         """Decompose a batch."""
 
     @abstractmethod
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and say how well it is explained."""
 
     def setup(self, stage: str) -> None:
@@ -54,8 +54,7 @@ class SlotHost(L.LightningModule, ABC):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch of the data module, with `segmentations`, to the metrics."""
-        masks, loss = self.evaluate(batch)
-        self.evaluation.update(masks, batch, loss)
+        self.evaluation.update(Evaluated(*self.evaluate(batch)), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and start afresh."""

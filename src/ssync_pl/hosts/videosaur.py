@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, choose, require, require_shape
-from ssync_pl.hosts.evaluation import frame_validity, mean_over_frames
+from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
-from ssync_pl.hosts.nn.decoders import MLPDecoder, SlotMixerDecoder
+from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
-from ssync_pl.hosts.nn.initializers import GaussianSlots, LearnedSlots
+from ssync_pl.hosts.nn.initializers import build_initializer
 from ssync_pl.hosts.nn.layers import init_fan_in_
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
@@ -60,9 +60,10 @@ class FeatureHost(SlotHost):
     Args:
         num_slots: number S of slots.
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot.
+        slot_init: first slots of a clip. `"gaussian"`: drawn at random; `"learned"`: one vector per slot; `"features"`:
+            means of groups of alike patches in the first frame (farthest points, then k-means), without randomness.
         slot_init_std: their spread at the start of the training; None for `slot_dim ** -0.5`, as published.
-        backbone: `efficientnet_lite0` or a model of timm; None where batches hold `features`.
+        backbone: `efficientnet_lite0`, `dinov2_small` or a model of timm; None where batches hold `features`.
         layer: layer of the features, as in `load_backbone`; None takes the backbone's default.
         similarity_layer: layer that the similarity loss compares, as `vit_block_keys12`; None takes `layer`.
         backbone_weights: `pretrained`, or `none` for random ones.
@@ -74,6 +75,8 @@ class FeatureHost(SlotHost):
         encoder_hidden: hidden size of the MLP in front of slot attention; None for twice the channels, 0 for no MLP.
         encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Set 0.5 with
             convolutional backbones, whose features do not say where a patch lies.
+        fourier_bands: 0: that embedding is linear in row and column, as published; above: of waves with up to this many
+            half periods along the longer side. `decoder: fourier` needs some; 6 fits 16 x 28 patches.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
@@ -84,7 +87,8 @@ class FeatureHost(SlotHost):
         predictor_blocks: transformer blocks between frames; 0 carries slots over unchanged.
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP; None for `4 * slot_dim`.
-        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less.
+        decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less;
+            `"fourier"` draws masks from waves and gives a slot one feature: masks follow slot attention within minutes.
         decoder_hidden: sizes of the decoder's hidden layers.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
@@ -118,7 +122,7 @@ class FeatureHost(SlotHost):
         self,
         num_slots: int = 11,
         slot_dim: int = 128,
-        slot_init: Literal["gaussian", "learned"] = "gaussian",
+        slot_init: Literal["gaussian", "learned", "features"] = "gaussian",
         slot_init_std: float | None = None,
         backbone: str | None = "efficientnet_lite0",
         layer: str | None = None,
@@ -131,6 +135,7 @@ class FeatureHost(SlotHost):
         grid: tuple[int, int] = (14, 14),
         encoder_hidden: int | None = None,
         encoder_position: float = 0.0,
+        fourier_bands: int = 0,
         iterations_first: int = 3,
         iterations_later: int = 2,
         corrector_mlp_hidden: int | None = 0,
@@ -140,7 +145,7 @@ class FeatureHost(SlotHost):
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mixer",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mixer",
         decoder_hidden: tuple[int, ...] = (1024, 1024, 1024),
         mixer_blocks: int = 2,
         mixer_heads: int = 4,
@@ -169,8 +174,8 @@ class FeatureHost(SlotHost):
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
         require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
-        choose("slot_init", slot_init, "gaussian", "learned")
-        choose("decoder", decoder, "mlp", "mixer")
+        choose("slot_init", slot_init, "gaussian", "learned", "features")
+        choose("decoder", decoder, "mlp", "mixer", "fourier")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
         self.reconstruction_weight = reconstruction_weight
@@ -195,6 +200,7 @@ class FeatureHost(SlotHost):
             slot_dim=slot_dim,
             hidden=encoder_hidden,
             position=encoder_position,
+            bands=fourier_bands,
         )
         self.grid = encoder.grid
         patches = math.prod(encoder.grid)
@@ -202,14 +208,16 @@ class FeatureHost(SlotHost):
         predictor = None
         if predictor_blocks > 0:
             predictor = SlotTransformer(slot_dim, predictor_blocks, predictor_heads, predictor_mlp_hidden)
-        first_slots = GaussianSlots if slot_init == "gaussian" else LearnedSlots
         spread = slot_dim**-0.5 if slot_init_std is None else slot_init_std
-        self.initializer: nn.Module = first_slots(num_slots, slot_dim, spread)
+        require(spread > 0, "argument `slot_init_std` to be above 0", spread, advice="Leave it out.")
+        self.initializer = build_initializer(slot_init, num_slots, slot_dim, encoder.output_dim, spread)
         corrector = SlotCorrector(encoder.output_dim, slot_dim, iterations_later, corrector_mlp_hidden, corrector_eps)
         processor = SlotProcessor(corrector, predictor, iterations_first)
         patch_decoder: nn.Module
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
+        elif decoder == "fourier":
+            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands)
         else:
             patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         if corrector_init == "kmeans":
@@ -234,7 +242,9 @@ class FeatureHost(SlotHost):
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)
-        processed = self.processor(self.initializer(len(items)), encoded["features"])
+        seen = (encoded["features"], encoded["backbone_features"])
+        first = self.initializer(*(frames[:, 0] if self.is_video else frames for frames in seen))
+        processed = self.processor(first, encoded["features"])
         decoded = self.decoder(processed["slots"])
         if not self.is_video:
             encoded, processed, decoded = (
@@ -296,10 +306,11 @@ class FeatureHost(SlotHost):
         output: FeatureHostOutput = self(inputs_of(batch))
         return output.mask_logits.softmax(dim=2)
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
         output, _, loss = self._step(batch)
-        return output.mask_logits.softmax(dim=2), loss
+        attention = output.attention_logits.unflatten(-1, self.grid)
+        return Evaluated(output.mask_logits.softmax(dim=2), loss, attention, images=not self.is_video)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with linear warm-up and exponential decay."""
@@ -336,9 +347,9 @@ class SlotContrast(FeatureHost):
 
     Args:
         slot_dim: size D of a slot.
-        slot_init: first slots of a clip: `"learned"` or `"gaussian"`.
+        slot_init: first slots of a clip: `"learned"`, `"gaussian"` or `"features"`.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
-        decoder: `"mlp"` or `"mixer"`.
+        decoder: `"mlp"`, `"mixer"` or `"fourier"`.
         similarity_weight: weight of VideoSAUR's similarity loss.
         contrast_weight: weight of the slot-slot contrastive loss.
         **options: all other options of `FeatureHost`.
@@ -347,9 +358,9 @@ class SlotContrast(FeatureHost):
     def __init__(
         self,
         slot_dim: int = 64,
-        slot_init: Literal["gaussian", "learned"] = "learned",
+        slot_init: Literal["gaussian", "learned", "features"] = "learned",
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
         similarity_weight: float = 0.0,
         contrast_weight: float = 0.5,
         **options: Any,
@@ -393,7 +404,7 @@ class DINOSAUR(FeatureHost):
         slot_dim: int = 256,
         iterations: int = 3,
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
         decoder_hidden: tuple[int, ...] = (2048, 2048, 2048),
         warmup_steps: int = 10_000,
         decay_steps: int | None = 100_000,

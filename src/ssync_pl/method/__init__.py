@@ -3,7 +3,7 @@
 from ssync_pl.method.labels import hard_labels, slot_probabilities
 from ssync_pl.method.loss import BackendChoice, SSyncOutput, brier_per_patch, describe_backend, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.merging import MergeResult, merge_slots, slot_coverage
+from ssync_pl.method.merging import MergeResult, merge_slots, redundant_slots, relabel, slot_coverage
 from ssync_pl.method.regions import boundary_region, count_differing_neighbours, interior_region
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "hard_labels",
     "interior_region",
     "merge_slots",
+    "redundant_slots",
+    "relabel",
     "slot_coverage",
     "slot_probabilities",
     "ssync_loss",

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_pl.method.labels import compute_dtype
+from ssync_pl.method.labels import compute_dtype, hard_labels, slot_areas, slot_logits
+from ssync_pl.method.maps import SSyncMaps
 
 # The reference adds this to each area, so that two slots that cover nothing have an overlap of 0, not 0 / 0.
 _AREA_EPSILON = 1e-6
@@ -56,6 +57,30 @@ def merge_slots(
     return MergeResult(winners, (winners != slots).sum(dim=1), iou)
 
 
+def redundant_slots(maps: SSyncMaps, merge_threshold: float = 0.7) -> Tensor:
+    """Finds the slot whose label each slot takes, in the maps of any host; for use after training, or without one.
+
+    Args:
+        maps: The host's maps of whole clips; those of slot attention decide.
+        merge_threshold: Overlap above which two slots are redundant, in [0, 1], strict.
+
+    Returns:
+        ``(B, S)`` int64; ``relabel(labels, winners)`` merges labels ``(B, T, ...)`` of either map.
+
+    Example:
+        >>> logits = torch.tensor([[[[2.0, 2.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]]])
+        >>> winners = redundant_slots(SSyncMaps(logits, logits, grid=(2, 2)))
+        >>> relabel(torch.tensor([[[0, 1, 1, 2]]]), winners)
+        tensor([[[0, 0, 0, 2]]])
+
+    Source: SSync (arXiv 2606.15527), transitive pseudo-label merging, applied to predictions.
+    """
+    own = slot_logits(maps.attention_logits, maps.attention_probs, 1.0, maps.slot_valid, maps.patch_valid)
+    areas = slot_areas(hard_labels(own.to(compute_dtype(own.dtype))), maps.shape[2], maps.patch_valid)
+    logits = own.log_softmax(2) if maps.attention_logits is None else maps.attention_logits
+    return merge_slots(logits, areas, merge_threshold, maps.slot_valid, maps.patch_valid).winners
+
+
 def slot_coverage(logits: Tensor, slot_valid: Tensor | None = None, patch_valid: Tensor | None = None) -> Tensor:
     """Marks the patches where a slot's logit is above that slot's mean over the whole clip.
 
@@ -97,5 +122,5 @@ def _connected(adjacency: Tensor) -> Tensor:
 
 
 def relabel(labels: Tensor, winners: Tensor) -> Tensor:
-    """Replaces each label (B, T, N) by its winner (B, S)."""
+    """Replaces each label (B, T, ...) by its winner (B, S)."""
     return winners.gather(1, labels.flatten(1)).view_as(labels)

@@ -15,9 +15,10 @@ from ssync_pl.metrics.classes import (
     VideoMBO,
     VideoMIoU,
 )
-from ssync_pl.metrics.table import METRICS, MetricInfo, metric_names
+from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names
 
 __all__ = [
+    "MAPS",
     "METRICS",
     "BoundaryF",
     "ImageARI",

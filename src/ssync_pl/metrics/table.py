@@ -61,7 +61,7 @@ class MetricInfo:
         score: values per video `(B,)` or frame `(B, T)`, NaN where an item does not count; None where a metric is not
             a mean over items.
         shown: "headline" (sentences, curves and tables), "table" (all tables) or "report" (reports and files).
-        both_maps: also reported for slot attention's map, under the name with `encoder_` before it.
+        both_maps: also reported for the other maps, under the name with a prefix of `MAPS` before it.
         digits: digits behind the point.
     """
 
@@ -98,6 +98,16 @@ METRICS: dict[str, MetricInfo] = {
     "used_slots": MetricInfo("used slots", 0, "slots", lambda batch: batch.used(), "table", digits=2),
 }
 """Every metric by the name that logs, files and columns use, in the order of tables; logs put `val/` before it."""
+
+
+MAPS: dict[str, str] = {
+    "": "this run",
+    "encoder_": "slot attention's map",
+    "merged_": "merged",
+    "merged_encoder_": "slot attention's, merged",
+}
+"""Names of the scored maps by the prefix of their scores: the decoder's, slot attention's, and these with redundant
+slots merged."""
 
 
 def metric_names(group: Group | None = None, *shown: Shown) -> tuple[str, ...]:

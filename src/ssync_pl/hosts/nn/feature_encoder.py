@@ -34,6 +34,7 @@ class FeatureEncoder(nn.Module):
         slot_dim: int,
         hidden: int | None = None,
         position: float = 0.0,
+        bands: int = 0,
     ) -> None:
         super().__init__()
         network: FrozenBackbone | None = None
@@ -71,7 +72,7 @@ class FeatureEncoder(nn.Module):
         self.frame_std: Sequence[float] | None = None
         self.backbone, self.renormalize = network, renormalize
         self.output_transform = MLP(feature_dim, [hidden], slot_dim, layer_norm=True) if hidden else None
-        self.position = PatchPosition(self.grid, hidden, position) if position else None
+        self.position = PatchPosition(self.grid, hidden, position, bands) if position else None
 
     def take_normalization(self, data: object) -> None:
         """Take over how a data module normalises frames (`mean` and `std`), if it says so."""

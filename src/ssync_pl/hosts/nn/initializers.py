@@ -1,4 +1,4 @@
-"""Initial slots of a clip: random, learned, or from hints about the first frame."""
+"""Initial slots of a clip: random, learned, from the first frame's features, or from hints about it."""
 
 import math
 from typing import Literal
@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import require, require_shape
+from ssync_pl.errors import require_shape
+from ssync_pl.method.labels import compute_dtype
 
 
 class GaussianSlots(nn.Module):
@@ -14,14 +15,13 @@ class GaussianSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.num_slots = num_slots
         self.mean = nn.Parameter(torch.zeros(1, 1, slot_dim))
         self.log_std = nn.Parameter(torch.full((1, 1, slot_dim), math.log(initial_std)))
 
-    def forward(self, batch_size: int) -> Tensor:
-        """Draw slots `(B, S, D)` for a number of clips."""
-        mean = self.mean.expand(batch_size, self.num_slots, -1)
+    def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Draw slots `(B, S, D)` for as many clips as `features` has."""
+        mean = self.mean.expand(len(features), self.num_slots, -1)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
 
@@ -30,12 +30,61 @@ class LearnedSlots(nn.Module):
 
     def __init__(self, num_slots: int, slot_dim: int, initial_std: float = 1.0) -> None:
         super().__init__()
-        require(initial_std > 0, "the initial spread of the slots to be above 0", initial_std, advice="Use 1.")
         self.slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * initial_std)
 
-    def forward(self, batch_size: int) -> Tensor:
-        """Repeat the slots, to `(B, S, D)`, for a number of clips."""
-        return self.slots.expand(batch_size, -1, -1)
+    def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Repeat the slots, to `(B, S, D)`, for as many clips as `features` has."""
+        return self.slots.expand(len(features), -1, -1)
+
+
+class FeatureSlots(nn.Module):
+    """Means of the features of alike patches in the first frame, turned into slots by a linear map."""
+
+    def __init__(self, num_slots: int, slot_dim: int, feature_dim: int) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.to_slots = nn.Linear(feature_dim, slot_dim, bias=False)
+        if feature_dim == slot_dim:  # slots start out where patches lie
+            nn.init.eye_(self.to_slots.weight)
+
+    def forward(self, features: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Turn features `(B, N, C)` into slots `(B, S, D)`; patches are alike in `looks` `(B, N, K)`, if given."""
+        groups = group_patches(features if looks is None else looks, self.num_slots)
+        return torch.as_tensor(self.to_slots(groups.to(features.dtype) @ features))
+
+
+@torch.no_grad()
+def group_patches(features: Tensor, num_groups: int, rounds: int = 3) -> Tensor:
+    """Group the patches of frames `(B, N, C)` by k-means from the farthest points, without random numbers.
+
+    The first centre is the patch farthest from the mean, each further one the patch farthest from all before it.
+    Returns weights `(B, S, N)`, equal within a group, that sum to 1 over the patches; 0 where fewer patches differ.
+    """
+    require_shape(features.shape[1] >= num_groups, f"a frame of at least {num_groups} patches (`num_slots`)", features)
+    with torch.autocast(features.device.type, enabled=False):
+        points = features.detach().to(compute_dtype(features.dtype))
+        distance = (points - points.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+        chosen: list[Tensor] = []
+        for number in range(num_groups):
+            chosen.append(distance.argmax(dim=1))
+            centre = points.gather(1, chosen[-1].view(-1, 1, 1).expand(-1, 1, points.shape[-1]))
+            near = (points - centre).square().sum(dim=-1)
+            distance = near if number == 0 else torch.minimum(distance, near)
+        patches = torch.arange(points.shape[1], device=points.device)
+        weights = (torch.stack(chosen, dim=1).unsqueeze(-1) == patches).to(points.dtype)
+        numbers = torch.arange(num_groups, device=points.device).view(1, -1, 1)
+        for _ in range(rounds + 1):
+            nearest = torch.cdist(weights @ points, points).argmin(dim=1, keepdim=True)
+            members = (nearest == numbers).to(points.dtype)
+            weights = members / members.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    return weights
+
+
+def build_initializer(kind: str, num_slots: int, slot_dim: int, feature_dim: int, spread: float = 1.0) -> nn.Module:
+    """Build what gives a clip its first slots without hints: `gaussian`, `learned` or `features`."""
+    if kind == "features":
+        return FeatureSlots(num_slots, slot_dim, feature_dim)
+    return (GaussianSlots if kind == "gaussian" else LearnedSlots)(num_slots, slot_dim, spread)
 
 
 class ConditionedSlots(nn.Module):

@@ -73,22 +73,42 @@ class SoftPositionEmbedding(nn.Module):
 
 
 class PatchPosition(nn.Module):
-    """A learned linear map of where each patch lies, without bias; it starts with variance `scale ** 2` per channel."""
+    """A learned linear map of where each patch lies, without bias; it starts with variance `scale ** 2` per channel.
+
+    With `bands`, it maps a Fourier code of the place: the mean of a slot's patches then tells their shape.
+    """
 
     coordinates: Tensor
 
-    def __init__(self, grid: tuple[int, int], dim: int, scale: float = 1.0) -> None:
+    def __init__(self, grid: tuple[int, int], dim: int, scale: float = 1.0, bands: int = 0) -> None:
         super().__init__()
-        axes = [torch.linspace(-1.0, 1.0, size) for size in grid]
         # Times sqrt(3), rows and columns have about variance 1.
-        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * math.sqrt(3.0)
+        coordinates = fourier_code(grid, bands) if bands else unit_grid(grid) * math.sqrt(3.0)
         self.scale = scale
-        self.weight = nn.Parameter(torch.randn(dim, 2) * 2**-0.5)
+        self.weight = nn.Parameter(torch.randn(dim, coordinates.shape[1]) * coordinates.shape[1] ** -0.5)
         self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self) -> Tensor:
         """Embed the places of the patches, row by row, to `(N, dim)`."""
         return self.scale * nn.functional.linear(self.coordinates, self.weight)
+
+
+def unit_grid(grid: tuple[int, int]) -> Tensor:
+    """Row and column of each cell `(h * w, 2)`, row by row, each from -1 to 1."""
+    return torch.cartesian_prod(*(torch.linspace(-1.0, 1.0, size) for size in grid))
+
+
+def fourier_code(grid: tuple[int, int], bands: int) -> Tensor:
+    """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1.
+
+    The shortest has `bands / 2` periods along the longer side; waves of all directions are there.
+    """
+    require(bands >= 1, "argument `fourier_bands` to be at least 1", bands, advice="Use 6.")
+    axes = [(torch.arange(size) + 0.5) / max(grid) for size in grid]
+    half = torch.cartesian_prod(torch.arange(bands + 1), torch.arange(-bands, bands + 1))
+    waves = half[(half.square().sum(1) <= bands**2) & ((half[:, 0] > 0) | (half[:, 1] > 0))]
+    phases = math.pi * torch.cartesian_prod(*axes) @ waves.float().mT
+    return math.sqrt(2.0) * torch.cat([phases.cos(), phases.sin()], dim=-1)
 
 
 @torch.no_grad()

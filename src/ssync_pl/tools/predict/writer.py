@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,13 +25,26 @@ from torch import Tensor
 
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.errors import ShapeError, require, require_shape
-from ssync_pl.tools.predict.windows import OUTSIDE, WINDOW_KEY, CarrySlots, Window, match_slots, restore_labels
+from ssync_pl.method import hard_labels, redundant_slots
+from ssync_pl.plugin.callback import SSyncCallback
+from ssync_pl.plugin.config import SSyncConfig
+from ssync_pl.plugin.session import HostSession
+from ssync_pl.tools.predict.windows import (
+    OUTSIDE,
+    WINDOW_KEY,
+    CarrySlots,
+    Window,
+    match_slots,
+    restore_labels,
+    share_labels,
+)
 from ssync_pl.tools.viz import overlay_labels, slot_colors, to_uint8
 
 _INDEX = "index.json"
 _FORMAT = "ssync_pl.predictions"
 _ENDINGS = (".mp4", ".labels.npz", ".tracks.csv", "_labels")  # of a video's files; the last one is a folder of pictures
 _HIDDEN = ".ssync_pl-"  # how folders of videos that are not whole yet begin
+_SAME_LABELS = 0.8  # share of the patches at which labels and maps agree if they number slots alike
 _SIDE = 480  # longer side of a frame in the MP4, in pixels
 
 
@@ -43,13 +57,21 @@ class SlotPredictions(L.Callback):
     slot in each frame), and one line of `index.json`. Repeats that only fill a batch (`batch_padding_mask`) and padded
     frames (`frame_mask`) are left out. Of several processes, each writes its own videos to `rank<number>`.
 
+    With `merge`, redundant slots share a label, as pseudo-labels of SSync do: slot attention's map is taken from the
+    prediction by the adapter of the run's `SSyncCallback`, or the host is recognised. The host needs no training for
+    that. Slots that were joined once stay so until the end of the video.
+
     Args:
         out: A folder that is new, empty, or one of earlier predictions, of which videos of the same name are replaced;
             one that holds anything else is refused before the prediction begins. None: `predictions` in the log folder.
+        merge: Overlap above which slots are redundant, in [0, 1], as `merge_threshold` of SSync; None merges nothing.
     """
 
-    def __init__(self, out: str | None = None) -> None:
+    def __init__(self, out: str | None = None, merge: float | None = None) -> None:
         super().__init__()
+        require(merge is None or 0 <= merge <= 1, "argument `merge` to be an overlap in [0, 1]", merge)
+        self.merge = merge
+        self._session: HostSession | None = None
         self.out, self.folder = out, Path(out or "predictions")
         self.written: list[dict[str, Any]] = []
         self._earlier: list[dict[str, Any]] = []
@@ -71,6 +93,11 @@ class SlotPredictions(L.Callback):
         self._open, self._hidden = None, Path(self._held.enter_context(hidden))
         self._carry = CarrySlots(pl_module)
         self._held.callback(self._carry.close)
+        if self.merge is not None:
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            own = next((one for one in callbacks if isinstance(one, SSyncCallback)), None)
+            self._session = HostSession(pl_module) if own is None else HostSession(pl_module, own.adapter, own.grid)
+            self._held.callback(self._session.remove)
         if not mp4_available():
             rank_zero_warn("SlotPredictions writes no MP4: PyAV is missing. Run `pip install av`.")
 
@@ -78,6 +105,8 @@ class SlotPredictions(L.Callback):
         """Hands the slots of a window to the next one of the same video."""
         window = step[0].get(WINDOW_KEY) if isinstance(step[0], Mapping) else None
         self._carry.next_window(window is not None and window.start > 0)
+        if self._session is not None:
+            self._session.open()
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         """Writes the videos of a batch."""
@@ -86,9 +115,11 @@ class SlotPredictions(L.Callback):
         fits = isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] == 3
         require_shape(fits, "batch key `video` to be (B, T, 3, H, W)", () if video is None else video)
         labels, masks = _read(outputs, tuple(batch["video"].shape[:2]))
+        winners = None if self._session is None else self._redundant(self._session, batch, labels)
         whole = [(0, slice(None), batch[WINDOW_KEY])] if WINDOW_KEY in batch else None
         for row, frames, window in whole or self._rows(batch, getattr(trainer, "datamodule", None)):
-            self._add(window, labels[row][frames], None if masks is None else masks[row][frames])
+            one = None if winners is None else winners[row].numpy()
+            self._add(window, labels[row][frames], None if masks is None else masks[row][frames], one)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the index, which is there already unless no video was whole."""
@@ -100,6 +131,21 @@ class SlotPredictions(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leaves the host as it was, and no half files."""
         self._held.close()
+
+    def _redundant(self, session: HostSession, batch: Any, labels: Tensor) -> Tensor:
+        """Winners (B, S) of slots whose numbers are those of the labels; refuses hosts that number them anew."""
+        maps = session.collect(batch, SSyncConfig())
+        seen = hard_labels(maps.masks)
+        grid: Any = maps.grid
+        given = F.interpolate(labels.float(), size=grid, mode="nearest-exact").flatten(2).to(seen.device)
+        same = maps.shape[:2] == labels.shape[:2] and float((given == seen).float().mean()) > _SAME_LABELS
+        advice = "Predict without `merge`."
+        name = type(session.host).__name__
+        require(same, f"labels of {name} to number slots as its maps do for `merge`", "others", advice=advice)
+        assert self.merge is not None
+        winners = redundant_slots(maps, self.merge).cpu()
+        session.close()
+        return winners
 
     def _rows(self, batch: Any, data: Any) -> Iterator[tuple[int, Any, Window]]:
         """Gives each video of a batch as one window, and which of its frames are no padding."""
@@ -113,7 +159,7 @@ class SlotPredictions(L.Callback):
                 region = (slice(0, frames.shape[1]), slice(0, frames.shape[2]))
                 yield row, keep, Window(0, frames, True, key, region=region)
 
-    def _add(self, window: Window, labels: Tensor, masks: Tensor | None) -> None:
+    def _add(self, window: Window, labels: Tensor, masks: Tensor | None, winners: NDArray[Any] | None) -> None:
         frames = window.frames
         if window.start == 0:
             rate = max(1, round(window.rate or 6))
@@ -126,11 +172,14 @@ class SlotPredictions(L.Callback):
         shown = restore_labels(masks if masks is not None and smooth else labels, frames.shape[1:3], window.region)
         used = int(np.max(shown, where=shown < OUTSIDE, initial=0)) + 1
         slots = max(files.slots, used if masks is None else max(used, masks.shape[1]))
+        tracked = np.arange(OUTSIDE + 1, dtype=np.uint8)
         if window.start:  # its first frame is the last one of the window before
-            table = np.arange(OUTSIDE + 1, dtype=np.uint8)
-            table[:slots] = match_slots(files.last, shown[0], slots)
-            frames, shown = frames[1:], table[shown][1:]
-        files.add(frames, shown, slots)
+            tracked[:slots] = match_slots(files.last, shown[0], slots)
+            frames, shown = frames[1:], tracked[shown][1:]
+        if winners is not None:
+            found, winners = winners, np.arange(slots)
+            winners[tracked[: len(found)]] = tracked[found]
+        files.add(frames, shown, slots, winners)
         if window.last:
             line = {"key": window.key, "name": files.name, "source": window.source, "windows": files.windows}
             self.written.append(line | files.finish())
@@ -193,17 +242,25 @@ class VideoFiles:
 
     def __init__(self, folder: Path, hidden: Path, name: str, fps: int) -> None:
         self.folder, self.name, self.slots, self.windows = folder, name, 0, 0
-        self.last = np.zeros((0, 0), np.uint8)  # labels of the last frame
+        self.last = np.zeros((0, 0), np.uint8)  # labels of the last frame, before slots are merged
+        self._table = np.arange(OUTSIDE + 1, dtype=np.uint8)  # label of each slot
+        self._sizes = np.zeros(OUTSIDE + 1, np.int64)  # pixels of each label
         self._hidden, self._raw, self._frames = hidden, hidden / "labels.raw", 0
         self._used = np.zeros(OUTSIDE + 1, bool)
         self._fps, self._mp4 = fps, io.BytesIO()
         self._container: Any = None
 
-    def add(self, frames: NDArray[np.uint8], labels: NDArray[np.uint8], num_slots: int) -> None:
-        """Takes frames (T, H, W, 3) and labels (T, H, W) of them, of which 255 is no slot."""
+    def add(self, frames: NDArray[Any], labels: NDArray[np.uint8], num_slots: int, winners: Any = None) -> None:
+        """Takes frames (T, H, W, 3), labels (T, H, W) of them, of which 255 is no slot, and whose label slots take."""
+        self.last = labels[-1].copy()
+        if winners is not None:
+            sizes = self._sizes if self.windows else np.bincount(labels.ravel(), minlength=OUTSIDE + 1)
+            self._table = share_labels(self._table, winners, sizes)
+            labels = self._table[labels]
+            self._sizes += np.bincount(labels.ravel(), minlength=OUTSIDE + 1)
         with open(self._raw, "ab" if self.windows else "wb") as stream:  # long videos do not fit into memory
             stream.write(np.ascontiguousarray(labels).data)
-        self.slots, self.windows, self.last = max(self.slots, num_slots), self.windows + 1, labels[-1].copy()
+        self.slots, self.windows = max(self.slots, num_slots), self.windows + 1
         self._frames += len(labels)
         self._used[np.unique(labels)] = True
         if not mp4_available():
@@ -242,7 +299,9 @@ class VideoFiles:
             shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
         files = sorted(self._hidden.iterdir())
         sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
-        told = {"frames": self._frames, "slots_used": int(self._used[: self.slots].sum()), "bytes": sizes}
+        merged = int((self._table != np.arange(OUTSIDE + 1)).sum())
+        used = int(self._used[: self.slots].sum())
+        told = {"frames": self._frames, "slots_used": used, "slots_merged": merged, "bytes": sizes}
         return told | {"files": [path.name for path in files]}
 
     def show(self) -> None:
