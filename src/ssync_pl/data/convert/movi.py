@@ -53,7 +53,7 @@ def _list_records(root: Path, data: str, split: str, files: Sequence[Path]) -> l
     odd = sorted(names ^ {f"{number:05d}-of-{total}" for number in range(int(total))})
     got = f"{', '.join(odd[:5])} missing or too much"
     require_shard(not odd, f"{int(total)} files {name}.tfrecord-…-of-{total}", got, advice="Download them again.")
-    found = []
+    found: list[tuple[str, int]] = []
     for number, path in enumerate(files):
         size, offset, before = path.stat().st_size, 0, len(found)
         with path.open("rb") as stream:
