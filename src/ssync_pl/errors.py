@@ -1,5 +1,6 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
+import importlib.util
 from typing import Any
 
 
@@ -46,6 +47,13 @@ def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:
     if not ok:
         found = " and ".join(str(tuple(getattr(x, "shape", x))) for x in got)
         raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Raises `ConfigError` unless the packages of an extra are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
+    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
 
 
 def choose(argument: str, value: object, *choices: str) -> None:

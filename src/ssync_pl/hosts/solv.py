@@ -255,12 +255,8 @@ class SOLV(SlotHost):
         self.log("train/slots", out.slot_valid.sum(-1).float().mean(), batch_size=len(valid))
         return loss
 
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
-        return self._linked(self(inputs_of(batch), frame_validity(batch)))
-
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
-        """Decompose every frame of a batch that holds `features` or `video`, and compare its reconstruction."""
+        """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
         valid = frame_validity(batch)
         out: SOLVOutput = self(inputs_of(batch), valid)
         return Evaluated(self._linked(out), _error(out, valid))  # linked slots are not those of slot attention

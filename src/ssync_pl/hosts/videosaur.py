@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, choose, require, require_shape
+from ssync_pl.errors import choose, require, require_shape
 from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
@@ -178,14 +178,10 @@ class FeatureHost(SlotHost):
         choose("decoder", decoder, "mlp", "mixer", "fourier")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
-        self.reconstruction_weight = reconstruction_weight
-        self.similarity_weight = similarity_weight
-        self.similarity_temperature = similarity_temperature
-        self.similarity_threshold = similarity_threshold
+        self.loss_weights = dict(zip(("reconstruction", "similarity", "contrast"), weights, strict=True))
         self.similarity_shift = similarity_shift
-        self.contrast_weight = contrast_weight
-        self.contrast_temperature = contrast_temperature
-        self.contrast_across_batch = contrast_across_batch
+        self._similarity: Any = {"temperature": similarity_temperature, "threshold": similarity_threshold}
+        self._contrast: Any = {"temperature": contrast_temperature, "across_batch": contrast_across_batch}
         self.carries_slots = self.is_video
         encoder = FeatureEncoder(
             backbone=backbone,
@@ -258,40 +254,23 @@ class FeatureHost(SlotHost):
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction, similarity and contrast, as far as their weights are above 0."""
-        losses: dict[str, tuple[float, Tensor]] = {}
-        zero = output.slots.new_zeros(())  # in evaluation, of videos too short to compare frames
-        if self.reconstruction_weight > 0:
+        return {name: (w, self._loss(name, output, valid)) for name, w in self.loss_weights.items() if w > 0}
+
+    def _loss(self, name: str, output: FeatureHostOutput, valid: Tensor) -> Tensor:
+        if name == "reconstruction":
             rebuilt = output.reconstruction[..., : output.targets.shape[-1]]
             error = rebuilt.to(compute_dtype(rebuilt.dtype)) - output.targets
-            loss = mean_over_frames(error.square().mean(dim=(2, 3)), valid)
-            losses["reconstruction"] = (self.reconstruction_weight, loss)
-        if self.similarity_weight > 0:
-            comparable = self._comparable(output, self.similarity_shift, "similarity")
-            loss = self._similarity(output, valid) if comparable else zero
-            losses["similarity"] = (self.similarity_weight, loss)
-        if self.contrast_weight > 0:
-            loss = zero
-            if self._comparable(output, 1, "contrast"):
-                options = {"temperature": self.contrast_temperature, "across_batch": self.contrast_across_batch}
-                loss = slot_contrast_loss(output.slots, valid=valid, **options)  # type: ignore[arg-type]
-            losses["contrast"] = (self.contrast_weight, loss)
-        return losses
-
-    def _similarity(self, output: FeatureHostOutput, valid: Tensor) -> Tensor:
-        shift = self.similarity_shift
-        options = {"temperature": self.similarity_temperature, "threshold": self.similarity_threshold}
-        target = temporal_similarity(output.similarity_features, shift=shift, **options)  # type: ignore[arg-type]
+            return mean_over_frames(error.square().mean(dim=(2, 3)), valid)
+        shift = self.similarity_shift if name == "similarity" else 1
+        if valid.shape[1] <= shift and not self.training:
+            return output.slots.new_zeros(())
+        advice = f"Raise `clip_length`, or set {name}_weight=0."
+        require(valid.shape[1] > shift, f"at least {shift + 1} frames for {name}", valid.shape[1], advice=advice)
+        if name == "contrast":
+            return slot_contrast_loss(output.slots, valid, **self._contrast)
+        target = temporal_similarity(output.similarity_features, shift=shift, **self._similarity)
         prediction = output.reconstruction[:, :-shift, :, -target.shape[-1] :]
         return temporal_similarity_loss(prediction, target, valid[:, :-shift] & valid[:, shift:])
-
-    def _comparable(self, output: FeatureHostOutput, shift: int, loss: str) -> bool:
-        frames = output.slots.shape[1]
-        if frames > shift or not self.training:
-            return frames > shift
-        raise ConfigError(
-            f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
-            f"`clip_length`, or set {loss}_weight=0."
-        )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Weighted sum of the losses on a batch that holds `features` or `video`; with both, no backbone runs."""
@@ -300,11 +279,6 @@ class FeatureHost(SlotHost):
             self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=len(output.slots))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(output.slots))
         return loss
-
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
-        output: FeatureHostOutput = self(inputs_of(batch))
-        return output.mask_logits.softmax(dim=2)
 
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""

@@ -1,6 +1,5 @@
 """Video files and folders of frames: their frames, which mask belongs to which frame, and their size in shards."""
 
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +18,6 @@ PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 """Files that are taken for frames."""
 
 _MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
-
-
-def require_packages(extra: str, *modules: str) -> None:
-    """Refuse to start without the packages of an extra."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
-    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
 
 
 def read_frames(

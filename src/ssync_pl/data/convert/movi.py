@@ -13,10 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssync_pl.data.convert.media import require_packages
 from ssync_pl.data.convert.writer import Split
 from ssync_pl.data.decode import decode_picture, parse_json
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _FPS = 12
 _NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")

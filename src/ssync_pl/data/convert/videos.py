@@ -15,7 +15,7 @@ import numpy as np
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.writer import Split
 from ssync_pl.data.decode import VideoFacts, inspect_video
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _ARRAY = ".masks.npy"
 _VOID = 255  # in DAVIS
@@ -33,7 +33,7 @@ def plan_videos(
     require(clip_frames is None or clip_frames > 0, "--clip-frames to be at least 1", clip_frames)
     videos, ignored = _scan(root)
     if any(video["names"] is None for video in videos):
-        media.require_packages("video", "av")
+        require_packages("video", "av")
     clips = [clip for video in videos for clip in _cut(root, video, clip_frames)]
     notes = [f"masks: {sum(video['masks'] is not None for video in videos)} of {len(videos)} videos have some"]
     dropped = sum({clip["video"]: clip["total"] % clip_frames for clip in clips if "start" in clip}.values())

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
-from ssync_pl.errors import ConfigError, choose, require, require_shape
+from ssync_pl.errors import ConfigError, choose, require, require_packages, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
-from ssync_pl.hosts.nn.packaged import PACKAGED, package
+from ssync_pl.hosts.nn.packaged import PACKAGED
 
 Weights = Literal["pretrained", "none"]
 
@@ -135,7 +135,8 @@ def load_backbone(
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
-    packaged, timm = PACKAGED.get(name), package("timm", f"backbone {name}")
+    require_packages("timm", "timm")
+    packaged, timm = PACKAGED.get(name), importlib.import_module("timm")
     architecture = packaged.architecture if packaged else name
     close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "none; `timm.list_models()` lists them"
     expected = f"argument `backbone` to be {', '.join(PACKAGED)} or a model of timm"
