@@ -241,7 +241,7 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:
         raise ConfigError(
             f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
-            f"({str(error).splitlines()[0]}). Files that hold more than tensors are refused."
+            f"({' '.join(str(error).split())[:300]}). Files that hold more than tensors are refused."
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
