@@ -4,8 +4,16 @@ import importlib.util
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey or cannot show, in names of files and answers of servers; line breaks too."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class SSyncError(Exception):
-    """Base of every exception that this package raises on purpose."""
+    """Base of every exception that this package raises on purpose; its message is one printable line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ShapeError(SSyncError, ValueError):

@@ -25,6 +25,7 @@ REFUSED = [
     (lambda: tiny(VideoSAUR, similarity_shift=0), ConfigError, "similarity_shift"),
     (lambda: tiny(VideoSAUR, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(VideoSAUR, decoder="broadcast"), ConfigError, "decoder"),
+    (lambda: tiny(VideoSAUR, feature_windows=0.0), ConfigError, "feature_windows"),
     (lambda: tiny(VideoSAUR, decoder="fourier"), ConfigError, "fourier_bands"),
     (lambda: tiny(VideoSAUR, num_slots=0), ConfigError, "num_slots"),
     (lambda: tiny(VideoSAUR, iterations_later=0), ConfigError, "iterations"),

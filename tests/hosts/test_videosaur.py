@@ -27,6 +27,12 @@ def test_first_slots_have_the_published_spread() -> None:
     assert wide.initializer.slots.std().item() == pytest.approx(3.0, rel=0.1)
 
 
+def test_windows_are_for_training_alone() -> None:
+    model = tiny(SlotContrast, slot_init="learned", feature_windows=0.5)
+    assert not torch.allclose(model(FEATURES).targets, FEATURES)
+    assert torch.equal(model.eval()(FEATURES).targets, FEATURES)
+
+
 def test_every_frame_is_an_image_of_its_own() -> None:
     model = tiny(DINOSAUR, slot_init="learned")
     out, backwards = model(FEATURES), model(FEATURES.flip(1))

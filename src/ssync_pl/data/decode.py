@@ -390,6 +390,9 @@ def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[An
 @contextlib.contextmanager
 def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
     """Turns whatever decoders raise on damaged bytes into a `ShardError` that says what was expected."""
+    path = source if isinstance(source, (str, os.PathLike)) else None
+    plain = path is None or os.path.isfile(path) or not os.path.exists(path)
+    require_shard(plain, f"{where} to be {expected}", "no plain file", advice=_AGAIN)  # a pipe may never end
     try:
         yield
     except SSyncError:
@@ -397,7 +400,7 @@ def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) and not hasattr(error, "errno"):
             raise  # with a number it is of PyAV, which damaged headers ask for absurd sizes
-        empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and not os.path.getsize(source)
+        empty = path is not None and os.path.isfile(path) and not os.path.getsize(path)
         got = "an empty file" if empty else f"a damaged one ({(str(error) or repr(error)).splitlines()[0]})"
         raise ShardError(f"Expected {where} to be {expected}, but got {got}. {_AGAIN}") from error
 

@@ -15,7 +15,7 @@ from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import build_initializer
-from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.layers import init_fan_in_, random_windows
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -72,6 +72,8 @@ class FeatureHost(SlotHost):
         feature_dim: without a backbone, channels of the cached features.
         similarity_dim: without a backbone, further cached channels behind them, for the similarity loss.
         grid: rows and columns of the patches, each of which has a position embedding in the decoder.
+        feature_windows: in training, clips of cached features are seen through random windows of this share or more of
+            the grid's sides, half of them mirrored, which keeps few videos from being learned by heart; 1 for whole.
         encoder_hidden: hidden size of the MLP in front of slot attention; None for twice the channels, 0 for no MLP.
         encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Set 0.5 with
             convolutional backbones, whose features do not say where a patch lies.
@@ -133,6 +135,7 @@ class FeatureHost(SlotHost):
         feature_dim: int | None = None,
         similarity_dim: int | None = None,
         grid: tuple[int, int] = (14, 14),
+        feature_windows: float = 1.0,
         encoder_hidden: int | None = None,
         encoder_position: float = 0.0,
         fourier_bands: int = 0,
@@ -174,6 +177,8 @@ class FeatureHost(SlotHost):
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
         require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
+        windows = 0 < feature_windows <= 1 and (backbone is None or feature_windows == 1)
+        require(windows, "`feature_windows` to be 1, or in (0, 1) with cached features", feature_windows)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
         choose("decoder", decoder, "mlp", "mixer", "fourier")
         choose("corrector_init", corrector_init, "default", "kmeans")
@@ -235,6 +240,8 @@ class FeatureHost(SlotHost):
         """Decompose clips into slots."""
         expected = "argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C)"
         require_shape(inputs.ndim in (4, 5), expected, inputs, advice="Use T = 1 for images.")
+        if self.training and inputs.ndim == 4 and self.hparams["feature_windows"] < 1:
+            inputs = random_windows(inputs, self.grid, self.hparams["feature_windows"])
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)

@@ -430,7 +430,7 @@ def test_names_sort_by_their_numbers_and_sizes_keep_proportions(convert, root, m
     for size, short_side, expected in (((72, 128), 32, (32, 56)), ((128, 72), 51, (90, 51)), ((4, 6), None, (4, 6))):
         assert media.stack_frames([np.zeros((*size, 3), np.uint8)], short_side, "a")[0].shape[1:3] == expected
     sets.own_set(root)
-    monkeypatch.setattr(media, "_MAX_BYTES", 4 * 10 * 14 * 3)  # what does not fit into memory
+    monkeypatch.setattr(media, "MAX_BYTES", 4 * 10 * 14 * 3)  # what does not fit into memory
     with pytest.raises(ShardError, match="--clip-frames"):
         convert("videos")
     assert convert("videos", "--clip-frames", 4, out="out2")

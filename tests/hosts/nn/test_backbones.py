@@ -171,9 +171,9 @@ def test_weights_from_files(timm, tmp_path):
 def test_files_that_do_not_fit_are_refused(timm, tmp_path):
     state = load_backbone("test_vit", weights="none").model.state_dict()
     for content, message in (
-        (None, "FileNotFoundError"),
+        (None, "a plain file"),
         ({"state_dict": {"a": torch.zeros(1)}}, "Missing key"),
-        ({"a": types.SimpleNamespace(b=1)}, "Files that hold more than tensors are refused"),
+        ({"a": types.SimpleNamespace(b=1)}, "plain values only"),
         ({**state, "blocks.1.mlp.fc1.bias": torch.zeros(3)}, r"size mismatch for blocks.1.mlp.fc1.bias"),
     ):
         if content is not None:

@@ -8,7 +8,6 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssync_pl.data.features import builders
+from ssync_pl.data.files import load_tensors
 from ssync_pl.errors import ConfigError, choose, require, require_packages, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
 from ssync_pl.hosts.nn.packaged import PACKAGED
@@ -233,16 +233,7 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …); nothing in it is executed."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            state: Any = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
-            f"({' '.join(str(error).split())[:300]}). Files that hold more than tensors are refused."
-        ) from error
+    state = load_tensors(path)
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -74,10 +74,9 @@ def group_patches(features: Tensor, num_groups: int, rounds: int = 3) -> Tensor:
             distance = near if number == 0 else torch.minimum(distance, near)
         patches = torch.arange(points.shape[1], device=points.device)
         weights = (torch.stack(chosen, dim=1).unsqueeze(-1) == patches).to(points.dtype)
-        numbers = torch.arange(num_groups, device=points.device).view(1, -1, 1)
         for _ in range(rounds + 1):
             nearest = torch.cdist(weights @ points, points).argmin(dim=1, keepdim=True)
-            members = (nearest == numbers).to(points.dtype)
+            members = (nearest == patches[:num_groups].view(1, -1, 1)).to(points.dtype)
             weights = members / members.sum(dim=-1, keepdim=True).clamp(min=1.0)
     return weights
 

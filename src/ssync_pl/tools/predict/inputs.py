@@ -1,6 +1,7 @@
 """Videos that `ssync-pl predict --input` names: files, folders of frames or videos, shards; and windows of them."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, crop_offsets, eval_sample
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.errors import ConfigError, ShardError, require, require_shard
+from ssync_pl.errors import ConfigError, ShardError, printable, require, require_shard
 from ssync_pl.tools.predict.windows import WINDOW_KEY, cut_windows, seen_region
 
 _KINDS = (
@@ -47,7 +48,7 @@ def find_videos(inputs: Sequence[str], *, skip_bad: bool = False) -> list[InputV
     A file that is seen to be damaged raises its `ShardError`, or with `skip_bad` gives a video with that error.
     """
     found: list[InputVideo] = []
-    for path in (Path(text).expanduser() for text in inputs):
+    for path in (Path(os.path.expanduser(text)) for text in inputs):
         require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
         videos = _folder(path) if path.is_dir() else _file(path)
         hint = "Name the folder that holds the frames." if path.suffix.lower() in media.PICTURE_EXTENSIONS else ""
@@ -73,7 +74,7 @@ def _folder(path: Path) -> list[InputVideo]:
     kinds = [*list(frames)[:1], *(Path(video.source).name for video in videos[:1])]
     require(not (frames and videos), f"folder {path} to hold one kind of input", *kinds, advice=advice)
     if ignored:
-        warnings.warn(f"ssync-pl predict leaves out of {path}: {', '.join(ignored[:9])}", stacklevel=2)
+        warnings.warn(printable(f"ssync-pl predict leaves out of {path}: {', '.join(ignored[:9])}"), stacklevel=2)
     return videos or _frame_folder(path)
 
 
