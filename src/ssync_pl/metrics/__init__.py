@@ -16,3 +16,23 @@ from ssync_pl.metrics.classes import (
     VideoMIoU,
 )
 from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names
+
+__all__ = [
+    "MAPS",
+    "METRICS",
+    "BoundaryF",
+    "ImageARI",
+    "ImageMBO",
+    "ImageMIoU",
+    "ItemMean",
+    "MaskMetric",
+    "MetricInfo",
+    "SegmentationMetrics",
+    "SlotIdentity",
+    "SlotsPerObject",
+    "UnusedSlots",
+    "VideoARI",
+    "VideoMBO",
+    "VideoMIoU",
+    "metric_names",
+]

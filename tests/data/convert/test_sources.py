@@ -291,6 +291,11 @@ def names(text, encoding="utf-8"):
     return put("ImageSets/2017/val.txt", text.encode(encoding))
 
 
+def tfds(text):
+    """Say how many records the files have, as TensorFlow Datasets does."""
+    return put("dataset_info.json", text.encode())
+
+
 def only(*files):
     """Leave nothing but these files."""
 
@@ -315,6 +320,8 @@ def intact(root):
         ("movi", lambda root: sets.write_movi(root / "movi_e", name="movi_e"), (), "movi_e in"),
         ("movi", lambda root: os.truncate(root / SECOND, 200), (), "truncated"),
         ("movi", put(SECOND, b""), (), "truncated"),
+        ("movi", tfds('{"splits": [{"name": "train", "shardLengths": ["1", 2]}]}'), (), f"{SECOND} to hold 2 records"),
+        ("movi", tfds("[" * 9999), (), "dataset_info.json to be JSON"),
         ("movi", intact, ("--splits", "test"), "among train"),
         ("ytvis2021", intact, ("--holdout", 3), "--holdout"),
         ("ytvis2021", intact, ("--holdout", 0), "--holdout"),

@@ -4,6 +4,7 @@ A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the
 the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ssync_pl.data.convert.writer import Split
-from ssync_pl.data.decode import decode_picture
+from ssync_pl.data.decode import decode_picture, parse_json
 from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _FPS = 12
@@ -40,26 +41,38 @@ def plan_movi(root: Path, splits: Sequence[str] | None = None) -> list[Split]:
     splits = [*dict.fromkeys(splits or files)]
     require({*splits} <= {*files}, f"--splits of {name} among {', '.join(files)}", ", ".join(splits))
     decode = partial(_decode, root)
-    return [Split(f"{name}-{split}", _list_records(root, f"{name}-{split}", files[split]), decode) for split in splits]
+    return [Split(f"{name}-{split}", _list_records(root, name, split, files[split]), decode) for split in splits]
 
 
-def _list_records(root: Path, name: str, files: Sequence[Path]) -> list[tuple[str, int]]:
+def _list_records(root: Path, data: str, split: str, files: Sequence[Path]) -> list[tuple[str, int]]:
     """List the records of a split as (file below the root, offset), by the headers of all its files."""
+    name, promised = f"{data}-{split}", _promised(files[0].parent / "dataset_info.json", split)
     names = {path.name[-14:] for path in files}
     total = max(names)[-5:]
     odd = sorted(names ^ {f"{number:05d}-of-{total}" for number in range(int(total))})
     got = f"{', '.join(odd[:5])} missing or too much"
     require_shard(not odd, f"{int(total)} files {name}.tfrecord-…-of-{total}", got, advice="Download them again.")
-    found = []
-    for path in files:
-        size, offset = path.stat().st_size, 0
+    found: list[tuple[str, int]] = []
+    for number, path in enumerate(files):
+        size, offset, before = path.stat().st_size, 0, len(found)
         with path.open("rb") as stream:
             while offset < size:
                 found.append((str(path.relative_to(root)), offset))
                 offset += _read_length(stream, offset, f"the record of {path} at byte {offset}") + 16
         got = "the end of the file: it is truncated"
         require_shard(0 < offset == size, f"{path} to hold whole records", got, advice="Download it again.")
+        count, said = len(found) - before, (promised[number : number + 1] or [0])[0]
+        expected = f"{path} to hold {said} records, as dataset_info.json says"
+        require_shard(not promised or count == said, expected, count, advice="Download both again.")
     return found
+
+
+def _promised(path: Path, split: str) -> list[int]:
+    """Read how many records each file of a split has by the set's own description; nothing where it does not say."""
+    content = parse_json(path.read_bytes(), str(path), dict) if path.is_file() else {}
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        return [int(n) for part in content["splits"] if part["name"] == split for n in part["shardLengths"]]
+    return []
 
 
 def _decode(root: Path, source: tuple[str, int]) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def _look_into(folder: Path) -> list[dict[str, Any]]:
     """Videos of earlier predictions in the folder; refuses files of others, but for hidden ones, which stay."""
     earlier: list[dict[str, Any]] = []
     known: dict[str, tuple[int, Any]] = {}  # lower names of files → frames of the video, bytes
-    no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
     with contextlib.suppress(*no_index):
         index = json.loads((folder / _INDEX).read_bytes())
         if index["format"] == _FORMAT and all(isinstance(video["name"], str) for video in index["videos"]):
