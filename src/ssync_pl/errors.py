@@ -1,6 +1,8 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
 import importlib.util
+import os
+import zipfile
 from typing import Any
 
 
@@ -62,6 +64,15 @@ def require_packages(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     advice = f'Run `pip install "ssync-pl[{extra}]"`.'
     require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
+
+
+def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
+    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
+    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
 
 
 def choose(argument: str, value: object, *choices: str) -> None:

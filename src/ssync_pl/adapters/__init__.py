@@ -9,26 +9,7 @@ from ssync_pl.adapters.paths import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
 from ssync_pl.adapters.slot_model import GridAdapter, SlotModelAdapter
 
-__all__ = [
-    "Capture",
-    "GridAdapter",
-    "HostAdapter",
-    "Located",
-    "MapCall",
-    "PathAdapter",
-    "SaviAdapter",
-    "SlotMap",
-    "SlotModelAdapter",
-    "adapter_names",
-    "entry",
-    "frame_size",
-    "join_sides",
-    "locate",
-    "register_adapter",
-    "resolve_grid",
-    "stack_frames",
-    "submodule",
-    "watch_alpha",
-    "watch_attention",
-    "watch_softmax",
-]
+__all__ = ["Capture", "GridAdapter", "HostAdapter", "Located", "MapCall", "PathAdapter", "SaviAdapter", "SlotMap"]
+__all__ += ["SlotModelAdapter"]
+__all__ += ["adapter_names", "entry", "frame_size", "join_sides", "locate", "register_adapter", "resolve_grid"]
+__all__ += ["stack_frames", "submodule", "watch_alpha", "watch_attention", "watch_softmax"]

@@ -152,7 +152,7 @@ def with_config(words: list[str]) -> list[str]:
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
     if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
-        from ssync_pl.data.files import require_unpacked
+        from ssync_pl.errors import require_unpacked
 
         require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)

@@ -188,9 +188,8 @@ def render_report(report: CheckReport) -> str:
         lines += [f"{title} ({len(found)})"] if found else []
         lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found]
     verdict = "clean" if report.clean else f"problems: {len(report.problems)}"
-    return "\n".join(
-        [*map(printable, lines), f"{verdict} (videos read: {sum(facts['videos'] for facts in report.sets)})"]
-    )
+    lines.append(f"{verdict} (videos read: {sum(facts['videos'] for facts in report.sets)})")
+    return "\n".join(map(printable, lines))
 
 
 def _listed(value: Any) -> str:

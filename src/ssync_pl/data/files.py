@@ -7,21 +7,11 @@ import json
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError, require
-
-
-def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
-    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
-    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
+from ssync_pl.errors import ConfigError, require, require_unpacked
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:
