@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.errors import SSyncError, printable, require
+from ssync_pl.errors import SSyncError, printable, require, require_unpacked
 
 _TRAINER = ("fit", "validate", "test", "predict")
 _HELP = """usage: ssync-pl COMMAND [OPTIONS]
@@ -152,8 +152,6 @@ def with_config(words: list[str]) -> list[str]:
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
     if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
-        from ssync_pl.errors import require_unpacked
-
         require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
     if given.config or apart or words[0] not in ("validate", "test", "predict"):
