@@ -324,7 +324,7 @@ def intact(root):
             "movi",
             tfds('{"splits": [{"name": "train", "shardLengths": ["1", 2]}]}'),
             (),
-            f"{SECOND} to hold the records .*got 3",
+            f"{SECOND} to hold the records .*got 1",
         ),
         ("movi", tfds("[" * 9999), (), "dataset_info.json to be JSON"),
         ("movi", intact, ("--splits", "test"), "among train"),
