@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssync_pl.errors import ConfigError, ShardError, SSyncError, require_shard
+from ssync_pl.errors import ShardError, SSyncError, require_packages, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
 """Extensions of members that can be decoded; all others are refused."""
@@ -366,14 +366,10 @@ def _orientation(frame: Any) -> tuple[bool, int, int]:
 @contextlib.contextmanager
 def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[Any, Any]]:
     """Opens a video as (container, video stream); every error of PyAV inside becomes a `ShardError`."""
-    try:
-        import av
-        from av.stream import Disposition
-    except ImportError as error:
-        raise ConfigError(
-            f"Expected PyAV to be installed to read {where}, but it is missing. Run "
-            '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
-        ) from error
+    require_packages("video", "av")
+    import av
+    from av.stream import Disposition
+
     with _named(where, "a whole video file", source):
         options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
         with av.open(

