@@ -320,7 +320,12 @@ def intact(root):
         ("movi", lambda root: sets.write_movi(root / "movi_e", name="movi_e"), (), "movi_e in"),
         ("movi", lambda root: os.truncate(root / SECOND, 200), (), "truncated"),
         ("movi", put(SECOND, b""), (), "truncated"),
-        ("movi", tfds('{"splits": [{"name": "train", "shardLengths": ["1", 2]}]}'), (), f"{SECOND} to hold 2 records"),
+        (
+            "movi",
+            tfds('{"splits": [{"name": "train", "shardLengths": ["1", 2]}]}'),
+            (),
+            f"{SECOND} to hold the records .*got 1",
+        ),
         ("movi", tfds("[" * 9999), (), "dataset_info.json to be JSON"),
         ("movi", intact, ("--splits", "test"), "among train"),
         ("ytvis2021", intact, ("--holdout", 3), "--holdout"),

@@ -46,7 +46,10 @@ def plan_movi(root: Path, splits: Sequence[str] | None = None) -> list[Split]:
 
 def _list_records(root: Path, data: str, split: str, files: Sequence[Path]) -> list[tuple[str, int]]:
     """List the records of a split as (file below the root, offset), by the headers of all its files."""
-    name, promised = f"{data}-{split}", _promised(files[0].parent / "dataset_info.json", split)
+    name, info, promised = f"{data}-{split}", files[0].parent / "dataset_info.json", list[int]()
+    content = parse_json(info.read_bytes(), str(info), dict) if info.is_file() else {}
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        promised += [int(n) for part in content["splits"] if part["name"] == split for n in part["shardLengths"]]
     names = {path.name[-14:] for path in files}
     total = max(names)[-5:]
     odd = sorted(names ^ {f"{number:05d}-of-{total}" for number in range(int(total))})
@@ -61,18 +64,9 @@ def _list_records(root: Path, data: str, split: str, files: Sequence[Path]) -> l
                 offset += _read_length(stream, offset, f"the record of {path} at byte {offset}") + 16
         got = "the end of the file: it is truncated"
         require_shard(0 < offset == size, f"{path} to hold whole records", got, advice="Download it again.")
-        count, said = len(found) - before, (promised[number : number + 1] or [0])[0]
-        expected = f"{path} to hold {said} records, as dataset_info.json says"
-        require_shard(not promised or count == said, expected, count, advice="Download both again.")
+        fits = not promised or promised[number : number + 1] == [len(found) - before]
+        require_shard(fits, f"{path} to hold the records that {info} says", len(found) - before, advice="Get it again.")
     return found
-
-
-def _promised(path: Path, split: str) -> list[int]:
-    """Read how many records each file of a split has by the set's own description; nothing where it does not say."""
-    content = parse_json(path.read_bytes(), str(path), dict) if path.is_file() else {}
-    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
-        return [int(n) for part in content["splits"] if part["name"] == split for n in part["shardLengths"]]
-    return []
 
 
 def _decode(root: Path, source: tuple[str, int]) -> dict[str, Any]:

@@ -43,10 +43,7 @@ class InputVideo(NamedTuple):
 
 
 def find_videos(inputs: Sequence[str], *, skip_bad: bool = False) -> list[InputVideo]:
-    """Finds the videos that some inputs name, in their order; those of a folder in natural order.
-
-    A file that is seen to be damaged raises its `ShardError`, or with `skip_bad` gives a video with that error.
-    """
+    """Finds the videos that inputs name, in order; a damaged file raises, or with `skip_bad` gives one with `error`."""
     found: list[InputVideo] = []
     for path in (Path(os.path.expanduser(text)) for text in inputs):
         require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
@@ -137,13 +134,9 @@ class InputDataModule(L.LightningDataModule):
                 if not self.data.skip_bad:
                     raise
                 self.data.count_bad([(video.source, str(error))])
-        bad = self.data.bad_samples
-        got = f"{len(bad)} that cannot, the first because: {next(iter(bad.values()), '')}"
-        require_shard(len(bad) < len(self.videos), "at least one video of --input that can be read", got)
-
-    def teardown(self, stage: str) -> None:
-        """Says how many videos were left out."""
-        self.data.teardown(stage)
+        self.data.teardown("predict")
+        bad = list(self.data.bad_samples.values())
+        require_shard(len(bad) < len(self.videos), "at least one video of --input that can be read", *bad[:1])
 
     def _windows(self, video: InputVideo) -> Iterator[dict[str, Any]]:
         seen, device = self.transform, "cpu" if self.trainer is None else self.trainer.strategy.root_device
