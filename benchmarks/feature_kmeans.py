@@ -23,7 +23,7 @@ from ssync_pl.cli.trainer import from_configuration
 from ssync_pl.data.files import write_bytes
 from ssync_pl.hosts.evaluation import frame_validity
 from ssync_pl.metrics import SegmentationMetrics, metric_names
-from ssync_pl.tools.summary import kmeans
+from ssync_pl.metrics.partitions import kmeans
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = metric_names("segmentation")

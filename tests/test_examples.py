@@ -95,6 +95,16 @@ def test_the_overlay_leaves_ssync_out_and_nothing_else(name, capsys):
     assert printed[0] == printed[1]
 
 
+def test_the_settings_for_own_videos_parse_and_fit_the_features_that_its_commands_store(capsys):
+    file = FOLDER / "real_video.yaml"
+    assert main(["fit", "--config", str(file), "--print_config"]) == 0
+    config, text = yaml.safe_load(capsys.readouterr().out), file.read_text("utf-8")
+    options = config["model"]["init_args"]
+    height, width = config["data"]["init_args"]["image_size"]
+    assert f"--image-size {height}x{width} --components {options['feature_dim']}" in text
+    assert [height // 14, width // 14] == list(options["grid"])
+
+
 def run(name, *words):
     return runpy.run_path(str(FOLDER / f"{name}.py"))["main"]([*words])
 

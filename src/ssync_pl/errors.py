@@ -1,10 +1,21 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
+import importlib.util
+import os
+import zipfile
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey or cannot show, in names of files and answers of servers; line breaks too."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class SSyncError(Exception):
-    """Base of every exception that this package raises on purpose."""
+    """Base of every exception that this package raises on purpose; its message is one printable line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ShapeError(SSyncError, ValueError):
@@ -46,6 +57,22 @@ def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:
     if not ok:
         found = " and ".join(str(tuple(getattr(x, "shape", x))) for x in got)
         raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Raises `ConfigError` unless the packages of an extra are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
+    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
+
+
+def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
+    """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
+    require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
 
 
 def choose(argument: str, value: object, *choices: str) -> None:

@@ -49,7 +49,10 @@ def pooled(value: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def own_maps(host: Any) -> SSyncMaps:
     attention, decoder = parts(host)
-    (logits, probs), drawn = attention.whole(torch.stack(attention.own_logits, 1)), decoder.own_logits
+    seen, drawn, valid = torch.stack(attention.own_logits, 1), decoder.own_logits, host.existing
+    logits, probs = attention.whole(seen)
+    if probs is not None and valid is not None:
+        logits, probs = attention.whole(seen.masked_fill(~valid[:, None, None, :, None], float("-inf")))
     masks = torch.stack(drawn, 1) if 1 < len(drawn) == logits.shape[1] else drawn[0]
     if host.clips:  # frames without an identity of slots
         logits, probs, masks = (one if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs, masks))
@@ -58,7 +61,7 @@ def own_maps(host: Any) -> SSyncMaps:
     if masks.ndim == 4 and masks.shape[3] != logits.shape[3]:
         masks = masks.unflatten(3, (2 * GRID[0], 2 * GRID[1]))
     size = tuple(masks.shape[3:]) if masks.ndim == 5 else GRID
-    grid, valid = min(GRID, size), host.existing
+    grid = min(GRID, size)
     sides: dict[str, Any] = {"attention_logits": logits, "attention_probs": probs}
     if decoder.probs:
         sides["mask_probs"] = masks.flatten(3)

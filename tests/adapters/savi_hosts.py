@@ -216,9 +216,10 @@ class PackageAttention(SlotAttention):
 
 
 class PackageWrapper(nn.Module):
-    def __init__(self, kept: Any) -> None:
+    def __init__(self, kept: Any, heads: int | None = None) -> None:
         super().__init__()
-        self.slot_attn, self.pred_keep_slot, self.kept = PackageAttention(), nn.Linear(DIM, 2), torch.tensor(kept)
+        self.slot_attn, self.kept = PackageAttention(heads=heads), torch.tensor(kept)
+        self.pred_keep_slot = nn.Linear(DIM, 2)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         slots = self.slot_attn(inputs)
@@ -297,6 +298,7 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "package_unfolded": lambda: PackageHost(frames="folded", unfold=True),
         "package_heads": lambda: PackageHost(PackageAttention(heads=2)),
         "package_adaptive": lambda: PackageHost(PackageWrapper([[1.0, 0, 1, 1], [1.0, 1, 0, 1]])),
+        "package_adaptive_heads": lambda: PackageHost(PackageWrapper([[1.0, 0, 1, 1], [1.0, 1, 0, 1]], heads=2)),
         "package_none_left": lambda: PackageHost(PackageWrapper([[1.0, 0, 1, 1], [0.0, 0, 0, 0]])),
     },
 }

@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -52,9 +53,23 @@ def test_python_dash_m_is_the_same_and_its_terminal_may_lack_characters():
     done = subprocess.run([*words, "--help"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "`? config convert`" in done.stdout
-    done = subprocess.run([*words, "nonsense"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    for other in (["nonsense"], ["data", "check", "a\x1b[31m\n\u202e.tar"]):
+        done = subprocess.run([*words, *other], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.removeprefix("ssync-pl: loading PyTorch\n").removesuffix("\n").isprintable()
+    for redirection, statuses in ((">&-", (0,)), (">&- 2>&-", (0,)), ("| true", (0, 2)), ("> /dev/full", (2,))):
+        command = f"set -o pipefail; exec 3>&2; {sys.executable} -m ssync_pl config ssync {redirection}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert done.returncode in statuses, (redirection, done.stderr)
+        assert done.stderr.count("\n") == (redirection == "> /dev/full")
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    words = [sys.executable, "-m", "ssync_pl", "data", "check", "a.tar"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "ssync-pl: loading PyTorch\n"
+        process.send_signal(signal.SIGINT)
+        assert (process.stderr.read(), process.wait()) == ("\nssync-pl: stopped.\n", 130)
 
 
 def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path):
@@ -218,6 +233,15 @@ def test_ctrl_c_is_one_line_and_debug_shows_the_traceback(config, monkeypatch, c
     monkeypatch.setenv("SSYNC_DEBUG", "1")
     assert main([*FIT, "--model.num_slots=0"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_training_with_130(config, monkeypatch):
+    monkeypatch.setattr(SAVi, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["fit", "--config", str(config)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
 
 
 @pytest.fixture

@@ -204,6 +204,56 @@ def test_odd_names_are_read_and_links_and_special_members_named(tmp_path, number
     assert ["1.video.npy" in message for message in caplog.messages] == [True] * 3
 
 
+def _header(name: str, size: int, kind: bytes = b"0", data: bytes = b"") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, max(size, 0)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" + (size % (1 << 88)).to_bytes(11, "big") if size < 0 else block[124:136]
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + data + bytes(-len(data) % 512)
+
+
+_HEADERS = {
+    "size below 0": _header("b.video.npy", -1024),
+    "extended size below 0": _header("p", 14, b"x", b"14 size=-1024\n") + _header("b.video.npy", 0),
+    "a size that never ends": _header("p", 29, b"x", b"29 size=99999999999999999999\n") + _header("b.video.npy", 0),
+    "a name of 2 GiB": _header("l", 1 << 31, b"L"),
+    "names of names": _header("l", 2, b"L", b"a\0") * 3000 + _header("b.video.npy", 0),
+    "attributes of attributes": _header("p", 6, b"x", b"6 a=b\n") * 3000 + _header("b.video.npy", 0),
+}
+
+
+@pytest.mark.parametrize("name", _HEADERS)
+def test_headers_that_lead_in_circles_or_fill_the_memory_are_refused(make_shards, tmp_path, name):
+    content = _shards(make_shards("train", 1))[0].read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512) + _HEADERS[name] + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(content)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content))
+    reads = [lambda: scan_shard(tmp_path / "a.tar"), lambda: scan_shard(tmp_path / "a.tar.gz", packed=True)]
+    for read in (*reads, *(lambda path=path: [*stream_shard(str(path))] for path in tmp_path.glob("a.tar*"))):
+        with pytest.raises(ShardError, match="whole tar"):
+            read()
+
+
+def test_what_a_stream_holds_at_once_is_limited_and_so_is_what_lies_behind_it(write_tar, tmp_path):
+    path = write_tar({f"a.video.{number}": bytes(1000) for number in range(9)}, "a.tar")
+    for _, members in stream_shard(str(path), 1000):
+        assert len(members.read("video.3")) == 1000
+        with pytest.raises(ShardError, match="together to take at most 4000"):
+            members.read("video.4")
+    (tmp_path / "b.tar").write_bytes(Path(path).read_bytes() + bytes(66 << 20))
+    with pytest.raises(ShardError, match="behind its end"):
+        [*stream_shard(str(tmp_path / "b.tar"))]
+
+
+def test_a_pipe_is_no_index(make_shards):
+    (path,) = _shards(make_shards("train", 1))
+    path.with_name("index.json").unlink()
+    os.mkfifo(path.with_name("index.json"))
+    assert load_shards([path])[0].samples
+
+
 @pytest.fixture
 def some(make_shards):
     paths = [str(path) for path in _shards(make_shards(count=7, per_shard=2))]

@@ -16,6 +16,7 @@ from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.hosts.training import exponential_for, schedule_for
 
 VIDEO, HINTS, SLOTS = pixel_clips()["video"], torch.zeros(2, 3, 4), torch.zeros(2, 2, 3, 4)
+ALL = torch.ones(2, 2, dtype=torch.bool)
 REFUSED = [
     (lambda: tiny(SAVi, slot_init="zeros"), ConfigError, "`slot_init` to be 'gaussian'"),
     (lambda: tiny(SAVi, encoder_strides=(1,)), ConfigError, "`encoder_channels` and `encoder_strides`"),
@@ -24,6 +25,7 @@ REFUSED = [
     (lambda: tiny(VideoSAUR, similarity_shift=0), ConfigError, "similarity_shift"),
     (lambda: tiny(VideoSAUR, slot_init="boxes"), ConfigError, "slot_init"),
     (lambda: tiny(VideoSAUR, decoder="broadcast"), ConfigError, "decoder"),
+    (lambda: tiny(VideoSAUR, feature_windows=0.0), ConfigError, "feature_windows"),
     (lambda: tiny(VideoSAUR, decoder="fourier"), ConfigError, "fourier_bands"),
     (lambda: tiny(VideoSAUR, num_slots=0), ConfigError, "num_slots"),
     (lambda: tiny(VideoSAUR, iterations_later=0), ConfigError, "iterations"),
@@ -54,12 +56,12 @@ REFUSED = [
     (lambda: tiny(SOLV)(window_clips(frames=5)["features"]), ShapeError, "`clip_length`"),
     (lambda: tiny(SOLV)(torch.zeros(1, 3, 9, 6)), ShapeError, "`grid`"),
     (lambda: tiny(SOLV).training_step({"frame_mask": VIDEO}, 0), ConfigError, "`features` or `video`"),
-    (lambda: slot_contrast_loss(SLOTS[:, :1]), ShapeError, r"T >= 2, .* Raise `clip_length`"),
-    (lambda: slot_contrast_loss(SLOTS[0]), ShapeError, "`slots`"),
-    (lambda: slot_contrast_loss(SLOTS, temperature=0), ConfigError, "`temperature`"),
+    (lambda: slot_contrast_loss(SLOTS[:, :1], ALL[:, :1]), ShapeError, r"T >= 2, .* Raise `clip_length`"),
+    (lambda: slot_contrast_loss(SLOTS[0], ALL), ShapeError, "`slots`"),
+    (lambda: slot_contrast_loss(SLOTS, ALL, temperature=0), ConfigError, "`temperature`"),
     (lambda: temporal_similarity(SLOTS, shift=2), ShapeError, r"T > 2, .* Raise `clip_length`"),
     (lambda: temporal_similarity(SLOTS, temperature=0), ConfigError, "`temperature`"),
-    (lambda: temporal_similarity_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)), ShapeError, "target"),
+    (lambda: temporal_similarity_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3), ALL), ShapeError, "target"),
     (lambda: schedule_for(math.inf, 10, "cosine"), ConfigError, "max_steps"),
     (lambda: schedule_for(-1, 100, "exponential"), ConfigError, "max_steps"),
     (lambda: schedule_for(10, 0, "linear"), ConfigError, "decay"),  # type: ignore[arg-type]

@@ -27,6 +27,12 @@ def test_first_slots_have_the_published_spread() -> None:
     assert wide.initializer.slots.std().item() == pytest.approx(3.0, rel=0.1)
 
 
+def test_windows_are_for_training_alone() -> None:
+    model = tiny(SlotContrast, slot_init="learned", feature_windows=0.5)
+    assert not torch.allclose(model(FEATURES).targets, FEATURES)
+    assert torch.equal(model.eval()(FEATURES).targets, FEATURES)
+
+
 def test_every_frame_is_an_image_of_its_own() -> None:
     model = tiny(DINOSAUR, slot_init="learned")
     out, backwards = model(FEATURES), model(FEATURES.flip(1))
@@ -44,10 +50,11 @@ def test_training_loss_is_the_weighted_sum_of_its_parts() -> None:
     model.log_dict = lambda values, **_: logged.update({name: value.item() for name, value in values.items()})
     loss, out = model.training_step({"features": FEATURES}, 0), model(FEATURES)
     target = temporal_similarity(FEATURES, temperature=0.2, threshold=0.1)
+    every = torch.ones(FEATURES.shape[:2], dtype=torch.bool)
     parts = {
         "train/reconstruction": F.mse_loss(out.reconstruction[..., :6], FEATURES),
-        "train/similarity": temporal_similarity_loss(out.reconstruction[:, :-1, :, 6:], target),
-        "train/contrast": slot_contrast_loss(out.slots, temperature=0.4, across_batch=False),
+        "train/similarity": temporal_similarity_loss(out.reconstruction[:, :-1, :, 6:], target, every[:, 1:]),
+        "train/contrast": slot_contrast_loss(out.slots, every, temperature=0.4, across_batch=False),
     }
     torch.testing.assert_close(loss, sum(w * part for w, part in zip((2, 0.3, 0.7), parts.values(), strict=True)))
     assert logged == pytest.approx({name: part.item() for name, part in {**parts, "train/loss": loss}.items()})
@@ -55,10 +62,10 @@ def test_training_loss_is_the_weighted_sum_of_its_parts() -> None:
 
 def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
     model, still = tiny(VideoSAUR, slot_init="learned", contrast_weight=1.0), {"features": FEATURES[:, :1]}
-    with pytest.raises(ConfigError, match=r"at least 2 frames for the similarity loss, but got 1. Raise `clip_length`"):
+    with pytest.raises(ConfigError, match=r"at least 2 frames for similarity, but got 1. Raise `clip_length`"):
         model.training_step(still, 0)
-    model.similarity_weight = 0.0
-    with pytest.raises(ConfigError, match=r"for the contrast loss.*contrast_weight=0"):
+    model.loss_weights["similarity"] = 0.0
+    with pytest.raises(ConfigError, match=r"for contrast.*contrast_weight=0"):
         model.training_step(still, 0)
     masks, loss, *_ = model.eval().evaluate(still)
     assert masks.shape == (2, 1, 3, 2, 4)
@@ -89,7 +96,7 @@ def test_the_command_line_knows_the_options_of_both_classes() -> None:
     assert (defaults.slot_dim, defaults.decoder, defaults.contrast_weight, defaults.num_slots) == (64, "mlp", 0.5, 11)
     model = build(["backbone=null", "feature_dim=6", "grid=[2, 3]", "decoder_hidden=[16]", "similarity_weight=0.2"])
     assert model(torch.randn(1, 2, 6, 6)).slots.shape == (1, 2, 11, 64)
-    assert model.hparams.similarity_weight == model.similarity_weight == 0.2
+    assert model.hparams.similarity_weight == model.loss_weights["similarity"] == 0.2
     with pytest.raises(jsonargparse.ArgumentError, match="nothing"):
         parser.parse_args(["--model.nothing=1"])
     with pytest.raises(TypeError, match="slots_num"):

@@ -166,8 +166,12 @@ def test_models_losses_and_states_that_cannot_be_used(host):
         host_loss(host)
         with pytest.raises(HostError, match="decoder masks of TinyHost to carry gradient"):
             ssync.loss()
-    for state in (None, {}, {"calls": 3}):
-        with pytest.raises(ConfigError, match=r"what `state_dict` of an attached SSync returned, but .*guard"):
+    good = attached(host).state_dict()
+    wrong = [{**good, name: value} for name in good for value in ("x", [], {}, object())]
+    inside = [("factor", None), ("before", [1]), ("sum", [1, 2]), ("count", "many"), ("sum", 3)]
+    wrong += [{**good, "guard": {**good["guard"], name: value}} for name, value in inside]
+    for state in (None, 3, {}, {"calls": 3}, {**good, "calls": -1}, {**good, "calls": "3"}, *wrong):
+        with pytest.raises(ConfigError, match="Expected what `state_dict` of"):
             attached(host).load_state_dict(state)
 
 

@@ -113,6 +113,21 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, redundancy):
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(make_host().state_dict())
 
 
+def test_a_training_without_it_is_not_resumed_with_it_but_can_be_validated(tmp_path):
+    trainer, _ = fit(make_host(), steps=1, limit_train_batches=1)
+    trainer.save_checkpoint(tmp_path / "alone.ckpt")
+    host, callback = make_host(), make_callback()
+    with pytest.raises(ConfigError, match="DenseAlignmentCallback"):
+        fit(host, callback, steps=2, ckpt_path=tmp_path / "alone.ckpt")
+    assert_untouched(host)
+    trainer, _ = fit(host, callback, steps=1)
+    trainer.validate(
+        host,
+        DataLoader([{"features": torch.randn(4, 12, 6), "segmentations": torch.ones(4, 1, 3, 4) > 0}]),
+        ckpt_path=tmp_path / "alone.ckpt",
+    )
+
+
 def test_schedule_logs_mixed_precision_and_accumulation():
     callback = DenseAlignmentCallback(weight=0.3, warmup_ratio=0.5, redundancy_ratio=0.25, neighbours=2)
     options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "max_epochs": 4}

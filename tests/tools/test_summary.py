@@ -14,8 +14,9 @@ from ssync_pl import ValidationSummary
 from ssync_pl.errors import SSyncError
 from ssync_pl.metrics import SegmentationMetrics
 from ssync_pl.metrics.functional import labels_to_masks
+from ssync_pl.metrics.partitions import grid_partition, kmeans
 from ssync_pl.tools import summary
-from ssync_pl.tools.summary import grid_partition, kmeans, score_baselines
+from ssync_pl.tools.summary import score_baselines
 
 
 def make_batch(seed):

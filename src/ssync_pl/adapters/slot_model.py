@@ -97,10 +97,10 @@ class SlotModelAdapter(HostAdapter):
             valid = valid.all(1)
             # Where no slot is left there is nothing to learn from, and a softmax over nothing is NaN.
             some = valid.any(1, keepdim=True).expand(logits.shape[:2])
-            if size != grid:
-                # Blocks are averaged as probabilities: absent slots must have none, unless no slot is left.
+            if size != grid or logits.ndim == 5:
+                # Blocks and heads are averaged as probabilities: absent slots must have none, unless no slot is left.
                 absent = (valid.any(1, keepdim=True) & ~valid)[:, None, :, None]
-                logits = logits.masked_fill(absent, float("-inf"))
+                logits = logits.masked_fill(absent[:, None] if logits.ndim == 5 else absent, float("-inf"))
                 masks = masks.masked_fill(absent, 0.0 if probs else float("-inf"))
                 masks = masks / masks.sum(2, keepdim=True).clamp_min(torch.finfo(masks.dtype).tiny) if probs else masks
         attention = grids.separate_heads(logits, 2, 3) if logits.ndim == 5 else SlotMap(logits)

@@ -1,20 +1,18 @@
 """The command `ssync-pl`: the verbs of LightningCLI, and the package's other commands."""
 
 import argparse
-import ast
 import inspect
-import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ssync_pl import __version__
-from ssync_pl.errors import SSyncError, require
+from ssync_pl.errors import SSyncError, printable, require, require_unpacked
 
 _TRAINER = ("fit", "validate", "test", "predict")
 _HELP = """usage: ssync-pl COMMAND [OPTIONS]
@@ -40,14 +38,15 @@ _VERBS = re.findall(r"^  (\w+) ", _HELP, re.MULTILINE)
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line of the package, and returns its exit status."""
-    words = list(sys.argv[1:] if args is None else args)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a name that the terminal cannot show must not end what works
     try:
-        return _dispatch(words)
+        return _dispatch(list(sys.argv[1:] if args is None else args))
+    except BrokenPipeError:  # `| head` has read enough
+        return 2
     except SystemExit as stop:  # argument parsers exit by themselves, callers of `main` get a status
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code: `fit && next` must not go on
             return 143
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end a training
+            return 130
         if isinstance(stop.code, str):
             sys.stderr.write(f"{stop.code}\n")
             return 1
@@ -112,7 +111,7 @@ def _reason(cause: BaseException | None) -> str | None:
             return str(cause)
         known = isinstance(cause, OSError | UnicodeDecodeError | ModuleNotFoundError)
         if known or type(cause).__name__ == "MisconfigurationException":  # Lightning's, which takes seconds to import
-            text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            text = f"{type(cause).__name__}: {printable(' '.join(str(cause).split()))}"
             return text + ". Install it, or the extra of ssync-pl that has it." * isinstance(cause, ModuleNotFoundError)
         cause = cause.__cause__  # jsonargparse wraps what classes refuse
     return None
@@ -134,22 +133,6 @@ def run_command(program: str, command: Command | Mapping[str, Command], words: l
     return run_command(f"{program} {name}", command[name], words[1:])
 
 
-def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
-    """Reads words like `num_slots=7`, whose values are literals of Python, such as `(1, 2)` and `None`, or YAML."""
-    from ssync_pl.compare.variants import parse_yaml
-
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        valid = bool(equals) and name.isidentifier()
-        require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            values[name] = parse_yaml(text, f"{option} {name}=")
-    return values
-
-
 def size(text: str) -> tuple[int, int]:
     """Reads `24x32` or `24,32` as height and width; one number is both."""
     found = re.fullmatch(r"0*([1-9]\d*)(?:[x,]0*([1-9]\d*))?", text)
@@ -168,10 +151,12 @@ def with_config(words: list[str]) -> list[str]:
     given, rest = parser.parse_known_args(words)
     for file in given.config:
         read_yaml(file)  # jsonargparse refuses a bad file without its name
+    if given.ckpt_path is not None and given.ckpt_path.exists() and not given.ckpt_path.is_dir():
+        require_unpacked(given.ckpt_path, given.ckpt_path.stat().st_size)
     apart = any(word.startswith(("-h", "--help", "--print_config", "--model")) for word in rest)
     if given.config or apart or words[0] not in ("validate", "test", "predict"):
         return words
-    folders = [] if given.ckpt_path is None else given.ckpt_path.expanduser().absolute().parents[:2]
+    folders = [] if given.ckpt_path is None else Path(os.path.expanduser(given.ckpt_path)).absolute().parents[:2]
     found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     expected = "--config FILE, or --ckpt_path of a run in whose folder `ssync-pl fit` saved config.yaml"
     require(found is not None, expected, given.ckpt_path or "neither")

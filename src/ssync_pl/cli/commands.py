@@ -11,7 +11,8 @@ from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from ssync_pl.cli import key_values, loading, size
+from ssync_pl.cli import loading, size
+from ssync_pl.compare.variants import key_values
 from ssync_pl.errors import require
 
 _SHARDS = "shards: paths, globs, braces or URLs"

@@ -181,7 +181,7 @@ def run_trainer(words: list[str], *, kind: Any = SSyncCLI) -> Any:
         # Lightning's own errors have no class of their own, but a place.
         frames = traceback.extract_tb(error.__traceback__)
         places = {name for frame in frames for name in (Path(frame.filename).name, frame.name)}
-        if "callback_connector.py" in places and not isinstance(error, SSyncError):
+        if {"callback_connector.py", "seed_everything"} & places and not isinstance(error, SSyncError):
             raise ConfigError(str(error)) from error
         if {"checkpoint_connector.py", "_parse_ckpt_path"} & places and not isinstance(error, SSyncError):
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")

@@ -3,7 +3,6 @@
 import math
 import platform
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -21,9 +20,9 @@ from typing_extensions import override
 
 from ssync_pl.data.files import refuse_foreign, write_owned_json
 from ssync_pl.errors import ConfigError, require
-from ssync_pl.hosts.evaluation import Evaluated, frame_validity
+from ssync_pl.hosts.evaluation import Evaluated, SlotEvaluation
 from ssync_pl.hosts.training import SlotHost
-from ssync_pl.metrics import MAPS, METRICS, SegmentationMetrics
+from ssync_pl.metrics import METRICS
 from ssync_pl.plugin.schedule import steps_of, training_length
 
 # A shared checkpoint may be taken this much earlier than needed, because a validation follows some steps.
@@ -141,10 +140,8 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
         return {}
     limit = trainer.num_val_batches[0]
     data = getattr(trainer, "datamodule", None) or host
-    names = {of: tuple(name for name, info in METRICS.items() if not of or info.both_maps) for of in MAPS}
     truth = (host.evaluation.has_background, host.evaluation.ignore_overlaps)
-    device = trainer.strategy.root_device
-    metrics = {of: SegmentationMetrics(of, *truth, scores=names[of]).to(device) for of in MAPS}
+    evaluation = SlotEvaluation("", *truth, scores=tuple(METRICS)).to(trainer.strategy.root_device)
     with isolate_rng(), torch.no_grad(), _evaluating(host):
         torch.manual_seed(0)  # hosts may draw their first slots: the same ones whatever the training drew before
         loader = CombinedLoader(trainer.val_dataloaders).flattened[0]
@@ -156,15 +153,9 @@ def _scores(trainer: L.Trainer, host: L.LightningModule) -> dict[str, float]:
                 raise ConfigError(f"Expected key `segmentations` in validation batches, but got {got}.")
             with trainer.precision_plugin.val_step_context():
                 found = Evaluated(*host.evaluate(batch))
-            true, valid = batch["segmentations"], frame_validity(batch)
-            metrics[""].update(found.masks, true, valid)
-            for of, labels in found.labels((true.shape[-2], true.shape[-1])).items():
-                if of:
-                    metrics[of].update(labels, true, valid)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metrics without a batch; all processes take part all the same
-        scores = {name: float(value) for one in metrics.values() for name, value in one.compute().items()}
-    return {name: value for name, value in scores.items() if math.isfinite(value)}
+            evaluation.update(found, batch)
+    scores = {name: float(value) for name, value in evaluation.compute().items()}
+    return {name: value for name, value in scores.items() if name != "loss" and math.isfinite(value)}
 
 
 @contextmanager

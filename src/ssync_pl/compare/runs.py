@@ -23,7 +23,7 @@ from ssync_pl.compare.matrix import Matrix, Run
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, refuse_foreign, write_bytes
 from ssync_pl.data.processes import cpu_count
-from ssync_pl.errors import ShardError, require
+from ssync_pl.errors import ShardError, printable, require
 
 _PAUSE = 0.2
 _CANCEL_SECONDS = 10.0
@@ -226,7 +226,7 @@ def log_lines(folder: Path) -> list[str]:
     """Returns the lines of a run's log, without colours and empty ones."""
     log = folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in lines if line.strip()]
+    return [printable(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip()) for line in lines if line.strip()]
 
 
 def _may_start(run: Run, runs: Sequence[Run], waiting: Sequence[Run], running: Sequence[Run]) -> bool:

@@ -1,5 +1,6 @@
 """Configurations as plain dicts, merged as LightningCLI merges its files, and what variants lay over them."""
 
+import ast
 import copy
 import json
 import re
@@ -189,6 +190,20 @@ def parse_yaml(text: str, place: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"Expected {place} to hold YAML in UTF-8, but reading it failed: {reason}.") from error
     return content
+
+
+def key_values(words: Sequence[str], option: str) -> dict[str, Any]:
+    """Reads words like `num_slots=7`, whose values are literals of Python, such as `(1, 2)` and `None`, or YAML."""
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        valid = bool(equals) and name.isidentifier()
+        require(valid, f"{option} NAME=VALUE, such as {option} num_slots=7", repr(word))
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            values[name] = parse_yaml(text, f"{option} {name}=")
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

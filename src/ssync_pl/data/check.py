@@ -17,7 +17,7 @@ from ssync_pl.data.processes import cpu_count, mapper
 from ssync_pl.data.remote import stream_shard
 from ssync_pl.data.samples import Members, read_whole
 from ssync_pl.data.shards import read_shard
-from ssync_pl.errors import ShardError, require
+from ssync_pl.errors import ShardError, printable, require
 
 _ENOUGH_FOR_PROCESSES = 256 << 20  # bytes; below, starting processes takes longer than reading
 _KINDS = {"shard": "damaged shards", "sample": "damaged or refused samples"}
@@ -188,7 +188,8 @@ def render_report(report: CheckReport) -> str:
         lines += [f"{title} ({len(found)})"] if found else []
         lines += [f"  {p.shard if p.key is None else f'{p.shard}, key {p.key}'}: {p.message}" for p in found]
     verdict = "clean" if report.clean else f"problems: {len(report.problems)}"
-    return "\n".join([*lines, f"{verdict} (videos read: {sum(facts['videos'] for facts in report.sets)})"])
+    lines.append(f"{verdict} (videos read: {sum(facts['videos'] for facts in report.sets)})")
+    return "\n".join(map(printable, lines))
 
 
 def _listed(value: Any) -> str:

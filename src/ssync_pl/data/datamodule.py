@@ -148,7 +148,8 @@ class ShardDataModule(L.LightningDataModule):
         self.features = features
         self.num_workers, self.start_method = num_workers, start_method
         self.shuffle_buffer = shuffle_buffer
-        reading = {"max_bytes": max_member_bytes, "skip_bad": on_bad_sample == "skip"}
+        self.skip_bad = on_bad_sample == "skip"
+        reading = {"max_bytes": max_member_bytes, "skip_bad": self.skip_bad}
         self._reading: dict[str, Any] = {"clips_per_video": clips_per_video, **reading}
         self.bad_samples: dict[str, str] = {}
         pixels: dict[str, Any] = {"resize_mode": resize_mode, "crop": crop, "mean": mean, "std": std}
@@ -267,7 +268,7 @@ class ShardDataModule(L.LightningDataModule):
             trainer if training else None,
             # Only CUDA copies overlap with what the device computes.
             device=device if device is not None and device.type == "cuda" else None,
-            on_bad=self._count_bad,
+            on_bad=self.count_bad,
             leave_out=not training and dataset.world == 1,  # ranks need equally many batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -275,7 +276,13 @@ class ShardDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
         )
 
-    def _count_bad(self, bad: list[tuple[str, str]]) -> None:
+    def teardown(self, stage: str) -> None:
+        """Says at the end of a stage how many samples were skipped."""
+        if self.bad_samples:
+            _logger.warning("Skipped because they could not be read: %d samples", len(self.bad_samples))
+
+    def count_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Counts and logs samples that were skipped, as (place, message), each once."""
         for place, message in bad:
             if place not in self.bad_samples:
                 self.bad_samples[place] = message

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssync_pl.errors import ConfigError, ShardError, SSyncError, require_shard
+from ssync_pl.errors import ShardError, SSyncError, require_packages, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
 """Extensions of members that can be decoded; all others are refused."""
@@ -366,14 +366,10 @@ def _orientation(frame: Any) -> tuple[bool, int, int]:
 @contextlib.contextmanager
 def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[Any, Any]]:
     """Opens a video as (container, video stream); every error of PyAV inside becomes a `ShardError`."""
-    try:
-        import av
-        from av.stream import Disposition
-    except ImportError as error:
-        raise ConfigError(
-            f"Expected PyAV to be installed to read {where}, but it is missing. Run "
-            '`pip install "ssync-pl[video]"`, or store the videos as arrays or folders of frames.'
-        ) from error
+    require_packages("video", "av")
+    import av
+    from av.stream import Disposition
+
     with _named(where, "a whole video file", source):
         options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
         with av.open(
@@ -390,6 +386,9 @@ def _open_video(source: Source, where: str, max_bytes: int) -> Iterator[tuple[An
 @contextlib.contextmanager
 def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
     """Turns whatever decoders raise on damaged bytes into a `ShardError` that says what was expected."""
+    path = source if isinstance(source, (str, os.PathLike)) else None
+    plain = path is None or os.path.isfile(path) or not os.path.exists(path)
+    require_shard(plain, f"{where} to be {expected}", "no plain file", advice=_AGAIN)  # a pipe may never end
     try:
         yield
     except SSyncError:
@@ -397,7 +396,7 @@ def _named(where: str, expected: str, source: object = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) and not hasattr(error, "errno"):
             raise  # with a number it is of PyAV, which damaged headers ask for absurd sizes
-        empty = isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and not os.path.getsize(source)
+        empty = path is not None and os.path.isfile(path) and not os.path.getsize(path)
         got = "an empty file" if empty else f"a damaged one ({(str(error) or repr(error)).splitlines()[0]})"
         raise ShardError(f"Expected {where} to be {expected}, but got {got}. {_AGAIN}") from error
 

@@ -2,14 +2,32 @@
 
 import contextlib
 import errno
+import importlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import require
+from ssync_pl.errors import ConfigError, require, require_unpacked
+
+
+def load_tensors(path: str | os.PathLike[str]) -> Any:
+    """Reads a file of PyTorch or safetensors; nothing in it is executed or unpacked. `ConfigError` if it cannot be."""
+    import torch
+
+    require_unpacked(path, os.path.getsize(path) if os.path.exists(path) else 0)
+    try:
+        if Path(path).suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
+            f"but reading it failed ({error!r:.200}). Take another; none is read in a way that could run what is in it."
+        ) from error
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -59,7 +77,13 @@ def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
         raise FileExistsError(errno.EEXIST, "a file that is no lock stands there: move it away", str(path))
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if timeout == 0:
+                raise
+            logging.getLogger(__name__).warning("Waiting for another process, which holds %s", path)
+            lock.acquire(timeout=timeout)
     except Timeout as error:
         raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from error
     try:

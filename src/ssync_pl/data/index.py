@@ -24,8 +24,13 @@ from ssync_pl.errors import ShardError, require_shard
 INDEX_NAMES = ("index.json", "ssync_index.json")
 """File names of the sidecar; the second is taken where another program wrote `index.json`."""
 
+MOST_BYTES = 1 << 28  # of a sidecar
+
 _FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
+_LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"g", b"X")
+_LONGEST_HEADER, _LARGEST = 1 << 20, 1 << 36  # bytes of names and attributes, of a member
+_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, LookupError, RecursionError)
 _ERRORS = "backslashreplace"  # names that are not UTF-8 are read with escapes, so that they can be printed and written
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +66,14 @@ class _StrictHeader(tarfile.TarInfo):
     """A member's header, which must be whole: tarfile takes a damaged or missing one for the end of the archive."""
 
     @classmethod
+    def frombuf(cls, *args: Any) -> Any:
+        """Reads a header; refuses sizes below 0, which lead in circles, and names that fill the memory."""
+        info = super().frombuf(*args)
+        if info.size < 0 or (info.type in _LONG_HEADERS and info.size > _LONGEST_HEADER):
+            raise tarfile.InvalidHeaderError(f"a header of {info.size} bytes")  # type: ignore[attr-defined]
+        return info
+
+    @classmethod
     def fromtarfile(cls, tar: Any) -> Any:
         try:
             return super().fromtarfile(tar)
@@ -76,7 +89,7 @@ def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader, encoding="utf-8", errors=_ERRORS) as tar:
             yield tar
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (*_DAMAGE, zlib.error, lzma.LZMAError) as error:
         raise ShardError(
             f"Expected {where} to be a whole tar, but reading it failed ({error}). The file is damaged, cut off, "
             "packed or no tar: copy, unpack or build it again."
@@ -89,6 +102,8 @@ def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tar
     Links and special files are put on the list `ignored`.
     """
     for info in tar:
+        if not 0 <= info.size <= _LARGEST:  # a stream is read on and on for what is promised
+            raise tarfile.ReadError(f"a member of {info.size} bytes")
         plain, parts = info.isreg() and not info.issparse(), re.match(r"^((?:.*/)?[^./]+)\.([^/]+)$", info.name, re.S)
         if plain and parts is not None and not re.match(r"__[^/]*__(?:$|/)", info.name):
             yield info, parts.group(1), parts.group(2).lower()
@@ -99,10 +114,8 @@ def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tar
 def warn_ignored(where: str, names: Sequence[str]) -> None:
     """Names the links and special files that are left out of a shard."""
     if names:
-        advice = "pack links with `tar --dereference --hard-dereference`"
-        _logger.warning(
-            "Leaving out %d members of %s that are no plain files (%s): %s", len(names), where, advice, names[:5]
-        )
+        text = "Leaving out %d members of %r that are no plain files (pack links with `tar --dereference"
+        _logger.warning(f"{text} --hard-dereference`): %s", len(names), where, names[:5])
 
 
 def scan_shard(path: str | os.PathLike[str], *, packed: bool = False) -> ShardEntry:
@@ -124,14 +137,17 @@ def read_index(directory: str | os.PathLike[str]) -> FolderIndex | None:
     """Reads a folder's sidecar; `None` when there is none of ours, or it does not parse (it is only a cache)."""
     for name in INDEX_NAMES:
         with contextlib.suppress(OSError, ShardError):
-            return parse_index(Path(directory, name).read_bytes())
+            if Path(directory, name).is_file():  # a pipe never ends
+                return parse_index(Path(directory, name).read_bytes())
     return None
 
 
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an index of ours in any version."""
     try:
-        return not path.is_symlink() and bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            return False
+        return bool(parse_json(path.read_bytes(), path.name, dict).get("format") == _FORMAT)
     except FileNotFoundError:
         return True
     except (OSError, ShardError):
@@ -209,7 +225,7 @@ def load_shards(paths: Sequence[str | os.PathLike[str]], *, save: bool = True) -
             known[path.parent] = (read_index(path.parent) or FolderIndex()).shards
         entry = known[path.parent].get(path.name)
         if entry is not None and not _fits(entry, path):
-            _logger.warning("The index of %s does not name what the shard holds: it is built again.", path)
+            _logger.warning("The index of %r does not name what the shard holds: it is built again.", str(path))
             entry = None
         if entry is None:
             entry = scan_shard(path)

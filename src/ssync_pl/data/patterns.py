@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlparse, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
-from ssync_pl.errors import MissingShardError, require
+from ssync_pl.errors import MissingShardError, printable, require
 
 Patterns = str | list[str]
 """One pattern or several."""
@@ -70,13 +70,13 @@ def shard_name(shard: str) -> str:
 def masked_url(url: str) -> str:
     """Returns an address that may be printed: without passwords, and without the values of its query."""
     if not is_remote(url):
-        return url
+        return printable(url)
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     user = f"{user.partition(':')[0]}:…" if ":" in user else ("…" if user else "")
     names = [item.partition("=") for item in parts.query.split("&")] if parts.query else []
     query = "&".join(f"{name}=…" if equals else "…" for name, equals, _ in names)
-    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query, fragment=""))
+    return printable(urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query, fragment="")))
 
 
 def _resolve(shard: str, pattern: str, argument: str) -> list[str]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from ssync_pl.errors import ShardError
@@ -46,8 +47,13 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # workers with more threads would fight for the same CPUs
     try:
         with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+
+            def apply(*given: Any) -> Iterator[Any]:
+                with deaf_children():  # which are started here
+                    return pool.map(*given)
+
             try:
-                yield pool.map
+                yield apply
             except BaseException:
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.terminate()  # what it is at may take minutes
@@ -62,9 +68,19 @@ def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Lets processes that are started in the block leave Ctrl-C to this one, which hears it when the block is over."""
+    resource_tracker.ensure_running()  # it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent() -> None:
-    """Makes this worker leave Ctrl-C to its parent, and end when the parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Makes this worker end when its parent was killed."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -17,10 +17,10 @@ from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
-from ssync_pl.data.index import INDEX_NAMES, ShardEntry, list_members, open_tar, parse_index, warn_ignored
+from ssync_pl.data.index import INDEX_NAMES, MOST_BYTES, ShardEntry, list_members, open_tar, parse_index, warn_ignored
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
-from ssync_pl.errors import ShardError, require_shard
+from ssync_pl.errors import ShardError, printable, require_shard
 
 RETRY_SECONDS = 100.0
 """Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
@@ -29,6 +29,8 @@ _STALL_SECONDS = 30.0
 _SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _LONGEST_PAUSE = 10.0
 _CHUNK = 1 << 20
+_TOGETHER = 4  # members of a sample may take so many times what one may
+_MOST_BEHIND = 64 << 20  # bytes behind the end of an archive, where tar fills up its last block
 _PIECE = 32 << 10  # bytes that are asked for after a break
 # Client errors that another try can mend: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
@@ -183,19 +185,26 @@ def stream_shard(
                 for info, _, member in group:
                     require_shard(member not in sizes, f"each member of {where} once", "one twice", advice=_AGAIN)
                     sizes[member] = info.size
-                    if (fields is None or member.split(".")[0] in fields) and info.size <= max_bytes:
+                    wanted = fields is None or member.split(".")[0] in fields
+                    room = _TOGETHER * max_bytes - sum(map(len, contents.values()))
+                    if wanted and info.size <= min(max_bytes, room):
                         stored: Any = tar.extractfile(info)
                         contents[member] = stored.read()
                         if len(contents[member]) != info.size:
                             raise EOFError(f"member {info.name} ends early")
                 yield key, Members(where, sizes, functools.partial(_part, where, sizes, contents, max_bytes), max_bytes)
-            while plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
-                pass
+            for _ in range(_MOST_BEHIND // _CHUNK):
+                if not plain.read(_CHUNK):  # only a transfer that is read to its end says whether it was whole
+                    break
+            else:
+                raise EOFError(f"{_MOST_BEHIND} bytes behind its end")
         warn_ignored(shown, ignored)
 
 
 def _part(where: str, sizes: Any, contents: Any, max_bytes: int, member: str, start: int, length: int) -> bytes:
     require_size(sizes[member], f"member `{member}` of {where}", max_bytes)
+    if member not in contents:
+        require_size(sum(sizes.values()), f"the members of {where} together", _TOGETHER * max_bytes)
     return bytes(contents.get(member, b"")[start : start + length])
 
 
@@ -212,7 +221,7 @@ def _fetch_folder(parts: SplitResult) -> dict[str, ShardEntry]:
         url = urlunsplit(parts._replace(path=posixpath.join(parts.path, name)))
         try:
             with RemoteFile(url) as raw:
-                text = io.BufferedReader(raw, _CHUNK).read()
+                text = io.BufferedReader(raw, _CHUNK).read(MOST_BYTES)
         except _AbsentError:
             continue
         try:
@@ -227,7 +236,7 @@ def _is_final(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in _PASSING
-    named = ("SSL", "Certificate", "InvalidURL")
+    named = ("SSL", "Certificate", "InvalidURL", "Redirect")
     return isinstance(error, _FINAL) or any(word in type(error).__name__ for word in named)
 
 
@@ -236,6 +245,6 @@ def _describe(error: BaseException, url: str) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(status, int):
-        return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
+        return printable(f"the server answered {status} {getattr(error, 'message', '')}"[:300]).rstrip()
     text = (str(error) or type(error).__name__).replace(url, masked_url(url))
-    return re.sub(r"\b[a-z][a-z0-9+]+://[^\s'\")]+", lambda found: masked_url(found[0]), text)
+    return printable(re.sub(r"\b[a-z][a-z0-9+]+://[^\s'\")]+", lambda found: masked_url(found[0]), text))

@@ -36,12 +36,12 @@ class ShardReader:
         def read(member: str, start: int, length: int) -> bytearray:
             offset, file = sample.members[member][0], self._open(path, shard)
             if start == 0:
-                header = _read_at(file, offset - _BLOCK, _BLOCK)
+                header = read_at(file, offset - _BLOCK, _BLOCK)
                 fits = len(header) < _BLOCK or header_fits(header, f"{sample.key}.{member}", sizes[member])
                 expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
                 advice = "The shard was replaced: delete its index, it is built again."
                 require_shard(fits, expected, "something else there", advice=advice)
-            data = _read_at(file, offset + start, length)
+            data = read_at(file, offset + start, length)
             _require_bytes(path, shard, len(data) == length, "fewer")
             return data
 
@@ -212,7 +212,7 @@ def _require_bytes(path: str, shard: ShardEntry, ok: bool, got: object) -> None:
     require_shard(ok, f"{path} to have {shard.size} bytes as its index says", got, advice=advice)
 
 
-def _read_at(file: Any, offset: int, length: int) -> bytearray:
+def read_at(file: Any, offset: int, length: int) -> bytearray:
     """Reads bytes at a place; fewer where the file ends."""
     data = bytearray(length)
     file.seek(offset)

@@ -1,7 +1,7 @@
 """Validation shared by the reference hosts: which frames count, masks at full size, metrics and used slots."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,17 +71,22 @@ class Evaluated(NamedTuple):
 class SlotEvaluation(nn.Module):
     """Collects segmentation metrics, used slots and the loss over an evaluation, for any host with object masks.
 
-    It is a submodule of the host so that its metrics follow the host's device; it adds no state-dict keys.
+    It is a submodule of the host so that its metrics follow the host's device; it adds no state-dict keys. Maps other
+    than the decoder's get those of the `scores` that are for `both_maps`.
     """
 
-    def __init__(self, prefix: str = "val/", has_background: bool = True, ignore_overlaps: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str = "val/",
+        has_background: bool = True,
+        ignore_overlaps: bool = False,
+        scores: Sequence[str] = (*metric_names("segmentation"), "used_slots"),
+    ) -> None:
         super().__init__()
-        self.prefix = prefix
         self.has_background = has_background
         self.ignore_overlaps = ignore_overlaps
-        scores = (*metric_names("segmentation"), "used_slots")
         self.metrics = SegmentationMetrics(prefix, has_background, ignore_overlaps, scores)
-        shared = [name for name in metric_names("segmentation") if METRICS[name].both_maps]
+        shared = [name for name in scores if METRICS[name].both_maps]
         others = {of: SegmentationMetrics(prefix + of, has_background, ignore_overlaps, shared) for of in MAPS if of}
         self.others = nn.ModuleDict(others)
         self.loss = MeanMetric()
@@ -111,7 +116,7 @@ class SlotEvaluation(nn.Module):
             warnings.simplefilter("ignore")  # of metrics without a batch; all ranks have to take part all the same
             found = (pair for metrics in self.others.values() for pair in metrics.compute().items())  # type: ignore
             others = {name: value for name, value in found if not value.isnan()}
-        return {**self.metrics.compute(), **others, f"{self.prefix}loss": self.loss.compute()}
+        return {**self.metrics.compute(), **others, f"{self.metrics.prefix}loss": self.loss.compute()}
 
     def reset(self) -> None:
         """Forget everything."""

@@ -10,9 +10,7 @@ from ssync_pl.hosts.evaluation import mean_over_frames
 from ssync_pl.method.labels import compute_dtype
 
 
-def slot_contrast_loss(
-    slots: Tensor, *, temperature: float = 0.1, across_batch: bool = True, valid: Tensor | None = None
-) -> Tensor:
+def slot_contrast_loss(slots: Tensor, valid: Tensor, *, temperature: float = 0.1, across_batch: bool = True) -> Tensor:
     """Cross-entropy of finding each slot of frame t + 1 among the slots of frame t, by cosine similarity."""
     fits = slots.ndim == 4 and slots.shape[1] >= 2
     require_shape(fits, "argument `slots` to be (B, T, S, D) with T >= 2", slots, advice="Raise `clip_length`.")
@@ -23,8 +21,6 @@ def slot_contrast_loss(
         vectors = rearrange(F.normalize(slots.to(compute_dtype(slots.dtype)), dim=-1), f"b t s d -> {groups} d")
         logits = torch.einsum("btid,btjd->btij", vectors[:, :-1], vectors[:, 1:]) / temperature
     own = torch.diagonal(logits, dim1=-2, dim2=-1)
-    if valid is None:
-        return (logits.logsumexp(dim=-2) - own).mean()
     pairs = repeat(valid[:, :-1] & valid[:, 1:], f"b t -> {groups}", s=slots.shape[2])
     # A slot stays beside itself, so that no column is empty; columns that do not count get weight 0 below.
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -55,12 +51,11 @@ def temporal_similarity(
     return (similarity / temperature).softmax(dim=-1)
 
 
-def temporal_similarity_loss(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+def temporal_similarity_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Cross-entropy between predicted logits and the target's distribution over a later frame's patches."""
     expected = f"argument `prediction` to have the shape of the target, {tuple(target.shape)}"
     require_shape(prediction.shape == target.shape, expected, prediction)
     # Distributions and not classes: PyTorch takes both, the classes' axis being the second.
     logits = prediction.flatten(0, 2).to(compute_dtype(prediction.dtype))
     per_patch = F.cross_entropy(logits, target.flatten(0, 2).to(logits.dtype), reduction="none")
-    per_frame = per_patch.view(prediction.shape[:3]).mean(dim=-1)
-    return per_frame.mean() if valid is None else mean_over_frames(per_frame, valid)
+    return mean_over_frames(per_patch.view(prediction.shape[:3]).mean(dim=-1), valid)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, choose, require, require_shape
+from ssync_pl.errors import choose, require, require_shape
 from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.nn.initializers import ConditionedSlots, build_initializer, first_frame_hints
 from ssync_pl.hosts.nn.pixels import ConvEncoder, DecoderOutput, SpatialBroadcastDecoder
@@ -126,12 +126,7 @@ class SAVi(SlotHost):
         self.carries_slots = True
         self.iterations_first = iterations_first
         self.iterations_later = iterations_later
-        hint_dims = {"boxes": 4, "centres": 2}
-        self.initializer: nn.Module
-        if slot_init in hint_dims:
-            self.initializer = ConditionedSlots(num_slots, slot_dim, hint_dims[slot_init])
-        else:
-            self.initializer = build_initializer(slot_init, num_slots, slot_dim, feature_dim)
+        self.initializer = build_initializer(slot_init, num_slots, slot_dim, feature_dim)
         self.encoder = ConvEncoder(
             encoder_channels, encoder_strides, feature_dim, encoder_kernel, encoder_mlp_hidden, position_scale, init
         )
@@ -147,7 +142,11 @@ class SAVi(SlotHost):
         require_shape(video.ndim == 5, "argument `video` to be (B, T, 3, H, W)", video)
         features, grid = self.encoder(video.flatten(0, 1))
         features = features.unflatten(0, video.shape[:2])
-        state = self._first_slots(features[:, 0], conditioning)
+        wanted = "a tensor" if isinstance(self.initializer, ConditionedSlots) else "None"
+        given = "None" if conditioning is None else "a tensor"
+        expected = f"argument `conditioning` to be {wanted} with slot_init {self.slot_init!r}"
+        require(wanted == given, expected, given, advice="Only slot_init 'boxes' and 'centres' take it.")
+        state = self.initializer(features[:, 0] if conditioning is None else conditioning)
         slots, logits = [], []
         for frame in range(video.shape[1]):
             first = frame == 0
@@ -159,13 +158,6 @@ class SAVi(SlotHost):
         all_slots = torch.stack(slots, dim=1)
         decoded: DecoderOutput = self.decoder(all_slots)
         return SAViOutput(all_slots, torch.stack(logits, dim=1), grid, decoded.reconstruction, decoded.mask_logits)
-
-    def _first_slots(self, features: Tensor, conditioning: Tensor | None) -> Tensor:
-        wanted, given = isinstance(self.initializer, ConditionedSlots), conditioning is not None
-        words = {True: "a tensor", False: "None"}
-        expected = f"argument `conditioning` to be {words[wanted]} with slot_init {self.slot_init!r}"
-        require(wanted == given, expected, words[given], advice="Only slot_init 'boxes' and 'centres' take it.")
-        return torch.as_tensor(self.initializer(features if conditioning is None else conditioning))
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[SAViOutput, Tensor]:
         """Run a batch; returns the output and the mean squared error over the frames that count."""
@@ -179,11 +171,9 @@ class SAVi(SlotHost):
     def _conditioning(self, batch: Mapping[str, Any]) -> Tensor | None:
         if not isinstance(self.initializer, ConditionedSlots):
             return None
-        if batch.get("segmentations") is None:
-            raise ConfigError(
-                f"Expected key `segmentations` in the batch for slot_init {self.slot_init!r}, but got the keys "
-                f"{sorted(batch)}. Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
-            )
+        expected = f"key `segmentations` in the batch for slot_init {self.slot_init!r}"
+        advice = "Set `masks_in_training: true` in the data module, or use slot_init 'gaussian'."
+        require(batch.get("segmentations") is not None, expected, f"the keys {sorted(batch)}", advice=advice)
         kind: Any = self.slot_init
         background = self.evaluation.has_background
         return first_frame_hints(batch["segmentations"], self.num_slots, kind, has_background=background)
@@ -193,11 +183,6 @@ class SAVi(SlotHost):
         _, loss = self._step(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch["video"].shape[0])
         return loss
-
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch that holds `video`, and `segmentations` too when conditioned."""
-        out: SAViOutput = self(batch["video"], self._conditioning(batch))
-        return out.mask_logits.softmax(dim=2)
 
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and compare its reconstruction; masks are at the decoder's size."""

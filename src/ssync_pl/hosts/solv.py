@@ -255,28 +255,22 @@ class SOLV(SlotHost):
         self.log("train/slots", out.slot_valid.sum(-1).float().mean(), batch_size=len(valid))
         return loss
 
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
-        return self._linked(self(inputs_of(batch), frame_validity(batch)))
-
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
-        """Decompose every frame of a batch that holds `features` or `video`, and compare its reconstruction."""
+        """Decompose every frame of a batch that holds `features` or `video`, with slots linked over time."""
         valid = frame_validity(batch)
         out: SOLVOutput = self(inputs_of(batch), valid)
-        return Evaluated(self._linked(out), _error(out, valid))  # linked slots are not those of slot attention
+        looks = out.slots
+        if self.link_by == "features":
+            apart = out.targets.float() - out.targets.float().mean(dim=(1, 2), keepdim=True)
+            looks = out.masks @ apart  # the cosine needs no division by the area
+        linked = relabel_slots(out.masks, link_slots(looks, out.slot_valid, self.linking))
+        return Evaluated(linked.unflatten(-1, self.grid), _error(out, valid))  # not the slots of slot attention
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with warm-up and decay over the Trainer's steps."""
         steps = self.trainer.estimated_stepping_batches
         self._total_steps = steps if steps > 0 else math.inf  # Lightning gives -1 for a length that nobody knows
         return super().configure_optimizers()
-
-    def _linked(self, out: SOLVOutput) -> Tensor:
-        looks = out.slots
-        if self.link_by == "features":
-            apart = out.targets.float() - out.targets.float().mean(dim=(1, 2), keepdim=True)
-            looks = out.masks @ apart  # the cosine needs no division by the area
-        return relabel_slots(out.masks, link_slots(looks, out.slot_valid, self.linking)).unflatten(-1, self.grid)
 
     def _merge_probability(self) -> float:
         if self.merge_rise == 1.0 or math.isinf(self._total_steps):

@@ -30,12 +30,12 @@ class SlotHost(L.LightningModule, ABC):
         self.evaluation = SlotEvaluation("val/", has_background)
 
     @abstractmethod
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch."""
-
-    @abstractmethod
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch and say how well it is explained."""
+
+    def segment(self, batch: Mapping[str, Any]) -> Tensor:
+        """Object masks `(B, T, S, h, w)` of a batch, as an evaluation has them."""
+        return Evaluated(*self.evaluate(batch)).masks
 
     def setup(self, stage: str) -> None:
         """Ask the data module how frames are normalised, and whether masks have a background and may overlap."""
@@ -44,13 +44,10 @@ class SlotHost(L.LightningModule, ABC):
             if isinstance(part, FeatureEncoder):
                 part.take_normalization(data)
         has_background = getattr(data, "has_background", None)
+        has_background = self.evaluation.has_background if has_background is None else bool(has_background)
+        overlaps = bool(getattr(data, "ignore_overlaps", False))
         prefix = "test/" if stage == "test" else "val/"
-        if has_background is None:
-            has_background = self.evaluation.has_background
-        wanted = (prefix, bool(has_background), bool(getattr(data, "ignore_overlaps", False)))
-        now = self.evaluation
-        if wanted != (now.prefix, now.has_background, now.ignore_overlaps):
-            self.evaluation = SlotEvaluation(*wanted).to(self.device)
+        self.evaluation = SlotEvaluation(prefix, has_background, overlaps).to(self.device)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch of the data module, with `segmentations`, to the metrics."""
@@ -62,13 +59,8 @@ class SlotHost(L.LightningModule, ABC):
         self.log_dict(self.evaluation.compute(), sync_dist=True)
         self.evaluation.reset()
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the metrics, as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics under `test/` and start afresh."""
-        self.on_validation_epoch_end()
+    test_step = validation_step  # `setup` gave the metrics their other prefix
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Segment a batch at the size of its frames."""

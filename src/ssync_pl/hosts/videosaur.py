@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, choose, require, require_shape
+from ssync_pl.errors import choose, require, require_shape
 from ssync_pl.hosts.evaluation import Evaluated, frame_validity, mean_over_frames
 from ssync_pl.hosts.losses import slot_contrast_loss, temporal_similarity, temporal_similarity_loss
 from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import build_initializer
-from ssync_pl.hosts.nn.layers import init_fan_in_
+from ssync_pl.hosts.nn.layers import init_fan_in_, random_windows
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -72,6 +72,8 @@ class FeatureHost(SlotHost):
         feature_dim: without a backbone, channels of the cached features.
         similarity_dim: without a backbone, further cached channels behind them, for the similarity loss.
         grid: rows and columns of the patches, each of which has a position embedding in the decoder.
+        feature_windows: in training, clips of cached features are seen through random windows of this share or more of
+            the grid's sides, half of them mirrored, which keeps few videos from being learned by heart; 1 for whole.
         encoder_hidden: hidden size of the MLP in front of slot attention; None for twice the channels, 0 for no MLP.
         encoder_position: scale of a learned position embedding inside that MLP; 0 for none, as published. Set 0.5 with
             convolutional backbones, whose features do not say where a patch lies.
@@ -133,6 +135,7 @@ class FeatureHost(SlotHost):
         feature_dim: int | None = None,
         similarity_dim: int | None = None,
         grid: tuple[int, int] = (14, 14),
+        feature_windows: float = 1.0,
         encoder_hidden: int | None = None,
         encoder_position: float = 0.0,
         fourier_bands: int = 0,
@@ -174,18 +177,16 @@ class FeatureHost(SlotHost):
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
         require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
+        windows = 0 < feature_windows <= 1 and (backbone is None or feature_windows == 1)
+        require(windows, "`feature_windows` to be 1, or in (0, 1) with cached features", feature_windows)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
         choose("decoder", decoder, "mlp", "mixer", "fourier")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
-        self.reconstruction_weight = reconstruction_weight
-        self.similarity_weight = similarity_weight
-        self.similarity_temperature = similarity_temperature
-        self.similarity_threshold = similarity_threshold
+        self.loss_weights = dict(zip(("reconstruction", "similarity", "contrast"), weights, strict=True))
         self.similarity_shift = similarity_shift
-        self.contrast_weight = contrast_weight
-        self.contrast_temperature = contrast_temperature
-        self.contrast_across_batch = contrast_across_batch
+        self._similarity: Any = {"temperature": similarity_temperature, "threshold": similarity_threshold}
+        self._contrast: Any = {"temperature": contrast_temperature, "across_batch": contrast_across_batch}
         self.carries_slots = self.is_video
         encoder = FeatureEncoder(
             backbone=backbone,
@@ -239,6 +240,8 @@ class FeatureHost(SlotHost):
         """Decompose clips into slots."""
         expected = "argument `inputs` to be frames (B, T, 3, H, W) or cached features (B, T, N, C)"
         require_shape(inputs.ndim in (4, 5), expected, inputs, advice="Use T = 1 for images.")
+        if self.training and inputs.ndim == 4 and self.hparams["feature_windows"] < 1:
+            inputs = random_windows(inputs, self.grid, self.hparams["feature_windows"])
         clips = inputs.shape[:2]
         items = inputs if self.is_video else inputs.flatten(0, 1)
         encoded = self.encoder(items)
@@ -258,40 +261,23 @@ class FeatureHost(SlotHost):
 
     def losses(self, output: FeatureHostOutput, valid: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction, similarity and contrast, as far as their weights are above 0."""
-        losses: dict[str, tuple[float, Tensor]] = {}
-        zero = output.slots.new_zeros(())  # in evaluation, of videos too short to compare frames
-        if self.reconstruction_weight > 0:
+        return {name: (w, self._loss(name, output, valid)) for name, w in self.loss_weights.items() if w > 0}
+
+    def _loss(self, name: str, output: FeatureHostOutput, valid: Tensor) -> Tensor:
+        if name == "reconstruction":
             rebuilt = output.reconstruction[..., : output.targets.shape[-1]]
             error = rebuilt.to(compute_dtype(rebuilt.dtype)) - output.targets
-            loss = mean_over_frames(error.square().mean(dim=(2, 3)), valid)
-            losses["reconstruction"] = (self.reconstruction_weight, loss)
-        if self.similarity_weight > 0:
-            comparable = self._comparable(output, self.similarity_shift, "similarity")
-            loss = self._similarity(output, valid) if comparable else zero
-            losses["similarity"] = (self.similarity_weight, loss)
-        if self.contrast_weight > 0:
-            loss = zero
-            if self._comparable(output, 1, "contrast"):
-                options = {"temperature": self.contrast_temperature, "across_batch": self.contrast_across_batch}
-                loss = slot_contrast_loss(output.slots, valid=valid, **options)  # type: ignore[arg-type]
-            losses["contrast"] = (self.contrast_weight, loss)
-        return losses
-
-    def _similarity(self, output: FeatureHostOutput, valid: Tensor) -> Tensor:
-        shift = self.similarity_shift
-        options = {"temperature": self.similarity_temperature, "threshold": self.similarity_threshold}
-        target = temporal_similarity(output.similarity_features, shift=shift, **options)  # type: ignore[arg-type]
+            return mean_over_frames(error.square().mean(dim=(2, 3)), valid)
+        shift = self.similarity_shift if name == "similarity" else 1
+        if valid.shape[1] <= shift and not self.training:
+            return output.slots.new_zeros(())
+        advice = f"Raise `clip_length`, or set {name}_weight=0."
+        require(valid.shape[1] > shift, f"at least {shift + 1} frames for {name}", valid.shape[1], advice=advice)
+        if name == "contrast":
+            return slot_contrast_loss(output.slots, valid, **self._contrast)
+        target = temporal_similarity(output.similarity_features, shift=shift, **self._similarity)
         prediction = output.reconstruction[:, :-shift, :, -target.shape[-1] :]
         return temporal_similarity_loss(prediction, target, valid[:, :-shift] & valid[:, shift:])
-
-    def _comparable(self, output: FeatureHostOutput, shift: int, loss: str) -> bool:
-        frames = output.slots.shape[1]
-        if frames > shift or not self.training:
-            return frames > shift
-        raise ConfigError(
-            f"Expected clips of at least {shift + 1} frames for the {loss} loss, but got {frames}. Raise "
-            f"`clip_length`, or set {loss}_weight=0."
-        )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Weighted sum of the losses on a batch that holds `features` or `video`; with both, no backbone runs."""
@@ -300,11 +286,6 @@ class FeatureHost(SlotHost):
             self.log_dict({f"train/{name}": part for name, part in parts.items()}, batch_size=len(output.slots))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(output.slots))
         return loss
-
-    def segment(self, batch: Mapping[str, Any]) -> Tensor:
-        """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""
-        output: FeatureHostOutput = self(inputs_of(batch))
-        return output.mask_logits.softmax(dim=2)
 
     def evaluate(self, batch: Mapping[str, Any]) -> Evaluated:
         """Decompose a batch that holds `features` or `video`; masks are on the grid of patches."""

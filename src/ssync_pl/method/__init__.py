@@ -6,21 +6,7 @@ from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.method.merging import MergeResult, merge_slots, redundant_slots, relabel, slot_coverage
 from ssync_pl.method.regions import boundary_region, count_differing_neighbours, interior_region
 
-__all__ = [
-    "BackendChoice",
-    "MergeResult",
-    "SSyncMaps",
-    "SSyncOutput",
-    "boundary_region",
-    "brier_per_patch",
-    "count_differing_neighbours",
-    "describe_backend",
-    "hard_labels",
-    "interior_region",
-    "merge_slots",
-    "redundant_slots",
-    "relabel",
-    "slot_coverage",
-    "slot_probabilities",
-    "ssync_loss",
-]
+__all__ = ["BackendChoice", "MergeResult", "SSyncMaps", "SSyncOutput"]
+__all__ += ["boundary_region", "brier_per_patch", "count_differing_neighbours", "describe_backend", "hard_labels"]
+__all__ += ["interior_region", "merge_slots", "redundant_slots", "relabel", "slot_coverage", "slot_probabilities"]
+__all__ += ["ssync_loss"]

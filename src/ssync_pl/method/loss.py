@@ -16,20 +16,6 @@ from ssync_pl.method.merging import MergeResult, merge_slots, relabel
 from ssync_pl.method.regions import NUM_NEIGHBOURS, boundary_region, count_differing_neighbours, interior_region
 from ssync_pl.method.triton import fused_block, why_unserved
 
-__all__ = [
-    "Backend",
-    "BackendChoice",
-    "LossKind",
-    "SSyncOutput",
-    "brier_per_patch",
-    "check_options",
-    "cross_entropy_per_patch",
-    "describe_backend",
-    "mean_over_ranks",
-    "selected_mean",
-    "ssync_loss",
-]
-
 LossKind = Literal["brier", "ce"]
 Backend = Literal["auto", "torch", "triton"]
 

@@ -17,22 +17,7 @@ from ssync_pl.metrics.classes import (
 )
 from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names
 
-__all__ = [
-    "MAPS",
-    "METRICS",
-    "BoundaryF",
-    "ImageARI",
-    "ImageMBO",
-    "ImageMIoU",
-    "ItemMean",
-    "MaskMetric",
-    "MetricInfo",
-    "SegmentationMetrics",
-    "SlotIdentity",
-    "SlotsPerObject",
-    "UnusedSlots",
-    "VideoARI",
-    "VideoMBO",
-    "VideoMIoU",
-    "metric_names",
-]
+__all__ = ["MAPS", "METRICS", "BoundaryF", "ImageARI", "ImageMBO", "ImageMIoU", "ItemMean", "MaskMetric"]
+__all__ += ["MetricInfo", "SegmentationMetrics", "SlotIdentity", "SlotsPerObject", "UnusedSlots", "VideoARI"]
+__all__ += ["VideoMBO", "VideoMIoU"]
+__all__ += ["metric_names"]

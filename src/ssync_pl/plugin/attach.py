@@ -201,12 +201,11 @@ class AttachedSSync:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
-        known = set(state) if isinstance(state, Mapping) else set()
-        missing = ", ".join(sorted({"calls", "guard", "host_average", "term_average"} - known))
-        expected, advice = "what `state_dict` of an attached SSync returned", "Load the state that was saved."
-        require(not missing, expected, f"{missing} is not in it", advice=advice)
-        self._calls = self._first_call = int(state["calls"])
+        calls = state.get("calls") if isinstance(state, Mapping) else None
+        whole, expected = isinstance(calls, int) and calls >= 0, "what `state_dict` of an attached SSync returned"
+        require(whole, expected, f"{calls!r} for its `calls`", advice="Load the state that was saved.")
         self._engine.load_state_dict(dict(state))
+        self._calls = self._first_call = int(calls or 0)
         self._listen()
 
     def _term(self, host_loss: Tensor | None, batch: Any) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.errors import HostError
+from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -115,12 +115,16 @@ class SSyncEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned."""
-        self.guard.load_state_dict(state["guard"])
-        self.first_step = state.get("first_step")  # not in the first checkpoints
-        host, term = state["host_average"], state["term_average"]
-        self._host_average = None if host is None else torch.tensor(host)
-        self._term_average = None if term is None else torch.tensor(term)
+        """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
+        try:
+            first, *averages = (state.get("first_step"), state["host_average"], state["term_average"])
+            first = None if first is None else int(first)  # not in the first checkpoints
+            host, term = (None if value is None else torch.tensor(float(value)) for value in averages)
+            self.guard.load_state_dict(state["guard"])
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+            text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
+            raise ConfigError(text) from error
+        self.first_step, self._host_average, self._term_average = first, host, term
         self._epoch = None  # a search for a learning rate asked for its own length
         self._stay_on()
 

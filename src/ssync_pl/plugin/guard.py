@@ -108,10 +108,14 @@ class CollapseGuard:
         return {**{name: getattr(self, name) for name in _STATE}, "sum": total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned."""
-        for name in _STATE:
-            setattr(self, name, state[name])
-        self._sum = None if state["sum"] is None else torch.tensor(state["sum"])
+        """Continues from what `state_dict` returned; what is of another type or size raises, and changes nothing."""
+        before, existing, total = state["before"], state["existing_before"], state["sum"]
+        on, told, factor, count = bool(state["on"]), bool(state["told"]), float(state["factor"]), int(state["count"])
+        pair = None if before is None else (float(before[0]), float(before[1]))
+        existing = None if existing is None else float(existing)
+        self._sum = None if total is None else torch.tensor([*map(float, total)]).reshape(3)
+        self.before, self.existing_before, self.factor, self.count, self.told = pair, existing, factor, count, told
+        self.on = on and None not in (pair, existing)
 
     def _judge(self, before: tuple[float, float], now: tuple[float, float]) -> GuardVerdict:
         before = (min(before[0], self._existing), min(before[1], self._existing))

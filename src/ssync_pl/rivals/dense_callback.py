@@ -47,7 +47,7 @@ class DenseAlignmentCallback(L.Callback):
         redundancy_steps: The same as a number of optimizer steps; takes its place. Published: 10 000.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or a training without the callback is resumed with it.
         HostError: In `setup` or `on_fit_start`: the host cannot be used; the message says why.
 
     Source: SRL, dense synergistic learning for video object-centric models; see `DenseAlignment`.
@@ -145,6 +145,12 @@ class DenseAlignmentCallback(L.Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not hold on to the host, its hooks or tensors of a graph.
         return {**self.__dict__, "_capture": Capture(), "_wrapped": []}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume a training without this callback, whose optimizer knows no projections."""
+        fits = trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]
+        advice = "Resume without it, or start a new training from the weights alone."
+        require(fits, "a checkpoint of a training with DenseAlignmentCallback", "one without it", advice=advice)
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         capture, losses, now = self._capture, self.losses, trainer.global_step

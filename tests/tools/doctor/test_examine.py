@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssync_pl import SSyncCallback, ssync_loss
 from ssync_pl.adapters import PathAdapter
 from ssync_pl.adapters.savi import SaviAdapter
-from ssync_pl.cli import key_values
+from ssync_pl.compare.variants import key_values
 from ssync_pl.errors import ConfigError, HostError
 from ssync_pl.hosts import VideoSAUR
 from ssync_pl.tools.doctor.examine import DoctorReport, examine, hints, lines, render_report

@@ -117,7 +117,7 @@ def test_what_cannot_run_is_refused_before_anything_is_computed(tmp_path, run, f
     assert not (tmp_path / "out").exists()
 
 
-def test_a_video_that_breaks_off_leaves_no_half_files(tmp_path, run, frames, capsys, monkeypatch):
+def test_a_video_that_breaks_off_leaves_no_half_files(tmp_path, run, frames, capsys, caplog, monkeypatch):
     good, real, out = write_frames(tmp_path / "good", moving(2)), inputs.media.read_frames, tmp_path / "out"
 
     def breaking(path, *rest):
@@ -130,7 +130,18 @@ def test_a_video_that_breaks_off_leaves_no_half_files(tmp_path, run, frames, cap
     assert run("--input", good, frames, "--clip-frames", 3, "--out", out) == 2
     assert "frame 5 to be whole" in capsys.readouterr().err.splitlines()[-1]
     assert [video["key"] for video in index(out)] == ["good"]
+    (tmp_path / "cut.mp4").touch()
+    words = ["--data.on_bad_sample=skip", "--clip-frames", 3, "--out", out, "--input", tmp_path / "cut.mp4", frames]
+    assert run(*words, write_frames(tmp_path / "last", moving(2))) == 0
+    assert [text.partition(":")[0] for text in caplog.messages[-3:]] == [
+        "Skipping a bad sample (1 so far)",
+        "Skipping a bad sample (2 so far)",
+        "Skipped because they could not be read",
+    ]
+    assert [video["key"] for video in index(out)] == ["good", "last"]
+    assert run(*words) == 2
+    assert "at least one video of --input that can be read" in capsys.readouterr().err.splitlines()[-1]
     assert not [path.name for path in out.iterdir() if "frames" in path.name or path.name[0] == "."]
     with pytest.warns(UserWarning, match="writes nothing of frames: the prediction ended before"):
         assert run("--input", frames, "--clip-frames=4", "--out", out, "--trainer.limit_predict_batches=1") == 0
-    assert [video["key"] for video in index(out)] == ["good"]
+    assert [video["key"] for video in index(out)] == ["good", "last"]

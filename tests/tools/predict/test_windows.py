@@ -7,15 +7,8 @@ import torch
 from ssync_pl.data.samples import SampleRules, crop_offsets
 from ssync_pl.data.transforms import BatchTransform
 from ssync_pl.hosts import DINOSAUR, SAVi, SlotContrast
-from ssync_pl.tools.predict.windows import (
-    OUTSIDE,
-    CarrySlots,
-    cut_windows,
-    match_slots,
-    restore_labels,
-    seen_region,
-    share_labels,
-)
+from ssync_pl.tools.predict.windows import OUTSIDE, CarrySlots, cut_windows, match_slots, restore_labels, seen_region
+from ssync_pl.tools.predict.writer import share_labels
 from tiny_run import TINY_SAVI
 
 

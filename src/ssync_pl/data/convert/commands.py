@@ -11,6 +11,7 @@ from ssync_pl.data.convert.movi import plan_movi
 from ssync_pl.data.convert.videos import plan_davis, plan_videos
 from ssync_pl.data.convert.writer import ConversionReport, Split, convert
 from ssync_pl.data.convert.ytvis import plan_ytvis
+from ssync_pl.errors import printable
 
 _SOURCES: dict[str, tuple[str, Callable[..., list[Split]]]] = {
     "movi": ("MOVi-a to MOVi-f, TFRecord files", plan_movi),
@@ -69,7 +70,8 @@ def _convert(options: argparse.Namespace) -> int:
     recipe = {"source": options.source, **given}
     for split in splits:
         report = convert(split.sources, split.decode, options.out, split.prefix, recipe=recipe, **how)
-        sys.stdout.write("\n".join(_describe(options.out, split.prefix, report, split.notes)) + "\n")
+        lines = _describe(options.out, split.prefix, report, split.notes)
+        sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
 
 

@@ -1,6 +1,5 @@
 """Video files and folders of frames: their frames, which mask belongs to which frame, and their size in shards."""
 
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,14 +17,7 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 """Files that are taken for frames."""
 
-_MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
-
-
-def require_packages(extra: str, *modules: str) -> None:
-    """Refuse to start without the packages of an extra."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    advice = f'Run `pip install "ssync-pl[{extra}]"`.'
-    require(not missing, f"{', '.join(missing)} to be installed", "none", advice=advice)
+MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 
 def read_frames(
@@ -63,8 +55,8 @@ def stack_frames(
             height, width = (side * short_side // min(original) for side in original)
             frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
         kept.append(frame)
-        fits, advice = len(kept) * frame.nbytes <= _MAX_BYTES, "Cut it with --clip-frames, or take a --short-side."
-        require_shard(fits, f"the frames of {where} to take at most {_MAX_BYTES} bytes", "more", advice=advice)
+        fits, advice = len(kept) * frame.nbytes <= MAX_BYTES, "Cut it with --clip-frames, or take a --short-side."
+        require_shard(fits, f"the frames of {where} to take at most {MAX_BYTES} bytes", "more", advice=advice)
     require_shard(bool(kept), f"{where} to have frames", "none", advice="Unpack or export it again.")
     return np.stack(kept), original
 

@@ -4,6 +4,7 @@ A TFRecord file is a row of records: 8 bytes of length (little endian), 4 of the
 the data's (TensorFlow, "TFRecords format details"). The `tfrecord` package checks neither.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -12,10 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssync_pl.data.convert.media import require_packages
 from ssync_pl.data.convert.writer import Split
-from ssync_pl.data.decode import decode_picture
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.data.decode import decode_picture, parse_json
+from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _FPS = 12
 _NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
@@ -41,25 +41,31 @@ def plan_movi(root: Path, splits: Sequence[str] | None = None) -> list[Split]:
     splits = [*dict.fromkeys(splits or files)]
     require({*splits} <= {*files}, f"--splits of {name} among {', '.join(files)}", ", ".join(splits))
     decode = partial(_decode, root)
-    return [Split(f"{name}-{split}", _list_records(root, f"{name}-{split}", files[split]), decode) for split in splits]
+    return [Split(f"{name}-{split}", _list_records(root, name, split, files[split]), decode) for split in splits]
 
 
-def _list_records(root: Path, name: str, files: Sequence[Path]) -> list[tuple[str, int]]:
+def _list_records(root: Path, data: str, split: str, files: Sequence[Path]) -> list[tuple[str, int]]:
     """List the records of a split as (file below the root, offset), by the headers of all its files."""
+    name, info, promised = f"{data}-{split}", files[0].parent / "dataset_info.json", list[int]()
+    content = parse_json(info.read_bytes(), str(info), dict) if info.is_file() else {}
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        promised += [int(n) for part in content["splits"] if part["name"] == split for n in part["shardLengths"]]
     names = {path.name[-14:] for path in files}
     total = max(names)[-5:]
     odd = sorted(names ^ {f"{number:05d}-of-{total}" for number in range(int(total))})
     got = f"{', '.join(odd[:5])} missing or too much"
     require_shard(not odd, f"{int(total)} files {name}.tfrecord-…-of-{total}", got, advice="Download them again.")
-    found = []
-    for path in files:
-        size, offset = path.stat().st_size, 0
+    found: list[tuple[str, int]] = []
+    for number, path in enumerate(files):
+        size, offset, before = path.stat().st_size, 0, len(found)
         with path.open("rb") as stream:
             while offset < size:
                 found.append((str(path.relative_to(root)), offset))
                 offset += _read_length(stream, offset, f"the record of {path} at byte {offset}") + 16
         got = "the end of the file: it is truncated"
         require_shard(0 < offset == size, f"{path} to hold whole records", got, advice="Download it again.")
+        fits = not promised or promised[number : number + 1] == [len(found) - before]
+        require_shard(fits, f"{path} to hold the records that {info} says", len(found) - before, advice="Get it again.")
     return found
 
 

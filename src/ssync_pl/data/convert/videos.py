@@ -5,6 +5,7 @@ for a file), `bytes` (of a file), `masks` (None, or their `path`, `names` and `b
 `stamp`, `total` and `rate`.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 
 from ssync_pl.data.convert import media
 from ssync_pl.data.convert.writer import Split
-from ssync_pl.data.decode import VideoFacts, inspect_video
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.data.decode import VideoFacts, inspect_video, require_size
+from ssync_pl.data.samples import Members
+from ssync_pl.data.shards import read_at
+from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _ARRAY = ".masks.npy"
 _VOID = 255  # in DAVIS
@@ -33,7 +36,7 @@ def plan_videos(
     require(clip_frames is None or clip_frames > 0, "--clip-frames to be at least 1", clip_frames)
     videos, ignored = _scan(root)
     if any(video["names"] is None for video in videos):
-        media.require_packages("video", "av")
+        require_packages("video", "av")
     clips = [clip for video in videos for clip in _cut(root, video, clip_frames)]
     notes = [f"masks: {sum(video['masks'] is not None for video in videos)} of {len(videos)} videos have some"]
     dropped = sum({clip["video"]: clip["total"] % clip_frames for clip in clips if "start" in clip}.values())
@@ -128,17 +131,17 @@ def _read_masks(path: Path, source: _Source, shown: range, total: int, size: tup
         names = media.pair_masks(source["names"], names, where, path)
         require_shard(len(names) == total, counted, f"{len(names)} masks in {path}", f"{total} frames")
         return media.read_ids(path, names[part], where, size)[..., None]
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        count, array = len(array), array[..., None] if array.ndim == 3 else array
-    except Exception as error:  # NumPy raises almost anything on damaged files
-        raise ShardError(f"Expected masks {path} of {where} to be an array, but got {error}.") from error
-    require_shard(count == total, counted, f"{count} masks in {path}", f"{total} frames")
-    ids = np.asarray(array[part])
+    require_shard(path.is_file(), f"the masks {path} of {where} to be a plain file", "none")
+    with path.open("rb") as stream:  # not mapped: a file that is cut off meanwhile would kill the process
+        read = lambda _, start, length: read_at(stream, start, length)  # noqa: E731
+        array = Members(f"{path.parent} of {where}", {path.name: path.stat().st_size}, read, 1 << 40)
+        shape = array.header(path.name).shape
+        require_shard(shape[:1] == (total,), counted, f"{shape[0] if shape else 0} masks in {path}", f"{total} frames")
+        require_size(math.prod(shape[1:]) * len(shown), f"the masks {path} of {where}", media.MAX_BYTES)
+        ids = array.rows(path.name, part)
+    ids = ids[..., None] if ids.ndim == 3 else ids
     fits = ids.ndim == 4 and ids.size > 0 and ids.shape[1:3] == size and ids.dtype.kind in "uib" and ids.min() >= 0
-    expected = (
-        f"the masks of {where} to be integers from 0 on, (frames, {size[0]}, {size[1]}[, objects]) like its frames"
-    )
+    expected = f"the masks of {where} to be integers from 0 on, (F, {size[0]}, {size[1]}[, objects]) like its frames"
     require_shard(bool(fits), expected, f"{ids.dtype} {ids.shape} in {path}")
     return ids
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ssync_pl.data.convert.media import read_frames, require_packages, resize_ids, stack_frames
+from ssync_pl.data.convert.media import read_frames, resize_ids, stack_frames
 from ssync_pl.data.convert.writer import Split
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.errors import ShardError, require, require_packages, require_shard
 
 _FPS = 6  # every fifth frame of 30 per second
 _FARTHEST = 1e5  # pixels; a polygon with a point beyond would take all memory

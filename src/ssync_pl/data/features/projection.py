@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.errors import ShardError, require
 
 PROJECTION_FILE = "projection.npz"
@@ -92,6 +93,7 @@ def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
     try:
         with np.load(path, allow_pickle=False) as content:
+            require_size(sum(one.file_size for one in content.zip.infolist()), f"{path}", MAX_MEMBER_BYTES)
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")

@@ -8,25 +8,24 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ssync_pl.data.features import builders
-from ssync_pl.errors import ConfigError, choose, require, require_shape
+from ssync_pl.data.files import load_tensors
+from ssync_pl.errors import ConfigError, choose, require, require_packages, require_shape
 from ssync_pl.hosts.nn.layers import PatchFeatures
-from ssync_pl.hosts.nn.packaged import PACKAGED, package
+from ssync_pl.hosts.nn.packaged import PACKAGED
 
 Weights = Literal["pretrained", "none"]
 
 # Modules of timm whose models have `blocks`, prefix tokens and position embeddings that follow the size of the frames.
 _VIT_MODULES = frozenset({"timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"})
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "teacher", "module")
-
-_Self = TypeVar("_Self", bound="FrozenBackbone")
 
 
 class FrozenBackbone(nn.Module, ABC):
@@ -76,7 +75,7 @@ class FrozenBackbone(nn.Module, ABC):
         shift = [(theirs - ours) / unit for theirs, ours, unit in zip(mean, self.mean, self.std, strict=True)]
         return frames * frames.new_tensor(scale).view(3, 1, 1) + frames.new_tensor(shift).view(3, 1, 1)
 
-    def train(self: _Self, mode: bool = True) -> _Self:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
@@ -135,7 +134,8 @@ def load_backbone(
     choose("weights", weights or "pretrained", "pretrained", "none")
     both = weights is not None and checkpoint is not None
     require(not both, "one of the arguments `weights` and `checkpoint`", weights, checkpoint)
-    packaged, timm = PACKAGED.get(name), package("timm", f"backbone {name}")
+    require_packages("timm", "timm")
+    packaged, timm = PACKAGED.get(name), importlib.import_module("timm")
     architecture = packaged.architecture if packaged else name
     close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "none; `timm.list_models()` lists them"
     expected = f"argument `backbone` to be {', '.join(PACKAGED)} or a model of timm"
@@ -232,16 +232,7 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Named tensors of a file, bare or under a usual name (`state_dict`, `teacher`, …); nothing in it is executed."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            state: Any = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be weights of PyTorch or safetensors, but got {type(error).__name__} "
-            f"({str(error).splitlines()[0]}). Files that hold more than tensors are refused."
-        ) from error
+    state = load_tensors(path)
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import MLP, fourier_code, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import DecoderOutput
-from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder as SpatialBroadcastDecoder  # beside the others
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
 
@@ -168,14 +167,12 @@ class FourierDecoder(nn.Module):
     returns_logits: ClassVar[bool] = True
     waves: Tensor
 
-    def __init__(
-        self, slot_dim: int, output_dim: int, hidden: Sequence[int], grid: tuple[int, int], bands: int
-    ) -> None:
+    def __init__(self, slot_dim: int, channels: int, hidden: Sequence[int], grid: tuple[int, int], bands: int) -> None:
         super().__init__()
         _check_sizes(hidden, min(grid))
         self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
         self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
-        self.mlp = MLP(slot_dim, hidden, output_dim)
+        self.mlp = MLP(slot_dim, hidden, channels)
         init_fan_in_(self.coefficients)
         init_fan_in_(self.mlp)
         with torch.no_grad():  # mask logits start with a variance of about 1
@@ -186,8 +183,7 @@ class FourierDecoder(nn.Module):
         dots = F.linear(self.coefficients(slots), self.waves)
         dots = dots.to(compute_dtype(dots.dtype))
         masks = dots.softmax(dim=1)
-        features = self.mlp(slots)
-        mixed = torch.einsum("msc,msn->mnc", features, masks.to(features.dtype))
+        mixed = torch.einsum("msc,msn->mnc", self.mlp(slots), masks.to(slots.dtype))
         return {"reconstruction": mixed, "masks": masks, "dots": dots}
 
 

@@ -89,19 +89,13 @@ class FeatureEncoder(nn.Module):
                 f"Expected features of {self.grid[0]} x {self.grid[1]} patches (`grid`) and {channels} channels "
                 f"(`feature_dim` + `similarity_dim`), but got {raw.shape[1]} patches and {raw.shape[2]} channels."
             )
-        main = raw[..., : self.feature_dim]
-        return {
-            "features": self._project(main),
-            "backbone_features": main,
-            "similarity_features": raw[..., self.feature_dim :] if self.similarity_dim else main,
-        }
-
-    def _project(self, features: Tensor) -> Tensor:
-        if self.output_transform is None:
-            return features
-        layers = self.output_transform.layers
-        hidden = layers[:2](features)
-        return torch.as_tensor(layers[2:](hidden if self.position is None else hidden + self.position()))
+        projected = main = raw[..., : self.feature_dim]
+        if self.output_transform is not None:
+            layers = self.output_transform.layers
+            hidden = layers[:2](main)
+            projected = layers[2:](hidden if self.position is None else hidden + self.position())
+        similarity = raw[..., self.feature_dim :] if self.similarity_dim else main
+        return {"features": projected, "backbone_features": main, "similarity_features": similarity}
 
     def _extract(self, frames: Tensor) -> Tensor:
         if self.backbone is None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ssync_pl.errors import require_shape
 from ssync_pl.method.labels import compute_dtype
 
+_HINT_DIMS = {"boxes": 4, "centres": 2}
+
 
 class GaussianSlots(nn.Module):
     """Draws every slot from one learned Gaussian, in training and in evaluation (Locatello et al. 2020)."""
@@ -72,16 +74,17 @@ def group_patches(features: Tensor, num_groups: int, rounds: int = 3) -> Tensor:
             distance = near if number == 0 else torch.minimum(distance, near)
         patches = torch.arange(points.shape[1], device=points.device)
         weights = (torch.stack(chosen, dim=1).unsqueeze(-1) == patches).to(points.dtype)
-        numbers = torch.arange(num_groups, device=points.device).view(1, -1, 1)
         for _ in range(rounds + 1):
             nearest = torch.cdist(weights @ points, points).argmin(dim=1, keepdim=True)
-            members = (nearest == numbers).to(points.dtype)
+            members = (nearest == patches[:num_groups].view(1, -1, 1)).to(points.dtype)
             weights = members / members.sum(dim=-1, keepdim=True).clamp(min=1.0)
     return weights
 
 
 def build_initializer(kind: str, num_slots: int, slot_dim: int, feature_dim: int, spread: float = 1.0) -> nn.Module:
-    """Build what gives a clip its first slots without hints: `gaussian`, `learned` or `features`."""
+    """Build what gives a clip its first slots."""
+    if kind in _HINT_DIMS:
+        return ConditionedSlots(num_slots, slot_dim, _HINT_DIMS[kind])
     if kind == "features":
         return FeatureSlots(num_slots, slot_dim, feature_dim)
     return (GaussianSlots if kind == "gaussian" else LearnedSlots)(num_slots, slot_dim, spread)

@@ -98,6 +98,19 @@ def unit_grid(grid: tuple[int, int]) -> Tensor:
     return torch.cartesian_prod(*(torch.linspace(-1.0, 1.0, size) for size in grid))
 
 
+def random_windows(features: Tensor, grid: tuple[int, int], least: float) -> Tensor:
+    """Show clips `(B, T, N, C)` through windows of `least` to 1 of the grid's sides, half of them mirrored."""
+    draws = torch.rand(4, len(features), device=features.device)
+    zoom = least + (1.0 - least) * draws[0]
+    across = torch.where(draws[3] < 0.5, zoom, -zoom)
+    shift = (1.0 - zoom) * (2.0 * draws[1:3] - 1.0)
+    windows = torch.stack([across, 0 * zoom, shift[0], 0 * zoom, zoom, shift[1]], dim=1).view(-1, 2, 3)
+    maps = rearrange(features, "b t (h w) c -> b (t c) h w", h=grid[0])
+    places = nn.functional.affine_grid(windows, [*maps.shape], align_corners=False)
+    seen = nn.functional.grid_sample(maps, places, padding_mode="border", align_corners=False)
+    return rearrange(seen, "b (t c) h w -> b t (h w) c", t=features.shape[1])
+
+
 def fourier_code(grid: tuple[int, int], bands: int) -> Tensor:
     """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1.
 

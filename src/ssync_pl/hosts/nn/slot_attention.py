@@ -45,7 +45,7 @@ class SlotAttention(nn.Module):
         sharpness: float | None = None,
     ) -> None:
         super().__init__()
-        _check_iterations(iterations)
+        require(iterations >= 1, "argument `iterations` to be at least 1", iterations, advice="Use 1 to 3.")
         require(eps > 0, "argument `eps` (`corrector_eps`) to be above 0", eps, advice="Use 1e-8.")
         require(sharpness is None or sharpness > 0, "argument `sharpness` to be None or above 0", sharpness)
         feature_dim = slot_dim if feature_dim is None else feature_dim
@@ -74,7 +74,7 @@ class SlotAttention(nn.Module):
         fits = slots.ndim == features.ndim == 3 and slots.shape[0] == features.shape[0]
         require_shape(fits, "arguments `slots` (B, S, D) and `features` (B, N, C) with one B", slots, features)
         count = self.iterations if iterations is None else iterations
-        _check_iterations(count)
+        require(count >= 1, "argument `iterations` to be at least 1", count, advice="Use 1 to 3.")
         features = self.norm_features(features)
         keys, values = self.to_k(features), self.to_v(features)
         logits = masks = slots.new_zeros(())
@@ -149,7 +149,3 @@ def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
     # Rows of PyTorch's GRU: reset gate, update gate, candidate.
     gru.weight_ih[2 * dim :].add_(corrector.to_v.weight)
     gru.bias_ih[dim : 2 * dim].fill_(_UPDATE_BIAS)
-
-
-def _check_iterations(iterations: int) -> None:
-    require(iterations >= 1, "argument `iterations` to be at least 1", iterations, advice="Use 1 to 3.")

@@ -4,5 +4,3 @@ Triton is imported when a kernel is first launched, since it comes with CUDA bui
 """
 
 from ssync_pl.method.triton.block import MAX_SLOTS, fused_block, why_unserved
-
-__all__ = ["MAX_SLOTS", "fused_block", "why_unserved"]

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_SLOTS", "fused_block", "why_unserved"]
-
 MAX_SLOTS = 64
 _MAX_IMAGES = 65535  # what a grid of programs holds along its second axis
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["label_map", "link_slots", "share_coverage", "teach", "write_gradient"]
-
 
 @triton.jit
 def _logits(maps, slot, patch, s_slot, s_patch, there):

@@ -1,6 +1,5 @@
 """Public checkpoints of VideoSAUR, SlotContrast, SRL and SSync for the hosts of this package."""
 
-import importlib
 import io
 import os
 import pathlib
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.data.files import load_tensors, write_bytes
+from ssync_pl.errors import require
 
 _DROPPED = ("projector.", "projector2.")
 
@@ -33,25 +32,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns `state_dict`, the tensors by name, with `epoch` and `global_step`, which are 0 where the file has none.
     """
     path = Path(path)
-    require(path.is_file(), f"a checkpoint at {str(path)!r}", "no such file", advice="Correct the path.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            with public_globals():
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({type(error).__name__}). Take another file; none is read in a way that could run "
-            "what is in it."
-        ) from error
+    with public_globals():
+        content = load_tensors(path)
     whole = content if isinstance(content, Mapping) else {}
     state = whole.get("state_dict", whole)
     known = isinstance(state, Mapping) and len(state) > 0
     require(known, f"{str(path)!r} to hold a state dict", type(content).__name__)
     strange = [str(name) for name, value in state.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     require(not strange, f"{str(path)!r} to hold tensors by name", f"{', '.join(strange[:4])}, which are none")
+    size, most = sum(value.numel() * value.element_size() for value in state.values()), 8 * path.stat().st_size
+    require(size <= most, f"the tensors of {str(path)!r} to take at most {most} bytes, 8 times the file", size)
     steps = {name: whole.get(name) for name in ("epoch", "global_step")}
     counted = {name: value if isinstance(value, int) else 0 for name, value in steps.items()}
     return {"state_dict": dict(state), **counted}

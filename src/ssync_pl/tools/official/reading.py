@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import ConfigError, require, require_packages
 
 _MOST_BYTES = 200_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
@@ -41,12 +41,9 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
 
     Changes `KEY=VALUE` come before references are followed, as in the official scripts.
     """
-    try:
-        from omegaconf import OmegaConf
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            'Expected OmegaConf for public configurations, but it is missing. Run `pip install "ssync-pl[official]"`.'
-        ) from error
+    require_packages("official", "omegaconf")
+    from omegaconf import OmegaConf
+
     path = Path(path)
     require(path.is_file(), f"a configuration at {str(path)!r}", "no such file", advice="Correct the path.")
     require(path.stat().st_size <= _MOST_BYTES, f"{path} to have at most {_MOST_BYTES} bytes", "more")

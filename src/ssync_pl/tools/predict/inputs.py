@@ -1,6 +1,7 @@
 """Videos that `ssync-pl predict --input` names: files, folders of frames or videos, shards; and windows of them."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, crop_offsets, eval_sample
 from ssync_pl.data.shards import ShardReader
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
-from ssync_pl.errors import ConfigError, require, require_shard
+from ssync_pl.errors import ConfigError, ShardError, printable, require, require_shard
 from ssync_pl.tools.predict.windows import WINDOW_KEY, cut_windows, seen_region
 
 _KINDS = (
@@ -38,17 +39,21 @@ class InputVideo(NamedTuple):
     source: str  # for messages and the index
     frames: Callable[[], Iterator[NDArray[np.uint8]]]  # decodes one after the other, (H, W, 3)
     rate: float | None = None
+    error: ShardError | None = None  # why there are no frames
 
 
-def find_videos(inputs: Sequence[str]) -> list[InputVideo]:
-    """Finds the videos that some inputs name, in their order; those of a folder in natural order."""
+def find_videos(inputs: Sequence[str], *, skip_bad: bool = False) -> list[InputVideo]:
+    """Finds the videos that inputs name, in order; a damaged file raises, or with `skip_bad` gives one with `error`."""
     found: list[InputVideo] = []
-    for path in (Path(text).expanduser() for text in inputs):
+    for path in (Path(os.path.expanduser(text)) for text in inputs):
         require(path.exists(), "--input to be on this machine", f"{path}, which does not exist")
         videos = _folder(path) if path.is_dir() else _file(path)
         hint = "Name the folder that holds the frames." if path.suffix.lower() in media.PICTURE_EXTENSIONS else ""
         require(bool(videos), f"--input to be {_KINDS}", f"{path}, which is none of them", advice=hint)
         found += videos
+    for error in (video.error for video in found):
+        if error is not None and not skip_bad:
+            raise error
     return found
 
 
@@ -66,7 +71,7 @@ def _folder(path: Path) -> list[InputVideo]:
     kinds = [*list(frames)[:1], *(Path(video.source).name for video in videos[:1])]
     require(not (frames and videos), f"folder {path} to hold one kind of input", *kinds, advice=advice)
     if ignored:
-        warnings.warn(f"ssync-pl predict leaves out of {path}: {', '.join(ignored[:9])}", stacklevel=2)
+        warnings.warn(printable(f"ssync-pl predict leaves out of {path}: {', '.join(ignored[:9])}"), stacklevel=2)
     return videos or _frame_folder(path)
 
 
@@ -78,11 +83,14 @@ def _frame_folder(path: Path) -> list[InputVideo]:
 
 def _file(path: Path) -> list[InputVideo]:
     where, ending = f"video {path}", path.suffix.lower() if path.is_file() else ""
-    if ending == ".tar":
-        return _shard(path)
-    if ending not in media.VIDEO_EXTENSIONS:
+    if ending not in (".tar", *media.VIDEO_EXTENSIONS):
         return []
-    facts = inspect_video(path, where)
+    try:
+        if ending == ".tar":
+            return _shard(path)
+        facts = inspect_video(path, where)
+    except ShardError as error:
+        return [InputVideo(path.stem, str(path), lambda: iter(()), error=error)]
     frames = partial(media.read_frames, path, None, None, None, where, facts.frames)
     return [InputVideo(path.stem, str(path), frames, facts.rate)]
 
@@ -109,7 +117,8 @@ class InputDataModule(L.LightningDataModule):
         advice = "Add `--data ShardDataModule --data.image_size SIZE`, with the values of the training."
         require(isinstance(data, ShardDataModule), expected, type(data).__name__, advice=advice)
         require(clip_frames >= 2, "--clip-frames to be at least 2, as windows share a frame", clip_frames)
-        self.videos, self.clip_frames = find_videos(inputs), clip_frames
+        self.data, self.clip_frames = data, clip_frames
+        self.videos = find_videos(inputs, skip_bad=data.skip_bad)
         self.mean, self.std = data.mean, data.std
         self.transform = copy.copy(data.transform)
         if self.transform.image_size is None and isinstance(data, SyntheticDataModule):
@@ -118,20 +127,33 @@ class InputDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> Iterator[dict[str, Any]]:
         """Gives one window per batch, decoded in this process, and features where the host wants them."""
+        for video in self.videos:
+            try:
+                yield from self._windows(video)
+            except ShardError as error:
+                if not self.data.skip_bad:
+                    raise
+                self.data.count_bad([(video.source, str(error))])
+        self.data.teardown("predict")
+        bad = list(self.data.bad_samples.values())
+        require_shard(len(bad) < len(self.videos), "at least one video of --input that can be read", *bad[:1])
+
+    def _windows(self, video: InputVideo) -> Iterator[dict[str, Any]]:
         seen, device = self.transform, "cpu" if self.trainer is None else self.trainer.strategy.root_device
         rules = SampleRules(image_size=seen.image_size, crop=seen.crop, reference=seen.reference)
-        for video in self.videos:
-            window = None
-            for window in cut_windows(video.frames(), self.clip_frames):
-                frames, crop = torch.from_numpy(window.frames).to(device), crop_offsets(window.frames, rules)
-                batch = seen({"video": frames[None], "crop": crop[None].to(device)})
-                if self.maker is not None:
-                    features = self.maker(frames, crop, f"video {video.source}")
-                    batch["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
-                region = seen_region(window.frames.shape[1:3], crop.tolist(), seen)
-                whole = window._replace(key=video.key, source=video.source, rate=video.rate, region=region)
-                yield {**batch, "__key__": [video.key], WINDOW_KEY: whole}
-            require_shard(window is not None, f"{video.source} to have frames", "none", advice="Encode it again.")
+        if video.error is not None:
+            raise video.error
+        window = None
+        for window in cut_windows(video.frames(), self.clip_frames):
+            frames, crop = torch.from_numpy(window.frames).to(device), crop_offsets(window.frames, rules)
+            batch = seen({"video": frames[None], "crop": crop[None].to(device)})
+            if self.maker is not None:
+                features = self.maker(frames, crop, f"video {video.source}")
+                batch["features"] = features.to(torch.bfloat16).float()[None]  # as the cache rounds them
+            region = seen_region(window.frames.shape[1:3], crop.tolist(), seen)
+            whole = window._replace(key=video.key, source=video.source, rate=video.rate, region=region)
+            yield {**batch, "__key__": [video.key], WINDOW_KEY: whole}
+        require_shard(window is not None, f"{video.source} to have frames", "none", advice="Encode it again.")
 
 
 def _feature_maker(folder: Path, checkpoint: str | None) -> FeatureMaker:

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from ssync_pl.data.transforms import BatchTransform, Size, central_square, covering_size
@@ -80,22 +78,6 @@ def match_slots(before: NDArray[Any], after: NDArray[Any], num_slots: int) -> ND
     overlap = np.bincount(pairs, minlength=num_slots * num_slots).reshape(num_slots, num_slots).astype(np.float64)
     overlap += np.eye(num_slots) / (2 * max(1, num_slots))  # all together less than a pixel: decides ties only
     return linear_sum_assignment(-overlap)[1]
-
-
-def share_labels(table: NDArray[np.uint8], winners: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.uint8]:
-    """Joins slots that are redundant in a window with those that share a label already; once joined, always joined.
-
-    `table` (256,) holds the label of each slot so far, `winners` (S,) the slot whose label each one takes now, and
-    `sizes` (256,) the pixels of each label so far: the largest label of a group stays, so that tracks go on.
-    """
-    count, slots = len(winners), np.arange(len(winners))
-    links = (np.ones(2 * count), (np.tile(slots, 2), np.concatenate([winners, table[:count]])))
-    _, group = connected_components(coo_matrix(links, (count, count)), directed=False)
-    order = np.lexsort((slots, -sizes[:count], group))
-    largest = order[np.unique(group[order], return_index=True)[1]]
-    joined = table.copy()
-    joined[:count] = largest[group]
-    return joined
 
 
 def seen_region(source: Size, offsets: Sequence[int], transform: BatchTransform) -> tuple[slice, slice]:

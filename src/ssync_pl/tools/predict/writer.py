@@ -21,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ssync_pl.data.files import exclusive, write_bytes
@@ -29,15 +31,7 @@ from ssync_pl.method import hard_labels, redundant_slots
 from ssync_pl.plugin.callback import SSyncCallback
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.session import HostSession
-from ssync_pl.tools.predict.windows import (
-    OUTSIDE,
-    WINDOW_KEY,
-    CarrySlots,
-    Window,
-    match_slots,
-    restore_labels,
-    share_labels,
-)
+from ssync_pl.tools.predict.windows import OUTSIDE, WINDOW_KEY, CarrySlots, Window, match_slots, restore_labels
 from ssync_pl.tools.viz import overlay_labels, slot_colors, to_uint8
 
 _INDEX = "index.json"
@@ -57,14 +51,11 @@ class SlotPredictions(L.Callback):
     slot in each frame), and one line of `index.json`. Repeats that only fill a batch (`batch_padding_mask`) and padded
     frames (`frame_mask`) are left out. Of several processes, each writes its own videos to `rank<number>`.
 
-    With `merge`, redundant slots share a label, as pseudo-labels of SSync do: slot attention's map is taken from the
-    prediction by the adapter of the run's `SSyncCallback`, or the host is recognised. The host needs no training for
-    that. Slots that were joined once stay so until the end of the video.
-
     Args:
         out: A folder that is new, empty, or one of earlier predictions, of which videos of the same name are replaced;
             one that holds anything else is refused before the prediction begins. None: `predictions` in the log folder.
-        merge: Overlap above which slots are redundant, in [0, 1], as `merge_threshold` of SSync; None merges nothing.
+        merge: Overlap above which slots are redundant and share a label to the end of the video, in [0, 1]; their map
+            is taken as by the run's `SSyncCallback`, or the host is recognised. None merges nothing.
     """
 
     def __init__(self, out: str | None = None, merge: float | None = None) -> None:
@@ -237,6 +228,22 @@ def mp4_available() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
+def share_labels(table: NDArray[np.uint8], winners: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Joins slots that are redundant in a window with those that share a label already; once joined, always joined.
+
+    `table` (256,) holds the label of each slot so far, `winners` (S,) the slot whose label each one takes now, and
+    `sizes` (256,) the pixels of each label so far: the largest label of a group stays, so that tracks go on.
+    """
+    count, slots = len(winners), np.arange(len(winners))
+    links = (np.ones(2 * count), (np.tile(slots, 2), np.concatenate([winners, table[:count]])))
+    _, group = connected_components(coo_matrix(links, (count, count)), directed=False)
+    order = np.lexsort((slots, -sizes[:count], group))
+    largest = order[np.unique(group[order], return_index=True)[1]]
+    joined = table.copy()
+    joined[:count] = largest[group]
+    return joined
+
+
 class VideoFiles:
     """Keeps the pieces of a video in a hidden folder; `finish` makes its files there, `show` moves them out."""
 
@@ -314,7 +321,7 @@ def _look_into(folder: Path) -> list[dict[str, Any]]:
     """Videos of earlier predictions in the folder; refuses files of others, but for hidden ones, which stay."""
     earlier: list[dict[str, Any]] = []
     known: dict[str, tuple[int, Any]] = {}  # lower names of files → frames of the video, bytes
-    no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    no_index = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
     with contextlib.suppress(*no_index):
         index = json.loads((folder / _INDEX).read_bytes())
         if index["format"] == _FORMAT and all(isinstance(video["name"], str) for video in index["videos"]):
