@@ -138,6 +138,11 @@ REFUSED = [
     ([*FIT, SSYNC, SSYNC], "more than one stateful callback"),
     ([*FIT, SSYNC, "--model=lightning.pytorch.demos.boring_classes.BoringModel"], "BoringModel is none"),
     ([*FIT, "--config=none.yaml"], "'none.yaml', which is none"),
+    ([*FIT, "--model.num_slots=100000000000000000000"], "Expected arguments `num_slots`"),
+    ([*FIT, "--model.slot_dim=100000000000"], "Expected a configuration that can be built"),
+    ([*FIT, "--trainer.default_root_dir=a\0b"], "null byte"),
+    ([*FIT, "--config=twice.yaml"], "'max_steps' is given twice"),
+    ([*FIT, "--config=unfolds.yaml"], "unfold to more than"),
     ([*FIT, "--config", "tabs.yaml"], "tabs.yaml to hold YAML in UTF-8"),
     ([*FIT, "-c", "wide.yaml"], "wide.yaml to hold YAML in UTF-8"),
     ([*FIT, "--config=empty.yaml"], "empty.yaml to hold keys with values, but got nothing"),
@@ -157,6 +162,9 @@ def test_errors_name_the_key_or_the_file(config, tmp_path, capsys, words, messag
     config.with_name("tabs.yaml").write_text("trainer:\n\tmax_steps: 1")
     config.with_name("wide.yaml").write_text("trainer: {max_steps: 1}", encoding="utf-16")
     config.with_name("empty.yaml").touch()
+    config.with_name("twice.yaml").write_text("trainer:\n  max_steps: 1\n  max_epochs: 2\n  max_steps: 3\n")
+    bomb = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    config.with_name("unfolds.yaml").write_text("\n".join(["a0: &a0 x", *bomb]))
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error

@@ -181,10 +181,16 @@ def run_trainer(words: list[str], *, kind: Any = SSyncCLI) -> Any:
         # Lightning's own errors have no class of their own, but a place.
         frames = traceback.extract_tb(error.__traceback__)
         places = {name for frame in frames for name in (Path(frame.filename).name, frame.name)}
-        if {"callback_connector.py", "seed_everything"} & places and not isinstance(error, SSyncError):
+        if isinstance(error, SSyncError):
+            raise
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
+        if {"callback_connector.py", "seed_everything"} & places:
             raise ConfigError(str(error)) from error
-        if {"checkpoint_connector.py", "_parse_ckpt_path"} & places and not isinstance(error, SSyncError):
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".")
+        odd = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError | MemoryError)
+        if odd and "instantiate_classes" in places:
+            advice = "Correct it; with SSYNC_DEBUG=1 in the environment the traceback is shown."
+            raise ConfigError(f"Expected a configuration that can be built, but got {text}. {advice}") from error
+        if {"checkpoint_connector.py", "_parse_ckpt_path"} & places:
             raise ConfigError(
                 f"Expected --ckpt_path to be a whole checkpoint of this model, but reading it failed: {text}. Take one "
                 "that `fit` wrote; a public one, or weights alone, goes through `ssync-pl checkpoint convert`."

@@ -17,6 +17,7 @@ _TOP_LEVEL = frozenset(
     ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
 _WARMUP = ("warmup_ratio", "warmup_steps")
+_MOST_VALUES = 100_000  # of a configuration, with its references followed
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,36 @@ def read_yaml(path: str | Path, option: str = "--config") -> dict[str, Any]:
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """Parses YAML, and refuses what holds itself, and keys of several kinds."""
+    """Parses YAML; refuses what holds itself or unfolds too far, keys of several kinds, and keys given twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"the key {name!r} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader)
+        if _unfolded(content, {}) > _MOST_VALUES:
+            raise ValueError(f"its references unfold to more than {_MOST_VALUES} values")
         json.dumps(content, sort_keys=True, default=str)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"Expected {place} to hold YAML in UTF-8, but reading it failed: {reason}.") from error
     return content
+
+
+def _unfolded(value: Any, known: dict[int, int]) -> int:
+    """Counts values, and hundreds of characters, with references followed."""
+    if id(value) not in known:
+        known[id(value)] = 1
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        size = len(value) // 100 if isinstance(value, str) else 0
+        known[id(value)] += size + sum(_unfolded(part, known) for part in parts)
+    return known[id(value)]
 
 
 def key_values(words: Sequence[str], option: str) -> dict[str, Any]:

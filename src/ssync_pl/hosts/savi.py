@@ -117,9 +117,9 @@ class SAVi(SlotHost):
     ) -> None:
         super().__init__(has_background)
         choose("slot_init", slot_init, "gaussian", "learned", "features", "boxes", "centres")
-        expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be at least 1"
+        expected = "arguments `num_slots`, `iterations_first` and `iterations_later` to be from 1 to 999,999"
         counts = (num_slots, iterations_first, iterations_later)
-        require(min(counts) >= 1, expected, *counts, advice="Use 8, 2 and 1.")
+        require(1 <= min(counts) <= max(counts) < 1e6, expected, *counts, advice="Use 8, 2 and 1.")
         self.save_hyperparameters()
         self.slot_init = slot_init
         self.num_slots = num_slots

@@ -177,7 +177,8 @@ class FeatureHost(SlotHost):
         temperatures = (similarity_temperature, contrast_temperature)
         require(min(temperatures) > 0, "`similarity_temperature` and `contrast_temperature` above 0", *temperatures)
         require(similarity_shift >= 1, "argument `similarity_shift` to be at least 1", similarity_shift)
-        require(min(num_slots, slot_dim) >= 1, "`num_slots` and `slot_dim` to be at least 1", num_slots, slot_dim)
+        fits = 1 <= min(num_slots, slot_dim) <= max(num_slots, slot_dim) < 1e6
+        require(fits, "`num_slots` and `slot_dim` to be from 1 to 999,999", num_slots, slot_dim)
         windows = 0 < feature_windows <= 1 and (backbone is None or feature_windows == 1)
         require(windows, "`feature_windows` to be 1, or in (0, 1) with cached features", feature_windows)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
@@ -294,6 +295,11 @@ class FeatureHost(SlotHost):
         output, _, loss = self._step(batch)
         attention = output.attention_logits.unflatten(-1, self.grid)
         return Evaluated(output.mask_logits.softmax(dim=2), loss, attention, images=not self.is_video)
+
+    def segment(self, batch: Mapping[str, Any]) -> Tensor:
+        """Object masks of a batch, without losses, of which the similarity of all pairs of patches takes memory."""
+        masks: Tensor = self(inputs_of(batch)).mask_logits.softmax(dim=2)
+        return masks
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build Adam with linear warm-up and exponential decay."""

@@ -80,7 +80,8 @@ class RelativeSlotAttention(nn.Module):
         choose("slot_init", slot_init, "learned", "features")
         require(len(grid) == 2 and min(grid) >= 1, "argument `grid` to be two positive integers", grid)
         sizes = (num_slots, slot_dim, iterations)
-        require(min(sizes) >= 1, "`num_slots`, `slot_dim` and `iterations` to be at least 1", *sizes)
+        fits = 1 <= min(sizes) <= max(sizes) < 1e6
+        require(fits, "`num_slots`, `slot_dim` and `iterations` to be from 1 to 999,999", *sizes)
         choose("corrector_init", init, "default", "kmeans")
         require(sharpness is None or sharpness > 0, "`corrector_sharpness` to be None or above 0", sharpness)
         self.iterations = iterations
