@@ -220,8 +220,8 @@ class FeatureHost(SlotHost):
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
         elif decoder in ("fourier", "fourier_mixer"):
-            per_patch = decoder == "fourier_mixer"
-            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands, per_patch)
+            mix = decoder == "fourier_mixer"
+            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands, mix)
         else:
             patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         if corrector_init == "kmeans":

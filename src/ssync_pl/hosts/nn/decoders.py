@@ -162,25 +162,19 @@ class FourierDecoder(nn.Module):
 
     Two MLPs turn a slot into the waves' coefficients and the vector. Where slots hold the mean of a Fourier code of
     their patches' places (`PatchPosition`), they know their shape, and masks follow slot attention after few steps.
-    With `per_patch`, the second sees each patch's mixture of slots and its place, as in `SlotMixerDecoder`.
+    With `mix`, the second sees each patch's mixture of slots and its place, as in `SlotMixerDecoder`.
     """
 
     returns_logits: ClassVar[bool] = True
     waves: Tensor
 
     def __init__(
-        self,
-        slot_dim: int,
-        channels: int,
-        hidden: Sequence[int],
-        grid: tuple[int, int],
-        bands: int,
-        per_patch: bool = False,
+        self, slot_dim: int, channels: int, hidden: Sequence[int], grid: tuple[int, int], bands: int, mix: bool = False
     ) -> None:
         super().__init__()
         _check_sizes(hidden, min(grid))
         self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
-        self.place = PatchPosition(grid, slot_dim, bands=bands) if per_patch else None
+        self.place = PatchPosition(grid, slot_dim, bands=bands) if mix else None
         self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
         self.mlp = MLP(slot_dim, hidden, channels)
         init_fan_in_(self.coefficients)
