@@ -70,8 +70,13 @@ def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
     """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
     require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+        except Exception as error:  # whatever a damaged directory leads to
+            raise ConfigError(
+                f"Expected {path} to be a whole archive, but got {error!r:.200}. Write it again."
+            ) from error
         require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ssync_pl.errors import choose, require
 from ssync_pl.hosts.nn.layers import MLP, PatchPosition, fourier_code, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import DecoderOutput
+from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder as SpatialBroadcastDecoder  # beside the others
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
 
