@@ -73,7 +73,7 @@ def test_clips_too_short_to_compare_are_refused_in_training_only() -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("decoder", ["mlp", "mixer", "fourier"])
+@pytest.mark.parametrize("decoder", ["mlp", "mixer", "fourier", "fourier_mixer"])
 def test_ssync_reads_the_exact_maps(kind: Any, decoder: str) -> None:
     model = tiny(kind, decoder=decoder, slot_init="learned", fourier_bands=2)
     adapter = locate("auto", model).adapter

@@ -90,7 +90,8 @@ class FeatureHost(SlotHost):
         predictor_heads: heads of each block.
         predictor_mlp_hidden: hidden size of each block's MLP; None for `4 * slot_dim`.
         decoder: `"mlp"` decodes every slot at every patch; `"mixer"` mixes the slots at each patch first, for less;
-            `"fourier"` draws masks from waves and gives a slot one feature: masks follow slot attention within minutes.
+            `"fourier"` draws masks from waves and gives a slot one feature: masks follow slot attention within minutes;
+            `"fourier_mixer"` gives each patch one, from its slots and place: for objects with texture, more steps.
         decoder_hidden: sizes of the decoder's hidden layers.
         mixer_blocks: blocks of the mixer's allocator.
         mixer_heads: heads of each.
@@ -148,7 +149,7 @@ class FeatureHost(SlotHost):
         predictor_blocks: int = 1,
         predictor_heads: int = 4,
         predictor_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer", "fourier"] = "mixer",
+        decoder: Literal["mlp", "mixer", "fourier", "fourier_mixer"] = "mixer",
         decoder_hidden: tuple[int, ...] = (1024, 1024, 1024),
         mixer_blocks: int = 2,
         mixer_heads: int = 4,
@@ -181,7 +182,7 @@ class FeatureHost(SlotHost):
         windows = 0 < feature_windows <= 1 and (backbone is None or feature_windows == 1)
         require(windows, "`feature_windows` to be 1, or in (0, 1) with cached features", feature_windows)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
-        choose("decoder", decoder, "mlp", "mixer", "fourier")
+        choose("decoder", decoder, "mlp", "mixer", "fourier", "fourier_mixer")
         choose("corrector_init", corrector_init, "default", "kmeans")
         choose("init", init, "default", "fan_in")
         self.loss_weights = dict(zip(("reconstruction", "similarity", "contrast"), weights, strict=True))
@@ -218,8 +219,9 @@ class FeatureHost(SlotHost):
         patch_decoder: nn.Module
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
-        elif decoder == "fourier":
-            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands)
+        elif decoder in ("fourier", "fourier_mixer"):
+            mix = decoder == "fourier_mixer"
+            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands, mix)
         else:
             patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         if corrector_init == "kmeans":
@@ -336,7 +338,7 @@ class SlotContrast(FeatureHost):
         slot_dim: size D of a slot.
         slot_init: first slots of a clip: `"learned"`, `"gaussian"` or `"features"`.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
-        decoder: `"mlp"`, `"mixer"` or `"fourier"`.
+        decoder: `"mlp"`, `"mixer"`, `"fourier"` or `"fourier_mixer"`.
         similarity_weight: weight of VideoSAUR's similarity loss.
         contrast_weight: weight of the slot-slot contrastive loss.
         **options: all other options of `FeatureHost`.
@@ -347,7 +349,7 @@ class SlotContrast(FeatureHost):
         slot_dim: int = 64,
         slot_init: Literal["gaussian", "learned", "features"] = "learned",
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier", "fourier_mixer"] = "mlp",
         similarity_weight: float = 0.0,
         contrast_weight: float = 0.5,
         **options: Any,
@@ -391,7 +393,7 @@ class DINOSAUR(FeatureHost):
         slot_dim: int = 256,
         iterations: int = 3,
         corrector_mlp_hidden: int | None = None,
-        decoder: Literal["mlp", "mixer", "fourier"] = "mlp",
+        decoder: Literal["mlp", "mixer", "fourier", "fourier_mixer"] = "mlp",
         decoder_hidden: tuple[int, ...] = (2048, 2048, 2048),
         warmup_steps: int = 10_000,
         decay_steps: int | None = 100_000,

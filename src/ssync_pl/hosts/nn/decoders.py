@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssync_pl.errors import choose, require
-from ssync_pl.hosts.nn.layers import MLP, fourier_code, has_hooks, init_fan_in_
+from ssync_pl.hosts.nn.layers import MLP, PatchPosition, fourier_code, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import DecoderOutput
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
 from ssync_pl.method.labels import compute_dtype
@@ -158,19 +158,23 @@ class SlotMixerDecoder(nn.Module):
 
 
 class FourierDecoder(nn.Module):
-    """Draws each slot's mask as a sum of plane waves over the frame, and gives a slot one feature vector.
+    """Draws each slot's mask as a sum of plane waves over the frame, and gives a slot, or a patch, one feature vector.
 
     Two MLPs turn a slot into the waves' coefficients and the vector. Where slots hold the mean of a Fourier code of
     their patches' places (`PatchPosition`), they know their shape, and masks follow slot attention after few steps.
+    With `mix`, the second sees each patch's mixture of slots and its place, as in `SlotMixerDecoder`.
     """
 
     returns_logits: ClassVar[bool] = True
     waves: Tensor
 
-    def __init__(self, slot_dim: int, channels: int, hidden: Sequence[int], grid: tuple[int, int], bands: int) -> None:
+    def __init__(
+        self, slot_dim: int, channels: int, hidden: Sequence[int], grid: tuple[int, int], bands: int, mix: bool = False
+    ) -> None:
         super().__init__()
         _check_sizes(hidden, min(grid))
         self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
+        self.place = PatchPosition(grid, slot_dim, bands=bands) if mix else None
         self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
         self.mlp = MLP(slot_dim, hidden, channels)
         init_fan_in_(self.coefficients)
@@ -183,8 +187,10 @@ class FourierDecoder(nn.Module):
         dots = F.linear(self.coefficients(slots), self.waves)
         dots = dots.to(compute_dtype(dots.dtype))
         masks = dots.softmax(dim=1)
-        mixed = torch.einsum("msc,msn->mnc", self.mlp(slots), masks.to(slots.dtype))
-        return {"reconstruction": mixed, "masks": masks, "dots": dots}
+        given = self.mlp(slots) if self.place is None else slots
+        mixed = torch.einsum("msc,msn->mnc", given, masks.to(given.dtype))
+        rebuilt = mixed if self.place is None else self.mlp(mixed + self.place())
+        return {"reconstruction": rebuilt, "masks": masks, "dots": dots}
 
 
 class RelativeMixtureDecoder(nn.Module):
