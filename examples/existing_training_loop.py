@@ -32,7 +32,7 @@ class Decompose(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """Return the mean squared error of the rebuilt patches, 0-dim."""
-        frames, slots = [], self.start(clip.shape[0])
+        frames, slots = [], self.start(clip)
         for frame in clip.unbind(1):
             patches = self.embed(frame).flatten(2).mT + self.places
             slots = self.binding(slots, patches, iterations=1 if frames else 3).slots

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ssync_pl.cli import main
+from ssync_pl.metrics import MAPS
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 RECORD = Path(__file__).with_name("pinned_examples.json")
@@ -74,7 +75,7 @@ def test_an_example_trains_validates_and_reports(name, more, data, tmp_path, cap
     fit(name, data, tmp_path, *more, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
     (file,) = tmp_path.rglob("summary.json")
     summary, printed = json.loads(file.read_text("utf-8")), capsys.readouterr().out
-    rows = {"this run", "grid", "k-means RGB"}
+    rows = {*MAPS.values(), "grid", "k-means RGB"}
     assert set(summary["rows"]) == (rows | {"k-means features"} if name in FEATURE_HOSTS else rows)
     assert "video mBO" in printed
     assert summary["pictures"] in printed

@@ -78,9 +78,9 @@ class SSyncEngine:
             self._told = True
             options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend")}
             backend = describe_backend(maps, **options)
-            found = (float(output.used_decoder_slots.mean()), maps.shape[2], 100 * float(output.agreement))
+            slots, agreed = torch.stack([output.used_decoder_slots.mean(), 100 * output.agreement]).tolist()
             text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
-            _tell(f"SSync is on from optimizer step {step}: {text}", *found, *backend)
+            _tell(f"SSync is on from optimizer step {step}: {text}", slots, maps.shape[2], agreed, *backend)
         weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         term = weight * output.loss

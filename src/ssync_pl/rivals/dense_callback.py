@@ -192,7 +192,10 @@ def _encoder_of(trainer: L.Trainer, host: L.LightningModule) -> FeatureEncoder:
     obstacles = {
         "a host that rebuilds features: VideoSAUR, SlotContrast or DINOSAUR": not isinstance(host, _HOSTS),
         "automatic optimization, not automatic_optimization=False": not host.automatic_optimization,
-        "a host that rebuilds features, not reconstruction_weight=0": getattr(host, "reconstruction_weight", 1) == 0,
+        "a host that rebuilds features, not reconstruction_weight=0": getattr(host, "loss_weights", {}).get(
+            "reconstruction", 1
+        )
+        == 0,
         "strategy='ddp' or one device, since parameters are split": trainer.strategy.restore_checkpoint_after_setup,
     }
     if wanted := next((wanted for wanted, missed in obstacles.items() if missed), None):
