@@ -55,7 +55,6 @@ class Evaluated(NamedTuple):
 
     def labels(self, size: tuple[int, int], merge_threshold: float = 0.7) -> dict[str, Tensor]:
         """Labels `(B, T, H, W)` of every map, by the prefix of its scores in `ssync_pl.metrics.MAPS`."""
-        # Upsampled once here instead of once in each metric.
         found = {"": resize_masks(self.masks.float(), size).max(dim=2).indices}
         if self.attention is not None:
             found["encoder_"] = resize_masks(self.attention.float().softmax(dim=2), size).max(dim=2).indices
@@ -102,7 +101,8 @@ class SlotEvaluation(nn.Module):
         require_shape(fits, f"`segmentations` (B, T, C, H, W) with B, T = {tuple(masks.shape[:2])}", truth)
         valid = frame_validity(batch)
         self.metrics.update(masks.nan_to_num(), truth, valid)  # a training that diverged is logged, not ended
-        for of, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items():
+        known = evaluated.attention is not None
+        for of, labels in evaluated.labels((truth.shape[-2], truth.shape[-1])).items() if known else ():
             if of:
                 self.others[of].update(labels, truth, valid)  # type: ignore[operator]
         self.loss.update(evaluated.loss.detach().float(), valid.sum().float())
