@@ -16,7 +16,7 @@ from ssync_pl.data.patterns import Patterns, expand_shards, is_compressed, is_re
 from ssync_pl.data.remote import fetch_index
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample, train_sample
 from ssync_pl.data.sampling import clips_of_pass, rank_part
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import sample_members
 from ssync_pl.errors import ShardError, require, require_shard
 
 if TYPE_CHECKING:
@@ -148,7 +148,6 @@ class ShardDataset(ShardBatches):
     ) -> None:
         super().__init__(source, rules, **options)
         self.features = features
-        self._reader = ShardReader()
 
     def emit(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         """Emits every `workers`-th batch."""
@@ -183,7 +182,7 @@ class ShardDataset(ShardBatches):
         """Returns the members of one video, each read when it is asked for."""
         number, sample = self.samples[video]
         entry = (self.source.entries or [])[number]
-        return self._reader.sample(self.source.shards[number], entry, sample, self.max_bytes)
+        return sample_members(self.source.shards[number], entry, sample, self.max_bytes)
 
     def settle_masks(self, argument: str, mask_format: Literal["auto", "ids", "channels"]) -> None:
         """Finds out how the masks are stored and how many objects they hold, where the rules leave that open."""

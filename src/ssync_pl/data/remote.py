@@ -20,7 +20,7 @@ from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.data.index import INDEX_NAMES, MOST_BYTES, ShardEntry, list_members, open_tar, parse_index, warn_ignored
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
-from ssync_pl.errors import ShardError, printable, require_shard
+from ssync_pl.errors import ShardError, explained, printable, require_shard
 
 RETRY_SECONDS = 100.0
 """Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
@@ -170,11 +170,8 @@ def stream_shard(
     damaged or cut off.
     """
     shown = masked_url(path_or_url)
-    raw: io.RawIOBase
-    try:
-        raw = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
-    except OSError as error:
-        raise ShardError(f"Expected to read {shown}, but got {error.strerror}. Check the path.") from error
+    with explained(f"to read {shown}", OSError, advice="Check the path."):
+        raw: io.RawIOBase = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
     with contextlib.closing(raw):
         stream: Any = io.BufferedReader(raw, _CHUNK)
         plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)

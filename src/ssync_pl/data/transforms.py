@@ -141,18 +141,13 @@ class BatchTransform:
             sizes = sorted({tuple(video.shape[-3:-1]) for video in videos})
             same = self.image_size is not None or len(sizes) == 1
             require_shape(same, "the videos of a batch to have one size", *sizes, advice="Set `image_size`.")
-        parts: list[Any] = [None, None]
         if isinstance(videos, list) or videos.device.type == "cpu":
             # On a CPU one video at a time stays in the caches: four times faster than all at once.
-            for n in range(len(videos)):
-                row = (value if value is None else value[n][None] for value in inputs)
-                for k, part in enumerate(self._pixels(*row)):
-                    if part is not None:
-                        parts[k] = part.new_empty(len(videos), *part.shape[1:]) if parts[k] is None else parts[k]
-                        parts[k][n] = part[0]
+            rows = [[value if value is None else value[n][None] for value in inputs] for n in range(len(videos))]
+            parts: Any = zip(*(self._pixels(*row) for row in rows), strict=True)
+            out["video"], masks = (None if part[0] is None else torch.cat(part) for part in parts)
         else:
-            parts[:] = self._pixels(*inputs)
-        out["video"], masks = parts
+            out["video"], masks = self._pixels(*inputs)
         if masks is not None:
             hot = one_hot_masks(masks, batch["max_objects"], ids=batch["mask_ids"], has_background=self.has_background)
             padded = "frame_mask" in batch

@@ -18,7 +18,7 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, extend_index, scan_shard
 from ssync_pl.data.processes import cpu_count, mapper
-from ssync_pl.errors import ShardError, choose, require, require_shard
+from ssync_pl.errors import ShardError, choose, explained, require, require_shard
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def convert(
         path = out / f"{prefix}-{number // samples_per_shard:06d}.tar"
         parts.setdefault(path, {})[f"{number:06d}"] = source
     settings = {**recipe, "videos": len(sources), "samples_per_shard": samples_per_shard}
-    try:
+    advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
+    with explained(f"to write shards to {out}", OSError, advice=advice):
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / ".convert.lock"):
             _claim(out, prefix, settings, parts)
@@ -89,9 +90,6 @@ def convert(
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
                         shutil.rmtree(out / name, ignore_errors=True)
             return _finish(out, prefix, settings, made)
-    except OSError as error:
-        advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
-        raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
 def _claim(out: Path, prefix: str, settings: Mapping[str, Any], parts: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import encode_member, read_shard
 from ssync_pl.data.transforms import BatchTransform, Size
-from ssync_pl.errors import ShardError, choose, require, require_shard
+from ssync_pl.errors import ShardError, choose, explained, require, require_shard
 
 _VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
 _SCRATCH = ".features.tmp"  # the shard that is being written
@@ -108,7 +108,8 @@ def cache_features(
     recipe = FeatureRecipe(*known, grid, size, resize_mode, crop, backbone.mean, backbone.std, flips=flips)
     maker = FeatureMaker(backbone, recipe, None, batch_size, device)
     folder, skip, sources = Path(out), on_bad_sample == "skip", list(zip(shards, load_shards(shards), strict=True))
-    try:
+    advice = "Finished shards are kept: make room, or take another --out, and run again."
+    with explained(f"to write features to {out}", OSError, advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".cache.lock", timeout=-1):
             (folder / _SCRATCH).unlink(missing_ok=True)  # what a killed process left
@@ -120,9 +121,6 @@ def cache_features(
             for source in tqdm(sources, unit="shard", disable=None):
                 _store_shard(source, maker, folder, skip, report)
             load_shards(sorted(folder.glob("*.tar")))  # writes their index
-    except OSError as error:
-        advice = "Finished shards are kept: make room, or take another --out, and run again."
-        raise ShardError(f"Expected to write features to {out}, but got {error}. {advice}") from error
     return report
 
 
@@ -142,7 +140,8 @@ def _projected(
         write_bytes(path, replace(fitted, info=info).pack())
     projection = read_projection(path)
     dim = projection.matrix.shape[1]
-    there = replace(FeatureRecipe.from_json(projection.info.get("features", {})), components=dim, flips=recipe.flips)
+    made = FeatureRecipe.from_json(projection.info.get("features", {}), path)
+    there = replace(made, components=dim, flips=recipe.flips)
     store.require_same(path, there, replace(recipe, components=components or 0))
     recipe = replace(recipe, dim=dim, components=dim, projection=projection.fingerprint)
     return replace(maker, recipe=recipe, projection=projection)

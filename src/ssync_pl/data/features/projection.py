@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
-from ssync_pl.errors import ShardError, require
+from ssync_pl.errors import explained, require
 
 PROJECTION_FILE = "projection.npz"
 """Name of the projection in a folder of features."""
@@ -91,18 +91,15 @@ def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], compone
 
 def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
-    try:
+    made = f"a {PROJECTION_FILE} of `ssync-pl data cache-features --components`"
+    advice = "Give that file, or make the features again."
+    with explained(f"{path} to be {made}", Exception, advice=advice):  # NumPy raises almost anything on damaged files
         with np.load(path, allow_pickle=False) as content:
             require_size(sum(one.file_size for one in content.zip.infolist()), f"{path}", MAX_MEMBER_BYTES)
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")
         return Projection(torch.from_numpy(mean), torch.from_numpy(matrix), dict(head["info"]))
-    except Exception as error:  # NumPy raises almost anything on damaged files
-        raise ShardError(
-            f"Expected {path} to be a {PROJECTION_FILE} of `ssync-pl data cache-features --components`, but it is none "
-            f"({error}). Give that file, or make the features again."
-        ) from error
 
 
 def describe_projection(projection: Projection) -> str:

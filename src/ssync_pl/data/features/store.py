@@ -22,8 +22,8 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.samples import find_member
-from ssync_pl.data.shards import ShardReader, read_shard
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.data.shards import read_shard, sample_members
+from ssync_pl.errors import ShardError, explained, require, require_shard
 
 RECIPE_MEMBER = "__features__/recipe.json"
 """Name of the first member of a shard of features; names of this form belong to no sample."""
@@ -55,11 +55,11 @@ class FeatureRecipe:
     projection: str = ""  # fingerprint
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "FeatureRecipe":
-        """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
+    def from_json(cls, values: Mapping[str, Any], where: object) -> "FeatureRecipe":
+        """Undo `dataclasses.asdict` and JSON; `ShardError` for what is no recipe of ours."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
-        require(known, "a recipe of features in bf16", plain, advice="Make the features again.")
+        require_shard(known, f"{where} to hold a recipe of features in bf16", plain, advice="Make the features again.")
         return cls(**plain)
 
 
@@ -70,7 +70,9 @@ def pack_recipe(recipe: FeatureRecipe, source: Mapping[str, str]) -> bytes:
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, str]]:
     """Read how a shard of features was made, and of what; `ShardError` when it is none."""
-    try:
+    expected = f"{path} to be a shard of features (format and version {[*_HEAD.values()]})"
+    kinds = (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with explained(expected, *kinds, advice="Take another folder; features of another version are made again."):
         with open(path, "rb") as stream:
             info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             if info.name != RECIPE_MEMBER or info.size > 1 << 20:
@@ -78,12 +80,7 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, 
             content = json.loads(stream.read(info.size))
         if {**content, **_HEAD} != content:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        return FeatureRecipe.from_json(content["recipe"]), content["source"]
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"Expected {path} to be a shard of features (format and version {[*_HEAD.values()]}), but it is none "
-            f"({error}). Take another folder; features of another version are made again."
-        ) from error
+        return FeatureRecipe.from_json(content["recipe"], path), content["source"]
 
 
 def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
@@ -145,7 +142,7 @@ class FeatureStore:
 
     Refuses to open where shards are missing or damaged, or were made of other videos or with other settings. The
     videos are compared by content: that reads each shard once, later starts trust files of the same size and time of
-    change. A store pickles without open files.
+    change.
     """
 
     def __init__(
@@ -178,7 +175,6 @@ class FeatureStore:
             place: (str(path), entry, {sample.key: sample for sample in entry.samples})
             for place, path, entry in zip(found, paths, load_shards(paths, save=False), strict=True)
         }
-        self._reader = ShardReader()
 
     def read(self, shard: str, key: str, frames: slice, flip: bool) -> dict[str, Tensor]:
         """Read `features` (T, N, D) bfloat16 of frames of a video, mirrored with `flip`; the slice's step is positive.
@@ -190,7 +186,7 @@ class FeatureStore:
         there, expected = key in samples and name in samples[key].members, f"{path} to hold `{name}` of key {key}"
         advice = "The video could not be read, or mirrored frames were not asked for: make the features again."
         require_shard(there, expected, "none", advice=advice)
-        members = self._reader.sample(path, entry, samples[key], max_bytes=entry.size)
+        members = sample_members(path, entry, samples[key], max_bytes=entry.size)
         header = members.header(name)
         count = header.shape[0] if header.shape[1:] == shape and header.dtype == np.dtype("<u2") else 0
         first, last = frames.start or 0, frames.stop or "the last"
@@ -199,7 +195,3 @@ class FeatureStore:
         fits = first < count and (frames.stop or 0) <= count
         require_shard(fits, expected, header.shape, header.dtype, advice=advice)
         return {"features": torch.from_numpy(members.rows(name, frames).view(np.int16)).view(torch.bfloat16)}
-
-    def close(self) -> None:
-        """Close the files of this process; reading opens them again."""
-        self._reader.close()

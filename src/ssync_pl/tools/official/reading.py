@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ssync_pl.errors import ConfigError, require, require_packages
+from ssync_pl.errors import ConfigError, explained, require, require_packages
 
 _MOST_BYTES = 200_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
@@ -126,11 +126,10 @@ def evaluate(expression: Any, *values: Any) -> int | float:
     operators = {kind: simpleeval.DEFAULT_OPERATORS[kind] for kind in _OPERATORS}
     evaluator = simpleeval.SimpleEval(operators, functions={}, names=names)
     evaluator.nodes = {kind: handle for kind, handle in evaluator.nodes.items() if kind in _NODES}
-    try:
+    expected = f"arithmetic of numbers such as 'a / 32 * b' in {str(expression)[:200]!r}"
+    kinds = (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError)
+    with explained(expected, *kinds, advice="Correct it.", kind=ConfigError):
         return _number(evaluator.eval(str(expression)))
-    except (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        expected = "Expected arithmetic of numbers such as 'a / 32 * b'"
-        raise ConfigError(f"{expected}, but got {str(expression)[:200]!r} ({error}).") from error
 
 
 def _vit_property(table: str, name: str, key: str) -> int:

@@ -21,7 +21,7 @@ from ssync_pl.data.features.projection import PROJECTION_FILE, read_projection
 from ssync_pl.data.features.store import read_recipe
 from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
 from ssync_pl.data.samples import SampleRules, crop_offsets, eval_sample
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import sample_members
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 from ssync_pl.errors import ConfigError, ShardError, printable, require, require_shard
 from ssync_pl.tools.predict.windows import WINDOW_KEY, cut_windows, seen_region
@@ -103,7 +103,7 @@ def _shard(path: Path) -> list[InputVideo]:
 
 
 def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:
-    return iter(eval_sample(ShardReader().sample(path, shard, sample), SampleRules())["video"].numpy())
+    return iter(eval_sample(sample_members(path, shard, sample), SampleRules())["video"].numpy())
 
 
 class InputDataModule(L.LightningDataModule):
