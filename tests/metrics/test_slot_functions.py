@@ -7,8 +7,8 @@ import torch
 from metric_helpers import SCENE, items
 from torch import Tensor
 
-from ssync_pl.errors import ShapeError
-from ssync_pl.metrics.functional import boundary_f, labels_to_masks, read_scene, slot_identity
+from ssync_pl.errors import ConfigError, ShapeError
+from ssync_pl.metrics.functional import boundary_f, contingency, labels_to_masks, read_scene, slot_identity
 from ssync_pl.metrics.functional.slots import slots_per_object, used_slots
 
 Scene = tuple[Tensor, Tensor]
@@ -79,14 +79,12 @@ def by_videos(naive: Callable[..., float | None], pred: Tensor, truth: Tensor, *
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("tolerance", "min_share"), [(0.0, 0.0), (0.0075, 0.01), (0.1, 0.3)])
-def test_against_loops(seed: int, tolerance: float, min_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssync_pl.metrics.functional.boundary._TOLERANCE", tolerance)
-    monkeypatch.setattr("ssync_pl.metrics.functional.slots._MIN_SHARE", min_share)
+def test_against_loops(seed: int, tolerance: float, min_share: float) -> None:
     pred, truth = random_scenes(seed)
     true = labels_to_masks(truth, 4)
-    got = boundary_f(read_scene(pred, true)).flatten().tolist()
+    got = boundary_f(read_scene(pred, true), tolerance).flatten().tolist()
     assert got == by_videos(naive_boundary_f, pred.flatten(0, 1), truth.flatten(0, 1), tolerance)
-    got = items(slots_per_object, pred, true, background=True).tolist()
+    got = items(slots_per_object, pred, true, background=True, min_share=min_share).tolist()
     assert got == by_videos(naive_slots_per_object, pred, truth, min_share)
     got = items(slot_identity, pred, true, level="image", background=True).tolist()
     assert got == by_videos(naive_identity, pred, truth)
@@ -105,10 +103,15 @@ def test_the_border_of_a_mask_behind_another_one_does_not_count() -> None:
     hidden = torch.zeros(1, 1, 2, 4, 8, dtype=torch.bool)
     hidden[0, 0, 0, :, :4] = hidden[0, 0, 1, :, 2:4] = True  # no background channel; the second hides behind the first
     pred = (torch.arange(8) < 4).long().expand(1, 1, 4, 8)
-    assert boundary_f(read_scene(pred, hidden)).item() == 1.0
+    assert boundary_f(read_scene(pred, hidden), tolerance=0.0).item() == 1.0
 
 
 def test_refusals() -> None:
+    for bad in (-0.1, 7.0):
+        with pytest.raises(ConfigError, match="tolerance"):
+            boundary_f(read_scene(*SCENE), tolerance=bad)
+        with pytest.raises(ConfigError, match="min_share"):
+            slots_per_object(contingency(read_scene(*SCENE)), min_share=bad)
     with pytest.raises(ShapeError, match="how many slots"):
         used_slots(SCENE[0])
     with pytest.raises(ShapeError, match="valid"):

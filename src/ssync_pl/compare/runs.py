@@ -105,10 +105,9 @@ class Launcher:
 
 
 def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[str]) -> None:
-    """Makes the runs of a comparison that are not in its folder yet; one that fails does not stop the others.
+    """Makes the runs that are not in the folder yet, as many at a time as fit; one that fails does not stop the others.
 
-    Without `launcher.at_once`, as many runs at a time as this machine has GPUs, or CPUs, for. Refuses a folder that
-    holds anything but this comparison; more seeds, variants or slots are welcome.
+    Refuses a folder that holds anything but this comparison; more seeds, variants or slots are welcome.
     """
     kept = _read_json(out / "matrix.json")
     empty = not out.exists() or (out.is_dir() and all(one.name == ".lock" for one in out.iterdir()))
@@ -190,10 +189,7 @@ def run_all(runs: Sequence[Run], launcher: Launcher) -> None:
 
 
 def run_job(folder: str) -> None:
-    """Runs what `job.json` of a folder says: `command` with `threads`, and `gpus` (null: all).
-
-    `owner` is the process of the comparison on this machine, with which the training ends; null under Slurm.
-    """
+    """Runs the `command` of a `job.json` until it ends, or its `owner`, the comparison here (null under Slurm)."""
     import submitit
     from filelock import FileLock
 

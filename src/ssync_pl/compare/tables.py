@@ -57,10 +57,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | No
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """Computes the mean difference over the seeds that both have; None without one.
-
-    Runs of one seed share initial weights and the order of the data, so that their difference varies less than either.
-    """
+    """Computes the mean difference over the seeds that both have, which varies less than either; None without one."""
     return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))])
 
 

@@ -176,10 +176,7 @@ def decode_picture(
     formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
     max_bytes: int = 1 << 28,
 ) -> np.ndarray:
-    """Decodes one picture from its bytes or its path to uint8 (h, w, 3), turned as its EXIF orientation says.
-
-    With `ids`, returns the stored numbers of a grey or palette picture (h, w): uint8, or int64 above 8 bits.
-    """
+    """Decodes a picture to uint8 (h, w, 3), turned by its EXIF; with `ids` to its numbers (h, w), uint8 or int64."""
     from PIL import Image, ImageOps
 
     opened: Any = io.BytesIO(source) if isinstance(source, Data) else source
@@ -248,10 +245,7 @@ def inspect_video(source: Source, where: str, max_bytes: int = MAX_MEMBER_BYTES)
 
 
 def _missing(source: Source, container: Any, stream: Any, count: int, ends: Mapping[int, float]) -> str | None:
-    """Says what a file lacks by its own header; None when it is whole, or when nothing tells.
-
-    `count` frames were found; `ends` is where each stream ended, in seconds.
-    """
+    """Says what a file lacks by its own header, from frames found and each stream's end in seconds, if anything."""
     if container.format.name == "gif":
         with io.BytesIO(source) if isinstance(source, Data) else open(source, "rb") as file:
             file.seek(-min(9, file.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -277,12 +271,10 @@ def decode_video(
     least: int = 1,
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[np.ndarray]:
-    """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
-    what an edit list cuts off, transparency over black.
+    """Decodes frames, uint8 (h, w, 3), as a player shows them; transparency is black.
 
-    `frames` are the numbers of the wanted frames, rising; None takes all, which have to be `least` or more. `stamp` is
-    the container's time stamp of the first of them, to seek to; None decodes from the start. `max_bytes` limits one
-    frame.
+    `frames` are the numbers of the wanted ones, rising; None takes all, at least `least`. `stamp` is the time stamp of
+    the first one, to seek to. `max_bytes` limits one frame.
     """
     size: tuple[int, int] | None = None
     begin = seen = 0

@@ -64,10 +64,7 @@ def write_owned_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
-    """Holds a lock file while the block runs; the operating system frees that of a killed process.
-
-    Waits `timeout` seconds for another holder, for ever with -1, then raises `BlockingIOError`.
-    """
+    """Holds a lock file while the block runs; waits for another holder `timeout` seconds, for ever with -1."""
     from filelock import FileLock, Timeout
 
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):

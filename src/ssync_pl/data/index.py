@@ -95,10 +95,7 @@ def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
 
 
 def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Lists the members of samples: header, key, and name without the key, split as webdataset does.
-
-    Links and special files are put on the list `ignored`.
-    """
+    """Lists header, key, and name without key of each member, as webdataset does; others go on the list `ignored`."""
     for info in tar:
         if not 0 <= info.size <= _LARGEST:  # a stream is read on and on for what is promised
             raise tarfile.ReadError(f"a member of {info.size} bytes")

@@ -163,11 +163,9 @@ def stream_shard(
     max_bytes: int = MAX_MEMBER_BYTES,
     fields: Collection[str] | None = ("video", "image", "segmentations"),
 ) -> Generator[tuple[str, Members], None, None]:
-    """Reads a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way.
+    """Reads key and members of each sample of a shard from its start, undecoded, unpacked where it is packed.
 
-    Yields key and members of each sample. The content of members is kept up to `max_bytes`, and where the first part of
-    the name is one of `fields`, or `fields` is `None`. Raises `ShardError` when the transfer failed, or the shard is
-    damaged or cut off.
+    Members are kept up to `max_bytes`, where the first part of their name is one of `fields`, or `fields` is None.
     """
     shown = masked_url(path_or_url)
     with explained(f"to read {shown}", OSError, advice="Check the path."):

@@ -165,11 +165,10 @@ def count_objects(members: Members, mask_format: MaskFormat) -> int:
 
 
 def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, clip: int) -> dict[str, Any]:
-    """Cuts one training clip; the random choices hang on the key (with its shard), the pass and the clip's number.
+    """Cuts a training clip; the random choices hang on the key (with its shard), the pass and the clip's number.
 
-    Returns `video` (T, h, w, 3) uint8 unless `rules.video` is off, `flip` bool scalar, `crop` (2,) int64 (top and left
-    in the resized picture), `cut` (the frames taken, a slice), and with `rules.masks` `segmentations` (T, h, w, N)
-    uint8. Raises `ShardError` when the video is shorter than a clip, or a member is refused or does not fit.
+    Returns `video` (T, h, w, 3) uint8, `flip`, `crop` (2,) (top and left in the resized picture), `cut` (a slice), and
+    with `rules.masks` `segmentations` (T, h, w, N) uint8.
     """
     member = find_member(members.sizes, "video", members.where)
     frames, span = members.count_frames(member), rules.span

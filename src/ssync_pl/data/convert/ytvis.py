@@ -51,10 +51,7 @@ def plan_ytvis(
 
 
 def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
-    """Cut an annotation file into what each video needs, as JSON values; crowds are left out.
-
-    Per video these are `id`, `size`, `frames` (files below `folder`), and `objects`: None without any annotations.
-    """
+    """Cut an annotation file into `id`, `size`, `frames`, `folder` and `objects` (None without any) of each video."""
     places = [root / name for name in (f"{split}/instances.json", f"{split}/{split}.json", f"{split}.json")]
     found = [path for path in places if path.is_file()]
     advice = "Unpack the set there, or name the splits that you have with --splits."

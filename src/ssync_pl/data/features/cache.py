@@ -41,10 +41,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def __call__(self, video: Tensor, crop: Tensor, where: str, flip: bool = False) -> Tensor:
-        """Compute features (T, N, D) of frames (T, h, w, 3) uint8 with crops at `crop` (2,), mirrored with `flip`.
-
-        `ShardError` names `where` they are from when they are not finite.
-        """
+        """Compute features (T, N, D) of frames (T, h, w, 3), cropped at `crop` (2,); refuses NaN and infinity."""
         device, r = self.device or video.device, self.recipe
         self.backbone.to(device)
         transform = BatchTransform(r.image_size, resize_mode=r.resize_mode, crop=r.crop, mean=r.mean, std=r.std)

@@ -58,9 +58,8 @@ class Projection:
 def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], components: int) -> Projection:
     """Fit a projection to the features (M, N, D) of some frames, whose layers have `layer_dims` channels along D.
 
-    Each channel is centred and divided by its standard deviation, and each layer by the square root of its number of
-    channels, so that all layers weigh the same. These are turned to their principal components, largest first; in the
-    end one factor brings the mean square over everything to 1. Channels that do not vary are dropped from the map.
+    Channels are standardised, so that each layer weighs the same; components come largest first, and one factor brings
+    the mean square over everything to 1. Channels that do not vary are dropped.
     """
     dim, count, frames = sum(layer_dims), 0, 0
     mean, scatter = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)

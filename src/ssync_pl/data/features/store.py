@@ -84,10 +84,9 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, 
 
 
 def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
-    """What a shard of features was made from: name of the videos' shard, and digest of its keys and videos (not masks).
+    """What a shard of features was made from: its name and the digest of its keys and videos, not masks.
 
-    The index entry names all samples. The digest of a file that has not changed since (by size and time of change) is
-    taken from a note in the folder of the features, which may be read-only; another file is read whole.
+    A note beside the features spares files that have not changed since (by size and time) another reading.
     """
     place, status = os.path.abspath(path), os.stat(path)
     stamp, memo = [status.st_size, status.st_mtime_ns], {}
@@ -118,10 +117,7 @@ def _digest(path: str, entry: ShardEntry) -> str:
 
 
 def find_shard(folder: Path, source: Mapping[str, str]) -> tuple[Path, bool]:
-    """Where the features of a shard lie or would lie in a folder, and whether they are there.
-
-    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
-    """
+    """Where a shard's features lie or would lie, and whether they do; the digest is added where its name is taken."""
     plain = folder / source["name"]
     if not plain.exists() or read_recipe(plain)[1] == source:
         return plain, plain.exists()
@@ -140,9 +136,7 @@ def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> Non
 class FeatureStore:
     """Stored features of some shards, given by path and index entry, which may leave samples out.
 
-    Refuses to open where shards are missing or damaged, or were made of other videos or with other settings. The
-    videos are compared by content: that reads each shard once, later starts trust files of the same size and time of
-    change.
+    Refuses to open where shards are missing or damaged, or were made of videos of other content or with other settings.
     """
 
     def __init__(
@@ -177,10 +171,7 @@ class FeatureStore:
         }
 
     def read(self, shard: str, key: str, frames: slice, flip: bool) -> dict[str, Tensor]:
-        """Read `features` (T, N, D) bfloat16 of frames of a video, mirrored with `flip`; the slice's step is positive.
-
-        `ShardError` where there are none, too few, or damaged ones.
-        """
+        """Read `features` (T, N, D) bfloat16 of frames of a video, with `flip` of mirrored ones; refuses too few."""
         path, entry, samples = self._shards[shard]
         name, shape = MEMBERS[flip], (self.recipe.grid[0] * self.recipe.grid[1], self.recipe.dim)
         there, expected = key in samples and name in samples[key].members, f"{path} to hold `{name}` of key {key}"

@@ -6,25 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssync_pl.errors import require
 from ssync_pl.metrics.functional.scene import Scene
 
 # Borders are widened for a group of frames at a time: 2**24 floats are 64 MiB.
 _GROUP_ELEMENTS = 2**24
-_TOLERANCE = 0.0075  # share of the image's diagonal
 
 
-def boundary_f(scene: Scene) -> Tensor:
+def boundary_f(scene: Scene, tolerance: float = 0.0075) -> Tensor:
     """Computes how near the borders between slots lie to the borders between true masks, and these to them.
 
     All borders of a frame count, whichever slots or masks they separate, so that cutting the background into parts
     costs precision. A border pixel is found if one of the other map lies in a square of `2 r + 1` pixels around it,
-    r being 0.75 % of the image's diagonal, at least one pixel. F = 2 P R / (P + R), 0 where slots have no border.
+    r being the tolerance. F = 2 P R / (P + R), 0 where slots have no border.
 
     Args:
         scene: what `read_scene` returns; the first of overlapping masks wins, and pixels without any are a region too.
+        tolerance: distance that counts as found, as a share of the image's diagonal in [0, 1]; at least one pixel.
 
     Returns:
         Float64 `(B, T)` in [0, 1]; NaN for frames without a true border.
+
+    Raises:
+        ConfigError: `tolerance` is out of range.
 
     Example:
         >>> from ssync_pl.metrics.functional import read_scene
@@ -34,8 +38,9 @@ def boundary_f(scene: Scene) -> Tensor:
 
     Source: F and tolerance of DAVIS (Perazzi et al., CVPR 2016), which matches borders object by object.
     """
+    require(0.0 <= tolerance <= 1.0, "`tolerance` to be a share in [0, 1]", tolerance)
     size = scene.slots.shape[-2:]
-    radius = max(1, math.ceil(_TOLERANCE * math.hypot(*size)))
+    radius = max(1, math.ceil(tolerance * math.hypot(*size)))
     group = max(1, _GROUP_ELEMENTS // (2 * size[0] * size[1]))
     parts = zip(scene.slots.split(group), scene.objects.split(group), strict=True)
     values = [_f_measure(_borders(slots), _borders(objects), radius) for slots, objects in parts]

@@ -133,9 +133,6 @@ def _win(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """The pixels of `interpolate(mode="nearest-exact")`, which refuses bool and int64."""
-    height, width = maps.shape[-2:]
-    if (height, width) == tuple(size):
-        return maps
-    rows = ((2 * torch.arange(size[0], device=maps.device) + 1) * height) // (2 * size[0])
-    columns = ((2 * torch.arange(size[1], device=maps.device) + 1) * width) // (2 * size[1])
+    sides = zip(size, maps.shape[-2:], strict=True)
+    rows, columns = (((2 * torch.arange(new, device=maps.device) + 1) * old) // (2 * new) for new, old in sides)
     return maps[..., rows[:, None], columns]

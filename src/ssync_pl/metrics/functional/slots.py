@@ -3,26 +3,29 @@
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import require_shape
+from ssync_pl.errors import require, require_shape
 from ssync_pl.metrics.functional.contingency import Contingency
 from ssync_pl.metrics.functional.scene import counted_frames
 
-_MIN_SHARE = 0.01  # of an object's pixels that a slot has to win to count for it
 
-
-def slots_per_object(counts: Contingency) -> Tensor:
+def slots_per_object(counts: Contingency, min_share: float = 0.01) -> Tensor:
     """Computes the number of slots that an object is cut into: 1 is perfect, more is over-segmentation.
 
     A slot belongs to the true segment, background included, that holds most of its pixels, and counts for an object
-    if it wins at least 1 % of the object's pixels. Mean over the objects that have a slot of their own: a missed object
-    must not make up for one that is cut in two. mIoU says how many are missed.
+    if it wins at least `min_share` of the object's pixels. Mean over the objects that have a slot of their own: a
+    missed object must not make up for one that is cut in two. mIoU says how many are missed.
 
     Args:
         counts: tables `(..., C, S)`; drop the background first. Pixels of a slot in no row are its background.
+        min_share: slots that win a smaller share of the object are left out, in [0, 1].
 
     Returns:
         Float64 `(...)`, at least 1; NaN for items in which no object has a slot.
+
+    Raises:
+        ConfigError: `min_share` is out of range.
     """
+    require(0.0 <= min_share <= 1.0, "`min_share` to be a share in [0, 1]", min_share)
     table = counts.table
     if not table.shape[-2]:
         return torch.full_like(table.sum(dim=(-2, -1)), torch.nan)
@@ -30,7 +33,7 @@ def slots_per_object(counts: Contingency) -> Tensor:
     best, owner = table.max(dim=-2)
     owned = torch.zeros_like(table, dtype=torch.bool).scatter_(-2, owner.unsqueeze(-2), True)
     owned &= (best > background).unsqueeze(-2)  # ties with the background go to the background
-    owned &= (table > 0) & (table >= _MIN_SHARE * table.sum(dim=-1, keepdim=True))
+    owned &= (table > 0) & (table >= min_share * table.sum(dim=-1, keepdim=True))
     slots = owned.sum(dim=-1)
     return slots.sum(dim=-1).double() / (slots > 0).sum(dim=-1)
 

@@ -102,10 +102,7 @@ def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
 
 
 def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
-    """Brings a LightningModule to its first training step, in a real Trainer, and returns what `look` makes of it.
-
-    `data` is a data module or a batch. No optimizer step is taken, and nothing is written.
-    """
+    """Brings a LightningModule to its first training step on a data module or batch; returns what `look` says of it."""
     lightning: Any = importlib.import_module(namespace(host) or "lightning.pytorch")
 
     class Stop(lightning.Callback):

@@ -37,10 +37,7 @@ class _TooMuchError(BaseException):
 
 
 def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """Reads a public configuration, replacing `${path}`, `${.path}` and `${function: arguments}` by their values.
-
-    Changes `KEY=VALUE` come before references are followed, as in the official scripts.
-    """
+    """Reads a public configuration with its references followed, after the changes `KEY=VALUE`."""
     require_packages("official", "omegaconf")
     from omegaconf import OmegaConf
 
