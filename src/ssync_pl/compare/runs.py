@@ -209,9 +209,12 @@ def run_job(folder: str) -> None:
             job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            while training.poll() is None and (owner is None or _exists(owner)):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    training.wait(0.5)
+            with contextlib.suppress(ProcessLookupError):
+                while training.poll() is None:
+                    if owner is not None:
+                        os.kill(owner, 0)  # asks whether it is there
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        training.wait(0.5)
         finally:
             with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
                 os.killpg(training.pid, signal.SIGKILL)
@@ -277,10 +280,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ShardError):
         return dict(parse_json(path.read_bytes(), str(path), dict))
     return {}
-
-
-def _exists(process: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, 0)
-        return True
-    return False

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
@@ -217,7 +216,9 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     }
     for name in ("video", "features"):
         if name in samples[0]:
-            batch[name] = [_lengthened(sample[name], longest) for sample in samples]
+            frames = [(sample[name], len(sample[name])) for sample in samples]
+            places = torch.arange(longest)  # the last frame is repeated
+            batch[name] = [one if count == longest else one[places.clamp(max=count - 1)] for one, count in frames]
     if rules.training:
         batch["flip"] = torch.stack([sample["flip"] for sample in samples])
     else:
@@ -236,8 +237,3 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     for name in tensors if one_size else [name for name in tensors if name == "features"]:
         batch[name] = torch.stack(batch[name])
     return batch
-
-
-def _lengthened(frames: Tensor, length: int) -> Tensor:
-    """Repeats the last frame up to a length."""
-    return frames if len(frames) == length else frames[torch.arange(length).clamp(max=len(frames) - 1)]

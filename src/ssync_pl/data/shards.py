@@ -32,13 +32,14 @@ def sample_members(path: str, shard: ShardEntry, sample: SampleEntry, max_bytes:
             size = os.fstat(file.fileno()).st_size
             header = read_at(file, offset - _BLOCK, _BLOCK)
             data = read_at(file, offset + start, length)
-        whole, cut = size == shard.size and len(data) == length, "It was cut off, replaced or is still being copied"
-        advice = f"{cut}: wait, or delete its index, it is built again."
-        require_shard(whole, f"{path} to have {shard.size} bytes as its index says", size, advice=advice)
-        expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
-        advice = "The shard was replaced: delete its index, it is built again."
-        fits = header_fits(header, f"{sample.key}.{member}", sizes[member])
-        require_shard(fits, expected, "something else there", advice=advice)
+        expected = (
+            f"{path} to have {shard.size} bytes, and `{member}` of key {sample.key} at byte {offset}, as its index says"
+        )
+        advice = "It was cut off, replaced or is still being copied: wait, or delete its index, it is built again."
+        fits = (
+            size == shard.size and len(data) == length and header_fits(header, f"{sample.key}.{member}", sizes[member])
+        )
+        require_shard(fits, expected, f"{size} bytes, or something else there", advice=advice)
         return data
 
     return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)

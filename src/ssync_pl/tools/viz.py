@@ -49,9 +49,7 @@ def color_labels(labels: NDArray[Any], *, background: int | None = None) -> Byte
 
 def label_masks(masks: NDArray[Any]) -> NDArray[np.int64]:
     """Returns labels `(..., H, W)` of masks `(..., C, H, W)`: the first mask of each place, -1 without any."""
-    none = np.ones((*masks.shape[:-3], 1, *masks.shape[-2:]), dtype=bool)
-    first = np.concatenate([masks.astype(bool), none], axis=-3).argmax(axis=-3)
-    return np.where(first < masks.shape[-3], first, -1)
+    return np.where(masks.any(axis=-3), masks.astype(bool).argmax(axis=-3), -1)
 
 
 def resize_nearest(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:

@@ -150,7 +150,7 @@ def _run(
 
 def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _Made:
     """Keep a finished shard, or make it."""
-    from ssync_pl.data.shards import ShardWriter  # imports PyTorch
+    from ssync_pl.data.shards import ShardWriter, read_shard  # imports PyTorch
 
     before: list[str] = []
     try:
@@ -179,24 +179,16 @@ def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _
         if len(skipped) == len(items):
             return None, skipped, False
         made = scratch / "made-000000.tar"
-        entry = _read_back(made)
+        entry = scan_shard(made)
+        for _, members in read_shard(str(made), entry, max_bytes=1 << 40):  # so that no damaged one gets its name
+            for name in members.sizes:
+                members.decode(name)
         with made.open("rb+") as stream:
             os.fsync(stream.fileno())  # content before the name: a power cut must not leave an empty file under it
         os.replace(made, path)
         return replace(entry, name=path.name), skipped, False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _read_back(path: Path) -> ShardEntry:
-    """Decode every member of a shard, so that no damaged one gets its name."""
-    from ssync_pl.data.shards import read_shard
-
-    entry = scan_shard(path)
-    for _, members in read_shard(str(path), entry, max_bytes=1 << 40):
-        for name in members.sizes:
-            members.decode(name)
-    return entry
 
 
 def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[_Made]) -> ConversionReport:
