@@ -21,11 +21,10 @@ from ssync_pl.errors import ShardError, require, require_shard
 if TYPE_CHECKING:
     from ssync_pl.data.features.store import FeatureStore
 
-BAD_SAMPLES = "__bad_samples__"
-"""Batch entry that carries skipped samples to the main process, as (place, message)."""
-
-Backend = Literal["auto", "mmap", "webdataset"]
-"""Who reads the shards; `auto` reads plain local tars in place and streams all else."""
+BAD_SAMPLES = "__bad_samples__"  # batch entry that carries skipped samples to the main process, as (place, message)
+Backend = Literal[
+    "auto", "mmap", "webdataset"
+]  # who reads; `auto` reads plain local tars in place and streams all else
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,11 @@ import numpy as np
 from ssync_pl.errors import ShardError, SSyncError, require_packages, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
-"""Extensions of members that can be decoded; all others are refused."""
-
 EXECUTABLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so")
-"""Extensions of members that can execute code when they are loaded."""
-
-MAX_MEMBER_BYTES = 1 << 30
-"""Most bytes of one member, as it is stored and as it is decoded; `ShardDataModule(max_member_bytes=...)` raises it."""
-
-HEADER_BYTES = 1 << 14
-"""Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
-
+MAX_MEMBER_BYTES = 1 << 30  # stored and decoded; `ShardDataModule(max_member_bytes=...)` raises it
+HEADER_BYTES = 1 << 14  # hold the header of an array; NumPy itself refuses headers of more than 10,000
 Data = bytes | bytearray | memoryview
-Source = Data | str | os.PathLike[str]
-"""The bytes of a file, or its path, which is never taken for an address."""
-
+Source = Data | str | os.PathLike[str]  # the bytes of a file, or its path, which is never taken for an address
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
 _CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 # Containers that store when each frame is shown. AVI does not, and what is guessed for it is off by some frames.

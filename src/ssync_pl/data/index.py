@@ -21,11 +21,8 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.errors import ShardError, explained, require_shard
 
-INDEX_NAMES = ("index.json", "ssync_index.json")
-"""File names of the sidecar; the second is taken where another program wrote `index.json`."""
-
+INDEX_NAMES = ("index.json", "ssync_index.json")  # the second is taken where another program wrote the first
 MOST_BYTES = 1 << 28  # of a sidecar
-
 _FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"g", b"X")

@@ -14,8 +14,6 @@ from urllib.request import url2pathname
 from ssync_pl.errors import MissingShardError, printable, require
 
 Patterns = str | list[str]
-"""One pattern or several."""
-
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000
 

@@ -22,9 +22,7 @@ from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
 from ssync_pl.errors import ShardError, explained, printable, require_shard
 
-RETRY_SECONDS = 100.0
-"""Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
-
+RETRY_SECONDS = 100.0  # of waiting, over all tries, after which a transfer has failed; received bytes win some back
 _STALL_SECONDS = 30.0
 _SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _LONGEST_PAUSE = 10.0

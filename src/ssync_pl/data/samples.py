@@ -22,7 +22,7 @@ from ssync_pl.data.decode import (
 )
 from ssync_pl.data.sampling import draw_clip
 from ssync_pl.data.transforms import Size, covering_size
-from ssync_pl.errors import require, require_shard
+from ssync_pl.errors import require_shard
 
 MaskFormat = Literal["ids", "channels"]
 
@@ -51,14 +51,6 @@ class SampleRules:
     seed: int = 0
     reference: bool = False
     video: bool = True  # whether training clips hold their frames, or only what is cached
-
-    def __post_init__(self) -> None:
-        for name, value in (("clip_length", self.clip_length), ("frame_stride", self.frame_stride)):
-            require(value is None or value >= 1, f"argument `{name}` to be at least 1", value)
-        stride = self.frame_stride
-        require(stride == 1 or not self.reference, "argument `frame_stride` to be 1 for sampling='reference'", stride)
-        flip = self.flip_probability
-        require(0.0 <= flip <= 1.0, "argument `flip_probability` to be in [0, 1]", flip)
 
     @property
     def training(self) -> bool:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ssync_pl.errors import choose, require, require_shape
 
-Size = tuple[int, int]
-"""Height and width."""
+Size = tuple[int, int]  # height and width
 
 
 def covering_size(source: Size, target: Size, *, floor: bool = False) -> Size:

@@ -12,11 +12,7 @@ from ssync_pl.data.decode import decode_picture, decode_video
 from ssync_pl.errors import ShardError, require, require_shard
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
-"""Files that are taken for videos."""
-
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
-"""Files that are taken for frames."""
-
 MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 

@@ -19,9 +19,7 @@ from torch import Tensor
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.errors import explained, require
 
-PROJECTION_FILE = "projection.npz"
-"""Name of the projection in a folder of features."""
-
+PROJECTION_FILE = "projection.npz"  # beside the features
 _HEAD = {"format": "ssync_pl.projection", "version": 1}
 # Below these shares of the largest value a channel or component is rounding error.
 _CONSTANT, _RANK = 1e-12, 1e-9

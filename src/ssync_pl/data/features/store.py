@@ -25,12 +25,8 @@ from ssync_pl.data.samples import find_member
 from ssync_pl.data.shards import read_shard, sample_members
 from ssync_pl.errors import ShardError, explained, require, require_shard
 
-RECIPE_MEMBER = "__features__/recipe.json"
-"""Name of the first member of a shard of features; names of this form belong to no sample."""
-
-MEMBERS = ("features.npy", "features_flipped.npy")
-"""Names of a sample's members with the features of its frames, and of its mirrored frames."""
-
+RECIPE_MEMBER = "__features__/recipe.json"  # of a shard of features; names of this form belong to no sample
+MEMBERS = ("features.npy", "features_flipped.npy")  # of a sample: the features of its frames, and of mirrored ones
 _HEAD = {"format": "ssync_pl.features", "version": 1}
 _MEMO = ".verified.json"
 
