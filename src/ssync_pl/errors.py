@@ -71,7 +71,8 @@ def explained(
     except SSyncError:
         raise
     except errors as error:
-        raise kind(f"Expected {expected}, but got {type(error).__name__}: {str(error)[:300]}. {advice}") from error
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise kind(f"Expected {expected}, but got {got}. {advice}") from error
 
 
 def require_packages(extra: str, *modules: str) -> None:

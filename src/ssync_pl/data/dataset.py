@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from ssync_pl.data.features.store import FeatureStore
 
 BAD_SAMPLES = "__bad_samples__"  # batch entry that carries skipped samples to the main process, as (place, message)
-Backend = Literal[
-    "auto", "mmap", "webdataset"
-]  # who reads; `auto` reads plain local tars in place and streams all else
+Backend = Literal["auto", "mmap", "webdataset"]  # `auto` reads plain local tars in place and streams all else
 
 
 @dataclass(frozen=True)

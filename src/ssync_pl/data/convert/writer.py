@@ -23,9 +23,7 @@ from ssync_pl.errors import ShardError, choose, explained, require, require_shar
 _logger = logging.getLogger(__name__)
 
 _Made = tuple[ShardEntry | None, dict[str, str], bool]  # None without a good video; what was left out; whether kept
-Decode = Callable[
-    [Any], Mapping[str, Any]
-]  # source → members; pickles, and raises `ShardError` that names a bad source
+Decode = Callable[[Any], Mapping[str, Any]]  # source → members; pickles; a `ShardError` names a bad source
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
     expected = f"the annotations of split `{split}` at {' or '.join(map(str, places))}"
     require(bool(found), expected, "no such file", advice=advice)
     videos: dict[Any, dict[str, Any]] = {}
-    expected = (
-        f"{found[0]} to be JSON with `videos`, `categories`, `annotations` with `segmentations`, as of YouTube-VIS"
-    )
+    expected = f"{found[0]} to be JSON of YouTube-VIS, with `videos`, `categories`, `annotations`, `segmentations`"
     with explained(expected, *_DAMAGE, RecursionError, OverflowError, advice="Repair it, or download it again."):
         content = json.loads(found[0].read_bytes(), object_hook=_pack)
         annotations = content.get("annotations") or []
