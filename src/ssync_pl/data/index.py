@@ -27,8 +27,7 @@ _FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"g", b"X")
 _LONGEST_HEADER, _LARGEST = 1 << 20, 1 << 36  # bytes of names and attributes, of a member
-_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, LookupError, RecursionError)
-_DAMAGE += (zlib.error, lzma.LZMAError)
+_DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, OverflowError, LookupError)
 _ERRORS = "backslashreplace"  # names that are not UTF-8 are read with escapes, so that they can be printed and written
 
 _logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
     advice = "The file is damaged, cut off, packed or no tar: copy, unpack or build it again."
     how: Any = {"mode": mode, "tarinfo": _StrictHeader, "encoding": "utf-8", "errors": _ERRORS}
     expected = f"{where} to be a whole tar"
-    with explained(expected, *_DAMAGE, advice=advice), tarfile.open(fileobj=stream, **how) as tar:
+    with explained(expected, *_DAMAGE, RecursionError, advice=advice), tarfile.open(fileobj=stream, **how) as tar:
         yield tar
 
 

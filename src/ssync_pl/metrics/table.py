@@ -15,7 +15,6 @@ from ssync_pl.metrics.functional.scene import Scene
 from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
 from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, used_slots
 
-Level = Literal["video", "image"]
 Group = Literal["segmentation", "slots"]
 Shown = Literal["headline", "table", "report"]
 
@@ -26,8 +25,8 @@ class ScoredBatch(NamedTuple):
     pred: Tensor
     valid: Tensor | None
     scene: Scene
-    counts: Mapping[Level, Contingency]  # of videos `(B, ...)` and of frames `(B, T, ...)`
-    objects: Mapping[Level, Contingency]  # the same without the background
+    counts: Mapping[str, Contingency]  # of videos `(B, ...)` and of frames `(B, T, ...)`
+    objects: Mapping[str, Contingency]  # the same without the background
 
 
 Score = Callable[[ScoredBatch], Tensor]
