@@ -178,11 +178,11 @@ class Keys:
         """Takes a value of which the package has only some counterparts."""
         value = self.take(key, default)
         # `1 == True` in Python, but no configuration means that.
-        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
-            raise ConfigError(
-                f"Expected {key} to be {' or '.join(map(repr, choices))}, as this package has no other and sizes have "
-                f"to agree, but got {value!r}. Change it, or write the configuration by hand."
-            )
+        known = any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+        expected = (
+            f"{key} to be {' or '.join(map(repr, choices))}, as this package has no other and sizes have to agree"
+        )
+        require(known, expected, repr(value), advice="Change it, or write the configuration by hand.")
         return value
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
@@ -197,11 +197,8 @@ class Keys:
         """Refuses values of some sections that nothing took, and notes those of others."""
         unread = [key for key in self.values if key not in self._read]
         refused = [key for key in unread if key.partition(".")[0] in sections]
-        if refused:
-            raise ConfigError(
-                f"Expected keys that have a counterpart in this package, but got {', '.join(refused)}. Leave out those "
-                f"that do not matter, for example by --set {refused[0]}=null"
-            )
+        advice = f"Leave out those that do not matter, for example by --set {''.join(refused[:1])}=null"
+        require(not refused, "keys that have a counterpart in this package", ", ".join(refused), advice=advice)
         self.left_out |= dict.fromkeys(unread, "nothing is known about it")
 
 

@@ -191,15 +191,6 @@ class SlotPredictions(L.Callback):
         write_bytes(self.folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
-def save_labels(path: Path, labels: NDArray[np.uint8]) -> None:
-    """Saves labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
-    palette = slot_colors(OUTSIDE + 1)
-    palette[OUTSIDE] = 0
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette.tobytes())
-    picture.save(path)
-
-
 def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
     """Measures where each slot is in each frame of labels (T, H, W), as CSV; labels from `num_slots` on are none."""
     _, height, width = labels.shape
@@ -295,8 +286,12 @@ class VideoFiles:
         Path(f"{start}.tracks.csv").write_text(slot_tracks(labels, self.slots), encoding="utf-8")
         pictures = Path(f"{start}_labels")
         pictures.mkdir()
-        for number, picture in enumerate(labels):
-            save_labels(pictures / f"{number:05d}.png", picture)
+        palette = slot_colors(OUTSIDE + 1)  # the colours of the overlays
+        palette[OUTSIDE] = 0
+        for number, slots in enumerate(labels):  # 8-bit palette PNG: index = slot
+            picture = Image.fromarray(slots)
+            picture.putpalette(palette.tobytes())
+            picture.save(pictures / f"{number:05d}.png")
         del labels
         self._raw.unlink()
         for earlier in (self.folder / f"{self.name}{ending}" for ending in _ENDINGS):
