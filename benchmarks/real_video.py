@@ -262,7 +262,7 @@ def draw_sheet(clip: Path, work: Path, out: Path, seed: int, which: int, variant
     source = SOURCES["davis"]
     batch = list(frames_of(source, work, clip))[which]
     times = np.linspace(0, CLIP * EVERY - EVERY, 5).round().astype(int) // EVERY
-    batch = {key: value[:, ::EVERY] if key in ("video", "features") else value for key, value in batch.items()}
+    batch = {key: batch[key][:, ::EVERY] for key in ("video", "features")}  # as in the training
     frames = viz.to_uint8(batch["video"][0, times].numpy(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     rows: list[tuple[str, Any]] = [("frames", frames)]
     titles = {"encoder_": "slot attention", "": "decoder", "merged_encoder_": "slot attention,\nmerged"}
@@ -291,7 +291,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="picture to write, with `sheet`")
     parser.add_argument("--seed", type=int, default=0, help="seed of the painted hosts")
     parser.add_argument("--which", type=int, default=0, help="which clip of the video is painted")
-    parser.add_argument("--variant", default="boundary-only", help="variant with SSync that is painted")
+    parser.add_argument("--variant", default="with", help="variant with SSync that is painted")
     words = sys.argv[1:] if args is None else args
     place = words.index("--") if "--" in words else len(words)
     options, extra = parser.parse_known_args(words[:place])
