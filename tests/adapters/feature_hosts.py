@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 
 class Corrector(SlotAttention):
-    def __init__(self, dots: bool = False, over_patches: bool = False) -> None:
+    def __init__(self, over_patches: bool = False) -> None:
         super().__init__()
-        self.dots, self.over_patches = dots, over_patches
+        self.over_patches = over_patches
 
     def forward(self, features: Tensor, slots: Tensor, smask: Tensor | None = None) -> dict[str, Tensor]:
         slots, masks = self.attend(features, slots)
         output = {"slots": slots, "masks": masks}
         if self.over_patches:
             output["spread"] = self.own_logits[-1].softmax(-1)
-        return {**output, "dots": self.own_logits[-1]} if self.dots else output
+        return output
 
 
 class VideosaurDecoder(Decoder):
@@ -36,7 +36,7 @@ class VideosaurDecoder(Decoder):
 
 
 class MixerDecoder(Kept):
-    side = "masks"
+    side, checked = "masks", False
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,6 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "videosaur_broadcast": lambda: VideosaurHost(VideosaurDecoder(*GRID)),
         "videosaur_pixels": lambda: VideosaurHost(VideosaurDecoder(*FRAME)),
         "videosaur_images": lambda: VideosaurHost(video=False),
-        "videosaur_dots": lambda: VideosaurHost(dots=True),
         "videosaur_two_softmaxes": lambda: VideosaurHost(over_patches=True),
         "videosaur_growing": lambda: VideosaurHost(slots=2),
     },

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SoldCorrector(SlotAttention):
-    epsilon, slots_only, checked = SlotAttention.eps, True, False
+    epsilon, slots_only = SlotAttention.eps, True
 
 
 class SoldDecoder(Decoder):
@@ -31,7 +31,7 @@ class SoldHost(StandIn):
 
 
 class SlotFormerAttention(SlotAttention):
-    names, slots_only, checked = ("project_q", "project_k", "project_v"), True, False
+    names, slots_only = ("project_q", "project_k", "project_v"), True
     eps, attn_scale = 1e-6, DIM**-0.5
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class SlotFormerHost(StandIn):
 
 
 class Genera1zAttention(SlotAttention):
-    names, slots_only, checked = ("proj_q", "proj_k", "proj_v"), True, False
+    names, slots_only = ("proj_q", "proj_k", "proj_v"), True
 
     def product(self, query: Tensor, keys: Tensor) -> Tensor:
         return torch.einsum("bmc,bnc->bmn", query / query.size(-1) ** 0.5, keys)
@@ -117,7 +117,7 @@ class JunkeunYiProducts(Kept):
 class JunkeunYiCorrector(SlotAttention):
     """A module inside of it takes the softmax, over slots for each head, called by keywords or ``positional``."""
 
-    names, whole, checked = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads), False
+    names, whole = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads)
 
     def __init__(self, heads: int, iterations: int, positional: bool) -> None:
         super().__init__(iterations, heads)

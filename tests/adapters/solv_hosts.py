@@ -22,7 +22,7 @@ class Binder(nn.Module):
         self.slots, self.shift = nn.Parameter(torch.randn(SLOTS, DIM)), nn.Parameter(torch.randn(SLOTS, 1, DIM))
         self.Q, self.K, self.V = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
         self.f = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(inplace=True), nn.Linear(DIM, DIM))
-        self.initial_mlp, self.gru, self.tamper = nn.Linear(CHANNELS, DIM), nn.GRUCell(DIM, DIM), False
+        self.initial_mlp, self.gru = nn.Linear(CHANNELS, DIM), nn.GRUCell(DIM, DIM)
 
     def forward(self, inputs: Tensor, token_indices: Tensor) -> tuple[Tensor, Tensor]:
         tokens, slots = self.initial_mlp(inputs)[:, None] + self.shift, self.slots.expand(len(inputs), -1, -1)
@@ -35,8 +35,7 @@ class Binder(nn.Module):
             update = (attention[..., None] * values).sum(2)
             slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
         self.own_logits = logits.detach()
-        attention = centre(attention)
-        return slots, attention.roll(1, -1) if self.tamper else attention
+        return slots, centre(attention)
 
 
 class Merger(nn.Module):

@@ -28,7 +28,7 @@ class Kept(nn.Module):
 class SlotAttention(Kept):
     """Slot attention over ``(B, N, D)``; families differ in names, in the order of the operations and in the call."""
 
-    side, slots_only, eps = "attention", False, 1e-8
+    side, checked, slots_only, eps = "attention", False, False, 1e-8
     names: tuple[str, ...] = ("to_q", "to_k", "to_v")
 
     def __init__(self, iterations: int = 2, heads: int = 1) -> None:

@@ -8,8 +8,7 @@ from stand_in_parts import SlotAttention
 from torch import Tensor, nn
 
 from ssync_pl import adapters
-from ssync_pl.adapters import Capture, PathAdapter, SlotMap, entry, frame_size, join_sides, resolve_grid
-from ssync_pl.adapters.calls import scaled_product
+from ssync_pl.adapters import Capture, PathAdapter, SlotMap, frame_size, join_sides, resolve_grid
 from ssync_pl.adapters.grids import joint_heads, separate_heads
 from ssync_pl.adapters.pairing import Seen, find_pair, join_maps
 from ssync_pl.errors import ConfigError, HostError, ShapeError
@@ -281,23 +280,13 @@ def test_a_step_that_goes_past_hooks_is_told() -> None:
     capture.refuse_bypass()
 
 
-class _Attention(SlotAttention):
-    def forward(self, slots: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attend(features, slots) if self.iterations else (slots, features)
-
-
-def test_the_last_iteration_of_each_call_counts_and_projections_do_not_pile_up() -> None:
-    module, capture = _Attention(3), Capture()
-    adapters.watch_attention(capture, "attention", module, scaled_product, own=entry("1"))
+def test_the_last_softmax_of_each_call_counts() -> None:
+    module, capture = SlotAttention(3), Capture()
+    adapters.watch_softmax(capture, "attention", module)
     capture.open()
-    piled: list[int] = []
-    module.gru.register_forward_hook(lambda *call: piled.append(len(capture["attention to_q"])))
-    outputs = [module(torch.randn(2, 3, 8), torch.randn(2, 9, 8)) for _ in range(3)]
-    assert piled == [1, 2, 2] * 3  # of each call, the last two are held
-    assert (len(capture["attention to_k"]), len(capture["attention to_q"])) == (0, 0)
+    outputs = [module(torch.randn(2, 9, 8), torch.randn(2, 3, 8)) for _ in range(3)]
     for call, (_, probs) in zip(capture["attention"], outputs, strict=True):
         assert torch.equal(call.logits.softmax(1), probs)
-        assert call.own is probs
-    module.iterations = 0
-    with pytest.raises(HostError, match=r"Attention to call 'to_q' .*use_reentrant=False"):
-        module(torch.randn(2, 3, 8), torch.randn(2, 9, 8))
+    module.softmax = torch.sigmoid
+    with pytest.raises(HostError, match="softmax over slots, but none ran"):
+        module(torch.randn(2, 9, 8), torch.randn(2, 3, 8))

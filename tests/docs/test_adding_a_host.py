@@ -51,9 +51,9 @@ def test_the_maps_are_the_host_s_own_and_a_changed_host_is_refused(page: dict[st
     (maps.attention_logits.softmax(2)[:, :, 0].sum() + maps.mask_probs[:, :, 0].sum()).backward()
     assert host.grouper.q.weight.grad.any()
     assert host.renderer.places.grad.any()
-    call = capture["grouper"][0]
-    capture["grouper"][0] = call._replace(logits=2 * call.logits)
-    with pytest.raises(HostError, match="masks that 'grouper' returns to be the softmax"):
+    call = capture.only("renderer")
+    capture["renderer"][0] = call._replace(own=(2 * call.logits).softmax(2))
+    with pytest.raises(HostError, match="masks that 'renderer' returns to be the softmax"):
         adapter.verify(capture, maps)
     capture.remove()
     assert list(host.state_dict()) == keys

@@ -1,41 +1,18 @@
-"""Maps that come about in one call of a module: of slot attention from its projections, of a decoder from its alpha."""
+"""Maps that come about in one call of a module: of slot attention from its softmax, of a decoder from its alpha."""
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssync_pl.adapters.capture import NAME_THEM, Capture, Take, describe, output_entry, submodule
+from ssync_pl.adapters.capture import NAME_THEM, Capture, describe, output_entry, submodule
 from ssync_pl.errors import HostError
 
 Own = Callable[[Any, Any], Tensor]
 """``(module, output)`` to the host's own softmax."""
-Part = Callable[..., Any]
-
-
-class Projection(NamedTuple):
-    """Output of a projection and the autocast it ran under; a host may switch autocast inside its modules."""
-
-    value: Tensor
-    autocast: tuple[bool, torch.dtype] | None
-
-    def precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        enabled, dtype = self.autocast
-        return torch.autocast(self.value.device.type, dtype=dtype, enabled=enabled)
-
-
-def take_projection(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Projection:
-    """A `take` for a projection: its output with the autocast that is on now."""
-    device = output.device.type
-    if not torch.amp.is_autocast_available(device):
-        return Projection(output, None)
-    return Projection(output, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
 
 
 class MapCall(NamedTuple):
@@ -54,95 +31,14 @@ class MapCall(NamedTuple):
     valid: Tensor | None = None
 
 
-def watch_joined(
-    capture: Capture, key: str, module: nn.Module, make: Callable[[Any, Any, Part], Any], parts: Mapping[str, Take]
-) -> None:
-    """Records ``make(module, output, part)`` whenever a module returns.
-
-    ``parts`` has the paths of parts inside it, ``"path input"`` for what a part gets, and what to take of them;
-    ``part(path)`` is what was taken last in this call, ``part(path, 2)`` what before.
-    """
-    inner = {name: submodule(module, name.removesuffix(" input")) for name in parts}
-
-    def latest(name: str) -> Take:
-        def take(module: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
-            del capture[f"{key} {name}"][:-1]  # lets go of the graphs of earlier iterations
-            return parts[name](module, args, given)
-
-        return take
-
-    for name, one in inner.items():
-        capture.watch(f"{key} {name}", one, latest(name), optional=True, inputs=name.endswith(" input"))
-
-    def part(name: str, back: int = 1) -> Any:
-        values = capture[f"{key} {name}"]
-        if len(values) < back:
-            raise HostError(
-                f"Expected {type(module).__name__} to call '{name}' in each of its calls, but it did not, or without "
-                f"gradients, as in activation checkpointing without use_reentrant=False. {NAME_THEM}"
-            )
-        return values[-back]
-
-    def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        made = make(module, output, part)
-        for name in parts:
-            capture[f"{key} {name}"].clear()
-        return made
-
-    capture.watch(key, module, join)
-
-
-def watch_attention(
-    capture: Capture,
-    key: str,
-    module: nn.Module,
-    logits: Callable[[Any, Tensor, Tensor], Tensor],
-    projections: tuple[str, ...] = ("to_q", "to_k"),
-    *,
-    own: Own,
-    given: str | None = None,
-    mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
-    kept: Own | None = None,
-) -> None:
-    """Records a `MapCall` under ``key`` whenever a module that attends to slots returns: its last query counts.
+def watch_softmax(capture: Capture, key: str, module: nn.Module, axis: int = -2) -> None:
+    """Records a `MapCall` under ``key`` whenever a module that attends to slots returns: what its last softmax was fed.
 
     Args:
         capture: Receives the records.
         key: Name of the module's calls.
         module: Slot attention, or a decoder that attends to slots.
-        logits: ``(module, query, key)`` to logits, in the operations and the order of the host.
-        projections: Names of its children for queries and keys.
-        own: Picks the host's softmax of them from ``(module, output)``; see `watch_softmax` where it returns none.
-        given: Entry of the output with the logits themselves, where a fork returns them.
-        mask: ``(args, kwargs)`` to the slots that exist, ``(B, S)`` bool, where the module is told.
-        kept: ``(module, output)`` to the slots that it keeps, ``(B, S)`` bool, where it decides itself.
-    """
-    parts: dict[str, Take] = dict.fromkeys(projections, take_projection)
-    if mask is not None:
-        parts[". input"] = lambda module, args, kwargs: mask(args, kwargs)
-
-    def make(module: Any, output: Any, part: Part) -> MapCall:
-        returned = output_entry(output, given) if given else None
-        if returned is not None:
-            return MapCall(*in_shape_of(returned, own(module, output), module))
-        query, keys = map(part, projections)
-        with query.precision():
-            value = logits(module, query.value, keys.value)
-        valid = None if mask is None else part(". input")
-        if valid is not None:
-            valid = valid.to(value.device, torch.bool).expand(value.shape[:2])
-            value = value.masked_fill(~valid.unsqueeze(2), float("-inf"))
-        if kept is not None:
-            valid = kept(module, output) if valid is None else kept(module, output) & valid
-        return MapCall(value, in_shape_of(value, own(module, output), module)[1], valid=valid)
-
-    watch_joined(capture, key, module, make, parts)
-
-
-def watch_softmax(capture: Capture, key: str, module: nn.Module, axis: int = -2) -> None:
-    """Records a `MapCall` under ``key`` whenever slot attention returns slots only: what its last softmax was fed.
-
-    ``axis`` is that of the slots in the softmax, -2 or -1.
+        axis: Axis of the slots in the softmax, -2 or -1.
     """
     capture.tap(f"{key} softmax", module, axis)
 
@@ -177,11 +73,20 @@ def watch_alpha(
         axis: Axis of the slots in the masks; None where alpha has them folded into its first axis, with all in front.
     """
 
-    def make(module: Any, output: Any, part: Part) -> MapCall:
-        alpha, masks = part(inner), own(module, output)
+    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> MapCall:
+        given = capture[f"{key} alpha"]
+        if not given:
+            raise HostError(
+                f"Expected {type(module).__name__} to call '{inner}' in each of its calls, but it did not, or without "
+                f"gradients, as in activation checkpointing without use_reentrant=False. {NAME_THEM}"
+            )
+        alpha, masks = given[-1], own(module, output)
+        given.clear()  # lets go of the graphs of earlier ones
         return MapCall(*in_shape_of(alpha, masks, module), (masks.ndim - alpha.ndim) if axis is None else axis)
 
-    watch_joined(capture, key, module, make, {inner: lambda module, args, output: channel(output)})
+    network = submodule(module, inner)
+    capture.watch(f"{key} alpha", network, lambda module, args, output: channel(output), optional=True)
+    capture.watch(key, module, take)
 
 
 def entry(key: str, squeeze: int | None = None) -> Own:
@@ -206,11 +111,6 @@ def in_shape_of(logits: Tensor, own: Tensor, module: nn.Module) -> tuple[Tensor,
         shapes = f"{tuple(own.shape)}, but got {tuple(logits.shape)}"
         raise HostError(f"Expected logits inside {type(module).__name__} to have the shape of its masks, {shapes}.")
     return logits.reshape(own.shape), own
-
-
-def scaled_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Logits ``(B, S, N)`` of slot attention with a ``scale``."""
-    return torch.einsum("bsd,bnd->bsn", query, key) * module.scale
 
 
 def check_close(

@@ -1,6 +1,7 @@
 """Hooks that listen inside a window only: to outputs, to inputs, and to the softmaxes inside of modules."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Capture:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         self._open = False
-        self._training_only = False
+        self._training: nn.Module | None = None
         self._records: dict[str, list[Any]] = {}
         self._optional: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
@@ -79,7 +80,7 @@ class Capture:
     def tap(self, key: str, module: nn.Module, axis: int | None = None, step: bool = False) -> None:
         """Records the softmaxes inside a module, over ``axis`` where that is given: one `Softmaxes` per call.
 
-        With ``step`` the whole window counts, also outside of any forward pass, unless it is open for training only:
+        With ``step`` the whole window counts, also outside of any forward pass, unless it is open for a ``training``:
         then it also spans code that is not the host's.
         """
         bracket = _Bracket(self, axis)
@@ -95,25 +96,38 @@ class Capture:
         """Whether hooks record now: never in a backward pass, where checkpointing runs modules a second time."""
         # Traced graphs, which could not contain the second call, run no hooks in a backward pass.
         backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        return self._open and not backward and (not self._training_only or torch.is_grad_enabled())
+        trains = self._training is None or (self._training.training and torch.is_grad_enabled())
+        return self._open and trains and not backward
 
-    def open(self, training_only: bool = False) -> None:
-        """Starts to listen; ``training_only`` leaves out everything under `torch.no_grad`."""
+    def open(self, training: nn.Module | None = None) -> None:
+        """Starts to listen; ``training`` leaves out what runs while this module is not trained, or under `no_grad`."""
         for bracket in self._steps.values():
             bracket.leave()
         self._open = True
-        self._training_only = training_only
-        for bracket in () if training_only else self._steps.values():
+        self._training = training
+        for bracket in self._steps.values() if training is None else ():
             bracket.start()
 
-    def close(self) -> None:
-        """Stops to listen; what was recorded stays until `clear`."""
+    def close(self) -> bool:
+        """Stops to listen; what was recorded stays until `clear`. Returns whether it listened before."""
         for key, bracket in reversed(self._steps.items()):
             if bracket.running:
                 bracket.leave()
                 # Calls of the host's forward pass are part of the step.
                 self[key][:] = [bracket.last] if bracket.last else []
-        self._open = False
+        before, self._open = self._open, False
+        return before
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Listens during one training step, and lets go of its tensors at the end."""
+        self.clear()
+        self.open()
+        try:
+            yield
+        finally:
+            self.close()
+            self.clear()
 
     def clear(self) -> None:
         """Lets go of everything recorded, and of the graphs it holds."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_softmax
 from ssync_pl.adapters.capture import NAME_THEM, Capture, describe
 from ssync_pl.adapters.grids import joint_heads, patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
@@ -48,10 +48,16 @@ class OclfAdapter(GridAdapter):
         attention, decoder = self._slot_attention(host), _decoder(host)
         _refuse_without_masks(host, attention, decoder)
         capture.facts["patch_size"] = patch_stride(_child(_root(host), "feature_extractor"))
-        kept = _kept if self.drops_slots and getattr(decoder, "mask_type", None) != "none" else None
-        summed = lambda module, output: entry("1")(module, output) * module.n_heads  # noqa: E731
-        watch_attention(capture, "slot_attention", attention, _joint_product, own=summed, mask=_present, kept=kept)
+        capture.facts["heads"] = int(attention.n_heads)
+        drops = self.drops_slots and getattr(decoder, "mask_type", None) != "none"
+        watch_softmax(capture, "slot_attention", attention)
+        capture.watch("exist", attention, _kept if drops else _present)
         watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=None)
+
+    def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
+        calls, drawn = super().calls(capture)
+        apart = [call.logits.unflatten(1, (-1, capture.facts["heads"])) for call in calls]  # type: ignore[union-attr]
+        return [call._replace(logits=joint_heads(one, 2)) for call, one in zip(calls, apart, strict=True)], drawn
 
     def _slot_attention(self, host: nn.Module) -> Any:
         grouping = _inside(_child(_root(host), "perceptual_grouping"), "slot_attention")
@@ -76,7 +82,7 @@ class AdaSlotAdapter(OclfAdapter):
 
     def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
         logits, own, valid = call.logits, call.own, maps.slot_valid
-        if call.valid is not None or valid is None or logits is None or own is None:
+        if valid is None or logits is None or own is None:
             return logits, own, 0.0
         kept = valid.view(len(valid), *[1] * (call.axis - 1), -1, *[1] * (logits.ndim - call.axis - 1))
         # An image without slots has nothing to compare: both sides become uniform.
@@ -87,23 +93,18 @@ class AdaSlotAdapter(OclfAdapter):
         return logits, own, 1e-2
 
 
-def _joint_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    heads = (module.n_heads, module.dims_per_head)
-    logits = torch.einsum("bihd,bjhd->bihj", query.unflatten(-1, heads), key.unflatten(-1, heads)) * module.scale
-    return joint_heads(logits, 2)
-
-
-def _present(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _present(module: Any, args: tuple[Any, ...], output: Any) -> Tensor | None:
     masked = args[2] if len(args) > 2 else None
     return ~masked.bool() if isinstance(masked, Tensor) else None
 
 
-def _kept(module: Any, output: Any) -> Tensor:
-    kept = entry("3")(module, output)
-    if kept.ndim != 2:
-        name, given = type(module).__name__, tuple(kept.shape)
+def _kept(module: Any, args: tuple[Any, ...], output: Any) -> Tensor:
+    decided, present = entry("3")(module, output), _present(module, args, output)
+    if decided.ndim != 2:
+        name, given = type(module).__name__, tuple(decided.shape)
         raise HostError(f"Expected {name} to return decisions (B, S), but got decisions {given}. {NAME_THEM}")
-    return kept.detach() > 0.5
+    kept = decided.detach() > 0.5
+    return kept if present is None else kept & present
 
 
 def _masks(module: nn.Module, output: Any) -> Tensor:

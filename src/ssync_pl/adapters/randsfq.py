@@ -2,11 +2,10 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules
 from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
@@ -29,8 +28,8 @@ class RandSFQAdapter(SlotModelAdapter):
 
     def listen(self, host: Any, capture: Capture) -> None:
         masks = entry("1")
-        names = ("proj_q", "proj_k")
-        watch_attention(capture, "aggregat", host.aggregat, _product, names, own=masks, mask=_slot_mask)
+        watch_softmax(capture, "aggregat", host.aggregat)
+        capture.watch("exist", host.aggregat, _slot_mask, inputs=True)
         backbone = getattr(host.decode, "backbone", None)
         broadcast = isinstance(backbone, nn.Module) and not isinstance(backbone, nn.TransformerDecoder)
         if broadcast and has_modules(host.decode, "posit_embed"):
@@ -48,11 +47,7 @@ class RandSFQAdapter(SlotModelAdapter):
         return call.logits.masked_fill(~valid, float("-inf")), call.own, 0.0
 
 
-def _product(module: nn.Module, query: Tensor, key: Tensor) -> Tensor:
-    return torch.einsum("bsd,bnd->bsn", query * query.shape[-1] ** -0.5, key)
-
-
-def _slot_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _slot_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return args[2] if len(args) > 2 else kwargs.get("smask")
 
 

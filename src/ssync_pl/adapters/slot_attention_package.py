@@ -38,6 +38,7 @@ class SlotAttentionPackageAdapter(GridAdapter):
     """
 
     name: ClassVar[str] = "slot-attention"
+    decoder = "masks"
     decoder_calls = "frames"
     frames_are_clips = True
 
@@ -77,16 +78,14 @@ class SlotAttentionPackageAdapter(GridAdapter):
         watch_softmax(capture, "attention", module)
         wrapper = _parent(host, module, "slot_attn", "pred_keep_slot")
         if wrapper is not None:
-            capture.watch("kept", wrapper, lambda module, args, output: output[1].detach() > 0.5)
+            capture.watch("exist", wrapper, lambda module, args, output: output[1].detach() > 0.5)
         decoder = submodule(host, self.masks.path)
         watch_place(capture, "masks", decoder, self.masks, step=decoder is host)
 
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
-        calls: list[MapCall] = capture["attention"]
+        calls, _ = super().calls(capture)
         logits = [call.logits for call in calls if call.logits is not None]
         check_frames(logits, "attention")
-        if "kept" in capture:
-            calls = [call._replace(valid=kept) for call, kept in zip(calls, capture["kept"], strict=True)]
         # The package's own softmax is heard as well; the same tensor cannot be both maps.
         candidates, slots = self._candidates(capture, {*map(id, logits)}), logits[0].shape[-2]
         images = len(calls) * len(logits[0]) // max(len(candidates), 1)

@@ -55,7 +55,10 @@ class SlotModelAdapter(HostAdapter):
 
     @abstractmethod
     def listen(self, host: Any, capture: Capture) -> None:
-        """Puts the hooks of the spec on a host: they record `MapCall` under the keys ``attention`` and ``decoder``."""
+        """Puts the hooks of the spec on a host: they record `MapCall` under the keys ``attention`` and ``decoder``.
+
+        What is recorded under ``exist`` in each call of the attention are the slots that exist, ``(B, S)``, or None.
+        """
 
     def attach(self, host: nn.Module) -> Capture:
         if not self.match(host):
@@ -75,8 +78,11 @@ class SlotModelAdapter(HostAdapter):
         return int(output.shape[-2]), int(output.shape[-1])
 
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
-        """Calls of the slot attention and of the decoder."""
-        return capture[self.attention], capture[self.decoder]
+        """Calls of the slot attention, with the slots that exist where `listen` recorded these, and of the decoder."""
+        calls: list[MapCall] = capture[self.attention]
+        if "exist" in capture:
+            calls = [call._replace(valid=exist) for call, exist in zip(calls, capture["exist"], strict=True)]
+        return calls, capture[self.decoder]
 
     def collect(self, capture: Capture, batch: Any = None) -> SSyncMaps:
         calls, drawn = self.calls(capture)

@@ -1,5 +1,6 @@
 """Spec of SOLV: the public code's model and this package's host."""
 
+import functools
 import random
 from typing import Any, ClassVar, NamedTuple
 
@@ -7,21 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import HostAdapter, register_adapter
-from ssync_pl.adapters.calls import Part, check_close, take_projection, watch_joined
+from ssync_pl.adapters.calls import check_close, watch_softmax
 from ssync_pl.adapters.capture import NAME_THEM, Capture, has_modules, output_entry
 from ssync_pl.errors import HostError
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.maps import SSyncMaps
 
-# Of the public code: added to the attention before it is normalised over tokens.
-_EPSILON = 1e-8
-
 
 class _Bound(NamedTuple):
-    """The binder's logits and token-normalised attention ``(B, T, S, N')``, and the tokens' places ``(B, T, N')``."""
+    """The binder's logits ``(B, T, S, N')`` and the tokens' places ``(B, T, N')``."""
 
     logits: Tensor
-    attention: Tensor
     indices: Tensor | None = None
 
 
@@ -49,7 +46,7 @@ class SolvAdapter(HostAdapter):
         capture = Capture()
         if _is_packaged(host):
             capture.facts["grid"] = (int(host.grid[0]), int(host.grid[1]))
-            bound = lambda module, args, out: _Bound(out.logits, out.attention, *args[1:2])  # noqa: E731
+            bound = lambda module, args, out: _Bound(out.logits, *args[1:2])  # noqa: E731
             capture.watch("binder", host.spatial_binder, bound)
             capture.watch("merger", host.merger, lambda module, args, out: (args[0], out.slots, out.members))
             capture.watch("decoder", host.decoder, lambda module, args, output: output.mask_logits)
@@ -61,12 +58,12 @@ class SolvAdapter(HostAdapter):
             )
         binder, slots = host.s_bind, int(host.s_bind.num_slots)
         capture.facts["grid"] = (int(binder.res_h), int(binder.res_w))
-        tokens = lambda module, args, kwargs: args[1]  # noqa: E731
-        parts = {"Q": take_projection, "f": take_projection, ". input": tokens}
-        watch_joined(capture, "binder", binder, _bound_centre, parts)
+        watch_softmax(capture, "dots", binder)
+        capture.watch("binder", binder, functools.partial(_bound_centre, capture))
         if getattr(host, "merge_slots", False):
-            before = {". input": lambda module, args, kwargs: (args[0], random.getstate())}
-            watch_joined(capture, "merger", host.merge, _merged, before)
+            given = lambda module, args, kwargs: (args[0], random.getstate())  # noqa: E731
+            capture.watch("merged", host.merge, given, inputs=True)
+            capture.watch("merger", host.merge, functools.partial(_merged, capture))
         capture.watch("decoder", host.dec, lambda module, args, out: out[..., -1].unflatten(0, (-1, slots))[:, None])
         capture.watch("host masks", host, lambda module, args, output: output_entry(output, "mask"), optional=True)
         return capture
@@ -96,10 +93,6 @@ class SolvAdapter(HostAdapter):
         return SSyncMaps(logits, masks, grid=grid, slot_valid=slot_valid, patch_valid=patch_valid)
 
     def verify(self, capture: Capture, maps: SSyncMaps) -> None:
-        bound: _Bound = capture.only("binder")
-        weights = bound.logits.double().softmax(2) + _EPSILON
-        mine = weights / weights.sum(3, keepdim=True)
-        _check("attention of the binder", mine, bound.attention, bound.logits)
         if "merger" in capture:
             given, slots, members = capture.only("merger")
             share = members.double() / members.sum(3, keepdim=True).clamp_min(1)
@@ -140,20 +133,17 @@ def scatter_tokens(logits: Tensor, indices: Tensor | None, patches: int) -> tupl
     return spread, valid.scatter(2, indices, True)
 
 
-def _bound_centre(module: Any, output: Any, part: Part) -> _Bound:
-    """Logits of the frames in the centre of their windows, computed as the binder computes those of all frames."""
-    query, key = part("Q"), part("f", 2)  # `f` makes keys, then values, in each iteration
-    with query.precision():
-        logits = torch.einsum("bsdi,bsjd->bsj", query.value.unsqueeze(-1), key.value)
-        logits = logits * module.scale
+def _bound_centre(capture: Capture, module: Any, args: tuple[Any, ...], output: Any) -> _Bound:
+    """Logits of the frames in the centre of their windows, and their tokens' places, of those of all frames."""
     radius = int(module.N_frame)
-    logits, indices = (value.unflatten(0, (-1, 2 * radius + 1))[:, radius, None] for value in (logits, part(". input")))
-    return _Bound(logits, output[1].unsqueeze(1), indices)
+    every = (capture.last("dots").logits, args[1])
+    logits, indices = (value.unflatten(0, (-1, 2 * radius + 1))[:, radius, None] for value in every)
+    return _Bound(logits, indices)
 
 
-def _merged(module: nn.Module, output: Any, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(capture: Capture, module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What went into the merger and came out, ``(B, T, S, D)``, and which slots it put together, ``(B, T, S, S)``."""
-    (given, state), slots = part(". input"), output[0]
+    (given, state), slots = capture.last("merged"), output[0]
     members = _members_by_gradient(given, slots)
     if members is None:
         members = _members_by_repetition(module, given, state)

@@ -1,13 +1,14 @@
 """Spec of the VideoSAUR family: VideoSAUR, SlotContrast and the forks that keep their modules."""
 
+import functools
 import warnings
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, in_shape_of, scaled_product, watch_alpha, watch_attention
+from ssync_pl.adapters.calls import MapCall, entry, in_shape_of, watch_alpha, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
@@ -49,21 +50,17 @@ class VideosaurAdapter(GridAdapter):
         corrector, decoder = _corrector(host), _decoder(host)
         capture.facts["patch_size"] = patch_stride(getattr(host, "encoder", None))
         capture.facts["grid"] = _stated_grid(host)
-        watch_attention(capture, "corrector", corrector, scaled_product, own=_MASKS, given="dots")
-        if _projects(decoder):
-            watch_attention(capture, "decoder", decoder, _mixer_product, own=_MASKS, given="dots")
-        elif getattr(decoder, "returns_logits", False):
-            # Such a decoder may compute its layers in an order of its own, without calling its `mlp`.
-            read = lambda module, args, out: MapCall(*in_shape_of(out["dots"], _MASKS(module, out), module))  # noqa: E731
-            capture.watch("decoder", decoder, read)
-        elif has_modules(decoder, "mlp"):
-            watch_alpha(capture, "decoder", decoder, "mlp", lambda output: output.select(-1, -1), _MASKS)
-        else:
-            watch_alpha(capture, "decoder", decoder, "output_transform", lambda output: output.select(-3, -1), _MASKS)
-
-
-def _mixer_product(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    return (torch.einsum("bnd,bsd->bns", query, key) * module.scale).transpose(1, 2)
+        for key, module, axis in (("corrector", corrector, -2), ("decoder", decoder, -1)):
+            if getattr(module, "returns_logits", False):
+                # Such a module may compute its layers in an order of its own, without calling each.
+                read = lambda module, args, out: MapCall(*in_shape_of(out["dots"], _MASKS(module, out), module))  # noqa: E731
+                capture.watch(key, module, read)
+            elif _projects(module):
+                watch_softmax(capture, key, module, axis)
+            else:
+                inner, channel = ("mlp", -1) if has_modules(module, "mlp") else ("output_transform", -3)
+                alpha = functools.partial(torch.select, dim=channel, index=-1)
+                watch_alpha(capture, key, module, inner, alpha, _MASKS)
 
 
 def _corrector(host: nn.Module) -> Any:

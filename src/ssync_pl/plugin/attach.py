@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ssync_pl.adapters import HostAdapter
 from ssync_pl.adapters.paths import MapKind
@@ -17,6 +16,8 @@ from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, tell_end
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
+
+_CALLS = "calls of the model"
 
 
 def attach(
@@ -115,10 +116,6 @@ class AttachedSSync:
         self._calls = self._first_call = 0
         self._accumulate = accumulate
         self._session: HostSession | None = None
-        self._root_hook: RemovableHandle | None = None
-        self._batch: Any = None
-        self._listening = False
-        self._forwards = 0
 
     @property
     def step(self) -> int:
@@ -128,9 +125,9 @@ class AttachedSSync:
     def __enter__(self) -> "AttachedSSync":
         if self._session is not None:
             raise SSyncError("Expected `attach(...)` to be entered once at a time, but it is entered already.")
-        self._session = HostSession(self.model, self._adapter, self._grid)
+        session = self._session = HostSession(self.model, self._adapter, self._grid)
         # The frames' size may be needed for the grid, and a loop need not hand its batch over for that.
-        self._root_hook = self._session.root.register_forward_pre_hook(_RootHook(self), with_kwargs=True)
+        session.capture.watch(_CALLS, session.root, _batch_of, optional=True, inputs=True)
         self._listen()
         return self
 
@@ -138,9 +135,6 @@ class AttachedSSync:
         session, self._session = self._session, None
         if session is not None:
             session.remove()
-        if self._root_hook is not None:
-            self._root_hook.remove()
-        self._batch = None
         if kind in (None, KeyboardInterrupt) and self._calls > self._first_call:
             tell_end(self._engine, self.step)
 
@@ -181,15 +175,13 @@ class AttachedSSync:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out forward passes that run in training mode but are not a step, such as a teacher's."""
-        before, self._listening = self._listening, False
-        if self._session is not None:
-            self._session.capture.close()
+        session = self._session
+        listened = session is not None and session.capture.close()
         try:
             yield
         finally:
-            self._listening = before
-            if self._session is not None and before:
-                self._session.capture.open(training_only=True)
+            if session is not None and listened:
+                session.capture.open(session.root)
 
     def discard(self) -> None:
         """Forgets a forward pass whose step is given up, as after a loss that is not finite; it counts as no step."""
@@ -238,7 +230,8 @@ class AttachedSSync:
         return term
 
     def _collect(self, session: HostSession, batch: Any) -> SSyncMaps:
-        if self._forwards == 0 and session.capture.silent:
+        calls = session.capture[_CALLS]
+        if not calls and session.capture.silent:
             session.capture.refuse_bypass()
             raise HostError(
                 f"Expected a forward pass of {type(self.model).__name__} since the last `loss`, in training mode and "
@@ -248,12 +241,12 @@ class AttachedSSync:
                 "torch._dynamo.reset()."
             )
         try:
-            return session.collect(self._batch if batch is None else batch, self.config)
+            return session.collect(session.capture.last(_CALLS) if batch is None else batch, self.config)
         except (HostError, ShapeError) as error:
-            if self._forwards < 2:
+            if len(calls) < 2:
                 raise
             raise type(error)(
-                f"{error} {type(self.model).__name__} ran {self._forwards} times since the last `loss`, and all of it "
+                f"{error} {type(self.model).__name__} ran {len(calls)} times since the last `loss`, and all of it "
                 "was taken for one step: call `loss` after each forward pass, `discard()` after one whose step is "
                 "given up, and put others into `with ssync.paused():`."
             ) from error
@@ -264,36 +257,11 @@ class AttachedSSync:
         if session is None:
             return
         session.close()
-        self._batch = None
-        self._forwards = 0
-        self._listening = not session.checked or self._engine.phase(self.step) is not Phase.OFF
-        if self._listening:
+        if not session.checked or self._engine.phase(self.step) is not Phase.OFF:
             session.open(training_only=True)
 
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps what the model is called with; validation closes the capture."""
-        if self._session is None or not self._listening:
-            return
-        if not module.training:
-            self._session.capture.close()
-            return
-        self._session.capture.open(training_only=True)
-        if not torch.is_grad_enabled():
-            return
-        self._forwards += 1
-        values = [*args, *kwargs.values()]
-        self._batch = next((value for value in values if isinstance(value, Mapping)), values)
 
-
-class _RootHook:
-    """Hears that the host runs; a copied or pickled host keeps a hook that does nothing."""
-
-    def __init__(self, attached: AttachedSSync | None = None) -> None:
-        self.attached = attached
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.attached is not None:
-            self.attached._remember(module, args, kwargs)
-
-    def __reduce__(self) -> "tuple[type[_RootHook], tuple[()]]":
-        return (_RootHook, ())
+def _batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a model is called with: a batch, or tensors."""
+    values = [*args, *kwargs.values()]
+    return next((value for value in values if isinstance(value, Mapping)), values)

@@ -17,10 +17,10 @@ from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.session import HostSession, adapter_from
-from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
+from ssync_pl.plugin.wrapped_step import StepCallback, loss_of, with_loss
 
 
-class SSyncHooks:
+class SSyncHooks(StepCallback):
     """Adds SSync to the training step of an existing host.
 
     The callback wraps the host's ``training_step``: inside it the adapter listens to slot attention and decoder, and
@@ -52,6 +52,8 @@ class SSyncHooks:
     Source: SSync (arXiv 2606.15527).
     """
 
+    owner = "SSync"
+
     def __init__(
         self,
         adapter: str | HostAdapter = "auto",
@@ -66,9 +68,6 @@ class SSyncHooks:
         self.config = SSyncConfig.from_options(**settings)  # from here the command line knows the settings
         self.adapter, self.grid = adapter_from(adapter, attention, masks, attention_kind, masks_kind, grid)
         self.engine = SSyncEngine(self.config)
-        self._session: HostSession | None = None
-        self._wrapped: WrappedMethod | None = None
-        self._log_steps = LogSteps()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses hosts that a callback cannot serve, and forgets an earlier training."""
@@ -91,9 +90,7 @@ class SSyncHooks:
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Recognises the host and wraps its step; only here, since a host may build modules in its own ``setup``."""
         self._session = HostSession(pl_module, self.adapter, self.grid)
-        step = functools.partial(self._step, trainer, pl_module)
-        self._wrapped = WrappedMethod(pl_module, "training_step", step, "SSync")
-        self._log_steps = LogSteps()
+        self.wrap(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Fixes the warm-up, and refuses one that is a share of an unknown length."""
@@ -106,13 +103,13 @@ class SSyncHooks:
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of the host's training step."""
-        session = self._session
+        session: HostSession | None = self._session
         if session is None:
             return step(*args, **kwargs)
         phase = self.engine.phase_in(trainer)
         if phase is Phase.OFF and session.checked:
             return step(*args, **kwargs)
-        with session.window():
+        with session.capture.window():
             output = step(*args, **kwargs)
             loss = loss_of(output)
             if loss is None:
@@ -128,20 +125,11 @@ class SSyncHooks:
         """Says from which step SSync ran, or why it never did."""
         tell_end(self.engine, trainer.global_step)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Puts the host back as it was."""
-        session, self._session = self._session, None
-        wrapped, self._wrapped = self._wrapped, None
-        if session is not None:
-            session.remove()
-        if wrapped is not None:
-            wrapped.restore()
-
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        """Puts the host back as it was; after Ctrl-C, says from which step SSync ran."""
         if isinstance(exception, KeyboardInterrupt) and self._session is not None:
             tell_end(self.engine, trainer.global_step)
-        self.teardown(trainer, pl_module, "fit")
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: running averages and the guard's state, as plain numbers."""
@@ -150,10 +138,6 @@ class SSyncHooks:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
         self.engine.load_state_dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy must not hold on to the host, its hooks or tensors of a graph.
-        return {**self.__dict__, "_session": None, "_wrapped": None}
 
 
 # What editors and `help` show in the place of `**settings`; jsonargparse finds the settings by itself.

@@ -1,7 +1,5 @@
 """A host with hooks on it: from one training step's tensors to checked maps."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -47,23 +45,14 @@ class HostSession:
         self.checked = False
 
     def open(self, training_only: bool = False) -> None:
-        """Starts to listen, on request only with gradients on, and forgets what was heard before."""
+        """Starts to listen, on request only to what trains, and forgets what was heard before."""
         self.capture.clear()
-        self.capture.open(training_only)
+        self.capture.open(self.root if training_only else None)
 
     def close(self) -> None:
         """Stops to listen, and lets go of the step's tensors."""
         self.capture.close()
         self.capture.clear()
-
-    @contextmanager
-    def window(self) -> Iterator[None]:
-        """Listens during one training step, and lets go of its tensors at the end."""
-        self.open()
-        try:
-            yield
-        finally:
-            self.close()
 
     def collect(self, batch: Any, config: SSyncConfig) -> SSyncMaps:
         """Turns what was heard into maps ``(B, T, S, N)`` and checks the first ones; the batch may tell the grid."""

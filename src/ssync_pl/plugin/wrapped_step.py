@@ -4,7 +4,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -88,3 +88,42 @@ class LogSteps:
         first = trainer.current_epoch != self._epoch
         self._epoch = trainer.current_epoch
         return first or getattr(getattr(trainer, "_logger_connector", None), "should_update_logs", True)
+
+
+class StepCallback:
+    """What callbacks that change a host's training step share: it is wrapped, and hooks listen, while it is trained.
+
+    A subclass sets ``_session``, calls `wrap` in `on_fit_start`, and gives ``_step(trainer, host, step, *args)``, which
+    runs in the step's place.
+    """
+
+    owner: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._session: Any = None  # whose `remove` takes the hooks off
+        self._wrapped: WrappedMethod | None = None
+        self._log_steps = LogSteps()
+
+    def wrap(self, trainer: Any, host: Any) -> None:
+        """Puts `_step` in the place of the host's training step."""
+        step = functools.partial(self._step, trainer, host)  # type: ignore[attr-defined]
+        self._wrapped = WrappedMethod(host, "training_step", step, self.owner)
+        self._log_steps = LogSteps()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Puts the host back as it was."""
+        session, self._session = self._session, None
+        wrapped, self._wrapped = self._wrapped, None
+        if session is not None:
+            session.remove()
+        if wrapped is not None:
+            wrapped.restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not hold on to the host, its hooks or tensors of a graph.
+        return {**self.__dict__, "_session": None, "_wrapped": None}

@@ -16,14 +16,14 @@ from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.method.labels import compute_dtype
 from ssync_pl.method.loss import mean_over_ranks
 from ssync_pl.plugin.schedule import steps_of, training_length
-from ssync_pl.plugin.wrapped_step import LogSteps, WrappedMethod, loss_of, with_loss
+from ssync_pl.plugin.wrapped_step import StepCallback, loss_of, with_loss
 from ssync_pl.rivals.dense_alignment import DenseAlignment, DenseAlignmentOutput, check_group
 
 _HOSTS = (VideoSAUR, SlotContrast, DINOSAUR)
 _PUBLISHED_FRAMES = 4
 
 
-class DenseAlignmentCallback(L.Callback):
+class DenseAlignmentCallback(StepCallback, L.Callback):
     """Adds SRL's dense alignment to the training step of a host that rebuilds features.
 
     It is there to be compared with SSync: it takes all pairs of patches of a group of frames, where SSync takes a few
@@ -53,6 +53,8 @@ class DenseAlignmentCallback(L.Callback):
     Source: SRL, dense synergistic learning for video object-centric models; see `DenseAlignment`.
     """
 
+    owner = "dense alignment"
+
     def __init__(
         self,
         weight: float = 0.1,
@@ -78,10 +80,7 @@ class DenseAlignmentCallback(L.Callback):
         self._warmup = (warmup_ratio, warmup_steps)
         self._redundancy = (redundancy_ratio, redundancy_steps) if redundancy_weight > 0 else (0.0, 0)
         self.losses: Any = None  # a DenseAlignment from `setup` on
-        self._capture = Capture()
-        self._wrapped: list[WrappedMethod] = []
         self._checked = False
-        self._log_steps = LogSteps()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses hosts that cannot be served, and makes the projections."""
@@ -103,10 +102,10 @@ class DenseAlignmentCallback(L.Callback):
                 torch.distributed.broadcast(parameter.data, src=0)
         # Before Lightning loads its state from a checkpoint; a group of their own would lack the scheduler's factor.
         trainer.optimizers[0].param_groups[0]["params"] += projections
-        self._capture.watch("encoder", pl_module.encoder)  # type: ignore[arg-type]
-        self._capture.watch("host", pl_module)
-        step = functools.partial(self._step, trainer, pl_module)
-        self._wrapped.append(WrappedMethod(pl_module, "training_step", step, "dense alignment"))
+        self._session = Capture()
+        self._session.watch("encoder", pl_module.encoder)
+        self._session.watch("host", pl_module)
+        self.wrap(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fixes the schedule for the length of this training."""
@@ -121,18 +120,6 @@ class DenseAlignmentCallback(L.Callback):
             if parameter.grad is not None:
                 parameter.grad = mean_over_ranks(parameter.grad)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Puts the host back as it was."""
-        for wrapped in reversed(self._wrapped):
-            wrapped.restore()
-        self._wrapped = []
-        self._capture.remove()
-        self._capture = Capture()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Puts the host back as it was; Lightning calls no `teardown` after an error or Ctrl-C."""
-        self.teardown(trainer, pl_module, "fit")
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the projections."""
         return {"projections": {} if self.losses is None else dict(self.losses.state_dict())}
@@ -142,10 +129,6 @@ class DenseAlignmentCallback(L.Callback):
         if self.losses is not None and state_dict["projections"]:
             self.losses.load_state_dict(state_dict["projections"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy must not hold on to the host, its hooks or tensors of a graph.
-        return {**self.__dict__, "_capture": Capture(), "_wrapped": []}
-
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume a training without this callback, whose optimizer knows no projections."""
         fits = trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]
@@ -153,13 +136,11 @@ class DenseAlignmentCallback(L.Callback):
         require(fits, "a checkpoint of a training with DenseAlignmentCallback", "one without it", advice=advice)
 
     def _step(self, trainer: Any, host: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        capture, losses, now = self._capture, self.losses, trainer.global_step
+        capture, losses, now = self._session, self.losses, trainer.global_step
         off = (now < losses.start_step or losses.weight == 0) and now >= losses.redundancy_steps
         if off and self._checked:
             return step(*args, **kwargs)
-        capture.clear()
-        capture.open()
-        try:
+        with capture.window():
             output = step(*args, **kwargs)
             capture.close()
             loss = loss_of(output)
@@ -175,9 +156,6 @@ class DenseAlignmentCallback(L.Callback):
             if off:
                 return output
             dense = _dense_losses(losses, seen, capture.only("encoder")["features"], now)
-        finally:
-            capture.close()
-            capture.clear()
         if self._log_steps.due(trainer):
             log = functools.partial(host.log, batch_size=len(seen.targets))
             for name in ("encoder_loss", "decoder_loss", "redundancy_loss"):

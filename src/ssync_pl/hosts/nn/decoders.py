@@ -125,6 +125,8 @@ class SlotMixerDecoder(nn.Module):
     (arXiv 2206.06922). Parameters have the public checkpoints' names and shapes.
     """
 
+    returns_logits: ClassVar[bool] = True
+
     def __init__(
         self, slot_dim: int, output_dim: int, hidden: Sequence[int], patches: int, blocks: int = 2, heads: int = 4
     ) -> None:

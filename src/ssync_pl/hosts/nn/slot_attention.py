@@ -1,7 +1,7 @@
 """Slot attention (Locatello et al. 2020), the corrector of the hosts."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class SlotCorrector(SlotAttention):
 
     normalized_state = True
     projections = ("to_k", "to_v", "to_q")
+    returns_logits: ClassVar[bool] = True
 
     def __init__(
         self, input_dim: int, slot_dim: int, iterations: int = 2, mlp_hidden: int | None = None, eps: float = 1e-8
