@@ -34,9 +34,14 @@ def evaluate(settings: dict, checkpoint: Path, batch: dict) -> dict[str, NDArray
 
 
 def colored(labels: NDArray[np.int64], truth: NDArray[np.int64], slots: int) -> viz.Bytes:
-    """Labels ``(T, H, W)`` in colours: each slot has that of the object it covers, grey is background."""
+    """Labels ``(T, H, W)`` in colours: of the object that a slot covers best; slots mostly on background are grey."""
     count = max(slots, int(truth.max()) + 1)
     numbers = match_slots(truth, labels, count)
+    for slot in np.unique(labels):
+        if np.bincount(truth[(labels == slot) & (truth >= 0)], minlength=1).argmax() == 0:
+            numbers[slot] = 0
+        elif numbers[slot] == 0:  # a second slot of an object: a colour that no object has
+            numbers[slot] = count
     return viz.color_labels(numbers[labels], background=0)
 
 
