@@ -114,7 +114,7 @@ def random_windows(features: Tensor, grid: tuple[int, int], least: float) -> Ten
 def fourier_code(grid: tuple[int, int], bands: int) -> Tensor:
     """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1, weaker as they are shorter.
 
-    The shortest has `bands / 2` periods along the longer side. Weights are 1 over frequency: regions come before ripples.
+    The shortest has `bands / 2` periods on the longer side. They weigh 1 over frequency: regions come before ripples.
     """
     require(bands >= 1, "argument `fourier_bands` to be at least 1", bands, advice="Use 6.")
     axes = [(torch.arange(size) + 0.5) / max(grid) for size in grid]
