@@ -36,6 +36,13 @@ REAL = {"davis": ("video_mbo", "video_ari"), "highway": ("video_fg_ari", "video_
 REAL_MAPS = {"encoder_": "slot attention", "": "decoder"}
 
 
+BASELINES = (
+    ("fixed grid", "grid"),
+    ("k-means on RGB", "kmeans_rgb"),
+    ("k-means on the same features and places", "kmeans_features"),
+)
+
+
 def values(rows: pd.DataFrame, key: str, variant: str, slots: int | None = None) -> dict[int, float]:
     """Values of a column by seed, of one variant and slot count."""
     chosen = rows[(rows["variant"] == variant) & (True if slots is None else rows["slots"] == slots)]
@@ -77,6 +84,24 @@ def main_table() -> str:
     cells = [f"{mean:.3f}" for mean in _feature_kmeans(rows["slots"][0])]
     body.append(["k-means on the same features and places", *cells, "–", "–"])
     return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in keys)], body)
+
+
+def quickstart_table() -> str:
+    """The first command's host: the decoder's map, slot attention's, and both with redundant slots merged."""
+    rows = read_results(RESULTS / "quality_quickstart.csv")
+    body = []
+    for prefix, words in (("", "decoder"), ("encoder_", "slot attention"), ("merged_", "decoder, merged")):
+        keys = [prefix + key for key in HEADLINE]
+        arms = [[values(rows, key, variant) for key in keys] for variant in ("without", "with")]
+        for name, found in zip(("without SSync", "with SSync"), arms, strict=True):
+            cells = (write(estimate(list(one.values())), key) for one, key in zip(found, HEADLINE, strict=True))
+            body.append([f"{words}, {name}", *cells])
+        pairs = [paired_difference(one, other) for other, one in zip(*arms, strict=True)]
+        cells = (write(pair, key, True) for pair, key in zip(pairs, HEADLINE, strict=True))
+        body.append(["paired difference", *cells])
+    for name, prefix in BASELINES:
+        body.append([name, *(f"{rows[f'{prefix}_{key}'][0]:.3f}" for key in HEADLINE)])
+    return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in HEADLINE)], body)
 
 
 def _feature_kmeans(clusters: int) -> list[float]:
@@ -196,6 +221,7 @@ def teachers_table(folder: Path = RESULTS) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_table,
     **{f"real_{source}": partial(real_table, source) for source in REAL},
     "real_teachers": teachers_table,
     "main": main_table,

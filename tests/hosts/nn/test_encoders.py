@@ -87,7 +87,7 @@ def test_the_mean_of_a_fourier_code_tells_the_shape_of_the_patches() -> None:
     code, (y, x) = fourier_code((12, 20), 6), torch.meshgrid(torch.arange(12), torch.arange(20), indexing="ij")
     assert code.square().mean().item() == pytest.approx(1.0, abs=0.1)
     shape = ((y > 6) & (x < 15)) | ((x - 4).abs() < 3)
-    density = (code @ code[shape.flatten()].mean(0)).view(12, 20)
+    density = (code / code.square().mean(0) @ code[shape.flatten()].mean(0)).view(12, 20)
     assert ((density > density[shape].mean() / 2) == shape).float().mean() > 0.9
 
 

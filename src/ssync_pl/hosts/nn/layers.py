@@ -112,16 +112,17 @@ def random_windows(features: Tensor, grid: tuple[int, int], least: float) -> Ten
 
 
 def fourier_code(grid: tuple[int, int], bands: int) -> Tensor:
-    """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1.
+    """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1, weaker as they are shorter.
 
-    The shortest has `bands / 2` periods along the longer side; waves of all directions are there.
+    The shortest has `bands / 2` periods on the longer side. They weigh 1 over frequency: regions come before ripples.
     """
     require(bands >= 1, "argument `fourier_bands` to be at least 1", bands, advice="Use 6.")
     axes = [(torch.arange(size) + 0.5) / max(grid) for size in grid]
     half = torch.cartesian_prod(torch.arange(bands + 1), torch.arange(-bands, bands + 1))
-    waves = half[(half.square().sum(1) <= bands**2) & ((half[:, 0] > 0) | (half[:, 1] > 0))]
-    phases = math.pi * torch.cartesian_prod(*axes) @ waves.float().mT
-    return math.sqrt(2.0) * torch.cat([phases.cos(), phases.sin()], dim=-1)
+    waves = half[(half.square().sum(1) <= bands**2) & ((half[:, 0] > 0) | (half[:, 1] > 0))].float()
+    phases = math.pi * torch.cartesian_prod(*axes) @ waves.mT
+    weights = (2.0 / (1.0 / waves.square().sum(1)).mean()).sqrt() / waves.norm(dim=1)
+    return torch.cat([weights * phases.cos(), weights * phases.sin()], dim=-1)
 
 
 @torch.no_grad()
