@@ -210,7 +210,7 @@ def real_table(source: str, folder: Path = RESULTS) -> str:
 def teachers_table(folder: Path = RESULTS) -> str:
     """Real video: where SSync lets each map teach, and which map is right there."""
     body = []
-    for source in (one for one in REAL if (folder / f"real_{one}_teachers.csv").exists()):
+    for source in REAL:
         rows = pd.read_csv(folder / f"real_{source}_teachers.csv")
         for (variant, region), some in rows.groupby(["variant", "region"], sort=False):
             if variant in ("without", "boundary-only"):
