@@ -24,10 +24,9 @@ from ssync_pl.tools.predict.windows import match_slots
 SHOWN = ("encoder_", "")  # slot attention's map and the decoder's, by their names in MAPS
 
 
-def evaluate(settings: dict, checkpoint: Path, batch: dict) -> dict[str, NDArray[np.int64]]:
-    """Labels ``(B, T, H, W)`` of every map of a host whose weights a checkpoint holds."""
-    host = getattr(hosts, settings["class_path"])(**settings["init_args"])
-    host.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+def evaluate(kind: str, checkpoint: Path, batch: dict) -> dict[str, NDArray[np.int64]]:
+    """Labels ``(B, T, H, W)`` of every map of a trained host, by its class's name."""
+    host = getattr(hosts, kind).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     with torch.no_grad():
         found = host.eval().evaluate(batch).labels(batch["segmentations"].shape[-2:])
     return {name: labels.numpy() for name, labels in found.items()}
@@ -72,7 +71,7 @@ def main() -> None:
     rows = [("video", cells(frames)), ("true objects", cells(viz.color_labels(objects, background=0)))]
     slots = config["model"]["init_args"]["num_slots"]
     for title, checkpoint in (("without SSync", options.without_path), ("with SSync", options.with_path)):
-        found = evaluate(config["model"], checkpoint, batch)
+        found = evaluate(config["model"]["class_path"], checkpoint, batch)
         for name in SHOWN:
             drawn = np.stack([colored(*pair, slots) for pair in zip(found[name], objects, strict=True)])
             words = "decoder" if name == "" else MAPS[name]

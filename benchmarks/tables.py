@@ -35,7 +35,6 @@ HOSTS = (
 REAL = {"davis": ("video_mbo", "video_ari"), "highway": ("video_fg_ari", "video_mbo", "video_ari")}
 REAL_MAPS = {"encoder_": "slot attention", "": "decoder"}
 
-
 BASELINES = (
     ("fixed grid", "grid"),
     ("k-means on RGB", "kmeans_rgb"),
