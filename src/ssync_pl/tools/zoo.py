@@ -60,15 +60,8 @@ def _lay_out(name: str, entry: Mapping[str, Any]) -> str:
         f"ssync-pl checkpoint convert zoo/{name}.official.ckpt zoo/{name}/host.ckpt --config zoo/{name}.yaml",
         f"ssync-pl validate --ckpt_path zoo/{name}/host.ckpt",
     ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "What to type (SHARDS: folder of the data set):" if "files" in entry else "What to type:",
-            *(f"  {command}" for command in commands),
-            "",
-        ]
-    )
+    heading = "What to type" + " (SHARDS: folder of the data set)" * ("files" in entry)
+    return "\n".join([*lines, "", f"{heading}:", *(f"  {command}" for command in commands), ""])
 
 
 def fetch(path: Path, address: str, sha256: str = "") -> str:
