@@ -1,8 +1,10 @@
 """Exceptions that name what was expected, what came and what to do; and checks that raise them."""
 
+import contextlib
 import importlib.util
 import os
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -53,10 +55,24 @@ def require_shard(ok: bool, expected: str, *got: object, advice: str = "") -> No
 
 
 def require_shape(ok: bool, expected: str, *got: Any, advice: str = "") -> None:
-    """Raises `ShapeError` unless tensors are as expected, with their shapes and what to do."""
+    """Raises `ShapeError` unless tensors are as expected, with their shapes, dtypes and what to do."""
     if not ok:
-        found = " and ".join(str(tuple(getattr(x, "shape", x))) for x in got)
+        found = " and ".join(f"{tuple(x.shape)} {x.dtype}" if hasattr(x, "dtype") else str(tuple(x)) for x in got)
         raise ShapeError(f"Expected {expected}, but got {found}.{advice and ' ' + advice}")
+
+
+@contextlib.contextmanager
+def explained(
+    expected: str, *errors: type[BaseException], advice: str, kind: type[SSyncError] = ShardError
+) -> Iterator[None]:
+    """Turns some errors in the block into one that says what was expected, what came and what to do."""
+    try:
+        yield
+    except SSyncError:
+        raise
+    except errors as error:
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise kind(f"Expected {expected}, but got {got}. {advice}") from error
 
 
 def require_packages(extra: str, *modules: str) -> None:
@@ -70,13 +86,9 @@ def require_unpacked(path: str | os.PathLike[str], most: int) -> None:
     """Raises `ConfigError` unless it is a plain file whose members, if it is a zip, take `most` bytes unpacked."""
     require(os.path.isfile(path), f"a plain file at {str(path)!r}", "none", advice="Correct the path.")
     if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-        except Exception as error:  # whatever a damaged directory leads to
-            raise ConfigError(
-                f"Expected {path} to be a whole archive, but got {error!r:.200}. Write it again."
-            ) from error
+        # A damaged directory may lead to whatever error.
+        with explained(f"{path} to be a whole archive", Exception, advice="Write it again.", kind=ConfigError):
+            size = sum(member.file_size for member in zipfile.ZipFile(path).infolist())
         require(size <= most, f"the members of {path} to take at most {most} bytes unpacked", size)
 
 

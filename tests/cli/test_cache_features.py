@@ -63,21 +63,6 @@ def test_stores_features_and_says_what_it_did(videos, means, tmp_path, call):
     assert "0 written, 2 kept" in call(videos, "--flips")[1]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--crop", "random"), "invalid choice: 'random'"),
-        (("--image-size", "8x"), "but got '8x'"),
-        (("--batch-size", "0"), "`batch_size` to be at least 1"),
-        (("--weights", "none", "--checkpoint", "a.pth"), "not allowed with"),
-    ],
-)
-def test_bad_options_end_with_a_message(videos, means, tmp_path, call, words, message):
-    status, _, text = call(videos, *words)
-    assert (status, message in text) == (2, True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_projected_features_of_training_and_of_videos_that_cannot_be_read(videos, means, tmp_path, call):
     bad, words = tmp_path / "videos" / "bad-*.tar", ("--components", "2")
     for shards, more in ((videos, ()), (bad, ("--on-bad-sample", "skip"))):

@@ -134,7 +134,6 @@ def test_what_is_not_this_comparison_is_refused(shared, tmp_path, capsys):
 
 
 BAD_WORDS = [
-    (["--variants", ","], "among --variants"),
     (["--variants", "with"], "name another one by --baseline"),
     (["--processes", "0"], "--processes"),
     (["--slurm", "account"], "Expected --slurm NAME=VALUE"),

@@ -146,7 +146,9 @@ def test_what_is_clear_of_zero_is_bold_and_the_headline_says_so(plain):
 def test_printed_tables(plain):
     frame = load_comparison(plain[0]).frame
     text = printed_tables(frame, "without")
-    assert re.search(r"\n *with +3 seeds +0\.\d{3} ± 0\.\d{3} .*\n *difference +\+0\.\d{3} ± 0\.\d{3} .*\n *up ", text)
+    assert re.search(
+        r"\n *with +3 seeds +0\.\d{3} ± 0\.\d{3} .*\n *difference +\+0\.\d{3} ± 0\.\d{3} .*\n *better ", text
+    )
     assert "within noise" in text
     assert re.search(r"fixed grid +no learning +0\.010", text)
     assert "identity" not in text  # no run has it

@@ -1,6 +1,5 @@
 """Data sets in their original folders, written by the tests, and the shards read back."""
 
-import contextlib
 import io
 import json
 
@@ -8,9 +7,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from ssync_pl.data.decode import decode_member
 from ssync_pl.data.index import read_index, scan_shard
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import read_shard
 
 MADE_FRAMES = 4
 
@@ -22,14 +20,12 @@ def contents(folder):
 def load_back(out):
     """Every sample of every shard, decoded, by prefix; the index has to agree with the shards."""
     samples = {}
-    with contextlib.closing(ShardReader()) as reader:
-        for path in sorted(out.glob("*.tar")):
-            entry = scan_shard(path)
-            assert [s.key for s in read_index(out).shards[path.name].samples] == [s.key for s in entry.samples]
-            for sample in entry.samples:
-                data = {name: reader.sample(str(path), entry, sample).read(name) for name in sample.members}
-                decoded = {"key": sample.key, **{name: decode_member(name, data[name]) for name in data}}
-                samples.setdefault(path.stem.rpartition("-")[0], []).append(decoded)
+    for path in sorted(out.glob("*.tar")):
+        entry = scan_shard(path)
+        assert [s.key for s in read_index(out).shards[path.name].samples] == [s.key for s in entry.samples]
+        for key, members in read_shard(str(path), entry):
+            decoded = {"key": key, **{name: members.decode(name) for name in members.sizes}}
+            samples.setdefault(path.stem.rpartition("-")[0], []).append(decoded)
     return samples
 
 

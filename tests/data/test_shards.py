@@ -16,7 +16,7 @@ from ssync_pl.data import index as module
 from ssync_pl.data.check import check_shards
 from ssync_pl.data.index import load_shards, parse_index, read_index, scan_shard, write_index
 from ssync_pl.data.remote import stream_shard
-from ssync_pl.data.shards import ShardReader, ShardWriter, encode_member
+from ssync_pl.data.shards import ShardWriter, encode_member, sample_members
 from ssync_pl.errors import ConfigError, ShardError
 
 
@@ -198,7 +198,7 @@ def test_odd_names_are_read_and_links_and_special_members_named(tmp_path, number
         assert [sample.key for sample in entry.samples] == ["sub/0", "\\xff"]
         assert entry.ignored == ("1.video.npy", "2.video.npy")
         for sample in entry.samples:
-            found = ShardReader().sample(str(path), entry, sample).decode("video.npy")
+            found = sample_members(str(path), entry, sample).decode("video.npy")
             np.testing.assert_array_equal(found, numbered_video(5)["video.npy"])
     assert [key for key, _ in stream_shard(str(path))] == ["sub/0", "\\xff"]
     assert ["1.video.npy" in message for message in caplog.messages] == [True] * 3
@@ -266,9 +266,9 @@ def test_replaced_shards_are_refused(some):
     for content, message in ((data + bytes(512), f"{len(data)} bytes"), (Path(other).read_bytes(), "key 0 at byte")):
         Path(path).write_bytes(content)
         with pytest.raises(ShardError, match=message):
-            ShardReader().sample(path, shard, shard.samples[0]).read("video.npy")
-    reader, (_, third, *_), (_, entry, *_) = ShardReader(), *some
-    reader.sample(third, entry, entry.samples[0]).read("video.npy")
-    os.truncate(third, 2048)  # while it is open
+            sample_members(path, shard, shard.samples[0]).read("video.npy")
+    (_, third, *_), (_, entry, *_) = some
+    sample_members(third, entry, entry.samples[0]).read("video.npy")
+    os.truncate(third, 2048)
     with pytest.raises(ShardError, match="cut off"):
-        reader.sample(third, entry, entry.samples[1]).read("video.npy")
+        sample_members(third, entry, entry.samples[1]).read("video.npy")

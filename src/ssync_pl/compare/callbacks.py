@@ -79,10 +79,9 @@ class RunRecorder(L.Callback):
 
 
 class KeepCheckpoints(Checkpoint):
-    """Saves `last.ckpt` at the end of the training, and one checkpoint for each switch that other runs start from.
+    """Saves `last.ckpt`, and a checkpoint before each switch that other runs start from.
 
-    Such a checkpoint is taken after a step before the switch that no validation follows, since a run that starts from
-    it would skip that validation.
+    No validation follows the step of such a checkpoint, since a run that starts from it would skip that validation.
     """
 
     def __init__(self, folder: str, switches: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -74,10 +74,9 @@ class RunKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training; `checkpoint` of the variant `source` is where it starts, if that is there.
 
-    `files` are configuration files that are written into its folder, `recipe` hashes everything in the configuration
-    that decides the result but the seed, and `checkpoint` of the variant `source` is where it starts, if that is there.
+    `recipe` hashes everything in the configuration that decides the result but the seed.
     """
 
     key: RunKey
@@ -225,9 +224,8 @@ def _run(
 def plan_sharing(variants: Sequence[Variant], config: Mapping[str, Any], extra: Sequence[str] = ()) -> dict[str, Share]:
     """Finds for each variant, by name, what it shares until SSync switches on.
 
-    Nothing is shared where `extra` (words for `ssync-pl fit`) may change callbacks, nor where the data cannot resume
-    exactly in the middle of an epoch. Variants without SSync also keep the checkpoint that the configuration itself
-    would start from, so that a comparison that grows finds it.
+    Nothing where `extra` words may change callbacks, or data cannot resume exactly. Variants without SSync also keep
+    the checkpoint that the configuration itself would start from, so that a comparison that grows finds it.
     """
     unsure = any("callbacks" in word or word.split("=")[0] in _UNSURE for word in extra)
     if unsure or not _resumes_exactly(config):

@@ -57,8 +57,7 @@ class Figure(NamedTuple):
 def write_report(folder: Path) -> Path:
     """Writes `results.csv` and `report/`, which has the figures as PNG and `index.html`, whose path it returns.
 
-    The page holds all it shows, so that it can be sent as one file. Runs that have not finished or whose files are
-    damaged are listed, so that a report can be made while a comparison goes on.
+    The page holds all it shows. Runs that have not finished or are damaged are listed.
     """
     import jinja2
 

@@ -105,10 +105,9 @@ class Launcher:
 
 
 def run_matrix(matrix: Matrix, launcher: Launcher, out: Path, command: Sequence[str]) -> None:
-    """Makes the runs of a comparison that are not in its folder yet; one that fails does not stop the others.
+    """Makes the runs that are not in the folder yet, as many at a time as fit; one that fails does not stop the others.
 
-    Without `launcher.at_once`, as many runs at a time as this machine has GPUs, or CPUs, for. Refuses a folder that
-    holds anything but this comparison; more seeds, variants or slots are welcome.
+    Refuses a folder that holds anything but this comparison; more seeds, variants or slots are welcome.
     """
     kept = _read_json(out / "matrix.json")
     empty = not out.exists() or (out.is_dir() and all(one.name == ".lock" for one in out.iterdir()))
@@ -190,10 +189,7 @@ def run_all(runs: Sequence[Run], launcher: Launcher) -> None:
 
 
 def run_job(folder: str) -> None:
-    """Runs what `job.json` of a folder says: `command` with `threads`, and `gpus` (null: all).
-
-    `owner` is the process of the comparison on this machine, with which the training ends; null under Slurm.
-    """
+    """Runs the `command` of a `job.json` until it ends, or its `owner`, the comparison here (null under Slurm)."""
     import submitit
     from filelock import FileLock
 
@@ -213,9 +209,12 @@ def run_job(folder: str) -> None:
             job["command"], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            while training.poll() is None and (owner is None or _exists(owner)):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    training.wait(0.5)
+            with contextlib.suppress(ProcessLookupError):
+                while training.poll() is None:
+                    if owner is not None:
+                        os.kill(owner, 0)  # asks whether it is there
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        training.wait(0.5)
         finally:
             with contextlib.suppress(ProcessLookupError):  # workers that the training started are in its group
                 os.killpg(training.pid, signal.SIGKILL)
@@ -281,10 +280,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ShardError):
         return dict(parse_json(path.read_bytes(), str(path), dict))
     return {}
-
-
-def _exists(process: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, 0)
-        return True
-    return False

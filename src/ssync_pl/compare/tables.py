@@ -57,28 +57,19 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | No
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """Computes the mean difference over the seeds that both have; None without one.
-
-    Runs of one seed share initial weights and the order of the data, so that their difference varies less than either.
-    """
+    """Computes the mean difference over the seeds that both have, which varies less than either; None without one."""
     return estimate([values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))])
 
 
-def verdict(difference: Estimate) -> str:
-    """Says `up`, `down`, `within noise` (zero lies in the interval), or that one seed has no interval."""
+def verdict(difference: Estimate, better: int) -> str:
+    """Says `better` or `worse`, `more` or `less` where neither is better (0), or why there is no saying."""
     if difference.half_width is None:
         return "one seed: no interval"
     if abs(difference.mean) <= difference.half_width:
-        return "within noise"
-    return "up" if difference.mean > 0 else "down"
-
-
-def judge(difference: Estimate, better: int) -> str:
-    """Says `better` or `worse`, `more` or `less` where neither is better (0), or nothing without a verdict."""
-    sign = {"up": 1, "down": -1}.get(verdict(difference), 0)
+        return "within noise"  # zero lies in the interval
     if better == 0:
-        return {1: "more", -1: "less"}.get(sign, "")
-    return {1: "better", -1: "worse"}.get(sign * better, "")
+        return "more" if difference.mean > 0 else "less"
+    return "better" if difference.mean * better > 0 else "worse"
 
 
 @dataclass(frozen=True)
@@ -120,12 +111,16 @@ class Group:
 
 
 class Cell(NamedTuple):
-    """A mean, its difference to the baseline, and what `judge` and `verdict` say of that difference."""
+    """A mean, its difference to the baseline, and the verdict on that difference."""
 
     value: str
     difference: str = ""
-    judged: str = ""
     verdict: str = ""
+
+    @property
+    def judged(self) -> str:
+        """The verdict where the difference is clear of zero, else nothing."""
+        return self.verdict if self.verdict in ("better", "worse", "more", "less") else ""
 
 
 class Row(NamedTuple):
@@ -180,8 +175,8 @@ def make_table(group: Group, title: str, *names: str) -> Table:
             mine, base = (group.by_seed(of, name) for of in (variant, group.baseline))
             value = _text(estimate(list(mine.values())), info)
             found = None if variant == group.baseline else paired_difference(mine, base)
-            said = () if found is None else (judge(found, info.better), verdict(found))
-            cells.append(Cell(value, "" if found is None else found.text(info.digits, signed=True), *said))
+            said = () if found is None else (found.text(info.digits, signed=True), verdict(found, info.better))
+            cells.append(Cell(value, *said))
         seeds = int((group.frame["variant"] == variant).sum())
         note = f"{seeds} seed{'' if seeds == 1 else 's'}" + (", baseline" if variant == group.baseline else "")
         rows.append(Row(variant, note, cells))

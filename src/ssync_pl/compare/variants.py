@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError, require
+from ssync_pl.errors import ConfigError, explained, require
 
 _CONTRAST_HOSTS = ("SlotContrast", "VideoSAUR")  # with a slot-slot contrastive loss
 _TOP_LEVEL = frozenset(
@@ -192,14 +192,12 @@ def parse_yaml(text: str, place: str) -> Any:
                     raise ValueError(f"the key {name!r} is given twice")
             return super().construct_mapping(node, deep)
 
-    try:
+    kinds = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+    with explained(f"{place} to hold YAML in UTF-8", *kinds, advice="Correct it.", kind=ConfigError):
         content = yaml.load(text, Loader)
         if _unfolded(content, {}) > _MOST_VALUES:
             raise ValueError(f"its references unfold to more than {_MOST_VALUES} values")
         json.dumps(content, sort_keys=True, default=str)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"Expected {place} to hold YAML in UTF-8, but reading it failed: {reason}.") from error
     return content
 
 

@@ -61,10 +61,7 @@ class _Sample:
 
 
 def group_shards(patterns: Sequence[str]) -> dict[str, list[str]]:
-    """Sorts what a user names into sets, so that training and validation of one folder are told apart.
-
-    Shards of one folder whose names differ only in their last number are one set, called by its folder and name.
-    """
+    """Sorts what a user names into sets: shards of a folder with names that differ only in the last number are one."""
     groups: dict[str, list[str]] = {}
     for shard in (shard for pattern in patterns for shard in expand_shards(pattern, "patterns")):
         stem = re.sub(r"[-_.]?\d*\.(tar|tgz|tar\.\w+)$", "", shard_name(shard))
@@ -73,11 +70,9 @@ def group_shards(patterns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_shards(sets: Mapping[str, Sequence[str]], *, num_workers: int | None = None) -> CheckReport:
-    """Decodes every member, with the readers of training, and reports what shards hold and what is wrong with them.
+    """Decodes every member with the readers of training, past damage and past the index, and reports what is wrong.
 
-    Damage never stops the check: each problem becomes an entry of the report. Shards are read as they lie on disk, not
-    through their index. The same shards give the same report at any `num_workers`; 0 reads in this process, `None`
-    takes one process per core where there is enough to read. Keys must be unique in a set, videos in all.
+    Reports do not depend on `num_workers`: 0 reads in this process, None takes a process per core where it pays.
     """
     from tqdm import tqdm
 

@@ -122,10 +122,14 @@ class ShardDataModule(L.LightningDataModule):
         for name, least, value in (
             *(("batch_size", 1, batch_size), ("val_batch_size", 1, val_batch_size)),
             *(("clips_per_video", 1, clips_per_video), ("max_member_bytes", 1, max_member_bytes)),
+            *(("clip_length", 1, clip_length), ("frame_stride", 1, frame_stride)),
             *(("num_workers", 0, num_workers), ("shuffle_buffer", 0, shuffle_buffer), ("max_objects", 1, max_objects)),
         ):
             require(value is None or value >= least, f"argument `{name}` to be at least {least}", value)
         require((max_objects or 1) <= 254, "argument `max_objects` to be at most 254", max_objects)
+        require(0 <= flip_probability <= 1, "argument `flip_probability` to be in [0, 1]", flip_probability)
+        even = frame_stride == 1 or not reference
+        require(even, "argument `frame_stride` to be 1 for sampling='reference'", frame_stride)
         choose("mask_format", mask_format, "auto", "ids", "channels")
         choose("sampling", sampling, "hashed", "reference")
         choose("backend", backend, "auto", "mmap", "webdataset")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES
@@ -16,17 +15,14 @@ from ssync_pl.data.patterns import Patterns, expand_shards, is_compressed, is_re
 from ssync_pl.data.remote import fetch_index
 from ssync_pl.data.samples import Members, SampleRules, count_objects, eval_sample, train_sample
 from ssync_pl.data.sampling import clips_of_pass, rank_part
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import sample_members
 from ssync_pl.errors import ShardError, require, require_shard
 
 if TYPE_CHECKING:
     from ssync_pl.data.features.store import FeatureStore
 
-BAD_SAMPLES = "__bad_samples__"
-"""Batch entry that carries skipped samples to the main process, as (place, message)."""
-
-Backend = Literal["auto", "mmap", "webdataset"]
-"""Who reads the shards; `auto` reads plain local tars in place and streams all else."""
+BAD_SAMPLES = "__bad_samples__"  # batch entry that carries skipped samples to the main process, as (place, message)
+Backend = Literal["auto", "mmap", "webdataset"]  # `auto` reads plain local tars in place and streams all else
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,6 @@ class ShardDataset(ShardBatches):
     ) -> None:
         super().__init__(source, rules, **options)
         self.features = features
-        self._reader = ShardReader()
 
     def emit(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         """Emits every `workers`-th batch."""
@@ -183,7 +178,7 @@ class ShardDataset(ShardBatches):
         """Returns the members of one video, each read when it is asked for."""
         number, sample = self.samples[video]
         entry = (self.source.entries or [])[number]
-        return self._reader.sample(self.source.shards[number], entry, sample, self.max_bytes)
+        return sample_members(self.source.shards[number], entry, sample, self.max_bytes)
 
     def settle_masks(self, argument: str, mask_format: Literal["auto", "ids", "channels"]) -> None:
         """Finds out how the masks are stored and how many objects they hold, where the rules leave that open."""
@@ -218,7 +213,9 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     }
     for name in ("video", "features"):
         if name in samples[0]:
-            batch[name] = [_lengthened(sample[name], longest) for sample in samples]
+            frames = [(sample[name], len(sample[name])) for sample in samples]
+            places = torch.arange(longest)  # the last frame is repeated
+            batch[name] = [one if count == longest else one[places.clamp(max=count - 1)] for one, count in frames]
     if rules.training:
         batch["flip"] = torch.stack([sample["flip"] for sample in samples])
     else:
@@ -237,8 +234,3 @@ def collate(samples: Sequence[dict[str, Any]], rules: SampleRules) -> dict[str, 
     for name in tensors if one_size else [name for name in tensors if name == "features"]:
         batch[name] = torch.stack(batch[name])
     return batch
-
-
-def _lengthened(frames: Tensor, length: int) -> Tensor:
-    """Repeats the last frame up to a length."""
-    return frames if len(frames) == length else frames[torch.arange(length).clamp(max=len(frames) - 1)]

@@ -21,21 +21,11 @@ import numpy as np
 from ssync_pl.errors import ShardError, SSyncError, require_packages, require_shard
 
 ALLOWED_EXTENSIONS = ("npy", "npy.gz", "jpg", "jpeg", "png", "mp4", "json")
-"""Extensions of members that can be decoded; all others are refused."""
-
 EXECUTABLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "py", "so")
-"""Extensions of members that can execute code when they are loaded."""
-
-MAX_MEMBER_BYTES = 1 << 30
-"""Most bytes of one member, as it is stored and as it is decoded; `ShardDataModule(max_member_bytes=...)` raises it."""
-
-HEADER_BYTES = 1 << 14
-"""Bytes from the start of an array that hold its header; NumPy itself refuses headers of more than 10,000."""
-
+MAX_MEMBER_BYTES = 1 << 30  # stored and decoded; `ShardDataModule(max_member_bytes=...)` raises it
+HEADER_BYTES = 1 << 14  # hold the header of an array; NumPy itself refuses headers of more than 10,000
 Data = bytes | bytearray | memoryview
-Source = Data | str | os.PathLike[str]
-"""The bytes of a file, or its path, which is never taken for an address."""
-
+Source = Data | str | os.PathLike[str]  # the bytes of a file, or its path, which is never taken for an address
 # What a file may be, whatever its name says: no playlists, which name other files or addresses.
 _CONTAINERS = "gif,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ogg,flv,asf"
 # Containers that store when each frame is shown. AVI does not, and what is guessed for it is off by some frames.
@@ -176,10 +166,7 @@ def decode_picture(
     formats: Sequence[str] = ("JPEG", "PNG", "BMP"),
     max_bytes: int = 1 << 28,
 ) -> np.ndarray:
-    """Decodes one picture from its bytes or its path to uint8 (h, w, 3), turned as its EXIF orientation says.
-
-    With `ids`, returns the stored numbers of a grey or palette picture (h, w): uint8, or int64 above 8 bits.
-    """
+    """Decodes a picture to uint8 (h, w, 3), turned by its EXIF; with `ids` to its numbers (h, w), uint8 or int64."""
     from PIL import Image, ImageOps
 
     opened: Any = io.BytesIO(source) if isinstance(source, Data) else source
@@ -248,10 +235,7 @@ def inspect_video(source: Source, where: str, max_bytes: int = MAX_MEMBER_BYTES)
 
 
 def _missing(source: Source, container: Any, stream: Any, count: int, ends: Mapping[int, float]) -> str | None:
-    """Says what a file lacks by its own header; None when it is whole, or when nothing tells.
-
-    `count` frames were found; `ends` is where each stream ended, in seconds.
-    """
+    """Says what a file lacks by its own header, from frames found and each stream's end in seconds, if anything."""
     if container.format.name == "gif":
         with io.BytesIO(source) if isinstance(source, Data) else open(source, "rb") as file:
             file.seek(-min(9, file.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -277,12 +261,10 @@ def decode_video(
     least: int = 1,
     max_bytes: int = MAX_MEMBER_BYTES,
 ) -> Iterator[np.ndarray]:
-    """Decodes frames, uint8 (h, w, 3) each, as a player shows them: turned and mirrored by the display matrix, without
-    what an edit list cuts off, transparency over black.
+    """Decodes frames, uint8 (h, w, 3), as a player shows them; transparency is black.
 
-    `frames` are the numbers of the wanted frames, rising; None takes all, which have to be `least` or more. `stamp` is
-    the container's time stamp of the first of them, to seek to; None decodes from the start. `max_bytes` limits one
-    frame.
+    `frames` are the numbers of the wanted ones, rising; None takes all, at least `least`. `stamp` is the time stamp of
+    the first one, to seek to. `max_bytes` limits one frame.
     """
     size: tuple[int, int] | None = None
     begin = seen = 0

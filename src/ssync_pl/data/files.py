@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssync_pl.errors import ConfigError, require, require_unpacked
+from ssync_pl.errors import ConfigError, explained, require, require_unpacked
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:
@@ -19,15 +19,12 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     import torch
 
     require_unpacked(path, os.path.getsize(path) if os.path.exists(path) else 0)
-    try:
+    expected = f"{str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only"
+    advice = "Take another; none is read in a way that could run what is in it."
+    with explained(expected, Exception, advice=advice, kind=ConfigError):
         if Path(path).suffix == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected {str(path)!r} to be a checkpoint of PyTorch or safetensors with tensors and plain values only, "
-            f"but reading it failed ({error!r:.200}). Take another; none is read in a way that could run what is in it."
-        ) from error
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -67,10 +64,7 @@ def write_owned_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, timeout: float = 0.0) -> Iterator[None]:
-    """Holds a lock file while the block runs; the operating system frees that of a killed process.
-
-    Waits `timeout` seconds for another holder, for ever with -1, then raises `BlockingIOError`.
-    """
+    """Holds a lock file while the block runs; waits for another holder `timeout` seconds, for ever with -1."""
     from filelock import FileLock, Timeout
 
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):

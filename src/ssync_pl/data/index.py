@@ -19,18 +19,15 @@ from typing import Any
 
 from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
-from ssync_pl.errors import ShardError, require_shard
+from ssync_pl.errors import ShardError, explained, require_shard
 
-INDEX_NAMES = ("index.json", "ssync_index.json")
-"""File names of the sidecar; the second is taken where another program wrote `index.json`."""
-
+INDEX_NAMES = ("index.json", "ssync_index.json")  # the second is taken where another program wrote the first
 MOST_BYTES = 1 << 28  # of a sidecar
-
 _FORMAT, _VERSION = "ssync_pl.shards", 1
 _BLOCK = tarfile.BLOCKSIZE
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"g", b"X")
 _LONGEST_HEADER, _LARGEST = 1 << 20, 1 << 36  # bytes of names and attributes, of a member
-_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, LookupError, RecursionError)
+_DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, OverflowError, LookupError)
 _ERRORS = "backslashreplace"  # names that are not UTF-8 are read with escapes, so that they can be printed and written
 
 _logger = logging.getLogger(__name__)
@@ -86,21 +83,15 @@ class _StrictHeader(tarfile.TarInfo):
 @contextlib.contextmanager
 def open_tar(stream: Any, mode: Any, where: str) -> Iterator[tarfile.TarFile]:
     """Opens a tar whose end must be whole; every error inside becomes a `ShardError` that names `where`."""
-    try:
-        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader, encoding="utf-8", errors=_ERRORS) as tar:
-            yield tar
-    except (*_DAMAGE, zlib.error, lzma.LZMAError) as error:
-        raise ShardError(
-            f"Expected {where} to be a whole tar, but reading it failed ({error}). The file is damaged, cut off, "
-            "packed or no tar: copy, unpack or build it again."
-        ) from error
+    advice = "The file is damaged, cut off, packed or no tar: copy, unpack or build it again."
+    how: Any = {"mode": mode, "tarinfo": _StrictHeader, "encoding": "utf-8", "errors": _ERRORS}
+    expected = f"{where} to be a whole tar"
+    with explained(expected, *_DAMAGE, RecursionError, advice=advice), tarfile.open(fileobj=stream, **how) as tar:
+        yield tar
 
 
 def list_members(tar: tarfile.TarFile, ignored: list[str]) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Lists the members of samples: header, key, and name without the key, split as webdataset does.
-
-    Links and special files are put on the list `ignored`.
-    """
+    """Lists header, key, and name without key of each member, as webdataset does; others go on the list `ignored`."""
     for info in tar:
         if not 0 <= info.size <= _LARGEST:  # a stream is read on and on for what is promised
             raise tarfile.ReadError(f"a member of {info.size} bytes")
@@ -156,17 +147,14 @@ def _is_free(path: Path) -> bool:
 
 def parse_index(text: bytes) -> FolderIndex:
     """Parses the text of a sidecar; raises `ShardError` when it is no index of this version."""
-    try:
+    expected, advice = f"`{INDEX_NAMES[0]}` to have format {_FORMAT!r}, version {_VERSION}", "Nothing of it is used."
+    kinds = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+    with explained(expected, *kinds, advice=advice):  # another program wrote it, or it is damaged
         raw = parse_json(text, INDEX_NAMES[0], dict)
         if raw.get("format") != _FORMAT or raw.get("version") != _VERSION:
             raise ValueError(f"format {str(raw.get('format'))[:50]!r}, version {str(raw.get('version'))[:50]!r}")
         shards = [_entry_from_json(item) for item in raw["shards"]]
         return FolderIndex({entry.name: entry for entry in shards}, dict(raw["recipe"]))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ShardError(
-            f"Expected `{INDEX_NAMES[0]}` to have format {_FORMAT!r}, version {_VERSION}, but got {str(error)[:99]!r}. "
-            "Another program wrote it, or it is damaged: nothing of it is used."
-        ) from error
 
 
 def _entry_from_json(item: Mapping[str, Any]) -> ShardEntry:

@@ -24,15 +24,11 @@ warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined
 
 
 class ShardLoader(DataLoader[dict[str, Any]]):
-    """A `DataLoader` whose passes are numbered and can be gone on with in the middle.
+    """A `DataLoader` whose passes (the epochs of `trainer`) are numbered and can be gone on with in the middle.
 
-    Batch k of pass e of mapped shards is a function of (seed, rank, world, e, k), so all that a checkpoint has to hold
-    are two numbers; Lightning saves and restores them by `state_dict` and `load_state_dict`. Batches that were fetched
-    ahead but never trained on are not counted. A stream goes on without its shuffle buffers.
-
-    Passes are the epochs of `trainer`, or without one the loops over the loader. Batches are copied to `device` one
-    ahead of their use. `on_bad` is called with the bad samples of each batch, as (place, message). `leave_out` leaves
-    out batches of nothing but stand-ins of bad samples, which is only right where one process reads.
+    A checkpoint holds two numbers, as batch k of pass e is a function of (seed, rank, world, e, k); what was fetched
+    ahead but never trained on does not count. Batches are copied to `device` one ahead. `on_bad` takes (place, message)
+    of bad samples; `leave_out` leaves out batches of stand-ins only, which is right where one process reads.
     """
 
     dataset: ShardBatches
@@ -174,10 +170,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def copied_ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Brings batches to a CUDA device one ahead of their use, so that copies overlap with the step before.
+    """Brings batches to a CUDA device one ahead of their use, so that copies from page-locked memory overlap with work.
 
-    The copy of the next batch is queued on a stream of its own before the current batch is handed out; the computing
-    stream waits for an event, never the host. Copies only overlap from page-locked memory (`pin_memory`).
+    They have a stream of their own, for which the computing stream waits by an event, never the host.
     """
     side, ahead = _side_stream(device), None
     for batch in batches:

@@ -14,18 +14,14 @@ from urllib.request import url2pathname
 from ssync_pl.errors import MissingShardError, printable, require
 
 Patterns = str | list[str]
-"""One pattern or several."""
-
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "sftp", "ftp")
 _MOST = 1_000_000
 
 
 def expand_shards(pattern: str | Iterable[str], argument: str = "shards") -> list[str]:
-    """Expands patterns to shards: braces (`{000000..000304}`, `{train,validation}`), then globs of local paths.
+    """Expands braces (`{000000..000304}`, `{train,validation}`), then globs of local paths, in the patterns' order.
 
-    Returns local paths or URLs, which are not looked up, in the order of the patterns, globs sorted. `argument` is the
-    name of the user's argument, for messages. Raises ConfigError for what is malformed, matches nothing or names a
-    shard twice, and MissingShardError.
+    URLs are not looked up. `argument` is the name of the user's argument, for messages.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = bool(patterns) and all(isinstance(item, str) and item for item in patterns)

@@ -34,10 +34,7 @@ def may_start_processes() -> bool:
 
 @contextlib.contextmanager
 def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` in other processes, which end with the first error or Ctrl-C; in this one with 0 workers.
-
-    Raises `ShardError` when a process was killed.
-    """
+    """A `map` in other processes, which end with the first error or Ctrl-C; in this one with 0 workers."""
     if workers == 0 or not may_start_processes():
         yield map
         return

@@ -20,11 +20,9 @@ from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
 from ssync_pl.data.index import INDEX_NAMES, MOST_BYTES, ShardEntry, list_members, open_tar, parse_index, warn_ignored
 from ssync_pl.data.patterns import is_remote, masked_url, shard_name
 from ssync_pl.data.samples import Members
-from ssync_pl.errors import ShardError, printable, require_shard
+from ssync_pl.errors import ShardError, explained, printable, require_shard
 
-RETRY_SECONDS = 100.0
-"""Seconds of waiting, over all tries, after which a transfer has failed; received bytes win seconds back."""
-
+RETRY_SECONDS = 100.0  # of waiting, over all tries, after which a transfer has failed; received bytes win some back
 _STALL_SECONDS = 30.0
 _SLOWEST = 16 << 10  # bytes per second that a transfer must have in the long run
 _LONGEST_PAUSE = 10.0
@@ -163,18 +161,13 @@ def stream_shard(
     max_bytes: int = MAX_MEMBER_BYTES,
     fields: Collection[str] | None = ("video", "image", "segmentations"),
 ) -> Generator[tuple[str, Members], None, None]:
-    """Reads a shard from its start, undecoded; a compressed one (`.tar.gz`, `.tgz`, …) is unpacked on the way.
+    """Reads key and members of each sample of a shard from its start, undecoded, unpacked where it is packed.
 
-    Yields key and members of each sample. The content of members is kept up to `max_bytes`, and where the first part of
-    the name is one of `fields`, or `fields` is `None`. Raises `ShardError` when the transfer failed, or the shard is
-    damaged or cut off.
+    Members are kept up to `max_bytes`, where the first part of their name is one of `fields`, or `fields` is None.
     """
     shown = masked_url(path_or_url)
-    raw: io.RawIOBase
-    try:
-        raw = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
-    except OSError as error:
-        raise ShardError(f"Expected to read {shown}, but got {error.strerror}. Check the path.") from error
+    with explained(f"to read {shown}", OSError, advice="Check the path."):
+        raw: io.RawIOBase = RemoteFile(path_or_url) if is_remote(path_or_url) else io.FileIO(path_or_url)
     with contextlib.closing(raw):
         stream: Any = io.BufferedReader(raw, _CHUNK)
         plain = _UNPACK.get(stream.peek(2)[:2], lambda source: source)(stream)

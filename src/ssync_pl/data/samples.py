@@ -22,7 +22,7 @@ from ssync_pl.data.decode import (
 )
 from ssync_pl.data.sampling import draw_clip
 from ssync_pl.data.transforms import Size, covering_size
-from ssync_pl.errors import require, require_shard
+from ssync_pl.errors import require_shard
 
 MaskFormat = Literal["ids", "channels"]
 
@@ -51,14 +51,6 @@ class SampleRules:
     seed: int = 0
     reference: bool = False
     video: bool = True  # whether training clips hold their frames, or only what is cached
-
-    def __post_init__(self) -> None:
-        for name, value in (("clip_length", self.clip_length), ("frame_stride", self.frame_stride)):
-            require(value is None or value >= 1, f"argument `{name}` to be at least 1", value)
-        stride = self.frame_stride
-        require(stride == 1 or not self.reference, "argument `frame_stride` to be 1 for sampling='reference'", stride)
-        flip = self.flip_probability
-        require(0.0 <= flip <= 1.0, "argument `flip_probability` to be in [0, 1]", flip)
 
     @property
     def training(self) -> bool:
@@ -165,11 +157,10 @@ def count_objects(members: Members, mask_format: MaskFormat) -> int:
 
 
 def train_sample(members: Members, key: str, rules: SampleRules, epoch: int, clip: int) -> dict[str, Any]:
-    """Cuts one training clip; the random choices hang on the key (with its shard), the pass and the clip's number.
+    """Cuts a training clip; the random choices hang on the key (with its shard), the pass and the clip's number.
 
-    Returns `video` (T, h, w, 3) uint8 unless `rules.video` is off, `flip` bool scalar, `crop` (2,) int64 (top and left
-    in the resized picture), `cut` (the frames taken, a slice), and with `rules.masks` `segmentations` (T, h, w, N)
-    uint8. Raises `ShardError` when the video is shorter than a clip, or a member is refused or does not fit.
+    Returns `video` (T, h, w, 3) uint8, `flip`, `crop` (2,) (top and left in the resized picture), `cut` (a slice), and
+    with `rules.masks` `segmentations` (T, h, w, N) uint8.
     """
     member = find_member(members.sizes, "video", members.where)
     frames, span = members.count_frames(member), rules.span

@@ -42,11 +42,7 @@ def draw_clip(
 
 
 def clips_of_pass(shards: np.ndarray, repeats: int, seed: int, epoch: int, *, by_shard: bool = False) -> np.ndarray:
-    """Returns the clips of a training pass, `repeats` of each video, in their order.
-
-    `shards` is the number of each video's shard. `by_shard` keeps the clips of a shard together, for reading from start
-    to end; else they are mixed as a whole.
-    """
+    """Returns the clips of a training pass in their order; `by_shard` keeps those of a shard together."""
     if not by_shard:
         return permutation(len(shards) * repeats, seed, epoch)
     clips = np.arange(len(shards) * repeats)
@@ -60,10 +56,9 @@ def clips_of_pass(shards: np.ndarray, repeats: int, seed: int, epoch: int, *, by
 def rank_part(
     order: np.ndarray, rank: int, world: int, batch_size: int, *, training: bool, together: bool
 ) -> np.ndarray:
-    """Returns one rank's clips of a pass; ranks are disjoint and have equally many batches.
+    """Returns one rank's clips of a pass, as many as of each rank; `together` gives it one piece of the order.
 
-    In training whole batches are taken and the rest belongs to nobody; in evaluation every clip is taken once, and
-    repeats fill up, `len(order)` higher than what they repeat. `together` gives each rank one piece of the order.
+    What is left over in training belongs to nobody; in evaluation repeats fill up, `len(order)` above what they repeat.
     """
     require(0 <= rank < world, f"argument `rank` to be in [0, {world})", rank)
     count = len(order)
@@ -73,10 +68,9 @@ def rank_part(
 
 
 def worker_part(part: np.ndarray, worker: int, workers: int, batch_size: int, start: int = 0) -> np.ndarray:
-    """Returns one worker's piece of its rank's part, so that it opens as few shards as possible.
+    """Returns one worker's piece of its rank's part, without the first `start` batches, so that it opens few shards.
 
-    A loader asks its workers in turn, so they differ by one batch at most, the longer ones first. The first `start`
-    batches, which a resumed run has had, are left out.
+    A loader asks its workers in turn, so they differ by one batch at most, the longer ones first.
     """
 
     def share(batches: int) -> int:

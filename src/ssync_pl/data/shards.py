@@ -22,58 +22,33 @@ from ssync_pl.errors import require, require_shard
 _BLOCK = 512
 
 
-class ShardReader:
-    """Reads members of local shards, or parts of them, where the index says that they lie; keeps one shard open."""
+def sample_members(path: str, shard: ShardEntry, sample: SampleEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Members:
+    """Returns the members of one sample of a local shard, each read when it is asked for, where the index puts it."""
+    sizes = {name: size for name, (_, size) in sample.members.items()}
 
-    def __init__(self) -> None:
-        self._open_as: tuple[str, int] | None = None  # path and process: a fork must not share the place in the file
-        self._file: Any = None
-
-    def sample(self, path: str, shard: ShardEntry, sample: SampleEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Members:
-        """Returns the members of one sample, each read when it is asked for."""
-        sizes = {name: size for name, (_, size) in sample.members.items()}
-
-        def read(member: str, start: int, length: int) -> bytearray:
-            offset, file = sample.members[member][0], self._open(path, shard)
-            if start == 0:
-                header = read_at(file, offset - _BLOCK, _BLOCK)
-                fits = len(header) < _BLOCK or header_fits(header, f"{sample.key}.{member}", sizes[member])
-                expected = f"member `{member}` of {path}, key {sample.key} at byte {offset} as its index says"
-                advice = "The shard was replaced: delete its index, it is built again."
-                require_shard(fits, expected, "something else there", advice=advice)
+    def read(member: str, start: int, length: int) -> bytearray:
+        offset = sample.members[member][0]
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = read_at(file, offset - _BLOCK, _BLOCK)
             data = read_at(file, offset + start, length)
-            _require_bytes(path, shard, len(data) == length, "fewer")
-            return data
+        expected = (
+            f"{path} to have {shard.size} bytes, and `{member}` of key {sample.key} at byte {offset}, as its index says"
+        )
+        advice = "It was cut off, replaced or is still being copied: wait, or delete its index, it is built again."
+        fits = (
+            size == shard.size and len(data) == length and header_fits(header, f"{sample.key}.{member}", sizes[member])
+        )
+        require_shard(fits, expected, f"{size} bytes, or something else there", advice=advice)
+        return data
 
-        return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
-
-    def close(self) -> None:
-        """Closes the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_open_as": None, "_file": None}
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _open(self, path: str, shard: ShardEntry) -> Any:
-        if self._file is None or self._open_as != (path, os.getpid()):
-            self.close()
-            size = os.path.getsize(path)
-            _require_bytes(path, shard, size == shard.size, size)
-            # Next to no buffer: it would hold what the file was before it was cut off or replaced.
-            self._file, self._open_as = io.BufferedReader(io.FileIO(path), 1), (path, os.getpid())
-        return self._file
+    return Members(f"{path}, key {sample.key}", sizes, read, max_bytes)
 
 
 def read_shard(path: str, shard: ShardEntry, max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[tuple[str, Members]]:
     """Yields key and members of each sample of a local shard, in place; `stream_shard` does so for other shards."""
-    with contextlib.closing(ShardReader()) as reader:
-        for sample in shard.samples:
-            yield sample.key, reader.sample(path, shard, sample, max_bytes)
+    for sample in shard.samples:
+        yield sample.key, sample_members(path, shard, sample, max_bytes)
 
 
 class ShardWriter:
@@ -205,11 +180,6 @@ def encode_member(member: str, value: Any, where: str = "") -> bytes:
     data = buffer.getvalue()
     # GZIP stamps the time into its header unless told otherwise.
     return gzip.compress(data, compresslevel=6, mtime=0) if extension == "npy.gz" else data
-
-
-def _require_bytes(path: str, shard: ShardEntry, ok: bool, got: object) -> None:
-    advice = "The shard was cut off, replaced or is still being copied: wait, or delete its index, it is built again."
-    require_shard(ok, f"{path} to have {shard.size} bytes as its index says", got, advice=advice)
 
 
 def read_at(file: Any, offset: int, length: int) -> bytearray:

@@ -1,7 +1,4 @@
-"""Batches of shards that are read from start to end: a webdataset pipeline over fsspec.
-
-this worker's clips → samples of each shard → cut → shuffle buffer → batches
-"""
+"""Batches of shards read from start to end, through webdataset: samples → cut → shuffle buffer → batches."""
 
 import contextlib
 import logging
@@ -28,10 +25,7 @@ _Clip = tuple[str, Callable[[], dict[str, Any]], bool]  # where it is from, how 
 
 
 class ShardStream(ShardBatches):
-    """Batches of shards that are read from start to end, each by one worker of one rank.
-
-    A resumed pass goes on with as many clips as were left, but the shuffle buffers are lost.
-    """
+    """Batches of shards that are read from start to end; a resumed pass has the clips that were left, mixed anew."""
 
     by_shard = True
 

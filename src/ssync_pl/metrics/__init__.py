@@ -19,5 +19,4 @@ from ssync_pl.metrics.table import MAPS, METRICS, MetricInfo, metric_names
 
 __all__ = ["MAPS", "METRICS", "BoundaryF", "ImageARI", "ImageMBO", "ImageMIoU", "ItemMean", "MaskMetric"]
 __all__ += ["MetricInfo", "SegmentationMetrics", "SlotIdentity", "SlotsPerObject", "UnusedSlots", "VideoARI"]
-__all__ += ["VideoMBO", "VideoMIoU"]
-__all__ += ["metric_names"]
+__all__ += ["VideoMBO", "VideoMIoU", "metric_names"]

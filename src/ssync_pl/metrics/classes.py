@@ -79,7 +79,9 @@ class MaskMetric(ItemMean):
         """
         scene = read_scene(pred, true, valid)
         frames = contingency(scene, self.has_background, self.ignore_overlaps)
-        batch = ScoredBatch(pred, valid, scene, frames, self.has_background)
+        counts = {"video": frames.videos(), "image": frames}
+        objects = {level: one.foreground() for level, one in counts.items()} if self.has_background else counts
+        batch = ScoredBatch(pred, valid, scene, counts, objects)
         self.add_items(*(METRICS[name].score(batch) for name in self.score_names))  # type: ignore[misc]
 
 

@@ -3,9 +3,9 @@
 A new metric is a function in `functional`, a row here, and a class in `classes` if it is also used alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,36 +15,18 @@ from ssync_pl.metrics.functional.scene import Scene
 from ssync_pl.metrics.functional.segmentation import adjusted_rand_index, mean_best_overlap, mean_iou
 from ssync_pl.metrics.functional.slots import slot_identity, slots_per_object, used_slots
 
-Level = Literal["video", "image"]
 Group = Literal["segmentation", "slots"]
 Shown = Literal["headline", "table", "report"]
 
 
-@dataclass(frozen=True)
-class ScoredBatch:
+class ScoredBatch(NamedTuple):
     """A batch as metrics see it: pixels are read and counted once for all of them."""
 
     pred: Tensor
     valid: Tensor | None
     scene: Scene
-    frames: Contingency
-    has_background: bool
-
-    def counts(self, level: Level) -> Contingency:
-        """Returns the counts of videos `(B, ...)` or frames `(B, T, ...)`."""
-        return self.frames.videos() if level == "video" else self.frames
-
-    def objects(self, level: Level) -> Contingency:
-        """Returns the counts without the background."""
-        return self.counts(level).foreground() if self.has_background else self.counts(level)
-
-    def used(self) -> Tensor:
-        """Returns the number of slots in use, `(B,)`."""
-        return used_slots(self.pred, self.valid)
-
-    def fg_ari(self, level: Level) -> Tensor:
-        """Returns the FG-ARI of videos or frames."""
-        return adjusted_rand_index(self.objects(level))
+    counts: Mapping[str, Contingency]  # of videos `(B, ...)` and of frames `(B, T, ...)`
+    objects: Mapping[str, Contingency]  # the same without the background
 
 
 Score = Callable[[ScoredBatch], Tensor]
@@ -79,23 +61,23 @@ def _segmentation(title: str, score: Score, shown: Shown = "report") -> MetricIn
 
 
 METRICS: dict[str, MetricInfo] = {
-    "video_fg_ari": _segmentation("video FG-ARI", lambda batch: batch.fg_ari("video"), "headline"),
-    "video_ari": _segmentation("video ARI", lambda batch: adjusted_rand_index(batch.counts("video")), "headline"),
-    "video_mbo": _segmentation("video mBO", lambda batch: mean_best_overlap(batch.objects("video")), "headline"),
-    "video_miou": _segmentation("video mIoU", lambda batch: mean_iou(batch.objects("video")), "table"),
-    "image_fg_ari": _segmentation("image FG-ARI", lambda batch: batch.fg_ari("image")),
-    "image_ari": _segmentation("image ARI", lambda batch: adjusted_rand_index(batch.counts("image"))),
-    "image_mbo": _segmentation("image mBO", lambda batch: mean_best_overlap(batch.objects("image"))),
-    "image_miou": _segmentation("image mIoU", lambda batch: mean_iou(batch.objects("image"))),
-    "boundary_f": MetricInfo(
-        "boundary F", 1, "slots", lambda batch: boundary_f(batch.scene).nanmean(dim=1), "table", both_maps=True
-    ),
-    "identity": MetricInfo("identity kept", 1, "slots", lambda batch: slot_identity(batch.objects("image")), "table"),
+    "video_fg_ari": _segmentation("video FG-ARI", lambda b: adjusted_rand_index(b.objects["video"]), "headline"),
+    "video_ari": _segmentation("video ARI", lambda b: adjusted_rand_index(b.counts["video"]), "headline"),
+    "video_mbo": _segmentation("video mBO", lambda b: mean_best_overlap(b.objects["video"]), "headline"),
+    "video_miou": _segmentation("video mIoU", lambda b: mean_iou(b.objects["video"]), "table"),
+    "image_fg_ari": _segmentation("image FG-ARI", lambda b: adjusted_rand_index(b.objects["image"])),
+    "image_ari": _segmentation("image ARI", lambda b: adjusted_rand_index(b.counts["image"])),
+    "image_mbo": _segmentation("image mBO", lambda b: mean_best_overlap(b.objects["image"])),
+    "image_miou": _segmentation("image mIoU", lambda b: mean_iou(b.objects["image"])),
+    "boundary_f": MetricInfo("boundary F", 1, "slots", lambda b: boundary_f(b.scene).nanmean(1), "table", True),
+    "identity": MetricInfo("identity kept", 1, "slots", lambda b: slot_identity(b.objects["image"]), "table"),
     "slots_per_object": MetricInfo(
-        "slots per object", 0, "slots", lambda batch: slots_per_object(batch.objects("video")), "table", digits=2
+        "slots per object", 0, "slots", lambda b: slots_per_object(b.objects["video"]), "table", digits=2
     ),
-    "unused_slots": MetricInfo("unused slots", 0, "slots", lambda batch: batch.pred.shape[2] - batch.used(), digits=2),
-    "used_slots": MetricInfo("used slots", 0, "slots", lambda batch: batch.used(), "table", digits=2),
+    "unused_slots": MetricInfo(
+        "unused slots", 0, "slots", lambda b: b.pred.shape[2] - used_slots(b.pred, b.valid), digits=2
+    ),
+    "used_slots": MetricInfo("used slots", 0, "slots", lambda b: used_slots(b.pred, b.valid), "table", digits=2),
 }
 """Every metric by the name that logs, files and columns use, in the order of tables; logs put `val/` before it."""
 

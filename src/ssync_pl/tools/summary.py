@@ -151,11 +151,7 @@ def _places(trainer: L.Trainer) -> dict[str, str]:
 def score_baselines(
     batches: Iterable[Any], num_slots: int, has_background: bool = True, ignore_overlaps: bool = False
 ) -> dict[str, SegmentationMetrics]:
-    """Fills the metrics of the grid and k-means, by row of the table, with as many parts as a model has slots.
-
-    Batches hold `video` `(B, T, 3, H, W)`, `segmentations` bool `(B, T, C, H, W)` and, where there are any, cached
-    `features` `(B, T, N, D)`, `batch_padding_mask` `(B,)` and `frame_mask` `(B, T)`, True = real.
-    """
+    """Fills the metrics of the grid and k-means, by row, with as many parts as a model has slots."""
     metrics: dict[str, SegmentationMetrics] = {}
     for batch in batches:
         entries = batch if isinstance(batch, Mapping) else {}

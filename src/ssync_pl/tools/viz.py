@@ -49,9 +49,7 @@ def color_labels(labels: NDArray[Any], *, background: int | None = None) -> Byte
 
 def label_masks(masks: NDArray[Any]) -> NDArray[np.int64]:
     """Returns labels `(..., H, W)` of masks `(..., C, H, W)`: the first mask of each place, -1 without any."""
-    none = np.ones((*masks.shape[:-3], 1, *masks.shape[-2:]), dtype=bool)
-    first = np.concatenate([masks.astype(bool), none], axis=-3).argmax(axis=-3)
-    return np.where(first < masks.shape[-3], first, -1)
+    return np.where(masks.any(axis=-3), masks.astype(bool).argmax(axis=-3), -1)
 
 
 def resize_nearest(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
@@ -69,10 +67,7 @@ def overlay_labels(frames: Bytes, labels: NDArray[Any]) -> Bytes:
 
 
 def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Bytes:
-    """Turns normalised frames `(..., 3, H, W)` into RGB bytes `(..., H, W, 3)`.
-
-    Without `mean` and `std` of the normalisation, in [0, 1] units, the 1st and 99th percentiles become black and white.
-    """
+    """Turns normalised frames `(..., 3, H, W)` into RGB bytes; without `mean` and `std` percentiles are the ends."""
     frames = np.moveaxis(np.nan_to_num(video.astype(np.float64)), -3, -1)
     if mean is not None and std is not None:
         frames = frames * np.asarray(std) + np.asarray(mean)
@@ -83,11 +78,7 @@ def to_uint8(video: NDArray[Any], mean: Sequence[float] | None = None, std: Sequ
 
 
 def draw_sheet(rows: Sequence[tuple[str, Bytes]], title: str = "", cell: int = 112) -> Bytes:
-    """Draws rows, each a caption and frames `(T, H, W, 3)`, as one picture `(height, width, 3)`.
-
-    The longer side of a frame becomes `cell` pixels. Captions may have several lines; short rows stay white at their
-    ends.
-    """
+    """Draws rows, each a caption (of some lines) and frames `(T, H, W, 3)` scaled to `cell` pixels, as one picture."""
     pictures = [[_fit(frame, cell) for frame in frames] for _, frames in rows]
     extents = [_extent(caption) for caption, _ in rows]
     left = _MARGIN + max(wide for wide, _ in extents) + 2 * _GAP
@@ -124,10 +115,9 @@ def encode_png(image: Bytes, mark: str) -> bytes:
 
 
 def draw_preview(patterns: Sequence[str], count: int, frames: int) -> tuple[bytes, int, list[str]]:
-    """Draws the first videos of each shard, from shards in random order: a row of frames, and one with masks over them.
+    """Draws the first videos of shards in random order, frames and masks over them; of remote ones the start is read.
 
-    Returns the sheet as PNG, the number of videos on it, and messages of those that cannot be read. `frames` of each
-    video are evenly spaced. Of remote shards only the starts are read. Raises `ShardError` when no video can be read.
+    Returns the sheet as PNG, the number of videos on it, and messages of those that cannot be read.
     """
     require(min(count, frames) >= 1, "--videos and --frames from 1 on", count, frames)
     shards = expand_shards(patterns, "patterns")

@@ -91,7 +91,6 @@ def test_reads_are_copies_of_the_frames_asked_for(cached, opened, backbone, tmp_
     features = store.read(shards[0], "000", slice(None), False)["features"]
     assert torch.equal(store.read(shards[0], "000", slice(0, 3, 2), False)["features"], features[::2])
     before = features.clone()
-    store.close()
     features += 1
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again.read(shards[0], "000", slice(None), False)["features"], before)
@@ -144,8 +143,7 @@ def test_what_does_not_fit_the_cache_is_refused(cached, backbone, make_videos):
     for changes, match in (
         ({"image_size": (8, 16)}, "image_size"),
         ({"image_size": None}, "image_size"),
-        ({"resize_mode": "bilinear"}, "resize_mode"),
-        ({"crop": "center"}, "crop"),
+        ({"resize_mode": "bilinear", "crop": "center"}, "resize_mode.*crop"),
         ({"crop": "random"}, "crop"),
         ({"backend": "webdataset"}, "plain local tars for cached features"),
     ):

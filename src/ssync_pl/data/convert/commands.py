@@ -3,13 +3,13 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ssync_pl.data.convert.movi import plan_movi
 from ssync_pl.data.convert.videos import plan_davis, plan_videos
-from ssync_pl.data.convert.writer import ConversionReport, Split, convert
+from ssync_pl.data.convert.writer import Split, convert
 from ssync_pl.data.convert.ytvis import plan_ytvis
 from ssync_pl.errors import printable
 
@@ -70,18 +70,11 @@ def _convert(options: argparse.Namespace) -> int:
     recipe = {"source": options.source, **given}
     for split in splits:
         report = convert(split.sources, split.decode, options.out, split.prefix, recipe=recipe, **how)
-        lines = _describe(options.out, split.prefix, report, split.notes)
+        size = sum(shard.size for shard in report.shards) / 1e6
+        shards = f"shards: {len(report.shards)} ({report.kept} were there before), {size:.1f} MB"
+        lines = [f"{split.prefix}: videos: {report.videos}, {shards}"]
+        lines += [f"  shards: {options.out / f'{split.prefix}-[0-9]*.tar'}", *(f"  {note}" for note in split.notes)]
+        lines += [f"  skipped: {len(report.skipped)}"] if report.skipped else []
+        lines += [f"    {key}: {reason}" for key, reason in sorted(report.skipped.items())]
         sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
-
-
-def _describe(out: Path, prefix: str, report: ConversionReport, notes: Sequence[str]) -> list[str]:
-    """Say what a conversion wrote, how to load it, and what was left out."""
-    size = sum(shard.size for shard in report.shards) / 1e6
-    shards = f"shards: {len(report.shards)} ({report.kept} were there before), {size:.1f} MB"
-    lines = [f"{prefix}: videos: {report.videos}, {shards}"]
-    lines += [f"  shards: {out / f'{prefix}-[0-9]*.tar'}", *(f"  {note}" for note in notes)]
-    if report.skipped:
-        lines.append(f"  skipped: {len(report.skipped)}")
-        lines += [f"    {key}: {reason}" for key, reason in sorted(report.skipped.items())]
-    return lines

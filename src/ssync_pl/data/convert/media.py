@@ -12,22 +12,14 @@ from ssync_pl.data.decode import decode_picture, decode_video
 from ssync_pl.errors import ShardError, require, require_shard
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
-"""Files that are taken for videos."""
-
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
-"""Files that are taken for frames."""
-
 MAX_BYTES = 1 << 32  # of one sample's frames: a worker has to hold them
 
 
 def read_frames(
     path: Path, names: Sequence[str] | None, wanted: range | None, stamp: int | None, where: str, least: int = 1
 ) -> Iterator[np.ndarray]:
-    """Read frames (h, w, 3) uint8 of one size; `ShardError` when one is missing or damaged.
-
-    `names` are the pictures in a folder; None for a video file. `stamp` is the time stamp of its first wanted frame, to
-    seek to; None reads from the start. The whole of a file has to have `least` frames.
-    """
+    """Read frames (h, w, 3) uint8 of one size: `names` in a folder, or those of a file (see `decode_video`)."""
     if names is None:
         yield from decode_video(path, where, wanted, stamp=stamp, least=least)
         return
@@ -43,10 +35,7 @@ def read_frames(
 def stack_frames(
     frames: Iterable[np.ndarray], short_side: int | None, where: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize frames while they are read; return them (F, H, W, 3) and the height and width that they had.
-
-    The shorter side becomes `short_side` pixels; the long one is rounded down, as in published shards.
-    """
+    """Resize frames while they are read (published shards round the longer side down); also return their first size."""
     kept: list[np.ndarray] = []
     original = (0, 0)
     for frame in frames:
@@ -95,10 +84,7 @@ def list_frames(folder: Path) -> list[str]:
 
 
 def pair_masks(frames: Sequence[str] | None, masks: Sequence[str], where: str, folder: Path) -> list[str]:
-    """Find the mask of each frame by name, or by the last number in the name; never by position.
-
-    Frames of a file have no names: their masks are numbered from 0 or from 1 on.
-    """
+    """Find the mask of each frame by name or last number, never by position; frames of a file count from 0 or 1 on."""
     if frames is None:
         first = 0 if 0 in map(_number, masks) else 1
         frames = [str(number) for number in range(first, first + len(masks))]

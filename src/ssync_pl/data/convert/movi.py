@@ -15,7 +15,7 @@ import numpy as np
 
 from ssync_pl.data.convert.writer import Split
 from ssync_pl.data.decode import decode_picture, parse_json
-from ssync_pl.errors import ShardError, require, require_packages, require_shard
+from ssync_pl.errors import explained, require, require_packages, require_shard
 
 _FPS = 12
 _NAME = re.compile(r"((?:\w+_)?movi_[a-f])-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
@@ -76,12 +76,10 @@ def _decode(root: Path, source: tuple[str, int]) -> dict[str, Any]:
 
     name, offset = source
     where = f"the record of {root / name} at byte {offset}"
-    try:
+    with explained(f"{where} to be a tf.train.Example", OSError, DecodeError, advice="Download it again."):
         with (root / name).open("rb") as stream:
             data = _read(stream, _read_length(stream, offset, where), where)
         features = example_pb2.Example.FromString(data).features.feature
-    except (OSError, DecodeError) as error:
-        raise ShardError(f"Expected {where} to be a tf.train.Example, but got {error}. Download it again.") from error
     video = _pictures(features, "video", where)
     masks = _pictures(features, "segmentations", where, ids=True)[..., None]
     fits = masks.shape[:3] == video.shape[:3]

@@ -18,13 +18,12 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import exclusive, write_bytes
 from ssync_pl.data.index import ShardEntry, extend_index, scan_shard
 from ssync_pl.data.processes import cpu_count, mapper
-from ssync_pl.errors import ShardError, choose, require, require_shard
+from ssync_pl.errors import ShardError, choose, explained, require, require_shard
 
 _logger = logging.getLogger(__name__)
 
 _Made = tuple[ShardEntry | None, dict[str, str], bool]  # None without a good video; what was left out; whether kept
-Decode = Callable[[Any], Mapping[str, Any]]
-"""Makes the members of one sample from its source; pickles, and raises `ShardError` that names a bad source."""
+Decode = Callable[[Any], Mapping[str, Any]]  # source → members; pickles; a `ShardError` names a bad source
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ def convert(
         path = out / f"{prefix}-{number // samples_per_shard:06d}.tar"
         parts.setdefault(path, {})[f"{number:06d}"] = source
     settings = {**recipe, "videos": len(sources), "samples_per_shard": samples_per_shard}
-    try:
+    advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
+    with explained(f"to write shards to {out}", OSError, advice=advice):
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / ".convert.lock"):
             _claim(out, prefix, settings, parts)
@@ -89,9 +89,6 @@ def convert(
                     if re.fullmatch(rf"\.{re.escape(prefix)}-\d{{6,}}\.[0-9a-f]{{8}}\.tmp", name):
                         shutil.rmtree(out / name, ignore_errors=True)
             return _finish(out, prefix, settings, made)
-    except OSError as error:
-        advice = "Wait, make room or choose another folder, and run again: finished shards are kept."
-        raise ShardError(f"Expected to write shards to {out}, but got {error}. {advice}") from error
 
 
 def _claim(out: Path, prefix: str, settings: Mapping[str, Any], parts: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -152,7 +149,7 @@ def _run(
 
 def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _Made:
     """Keep a finished shard, or make it."""
-    from ssync_pl.data.shards import ShardWriter  # imports PyTorch
+    from ssync_pl.data.shards import ShardWriter, read_shard  # imports PyTorch
 
     before: list[str] = []
     try:
@@ -181,24 +178,16 @@ def _make(decode: Decode, skip: bool, path: Path, items: Mapping[str, Any]) -> _
         if len(skipped) == len(items):
             return None, skipped, False
         made = scratch / "made-000000.tar"
-        entry = _read_back(made)
+        entry = scan_shard(made)
+        for _, members in read_shard(str(made), entry, max_bytes=1 << 40):  # so that no damaged one gets its name
+            for name in members.sizes:
+                members.decode(name)
         with made.open("rb+") as stream:
             os.fsync(stream.fileno())  # content before the name: a power cut must not leave an empty file under it
         os.replace(made, path)
         return replace(entry, name=path.name), skipped, False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _read_back(path: Path) -> ShardEntry:
-    """Decode every member of a shard, so that no damaged one gets its name."""
-    from ssync_pl.data.shards import read_shard
-
-    entry = scan_shard(path)
-    for _, members in read_shard(str(path), entry, max_bytes=1 << 40):
-        for name in members.sizes:
-            members.decode(name)
-    return entry
 
 
 def _finish(out: Path, prefix: str, settings: Mapping[str, Any], made: Sequence[_Made]) -> ConversionReport:

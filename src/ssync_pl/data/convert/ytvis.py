@@ -15,11 +15,12 @@ import numpy as np
 
 from ssync_pl.data.convert.media import read_frames, resize_ids, stack_frames
 from ssync_pl.data.convert.writer import Split
-from ssync_pl.errors import ShardError, require, require_packages, require_shard
+from ssync_pl.errors import explained, require, require_packages, require_shard
 
 _FPS = 6  # every fifth frame of 30 per second
 _FARTHEST = 1e5  # pixels; a polygon with a point beyond would take all memory
 _MOST = 1 << 32  # bytes of a video's masks
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
 _TRAINING = ("train", "validation")  # the published shards evaluate on a part of the official training videos
 
 
@@ -50,17 +51,15 @@ def plan_ytvis(
 
 
 def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
-    """Cut an annotation file into what each video needs, as JSON values; crowds are left out.
-
-    Per video these are `id`, `size`, `frames` (files below `folder`), and `objects`: None without any annotations.
-    """
+    """Cut an annotation file into `id`, `size`, `frames`, `folder` and `objects` (None without any) of each video."""
     places = [root / name for name in (f"{split}/instances.json", f"{split}/{split}.json", f"{split}.json")]
     found = [path for path in places if path.is_file()]
     advice = "Unpack the set there, or name the splits that you have with --splits."
     expected = f"the annotations of split `{split}` at {' or '.join(map(str, places))}"
     require(bool(found), expected, "no such file", advice=advice)
     videos: dict[Any, dict[str, Any]] = {}
-    try:
+    expected = f"{found[0]} to be JSON of YouTube-VIS, with `videos`, `categories`, `annotations`, `segmentations`"
+    with explained(expected, *_DAMAGE, RecursionError, OverflowError, advice="Repair it, or download it again."):
         content = json.loads(found[0].read_bytes(), object_hook=_pack)
         annotations = content.get("annotations") or []
         categories = {int(entry["id"]): str(entry["name"]) for entry in content.get("categories") or []}
@@ -77,11 +76,6 @@ def _read_annotations(root: Path, split: str) -> list[dict[str, Any]]:
             if not thing.get("iscrowd"):
                 facts = {"id": thing["id"], "category": number, "name": categories.get(number, str(number))}
                 videos[thing["video_id"]]["objects"].append({**facts, "masks": masks})
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ShardError(
-            f"Expected {found[0]} to be JSON with `videos`, `categories` and `annotations` with `segmentations` as of "
-            f"YouTube-VIS 2019 or 2021, but got {error!r}. Repair it, or download it again."
-        ) from error
     if crowds:
         logging.getLogger(__name__).warning("Leaving out %d crowds of %s: %s", len(crowds), found[0], crowds[:9])
     return list(videos.values())
@@ -150,7 +144,8 @@ def draw_mask(segmentation: Any, size: tuple[int, int], where: str) -> np.ndarra
     """Draw one COCO segmentation, run lengths (plain or compressed) or polygons, as (h, w) uint8 of 0 and 1."""
     from pycocotools import mask as coco
 
-    try:
+    expected = f"{where} to have polygons, or run lengths of {size[0]} x {size[1]} (height x width)"
+    with explained(expected, *_DAMAGE, advice="Repair the annotation file."):
         if isinstance(segmentation, list):
             # pycocotools takes four numbers for a box, ignores an odd one at the end, and draws NaN.
             bad = [one for one in segmentation if len(one) < 6 or len(one) % 2 or not max(map(abs, one)) < _FARTHEST]
@@ -162,11 +157,6 @@ def draw_mask(segmentation: Any, size: tuple[int, int], where: str) -> np.ndarra
         # pycocotools would return memory that was never written for runs that end early.
         if segmentation["size"] != [*size] or sum(lengths) != size[0] * size[1] or min(lengths) < 0:
             raise ValueError(f"runs of {sum(lengths)} pixels for size {segmentation['size']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(
-            f"Expected {where} to have polygons, or run lengths of {size[0]} x {size[1]} (height x width), but got "
-            f"{str(error)[:80]}. Repair the annotation file."
-        ) from error
     values = np.arange(len(lengths), dtype=np.uint8) & 1
     return np.ascontiguousarray(np.repeat(values, lengths).reshape(size[::-1]).T)  # columns first
 

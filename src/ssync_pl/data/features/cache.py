@@ -20,7 +20,7 @@ from ssync_pl.data.patterns import is_remote
 from ssync_pl.data.samples import SampleRules, eval_sample
 from ssync_pl.data.shards import encode_member, read_shard
 from ssync_pl.data.transforms import BatchTransform, Size
-from ssync_pl.errors import ShardError, choose, require, require_shard
+from ssync_pl.errors import ShardError, choose, explained, require, require_shard
 
 _VIDEOS, _FRAMES = 256, 512  # most that a projection is fitted to
 _SCRATCH = ".features.tmp"  # the shard that is being written
@@ -41,10 +41,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def __call__(self, video: Tensor, crop: Tensor, where: str, flip: bool = False) -> Tensor:
-        """Compute features (T, N, D) of frames (T, h, w, 3) uint8 with crops at `crop` (2,), mirrored with `flip`.
-
-        `ShardError` names `where` they are from when they are not finite.
-        """
+        """Compute features (T, N, D) of frames (T, h, w, 3), cropped at `crop` (2,); refuses NaN and infinity."""
         device, r = self.device or video.device, self.recipe
         self.backbone.to(device)
         transform = BatchTransform(r.image_size, resize_mode=r.resize_mode, crop=r.crop, mean=r.mean, std=r.std)
@@ -108,7 +105,8 @@ def cache_features(
     recipe = FeatureRecipe(*known, grid, size, resize_mode, crop, backbone.mean, backbone.std, flips=flips)
     maker = FeatureMaker(backbone, recipe, None, batch_size, device)
     folder, skip, sources = Path(out), on_bad_sample == "skip", list(zip(shards, load_shards(shards), strict=True))
-    try:
+    advice = "Finished shards are kept: make room, or take another --out, and run again."
+    with explained(f"to write features to {out}", OSError, advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".cache.lock", timeout=-1):
             (folder / _SCRATCH).unlink(missing_ok=True)  # what a killed process left
@@ -120,9 +118,6 @@ def cache_features(
             for source in tqdm(sources, unit="shard", disable=None):
                 _store_shard(source, maker, folder, skip, report)
             load_shards(sorted(folder.glob("*.tar")))  # writes their index
-    except OSError as error:
-        advice = "Finished shards are kept: make room, or take another --out, and run again."
-        raise ShardError(f"Expected to write features to {out}, but got {error}. {advice}") from error
     return report
 
 
@@ -142,7 +137,8 @@ def _projected(
         write_bytes(path, replace(fitted, info=info).pack())
     projection = read_projection(path)
     dim = projection.matrix.shape[1]
-    there = replace(FeatureRecipe.from_json(projection.info.get("features", {})), components=dim, flips=recipe.flips)
+    made = FeatureRecipe.from_json(projection.info.get("features", {}), path)
+    there = replace(made, components=dim, flips=recipe.flips)
     store.require_same(path, there, replace(recipe, components=components or 0))
     recipe = replace(recipe, dim=dim, components=dim, projection=projection.fingerprint)
     return replace(maker, recipe=recipe, projection=projection)

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from ssync_pl.data.decode import MAX_MEMBER_BYTES, require_size
-from ssync_pl.errors import ShardError, require
+from ssync_pl.errors import explained, require
 
-PROJECTION_FILE = "projection.npz"
-"""Name of the projection in a folder of features."""
-
+PROJECTION_FILE = "projection.npz"  # beside the features
 _HEAD = {"format": "ssync_pl.projection", "version": 1}
 # Below these shares of the largest value a channel or component is rounding error.
 _CONSTANT, _RANK = 1e-12, 1e-9
@@ -58,9 +56,8 @@ class Projection:
 def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], components: int) -> Projection:
     """Fit a projection to the features (M, N, D) of some frames, whose layers have `layer_dims` channels along D.
 
-    Each channel is centred and divided by its standard deviation, and each layer by the square root of its number of
-    channels, so that all layers weigh the same. These are turned to their principal components, largest first; in the
-    end one factor brings the mean square over everything to 1. Channels that do not vary are dropped from the map.
+    Channels are standardised, so that each layer weighs the same; components come largest first, and one factor brings
+    the mean square over everything to 1. Channels that do not vary are dropped.
     """
     dim, count, frames = sum(layer_dims), 0, 0
     mean, scatter = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
@@ -91,18 +88,15 @@ def fit_projection(batches: Iterable[Tensor], layer_dims: Sequence[int], compone
 
 def read_projection(path: str | os.PathLike[str]) -> Projection:
     """Read a projection's file; `ShardError` when it is none."""
-    try:
+    made = f"a {PROJECTION_FILE} of `ssync-pl data cache-features --components`"
+    advice = "Give that file, or make the features again."
+    with explained(f"{path} to be {made}", Exception, advice=advice):  # NumPy raises almost anything on damaged files
         with np.load(path, allow_pickle=False) as content:
             require_size(sum(one.file_size for one in content.zip.infolist()), f"{path}", MAX_MEMBER_BYTES)
             head, mean, matrix = json.loads(content["info"].tobytes()), content["mean"], content["matrix"]
         if {**head, **_HEAD} != head or matrix.ndim != 2 or mean.shape != matrix.shape[:1]:
             raise ValueError(f"format {head['format']!r}, version {head['version']!r}, shape {matrix.shape}")
         return Projection(torch.from_numpy(mean), torch.from_numpy(matrix), dict(head["info"]))
-    except Exception as error:  # NumPy raises almost anything on damaged files
-        raise ShardError(
-            f"Expected {path} to be a {PROJECTION_FILE} of `ssync-pl data cache-features --components`, but it is none "
-            f"({error}). Give that file, or make the features again."
-        ) from error
 
 
 def describe_projection(projection: Projection) -> str:

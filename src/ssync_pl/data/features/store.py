@@ -22,15 +22,11 @@ from ssync_pl.data.decode import parse_json
 from ssync_pl.data.files import write_bytes
 from ssync_pl.data.index import ShardEntry, load_shards
 from ssync_pl.data.samples import find_member
-from ssync_pl.data.shards import ShardReader, read_shard
-from ssync_pl.errors import ShardError, require, require_shard
+from ssync_pl.data.shards import read_shard, sample_members
+from ssync_pl.errors import ShardError, explained, require, require_shard
 
-RECIPE_MEMBER = "__features__/recipe.json"
-"""Name of the first member of a shard of features; names of this form belong to no sample."""
-
-MEMBERS = ("features.npy", "features_flipped.npy")
-"""Names of a sample's members with the features of its frames, and of its mirrored frames."""
-
+RECIPE_MEMBER = "__features__/recipe.json"  # of a shard of features; names of this form belong to no sample
+MEMBERS = ("features.npy", "features_flipped.npy")  # of a sample: the features of its frames, and of mirrored ones
 _HEAD = {"format": "ssync_pl.features", "version": 1}
 _MEMO = ".verified.json"
 
@@ -55,11 +51,11 @@ class FeatureRecipe:
     projection: str = ""  # fingerprint
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "FeatureRecipe":
-        """Undo `dataclasses.asdict` and JSON; `ConfigError` for what is no recipe of ours."""
+    def from_json(cls, values: Mapping[str, Any], where: object) -> "FeatureRecipe":
+        """Undo `dataclasses.asdict` and JSON; `ShardError` for what is no recipe of ours."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         known = set(plain) == {item.name for item in fields(cls)} and plain["dtype"] == "bf16"
-        require(known, "a recipe of features in bf16", plain, advice="Make the features again.")
+        require_shard(known, f"{where} to hold a recipe of features in bf16", plain, advice="Make the features again.")
         return cls(**plain)
 
 
@@ -70,7 +66,9 @@ def pack_recipe(recipe: FeatureRecipe, source: Mapping[str, str]) -> bytes:
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, str]]:
     """Read how a shard of features was made, and of what; `ShardError` when it is none."""
-    try:
+    expected = f"{path} to be a shard of features (format and version {[*_HEAD.values()]})"
+    kinds = (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with explained(expected, *kinds, advice="Take another folder; features of another version are made again."):
         with open(path, "rb") as stream:
             info = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             if info.name != RECIPE_MEMBER or info.size > 1 << 20:
@@ -78,19 +76,13 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[FeatureRecipe, dict[str, 
             content = json.loads(stream.read(info.size))
         if {**content, **_HEAD} != content:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        return FeatureRecipe.from_json(content["recipe"]), content["source"]
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"Expected {path} to be a shard of features (format and version {[*_HEAD.values()]}), but it is none "
-            f"({error}). Take another folder; features of another version are made again."
-        ) from error
+        return FeatureRecipe.from_json(content["recipe"], path), content["source"]
 
 
 def source_facts(path: str, entry: ShardEntry, folder: Path) -> dict[str, str]:
-    """What a shard of features was made from: name of the videos' shard, and digest of its keys and videos (not masks).
+    """What a shard of features was made from: its name and the digest of its keys and videos, not masks.
 
-    The index entry names all samples. The digest of a file that has not changed since (by size and time of change) is
-    taken from a note in the folder of the features, which may be read-only; another file is read whole.
+    A note beside the features spares files that have not changed since (by size and time) another reading.
     """
     place, status = os.path.abspath(path), os.stat(path)
     stamp, memo = [status.st_size, status.st_mtime_ns], {}
@@ -121,10 +113,7 @@ def _digest(path: str, entry: ShardEntry) -> str:
 
 
 def find_shard(folder: Path, source: Mapping[str, str]) -> tuple[Path, bool]:
-    """Where the features of a shard lie or would lie in a folder, and whether they are there.
-
-    They have the name of their shard. Where another set has a shard of that name there, the digest is added.
-    """
+    """Where a shard's features lie or would lie, and whether they do; the digest is added where its name is taken."""
     plain = folder / source["name"]
     if not plain.exists() or read_recipe(plain)[1] == source:
         return plain, plain.exists()
@@ -143,9 +132,7 @@ def require_same(path: Path, there: FeatureRecipe, wanted: FeatureRecipe) -> Non
 class FeatureStore:
     """Stored features of some shards, given by path and index entry, which may leave samples out.
 
-    Refuses to open where shards are missing or damaged, or were made of other videos or with other settings. The
-    videos are compared by content: that reads each shard once, later starts trust files of the same size and time of
-    change. A store pickles without open files.
+    Refuses to open where shards are missing or damaged, or were made of videos of other content or with other settings.
     """
 
     def __init__(
@@ -178,19 +165,15 @@ class FeatureStore:
             place: (str(path), entry, {sample.key: sample for sample in entry.samples})
             for place, path, entry in zip(found, paths, load_shards(paths, save=False), strict=True)
         }
-        self._reader = ShardReader()
 
     def read(self, shard: str, key: str, frames: slice, flip: bool) -> dict[str, Tensor]:
-        """Read `features` (T, N, D) bfloat16 of frames of a video, mirrored with `flip`; the slice's step is positive.
-
-        `ShardError` where there are none, too few, or damaged ones.
-        """
+        """Read `features` (T, N, D) bfloat16 of frames of a video, with `flip` of mirrored ones; refuses too few."""
         path, entry, samples = self._shards[shard]
         name, shape = MEMBERS[flip], (self.recipe.grid[0] * self.recipe.grid[1], self.recipe.dim)
         there, expected = key in samples and name in samples[key].members, f"{path} to hold `{name}` of key {key}"
         advice = "The video could not be read, or mirrored frames were not asked for: make the features again."
         require_shard(there, expected, "none", advice=advice)
-        members = self._reader.sample(path, entry, samples[key], max_bytes=entry.size)
+        members = sample_members(path, entry, samples[key], max_bytes=entry.size)
         header = members.header(name)
         count = header.shape[0] if header.shape[1:] == shape and header.dtype == np.dtype("<u2") else 0
         first, last = frames.start or 0, frames.stop or "the last"
@@ -199,7 +182,3 @@ class FeatureStore:
         fits = first < count and (frames.stop or 0) <= count
         require_shard(fits, expected, header.shape, header.dtype, advice=advice)
         return {"features": torch.from_numpy(members.rows(name, frames).view(np.int16)).view(torch.bfloat16)}
-
-    def close(self) -> None:
-        """Close the files of this process; reading opens them again."""
-        self._reader.close()

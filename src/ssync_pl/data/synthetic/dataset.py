@@ -18,7 +18,7 @@ from ssync_pl.data.processes import may_start_processes
 from ssync_pl.data.synthetic.config import SceneConfig, number
 from ssync_pl.data.synthetic.render import render_video
 from ssync_pl.data.synthetic.scene import sample_scene
-from ssync_pl.errors import ShardError
+from ssync_pl.errors import explained
 
 
 def dataset_folder(root: str | os.PathLike[str], config: SceneConfig, splits: Mapping[str, int], seed: int = 0) -> Path:
@@ -59,7 +59,7 @@ def generate(
     may_start_processes()  # a script without a main guard must not wait for its own lock
     for first in recipe["split_seeds"].values():  # settings that never fit are refused before anything is written
         sample_scene(replace(config, frames=1), first, 0)
-    try:
+    with explained(f"to write to {folder}", OSError, advice="Choose another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".generate.lock", timeout=-1):
             if not _is_complete(folder, recipe):
@@ -69,8 +69,6 @@ def generate(
                     convert(items, partial(_render, config), folder, prefix, recipe={}, num_workers=num_workers)
                 index = read_index(folder)
                 write_index(folder, index.shards.values() if index else (), recipe)
-    except OSError as error:
-        raise ShardError(f"Expected to write to {folder}, but got {error}. Choose another folder.") from error
     return folder
 
 

@@ -29,11 +29,10 @@ _Box = tuple[slice, slice]  # rows and columns of pixels
 
 
 def render_video(config: SceneConfig, seed: int, index: int) -> dict[str, Array]:
-    """Renders video number ``index`` of a data set with exact instance masks.
+    """Renders video number ``index`` of a data set with exact instance masks, equal for equal arguments.
 
     Returns ``video`` uint8 ``(F, H, W, 3)``, sRGB, and ``segmentations`` uint8 ``(F, H, W, 1)``: 0 is background, 1 the
-    object with most visible pixels over the clip, and so on. Equal for equal arguments, whatever ran before. Raises
-    ConfigError where a seed or index is negative, or the objects do not fit where they start.
+    object with most visible pixels over the clip, and so on.
     """
     scene = sample_scene(config, seed, index)
     stage, centres = _Stage(scene, config), _Camera(scene.camera, config, 1)

@@ -99,9 +99,7 @@ class FeatureEncoder(nn.Module):
 
     def _extract(self, frames: Tensor) -> Tensor:
         if self.backbone is None:
-            raise ConfigError(
-                "Expected cached `features` in the batch, as this model has no `backbone`, but got frames. Name one."
-            )
+            raise ConfigError("Expected cached `features` in the batch without a `backbone`, but got frames. Name one.")
         features, grid = self.backbone(frames, self.frame_mean, self.frame_std)
         if tuple(grid) != self.grid:
             raise ShapeError(

@@ -52,17 +52,13 @@ def contingency(scene: Scene, has_background: bool = False, ignore_overlaps: boo
     """
     overlapping = int(scene.overlaps.sum())
     if overlapping and not ignore_overlaps:
-        raise ShapeError(
-            f"Expected true masks that do not overlap, but got {overlapping} pixels with several masks. "
-            "Do `ignore_overlaps=True` to leave these pixels out."
-        )
+        got = f"{overlapping} pixels with several masks. Do `ignore_overlaps=True` to leave these pixels out."
+        raise ShapeError(f"Expected true masks that do not overlap, but got {got}")
     covered = scene.objects >= 0
     labelled = covered.flatten(1).any(dim=1)
     if has_background and bool((labelled[:, None, None] & ~covered).any()):
-        raise ShapeError(
-            "Expected every pixel to have a true mask, because channel 0 is said to be the background, but some have "
-            "none. Do `ignore_background=False` (`has_background=False`) for sets without a background channel."
-        )
+        advice = "Do `ignore_background=False` (`has_background=False`) for sets without a background channel."
+        raise ShapeError(f"Expected every pixel to have a true mask, channel 0 being the background. {advice}")
     rows = scene.num_objects + 1  # the first row: pixels without a true mask
     frames = torch.arange(len(scene.places), device=scene.slots.device)[:, None, None]
     cells = (frames * rows + scene.objects + 1) * scene.num_slots + scene.slots

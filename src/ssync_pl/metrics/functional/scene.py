@@ -66,7 +66,7 @@ def counted_frames(valid: Tensor | None, shape: tuple[int, int]) -> Tensor | Non
     if valid is None:
         return None
     fits = valid.dtype == torch.bool and tuple(valid.shape) in (shape[:1], shape)
-    require_tensor(fits, f"`valid` to be bool of shape {shape[:1]} (videos) or {shape} (frames)", valid)
+    require_shape(fits, f"`valid` to be bool of shape {shape[:1]} (videos) or {shape} (frames)", valid)
     return valid[:, None].expand(shape) if valid.ndim == 1 else valid
 
 
@@ -83,28 +83,21 @@ def labels_to_masks(labels: Tensor, num_classes: int) -> Tensor:
     Raises:
         ShapeError: the labels are no integers, or one is `num_classes` or more.
     """
-    require_tensor(labels.dtype in _INTEGER_TYPES and labels.ndim >= 2, "`labels` to be integers (..., H, W)", labels)
+    require_shape(labels.dtype in _INTEGER_TYPES and labels.ndim >= 2, "`labels` to be integers (..., H, W)", labels)
     if labels.numel() and int(labels.max()) >= num_classes:
         raise ShapeError(f"Expected labels below num_classes={num_classes}, but got {int(labels.max())}.")
     return labels.unsqueeze(-3) == torch.arange(num_classes, device=labels.device)[:, None, None]
 
 
-def require_tensor(ok: bool, expected: str, got: Tensor, advice: str = "") -> None:
-    """Raises `ShapeError` unless a tensor is as expected, with its dtype, its shape and what to do."""
-    if not ok:
-        raise ShapeError(f"Expected {expected}, but got {got.dtype} of shape {tuple(got.shape)}. {advice}".rstrip())
-
-
 def _check_shapes(pred: Tensor, true: Tensor) -> None:
     fits = true.ndim == 5 and true.dtype == torch.bool and 0 not in true.shape[2:]
     advice = "Do `labels_to_masks(labels, num_classes)` with labels; images have T = 1."
-    require_tensor(fits, "`true` to be bool masks (B, T, C, H, W)", true, advice)
+    require_shape(fits, "`true` to be bool masks (B, T, C, H, W)", true, advice=advice)
     is_masks = pred.ndim == 5 and (pred.is_floating_point() or pred.dtype == torch.bool)
     fits = (is_masks or (pred.ndim == 4 and pred.dtype in _INTEGER_TYPES)) and 0 not in pred.shape[2:]
-    require_tensor(fits, "`pred` to be integer labels (B, T, H, W), or float or bool masks (B, T, S, h, w)", pred)
-    require_shape(
-        pred.shape[:2] == true.shape[:2], "`pred` and `true` of the same videos and frames (B, T)", pred, true
-    )
+    require_shape(fits, "`pred` to be integer labels (B, T, H, W), or float or bool masks (B, T, S, h, w)", pred)
+    same = pred.shape[:2] == true.shape[:2]
+    require_shape(same, "`pred` and `true` of the same videos and frames (B, T)", pred, true)
     if pred.device != true.device:
         raise ShapeError(f"Expected `pred` and `true` on one device, but got {pred.device} and {true.device}.")
 
@@ -140,9 +133,6 @@ def _win(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """The pixels of `interpolate(mode="nearest-exact")`, which refuses bool and int64."""
-    height, width = maps.shape[-2:]
-    if (height, width) == tuple(size):
-        return maps
-    rows = ((2 * torch.arange(size[0], device=maps.device) + 1) * height) // (2 * size[0])
-    columns = ((2 * torch.arange(size[1], device=maps.device) + 1) * width) // (2 * size[1])
+    sides = zip(size, maps.shape[-2:], strict=True)
+    rows, columns = (((2 * torch.arange(new, device=maps.device) + 1) * old) // (2 * new) for new, old in sides)
     return maps[..., rows[:, None], columns]

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ssync_pl.errors import require
+from ssync_pl.errors import require, require_shape
 from ssync_pl.metrics.functional.contingency import Contingency
-from ssync_pl.metrics.functional.scene import counted_frames, require_tensor
+from ssync_pl.metrics.functional.scene import counted_frames
 
 
 def slots_per_object(counts: Contingency, min_share: float = 0.01) -> Tensor:
@@ -76,7 +76,7 @@ def used_slots(masks: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     fits = masks.ndim == 5 and 0 not in masks.shape[2:] and masks.is_floating_point()
     advice = "Labels do not say how many slots there are."
-    require_tensor(fits, "`masks` to be float scores (B, T, S, h, w)", masks, advice)
+    require_shape(fits, "`masks` to be float scores (B, T, S, h, w)", masks, advice=advice)
     winners = masks.max(dim=2, keepdim=True).indices
     wins = torch.zeros_like(masks, dtype=torch.bool).scatter_(2, winners, True).flatten(3).any(dim=3)
     counted = counted_frames(valid, (int(masks.shape[0]), int(masks.shape[1])))

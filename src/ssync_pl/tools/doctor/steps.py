@@ -17,7 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssync_pl.errors import ConfigError, HostError, SSyncError, require
+from ssync_pl.errors import ConfigError, HostError, SSyncError, explained, require
 from ssync_pl.plugin.wrapped_step import loss_of
 
 Run = Callable[[], Tensor]
@@ -36,19 +36,15 @@ class _DoneError(Exception):
 def build_model(target: str, settings: Mapping[str, Any]) -> nn.Module:
     """Imports the model `package.module:name`, or calls the class or function of that name with `settings`."""
     module, _, name = target.partition(":")
-    try:
+    given = f" with {', '.join(f'{key}={value!r}' for key, value in settings.items())}" if settings else ""
+    expected = f"{target!r}{given} to be a model or to build one"
+    advice = "Write package.module:name as `import` does, in the folder of your code, and --init name=value."
+    # A script may read its own command line and exit.
+    with explained(expected, Exception, SystemExit, advice=advice, kind=ConfigError):
         found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         model = found if isinstance(found, nn.Module) and not settings else found(**settings)
         if not isinstance(model, nn.Module):
             raise TypeError(f"it gives {type(model).__name__} and no torch.nn.Module")
-    except SSyncError:
-        raise
-    except (Exception, SystemExit) as error:  # a script may read its own command line and exit
-        given = f" with {', '.join(f'{key}={value!r}' for key, value in settings.items())}" if settings else ""
-        raise ConfigError(
-            f"Expected {target!r}{given} to be a model or to build one, but got {type(error).__name__}: {error}. Write "
-            "package.module:name as `import` does, in the folder of your code, and arguments as --init name=value."
-        ) from error
     return model
 
 
@@ -59,11 +55,10 @@ def parse_batch(words: Sequence[str]) -> Any:
         name, equals, text = word.rpartition("=")
         valid = re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", text, re.ASCII) and bool(name) == bool(equals)
         require(bool(valid), "--batch as sizes, e.g. 2,4,3,64,64 (B, T, 3, H, W) or video=2,4,3,64,64", repr(word))
-        try:
-            sizes = [int(size) for size in text.split(",")]
+        kinds, advice = (RuntimeError, TypeError, ValueError, MemoryError), "Give a smaller one."
+        with explained(f"--batch {word} to fit into memory", *kinds, advice=advice, kind=ConfigError):
+            sizes = [int(size) for size in text.split(",")]  # may be more than memory has, or 64 bits count
             values[name or str(place)] = torch.rand(sizes, generator=torch.Generator().manual_seed(place))
-        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # more than memory, or than 64 bits
-            raise ConfigError(f"Expected --batch to fit into memory, but got {word!r}. Give a smaller one.") from error
     named = sum("=" in word for word in words)
     alike = named in (0, len(words)) and len(values) == len(words)
     inside = any(name.startswith(f"{other}.") for name in values for other in values)
@@ -107,10 +102,7 @@ def plain_step(host: nn.Module, batch: Any, method: str = "") -> Run:
 
 
 def in_trainer(host: Any, data: Any, look: Callable[[Run, Any], Any]) -> Any:
-    """Brings a LightningModule to its first training step, in a real Trainer, and returns what `look` makes of it.
-
-    `data` is a data module or a batch. No optimizer step is taken, and nothing is written.
-    """
+    """Brings a LightningModule to its first training step on a data module or batch; returns what `look` says of it."""
     lightning: Any = importlib.import_module(namespace(host) or "lightning.pytorch")
 
     class Stop(lightning.Callback):

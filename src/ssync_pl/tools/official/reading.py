@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ssync_pl.errors import ConfigError, require, require_packages
+from ssync_pl.errors import ConfigError, explained, require, require_packages
 
 _MOST_BYTES = 200_000
 _MOST_REFERENCES = 2_000  # OmegaConf takes about a millisecond for each
@@ -37,10 +37,7 @@ class _TooMuchError(BaseException):
 
 
 def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """Reads a public configuration, replacing `${path}`, `${.path}` and `${function: arguments}` by their values.
-
-    Changes `KEY=VALUE` come before references are followed, as in the official scripts.
-    """
+    """Reads a public configuration with its references followed, after the changes `KEY=VALUE`."""
     require_packages("official", "omegaconf")
     from omegaconf import OmegaConf
 
@@ -126,11 +123,10 @@ def evaluate(expression: Any, *values: Any) -> int | float:
     operators = {kind: simpleeval.DEFAULT_OPERATORS[kind] for kind in _OPERATORS}
     evaluator = simpleeval.SimpleEval(operators, functions={}, names=names)
     evaluator.nodes = {kind: handle for kind, handle in evaluator.nodes.items() if kind in _NODES}
-    try:
+    expected = f"arithmetic of numbers such as 'a / 32 * b' in {str(expression)[:200]!r}"
+    kinds = (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError)
+    with explained(expected, *kinds, advice="Correct it.", kind=ConfigError):
         return _number(evaluator.eval(str(expression)))
-    except (simpleeval.InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        expected = "Expected arithmetic of numbers such as 'a / 32 * b'"
-        raise ConfigError(f"{expected}, but got {str(expression)[:200]!r} ({error}).") from error
 
 
 def _vit_property(table: str, name: str, key: str) -> int:
@@ -182,11 +178,11 @@ class Keys:
         """Takes a value of which the package has only some counterparts."""
         value = self.take(key, default)
         # `1 == True` in Python, but no configuration means that.
-        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
-            raise ConfigError(
-                f"Expected {key} to be {' or '.join(map(repr, choices))}, as this package has no other and sizes have "
-                f"to agree, but got {value!r}. Change it, or write the configuration by hand."
-            )
+        known = any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+        expected = (
+            f"{key} to be {' or '.join(map(repr, choices))}, as this package has no other and sizes have to agree"
+        )
+        require(known, expected, repr(value), advice="Change it, or write the configuration by hand.")
         return value
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
@@ -201,11 +197,8 @@ class Keys:
         """Refuses values of some sections that nothing took, and notes those of others."""
         unread = [key for key in self.values if key not in self._read]
         refused = [key for key in unread if key.partition(".")[0] in sections]
-        if refused:
-            raise ConfigError(
-                f"Expected keys that have a counterpart in this package, but got {', '.join(refused)}. Leave out those "
-                f"that do not matter, for example by --set {refused[0]}=null"
-            )
+        advice = f"Leave out those that do not matter, for example by --set {''.join(refused[:1])}=null"
+        require(not refused, "keys that have a counterpart in this package", ", ".join(refused), advice=advice)
         self.left_out |= dict.fromkeys(unread, "nothing is known about it")
 
 

@@ -19,9 +19,9 @@ from ssync_pl.data.decode import inspect_video
 from ssync_pl.data.features.cache import FeatureMaker
 from ssync_pl.data.features.projection import PROJECTION_FILE, read_projection
 from ssync_pl.data.features.store import read_recipe
-from ssync_pl.data.index import SampleEntry, ShardEntry, load_shards
+from ssync_pl.data.index import SampleEntry, load_shards
 from ssync_pl.data.samples import SampleRules, crop_offsets, eval_sample
-from ssync_pl.data.shards import ShardReader
+from ssync_pl.data.shards import sample_members
 from ssync_pl.data.synthetic_datamodule import SyntheticDataModule
 from ssync_pl.errors import ConfigError, ShardError, printable, require, require_shard
 from ssync_pl.tools.predict.windows import WINDOW_KEY, cut_windows, seen_region
@@ -98,12 +98,11 @@ def _file(path: Path) -> list[InputVideo]:
 def _shard(path: Path) -> list[InputVideo]:
     entry = load_shards([str(path)], save=False)[0]
     require_shard(bool(entry.samples), f"shard {path} to hold videos", "none", advice="Build it again.")
-    read = partial(_shard_frames, str(path), entry)
-    return [InputVideo(one.key, f"{path}, key {one.key}", partial(read, one)) for one in entry.samples]
 
+    def frames(sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:
+        return iter(eval_sample(sample_members(str(path), entry, sample), SampleRules())["video"].numpy())
 
-def _shard_frames(path: str, shard: ShardEntry, sample: SampleEntry) -> Iterator[NDArray[np.uint8]]:
-    return iter(eval_sample(ShardReader().sample(path, shard, sample), SampleRules())["video"].numpy())
+    return [InputVideo(one.key, f"{path}, key {one.key}", partial(frames, one)) for one in entry.samples]
 
 
 class InputDataModule(L.LightningDataModule):

@@ -191,20 +191,8 @@ class SlotPredictions(L.Callback):
         write_bytes(self.folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
-def save_labels(path: Path, labels: NDArray[np.uint8]) -> None:
-    """Saves labels (H, W) as an 8-bit palette PNG: index = slot, colour = that of the overlays, 255 is black."""
-    palette = slot_colors(OUTSIDE + 1)
-    palette[OUTSIDE] = 0
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette.tobytes())
-    picture.save(path)
-
-
 def slot_tracks(labels: NDArray[Any], num_slots: int) -> str:
-    """Measures where each slot is in each frame of labels (T, H, W), as CSV; labels from `num_slots` on are no slot.
-
-    The first pixel reaches from 0 to 1 in both directions: a slot that fills a frame has its centre at W / 2.
-    """
+    """Measures where each slot is in each frame of labels (T, H, W), as CSV; labels from `num_slots` on are none."""
     _, height, width = labels.shape
     y, x = np.indices((height, width)).reshape(2, -1) + 0.5
     lines = ["frame,slot,area,center_x,center_y,x0,y0,x1,y1"]
@@ -231,8 +219,8 @@ def mp4_available() -> bool:
 def share_labels(table: NDArray[np.uint8], winners: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.uint8]:
     """Joins slots that are redundant in a window with those that share a label already; once joined, always joined.
 
-    `table` (256,) holds the label of each slot so far, `winners` (S,) the slot whose label each one takes now, and
-    `sizes` (256,) the pixels of each label so far: the largest label of a group stays, so that tracks go on.
+    `table` (256,) is the label of each slot, `winners` (S,) whose label each takes now, `sizes` (256,) are the labels'
+    pixels so far: the largest label of a group stays, so that tracks go on.
     """
     count, slots = len(winners), np.arange(len(winners))
     links = (np.ones(2 * count), (np.tile(slots, 2), np.concatenate([winners, table[:count]])))
@@ -298,8 +286,12 @@ class VideoFiles:
         Path(f"{start}.tracks.csv").write_text(slot_tracks(labels, self.slots), encoding="utf-8")
         pictures = Path(f"{start}_labels")
         pictures.mkdir()
-        for number, picture in enumerate(labels):
-            save_labels(pictures / f"{number:05d}.png", picture)
+        palette = slot_colors(OUTSIDE + 1)  # the colours of the overlays
+        palette[OUTSIDE] = 0
+        for number, slots in enumerate(labels):  # 8-bit palette PNG: index = slot
+            picture = Image.fromarray(slots)
+            picture.putpalette(palette.tobytes())
+            picture.save(pictures / f"{number:05d}.png")
         del labels
         self._raw.unlink()
         for earlier in (self.folder / f"{self.name}{ending}" for ending in _ENDINGS):
