@@ -22,6 +22,8 @@ FRESH = ["--data.init_args.data_seed=1", "--data.init_args.num_validation=96"]
 CROWDED = {"min_objects": 15, "max_objects": 23, "object_sizes": [0.9, 1.2, 1.6], "spawn_extent": 4.5}
 EXPERIMENTS: dict[str, tuple[str, list[str], list[str]]] = {
     # name: configuration in examples/, options of `ssync-pl compare`, options of each training
+    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], []),
+    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,15", "--seeds", "3"], []),
     "main": ("slotcontrast_synthetic", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], FRESH),
     "slots": ("slotcontrast_synthetic", ["--variants", "without,with", "--slots", "7,11,15", "--seeds", "3"], FRESH),
     "ablation": (

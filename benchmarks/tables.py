@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ from ssync_pl.metrics.table import METRICS, metric_names
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "settings.md")
 HEADLINE = metric_names("segmentation", "headline")
 MAIN = (*HEADLINE, "boundary_f")
 HOSTS = (
@@ -29,6 +30,15 @@ HOSTS = (
     ("quality_videosaur", "VideoSAUR, `c` from above, 11 slots"),
     ("quality_cluttered", "SlotContrast, clutter, 11 slots"),
     ("quality_solv", "SOLV, `c` from above, 7 slots"),
+)
+# Real video: scores of each source, of slot attention's map and the decoder's.
+REAL = {"davis": ("video_mbo", "video_ari"), "highway": ("video_fg_ari", "video_mbo", "video_ari")}
+REAL_MAPS = {"encoder_": "slot attention", "": "decoder"}
+
+BASELINES = (
+    ("fixed grid", "grid"),
+    ("k-means on RGB", "kmeans_rgb"),
+    ("k-means on the same features and places", "kmeans_features"),
 )
 
 
@@ -73,6 +83,24 @@ def main_table() -> str:
     cells = [f"{mean:.3f}" for mean in _feature_kmeans(rows["slots"][0])]
     body.append(["k-means on the same features and places", *cells, "–", "–"])
     return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in keys)], body)
+
+
+def quickstart_table() -> str:
+    """The first command's host: the decoder's map, slot attention's, and both with redundant slots merged."""
+    rows = read_results(RESULTS / "quality_quickstart.csv")
+    body = []
+    for prefix, words in (("", "decoder"), ("encoder_", "slot attention"), ("merged_", "decoder, merged")):
+        keys = [prefix + key for key in HEADLINE]
+        arms = [[values(rows, key, variant) for key in keys] for variant in ("without", "with")]
+        for name, found in zip(("without SSync", "with SSync"), arms, strict=True):
+            cells = (write(estimate(list(one.values())), key) for one, key in zip(found, HEADLINE, strict=True))
+            body.append([f"{words}, {name}", *cells])
+        pairs = [paired_difference(one, other) for other, one in zip(*arms, strict=True)]
+        cells = (write(pair, key, True) for pair, key in zip(pairs, HEADLINE, strict=True))
+        body.append(["paired difference", *cells])
+    for name, prefix in BASELINES:
+        body.append([name, *(f"{rows[f'{prefix}_{key}'][0]:.3f}" for key in HEADLINE)])
+    return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in HEADLINE)], body)
 
 
 def _feature_kmeans(clusters: int) -> list[float]:
@@ -158,7 +186,43 @@ def exploration_table() -> str:
     return grid(["variant", *(f"{count} slots" for count in counts)], body)
 
 
+def real_table(source: str, folder: Path = RESULTS) -> str:
+    """Real video: the run without SSync, differences to it, and what needs no learning."""
+    rows, known = read_results(folder / f"real_{source}.csv"), pd.read_csv(folder / f"real_{source}_references.csv")
+    keys = [(key, f"{of}{key}", said) for key in REAL[source] for of, said in REAL_MAPS.items()]
+    keys.append(("video_mbo", "merged_encoder_video_mbo", "slot attention, merged"))
+    keys.append(("used_slots", "used_slots", "decoder"))
+    body = []
+    for variant in dict.fromkeys(rows["variant"]):
+        arms = [(key, values(rows, column, variant), values(rows, column, "without")) for key, column, _ in keys]
+        if variant == "without":
+            cells = [write(estimate(list(ours.values())), key) for key, ours, _ in arms]
+        else:
+            cells = [write(paired_difference(ours, theirs), key, True) for key, ours, theirs in arms]
+        body.append([f"`{variant}`", str(len(arms[0][1])), *cells])
+    for _, one in known.iterrows():
+        cells = [f"{one[key]:.3f}" if of in REAL_MAPS.values() and key != "used_slots" else "–" for key, _, of in keys]
+        body.append([f"{one['partition']}, {one['parts']} parts", "–", *cells])
+    return grid(["variant", "seeds", *(f"{METRICS[key].title}, {said}" for key, _, said in keys)], body)
+
+
+def teachers_table(folder: Path = RESULTS) -> str:
+    """Real video: where SSync lets each map teach, and which map is right there."""
+    body = []
+    for source in REAL:
+        rows = pd.read_csv(folder / f"real_{source}_teachers.csv")
+        for (variant, region), some in rows.groupby(["variant", "region"], sort=False):
+            if variant in ("without", "boundary-only"):
+                shares = some.drop(columns=["variant", "region", "seed"]).mean()
+                body.append([source, f"`{variant}`", region, *(f"{100 * share:.1f} %" for share in shares)])
+    head = ["video", "variant", "region", "of all patches", "teacher right", "pupil right"]
+    return grid([*head, "only the teacher", "only the pupil"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_table,
+    **{f"real_{source}": partial(real_table, source) for source in REAL},
+    "real_teachers": teachers_table,
     "main": main_table,
     "slots": slots_table,
     "ablation": ablation_table,

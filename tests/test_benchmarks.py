@@ -167,6 +167,27 @@ def page_cells(start, section=""):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+def test_real_video_says_which_map_is_right_where_and_draws_its_tables(load, tmp_path):
+    real = load("real_video")
+    labels = torch.tensor([[[[0, 0, 1, 2]]]])
+    # Slot 1 and 2 stand for the object; the patch of slot 0 that shows it is wrong.
+    assert real.right(labels, torch.tensor([[[[0, 0, 1, 1]]]])).tolist() == [[[[True, True, True, True]]]]
+    assert real.right(labels.roll(1), torch.tensor([[[[0, 0, 1, 1]]]])).tolist() == [[[[True] * 2 + [False, True]]]]
+    host = real.SlotContrast(
+        num_slots=3, slot_dim=8, backbone=None, feature_dim=6, grid=(4, 5), decoder_hidden=(16,)
+    ).eval()
+    truth = torch.zeros(2, 2, 2, 8, 10, dtype=torch.bool)
+    truth[:, :, 0] = True
+    rows = real.teachers(host, [{"features": torch.randn(2, 2, 20, 6), "segmentations": truth}])
+    assert [row["region"] for row in rows] == ["boundary", "interior"]
+    # With nothing but background every patch is right in every map.
+    assert all(row["teacher_right"] in (0.0, 1.0) and row["teacher_better"] == 0 for row in rows)
+    for path in RESULTS.glob("real_*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert real.main(["figure", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "real_video.png").read_bytes().startswith(b"\x89PNG")
+
+
 def spread_of(values, digits):
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 

@@ -27,6 +27,7 @@ REFUSED = [
     (lambda: tiny(VideoSAUR, decoder="broadcast"), ConfigError, "decoder"),
     (lambda: tiny(VideoSAUR, feature_windows=0.0), ConfigError, "feature_windows"),
     (lambda: tiny(VideoSAUR, decoder="fourier"), ConfigError, "fourier_bands"),
+    (lambda: tiny(VideoSAUR, fourier_decay=1.0), ConfigError, "fourier_decay"),
     (lambda: tiny(VideoSAUR, num_slots=0), ConfigError, "num_slots"),
     (lambda: tiny(VideoSAUR, iterations_later=0), ConfigError, "iterations"),
     (lambda: tiny(VideoSAUR, encoder_position=0.5, encoder_hidden=0), ConfigError, "encoder_hidden"),

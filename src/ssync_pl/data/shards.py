@@ -28,7 +28,7 @@ def sample_members(path: str, shard: ShardEntry, sample: SampleEntry, max_bytes:
 
     def read(member: str, start: int, length: int) -> bytearray:
         offset = sample.members[member][0]
-        with open(path, "rb") as file:
+        with io.BufferedReader(io.FileIO(path), 1) as file:  # next to no buffer: it would read ahead in vain
             size = os.fstat(file.fileno()).st_size
             header = read_at(file, offset - _BLOCK, _BLOCK)
             data = read_at(file, offset + start, length)

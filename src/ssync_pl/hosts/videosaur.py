@@ -15,7 +15,7 @@ from ssync_pl.hosts.nn.backbones import Weights
 from ssync_pl.hosts.nn.decoders import FourierDecoder, MLPDecoder, SlotMixerDecoder
 from ssync_pl.hosts.nn.feature_encoder import FeatureEncoder
 from ssync_pl.hosts.nn.initializers import build_initializer
-from ssync_pl.hosts.nn.layers import init_fan_in_, random_windows
+from ssync_pl.hosts.nn.layers import PatchPosition, fourier_code, init_fan_in_, random_windows
 from ssync_pl.hosts.nn.over_time import MapOverTime, ScanOverTime, SlotProcessor
 from ssync_pl.hosts.nn.slot_attention import SlotCorrector, init_soft_kmeans_
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -79,6 +79,7 @@ class FeatureHost(SlotHost):
             convolutional backbones, whose features do not say where a patch lies.
         fourier_bands: 0: that embedding is linear in row and column, as published; above: of waves with up to this many
             half periods along the longer side. `decoder: fourier` needs some; 6 fits 16 x 28 patches.
+        fourier_decay: each wave weighs 1 over its frequency to this power; with 1 whole regions come before ripples.
         iterations_first: slot-attention iterations on the first frame.
         iterations_later: iterations on each later frame.
         corrector_mlp_hidden: hidden size of slot attention's residual MLP; None for `4 * slot_dim`, 0 for none.
@@ -140,6 +141,7 @@ class FeatureHost(SlotHost):
         encoder_hidden: int | None = None,
         encoder_position: float = 0.0,
         fourier_bands: int = 0,
+        fourier_decay: float = 0.0,
         iterations_first: int = 3,
         iterations_later: int = 2,
         corrector_mlp_hidden: int | None = 0,
@@ -181,6 +183,8 @@ class FeatureHost(SlotHost):
         require(fits, "`num_slots` and `slot_dim` to be from 1 to 999,999", num_slots, slot_dim)
         windows = 0 < feature_windows <= 1 and (backbone is None or feature_windows == 1)
         require(windows, "`feature_windows` to be 1, or in (0, 1) with cached features", feature_windows)
+        fits = fourier_decay == 0 or (fourier_bands > 0 and 0 < fourier_decay <= 4)
+        require(fits, "argument `fourier_decay` to be in [0, 4], and 0 without `fourier_bands`", fourier_decay)
         choose("slot_init", slot_init, "gaussian", "learned", "features")
         choose("decoder", decoder, "mlp", "mixer", "fourier", "fourier_mixer")
         choose("corrector_init", corrector_init, "default", "kmeans")
@@ -204,6 +208,7 @@ class FeatureHost(SlotHost):
             hidden=encoder_hidden,
             position=encoder_position,
             bands=fourier_bands,
+            decay=fourier_decay,
         )
         self.grid = encoder.grid
         patches = math.prod(encoder.grid)
@@ -220,8 +225,9 @@ class FeatureHost(SlotHost):
         if decoder == "mlp":
             patch_decoder = MLPDecoder(slot_dim, channels, decoder_hidden, patches, memory_efficient)
         elif decoder in ("fourier", "fourier_mixer"):
-            mix = decoder == "fourier_mixer"
-            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, encoder.grid, fourier_bands, mix)
+            waves = fourier_code(encoder.grid, fourier_bands, fourier_decay)
+            place = PatchPosition(waves, slot_dim) if decoder == "fourier_mixer" else None
+            patch_decoder = FourierDecoder(slot_dim, channels, decoder_hidden, waves, place)
         else:
             patch_decoder = SlotMixerDecoder(slot_dim, channels, decoder_hidden, patches, mixer_blocks, mixer_heads)
         if corrector_init == "kmeans":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssync_pl.errors import choose, require
-from ssync_pl.hosts.nn.layers import MLP, PatchPosition, fourier_code, has_hooks, init_fan_in_
+from ssync_pl.hosts.nn.layers import MLP, PatchPosition, has_hooks, init_fan_in_
 from ssync_pl.hosts.nn.pixels import DecoderOutput
 from ssync_pl.hosts.nn.pixels import SpatialBroadcastDecoder as SpatialBroadcastDecoder  # beside the others
 from ssync_pl.hosts.nn.slot_transformer import SlotTransformer
@@ -36,8 +36,7 @@ def mix_patches(
     """Decode every slot at every patch by an MLP with ReLUs, and mix over slots.
 
     The first layer is linear, so that slots `(M, S, H)` and places `(N, H)` pass it apart; the last is linear and masks
-    sum to 1, so that hidden activations are mixed first. With `memory_efficient`, some patches are decoded at a time,
-    of which the backward pass finds the inputs of the last hidden layer and computes most of the rest again.
+    sum to 1, so that hidden activations are mixed first. `memory_efficient` decodes parts, most of them twice.
     """
 
     def begin(slots: Tensor, places: Tensor, positions: Tensor | None) -> Tensor:
@@ -165,19 +164,19 @@ class FourierDecoder(nn.Module):
 
     Two MLPs turn a slot into the waves' coefficients and the vector. Where slots hold the mean of a Fourier code of
     their patches' places (`PatchPosition`), they know their shape, and masks follow slot attention after few steps.
-    With `mix`, the second sees each patch's mixture of slots and its place, as in `SlotMixerDecoder`.
+    With a `place`, the second sees each patch's mixture of slots and its place, as in `SlotMixerDecoder`.
     """
 
     returns_logits: ClassVar[bool] = True
     waves: Tensor
 
     def __init__(
-        self, slot_dim: int, channels: int, hidden: Sequence[int], grid: tuple[int, int], bands: int, mix: bool = False
+        self, slot_dim: int, channels: int, hidden: Sequence[int], waves: Tensor, place: PatchPosition | None = None
     ) -> None:
         super().__init__()
-        _check_sizes(hidden, min(grid))
-        self.register_buffer("waves", fourier_code(grid, bands), persistent=False)
-        self.place = PatchPosition(grid, slot_dim, bands=bands) if mix else None
+        _check_sizes(hidden, len(waves))
+        self.register_buffer("waves", waves, persistent=False)
+        self.place = place
         self.coefficients = MLP(slot_dim, hidden, self.waves.shape[1], layer_norm=True)
         self.mlp = MLP(slot_dim, hidden, channels)
         init_fan_in_(self.coefficients)
@@ -197,12 +196,9 @@ class FourierDecoder(nn.Module):
 
 
 class RelativeMixtureDecoder(nn.Module):
-    """SOLV's decoder: predicts a frame's features from slots that know where they are.
+    """SOLV's decoder: an MLP gives features and alpha of each slot at each patch (arXiv 2310.06907, section 3.4).
 
-    A slot is copied to every patch; a learned embedding of the patch and a linear map of its position relative to the
-    slot are added; an MLP gives features and alpha.
-
-    Source: Aydemir et al. 2023 (arXiv 2310.06907), section 3.4.
+    A learned embedding of the patch and a linear map of its position relative to the slot are added to the slot.
     """
 
     def __init__(

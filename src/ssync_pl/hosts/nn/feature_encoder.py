@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssync_pl.errors import ConfigError, ShapeError, require
 from ssync_pl.hosts.nn.backbones import FrozenBackbone, Weights, load_backbone
-from ssync_pl.hosts.nn.layers import MLP, PatchPosition
+from ssync_pl.hosts.nn.layers import MLP, PatchPosition, fourier_code, unit_grid
 
 
 class FeatureEncoder(nn.Module):
@@ -35,6 +35,7 @@ class FeatureEncoder(nn.Module):
         hidden: int | None = None,
         position: float = 0.0,
         bands: int = 0,
+        decay: float = 0.0,
     ) -> None:
         super().__init__()
         network: FrozenBackbone | None = None
@@ -72,7 +73,9 @@ class FeatureEncoder(nn.Module):
         self.frame_std: Sequence[float] | None = None
         self.backbone, self.renormalize = network, renormalize
         self.output_transform = MLP(feature_dim, [hidden], slot_dim, layer_norm=True) if hidden else None
-        self.position = PatchPosition(self.grid, hidden, position, bands) if position else None
+        # Times sqrt(3), rows and columns have about variance 1.
+        code = fourier_code(self.grid, bands, decay) if bands else unit_grid(self.grid) * math.sqrt(3.0)
+        self.position = PatchPosition(code, hidden, position) if position else None
 
     def take_normalization(self, data: object) -> None:
         """Take over how a data module normalises frames (`mean` and `std`), if it says so."""

@@ -75,15 +75,13 @@ class SoftPositionEmbedding(nn.Module):
 class PatchPosition(nn.Module):
     """A learned linear map of where each patch lies, without bias; it starts with variance `scale ** 2` per channel.
 
-    With `bands`, it maps a Fourier code of the place: the mean of a slot's patches then tells their shape.
+    With a `fourier_code` of the places, the mean of a slot's patches tells their shape.
     """
 
     coordinates: Tensor
 
-    def __init__(self, grid: tuple[int, int], dim: int, scale: float = 1.0, bands: int = 0) -> None:
+    def __init__(self, coordinates: Tensor, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        # Times sqrt(3), rows and columns have about variance 1.
-        coordinates = fourier_code(grid, bands) if bands else unit_grid(grid) * math.sqrt(3.0)
         self.scale = scale
         self.weight = nn.Parameter(torch.randn(dim, coordinates.shape[1]) * coordinates.shape[1] ** -0.5)
         self.register_buffer("coordinates", coordinates, persistent=False)
@@ -111,26 +109,26 @@ def random_windows(features: Tensor, grid: tuple[int, int], least: float) -> Ten
     return rearrange(seen, "b (t c) h w -> b t (h w) c", t=features.shape[1])
 
 
-def fourier_code(grid: tuple[int, int], bands: int) -> Tensor:
+def fourier_code(grid: tuple[int, int], bands: int, decay: float = 0.0) -> Tensor:
     """Cosines and sines `(N, K)` of plane waves over a grid, of mean square about 1.
 
-    The shortest has `bands / 2` periods along the longer side; waves of all directions are there.
+    The shortest has `bands / 2` periods on the longer side. Each weighs 1 over its frequency to the power of `decay`.
     """
     require(bands >= 1, "argument `fourier_bands` to be at least 1", bands, advice="Use 6.")
     axes = [(torch.arange(size) + 0.5) / max(grid) for size in grid]
     half = torch.cartesian_prod(torch.arange(bands + 1), torch.arange(-bands, bands + 1))
-    waves = half[(half.square().sum(1) <= bands**2) & ((half[:, 0] > 0) | (half[:, 1] > 0))]
-    phases = math.pi * torch.cartesian_prod(*axes) @ waves.float().mT
-    return math.sqrt(2.0) * torch.cat([phases.cos(), phases.sin()], dim=-1)
+    waves = half[(half.square().sum(1) <= bands**2) & ((half[:, 0] > 0) | (half[:, 1] > 0))].float()
+    phases = math.pi * torch.cartesian_prod(*axes) @ waves.mT
+    weights = nn.functional.normalize(waves.norm(dim=1) ** -decay, dim=0) * math.sqrt(2 * len(waves))
+    return torch.cat([weights * phases.cos(), weights * phases.sin()], dim=-1)
 
 
 @torch.no_grad()
 def init_fan_in_(stack: nn.Module) -> None:
     """Scale every layer of a stack so that activations keep their variance from input to output.
 
-    Weights become Gaussian with standard deviation `sqrt(2 / fan)`, the last layer's `sqrt(1 / fan)` as no ReLU
-    follows it; biases become zero (He et al. 2015). PyTorch's default shrinks the signal from layer to layer, and
-    then the position embedding, added at the end, drowns the image.
+    Weights become Gaussian, `sqrt(2 / fan)` wide, the last `sqrt(1 / fan)`, biases zero (He et al. 2015). PyTorch's
+    default shrinks the signal, so that the position embedding at the end drowns the image.
     """
     layers = [m for m in stack.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
     for index, layer in enumerate(layers):

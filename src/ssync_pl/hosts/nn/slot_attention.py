@@ -129,11 +129,9 @@ class SlotCorrector(SlotAttention):
 def init_soft_kmeans_(corrector: Any, sharpness: float = 1.5) -> None:
     """Give slot attention initial weights with which its iterations are those of soft k-means.
 
-    Queries and keys get one random rotation times `sharpness`, so that the logits are
-    `sharpness ** 2 * <slot, feature> / sqrt(D)`, both normalised. Values are the features as they are, and the GRU
-    starts out putting the mean of a slot's patches in the place of the slot. With independent random weights, slots
-    and patches begin in unrelated spaces, and many steps go by until attention groups anything. Weights are changed
-    in place; names, shapes and what can be learned stay.
+    Queries and keys get one random rotation times `sharpness`, values are the features as they are, and the GRU puts
+    the mean of a slot's patches in the place of the slot. With independent weights, slots and patches begin in
+    unrelated spaces, and many steps go by until attention groups anything.
     """
     require(0 < sharpness < math.inf, "argument `corrector_sharpness` to be above 0", sharpness, advice="Use 1.5.")
     channels, dim = corrector.to_k.in_features, corrector.to_q.in_features
