@@ -18,7 +18,7 @@ Own = Callable[[Any, Any], Tensor]
 class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
-    Args:
+    Attributes:
         logits: Before the softmax over slots, minus infinity for absent slots; None where there are only probabilities.
         own: The host's own softmax of them, in the same shape; None where it is not to be had.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
