@@ -13,7 +13,7 @@ from ssync_pl.errors import HostError
 class MapCall(NamedTuple):
     """One call of slot attention or of a decoder.
 
-    Args:
+    Attributes:
         logits: Before the softmax over slots, minus infinity for absent slots; None where there are only probabilities.
         own: Probabilities, in the place of logits.
         axis: Axis of the slots in both; 0 where slots are folded into the batch.
