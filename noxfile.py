@@ -4,7 +4,6 @@
 Requirements behind ``--`` go to pip as well, for example ``nox -s release -- torch==2.14.1 torchvision==0.29.1``.
 """
 
-import re
 import shutil
 import tarfile
 import zipfile
@@ -37,13 +36,12 @@ def tests(session: nox.Session) -> None:
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
     """The same with the oldest release of each package that pyproject.toml allows."""
-    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
-    extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
-    pins = [re.sub(r"(\[.*\])?>=([^,]+).*", r"==\2", one) for one in named if ">=" in one]
-    constraints = Path(session.create_tmp()) / "oldest.txt"
-    constraints.write_text("\n".join(pins))
-    session.install("-e", ".[test]", "-c", str(constraints))
+    lowest = str(Path(session.create_tmp()) / "oldest.txt")
+    session.install("uv")
+    resolve = ["--resolution", "lowest-direct", "--python-version", "3.10", "--quiet"]
+    session.run("uv", "pip", "compile", "pyproject.toml", "--extra", "test", *resolve, "--output-file", lowest)
+    session.install("-r", lowest)
+    session.install("--no-deps", "-e", ".")
     session.run("pytest", "-q", *(session.posargs or ["-n", "auto"]))
 
 
