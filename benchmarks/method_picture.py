@@ -58,15 +58,23 @@ def draw(output: SSyncOutput) -> plt.Figure:
         for region, labels in ((output.boundary, output.encoder_labels), (output.interior, output.decoder_labels))
     ]
     rows = [
-        ("slot attention", output.raw_encoder_labels, output.encoder_labels, chosen[0], "boundaries: teach the decoder"),
-        ("decoder", output.raw_decoder_labels, output.decoder_labels, chosen[1], "interiors: teach slot attention"),
+        (
+            "slot attention",
+            output.raw_encoder_labels,
+            output.encoder_labels,
+            chosen[0],
+            "boundaries\nteach the decoder",
+        ),
+        ("decoder", output.raw_decoder_labels, output.decoder_labels, chosen[1], "interiors\nteach slot attention"),
     ]
-    figure, axes = plt.subplots(2, 3, figsize=(8.4, 5.9), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(7.0, 5.6), layout="constrained")
     for line, (side, raw, merged, taught, title) in zip(axes, rows, strict=True):
-        titles = [f"{side}: labels", "redundant slots merged", title]
+        titles = [f"{side}:\nlabels", "redundant slots\nmerged", title]
         for axis, labels, text in zip(line, (raw, merged, taught), titles, strict=True):
-            axis.imshow(labels[0, FRAMES // 2], cmap=ListedColormap(COLOURS), vmin=0, vmax=SLOTS, interpolation="nearest")
-            axis.set_title(text, fontsize=11)
+            axis.imshow(
+                labels[0, FRAMES // 2], cmap=ListedColormap(COLOURS), vmin=0, vmax=SLOTS, interpolation="nearest"
+            )
+            axis.set_title(text, fontsize=14)
             axis.set(xticks=[], yticks=[])
     return figure
 
@@ -76,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
     default = Path(__file__).resolve().parents[1] / "docs" / "method.svg"
     parser.add_argument("--out", type=Path, default=default, help="file of the picture (default: %(default)s)")
     options = parser.parse_args(args)
-    grey = {name: "#808080" for name in ("text.color", "axes.edgecolor")}  # reads on white and on black
+    grey = dict.fromkeys(("text.color", "axes.edgecolor"), "#808080")  # reads on white and on black
     with mpl.rc_context({**grey, "svg.hashsalt": "ssync_pl"}):
         figure = draw(ssync_loss(toy_maps(), merge_threshold=0.7))
         figure.savefig(options.out, transparent=True, metadata={"Date": None} if options.out.suffix == ".svg" else None)
