@@ -81,9 +81,10 @@ def _download(address: str, path: Path, sha256: str, seen: Any) -> Iterator[byte
     from ssync_pl.data.remote import RemoteFile
 
     parts, got = urlsplit(address), f"another file from {address}"
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     advice = f"Connect to the internet, or fetch {address} elsewhere and put it at {path}."
     with explained(f"to reach {parts.hostname}", OSError, advice=advice):
-        socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=10).close()
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
     with RemoteFile(address) as source:
         stream = io.BufferedReader(source, _CHUNK)
         if path.suffix == ".ckpt":
