@@ -31,11 +31,11 @@ GPU = {
 }
 EXPERIMENTS: dict[str, tuple[str, list[str], list[str]]] = {
     # name: configuration in examples/, options of `ssync-pl compare`, options of each training
-    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], []),
-    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,15", "--seeds", "3"], []),
+    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "9", "--seeds", "5"], []),
+    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,11,15", "--seeds", "3"], []),
     "quickstart_gpu": (
         "quickstart",
-        ["--variants", "without,with", "--slots", "11", "--seeds", "2", "--processes", "2"],
+        ["--variants", "without,with", "--slots", "9", "--seeds", "2", "--processes", "2"],
         [f"--{name}={value}".replace("None", "null") for name, value in GPU.items()],
     ),
     "main": ("slotcontrast_synthetic", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], FRESH),
