@@ -75,6 +75,8 @@ def test_public_names_are_these_and_documented():
         value = getattr(ssync_pl, name)
         assert value.__doc__
         assert value.__name__ == name
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert not [name for name in PUBLIC - {"__version__"} if not re.search(rf"^(:::|###).*\b{name}$", page, re.M)]
     assert ssync_pl.__version__ == version("ssync-pl")
 
 

@@ -36,7 +36,7 @@ class VideosaurDecoder(Decoder):
 
 
 class MixerDecoder(Kept):
-    side, checked = "masks", False
+    side = "masks"
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class MixerDecoder(Kept):
         query = self.to_q(self.places.expand(len(slots), -1, -1))
         logits = torch.einsum("bnd,bsd->bns", query, self.to_k(slots)) * self.scale
         self.own_logits.append(logits.transpose(1, 2))
-        return {"masks": (self.sharpen * logits).softmax(-1).transpose(1, 2)}
+        return {"masks": logits.softmax(-1).transpose(1, 2)}
 
 
 class VideosaurHost(StandIn):
@@ -203,7 +203,7 @@ class MixerDecode(Kept):
     Its ``backbone`` serves a random order; or, with a part more, predicts patches one after the other, or noise.
     """
 
-    side, probs, checked = "masks", True, False
+    side, probs = "masks", True
 
     def __init__(self, backbone: bool = False, beside: str = "") -> None:
         super().__init__()

@@ -109,27 +109,26 @@ class JunkeunYiProducts(Kept):
         query = query / (query.shape[-1] ** 0.5)
         logits = torch.matmul(query.permute(0, 2, 1, 3), key.permute(0, 2, 3, 1))
         self.own_logits.append(logits)
-        attention = torch.softmax(self.sharpen * logits, dim=-2, dtype=torch.float32)
+        attention = torch.softmax(logits, dim=-2, dtype=torch.float32)
         weights = attention / (attention.sum(-1, keepdim=True) + 1e-8)
         return torch.einsum("bhqk,bkhd->bqhd", weights, value.to(weights.dtype)), attention
 
 
 class JunkeunYiCorrector(SlotAttention):
-    """A module inside of it takes the softmax, over slots for each head, called by keywords or ``positional``."""
+    """A module inside of it takes the softmax, over slots for each head."""
 
     names, whole = ("dense_q", "dense_k", "dense_v"), staticmethod(mean_of_heads)
 
-    def __init__(self, heads: int, iterations: int, positional: bool) -> None:
+    def __init__(self, heads: int, iterations: int) -> None:
         super().__init__(iterations, heads)
-        self.inverted_attention, self.positional = nn.ModuleDict({"attn_fn": JunkeunYiProducts()}), positional
+        self.inverted_attention = nn.ModuleDict({"attn_fn": JunkeunYiProducts()})
 
     def split(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.heads, -1))
 
     def step(self, query, keys, values, present):
         inner: Any = self.inverted_attention["attn_fn"]
-        inner.sharpen = self.sharpen
-        update, probs = inner(query, keys, values) if self.positional else inner(query=query, key=keys, value=values)
+        update, probs = inner(query=query, key=keys, value=values)
         return inner.own_logits.pop(), probs, update
 
 
@@ -148,8 +147,8 @@ class JunkeunYiDecoder(Decoder):
 class JunkeunYiHost(StandIn):
     predictor = "processor.predictor"
 
-    def __init__(self, heads=1, iterations=1, size=GRID, predicted=False, positional=False):
-        corrector = JunkeunYiCorrector(heads, iterations, positional)
+    def __init__(self, heads=1, iterations=1, size=GRID, predicted=False):
+        corrector = JunkeunYiCorrector(heads, iterations)
         found = {"corrector": corrector, "processor.corrector": corrector, self.predictor: nn.Linear(DIM, DIM)}
         super().__init__({"encoder": eyes(JunkeunYiEncoder), **found,
                           "decoder": JunkeunYiDecoder(size, colours=0)})  # fmt: skip
@@ -185,8 +184,6 @@ class SplitHeads(nn.Module):
 
 
 class PackageAttention(SlotAttention):
-    checked = False
-
     def __init__(self, heads: int | None = None) -> None:
         super().__init__(heads=heads or 1)
         self.slots_mu, self.slots_logsigma = (nn.Parameter(torch.ones(1, 1, DIM)) for _ in range(2))
@@ -228,8 +225,6 @@ class PackageWrapper(nn.Module):
 
 
 class Pictures(RawDecoder):
-    checked = False
-
     def __init__(self, last: bool) -> None:
         super().__init__(FRAME)
         self.last = last
@@ -280,15 +275,12 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     },
     "genera1z-savi": {
         "genera1z": Genera1zHost,
-        "genera1z_iterations": lambda: Genera1zHost(iterations=2),
         "genera1z_fine": lambda: Genera1zHost(size=(4, 8)),
     },
     "junkeun-yi-savi": {
         "junkeun_yi": JunkeunYiHost,
-        "junkeun_yi_iterations": lambda: JunkeunYiHost(iterations=3),
         "junkeun_yi_fine": lambda: JunkeunYiHost(size=(4, 8)),
         "junkeun_yi_predicted": lambda: JunkeunYiHost(predicted=True),
-        "junkeun_yi_positional": lambda: JunkeunYiHost(positional=True),
         "junkeun_yi_heads": lambda: JunkeunYiHost(heads=2, iterations=2),
         "junkeun_yi_heads_coarse": lambda: JunkeunYiHost(heads=2, size=(1, 2)),
     },

@@ -12,23 +12,19 @@ N = GRID[0] * GRID[1]
 
 
 class Kept(nn.Module):
-    """Keeps the logits of each call; with a ``sharpen`` other than 1, its softmax gets others than it shows.
+    """Keeps the logits of each call; ``side`` says which map it draws, ``probs`` that it keeps probabilities."""
 
-    ``side`` says which map it draws, ``probs`` that it keeps probabilities, ``checked`` that the adapter can compare.
-    """
-
-    side, probs, checked = "", False, True
+    side, probs = "", False
 
     def __init__(self) -> None:
         super().__init__()
-        self.sharpen = 1.0
         self.own_logits: list[Tensor] = []
 
 
 class SlotAttention(Kept):
     """Slot attention over ``(B, N, D)``; families differ in names, in the order of the operations and in the call."""
 
-    side, checked, slots_only, eps = "attention", False, False, 1e-8
+    side, slots_only, eps = "attention", False, 1e-8
     names: tuple[str, ...] = ("to_q", "to_k", "to_v")
 
     def __init__(self, iterations: int = 2, heads: int = 1) -> None:
@@ -54,7 +50,7 @@ class SlotAttention(Kept):
         logits = self.product(query, keys)
         if present is not None:
             logits = logits.masked_fill(~present.view(*present.shape, *[1] * (logits.ndim - 2)), float("-inf"))
-        probs = self.softmax(self.sharpen * logits)
+        probs = self.softmax(logits)
         weights = (probs + self.eps) / (probs + self.eps).sum(-1, keepdim=True)
         return logits, probs, self.mix(weights, values)
 
@@ -85,11 +81,13 @@ def mean_of_heads(logits: Tensor) -> tuple[Tensor, Tensor | None]:
 class Decoder(Kept):
     """Slots at places through the network ``name``, whose last channel is alpha; channels come first for pixels.
 
-    ``beside`` names further parts by which its family is recognised.
+    ``beside`` names further parts by which its family is recognised. With a ``sharpen`` other than 1, its softmax gets
+    other logits than it shows.
     """
 
     side, name, channels_last = "masks", "decoder", False
     beside: tuple[str, ...] = ()
+    sharpen = 1.0
 
     def __init__(self, size: tuple[int, ...] = (N,), colours: int = 3) -> None:
         super().__init__()

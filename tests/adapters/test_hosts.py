@@ -111,32 +111,13 @@ def test_autocast_of_the_host_is_kept(name: str) -> None:
     assert ssync_loss(maps).loss.isfinite()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if parts(make_host(name))[1].checked])
+@pytest.mark.parametrize("name", ["slotformer", "genera1z"])  # whose softmax is outside of the modules that are heard
 def test_a_host_that_changes_its_masks_is_refused(name: str) -> None:
     host = make_host(name)
     parts(host)[1].sharpen = 3.0
     heard = hear(host)
     with pytest.raises(HostError, match="but they differ by up to"):
         heard.adapter.verify(heard.capture, heard.maps())
-
-
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_slot_attention_that_switches_autocast_off_is_heard_in_full_precision(name: str) -> None:
-    host = make_host(name)
-    attention = parts(host)[0]
-    plain = attention.forward
-
-    def careful(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return plain(*[arg.float() if torch.is_tensor(arg) else arg for arg in args], **kwargs)
-
-    attention.forward = careful
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        heard = hear(host)
-    maps = heard.maps()
-    assert maps.attention_logits.dtype == torch.float32
-    assert torch.equal(maps.attention_logits, own_maps(host).attention_logits)
-    heard.adapter.verify(heard.capture, maps)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

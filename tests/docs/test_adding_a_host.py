@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ssync_pl.adapters import base, locate
-from ssync_pl.errors import HostError
 from ssync_pl.tools.doctor.examine import examine
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_host.md"
@@ -34,7 +33,7 @@ def test_the_use(page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
     assert page["ssync"].logs["ssync/weight"] == 1
 
 
-def test_the_maps_are_the_host_s_own_and_a_changed_host_is_refused(page: dict[str, Any]) -> None:
+def test_the_maps_are_the_host_s_own(page: dict[str, Any]) -> None:
     host, video, used = page["MyModel"](), torch.rand(2, 3, 3, 16, 24), []
     adapter, keys = locate("auto", host).adapter, list(host.state_dict())
     assert adapter.name == "grouper"
@@ -51,10 +50,6 @@ def test_the_maps_are_the_host_s_own_and_a_changed_host_is_refused(page: dict[st
     (maps.attention_logits.softmax(2)[:, :, 0].sum() + maps.mask_probs[:, :, 0].sum()).backward()
     assert host.grouper.q.weight.grad.any()
     assert host.renderer.places.grad.any()
-    call = capture.only("renderer")
-    capture["renderer"][0] = call._replace(own=(2 * call.logits).softmax(2))
-    with pytest.raises(HostError, match="masks that 'renderer' returns to be the softmax"):
-        adapter.verify(capture, maps)
     capture.remove()
     assert list(host.state_dict()) == keys
 

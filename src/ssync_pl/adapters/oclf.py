@@ -2,16 +2,14 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_softmax
-from ssync_pl.adapters.capture import NAME_THEM, Capture, describe
+from ssync_pl.adapters.calls import MapCall, entry, watch_softmax
+from ssync_pl.adapters.capture import NAME_THEM, Capture
 from ssync_pl.adapters.grids import joint_heads, patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.method.maps import SSyncMaps
 
 _DECODERS = ("object_decoder", "decoder")
 _SLOT_ATTENTION = ("to_q", "to_k", "to_v", "n_heads", "dims_per_head", "scale")
@@ -22,8 +20,8 @@ class OclfAdapter(GridAdapter):
     """Hosts with ``models.perceptual_grouping[.module].slot_attention`` and ``models.object_decoder`` (or ``decoder``).
 
     Slot attention takes one softmax over slots and heads, merged by `joint_heads`, and runs once for images (T = 1) or
-    once per frame. Slots that the host masks in a frame do not exist in the clip. Decoders are those whose inner
-    ``decoder`` ends in an alpha channel; autoregressive ones, and those that render densities, are refused.
+    once per frame. Slots that the host masks in a frame do not exist in the clip. Decoders have a ``decoder`` of their
+    own and a softmax over slots; autoregressive ones, and those that render densities, are refused.
 
     Source: DINOSAUR (arXiv 2209.14860), SAVi (arXiv 2111.12594).
     """
@@ -52,7 +50,10 @@ class OclfAdapter(GridAdapter):
         drops = self.drops_slots and getattr(decoder, "mask_type", None) != "none"
         watch_softmax(capture, "slot_attention", attention)
         capture.watch("exist", attention, _kept if drops else _present)
-        watch_alpha(capture, "decoder", decoder, "decoder", _alpha, _masks, axis=None)
+        if drops and decoder.mask_type == "logit":  # its softmax is fed the decision too, times 1e5
+            capture.watch("decoder", decoder.decoder, _alpha)
+        else:
+            watch_softmax(capture, "decoder", decoder, axis=None)
 
     def calls(self, capture: Capture) -> tuple[list[MapCall], list[MapCall]]:
         calls, drawn = super().calls(capture)
@@ -80,18 +81,6 @@ class AdaSlotAdapter(OclfAdapter):
     name: ClassVar[str] = "adaslot"
     drops_slots: ClassVar[bool] = True
 
-    def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
-        logits, own, valid = call.logits, call.own, maps.slot_valid
-        if valid is None or logits is None or own is None:
-            return logits, own, 0.0
-        kept = valid.view(len(valid), *[1] * (call.axis - 1), -1, *[1] * (logits.ndim - call.axis - 1))
-        # An image without slots has nothing to compare: both sides become uniform.
-        some, own = kept.any(call.axis, keepdim=True), own.detach()
-        logits = logits.masked_fill(~kept, float("-inf")).masked_fill(~some, 0.0)
-        own = torch.where(some, own / own.sum(call.axis, keepdim=True), 1 / valid.shape[1])
-        # A straight-through decision is 1 only up to its rounding, which half precision and a penalty of 1e5 show.
-        return logits, own, 1e-2
-
 
 def _present(module: Any, args: tuple[Any, ...], output: Any) -> Tensor | None:
     masked = args[2] if len(args) > 2 else None
@@ -107,16 +96,9 @@ def _kept(module: Any, args: tuple[Any, ...], output: Any) -> Tensor:
     return kept if present is None else kept & present
 
 
-def _masks(module: nn.Module, output: Any) -> Tensor:
-    # An amodal decoder returns sigmoids as its masks, and beside them the softmax that it paints with.
-    return entry("masks_vis" if hasattr(output, "masks_vis") else "masks")(module, output)
-
-
-def _alpha(output: Any) -> Tensor:
-    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-        given = describe(output)
-        raise HostError(f"Expected the inner network to give (B * S, N, C) or (B * S, C, h, w), but got {given}.")
-    return output.select(-1 if output.ndim == 3 else 1, -1)
+def _alpha(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> MapCall:
+    """The last channel of what is drawn for each slot, ``(B * S, N, C)`` or ``(B * S, C, h, w)``."""
+    return MapCall(output.select(-1 if output.ndim == 3 else 1, -1), axis=0)
 
 
 def _refuse_without_masks(host: nn.Module, attention: nn.Module, decoder: nn.Module) -> None:

@@ -5,19 +5,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, watch_alpha, watch_softmax
+from ssync_pl.adapters.calls import MapCall, entry, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules
 from ssync_pl.adapters.slot_model import SlotModelAdapter
 from ssync_pl.errors import HostError
-from ssync_pl.method.maps import SSyncMaps
 
 
 @register_adapter
 class RandSFQAdapter(SlotModelAdapter):
     """Hosts with ``encode_backbone``, ``aggregat`` and ``decode``, for videos and for images (T = 1), in plain PyTorch.
 
-    The decoder's map is, with a broadcast MLP decoder, the last channel of its ``backbone`` as logits; else the object
-    masks that it returns, as probabilities. Decoders without object masks are refused.
+    The decoder's map is, with a broadcast MLP decoder, what its softmax is fed, as logits; else the object masks that
+    it returns, as probabilities. Decoders without object masks are refused.
 
     Source: RandSF.Q (arXiv 2508.01345), VQ-VFM-OCL (arXiv 2502.20263), DINOSAUR (arXiv 2209.14860).
     """
@@ -27,24 +26,16 @@ class RandSFQAdapter(SlotModelAdapter):
     attention, decoder, features = "aggregat", "decode", "encode_backbone"
 
     def listen(self, host: Any, capture: Capture) -> None:
-        masks = entry("1")
         watch_softmax(capture, "aggregat", host.aggregat)
         capture.watch("exist", host.aggregat, _slot_mask, inputs=True)
         backbone = getattr(host.decode, "backbone", None)
         broadcast = isinstance(backbone, nn.Module) and not isinstance(backbone, nn.TransformerDecoder)
         if broadcast and has_modules(host.decode, "posit_embed"):
-            watch_alpha(capture, "decode", host.decode, "backbone", lambda output: output[..., -1], masks)
+            watch_softmax(capture, "decode", host.decode, axis=None)
         else:
             _refuse_without_masks(host)
-            take = lambda module, args, output: MapCall(None, masks(module, output))  # noqa: E731
-            capture.watch("decode", host.decode, take)
-
-    def comparable(self, call: MapCall, maps: SSyncMaps) -> tuple[Tensor | None, Tensor | None, float]:
-        if call.logits is None or maps.slot_valid is None:
-            return call.logits, call.own, 0.0
-        frames = call.logits.shape[0] // maps.slot_valid.shape[0]
-        valid = maps.slot_valid.repeat_interleave(frames, 0)[:, :, None]
-        return call.logits.masked_fill(~valid, float("-inf")), call.own, 0.0
+            masks = entry("1")
+            capture.watch("decode", host.decode, lambda module, args, out: MapCall(None, masks(module, out)))
 
 
 def _slot_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, check_close, entry, watch_alpha, watch_softmax
+from ssync_pl.adapters.calls import MapCall, check_close, watch_softmax
 from ssync_pl.adapters.capture import NAME_THEM, Capture, output_entry
 from ssync_pl.adapters.grids import Grid
 from ssync_pl.adapters.slot_model import SlotModelAdapter
@@ -50,7 +50,7 @@ class SoldAdapter(SlotModelAdapter):
 
     def listen(self, host: Any, capture: Capture) -> None:
         watch_softmax(capture, "corrector", host.corrector)
-        watch_alpha(capture, "decoder", host.decoder, "encoder", lambda out: out[:, -1], entry("1", squeeze=2))
+        watch_softmax(capture, "decoder", host.decoder, axis=None)
 
 
 @register_adapter
@@ -142,8 +142,7 @@ class JunkeunYiSaviAdapter(SlotModelAdapter):
                 "to True, since masks of predicted slots show the next frame."
             )
         watch_softmax(capture, "corrector", host.corrector)
-        masks = entry("alpha_mask", squeeze=-1)
-        watch_alpha(capture, "decoder", host.decoder, "mask_pred", lambda output: output.squeeze(-1), masks)
+        watch_softmax(capture, "decoder", host.decoder, axis=None)
 
 
 def _four_channels(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> MapCall:

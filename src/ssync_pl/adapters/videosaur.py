@@ -1,14 +1,12 @@
 """Spec of the VideoSAUR family: VideoSAUR, SlotContrast and the forks that keep their modules."""
 
-import functools
 import warnings
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from ssync_pl.adapters.base import register_adapter
-from ssync_pl.adapters.calls import MapCall, entry, in_shape_of, watch_alpha, watch_softmax
+from ssync_pl.adapters.calls import MapCall, watch_softmax
 from ssync_pl.adapters.capture import Capture, has_modules, submodule
 from ssync_pl.adapters.grids import patch_stride
 from ssync_pl.adapters.slot_model import GridAdapter
@@ -16,7 +14,6 @@ from ssync_pl.adapters.slot_model import GridAdapter
 _CORRECTORS = ("processor.module.corrector", "processor.corrector")
 _DECODERS = ("decoder.module", "decoder")
 _OWN_LOSSES = ("loss_grp2deccls", "loss_dec2grpcls")
-_MASKS = entry("masks")
 
 
 @register_adapter
@@ -24,8 +21,8 @@ class VideosaurAdapter(GridAdapter):
     """Hosts with ``processor[.module].corrector`` and ``decoder[.module]``, for videos and for images (T = 1).
 
     These are VideoSAUR with its SAVi, SAVi++ and DINOSAUR configurations, SlotContrast, SRL, SlotCurri, and SSync's own
-    code, whose two losses should be off then: a warning says so. Decoders: an ``mlp`` whose last channel is alpha, a
-    slot mixer, a spatial broadcast decoder, any that returns its logits as ``dots``.
+    code, whose two losses should be off then: a warning says so. Decoders: an ``mlp`` per slot, a slot mixer, a spatial
+    broadcast decoder, this package's.
 
     Source: VideoSAUR (arXiv 2306.04829), SlotContrast (arXiv 2412.14295).
     """
@@ -50,17 +47,11 @@ class VideosaurAdapter(GridAdapter):
         corrector, decoder = _corrector(host), _decoder(host)
         capture.facts["patch_size"] = patch_stride(getattr(host, "encoder", None))
         capture.facts["grid"] = _stated_grid(host)
-        for key, module, axis in (("corrector", corrector, -2), ("decoder", decoder, -1)):
+        for key, module, axis in (("corrector", corrector, -2), ("decoder", decoder, None)):
             if getattr(module, "returns_logits", False):
-                # Such a module may compute its layers in an order of its own, without calling each.
-                read = lambda module, args, out: MapCall(*in_shape_of(out["dots"], _MASKS(module, out), module))  # noqa: E731
-                capture.watch(key, module, read)
-            elif _projects(module):
-                watch_softmax(capture, key, module, axis)
+                capture.watch(key, module, lambda module, args, output: MapCall(output["dots"]))
             else:
-                inner, channel = ("mlp", -1) if has_modules(module, "mlp") else ("output_transform", -3)
-                alpha = functools.partial(torch.select, dim=channel, index=-1)
-                watch_alpha(capture, key, module, inner, alpha, _MASKS)
+                watch_softmax(capture, key, module, axis)
 
 
 def _corrector(host: nn.Module) -> Any:

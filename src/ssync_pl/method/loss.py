@@ -166,7 +166,9 @@ def describe_backend(
 
     Args:
         maps: The host's maps; their values are not read.
-        temperature, loss, backend: As for `ssync_loss`.
+        temperature: As for `ssync_loss`.
+        loss: As for `ssync_loss`.
+        backend: As for `ssync_loss`.
 
     Raises:
         ConfigError: The backend is unknown, or it is ``"triton"``, which cannot serve these maps and options.
