@@ -1,4 +1,4 @@
-"""Stand-ins for code on features of a frozen backbone: VideoSAUR and its forks, OCLF, AdaSlot, RandSF.Q."""
+"""Stand-ins for code on features of a frozen backbone: VideoSAUR and its forks, OCLF, AdaSlot, Genera1Z."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -220,6 +220,22 @@ class MixerDecode(Kept):
         return mixed, self.own_logits[-1]
 
 
+class OtherFramesDecode(MixerDecode):
+    """Draws other frames in the place of some, and says which; a token of time shares the attention with the slots."""
+
+    def __init__(self) -> None:
+        super().__init__(backbone=True)
+        self.te = nn.Embedding(2, DIM)
+
+    def forward(self, clue: Any, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        time = self.te(torch.arange(T) - FRAMES).flatten(0, 1)[:, None]
+        memory = torch.cat([time, slots.gather(1, FRAMES[..., None, None].expand_as(slots)).flatten(0, 1)], 1)
+        mixed, masks = self.attent(self.places.expand(len(memory), -1, -1), memory, memory)
+        masks = masks[..., 1:].mT.unflatten(0, (B, T))
+        self.own_logits.append(masks / masks.sum(2, keepdim=True))
+        return mixed, masks, FRAMES
+
+
 class RandSFQHost(StandIn):
     eyes = "encode_backbone"
 
@@ -240,11 +256,38 @@ class RandSFQHost(StandIn):
         return super().forward(video if self.predictor else video[:, :1])
 
 
+class OtherFramesHost(RandSFQHost):
+    def __init__(self) -> None:
+        super().__init__(OtherFramesDecode())
+        self.shown = FRAMES
+
+    def draw(self, slots: Tensor) -> Tensor:
+        return self.decode(None, slots)[0]
+
+
+class ReversedHost(RandSFQHost):
+    """Goes back through the clip from its last slots and draws these, too; keeps the logits of the way forward."""
+
+    def __init__(self, decode: nn.Module) -> None:
+        super().__init__(decode)
+        self.transit_inv = nn.Linear(DIM, DIM)
+
+    def forward(self, video: Tensor) -> Tensor:
+        slots = self.states(video)
+        back = [slots[:, -1].detach()]
+        for frame in self.features(video)[:, :-1].flip(1).unbind(1):
+            back.append(self.attend(frame, self.transit_inv(back[-1]), 0))
+        drawn = torch.cat([self.draw(slots), self.draw(torch.stack(back[:0:-1], 1))])
+        del self.aggregat.own_logits[T:], self.decode.own_logits[1:]
+        return drawn
+
+
 def first(*counts: int) -> Tensor:
     return torch.arange(S) < torch.tensor(counts)[:, None]
 
 
 KEPT, NONE_LEFT = [[1.0, 0, 1, 1], [0, 1, 1, 0]], [[1.0, 0, 1, 1], [0.0, 0, 0, 0]]
+FRAMES = torch.tensor([[0, 0, 2], [0, 1, 1]])
 VALID = torch.tensor([[True, True, False, True], [True, False, True, True]])
 HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "videosaur": {
@@ -283,7 +326,11 @@ HOSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "randsfq": RandSFQHost,
         "randsfq_images": lambda: RandSFQHost(video=False),
         "randsfq_mixer": lambda: RandSFQHost(MixerDecode()),
-        "randsfq_random_order": lambda: RandSFQHost(MixerDecode(backbone=True)),
+        "smoothsa": lambda: RandSFQHost(MixerDecode(backbone=True)),
+        "dias": lambda: RandSFQHost(MixerDecode(backbone=True), video=False),
+        "icc": lambda: ReversedHost(MixerDecode(backbone=True)),
+        "icc_broadcast": lambda: ReversedHost(BroadcastDecode()),
+        "xssc": OtherFramesHost,
         "randsfq_masked": lambda: RandSFQHost(existing=VALID),
     },
 }

@@ -53,6 +53,8 @@ def own_maps(host: Any) -> SSyncMaps:
     logits, probs = attention.whole(seen)
     if probs is not None and valid is not None:
         logits, probs = attention.whole(seen.masked_fill(~valid[:, None, None, :, None], float("-inf")))
+    if host.shown is not None:
+        logits = torch.stack([one[at] for one, at in zip(logits, host.shown, strict=True)])
     masks = torch.stack(drawn, 1) if 1 < len(drawn) == logits.shape[1] else drawn[0]
     if host.clips:  # frames without an identity of slots
         logits, probs, masks = (one if one is None else one.flatten(0, 1)[:, None] for one in (logits, probs, masks))
@@ -78,4 +80,4 @@ def own_maps(host: Any) -> SSyncMaps:
         fine = [one.unflatten(3, GRID) for one in (logits, probs)]
         sides["attention_logits"], sides["attention_probs"] = (pooled(one, grid) for one in fine)
     patches = None if valid is None else valid.any(1)[:, None, None].expand(*lead[:2], grid[0] * grid[1])
-    return SSyncMaps(grid=grid, slot_valid=valid, patch_valid=patches, **sides)
+    return SSyncMaps(grid=grid, slot_valid=valid, patch_valid=patches, frame_index=host.shown, **sides)

@@ -135,11 +135,12 @@ class StandIn(nn.Module):
 
     A frame's features come from its ``eyes``, the next frame's slots from its ``predictor``. The first slots are far
     apart, so that labels differ. ``existing`` are the slots ``(B, S)`` that exist, where some do not; ``clips`` is
-    whether frames are clips of their own.
+    whether frames are clips of their own; ``shown`` are the frames ``(B, T)`` of its masks, where not their own.
     """
 
     eyes, predictor, clips = "encoder", "", False
     existing: Tensor | None = None
+    shown: Tensor | None = None
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()

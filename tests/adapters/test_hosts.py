@@ -64,7 +64,8 @@ def test_maps_and_loss_are_the_hosts_own_and_nothing_of_the_host_changes(name: s
     heard = hear(host)
     maps, own, valid = heard.maps(), own_maps(host), host.existing
     assert maps.grid == own.grid
-    torch.testing.assert_close([maps.slot_valid, maps.patch_valid], [own.slot_valid, own.patch_valid])
+    for key in ("slot_valid", "patch_valid", "frame_index"):
+        torch.testing.assert_close(getattr(maps, key), getattr(own, key))
     there = torch.ones(maps.shape, dtype=torch.bool) if valid is None else valid[:, None, :, None].expand(maps.shape)
     averaged = own.attention_probs is not None
     for key in ("attention_logits", "attention_probs", "mask_logits", "mask_probs"):
