@@ -204,3 +204,13 @@ def test_the_page_prints_the_committed_results(load, capsys):
         for cell, key in zip(cells, ("video_fg_ari", "video_ari", "video_mbo"), strict=False):
             assert cell == spread_of([float(row[key]) for row in rows if row["arm"] == arm], 3)
     assert load("tables").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_picture_of_the_method_shows_merging_and_both_regions(load, tmp_path):
+    module = load("method_picture")
+    output = ssync_loss(module.toy_maps(), merge_threshold=0.7)
+    assert output.winners.tolist() == [[0, 1, 1, 3]]  # two slots of the disk, as the page says
+    assert output.boundary.any()
+    assert output.interior.any()
+    module.main(["--out", str(tmp_path / "method.svg")])
+    assert (tmp_path / "method.svg").stat().st_size > 10_000

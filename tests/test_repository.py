@@ -1,6 +1,8 @@
 import inspect
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +12,7 @@ import pytest
 
 import ssync_pl
 from ssync_pl import SSyncConfig
+from ssync_pl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +35,35 @@ def test_links_lead_to_files_and_headings_that_exist(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.M)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in anchors, f"{target}#{heading}"
+
+
+def commands_on(page):
+    """The words of each `ssync-pl` command in a page's blocks of code, up to what the shell takes from there."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        for line in re.split(r"&&|\n", block):
+            words = shlex.split(re.split(r" -- | > |\|", line)[0], comments=True)
+            if words[:1] == ["ssync-pl"]:
+                yield words[1:]
+
+
+def test_commands_on_pages_exist_and_have_these_options(capsys):
+    wanted: dict[tuple[str, ...], set[str]] = {}
+    for words in (words for page in PAGES for words in commands_on(page)):
+        path = tuple(itertools.takewhile(re.compile(r"[a-z][a-z0-9-]*").fullmatch, words))
+        trains = path[0] in ("fit", "validate", "test", "predict")  # the last has the options of all
+        options = {word.split("=")[0] for word in words if word.startswith("--") and not (trains and "." in word)}
+        wanted.setdefault(("predict",) if trains else path, set()).update(options)
+    assert len(wanted) >= 12
+    for path, options in wanted.items():
+        assert main([*path, "--help"]) == 0, path
+        known = {*re.findall(r"--\w[\w-]*", capsys.readouterr().out)}
+        assert options <= known, path
+
+
+def test_the_example_of_the_method_card_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text("utf-8"), re.S)
+    exec(compile(block, "method.md", "exec"), {})
+    assert "torch.Size([2, 4, 24, 24])" in capsys.readouterr().out
 
 
 def test_the_readme_keeps_short_and_the_docs_list_every_setting():

@@ -68,7 +68,7 @@ class ShardWriter:
         ConfigError: `samples_per_shard` or `prefix` is out of range.
         ShardError: The folder already holds shards of this prefix.
 
-    Example:
+    Examples:
         >>> with ShardWriter("shards", "train") as writer:  # doctest: +SKIP
         ...     writer.write("0", {"video.npy": video, "segmentations.npy.gz": masks})
     """

@@ -76,7 +76,7 @@ class SAVi(SlotHost):
     Raises:
         ConfigError: a size or option is out of range.
 
-    Example:
+    Examples:
         >>> model = SAVi(num_slots=4, slot_dim=16, encoder_channels=(8,), encoder_strides=(2,), feature_dim=16,
         ...              decoder_broadcast=(4, 4), decoder_channels=(8,), decoder_strides=(2,))
         >>> out = model(torch.rand(2, 3, 3, 16, 16))

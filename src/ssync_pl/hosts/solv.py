@@ -107,7 +107,7 @@ class SOLV(SlotHost):
     Raises:
         ConfigError: a size or option is out of range, options contradict each other, or the backbone cannot be built.
 
-    Example:
+    Examples:
         >>> model = SOLV(4, slot_dim=16, backbone=None, feature_dim=24, grid=(3, 5), clip_length=3, temporal_heads=2,
         ...              decoder_hidden=(32,))
         >>> model(torch.randn(2, 3, 15, 24)).mask_logits.shape

@@ -325,7 +325,7 @@ class VideoSAUR(FeatureHost):
 
     Options are those of `FeatureHost`. Clip gradients in the Trainer: `gradient_clip_val=0.05`, as published.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = VideoSAUR(4, slot_dim=16, backbone=None, feature_dim=24, grid=(3, 5), decoder_hidden=(32,))
         >>> out = model(torch.randn(2, 3, 15, 24))

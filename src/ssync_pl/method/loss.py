@@ -116,7 +116,7 @@ def ssync_loss(
         ConfigError: An option is out of range, or the kernels cannot serve these maps and options.
         ShapeError: A map on the CPU holds NaN.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> d = torch.randn(1, 2, 3, 16, requires_grad=True)
         >>> a = torch.randn(1, 2, 3, 16, requires_grad=True)
@@ -173,7 +173,7 @@ def describe_backend(
     Raises:
         ConfigError: The backend is unknown, or it is ``"triton"``, which cannot serve these maps and options.
 
-    Example:
+    Examples:
         >>> d = torch.zeros(1, 1, 2, 4)
         >>> choice = describe_backend(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)), loss="ce")
         >>> print(f"SSync runs on {choice.name}: {choice.reason}")

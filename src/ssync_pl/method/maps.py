@@ -32,7 +32,7 @@ class SSyncMaps:
     Raises:
         ShapeError: A map is missing, or shapes, dtypes or devices do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> d = torch.randn(2, 4, 7, 6 * 8, requires_grad=True)
         >>> a = torch.randn(2, 4, 7, 6 * 8, requires_grad=True)

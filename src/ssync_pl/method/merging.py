@@ -43,7 +43,7 @@ def merge_slots(
     Returns:
         Winners, number of merged slots and overlaps.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[[[2.0, 2.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]]])
         >>> merge_slots(logits, torch.tensor([[2, 0, 2]])).winners
         tensor([[0, 0, 2]])
@@ -67,7 +67,7 @@ def redundant_slots(maps: SSyncMaps, merge_threshold: float = 0.7) -> Tensor:
     Returns:
         ``(B, S)`` int64; ``relabel(labels, winners)`` merges labels ``(B, T, ...)`` of either map.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[[[2.0, 2.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]]])
         >>> winners = redundant_slots(SSyncMaps(logits, logits, grid=(2, 2)))
         >>> relabel(torch.tensor([[[0, 1, 1, 2]]]), winners)

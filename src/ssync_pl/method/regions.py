@@ -22,7 +22,7 @@ def count_differing_neighbours(
     Returns:
         ``(B, T, H, W)`` uint8 counts in [0, 10].
 
-    Example:
+    Examples:
         >>> count_differing_neighbours(torch.tensor([[[[0, 0, 1]]]]))
         tensor([[[[0, 3, 3]]]], dtype=torch.uint8)
 

@@ -93,7 +93,7 @@ class VideoARI(MaskMetric):
     the true masks' size, then argmax; mean over videos that have any true mask, of which those with nothing but
     background count as 1 in FG-ARI. Arguments as `MaskMetric`.
 
-    Example:
+    Examples:
         >>> true = torch.tensor([[[[[1, 1, 0, 0]], [[0, 0, 1, 1]]]]], dtype=torch.bool)
         >>> metric = VideoARI()
         >>> metric.update(torch.tensor([[[[5, 5, 2, 2]]]]), true)
@@ -189,7 +189,7 @@ class SegmentationMetrics(MaskMetric):
     Raises:
         ConfigError: a score is unknown.
 
-    Example:
+    Examples:
         >>> true = torch.tensor([[[[[1, 1, 0, 0, 0, 0]], [[0, 0, 1, 1, 0, 0]], [[0, 0, 0, 0, 1, 1]]]]]).bool()
         >>> metrics = SegmentationMetrics(prefix="val/")
         >>> metrics.update(torch.tensor([[[[0, 0, 1, 1, 2, 0]]]]), true)

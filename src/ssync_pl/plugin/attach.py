@@ -59,7 +59,7 @@ def attach(
         ConfigError: A setting is out of range, or settings contradict each other.
         HostError: On entering: the model is not recognised.
 
-    Example:
+    Examples:
         >>> from ssync_pl.hosts import SAVi
         >>> _ = torch.manual_seed(0)
         >>> model = SAVi(num_slots=2, slot_dim=8, encoder_channels=(8,), encoder_strides=(2,), feature_dim=8,

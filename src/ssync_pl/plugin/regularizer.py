@@ -28,7 +28,7 @@ class SSyncRegularizer:
         ssync: The settings; a dict of them works too, as it comes from a file. None takes the published ones.
         **kwargs: Passed on to the next class.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as L
         >>> class MyModel(SSyncRegularizer, L.LightningModule):
         ...     def __init__(self, ssync=None):

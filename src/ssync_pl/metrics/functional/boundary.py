@@ -30,7 +30,7 @@ def boundary_f(scene: Scene, tolerance: float = 0.0075) -> Tensor:
     Raises:
         ConfigError: `tolerance` is out of range.
 
-    Example:
+    Examples:
         >>> from ssync_pl.metrics.functional import read_scene
         >>> true = torch.tensor([[[[[1, 1, 1, 1, 0, 0, 0, 0]], [[0, 0, 0, 0, 1, 1, 1, 1]]]]], dtype=torch.bool)
         >>> boundary_f(read_scene(torch.tensor([[[[0, 0, 0, 0, 0, 1, 1, 1]]]]), true)).item()  # one pixel off

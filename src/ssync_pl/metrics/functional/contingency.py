@@ -44,7 +44,7 @@ def contingency(scene: Scene, has_background: bool = False, ignore_overlaps: boo
     Raises:
         ShapeError: true masks overlap, or pixels lack a true mask.
 
-    Example:
+    Examples:
         >>> from ssync_pl.metrics.functional import read_scene
         >>> true = torch.tensor([[[[[1, 1, 0, 0]], [[0, 0, 1, 1]]]]], dtype=torch.bool)
         >>> contingency(read_scene(torch.tensor([[[[0, 0, 0, 1]]]]), true)).table.tolist()

@@ -19,7 +19,7 @@ def adjusted_rand_index(counts: Contingency) -> Tensor:
     Returns:
         Float64 `(...)`, at most 1, near 0 by chance, 1 where it is not defined; NaN for items without any true mask.
 
-    Example:
+    Examples:
         >>> from ssync_pl.metrics.functional import contingency, read_scene
         >>> true = torch.tensor([[[[[1, 1, 0, 0, 0, 0]], [[0, 0, 1, 1, 0, 0]], [[0, 0, 0, 0, 1, 1]]]]]).bool()
         >>> counts = contingency(read_scene(torch.tensor([[[[0, 0, 1, 1, 0, 0]]]]), true)).videos()
