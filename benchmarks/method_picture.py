@@ -71,9 +71,8 @@ def draw(output: SSyncOutput) -> plt.Figure:
     for line, (side, raw, merged, taught, title) in zip(axes, rows, strict=True):
         titles = [f"{side}:\nlabels", "redundant slots\nmerged", title]
         for axis, labels, text in zip(line, (raw, merged, taught), titles, strict=True):
-            axis.imshow(
-                labels[0, FRAMES // 2], cmap=ListedColormap(COLOURS), vmin=0, vmax=SLOTS, interpolation="nearest"
-            )
+            frame = labels[0, FRAMES // 2].numpy()
+            axis.imshow(frame, cmap=ListedColormap(COLOURS), vmin=0, vmax=SLOTS, interpolation="nearest")
             axis.set_title(text, fontsize=14)
             axis.set(xticks=[], yticks=[])
     return figure

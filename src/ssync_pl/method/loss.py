@@ -26,28 +26,50 @@ class SSyncOutput:
 
     Counts and fractions are 0-dim; fractions are shares of the valid patches, in [0, 1]. Slots in use are those that
     win a patch somewhere in the clip, before merging.
+
+    Attributes:
+        loss: 0-dim, ``boundary_weight * boundary_loss + interior_weight * interior_loss``.
+        boundary_loss: 0-dim, encoder → decoder, gradient into the decoder's map only.
+        interior_loss: 0-dim, decoder → encoder, gradient into the encoder's map only.
+        encoder_labels: ``(B, T, H, W)`` int64, merged labels.
+        decoder_labels: ``(B, T, H, W)`` int64, merged labels.
+        raw_encoder_labels: ``(B, T, H, W)`` int64, before merging.
+        raw_decoder_labels: ``(B, T, H, W)`` int64, before merging.
+        boundary: ``(B, T, H, W)`` bool, patches at which the encoder teaches.
+        interior: ``(B, T, H, W)`` bool, patches at which the decoder teaches.
+        winners: ``(B, S)`` int64, the slot whose label each slot takes.
+        merged_slots: ``(B,)`` int64, number of slots that take another slot's label.
+        slot_iou: ``(B, S, S)`` overlaps of coverage, None when merging is off.
+        boundary_count: Patches at which the encoder teaches.
+        interior_count: Patches at which the decoder teaches.
+        boundary_fraction: Share of the patches at which the encoder teaches.
+        interior_fraction: Share of the patches at which the decoder teaches.
+        overlap_fraction: Share of the patches that are in both regions.
+        agreement: Share of the patches whose merged labels agree.
+        used_encoder_slots: ``(B,)`` slots in use in the encoder's map.
+        used_decoder_slots: ``(B,)`` slots in use in the decoder's map.
     """
 
-    loss: Tensor  # 0-dim, boundary_weight * boundary_loss + interior_weight * interior_loss
-    boundary_loss: Tensor  # 0-dim, encoder → decoder, gradient into the decoder's map only
-    interior_loss: Tensor  # 0-dim, decoder → encoder, gradient into the encoder's map only
-    encoder_labels: Tensor  # (B, T, H, W) int64, merged labels
-    decoder_labels: Tensor  # (B, T, H, W) int64, merged labels
-    raw_encoder_labels: Tensor  # (B, T, H, W) int64, before merging
-    raw_decoder_labels: Tensor  # (B, T, H, W) int64, before merging
-    boundary: Tensor  # (B, T, H, W) bool, patches at which the encoder teaches
-    interior: Tensor  # (B, T, H, W) bool, patches at which the decoder teaches
-    winners: Tensor  # (B, S) int64, the slot whose label each slot takes
-    merged_slots: Tensor  # (B,) int64, number of slots that take another slot's label
-    slot_iou: Tensor | None  # (B, S, S) overlaps of coverage, None when merging is off
+    loss: Tensor
+    boundary_loss: Tensor
+    interior_loss: Tensor
+    encoder_labels: Tensor
+    decoder_labels: Tensor
+    raw_encoder_labels: Tensor
+    raw_decoder_labels: Tensor
+    boundary: Tensor
+    interior: Tensor
+    winners: Tensor
+    merged_slots: Tensor
+    slot_iou: Tensor | None
     boundary_count: Tensor
     interior_count: Tensor
     boundary_fraction: Tensor
     interior_fraction: Tensor
-    overlap_fraction: Tensor  # patches in both regions
-    agreement: Tensor  # patches whose merged labels agree
-    used_encoder_slots: Tensor  # (B,)
-    used_decoder_slots: Tensor  # (B,)
+    overlap_fraction: Tensor
+    agreement: Tensor
+    used_encoder_slots: Tensor
+    used_decoder_slots: Tensor
 
 
 def check_options(
