@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from folder_sets import encode_file
 
 from ssync_pl.cli import main
 from ssync_pl.metrics import MAPS
@@ -153,6 +152,8 @@ class Patches:
 
 def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("av")
+    from folder_sets import encode_file  # is on the path under pytest only
+
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     assert not any(cell.get("outputs") for cell in cells)  # pictures of the clip are not ours to give
     video = np.random.default_rng(0).integers(0, 256, (136, 32, 64, 3), dtype=np.uint8)
