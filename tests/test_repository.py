@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ssync_pl
 from ssync_pl import SSyncConfig
@@ -24,6 +25,7 @@ def test_the_readme_has_its_commands_on_one_line(mark):
 
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / ".github").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -110,6 +112,9 @@ def test_public_names_are_these_and_documented():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert not [name for name in PUBLIC - {"__version__"} if not re.search(rf"^(:::|###).*\b{name}$", page, re.M)]
     assert ssync_pl.__version__ == version("ssync-pl")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == re.search('^version = "(.*)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)[1]
+    assert citation["preferred-citation"]["url"] in README
 
 
 def test_an_unknown_name_lists_the_names():

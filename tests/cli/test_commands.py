@@ -40,7 +40,7 @@ def test_version_and_help(capsys, monkeypatch):
     assert capsys.readouterr().out == f"ssync-pl {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "compare", "doctor", "data", "config", "checkpoint"):
+    for verb in ("fit", "validate", "test", "predict", "compare", "doctor", "data", "config", "checkpoint", "zoo"):
         assert sum(line.startswith(f"  {verb} ") for line in text.splitlines()) == 1
     assert main([]) == 2
     assert main(["fit", "--help"]) == 0
@@ -74,7 +74,10 @@ def test_ctrl_c_while_modules_are_imported_is_one_line():
 
 def test_light_commands_and_errors_of_spelling_import_no_torch(tmp_path):
     code = "import sys; from ssync_pl.cli import main\n"
-    code += "for verb in ('config', 'data', 'doctor', 'checkpoint', 'compare'): assert main([verb, '--help']) == 0\n"
+    code += (
+        "for verb in ('config', 'data', 'doctor', 'checkpoint', 'compare', 'zoo'): assert main([verb, '--help']) == 0\n"
+    )
+    code += "assert main(['zoo']) == main(['zoo', 'quickstart']) == 0\n"
     code += (
         "assert main(['fit']) == main(['fti']) == main(['compare', '--x']) == main(['predict', '--input', 'a']) == 2\n"
     )

@@ -29,6 +29,7 @@ commands:
   compare    train variants, seeds and slot counts, and say what differs
   config     print a packaged configuration: `ssync-pl config ssync`; convert a public one: `… config convert`
   checkpoint convert public checkpoints of VideoSAUR, SlotContrast, SRL, SSync
+  zoo        list public checkpoints and recipes with their scores, show or fetch one
 
 `ssync-pl COMMAND --help` shows the options of a command, `ssync-pl --version` the version; with SSYNC_DEBUG=1 in the
 environment, errors show their tracebacks.

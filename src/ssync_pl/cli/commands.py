@@ -1,4 +1,4 @@
-"""`ssync-pl data`, `config`, `checkpoint`, `doctor` and `compare`: options, a call, and what is printed."""
+"""`ssync-pl data`, `config`, `checkpoint`, `doctor`, `compare`: options, a call, and what is printed; and `zoo`."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from ssync_pl.cli import loading, size
 from ssync_pl.compare.variants import key_values
 from ssync_pl.errors import require
+from ssync_pl.tools.zoo import zoo as zoo
 
 _SHARDS = "shards: paths, globs, braces or URLs"
 _PLACES = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")

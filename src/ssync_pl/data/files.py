@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def write_bytes(path: str | Path, content: bytes) -> Path:
+def write_bytes(path: str | Path, content: bytes | Iterable[bytes]) -> Path:
     """Writes a file under a temporary name, then renames it, so that no reader sees half; makes missing folders."""
     path = Path(path)
     if path.is_symlink():
@@ -36,7 +36,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            stream.writelines([content] if isinstance(content, bytes) else content)
         os.chmod(temporary, 0o644)  # mkstemp keeps others from reading
         os.replace(temporary, path)
     except BaseException:

@@ -1,10 +1,15 @@
+import hashlib
 import pathlib
+import re
+import shlex
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from flaky_server import FlakyServer
 
 from ssync_pl.cli import main
 from ssync_pl.data.shards import ShardWriter
@@ -134,13 +139,20 @@ def run(tmp_path, public):
     return start, config
 
 
-def test_a_converted_configuration_trains_and_checkpoints_validate_alike(run, tmp_path, capsys):
-    start, config = run
+def published(config):
+    """Weights as a public checkpoint of the converted configuration has them."""
     torch.manual_seed(3)
     model = SlotContrast(**yaml.safe_load(config.read_text("utf-8"))["model"]["init_args"])
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("fingerprint")}
     backbone = model.encoder.module.backbone.model
-    state |= {f"encoder.module.backbone.model.{key}": value + 0.01 for key, value in backbone.state_dict().items()}
+    return state | {
+        f"encoder.module.backbone.model.{key}": value + 0.01 for key, value in backbone.state_dict().items()
+    }
+
+
+def test_a_converted_configuration_trains_and_checkpoints_validate_alike(run, tmp_path, capsys):
+    start, config = run
+    state = published(config)
     public, ours = old_file(tmp_path / "public.ckpt", state), tmp_path / "converted.ckpt"
     assert main(["checkpoint", "convert", str(public), str(ours)]) == 0
     alone, shard = tmp_path / "alone" / "a.ckpt", tmp_path / "movi" / "movi-validation-000000.tar"
@@ -174,3 +186,79 @@ def test_a_converted_configuration_trains_and_checkpoints_validate_alike(run, tm
     for (verb, path), message in refused.items():
         assert start(verb, "--ckpt_path", str(path)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_zoo_lists_and_shows_what_can_be_found_where_it_says(tmp_path, capsys):
+    root = Path(__file__).parents[3]
+    entries = yaml.safe_load((resources.files("ssync_pl") / "configs" / "zoo.yaml").read_text("utf-8"))
+    assert main(["zoo"]) == 0
+    table = capsys.readouterr().out
+    for name, entry in entries.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
+        assert main(["zoo", name]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in part for text in map(str, entry["scores"].values()) for part in (row, shown))
+        assert entry["source"].startswith("https://") or (root / entry["source"].partition("#")[0]).is_file()
+        assert all((root / path).is_file() for path in re.findall(r"examples/\S+\.yaml", shown))
+        if "files" in entry:
+            config, checkpoint = (entry["files"][f".official.{kind}"] for kind in ("yaml", "ckpt"))
+            assert re.fullmatch("[0-9a-f]{64}", config["sha256"])
+            assert all(
+                one["address"].startswith("https://") and one["address"] in shown for one in (config, checkpoint)
+            )
+    scores = ["0.703", "0.641"]  # as the README's table has them
+    assert [f"{entries['quickstart']['scores'][metric] / 100:.3f}" for metric in ("FG-ARI", "mBO")] == scores
+    found = re.search(
+        r"^\| decoder, with SSync \| ([\d.]+) .*\| ([\d.]+) ", (root / "README.md").read_text("utf-8"), re.M
+    )
+    assert [*found.groups()] == scores
+    for words in (["nonsense"], ["quickstart", "--fetch", str(tmp_path / "a")], ["--fetch", str(tmp_path / "a")]):
+        assert main(["zoo", *words]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = FlakyServer(tmp_path)
+    yield server
+    server.close()
+
+
+def test_what_the_zoo_says_to_type_works(run, tmp_path, capsys, monkeypatch, server):
+    old_file(tmp_path / "theirs.ckpt", published(run[1]))
+    config = {"address": f"{server.url}/ssync.yaml"}
+    config["sha256"] = hashlib.sha256((tmp_path / "ssync.yaml").read_bytes()).hexdigest()
+    files = {".official.yaml": config, ".official.ckpt": {"address": f"{server.url}/theirs.ckpt"}}
+    entry = {"model": "a", "data": "b", "scores": {"FG-ARI": 1.0, "mBO": 2.0}, "files": files}
+    listed, work = tmp_path / "configs" / "zoo.yaml", tmp_path / "work"
+    for folder in (listed.parent, work):
+        folder.mkdir()
+    listed.write_text(yaml.safe_dump({"tiny": entry}))
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    monkeypatch.chdir(work)
+    assert main(["zoo", "tiny"]) == 0
+    fetch, *commands = re.findall(r"^  ssync-pl (.*)$", capsys.readouterr().out, re.M)
+    server.script = [("whole",), ("cut", 5000)]
+    for command in (fetch, *commands):
+        words = shlex.split(command.replace("SHARDS", str(tmp_path)))
+        assert main([*words, *["--trainer.accelerator=cpu"] * (words[0] == "validate")]) == 0
+    assert "val/" in capsys.readouterr().out
+    theirs = work / "zoo" / "tiny.official.ckpt"
+    assert theirs.read_bytes() == (tmp_path / "theirs.ckpt").read_bytes()
+    theirs.write_bytes(b"mine")
+    assert main(shlex.split(fetch)) == 0
+    assert capsys.readouterr().out.count("left alone") == 2
+    assert theirs.read_bytes() == b"mine"
+
+    def refused(message, **changes):
+        listed.write_text(
+            yaml.safe_dump({"tiny": {**entry, "files": {".official.ckpt": files[".official.ckpt"] | changes}}})
+        )
+        assert main(["zoo", "tiny", "--fetch", "other"]) == 2
+        assert message in capsys.readouterr().err
+        assert not list((work / "other").iterdir())
+
+    refused("sha256", sha256=64 * "0")
+    refused("Open the address in a browser", address=config["address"])
+    refused("there is no such file", address=f"{server.url}/absent.ckpt")
+    refused("Connect to the internet", address="http://127.0.0.1:9/a.ckpt")
