@@ -20,10 +20,30 @@ ROOT = Path(__file__).resolve().parents[1]
 # Settings were chosen on data seed 0, with the seeds 100 and 101: what is reported comes from other videos and seeds.
 FRESH = ["--data.init_args.data_seed=1", "--data.init_args.num_validation=96"]
 CROWDED = {"min_objects": 15, "max_objects": 23, "object_sizes": [0.9, 1.2, 1.6], "spawn_extent": 4.5}
+# The quickstart as one would train it on a GPU: finer patches, a wide decoder, large batches.
+GPU: dict[str, dict[str, object]] = {
+    "trainer": {"max_epochs": -1, "max_steps": 10_000, "precision": "bf16-mixed", "val_check_interval": 2_000},
+    "model.init_args": {"grid": [24, 24], "decoder_hidden": [1024] * 3, "learning_rate": 1e-3, "warmup_steps": 500},
+    "data.init_args": {
+        **dict.fromkeys(("resolution", "image_size"), 192),
+        "num_train": 600,
+        "batch_size": 64,
+        "clips_per_video": 64,
+        "num_workers": 4,
+    },
+}
 EXPERIMENTS: dict[str, tuple[str, list[str], list[str]]] = {
     # name: configuration in examples/, options of `ssync-pl compare`, options of each training
-    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], []),
-    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,15", "--seeds", "3"], []),
+    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "9", "--seeds", "5"], []),
+    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,11,15", "--seeds", "3"], []),
+    "quickstart_gpu": (
+        "quickstart",
+        ["--variants", "without,with", "--slots", "9", "--seeds", "2", "--processes", "2"],
+        [
+            "--trainer.check_val_every_n_epoch=null",
+            *(f"--{part}.{name}={value}" for part, settings in GPU.items() for name, value in settings.items()),
+        ],
+    ),
     "main": ("slotcontrast_synthetic", ["--variants", "without,with", "--slots", "11", "--seeds", "5"], FRESH),
     "slots": ("slotcontrast_synthetic", ["--variants", "without,with", "--slots", "7,11,15", "--seeds", "3"], FRESH),
     "ablation": (

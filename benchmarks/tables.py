@@ -103,6 +103,23 @@ def quickstart_table() -> str:
     return grid([f"{rows['slots'][0]} slots", *(METRICS[key].title for key in HEADLINE)], body)
 
 
+def quickstart_slots_table() -> str:
+    """The first command's host with other slot counts: each map without SSync, and what SSync changes."""
+    rows = read_results(RESULTS / "quality_quickstart_slots.csv")
+    maps = {"": "decoder", "merged_": "… merged", "encoder_": "slot attention", "merged_encoder_": "… merged"}
+    body = []
+    for count in sorted(set(rows["slots"])):
+        for prefix, words in maps.items():
+            cells = []
+            for key in HEADLINE:
+                theirs, ours = (values(rows, prefix + key, variant, count) for variant in ("without", "with"))
+                found = write(estimate(list(theirs.values())), key), write(paired_difference(ours, theirs), key, True)
+                cells.append(", ".join(found))
+            body.append(["" if prefix else f"{count} ({len(ours)} seeds)", words, *cells])
+    titles = (f"{METRICS[key].title}, with − without" for key in HEADLINE)
+    return grid(["slots", "map", *titles], body) + "\n\n" + _falls(rows)
+
+
 def _feature_kmeans(clusters: int) -> list[float]:
     """Scores of the clustering whose weight of place has the best FG-ARI; means over its starts."""
     rows = pd.read_csv(RESULTS / "feature_kmeans.csv")
@@ -221,6 +238,7 @@ def teachers_table(folder: Path = RESULTS) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
+    "quickstart_slots": quickstart_slots_table,
     **{f"real_{source}": partial(real_table, source) for source in REAL},
     "real_teachers": teachers_table,
     "main": main_table,
