@@ -1,5 +1,7 @@
 """Decoders from slots to patch features: an MLP per slot and patch, one mixture of slots per patch, or plane waves."""
 
+from __future__ import annotations  # torch 2.4 compiles no `Tensor | None` of an inner function
+
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
