@@ -233,12 +233,10 @@ class SOLV(SlotHost):
         points = self.spatial_binder.points
         pose = attention_pose(merged.merge_attention(attention), torch.nn.functional.embedding(places, points))
         size = self._frames_at_a_time(merged.slots)
-        # `any` and not `merged.valid`: torch 2.4 compiles no property of a named tuple.
-        valid = merged.members.any(dim=-1)
-        pieces = (x.split(size, dim=1) for x in (merged.slots, valid, *pose))
+        pieces = (x.split(size, dim=1) for x in (merged.slots, merged.members.any(dim=-1), *pose))
         parts = [
-            self.decoder(slots, SlotPose(*pose_of).relative(points), some)
-            for slots, some, *pose_of in zip(*pieces, strict=True)
+            self.decoder(slots, SlotPose(*pose_of).relative(points), valid)
+            for slots, valid, *pose_of in zip(*pieces, strict=True)
         ]
         reconstruction, mask_logits = zip(*parts, strict=True)
         return torch.cat(reconstruction, dim=1), torch.cat(mask_logits, dim=1)
