@@ -1,5 +1,6 @@
 """Seeds every test; one thread per worker of pytest-xdist; helpers lie beside their tests."""
 
+import logging
 import os
 import signal
 import sys
@@ -19,3 +20,4 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+    logging.getLogger("lightning.pytorch").propagate = True  # old releases keep their records from `caplog`

@@ -25,7 +25,7 @@ def passed(environment: dict[str, str]) -> int:
 
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.1")  # the interpreter of 3.0 runs no `tl.arange` of a `constexpr`
     assert passed({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) > 20
 
 

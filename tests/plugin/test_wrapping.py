@@ -5,9 +5,11 @@ import pytest
 import tiny_hosts as tiny
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from packaging.version import Version
 from tiny_hosts import HandWritten, Recorder, TinyHost, assert_same_weights, fit, make_callback, make_host, make_loader
 
-from ssync_pl import SSyncRegularizer
+from ssync_pl import SSyncCallback, SSyncRegularizer
+from ssync_pl.plugin.callback import callback_class
 
 
 class OneArgument(TinyHost):
@@ -106,7 +108,8 @@ def test_hosts_of_pytorch_lightning_with_the_callback_and_the_mixin():
         training_step = tiny.MixinHost.training_step
 
     host, mixin, expected = make_host(Other), make_host(OtherMixin, ssync={"warmup_steps": 0}), make_host(HandWritten)
-    fit(host, make_callback(), trainer=pl.Trainer)
+    takes_ours = Version(pl.__version__) >= Version("2.6")  # 2.5.1 still wants callbacks of its own package
+    fit(host, make_callback(SSyncCallback if takes_ours else callback_class(pl)), trainer=pl.Trainer)
     fit(mixin, trainer=pl.Trainer)
     fit(expected)
     assert_same_weights(host, expected)

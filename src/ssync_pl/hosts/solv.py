@@ -233,7 +233,7 @@ class SOLV(SlotHost):
         points = self.spatial_binder.points
         pose = attention_pose(merged.merge_attention(attention), torch.nn.functional.embedding(places, points))
         size = self._frames_at_a_time(merged.slots)
-        pieces = (x.split(size, dim=1) for x in (merged.slots, merged.valid, *pose))
+        pieces = (x.split(size, dim=1) for x in (merged.slots, merged.members.any(dim=-1), *pose))
         parts = [
             self.decoder(slots, SlotPose(*pose_of).relative(points), valid)
             for slots, valid, *pose_of in zip(*pieces, strict=True)

@@ -18,6 +18,7 @@ from ssync_pl.method.triton import fused_block, why_unserved
 
 LossKind = Literal["brier", "ce"]
 Backend = Literal["auto", "torch", "triton"]
+_LOSSES, _BACKENDS = get_args(LossKind), get_args(Backend)  # torch 2.4 compiles no `get_args`
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def check_options(
         got = value if fits else repr(value)
         require(fits, f"argument `{name}` to be an integer in [{low}, {high}]", got, advice=advice)
     require(0.0 < temperature < math.inf, "argument `temperature` to be above 0 and finite", temperature)
-    require(loss in get_args(LossKind), "argument `loss` to be 'brier' or 'ce'", loss)
+    require(loss in _LOSSES, "argument `loss` to be 'brier' or 'ce'", loss)
 
 
 def ssync_loss(
@@ -201,7 +202,7 @@ def describe_backend(
         >>> print(f"SSync runs on {choice.name}: {choice.reason}")
         SSync runs on torch: the kernels compute the loss 'brier' at temperature 1 only
     """
-    require(backend in get_args(Backend), "argument `backend` to be 'auto', 'torch' or 'triton'", backend)
+    require(backend in _BACKENDS, "argument `backend` to be 'auto', 'torch' or 'triton'", backend)
     if backend == "torch":
         return BackendChoice("torch", "it was asked for")
     d, a = maps.attention_logits, maps.mask_logits
@@ -359,7 +360,9 @@ def _torch_block(
         raw_decoder_labels=volumes[3],
         boundary=flags[0],
         interior=flags[1],
-        **merged._asdict(),
+        winners=merged.winners,
+        merged_slots=merged.merged_slots,
+        slot_iou=merged.slot_iou,
         boundary_count=counts[0],
         interior_count=counts[1],
         boundary_fraction=shares[0],

@@ -114,10 +114,11 @@ def _temporal_iou(mask: Tensor) -> Tensor:
 
 def _connected(adjacency: Tensor) -> Tensor:
     """(B, S, S) reachability in an undirected graph by repeated squaring: log2(S) products, no loop over nodes."""
-    size = adjacency.shape[-1]
+    size, length = adjacency.shape[-1], 1
     reach = (adjacency | torch.eye(size, dtype=torch.bool, device=adjacency.device)).float()
-    for _ in range((size - 1).bit_length()):
+    while length < size:
         reach = (reach @ reach).clamp_(max=1.0)
+        length *= 2
     return reach > 0.5
 
 

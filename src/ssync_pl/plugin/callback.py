@@ -30,9 +30,9 @@ class SSyncHooks(StepCallback):
     in use. At the end one line says from which step SSync ran, or why it never did.
 
     Note:
-        It works in Trainers of ``lightning`` and of ``pytorch_lightning`` 2.x, with mixed precision, accumulation,
-        clipping, weight averaging, compiled hosts and DDP; not with manual optimization. A Trainer of
-        ``pytorch_lightning`` 1.x wants a class of its own namespace: see `callback_class`.
+        It works in Trainers of ``lightning`` and of ``pytorch_lightning`` 2.6, with mixed precision, accumulation,
+        clipping, weight averaging, compiled hosts and DDP; not with manual optimization. Older Trainers of
+        ``pytorch_lightning``, 2.5.1 and 1.x, want a class of their own namespace: see `callback_class`.
 
     Args:
         adapter: How to read the host's maps: ``"auto"`` recognises it, a name picks an adapter, or pass an adapter.
@@ -156,8 +156,8 @@ class SSyncCallback(SSyncHooks, L.Callback):  # noqa: D101
 def callback_class(namespace: ModuleType) -> Any:
     """Makes `SSyncCallback` for the Trainer of another Lightning package.
 
-    Trainers of ``pytorch_lightning`` 1.x take only callbacks that derive from their own ``Callback``; those of 2.x
-    take `SSyncCallback` as it is.
+    Trainers of ``pytorch_lightning`` 2.5.1 and 1.x take only callbacks that derive from their own ``Callback``; those
+    of 2.6 take `SSyncCallback` as it is.
 
     Args:
         namespace: The imported package that has the Trainer, such as ``pytorch_lightning``.

@@ -120,7 +120,8 @@ def test_changes_come_before_references(resolve, tmp_path):
 
 def test_a_function_of_the_same_name_in_the_process_is_left_alone(resolve):
     omegaconf = pytest.importorskip("omegaconf")
-    register = getattr(omegaconf.OmegaConf, "register_resolver", None) or omegaconf.OmegaConf.register_new_resolver
+    new = hasattr(omegaconf.OmegaConf, "legacy_register_resolver")
+    register = omegaconf.OmegaConf.register_resolver if new else omegaconf.OmegaConf.register_new_resolver
     register("mul", lambda a, b: "mine", replace=True)
     try:
         assert resolve("a: '${mul: 2, 3}'")["a"] == 6

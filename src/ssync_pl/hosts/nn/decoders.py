@@ -39,7 +39,7 @@ def mix_patches(
     sum to 1, so that hidden activations are mixed first. `memory_efficient` decodes parts, most of them twice.
     """
 
-    def begin(slots: Tensor, places: Tensor, positions: Tensor | None) -> Tensor:
+    def begin(slots: Tensor, places: Tensor, positions: "Tensor | None") -> Tensor:  # quoted: torch 2.4 compiles it so
         values = slots.unsqueeze(2) + places
         if positions is not None and offsets is not None:
             values = values + F.linear(positions, offsets[1])
@@ -47,7 +47,7 @@ def mix_patches(
             values = layer(values.relu())
         return values
 
-    def finish(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def finish(values: Tensor, valid: "Tensor | None") -> tuple[Tensor, Tensor]:
         values = values.relu()
         for layer in hidden[-1:]:
             values = layer(values).relu()

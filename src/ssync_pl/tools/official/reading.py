@@ -44,7 +44,8 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
     path = Path(path)
     require(path.is_file(), f"a configuration at {str(path)!r}", "no such file", advice="Correct the path.")
     require(path.stat().st_size <= _MOST_BYTES, f"{path} to have at most {_MOST_BYTES} bytes", "more")
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver  # name before 2.4
+    new = hasattr(OmegaConf, "legacy_register_resolver")  # since 2.4; before, `register_resolver` is the legacy one
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     for name, function in {**_FUNCTIONS, "ref": _follower()}.items():
         register(_OURS + name, function, replace=True)
     try:
