@@ -206,8 +206,7 @@ def test_the_zoo_lists_and_shows_what_can_be_found_where_it_says(tmp_path, capsy
             assert all(
                 one["address"].startswith("https://") and one["address"] in shown for one in (config, checkpoint)
             )
-    scores = ["0.703", "0.641"]  # as the README's table has them
-    assert [f"{entries['quickstart']['scores'][metric] / 100:.3f}" for metric in ("FG-ARI", "mBO")] == scores
+    scores = [f"{entries['quickstart']['scores'][metric] / 100:.3f}" for metric in ("FG-ARI", "mBO")]
     found = re.search(
         r"^\| decoder, with SSync \| ([\d.]+) .*\| ([\d.]+) ", (root / "README.md").read_text("utf-8"), re.M
     )
