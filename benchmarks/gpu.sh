@@ -8,11 +8,12 @@
 # With `--train`, instead: the quickstart host on 24 x 24 patches with a wide decoder, 10,000 steps of 64 clips, with and
 # without SSync, two seeds (`quality.py quickstart_gpu`).
 # Each part writes a CSV that names the device in every row, and prints its table. A part that fails or runs out of its
-# time is named at the end, and the exit status is 1; the others still run. `--device cpu --quick` shows that it works.
+# time is named at the end, and the exit status is 1; the others still run. `--device cpu --quick` shows that it works,
+# and writes to runs/quick: its numbers are of tiny shapes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-device=cuda quick="" train="" out=benchmarks/results
+device=cuda quick="" train="" out=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --device) device=${2:?--device needs cuda or cpu}; shift 2 ;;
@@ -27,7 +28,8 @@ if [ "$device" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cu
   echo "Expected a CUDA device, but PyTorch sees none. Use --device cpu --quick to see that the script works." >&2
   exit 2
 fi
-mkdir -p "$out"
+out=${out:-$([ -n "$quick" ] && echo runs/quick || echo benchmarks/results)}
+mkdir -p "$out" || exit 2
 
 failed=()
 part() { # part NAME SECONDS COMMAND...
@@ -57,12 +59,13 @@ finish() {
 }
 
 if [ -n "$train" ]; then
-  small=()
+  settings=(-- "--trainer.accelerator=$device")
   if [ -n "$quick" ]; then
-    small=(--seeds 1 -- --trainer.max_steps=4 --trainer.val_check_interval=2 --data.init_args.num_train=4
-      --data.init_args.num_validation=2 --data.init_args.batch_size=2 --data.init_args.num_workers=0)
+    settings=(--out "$out/quickstart_gpu" --seeds 1 "${settings[@]}" --trainer.max_steps=4
+      --trainer.val_check_interval=2 --data.init_args.num_train=4 --data.init_args.num_validation=2
+      --data.init_args.batch_size=2 --data.init_args.num_workers=0)
   fi
-  part "training with and without" 530 python benchmarks/quality.py quickstart_gpu --results "$out" "${small[@]}"
+  part "training with and without" 530 python benchmarks/quality.py quickstart_gpu --results "$out" "${settings[@]}"
   finish
 fi
 

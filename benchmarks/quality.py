@@ -91,9 +91,14 @@ def main(args: list[str] | None = None) -> int:
     options, extra = parser.parse_known_args(words[:place])
     extra += words[place:]
     out = options.out or Path("runs/quality") / options.experiment
+    dry = "--dry-run" in extra
+    if not dry:  # hours before the table is written there
+        try:
+            options.results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"Expected --results to be a folder to write to, but got {error}. Choose another folder.")
     status = ssync_pl(words_of(options.experiment, out, extra))
-    if status == 0 and "--dry-run" not in extra:
-        options.results.mkdir(parents=True, exist_ok=True)
+    if status == 0 and not dry:
         table = options.results / f"quality_{options.experiment}.csv"
         shutil.copyfile(out / "results.csv", table.with_suffix(".tmp"))
         table.with_suffix(".tmp").replace(table)

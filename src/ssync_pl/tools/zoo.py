@@ -71,7 +71,8 @@ def fetch(path: Path, address: str, sha256: str = "") -> str:
     if os.path.lexists(path):
         return f"left alone: {path}, which was there"
     seen = hashlib.sha256()
-    write_bytes(path, _download(address, path, sha256, seen))
+    with explained(f"to write to {path.parent}", OSError, advice="Choose another folder."):
+        write_bytes(path, _download(address, path, sha256, seen))
     return f"fetched: {path} ({path.stat().st_size} bytes, SHA-256 {seen.hexdigest()})"
 
 

@@ -247,6 +247,8 @@ def test_what_the_zoo_says_to_type_works(run, tmp_path, capsys, monkeypatch, ser
     theirs.write_bytes(b"mine")
     assert main(shlex.split(fetch)) == 0
     assert capsys.readouterr().out.count("left alone") == 2
+    assert main(["zoo", "tiny", "--fetch", str(theirs)]) == 2
+    assert "Choose another folder" in capsys.readouterr().err
     assert theirs.read_bytes() == b"mine"
 
     def refused(message, **changes):
