@@ -1,9 +1,11 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from ssync_cases import run, softmax, tensors
+from ssync_naive import _components
 
 from ssync_pl.errors import ConfigError, ShapeError
 from ssync_pl.method import describe_backend, ssync_loss
@@ -158,3 +160,24 @@ def test_the_backend_and_the_reason_are_told_and_kernels_that_cannot_serve_refus
     for options in ({}, {"loss": "ce"}, {"temperature": 2.0}):
         with pytest.raises(ConfigError, match="backend='auto'"):
             ssync_loss(logits, backend="triton", **options)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_soft_iou_merges_what_its_threshold_parts_from_the_rest(slots):
+    generator = torch.Generator().manual_seed(slots)
+    logits = torch.randn(4, 2, slots, 9, generator=generator)
+    logits[:, :, 1:3] = 3 * logits[:, :, 1:2]  # nearly alike
+    logits[:, :, -1:] += 0.1
+    maps = SSyncMaps(attention_probs=logits.softmax(2), mask_logits=logits, grid=(3, 3))
+    out = ssync_loss(maps, merge_by="soft_iou")
+    for winners, probs, labels in zip(out.winners.tolist(), logits.softmax(2), out.raw_encoder_labels, strict=True):
+        pairs = torch.minimum(probs[:, :, None], probs[:, None]).sum((0, 3))
+        overlaps = pairs / torch.maximum(probs[:, :, None], probs[:, None]).sum((0, 3))
+        order = sorted((float(overlaps[pair]) for pair in itertools.combinations(range(slots), 2)), reverse=True)
+        parts = [(order[:k], order[k:]) for k in range(1, len(order))]
+        spread = [len(a) * len(b) * (sum(a) / len(a) - sum(b) / len(b)) ** 2 for a, b in parts]
+        threshold = parts[spread.index(max(spread))][1][0] if parts else 1.0
+        count = [int((labels == slot).sum()) for slot in range(slots)]
+        for group in _components(overlaps.numpy(), threshold):
+            assert {winners[slot] for slot in group} == {max(sorted(group), key=count.__getitem__)}
+    assert int(out.merged_slots.sum()) > 0 or slots < 3

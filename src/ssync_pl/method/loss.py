@@ -12,13 +12,13 @@ from torch import Tensor
 from ssync_pl.errors import ConfigError, ShapeError, require
 from ssync_pl.method.labels import compute_dtype, hard_labels, slot_areas, slot_logits, slot_probabilities
 from ssync_pl.method.maps import SSyncMaps
-from ssync_pl.method.merging import MergeResult, merge_slots, relabel
+from ssync_pl.method.merging import MergeResult, MergeRule, merge_by_soft_iou, merge_slots, relabel
 from ssync_pl.method.regions import NUM_NEIGHBOURS, boundary_region, count_differing_neighbours, interior_region
 from ssync_pl.method.triton import fused_block, why_unserved
 
 LossKind = Literal["brier", "ce"]
 Backend = Literal["auto", "torch", "triton"]
-_LOSSES, _BACKENDS = get_args(LossKind), get_args(Backend)  # torch 2.4 compiles no `get_args`
+_LOSSES, _BACKENDS, _RULES = map(get_args, (LossKind, Backend, MergeRule))  # torch 2.4 compiles no `get_args`
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,7 @@ def ssync_loss(
     temperature: float = 1.0,
     loss: LossKind = "brier",
     merge: bool | None = None,
+    merge_by: MergeRule = "coverage",
     boundary_weight: float = 1.0,
     interior_weight: float = 1.0,
     sync_counts: bool = False,
@@ -122,15 +123,14 @@ def ssync_loss(
         loss: ``"brier"`` (published: squared error on probabilities) or ``"ce"`` (cross-entropy).
         merge: Merge redundant slots' labels. None: when the encoder's logits are there. True without logits falls back
             on log-probabilities, with a warning.
+        merge_by: ``"coverage"`` (published) or ``"soft_iou"``: overlaps of probabilities, with an inferred threshold.
         boundary_weight: Of the encoder → decoder loss in the total, at least 0.
         interior_weight: Of the decoder → encoder loss in the total, at least 0.
         sync_counts: Divide by the selected patches of all ranks instead of each rank's own, so that averaged gradients
             equal those of one process on the joined batch.
-        check_finite: Refuse NaN in the maps where looking costs no synchronisation: on the CPU, outside of compiled
-            graphs. Elsewhere NaN reaches the losses.
-        backend: What computes it: ``"torch"`` serves everything; ``"triton"``, GPU kernels, serves the published loss
-            on logits and reads them again in the backward pass; ``"auto"`` takes the kernels where they serve and agree
-            with torch, and torch elsewhere. The results are the same.
+        check_finite: Refuse NaN where looking is free: on the CPU, outside of compiled graphs.
+        backend: ``"torch"`` serves everything; ``"triton"``, GPU kernels, the published loss on logits; ``"auto"``
+            takes the kernels where they serve and agree with torch. The results are the same.
 
     Returns:
         Losses, merged labels, regions, winners and statistics. An empty selection gives a loss of 0 with zero gradient.
@@ -153,20 +153,21 @@ def ssync_loss(
     check_options(
         merge_threshold=merge_threshold, n_bd=n_bd, n_nbd=n_nbd, n_noise=n_noise, temperature=temperature, loss=loss
     )
+    require(merge_by in _RULES, "argument `merge_by` to be 'coverage' or 'soft_iou'", merge_by)
     for name, weight in (("boundary_weight", boundary_weight), ("interior_weight", interior_weight)):
         require(0.0 <= weight < math.inf, f"argument `{name}` to be finite and at least 0", weight)
     options: dict[str, Any] = {
-        "merge_threshold": merge_threshold if _merges(maps, merge) else None,
+        "merge_threshold": merge_threshold if _merges(maps, merge, merge_by) else None,
         "regions": (n_bd, n_nbd, n_noise),
         "weights": (boundary_weight, interior_weight),
         "average": mean_over_ranks if sync_counts else None,
     }
     with torch.autocast(device_type=maps.attention.device.type, enabled=False):
-        if describe_backend(maps, temperature=temperature, loss=loss, backend=backend).name == "triton":
+        if describe_backend(maps, temperature, loss, backend, merge_by).name == "triton":
             fields = fused_block(maps.attention_logits, maps.mask_logits, maps.grid, **options)  # type: ignore[arg-type]
             output = SSyncOutput(*fields)  # type: ignore[arg-type]
         else:
-            output = _torch_block(maps, temperature=temperature, loss=loss, **options)
+            output = _torch_block(maps, temperature=temperature, loss=loss, merge_by=merge_by, **options)
     if check_finite:
         _refuse_nan(maps, output)
     return output
@@ -180,18 +181,17 @@ class BackendChoice(NamedTuple):
 
 
 def describe_backend(
-    maps: SSyncMaps, *, temperature: float = 1.0, loss: LossKind = "brier", backend: Backend = "auto"
+    maps: SSyncMaps,
+    temperature: float = 1.0,
+    loss: LossKind = "brier",
+    backend: Backend = "auto",
+    merge_by: MergeRule = "coverage",
 ) -> BackendChoice:
     """Says which backend `ssync_loss` takes for such maps and options, and why; made for the log of the first step.
 
     ``"auto"`` trusts the kernels only after they have given, once on each device for each number of slots and dtype,
-    what torch gives on a small clip. This trial takes as long as compiling them, and waits for the device.
-
-    Args:
-        maps: The host's maps; their values are not read.
-        temperature: As for `ssync_loss`.
-        loss: As for `ssync_loss`.
-        backend: As for `ssync_loss`.
+    what torch gives on a small clip. This trial takes as long as compiling them, and waits for the device. Values of
+    the maps are not read; the other arguments are those of `ssync_loss`.
 
     Raises:
         ConfigError: The backend is unknown, or it is ``"triton"``, which cannot serve these maps and options.
@@ -200,7 +200,7 @@ def describe_backend(
         >>> d = torch.zeros(1, 1, 2, 4)
         >>> choice = describe_backend(SSyncMaps(attention_logits=d, mask_logits=d, grid=(2, 2)), loss="ce")
         >>> print(f"SSync runs on {choice.name}: {choice.reason}")
-        SSync runs on torch: the kernels compute the loss 'brier' at temperature 1 only
+        SSync runs on torch: the kernels compute the loss 'brier' at temperature 1, merged by coverage, only
     """
     require(backend in _BACKENDS, "argument `backend` to be 'auto', 'torch' or 'triton'", backend)
     if backend == "torch":
@@ -209,8 +209,8 @@ def describe_backend(
     others = (maps.attention_probs, maps.mask_probs, maps.slot_valid, maps.patch_valid, maps.frame_index)
     if torch.compiler.is_compiling():
         obstacle = "torch.compile fuses it by itself"
-    elif loss != "brier" or temperature != 1.0:
-        obstacle = "the kernels compute the loss 'brier' at temperature 1 only"
+    elif loss != "brier" or temperature != 1.0 or merge_by != "coverage":
+        obstacle = "the kernels compute the loss 'brier' at temperature 1, merged by coverage, only"
     elif d is None or a is None or any(other is not None for other in others):
         obstacle = "the kernels need logits of both maps, with every slot and patch valid"
     else:
@@ -260,7 +260,9 @@ def _kernels_agree(device: torch.device, slots: int, *dtypes: torch.dtype) -> bo
     )
 
 
-def _merges(maps: SSyncMaps, merge: bool | None) -> bool:
+def _merges(maps: SSyncMaps, merge: bool | None, merge_by: MergeRule) -> bool:
+    if merge_by == "soft_iou":
+        return merge is not False
     if merge is None:
         return maps.attention_logits is not None
     if merge and maps.attention_logits is None and not torch.compiler.is_compiling():
@@ -302,6 +304,7 @@ def _torch_block(
     average: Callable[[Tensor], Tensor] | None,
     temperature: float,
     loss: LossKind,
+    merge_by: MergeRule,
 ) -> SSyncOutput:
     """The definition of the method; encoder first in every pair."""
     batch, _, slots, _ = maps.shape
@@ -316,13 +319,15 @@ def _torch_block(
         areas = [slot_areas(labels, slots, patch_valid) for labels in raw]
         if merge_threshold is None:
             identity = torch.arange(slots, device=probs[0].device).expand(batch, slots)
-            merged, labels = MergeResult(identity, torch.zeros_like(areas[0][:, 0]), None), raw
+            merged = MergeResult(identity, torch.zeros_like(areas[0][:, 0]), None)
+        elif merge_by == "soft_iou":
+            merged = merge_by_soft_iou(probs[0], areas[0], patch_valid)
         else:
             logits = sides[0][0]
             if logits is None:
                 logits = slot_logits(*sides[0], 1.0, slot_valid, patch_valid).log_softmax(2)
             merged = merge_slots(logits, areas[0], merge_threshold, slot_valid, patch_valid)
-            labels = [relabel(x, merged.winners) for x in raw]
+        labels = raw if merge_threshold is None else [relabel(x, merged.winners) for x in raw]
         volumes = [x.unflatten(2, grid) for x in (*labels, *raw)]
         valid = None if patch_valid is None else patch_valid.unflatten(2, grid)
         differing = [count_differing_neighbours(x, valid, maps.frame_index) for x in volumes[:2]]

@@ -1,12 +1,14 @@
 """Transitive pseudo-label merging: redundant slots share one label."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssync_pl.method.labels import compute_dtype, hard_labels, slot_areas, slot_logits
 from ssync_pl.method.maps import SSyncMaps
+
+MergeRule = Literal["coverage", "soft_iou"]
 
 # The reference adds this to each area, so that two slots that cover nothing have an overlap of 0, not 0 / 0.
 _AREA_EPSILON = 1e-6
@@ -51,10 +53,26 @@ def merge_slots(
     Source: SSync (arXiv 2606.15527), transitive pseudo-label merging.
     """
     iou = _temporal_iou(slot_coverage(logits, slot_valid, patch_valid).to(compute_dtype(logits.dtype)))
-    component = _connected(iou > merge_threshold)
-    winners = torch.where(component, areas.unsqueeze(1), -1).max(dim=2).indices
-    slots = torch.arange(winners.shape[1], device=winners.device)
-    return MergeResult(winners, (winners != slots).sum(dim=1), iou)
+    return _join(iou > merge_threshold, areas, iou)
+
+
+def merge_by_soft_iou(probs: Tensor, areas: Tensor, patch_valid: Tensor | None = None) -> MergeResult:
+    """Finds redundant slots by the sum of smaller over that of larger probabilities (B, T, S, N).
+
+    After Soft-IoU (arXiv 2603.11246); here its threshold splits the overlaps of a clip into groups of least variance.
+    """
+    flat = (probs if patch_valid is None else probs * patch_valid.unsqueeze(2)).detach().transpose(1, 2).flatten(2)
+    mass, distance = flat.sum(dim=2), torch.cdist(flat, flat, p=1.0)
+    mass = mass.unsqueeze(1) + mass.unsqueeze(2)
+    iou = (mass - distance) / (mass + distance).clamp_min(_AREA_EPSILON)
+    rows, columns = torch.triu_indices(probs.shape[2], probs.shape[2], 1, device=probs.device)
+    values = iou[:, rows, columns].sort(dim=1, descending=True).values
+    if values.shape[1] < 2:
+        return _join(iou > 1.0, areas, iou)
+    high, total = torch.arange(1, values.shape[1], device=probs.device), values.sum(dim=1, keepdim=True)
+    low, summed = values.shape[1] - high, values.cumsum(dim=1)[:, :-1]
+    best = (high * low * (summed / high - (total - summed) / low).square()).max(dim=1, keepdim=True).indices
+    return _join(iou > values.gather(1, best + 1).unsqueeze(2), areas, iou)
 
 
 def redundant_slots(maps: SSyncMaps, merge_threshold: float = 0.7) -> Tensor:
@@ -103,6 +121,12 @@ def slot_coverage(logits: Tensor, slot_valid: Tensor | None = None, patch_valid:
         count = valid.sum(dim=(1, 3), keepdim=True).clamp_min(1)
         covered = (logits > logits.masked_fill(~valid, 0.0).sum(dim=(1, 3), keepdim=True) / count) & valid
     return covered if slot_valid is None else covered & slot_valid[:, None, :, None]
+
+
+def _join(linked: Tensor, areas: Tensor, iou: Tensor) -> MergeResult:
+    winners = torch.where(_connected(linked), areas.unsqueeze(1), -1).max(dim=2).indices
+    slots = torch.arange(winners.shape[1], device=winners.device)
+    return MergeResult(winners, (winners != slots).sum(dim=1), iou)
 
 
 def _temporal_iou(mask: Tensor) -> Tensor:
