@@ -14,10 +14,17 @@ CHANGES = [  # of SSync's options
     ("boundary-only", {"warmup_ratio": 0.5}, {"warmup_ratio": 0.5, "interior_weight": 0.0}),
     ("interior-only", {}, {"boundary_weight": 0.0}),
     ("no-merging", {}, {"merge": False}),
+    ("soft-iou", {}, {"merge_by": "soft_iou"}),
     ("cross-entropy", {"n_bd": 1}, {"n_bd": 1, "loss": "ce"}),
     ("no-warmup", {"warmup_ratio": 0.5}, {"warmup_ratio": 0.0}),
     ("threshold-0.8", {}, {"merge_threshold": 0.8}),
-    ("weight-2", {}, {"relative_weight": 2.0}),
+    ("weight-2", {"gradient_share": 0.1}, {"relative_weight": 2.0}),
+    ("share-0.2", {"relative_weight": 0.1, "n_bd": 1}, {"gradient_share": 0.2, "n_bd": 1}),
+    (
+        "auto",
+        {"relative_weight": 0.1, "warmup_steps": 9, "grid": [3, 4]},
+        {"mode": "auto", "warmup_steps": 9, "grid": [3, 4]},
+    ),
     ("warmup-0.4", {"warmup_steps": 100}, {"warmup_ratio": 0.4}),
 ]
 REFUSED = [
@@ -99,7 +106,7 @@ def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tin
     own = {"warmup_steps": 9, **ratio}
     tiny["trainer"]["callbacks"][0]["init_args"] = own
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    options = {"variants": "without,with,published,warmup-0.25", "slots": "5", "seeds": "1"}
+    options = {"variants": "without,with,published,auto,warmup-0.25", "slots": "5", "seeds": "1"}
     matrix = build_matrix([tmp_path / "tiny.yaml"], tmp_path / "out", **options)
     configs = {}
     for run in matrix.runs:
@@ -113,10 +120,20 @@ def test_each_process_gets_the_settings_that_the_plan_reckons_with(tmp_path, tin
         assert (parts.model.hparams["num_slots"], parts.model.hparams["slot_dim"]) == (5, 8)
         configs[run.key.variant] = [one.config for one in parts.callbacks if type(one).__name__ == "SSyncCallback"]
     quarter = SSyncConfig(**ratio, warmup_ratio=0.25)
-    wanted = {"with": [SSyncConfig(**own)], "published": [SSyncConfig()], "warmup-0.25": [quarter]}
+    wanted = {
+        "with": [SSyncConfig(**own)],
+        "published": [SSyncConfig()],
+        "auto": [SSyncConfig(mode="auto", warmup_steps=9)],
+        "warmup-0.25": [quarter],
+    }
     assert configs == {"without": [], **wanted}
     shared = {run.key.variant: run.checkpoint.stem for run in matrix.runs if run.checkpoint is not None}
-    assert shared == {"with": "warmup_9_steps_2", "published": "warmup_0.3_50", "warmup-0.25": "warmup_0.25_2"}
+    assert shared == {
+        "with": "warmup_9_steps_2",
+        "auto": "warmup_9_steps_50",
+        "published": "warmup_0.3_50",
+        "warmup-0.25": "warmup_0.25_2",
+    }
 
 
 @pytest.mark.parametrize("content", [b"a: &a [*a]", b"a: {1: 2, b: 3}", b"a: 2026-99-99", b"[" * 5000])

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "find_unused": ({}, {"find_unused_parameters": True}),
     "static_graph": ({"warmup_steps": 2, "guard_window": 1}, {"static_graph": True}),
     "relative": ({"relative_weight": 0.2}, {}),
+    "gradient": ({"gradient_share": 0.2}, {}),
     "compiled": ({"sync_counts": True}, {}),
     "dict": ({}, {}),
 }

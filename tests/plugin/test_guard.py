@@ -168,7 +168,9 @@ def test_in_training_warn_tells_once_and_stop_stops_after_the_window():
     assert (trainer.global_step, messages) == (9, [])
 
 
-@pytest.mark.parametrize("options", [{}, {"relative_weight": 0.1}, {"on_collapse": "backoff", "loss": "ce"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"relative_weight": 0.1}, {"on_collapse": "backoff", "loss": "ce"}, {"gradient_share": 0.3}]
+)
 def test_the_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(monkeypatch, options):
     # The search for NaN is free on the CPU and returns at once elsewhere.
     monkeypatch.setattr(ssync_pl.method.loss, "_refuse_nan", lambda *args: None)
@@ -196,4 +198,97 @@ def test_the_device_is_read_in_the_first_step_and_at_the_end_of_a_window_only(mo
     # window.
     busy = {0, 2, 4, 7, 10}
     assert [step for step, count in enumerate(reads) if count] == sorted(busy)
-    assert [reads[step] for step in (2, 4, 7, 10)] == [2, 1, 1, 1]
+    assert [reads[step] for step in (2, 4, 7, 10)] == [2, 1 + ("gradient_share" in options), 1, 1]
+
+
+def shared_maps(host_gradient=1.0, noise=0.5):
+    """A host's loss and its maps, put together from tensors that the loss reads too; and these tensors."""
+    generator = torch.Generator().manual_seed(1)
+    objects = torch.eye(3)[:, torch.tensor([0, 0, 1, 2] * 3)]
+    weights = [torch.randn((2, 3, 12), generator=generator).requires_grad_() for _ in range(4)]
+    frames = [objects + noise * weight for weight in weights]
+    loss = host_gradient * sum(frame.softmax(1).pow(3).sum() for frame in frames)
+    d, a = torch.stack(frames[:2], 1), torch.stack(frames[2:], 1)
+    return loss, SSyncMaps(attention_logits=d, mask_logits=a, grid=(3, 4)), frames
+
+
+def norm(gradients):
+    return float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
+
+
+@pytest.mark.parametrize(("scale", "interior"), [(1e-3, 1.0), (1.0, 0.25), (1e4, 1.0)])
+def test_a_gradient_share_follows_the_gradients_at_both_maps_whatever_the_scale(scale, interior):
+    engine = started(gradient_share=0.3, interior_weight=interior)
+    for step in range(3):
+        loss, maps, frames = shared_maps(scale)
+        added, _ = engine.term(None, maps, step)
+        if step < 2:
+            (loss + added).backward()
+    ours, own = (torch.autograd.grad(x, frames, retain_graph=True) for x in (added, loss))
+    # The host's part is taken to be at right angles to SSync's, which it is only nearly.
+    shares = [norm(ours[side]) / norm(own[side]) for side in (slice(2), slice(2, 4))]
+    assert shares == pytest.approx([0.3 * interior, 0.3], rel=0.1)
+
+
+def test_a_gradient_share_goes_on_exactly_from_a_saved_state():
+    def run(engine, steps):
+        for step in steps:
+            loss, maps, _ = shared_maps(1 + step)
+            added, _ = engine.term(None, maps, step)
+            (loss + added).backward()
+        return added.item()
+
+    whole, first, second = (started(gradient_share=0.3) for _ in range(3))
+    run(first, range(3))
+    second.load_state_dict(first.state_dict())
+    assert run(second, range(3, 6)) == run(whole, range(6))
+
+
+@pytest.mark.parametrize("settings", [{"mode": "auto", "warmup_ratio": None}, {"gradient_share": 0.9}])
+def test_a_gradient_share_never_pushes_towards_one_slot_for_everything(settings):
+    engine = started(**settings)
+    for step in range(4):
+        loss, maps, frames = shared_maps()
+        if step == 3:  # the first slot wins all patches, but not by much
+            maps = SSyncMaps(
+                *(x + torch.tensor([4.0, 0, 0])[:, None] for x in (maps.attention, maps.masks)), grid=(3, 4)
+            )
+        added, _ = engine.term(None, maps, step)
+        gradients = torch.autograd.grad(added, frames, retain_graph=True)
+        assert (norm(gradients) == 0) == (step == 3)
+        (loss + added).backward()
+
+
+def test_where_the_host_has_no_gradient_at_its_maps_a_share_of_its_loss_is_added():
+    engine = started(gradient_share=0.3, guard_window=2)
+    engine.term(torch.tensor(3.0), shared_maps()[1], 0)[0].backward()
+    with pytest.warns(UserWarning, match="relative_weight"):
+        engine.term(torch.tensor(3.0), shared_maps()[1], 1)
+    twin = started(gradient_share=0.3, guard_window=2)
+    twin.load_state_dict(engine.state_dict())
+    assert [term(one, 3.0, 2) for one in (engine, twin)] == pytest.approx([0.15, 0.15])
+
+
+def test_a_gradient_share_is_that_of_the_scaled_loss_and_outlives_an_overflow():
+    def last(scale, broken=None):
+        engine = started(gradient_share=0.3)
+        for step in range(4):
+            loss, maps, frames = shared_maps(noise=0.01)  # nearly agreed, where the floor holds
+            added, _ = engine.term(None, maps, step)
+            if step == broken:
+                frames[0].register_hook(lambda gradient: gradient * torch.inf)
+            if step < 3:
+                (scale * (loss + added)).backward()
+        return norm(torch.autograd.grad(added, frames, allow_unused=True))
+
+    assert [last(65536.0), last(0.125)] == pytest.approx([last(1.0)] * 2, rel=1e-3)
+    assert last(1.0, broken=0) == pytest.approx(last(1.0), rel=0.3)
+
+
+def test_a_gradient_share_never_adds_more_than_the_loss_of_the_host():
+    engine = started(gradient_share=0.9)
+    for step in range(4):
+        loss, maps, _ = shared_maps(1e4)
+        added, _ = engine.term(torch.tensor(0.01), maps, step)
+        assert float(added) <= 0.01
+        (loss + added).backward()

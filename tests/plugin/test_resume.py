@@ -81,7 +81,7 @@ GUARDED = {"on_collapse": "backoff", "collapse_threshold": 0.99, "relative_weigh
 
 
 @pytest.mark.filterwarnings("ignore:Slots fall out of use")
-@pytest.mark.parametrize("options", [GUARDED, {"ramp_steps": 9, "warmup_steps": 3}])
+@pytest.mark.parametrize("options", [GUARDED, {"ramp_steps": 9, "warmup_steps": 3}, {"mode": "auto"}])
 @pytest.mark.parametrize("stop", [2, 7])
 @pytest.mark.parametrize("mixin", [False, True])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options, stop, mixin):
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, options, stop, mix
         fit(host, *callbacks, *extra, steps=10, loader=data, **more)
         ends.append((tiny.weights(host), (host._ssync_engine if mixin else callbacks[0].engine).state_dict()))
     torch.testing.assert_close(ends[0][0], ends[1][0], **EXACT)
-    assert ends[0][1] == ends[1][1]
+    assert str(ends[0][1]) == str(ends[1][1])  # in which NaN equals NaN
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(tiny.weights(make_host()))
 
 

@@ -17,8 +17,10 @@ NAN, INF = float("nan"), float("inf")
 PATHS = {"attention": "corrector:masks", "masks": "decoder:masks"}
 # Values that are taken, and values that are refused
 RANGES = {
+    "mode": (["auto"], ["best", None, ["auto"]]),
     "merge_threshold": ([0.0, 1.0], [-0.1, 1.1, NAN, "0.7"]),
     "merge": ([False], ["yes"]),
+    "merge_by": (["soft_iou"], ["iou", None]),
     "n_bd": ([0, 10], [-1, 11, 1.5, True]),
     "n_nbd": ([1, 11], [0, 12, "1"]),
     "n_noise": ([4], [-1, 11]),
@@ -27,10 +29,11 @@ RANGES = {
     "boundary_weight": ([0.0, 1], [-1.0, INF, NAN]),
     "interior_weight": ([0.25], [-1.0, INF, NAN]),
     "relative_weight": ([1e-6, 10.0, None], [0.0, -1.0, INF, NAN, "0.1"]),
+    "gradient_share": ([0.3, None], [0.0, 1.0, INF, NAN, "0.1"]),
     "warmup_ratio": ([0.0, 1.0], [-0.1, 1.1, NAN, True]),
     "warmup_steps": ([0, None], [-1, 1.5]),
     "ramp_steps": ([8], [-1, None]),
-    "on_collapse": (["stop"], ["ignore", None]),
+    "on_collapse": (["stop"], ["ignore"]),
     "collapse_threshold": ([0.7], [0.0, 1.0, NAN]),
     "guard_window": ([1], [0, -1, 2.0]),
     "sync_counts": ([True], [None]),
@@ -48,6 +51,20 @@ def test_defaults_are_the_published_ones():
     assert {name: parameters[name].default for name in options} == options
     changes = {"merge_threshold": 0.5, "merge": False, "n_bd": 2, "loss": "ce", "sync_counts": True}
     assert SSyncConfig(**changes).loss_options() == options | changes
+
+
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        ({}, {"merge_threshold": 0.5, "warmup_ratio": 0.5, "on_collapse": "backoff", "gradient_share": 0.1}),
+        ({"merge_threshold": 0.7, "on_collapse": "warn"}, {"warmup_ratio": 0.5, "gradient_share": 0.1}),
+        ({"relative_weight": 0.1}, {"gradient_share": None}),
+        ({"gradient_share": 0.3, "warmup_ratio": 0.3}, {"relative_weight": None, "collapse_threshold": 0.9}),
+    ],
+)
+def test_auto_settles_what_is_not_given(given, others):
+    config = SSyncCallback(mode="auto", **given).config
+    assert {name: getattr(config, name) for name in given | others} == given | others
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -259,7 +259,8 @@ def _switch(config: Mapping[str, Any]) -> Switch | None:
     callbacks = ssync_options(config)
     if len(callbacks) != 1:
         return None
-    options = {**ssync_defaults(), **callbacks[0]}
+    given = {name: value for name, value in callbacks[0].items() if value is not None}
+    options = {"warmup_steps": None, **ssync_defaults(str(given.get("mode", "published"))), **given}
     ratio, steps, watch = options["warmup_ratio"], options["warmup_steps"], options["guard_window"]
     if not isinstance(ratio, int | float) or not isinstance(watch, int) or not isinstance(steps, int | None):
         return None

@@ -5,7 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ _TOP_LEVEL = frozenset(
     ("ckpt_path", "data", "lr_scheduler", "model", "name", "optimizer", "seed_everything", "trainer", "weights_only")
 )
 _WARMUP = ("warmup_ratio", "warmup_steps")
+_PLACES = ("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid")  # they belong to the host
 _MOST_VALUES = 100_000  # of a configuration, with its references followed
 
 
@@ -57,11 +58,15 @@ _FIXED = {
     "published": _Recipe(
         "SSync as published: weights 1 and 1, warm-up 0.3, no guard that backs off",  # which are the defaults
         {},
-        kept=("adapter", "attention", "masks", "attention_kind", "masks_kind", "grid"),  # they belong to the host
+        kept=_PLACES,
+    ),
+    "auto": _Recipe(
+        "SSync with mode='auto', switched on as in the configuration", {"mode": "auto"}, kept=_PLACES + _WARMUP
     ),
     "boundary-only": _Recipe("only boundaries: slot attention teaches the decoder", {"interior_weight": 0.0}),
     "interior-only": _Recipe("only interiors: the decoder teaches slot attention", {"boundary_weight": 0.0}),
     "no-merging": _Recipe("labels of redundant slots are not merged", {"merge": False}),
+    "soft-iou": _Recipe("labels merged by Soft-IoU, its threshold inferred for each clip", {"merge_by": "soft_iou"}),
     "cross-entropy": _Recipe("cross-entropy in the place of the Brier loss", {"loss": "ce"}),
     "no-warmup": _Recipe("SSync from the first step", {"warmup_ratio": 0.0}),
     "srl": _Recipe(
@@ -79,7 +84,14 @@ _FIXED = {
 _NUMBERED = {
     "threshold": ("merge_threshold", "slots are merged above an overlap of"),
     "weight": ("relative_weight", "SSync's share of the host's own loss is"),
+    "share": ("gradient_share", "SSync's gradient at the maps, as a share of the host's own there, is"),
     "warmup": ("warmup_ratio", "share of the training before SSync switches on:"),
+}
+# What would contradict a setting, or win over it.
+_INSTEAD_OF = {
+    "warmup_ratio": "warmup_steps",
+    "relative_weight": "gradient_share",
+    "gradient_share": "relative_weight",
 }
 
 
@@ -104,11 +116,11 @@ def make_variant(name: str, config: Mapping[str, Any]) -> Variant:
 
 
 @cache
-def ssync_defaults() -> dict[str, Any]:
-    """Returns the default of every setting of SSync."""
+def ssync_defaults(mode: str = "published") -> dict[str, Any]:
+    """Returns what every setting of SSync is in a mode where nothing is given."""
     from ssync_pl.plugin.config import SSyncConfig  # imports torch, which --help can do without
 
-    return {field.name: field.default for field in fields(SSyncConfig)}
+    return asdict(SSyncConfig(mode=mode))  # type: ignore[arg-type]
 
 
 def ssync_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -154,12 +166,12 @@ def _edited(callback: Any, recipe: _Recipe) -> Any:
         return callback
     if recipe.ssync is None:
         return None
-    # A rival has the schedule of SSync, also where that is the default.
-    options = {
-        **({"warmup_ratio": ssync_defaults()["warmup_ratio"]} if recipe.callback else {}),
-        **options_of(callback),
-    }
-    gone = ("warmup_steps",) if "warmup_ratio" in recipe.ssync else ()  # steps would take the place of a ratio
+    options = {name: value for name, value in options_of(callback).items() if value is not None}
+    # It has the schedule of SSync, also where that is the default.
+    if (recipe.callback or "mode" in recipe.ssync) and "warmup_steps" not in options:
+        ratio = ssync_defaults(str(options.get("mode", "published")))["warmup_ratio"]
+        options = {"warmup_ratio": ratio, **options}
+    gone = [other for name, other in _INSTEAD_OF.items() if name in recipe.ssync]
     stays = {
         key: value for key, value in options.items() if key not in gone and (recipe.kept is None or key in recipe.kept)
     }

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.errors import ConfigError, HostError
+from ssync_pl.adapters.gradients import GradientMeter, running_average
+from ssync_pl.errors import ConfigError, HostError, require
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -23,9 +24,14 @@ _LOG = logging.getLogger("lightning.pytorch.ssync_pl")
 LogFunction = Callable[..., None]
 """Writes one number of a training step: called as ``log(name, value, prog_bar=...)``."""
 
-_RUNNING_DECAY = 0.98
 # Of the Brier score: below this, relative weights stop growing while the term goes to zero.
 _RELATIVE_FLOOR = 1e-2
+# Before the first gradients are measured.
+_FIRST_WEIGHT = 1e-5
+# Slots in use on average, below which a map is nearly one slot for everything.
+_LEAST_SLOTS = 1.5
+# Share of the host's loss that is added where gradients cannot be compared.
+_INSTEAD = 0.05
 
 
 class SSyncEngine:
@@ -33,13 +39,16 @@ class SSyncEngine:
 
     def __init__(self, config: SSyncConfig) -> None:
         self.config = config
-        self.guard = CollapseGuard(config.on_collapse, config.collapse_threshold, config.guard_window)
+        guard: Any = (config.on_collapse, config.collapse_threshold, config.guard_window)  # no longer None
+        self.guard = CollapseGuard(*guard)
         self.schedule: Schedule | None = None
         self.first_step: int | None = None  # at which SSync was first added to the loss
-        self._told = False
+        self._told = self._looked = False
+        self._relative = config.relative_weight
         self._epoch: int | None = None
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
+        self._meter = None if config.gradient_share is None else GradientMeter()
 
     def start(self, total_steps: float) -> None:
         """Fixes the warm-up for a training of this many optimizer steps, infinity when unknown."""
@@ -61,10 +70,9 @@ class SSyncEngine:
     def term(
         self, host_loss: Tensor | None, maps: SSyncMaps, step: int, log: LogFunction | None = None
     ) -> tuple[Tensor | None, GuardVerdict | None]:
-        """Computes what is added to the host's loss: a weighted 0-dim tensor, None while SSync is off.
+        """Computes what is added to the host's loss, a weighted 0-dim tensor, None while SSync is off.
 
-        ``host_loss`` is needed with ``relative_weight`` only; ``log`` receives the numbers of the step. The guard's
-        verdict comes along where a window ended.
+        ``host_loss`` is needed for relative weights; ``log`` receives numbers; a verdict comes where a window ended.
         """
         phase = self.phase(step)
         if phase is Phase.WATCH:
@@ -73,22 +81,36 @@ class SSyncEngine:
             return None, None
         if self.first_step is None:
             self.first_step = step
+        meter = self._meter
+        maps = maps if meter is None else meter.branch(maps)
         output = ssync_loss(maps, **self.config.loss_options())
         if not self._told:
             self._told = True
-            options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend")}
+            options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend", "merge_by")}
             backend = describe_backend(maps, **options)
             slots, agreed = torch.stack([output.used_decoder_slots.mean(), 100 * output.agreement]).tolist()
             text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
             _tell(f"SSync is on from optimizer step {step}: {text}", slots, maps.shape[2], agreed, *backend)
-        weight = self._weight(host_loss, output.loss, step)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
-        term = weight * output.loss
+        if meter is None:
+            weight = self._weight(host_loss, output.loss, step)
+            term = weight * output.loss
+        else:
+            weights = self._gradient_weights(meter.ratio, host_loss, output, step)
+            # One slot for everything is a fixed point, towards which nothing may push.
+            interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS)
+            term = interior * output.interior_loss + weight * output.boundary_loss
+            meter.listen(term, weights)
         if log is not None:
             _write(log, output, used, weight)
+            if meter is not None:
+                log("ssync/interior_weight", interior)
             if host_loss is not None:  # what the host logs as its loss leaves SSync out
                 log("ssync/total_loss", (host_loss + term).detach())
-        return term, self.guard.step(used, existing_slots(maps))
+        verdict = self.guard.step(used, existing_slots(maps))
+        if verdict is not None and meter is not None and not self._looked:
+            self._look_for_gradients(meter, host_loss)
+        return term, verdict
 
     def summary(self, step: int) -> str:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
@@ -111,6 +133,8 @@ class SSyncEngine:
         return {
             "guard": self.guard.state_dict(),
             "first_step": self.first_step,
+            "gradients": self._meter and self._meter.state_dict(),
+            "relative": None if self.config.gradient_share is None else self._relative,
             **{name: None if value is None else float(value) for name, value in averages.items()},
         }
 
@@ -120,11 +144,17 @@ class SSyncEngine:
             first, *averages = (state.get("first_step"), state["host_average"], state["term_average"])
             first = None if first is None else int(first)  # not in the first checkpoints
             host, term = (None if value is None else torch.tensor(float(value)) for value in averages)
+            relative = None if state.get("relative") is None else float(state["relative"])
+            meter = None if self.config.gradient_share is None or relative is not None else GradientMeter()
+            if state.get("gradients") is not None:
+                (meter or GradientMeter()).load_state_dict(state["gradients"])
             self.guard.load_state_dict(state["guard"])
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
             text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
             raise ConfigError(text) from error
         self.first_step, self._host_average, self._term_average = first, host, term
+        if self.config.gradient_share is not None:
+            self._meter, self._relative, self._looked = meter, relative, False
         self._epoch = None  # a search for a learning rate asked for its own length
         self._stay_on()
 
@@ -139,16 +169,38 @@ class SSyncEngine:
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
-        share = self.config.relative_weight
-        if share is None:
+        if self._relative is None:
             return factor
-        assert host_loss is not None  # `attach` and the callback have refused that
+        require(host_loss is not None, "the host's loss", None, advice="Call ssync.add(loss).")
         # Each rank's own averages would weight ranks differently, and undo sync_counts.
-        now = mean_over_ranks(torch.stack([host_loss.detach().abs().float(), term.detach().float()]))
-        self._host_average = _running(self._host_average, now[0])
-        self._term_average = _running(self._term_average, now[1])
+        now = torch.stack([host_loss.detach().abs().float(), term.detach().float()])  # type: ignore[union-attr]
+        now = mean_over_ranks(now)
+        self._host_average = running_average(self._host_average, now[0])
+        self._term_average = running_average(self._term_average, now[1])
         floor = _RELATIVE_FLOOR * (self.config.boundary_weight + self.config.interior_weight) / 2
-        return factor * share * self._host_average / self._term_average.clamp_min(max(floor, 1e-12))
+        return factor * self._relative * self._host_average / self._term_average.clamp_min(max(floor, 1e-12))
+
+    def _gradient_weights(self, ratio: Tensor, host_loss: Tensor | None, output: SSyncOutput, step: int) -> Tensor:
+        """(2,) weights of the interior and the boundary loss, which have their gradients at attention and at masks."""
+        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
+        weights = torch.where(ratio > 0, self.config.gradient_share * ratio, _FIRST_WEIGHT)  # type: ignore[operator]
+        if host_loss is not None:  # SSync's part that comes back through earlier frames would count as the host's
+            added = (output.boundary_loss + output.interior_loss).detach()
+            weights = torch.minimum(weights, host_loss.detach().abs() / added.clamp_min(_RELATIVE_FLOOR))
+        interior, boundary = factor * weights
+        return torch.stack([interior * self.config.interior_weight, boundary * self.config.boundary_weight])
+
+    def _look_for_gradients(self, meter: GradientMeter, host_loss: Tensor | None) -> None:
+        """Turns to the losses where the host has no gradient at its maps; NaN is not known yet."""
+        norms = meter.host_norms()
+        self._looked = any(norm > 0 for norm in norms)
+        if 0.0 in norms and not self._looked:
+            text = "`gradient_share` finds no gradient of the host at its maps (are these compiled, or pooled?)"
+            if host_loss is not None:
+                text += f": SSync adds {_INSTEAD} of the host's loss instead"
+                self._meter, self._relative = None, _INSTEAD
+            if _is_first_rank():
+                warnings.warn(f"{text}. Give `relative_weight` to choose a share yourself.", stacklevel=4)
 
 
 def check_first(maps: SSyncMaps, host: str, config: SSyncConfig) -> None:
@@ -192,16 +244,6 @@ def _tell(message: str, *args: object) -> None:
 
 def _is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def _running(average: Tensor | None, value: Tensor) -> Tensor:
-    # A step with an overflow must not poison the average for good; NaN stands for no finite value so far.
-    value = torch.where(value.isfinite(), value, torch.nan)
-    if average is None:
-        return value
-    average = average.to(value.device)
-    moved = average.lerp(value, 1 - _RUNNING_DECAY)
-    return torch.where(average.isnan(), value, torch.where(value.isnan(), average, moved))
 
 
 def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float) -> None:

@@ -64,7 +64,7 @@ class Schedule:
     @classmethod
     def resolve(cls, config: SSyncConfig, total_steps: float) -> "Schedule":
         """Turns ratios into steps; raises `ConfigError` where the warm-up is a share of an unknown length."""
-        start = steps_of(config.warmup_ratio, config.warmup_steps, total_steps)
+        start = steps_of(config.warmup_ratio or 0.0, config.warmup_steps, total_steps)
         return cls(start=start, ramp_steps=config.ramp_steps, watch_steps=config.guard_window)
 
     def phase(self, step: int) -> Phase:
