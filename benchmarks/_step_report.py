@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["Overhead", "draw", "overhead", "own_share", "table"]
 
-BASES = {"warm-up": "without", "with": "without", "dense": "without", "validation attached": "validation"}
+BASES = {**dict.fromkeys(("warm-up", "with", "auto", "dense"), "without"), "validation attached": "validation"}
 OWN = ("hooks_ms", "losses_ms", "losses_backward_ms")
 PHASES = ("forward_ms", "backward_ms", "optimizer_ms")
 _RESAMPLES = 5000
@@ -54,7 +54,7 @@ def own_share(rows: list[dict[str, Any]], host: str, kind: str) -> Overhead:
     Args:
         rows: Of the benchmark.
         host: Its name.
-        kind: ``"with"`` or ``"warm-up"``.
+        kind: ``"with"``, ``"auto"`` or ``"warm-up"``.
 
     Returns:
         Median and 95 % interval of it, by bootstrap.
@@ -84,7 +84,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 line += f"{_median(rows, host, kind, name):>{width}.1f}" if known else " " * width
             if kind in BASES:
                 line += f"  {_words(_overhead(rows, host, kind)):<28}"
-            if kind in ("with", "warm-up"):
+            if kind in ("with", "warm-up", "auto"):
                 own = sum(_median(rows, host, kind, name) for name in OWN)
                 line += f"{own:>9.3f}  {_words(own_share(rows, host, kind))}"
             lines.append(line.rstrip())
@@ -106,14 +106,20 @@ def draw(rows: list[dict[str, Any]], path: Path, facts: dict[str, Any]) -> None:
 
     hosts = list(dict.fromkeys(row["host"] for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 1.35 * max(len(hosts), 1.3)), width_ratios=(1.25, 1))
-    kinds = {"warm-up": "tab:gray", "with": "tab:blue", "validation attached": "tab:green", "dense": "tab:red"}
-    names = {"warm-up": "attached, off", "with": "SSync", "validation attached": "validation, attached"}
+    kinds = {"warm-up": "tab:gray", "with": "tab:blue", "auto": "tab:cyan", "validation attached": "tab:green"}
+    kinds["dense"] = "tab:red"
+    names = {
+        "warm-up": "attached, off",
+        "with": "SSync",
+        "auto": "SSync, auto",
+        "validation attached": "validation, attached",
+    }
     lines = [(host, kind) for host in hosts for kind in kinds if _of(rows, host, kind)]
     for place, (host, kind) in enumerate(lines):
         value = _overhead(rows, host, kind)
         spread = [[value.percent - value.low], [value.high - value.percent]]
         left.errorbar(value.percent, place, xerr=spread, fmt="o", color=kinds[kind], capsize=3)
-        if kind in ("with", "warm-up"):
+        if kind in ("with", "warm-up", "auto"):
             left.plot(own_share(rows, host, kind).percent, place, "D", mfc="none", color=kinds[kind], ms=8)
     left.plot([], [], "o", color="black", label="by paired difference, 95 % interval")
     left.plot([], [], "D", mfc="none", color="black", ms=8, label="the plug-in's own time")
@@ -130,7 +136,7 @@ def draw(rows: list[dict[str, Any]], path: Path, facts: dict[str, Any]) -> None:
     left.set_xlabel("% of the same step without it (linear up to 2, logarithmic beyond)")
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
-    bars = [(host, kind) for host in hosts for kind in ("without", "with", "dense") if _of(rows, host, kind)]
+    bars = [(host, kind) for host in hosts for kind in ("without", "with", "auto", "dense") if _of(rows, host, kind)]
     start = np.zeros(len(bars))
     for name, color in zip(PHASES, ("tab:olive", "tab:orange", "tab:brown"), strict=True):
         values = np.array([_median(rows, host, kind, name) for host, kind in bars])
@@ -162,7 +168,7 @@ def _of(rows: list[dict[str, Any]], host: str, kind: str) -> list[dict[str, Any]
 
 
 def _sorted(rows: list[dict[str, Any]], host: str) -> list[dict[str, Any]]:
-    order = ["without", "warm-up", "with", "dense", "validation", "validation attached"]
+    order = ["without", "warm-up", "with", "auto", "dense", "validation", "validation attached"]
     return sorted((row for row in rows if row["host"] == host), key=lambda row: order.index(row["kind"]))
 
 

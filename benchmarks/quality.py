@@ -32,10 +32,11 @@ GPU: dict[str, dict[str, object]] = {
         "num_workers": 4,
     },
 }
+MODES = "without,with,auto,soft-iou,srl"
 EXPERIMENTS: dict[str, tuple[str, list[str], list[str]]] = {
     # name: configuration in examples/, options of `ssync-pl compare`, options of each training
-    "quickstart": ("quickstart", ["--variants", "without,with", "--slots", "9", "--seeds", "5"], []),
-    "quickstart_slots": ("quickstart", ["--variants", "without,with", "--slots", "7,11,15", "--seeds", "3"], []),
+    "quickstart": ("quickstart", ["--variants", MODES, "--slots", "9", "--seeds", "5"], []),
+    "quickstart_slots": ("quickstart", ["--variants", "without,with,auto", "--slots", "7,11,15", "--seeds", "5"], []),
     "quickstart_gpu": (
         "quickstart",
         ["--variants", "without,with", "--slots", "9", "--seeds", "2", "--processes", "2"],

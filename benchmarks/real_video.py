@@ -45,7 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 HOST = ROOT / "examples" / "real_video.yaml"
 EVERY, CLIP = 2, 12  # frames: every second one, in clips of 12
 SSYNC = {"relative_weight": 0.1, "interior_weight": 0.25, "warmup_ratio": 0.5}
-VARIANTS = ("boundary-only", "with", "interior-only", "boundary-no-merging")
+VARIANTS = ("auto", "boundary-only", "with", "interior-only", "boundary-no-merging")
 SHOWN = {"davis": ("video_mbo", "video_ari"), "highway": ("video_fg_ari", "video_mbo")}  # in the figure
 TITLES = {"davis": "DAVIS 2016", "highway": "CDnet highway"}
 

@@ -7,6 +7,7 @@ random order each round:
 * ``without``: the host alone, no hook on it;
 * ``warm-up``: the plug-in is attached and SSync is off, as in the first part of a training;
 * ``with``: SSync is on, at the published settings;
+* ``auto``: SSync is on, with ``mode="auto"``, which measures gradients in the backward pass;
 * ``dense``: in its place SRL's dense alignment of all frames of a clip (hosts that rebuild features of whole clips);
 * ``validation`` and ``validation attached``: segmenting the batch, alone and with the plug-in attached and on.
 
@@ -47,7 +48,7 @@ from ssync_pl.rivals.dense_alignment import DenseAlignment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HOSTS = ("videosaur", "slotcontrast", "solv", "savi")
-TRAINING = ("without", "warm-up", "with", "dense")
+TRAINING = ("without", "warm-up", "with", "auto", "dense")
 VALIDATION = ("validation", "validation attached")
 # Of MOVi-C with ViT-S: the sizes at which the method was published.
 SLOTS, GRID, FEATURES, HIDDEN = 11, (24, 24), 384, (1024, 1024, 1024)
@@ -151,6 +152,7 @@ class Bench:
         self.attached: dict[str, AttachedSSync] = {
             "warm-up": attach(self.host, warmup_steps=10**9),
             "with": attach(self.host, warmup_steps=0),
+            "auto": attach(self.host, warmup_steps=0, mode="auto"),
         }
         self.dense: Dense | None = None
         if name in ("videosaur", "slotcontrast"):
@@ -181,7 +183,7 @@ class Bench:
             own = self.clock.milliseconds()
         if kind in self.attached:
             times["hooks_ms"], times["losses_ms"] = own.get("hooks", 0.0), own["losses"]
-            times["losses_backward_ms"] = self._losses_backward() if kind == "with" else 0.0
+            times["losses_backward_ms"] = 0.0 if kind == "warm-up" else self._losses_backward(kind)
         return times
 
     def _train(self, kind: str, add: Callable[[Tensor, Any], Tensor]) -> dict[str, float]:
@@ -225,15 +227,15 @@ class Bench:
                     time_hooks(self.host, self.clock)
                 yield self.clock.around("losses", ssync.add)
 
-    def _losses_backward(self) -> float:
+    def _losses_backward(self, kind: str) -> float:
         """The backward pass of the losses down to the maps, with gradients that are there already, as in a step."""
-        maps = self.attached["with"].maps
+        maps = self.attached[kind].maps
         leaves = {
             field.name: getattr(maps, field.name).requires_grad_()
             for field in dataclasses.fields(SSyncMaps)
             if field.name.endswith(("_logits", "_probs")) and getattr(maps, field.name) is not None
         }
-        engine = SSyncEngine(SSyncConfig(warmup_steps=0))
+        engine = SSyncEngine(SSyncConfig(mode="auto" if kind == "auto" else "published", warmup_steps=0))
         engine.start(math.inf)
         seconds = 0.0
         for _ in range(2):

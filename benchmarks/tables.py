@@ -31,6 +31,23 @@ HOSTS = (
     ("quality_cluttered", "SlotContrast, clutter, 11 slots"),
     ("quality_solv", "SOLV, `c` from above, 7 slots"),
 )
+# Where the mode `auto` was compared with others: results, their slot count, and what they are.
+MODES = (
+    ("quality_quickstart_slots", 7, "quickstart, 7 slots"),
+    ("quality_quickstart", 9, "quickstart, 9 slots"),
+    ("quality_quickstart_slots", 11, "quickstart, 11 slots"),
+    ("quality_quickstart_slots", 15, "quickstart, 15 slots"),
+    ("real_davis", 7, "DAVIS, 7 slots"),
+    ("real_highway", 7, "highway, 7 slots"),
+)
+ARMS = {
+    "auto": "`auto`",
+    "share-0.2": "… `gradient_share` 0.2",
+    "auto-threshold-0.7": "… `merge_threshold` 0.7",
+    "with": "settings chosen for the host",
+    "soft-iou": "… merging by Soft-IoU",
+    "srl": "dense alignment (SRL)",
+}
 # Real video: scores of each source, of slot attention's map and the decoder's.
 REAL = {"davis": ("video_mbo", "video_ari"), "highway": ("video_fg_ari", "video_mbo", "video_ari")}
 REAL_MAPS = {"encoder_": "slot attention", "": "decoder"}
@@ -143,12 +160,12 @@ def slots_table() -> str:
 
 def _falls(rows: pd.DataFrame) -> str:
     lines = []
-    key = MAIN[0]
+    key, arms = MAIN[0], {"without": "without SSync", "with": "with SSync", "auto": "with `auto`"}
     for few, many in ((11, 15), (7, 15)):
         said = []
-        for variant in ("without", "with"):
+        for variant in (arm for arm in arms if values(rows, key, arm, few)):
             fall = paired_difference(values(rows, key, variant, few), values(rows, key, variant, many))
-            said.append(f"{write(fall, key)} {variant} SSync")
+            said.append(f"{write(fall, key)} {arms[variant]}")
         lines.append(f"From {few} to {many} slots video FG-ARI falls by {' and by '.join(said)}.")
     return "\n".join(lines)
 
@@ -186,6 +203,25 @@ def hosts_table() -> str:
             said = words if variant == "with" else f"{words}, `{variant}`"
             body.append([f"[{said}](results/{name}.csv)", str(len(arms[0][1])), write(without, MAIN[0]), *cells])
     return grid(["host", "seeds", "FG-ARI without", *(f"{METRICS[key].title}, with − without" for key in MAIN)], body)
+
+
+def modes_table() -> str:
+    """Every way to add SSync, and its rival, on every host: differences to the run without."""
+    columns = [(of, key) for of in ("", "encoder_") for key in HEADLINE]
+    body = []
+    for name, slots, words in MODES:
+        rows = read_results(RESULTS / f"{name}.csv")
+        first = words
+        for variant, said in ARMS.items():
+            arms = [(key, *(values(rows, of + key, arm, slots) for arm in (variant, "without"))) for of, key in columns]
+            if not arms[0][1]:
+                continue
+            # Where all that is annotated is one object, FG-ARI is 0.
+            cells = [write(paired_difference(a, b), k, True) if max(b.values()) > 1e-3 else "–" for k, a, b in arms]
+            body.append([first, said, str(len(arms[0][1])), *cells])
+            first = ""
+    titles = [f"{METRICS[key].title.removeprefix('video ')}, {REAL_MAPS[of]}" for of, key in columns]
+    return grid(["host", "with", "seeds", *titles], body)
 
 
 def exploration_table() -> str:
@@ -241,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart_slots": quickstart_slots_table,
     **{f"real_{source}": partial(real_table, source) for source in REAL},
     "real_teachers": teachers_table,
+    "modes": modes_table,
     "main": main_table,
     "slots": slots_table,
     "ablation": ablation_table,
