@@ -17,6 +17,9 @@ from ssync_pl.errors import ConfigError
 from ssync_pl.hosts import SlotContrast
 from ssync_pl.tools.official.checkpoints import convert_checkpoint, public_globals, read_checkpoint
 
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+pytestmark = pytest.mark.skipif(VERSION < (2, 6), reason="older PyTorch cannot be told that a Path is harmless")
+
 
 @pytest.fixture(scope="module")
 def state():
