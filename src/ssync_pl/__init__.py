@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ssync_pl.tools.predict.writer import SlotPredictions
     from ssync_pl.tools.summary import ValidationSummary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AttachedSSync": "ssync_pl.plugin.attach",
