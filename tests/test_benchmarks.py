@@ -41,7 +41,7 @@ LOADER_WORDS = ["--videos", "16", "--frames", "8", "--resolution", "16", "--imag
 LOADER_WORDS += ["--per-shard", "4", "--workers", "0", "--warmup", "1", "--seconds", "0.2", "--repeats", "1"]
 LOADERS = {"reference": "| `reference` |", "mmap": "| ours, `mmap` |", "webdataset": "| ours, `webdataset` |"}
 LOADERS["mmap + transform"] = "| ours, `mmap`, with"
-KINDS = {"without", "warm-up", "with", "dense", "validation", "validation attached"}
+KINDS = {"without", "warm-up", "with", "auto", "dense", "validation", "validation attached"}
 # Each benchmark, its arguments, what the columns of its file hold, and a line that it prints.
 RUNS = {
     "cost": (
