@@ -37,6 +37,7 @@ MODES = (
     ("quality_quickstart", 9, "quickstart, 9 slots"),
     ("quality_quickstart_slots", 11, "quickstart, 11 slots"),
     ("quality_quickstart_slots", 15, "quickstart, 15 slots"),
+    ("quality_videosaur_auto", 11, "VideoSAUR example, 11 slots"),
     ("real_davis", 7, "DAVIS, 7 slots"),
     ("real_highway", 7, "highway, 7 slots"),
 )
