@@ -1,3 +1,4 @@
+import inspect
 import time
 
 import pytest
@@ -120,7 +121,7 @@ def test_changes_come_before_references(resolve, tmp_path):
 
 def test_a_function_of_the_same_name_in_the_process_is_left_alone(resolve):
     omegaconf = pytest.importorskip("omegaconf")
-    new = hasattr(omegaconf.OmegaConf, "legacy_register_resolver")
+    new = "replace" in inspect.signature(omegaconf.OmegaConf.register_resolver).parameters
     register = omegaconf.OmegaConf.register_resolver if new else omegaconf.OmegaConf.register_new_resolver
     register("mul", lambda a, b: "mine", replace=True)
     try:

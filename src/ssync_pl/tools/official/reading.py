@@ -1,6 +1,7 @@
 """Reads public configurations: YAML whose `${…}` references OmegaConf resolves, within limits, running no code."""
 
 import ast
+import inspect
 import itertools
 import math
 import re
@@ -44,7 +45,8 @@ def read_config(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]
     path = Path(path)
     require(path.is_file(), f"a configuration at {str(path)!r}", "no such file", advice="Correct the path.")
     require(path.stat().st_size <= _MOST_BYTES, f"{path} to have at most {_MOST_BYTES} bytes", "more")
-    new = hasattr(OmegaConf, "legacy_register_resolver")  # since 2.4; before, `register_resolver` is the legacy one
+    # Since 2.4; before, `register_resolver` is the legacy one.
+    new = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
     register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     for name, function in {**_FUNCTIONS, "ref": _follower()}.items():
         register(_OURS + name, function, replace=True)
