@@ -92,11 +92,12 @@ class SSyncEngine:
             text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
             _tell(f"SSync is on from optimizer step {step}: {text}", slots, maps.shape[2], agreed, *backend)
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
+        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         if meter is None:
-            weight = self._weight(host_loss, output.loss, step)
+            weight = self._weight(host_loss, output.loss, factor)
             term = weight * output.loss
         else:
-            weights = self._gradient_weights(meter.ratio, host_loss, output, step)
+            weights = self._gradient_weights(meter.ratio, host_loss, output, factor)
             # One slot for everything is a fixed point, towards which nothing may push.
             interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS)
             term = interior * output.interior_loss + weight * output.boundary_loss
@@ -167,8 +168,7 @@ class SSyncEngine:
         else:  # the longer warm-up was asked for
             self.first_step = None
 
-    def _weight(self, host_loss: Tensor | None, term: Tensor, step: int) -> Tensor | float:
-        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
+    def _weight(self, host_loss: Tensor | None, term: Tensor, factor: float) -> Tensor | float:
         if self._relative is None:
             return factor
         require(host_loss is not None, "the host's loss", None, advice="Call ssync.add(loss).")
@@ -180,9 +180,8 @@ class SSyncEngine:
         floor = _RELATIVE_FLOOR * (self.config.boundary_weight + self.config.interior_weight) / 2
         return factor * self._relative * self._host_average / self._term_average.clamp_min(max(floor, 1e-12))
 
-    def _gradient_weights(self, ratio: Tensor, host_loss: Tensor | None, output: SSyncOutput, step: int) -> Tensor:
+    def _gradient_weights(self, ratio: Tensor, host_loss: Tensor | None, output: SSyncOutput, factor: float) -> Tensor:
         """(2,) weights of the interior and the boundary loss, which have their gradients at attention and at masks."""
-        factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         weights = torch.where(ratio > 0, self.config.gradient_share * ratio, _FIRST_WEIGHT)  # type: ignore[operator]
         if host_loss is not None:  # SSync's part that comes back through earlier frames would count as the host's
             added = (output.boundary_loss + output.interior_loss).detach()
