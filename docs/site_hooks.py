@@ -62,3 +62,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[1] + posixpath.relpath(target, posixpath.dirname(here) or ".")
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps means and their intervals on one line, also in narrow cells of tables."""
+    return html.replace(" ± ", "\u00a0±\u00a0")

@@ -141,6 +141,7 @@ def test_a_checkpointed_host_gets_the_gradients_of_its_own_tensors_unless_it_is_
     assert_clean(host)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="PyTorch 2.4 hides modules of compiled hosts")
 def test_compiled_hosts() -> None:
     torch._dynamo.reset()
     host = taps.make_unknown(taps.SlotsOnly(iterations=1))

@@ -278,7 +278,7 @@ def test_the_command_line_reads_every_option(make_shards):
     parser.add_class_arguments(ShardDataModule, "data")
     pattern = make_shards()
     args = ["--data.train", f'["{pattern}"]', "--data.image_size", "[8, 8]", "--data.mean", "[0.5, 0.5, 0.5]"]
-    built = parser.instantiate(parser.parse_args([*args, "--data.crop=random"]))
+    built = parser.instantiate_classes(parser.parse_args([*args, "--data.crop=random"]))
     assert built.data.transform.image_size == (8, 8)
     assert built.data.patterns["train"] == [pattern]
     assert (built.data.ignore_overlaps, ShardDataModule(has_background=False).ignore_overlaps) == (False, True)

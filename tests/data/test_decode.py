@@ -68,7 +68,7 @@ def sounding(video, container, disposition=0):
     buffer = io.BytesIO()
     with av.open(io.BytesIO(video)) as source, av.open(buffer, "w", format=container) as output:
         sound, stream = output.add_stream("aac", rate=8000), output.add_stream_from_template(source.streams.video[0])
-        stream.disposition = av.stream.Disposition(disposition)
+        stream.disposition = disposition
         for packet in source.demux(video=0):
             if packet.size:
                 packet.stream = stream

@@ -178,7 +178,8 @@ def test_fit_with_ssync_validates_saves_loads_predicts_and_tests(kind: Any, tmp_
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert any("decoder" in name for name in moved)
     run.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = kind.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True, map_location="cpu").eval()
+    torch.load(tmp_path / "model.ckpt", weights_only=True)  # which Lightning before 2.6 cannot be asked for
+    loaded = kind.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu").eval()
     assert loaded.hparams == model.hparams
     with torch.no_grad():
         torch.testing.assert_close(loaded.segment(batch), model.eval().segment(batch))

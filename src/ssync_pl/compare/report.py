@@ -193,7 +193,8 @@ def _curve_figure(group: Group, curves: Curves, kind: str, keys: Mapping[str, st
                 band, look = bands[variant, key], _look(group.variants, group.baseline, variant)
                 axes.plot(band.index, band["mean"], lw=1.8, marker="o" if len(band) <= 12 else "", ms=3, **look)
                 alpha = min(0.15, 0.75 / len(shown))  # many would cover each other
-                axes.fill_between(band.index, band["min"], band["max"], color=look["color"], alpha=alpha, lw=0)
+                low, high = band["min"].to_numpy(), band["max"].to_numpy()
+                axes.fill_between(band.index.to_numpy(), low, high, color=look["color"], alpha=alpha, lw=0)
         for step in starts:
             axes.axvline(step, color="black", lw=1.0, ls=":", label="SSync switches on")
         axes.set_xlabel("training step")
