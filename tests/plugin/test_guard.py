@@ -7,6 +7,7 @@ from tiny_hosts import Recorder, fit, in_hook, make_callback, make_host
 import ssync_pl.method.loss
 from operations import Operations
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
+from ssync_pl.adapters.agreement import kappa
 from ssync_pl.plugin.engine import SSyncEngine
 from ssync_pl.plugin.guard import CollapseGuard, existing_slots, used_slots
 
@@ -244,7 +245,7 @@ def test_a_gradient_share_goes_on_exactly_from_a_saved_state():
     assert run(second, range(3, 6)) == run(whole, range(6))
 
 
-@pytest.mark.parametrize("settings", [{"mode": "auto", "warmup_ratio": None}, {"gradient_share": 0.9}])
+@pytest.mark.parametrize("settings", [{"mode": "auto", "least_agreement": 0.0}, {"gradient_share": 0.9}])
 def test_a_gradient_share_never_pushes_towards_one_slot_for_everything(settings):
     engine = started(**settings)
     for step in range(4):
@@ -257,6 +258,46 @@ def test_a_gradient_share_never_pushes_towards_one_slot_for_everything(settings)
         gradients = torch.autograd.grad(added, frames, retain_graph=True)
         assert (norm(gradients) == 0) == (step == 3)
         (loss + added).backward()
+
+
+# Slots of slot attention and of the decoder in two frames of three patches, patches that count, and kappa by hand.
+KAPPAS = [
+    ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], None, 1.0),
+    ([0, 0, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0], None, -0.5),
+    ([0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1], None, 1 / 3),
+    ([0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1], 1.0),
+    ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], None, 0.0),
+]
+
+
+@pytest.mark.parametrize(("encoder", "decoder", "valid", "expected"), KAPPAS)
+def test_kappa_is_agreement_beyond_chance(encoder, decoder, valid, expected):
+    labels = [torch.tensor(one).view(1, 2, 3) for one in (encoder, decoder)]
+    valid = None if valid is None else torch.tensor(valid).bool().view(1, 2, 3)
+    assert float(kappa(*labels, 3, valid)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "auto"}, {"relative_weight": 0.1, "least_agreement": 0.6}])
+def test_maps_that_know_other_slots_add_nothing_until_they_agree(settings):
+    def pushes(engine, step, agree):
+        loss, maps, frames = shared_maps(noise=0.1)
+        if not agree:  # the same objects, in other slots
+            maps = SSyncMaps(maps.attention_logits.roll(1, 2), mask_logits=maps.mask_logits, grid=(3, 4))
+        added, _ = engine.term(loss, maps, step, lambda name, value, **_: logs.update({name: float(value)}))
+        gradients = torch.autograd.grad(added, frames, retain_graph=True)
+        (loss.detach() + added).backward()
+        return norm(gradients) > 0
+
+    logs, engine, resumed = {}, started(**settings), started(**settings)
+    assert [pushes(engine, step, False) for step in range(3)] == [False] * 3
+    assert logs["ssync/kappa"] == pytest.approx(-0.5, abs=0.2)
+    assert "added nothing" in engine.summary(3)
+    resumed.load_state_dict(engine.state_dict())
+    pushed = [pushes(resumed, step, True) for step in range(3, 103)]
+    first = pushed.index(True)  # a running average of fifty steps, from -0.5 to 0.6
+    assert 30 < first < 90
+    assert all(pushed[first:])
+    assert "added nothing" not in resumed.summary(103)
 
 
 def test_where_the_host_has_no_gradient_at_its_maps_a_share_of_its_loss_is_added():

@@ -29,6 +29,7 @@ RANGES = {
     "boundary_weight": ([0.0, 1], [-1.0, INF, NAN]),
     "interior_weight": ([0.25], [-1.0, INF, NAN]),
     "relative_weight": ([1e-6, 10.0, None], [0.0, -1.0, INF, NAN, "0.1"]),
+    "least_agreement": ([0.0, 0.6], [-0.1, 1.0, NAN, "0.6"]),
     "gradient_share": ([0.3, None], [0.0, 1.0, INF, NAN, "0.1"]),
     "warmup_ratio": ([0.0, 1.0], [-0.1, 1.1, NAN, True]),
     "warmup_steps": ([0, None], [-1, 1.5]),

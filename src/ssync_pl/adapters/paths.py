@@ -9,7 +9,7 @@ from ssync_pl.adapters.base import HostAdapter
 from ssync_pl.adapters.capture import Capture, Softmaxes, describe, has_modules, output_entry, submodule
 from ssync_pl.adapters.grids import Grid, check_frames, check_grid, frame_size
 from ssync_pl.adapters.pairing import MapKind, Pair, Seen, find_pair, join_maps
-from ssync_pl.errors import ConfigError, HostError, ShapeError
+from ssync_pl.errors import ConfigError, HostError, ShapeError, require
 from ssync_pl.method.maps import SSyncMaps
 
 
@@ -185,3 +185,24 @@ def _softmaxes(calls: list[Softmaxes], place: Place) -> list[Seen]:
         Seen([one.logits for one in ones], axis, "logits", place.text, inside=max(one.times for one in ones))
         for axis, ones in heard
     ]
+
+
+def adapter_from(
+    adapter: str | HostAdapter,
+    attention: str | None,
+    masks: str | None,
+    attention_kind: MapKind,
+    masks_kind: MapKind,
+    grid: tuple[int, int] | None,
+) -> tuple[str | HostAdapter, tuple[int, int] | None]:
+    """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
+    require(isinstance(adapter, (str, HostAdapter)), "argument `adapter` to be a name or an adapter", repr(adapter))
+    named, advice = f"{attention=}, {masks=}", "Name both modules, or neither and let `adapter` find them."
+    together = (attention is None) == (masks is None)
+    require(together, "arguments `attention` and `masks` to come together", named, advice=advice)
+    if attention is not None and masks is not None:
+        require(adapter == "auto", "either `adapter` or `attention` and `masks`", "both", advice="Leave one out.")
+        return PathAdapter(attention, masks, attention_kind, masks_kind, grid), None
+    alone, kinds = attention_kind == masks_kind == "probs", "`attention_kind` and `masks_kind`"
+    require(alone, f"{kinds} only beside `attention` and `masks`", "them alone", advice="Adapters know these.")
+    return adapter, grid

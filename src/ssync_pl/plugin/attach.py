@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ssync_pl.adapters import HostAdapter
-from ssync_pl.adapters.paths import MapKind
+from ssync_pl.adapters.paths import MapKind, adapter_from
 from ssync_pl.errors import HostError, ShapeError, SSyncError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, tell_end
 from ssync_pl.plugin.schedule import Phase
-from ssync_pl.plugin.session import HostSession, adapter_from
+from ssync_pl.plugin.session import HostSession
 
 _CALLS = "calls of the model"
 

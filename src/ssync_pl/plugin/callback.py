@@ -9,14 +9,14 @@ from typing import Any
 import lightning.pytorch as L
 
 from ssync_pl.adapters import HostAdapter
-from ssync_pl.adapters.paths import MapKind
+from ssync_pl.adapters.paths import MapKind, adapter_from
 from ssync_pl.data.loader import mend_restart, mend_resume
 from ssync_pl.errors import HostError, require
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
 from ssync_pl.plugin.regularizer import SSyncRegularizer
 from ssync_pl.plugin.schedule import Phase
-from ssync_pl.plugin.session import HostSession, adapter_from
+from ssync_pl.plugin.session import HostSession
 from ssync_pl.plugin.wrapped_step import StepCallback, loss_of, with_loss
 
 

@@ -21,7 +21,7 @@ class SSyncConfig:
     Args:
         mode: What settings become that are None: ``"published"``, or ``"auto"``, for hosts of any scale and maturity:
             ``gradient_share`` 0.1 (unless ``relative_weight`` is given), ``merge_threshold`` 0.5, ``warmup_ratio`` 0.5,
-            ``on_collapse`` ``"backoff"`` and ``collapse_threshold`` 0.9.
+            ``least_agreement`` 0.6, ``on_collapse`` ``"backoff"`` and ``collapse_threshold`` 0.9.
         merge_threshold: Overlap above which slots are redundant, in [0, 1]. Published: 0.7 (MOVi-C), 0.65 (MOVi-E),
             0.6 (YT-VIS), 0.9 (COCO). None: 0.7, with ``mode="auto"`` 0.5.
         merge: Merge redundant slots' labels. None merges where the host's attention logits are there.
@@ -40,6 +40,9 @@ class SSyncConfig:
             has on a running average this share of the norm of the host's own gradient there, whatever the host's loss
             measures, times the loss's own weight. While one slot wins nearly everything, nothing is added. Not together
             with ``relative_weight``.
+        least_agreement: While Cohen's kappa of the slots that win in the two maps is below it on a running average,
+            nothing is added: maps that know other slots teach noise. In [0, 1), 0 never looks. None: 0, with
+            ``mode="auto"`` 0.6.
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1]. None: 0.3, with
             ``mode="auto"`` 0.5.
         warmup_steps: Number of optimizer steps during which SSync is off; takes the place of ``warmup_ratio``.
@@ -73,6 +76,7 @@ class SSyncConfig:
     interior_weight: float = 1.0
     relative_weight: float | None = None
     gradient_share: float | None = None
+    least_agreement: float | None = None
     warmup_ratio: float | None = None
     warmup_steps: int | None = None
     ramp_steps: int = 0
@@ -85,9 +89,9 @@ class SSyncConfig:
     def __post_init__(self) -> None:
         require(self.mode in get_args(Mode), "argument `mode` to be 'published' or 'auto'", repr(self.mode))
         weighted = self.relative_weight is not None
-        for name, value in _MODES[self.mode].items():
+        for name, values in _DEFAULTS.items():
             if getattr(self, name) is None and not (name == "gradient_share" and weighted):
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, values[self.mode == "auto"])
         for name, (fits, wanted) in _RULES.items():
             value = getattr(self, name)
             require(fits(value), f"argument `{name}` to be {wanted}", repr(value))
@@ -111,9 +115,15 @@ class SSyncConfig:
         return {name: getattr(self, name) for name in _LOSS_OPTIONS}
 
 
-_PUBLISHED = {"merge_threshold": 0.7, "warmup_ratio": 0.3, "on_collapse": "warn", "collapse_threshold": 0.8}
-_AUTO = {"merge_threshold": 0.5, "warmup_ratio": 0.5, "on_collapse": "backoff", "collapse_threshold": 0.9}
-_MODES: dict[str, dict[str, Any]] = {"published": _PUBLISHED, "auto": {**_AUTO, "gradient_share": 0.1}}
+# Of settings that are None: as published, and with mode="auto".
+_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "merge_threshold": (0.7, 0.5),
+    "gradient_share": (None, 0.1),
+    "least_agreement": (0.0, 0.6),
+    "warmup_ratio": (0.3, 0.5),
+    "on_collapse": ("warn", "backoff"),
+    "collapse_threshold": (0.8, 0.9),
+}
 _LOSS_OPTIONS = (
     *("merge_threshold", "merge", "merge_by", "n_bd", "n_nbd", "n_noise", "temperature", "loss"),
     *("boundary_weight", "interior_weight", "sync_counts", "backend"),
@@ -141,6 +151,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "interior_weight": _WEIGHT,
     "relative_weight": _SHARE,
     "gradient_share": (lambda x: x is None or (_is_number(x) and 0 < x < 1), "a number in (0, 1), or None"),
+    "least_agreement": (lambda x: _is_number(x) and 0 <= x < 1, "a number in [0, 1), a kappa"),
     "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "a number in [0, 1], the share of the training"),
     "warmup_steps": (lambda x: x is None or _is_count(x, 0), "None or an integer of at least 0, in optimizer steps"),
     "ramp_steps": (lambda x: _is_count(x, 0), "an integer of at least 0, in optimizer steps"),

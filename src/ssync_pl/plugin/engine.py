@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssync_pl.adapters.agreement import kappa
 from ssync_pl.adapters.gradients import GradientMeter, running_average
 from ssync_pl.errors import ConfigError, HostError, require
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
@@ -48,6 +49,7 @@ class SSyncEngine:
         self._epoch: int | None = None
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
+        self._agreement: Tensor | None = None
         self._meter = None if config.gradient_share is None else GradientMeter()
 
     def start(self, total_steps: float) -> None:
@@ -91,19 +93,27 @@ class SSyncEngine:
             slots, agreed = torch.stack([output.used_decoder_slots.mean(), 100 * output.agreement]).tolist()
             text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
             _tell(f"SSync is on from optimizer step {step}: {text}", slots, maps.shape[2], agreed, *backend)
+        agreeing: Tensor | float = 1.0
+        if least := self.config.least_agreement:
+            labels = output.raw_encoder_labels.flatten(2), output.raw_decoder_labels.flatten(2)
+            now = mean_over_ranks(kappa(*labels, maps.shape[2], maps.patch_valid))
+            self._agreement = running_average(self._agreement, now)
+            agreeing = self._agreement >= least
         used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         if meter is None:
-            weight = self._weight(host_loss, output.loss, factor)
+            weight = self._weight(host_loss, output.loss, factor) * agreeing
             term = weight * output.loss
         else:
             weights = self._gradient_weights(meter.ratio, host_loss, output, factor)
             # One slot for everything is a fixed point, towards which nothing may push.
-            interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS)
+            interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS) * agreeing
             term = interior * output.interior_loss + weight * output.boundary_loss
             meter.listen(term, weights)
         if log is not None:
             _write(log, output, used, weight)
+            if self._agreement is not None:
+                log("ssync/kappa", self._agreement)
             if meter is not None:
                 log("ssync/interior_weight", interior)
             if host_loss is not None:  # what the host logs as its loss leaves SSync out
@@ -116,7 +126,12 @@ class SSyncEngine:
     def summary(self, step: int) -> str:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
         if self.first_step is not None:
-            return f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
+            text = f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
+            if self._agreement is not None and self._agreement < (self.config.least_agreement or 0.0):
+                text += (
+                    f" In the end it added nothing: kappa of the maps was {self._agreement:.2f} (`least_agreement`)."
+                )
+            return text
         if self.schedule is None:
             return "SSync never ran: no training step came to it. An SSyncRegularizer must call self.ssync(loss, maps)."
         if step <= self.schedule.start:
@@ -130,7 +145,11 @@ class SSyncEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain numbers."""
-        averages = {"host_average": self._host_average, "term_average": self._term_average}
+        averages = {
+            "host_average": self._host_average,
+            "term_average": self._term_average,
+            "agreement": self._agreement,
+        }
         return {
             "guard": self.guard.state_dict(),
             "first_step": self.first_step,
@@ -142,9 +161,10 @@ class SSyncEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
         try:
-            first, *averages = (state.get("first_step"), state["host_average"], state["term_average"])
-            first = None if first is None else int(first)  # not in the first checkpoints
-            host, term = (None if value is None else torch.tensor(float(value)) for value in averages)
+            first, agreement = (state.get(name) for name in ("first_step", "agreement"))  # not in older checkpoints
+            first = None if first is None else int(first)
+            averages = (state["host_average"], state["term_average"], agreement)
+            host, term, agreement = (None if value is None else torch.tensor(float(value)) for value in averages)
             relative = None if state.get("relative") is None else float(state["relative"])
             meter = None if self.config.gradient_share is None or relative is not None else GradientMeter()
             if state.get("gradients") is not None:
@@ -153,7 +173,7 @@ class SSyncEngine:
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
             text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
             raise ConfigError(text) from error
-        self.first_step, self._host_average, self._term_average = first, host, term
+        self.first_step, self._host_average, self._term_average, self._agreement = first, host, term, agreement
         if self.config.gradient_share is not None:
             self._meter, self._relative, self._looked = meter, relative, False
         self._epoch = None  # a search for a learning rate asked for its own length

@@ -4,33 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from ssync_pl.adapters import HostAdapter, PathAdapter, locate
-from ssync_pl.adapters.paths import MapKind
-from ssync_pl.errors import HostError, require
+from ssync_pl.adapters import HostAdapter, locate
+from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
 from ssync_pl.plugin.engine import check_first
-
-
-def adapter_from(
-    adapter: str | HostAdapter,
-    attention: str | None,
-    masks: str | None,
-    attention_kind: MapKind,
-    masks_kind: MapKind,
-    grid: tuple[int, int] | None,
-) -> tuple[str | HostAdapter, tuple[int, int] | None]:
-    """Settles the two ways to name a host's maps: by an adapter, or by the modules that give them."""
-    require(isinstance(adapter, (str, HostAdapter)), "argument `adapter` to be a name or an adapter", repr(adapter))
-    named, advice = f"{attention=}, {masks=}", "Name both modules, or neither and let `adapter` find them."
-    together = (attention is None) == (masks is None)
-    require(together, "arguments `attention` and `masks` to come together", named, advice=advice)
-    if attention is not None and masks is not None:
-        require(adapter == "auto", "either `adapter` or `attention` and `masks`", "both", advice="Leave one out.")
-        return PathAdapter(attention, masks, attention_kind, masks_kind, grid), None
-    alone, kinds = attention_kind == masks_kind == "probs", "`attention_kind` and `masks_kind`"
-    require(alone, f"{kinds} only beside `attention` and `masks`", "them alone", advice="Adapters know these.")
-    return adapter, grid
 
 
 class HostSession:
