@@ -143,7 +143,7 @@ REFUSED = [
     ([*FIT, "--config=none.yaml"], "'none.yaml', which is none"),
     ([*FIT, "--model.num_slots=100000000000000000000"], "Expected arguments `num_slots`"),
     ([*FIT, "--model.slot_dim=100000000000"], "Expected a configuration that can be built"),
-    ([*FIT, "--trainer.default_root_dir=a\0b"], "null byte"),
+    ([*FIT, "--trainer.default_root_dir=a\0b"], "embedded null"),
     ([*FIT, "--config=twice.yaml"], "'max_steps' is given twice"),
     ([*FIT, "--config=unfolds.yaml"], "unfold to more than"),
     ([*FIT, "--config", "tabs.yaml"], "tabs.yaml to hold YAML in UTF-8"),

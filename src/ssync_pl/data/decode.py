@@ -335,11 +335,13 @@ def _shown(frame: Any, where: str, number: int) -> np.ndarray:
 
 def _orientation(frame: Any) -> tuple[bool, int, int]:
     """Says whether rows are shown as columns, and then the directions, 1 or -1, in which both are read."""
-    matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return False, 1, 1
     # A pixel at (x, y) is shown at (a x + c y, b x + d y); ffmpeg's libavutil/display.h.
-    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
     turned = abs(b) + abs(c) > abs(a) + abs(d)
     across, down = (c, b) if turned else (a, d)
     return turned, -1 if down < 0 else 1, -1 if across < 0 else 1
