@@ -110,7 +110,7 @@ def _reason(cause: BaseException | None) -> str | None:
     while cause is not None:
         if isinstance(cause, SSyncError):
             return str(cause)
-        known = isinstance(cause, OSError | UnicodeDecodeError | ModuleNotFoundError) or "null byte" in str(cause)
+        known = isinstance(cause, OSError | UnicodeDecodeError | ModuleNotFoundError) or "embedded null" in str(cause)
         if known or type(cause).__name__ == "MisconfigurationException":  # Lightning's, which takes seconds to import
             text = f"{type(cause).__name__}: {printable(' '.join(str(cause).split()))}"
             return text + ". Install it, or the extra of ssync-pl that has it." * isinstance(cause, ModuleNotFoundError)
