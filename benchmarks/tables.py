@@ -38,6 +38,9 @@ MODES = (
     ("quality_quickstart_slots", 11, "quickstart, 11 slots"),
     ("quality_quickstart_slots", 15, "quickstart, 15 slots"),
     ("quality_videosaur_auto", 11, "VideoSAUR example, 11 slots"),
+    ("quality_solv_auto", 7, "SOLV example, 7 slots"),
+    ("quality_savi_auto", 8, "SAVi example, 8 slots"),
+    ("quality_crowded_auto", 11, "crowds of 15 to 23, 11 slots"),
     ("real_davis", 7, "DAVIS, 7 slots"),
     ("real_highway", 7, "highway, 7 slots"),
 )
@@ -45,6 +48,7 @@ ARMS = {
     "auto": "`auto`",
     "share-0.2": "… `gradient_share` 0.2",
     "auto-threshold-0.7": "… `merge_threshold` 0.7",
+    "published": "`published`",
     "with": "settings chosen for the host",
     "soft-iou": "… merging by Soft-IoU",
     "srl": "dense alignment (SRL)",

@@ -7,7 +7,8 @@ from tiny_hosts import Recorder, fit, in_hook, make_callback, make_host
 import ssync_pl.method.loss
 from operations import Operations
 from ssync_pl import SSyncConfig, SSyncMaps, ssync_loss
-from ssync_pl.adapters.agreement import kappa
+from ssync_pl.adapters.checks import kappa
+from ssync_pl.errors import ConfigError
 from ssync_pl.plugin.engine import SSyncEngine
 from ssync_pl.plugin.guard import CollapseGuard, existing_slots, used_slots
 
@@ -260,44 +261,71 @@ def test_a_gradient_share_never_pushes_towards_one_slot_for_everything(settings)
         (loss + added).backward()
 
 
-# Slots of slot attention and of the decoder in two frames of three patches, patches that count, and kappa by hand.
+# Slots of slot attention and of the decoder in two frames of three patches a clip, patches that count, kappa by hand.
 KAPPAS = [
     ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], None, 1.0),
     ([0, 0, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0], None, -0.5),
     ([0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1], None, 1 / 3),
     ([0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1], 1.0),
     ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], None, 0.0),
+    # Six patches where one slot wins, and four where agreement is chance; a clip without a patch.
+    ([0] * 6 + [0, 0, 1, 1, 2, 2], [0] * 6 + [0, 1, 0, 1, 2, 2], [1] * 10 + [0] * 2, 0.0),
+    ([0, 0, 0, 1, 1, 1] + [2] * 6, [0, 0, 1, 0, 1, 1] + [1] * 6, [1] * 6 + [0] * 6, 1 / 3),
 ]
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("encoder", "decoder", "valid", "expected"), KAPPAS)
-def test_kappa_is_agreement_beyond_chance(encoder, decoder, valid, expected):
-    labels = [torch.tensor(one).view(1, 2, 3) for one in (encoder, decoder)]
-    valid = None if valid is None else torch.tensor(valid).bool().view(1, 2, 3)
-    assert float(kappa(*labels, 3, valid)) == pytest.approx(expected, abs=1e-6)
+def test_kappa_is_agreement_beyond_chance(encoder, decoder, valid, expected, default):
+    labels = [torch.tensor(one).view(-1, 2, 3) for one in (encoder, decoder)]
+    valid = None if valid is None else torch.tensor(valid).bool().view(-1, 2, 3)
+    torch.set_default_dtype(default)  # as a Trainer in bf16-true does
+    try:
+        found = kappa(*labels, 3, valid)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert float(found) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"mode": "auto"}, {"relative_weight": 0.1, "least_agreement": 0.6}])
 def test_maps_that_know_other_slots_add_nothing_until_they_agree(settings):
-    def pushes(engine, step, agree):
-        loss, maps, frames = shared_maps(noise=0.1)
-        if not agree:  # the same objects, in other slots
-            maps = SSyncMaps(maps.attention_logits.roll(1, 2), mask_logits=maps.mask_logits, grid=(3, 4))
-        added, _ = engine.term(loss, maps, step, lambda name, value, **_: logs.update({name: float(value)}))
-        gradients = torch.autograd.grad(added, frames, retain_graph=True)
-        (loss.detach() + added).backward()
-        return norm(gradients) > 0
+    def run(engine, steps, agree):
+        for step in steps:
+            loss, maps, frames = shared_maps(noise=0.1)
+            if not agree:  # the same objects, in other slots
+                maps = SSyncMaps(maps.attention_logits.roll(1, 2), mask_logits=maps.mask_logits, grid=(3, 4))
+            added, _ = engine.term(loss, maps, step, lambda name, value, **_: logs.update({name: float(value)}))
+            if added is not None:
+                gradients = torch.autograd.grad(added, frames, retain_graph=True)
+                (loss.detach() + added).backward()
+            yield added is not None and norm(gradients) > 0
 
-    logs, engine, resumed = {}, started(**settings), started(**settings)
-    assert [pushes(engine, step, False) for step in range(3)] == [False] * 3
+    settings = {"guard_window": 20, **settings}
+    logs, engine, resumed, broken = {}, started(**settings), started(**settings), started(**settings)
+    assert not any(run(engine, range(3), False))
     assert logs["ssync/kappa"] == pytest.approx(-0.5, abs=0.2)
-    assert "added nothing" in engine.summary(3)
+    assert "never ran: kappa" in engine.summary(3)
     resumed.load_state_dict(engine.state_dict())
-    pushed = [pushes(resumed, step, True) for step in range(3, 103)]
-    first = pushed.index(True)  # a running average of fifty steps, from -0.5 to 0.6
-    assert 30 < first < 90
-    assert all(pushed[first:])
-    assert "added nothing" not in resumed.summary(103)
+    pushed = list(run(resumed, range(3, 123), True))
+    first = 3 + pushed.index(True)  # a running average of fifty steps, from -0.5 to 0.6, looked at every twenty
+    assert first in {60, 80}
+    assert all(pushed[first - 3 :])
+    assert f"ran from optimizer step {first} to" in resumed.summary(123)
+    assert resumed.guard.factor == 1
+    with pytest.raises(ConfigError):
+        broken.load_state_dict(engine.state_dict() | {"agreement": "much"})
+
+
+@pytest.mark.parametrize("action", ["backoff", "stop"])
+def test_slots_that_are_lost_while_nothing_is_added_are_not_the_fault_of_ssync(action):
+    engine = started(least_agreement=0.6, on_collapse=action, guard_window=2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        d, a = torch.randn((2, 2, 2, 6, 12), generator=generator)
+        d[:, :, 2:] -= 100.0 * (step > 3)
+        assert engine.term(torch.tensor(1.0), SSyncMaps(d, a, grid=(3, 4)), step) == (None, None)
+    assert engine.guard.factor == 1
 
 
 def test_where_the_host_has_no_gradient_at_its_maps_a_share_of_its_loss_is_added():

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_pl.adapters.agreement import kappa
+from ssync_pl.adapters.checks import kappa
 from ssync_pl.adapters.gradients import GradientMeter, running_average
-from ssync_pl.errors import ConfigError, HostError, require
+from ssync_pl.errors import ConfigError, require
 from ssync_pl.method.loss import SSyncOutput, describe_backend, mean_over_ranks, ssync_loss
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
@@ -50,6 +50,7 @@ class SSyncEngine:
         self._host_average: Tensor | None = None
         self._term_average: Tensor | None = None
         self._agreement: Tensor | None = None
+        self._agreeing: bool | None = None
         self._meter = None if config.gradient_share is None else GradientMeter()
 
     def start(self, total_steps: float) -> None:
@@ -81,11 +82,17 @@ class SSyncEngine:
             self.guard.watch(used_slots(maps), existing_slots(maps))
         if phase is not Phase.ON:
             return None, None
-        if self.first_step is None:
-            self.first_step = step
         meter = self._meter
         maps = maps if meter is None else meter.branch(maps)
         output = ssync_loss(maps, **self.config.loss_options())
+        used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
+        if not self._agree(output, maps, step):
+            self.guard.watch(used, existing_slots(maps))
+            if log is not None:
+                _write(log, output, used, 0.0, self._agreement)
+            return None, None
+        if self.first_step is None:
+            self.first_step = step
         if not self._told:
             self._told = True
             options = {name: getattr(self.config, name) for name in ("temperature", "loss", "backend", "merge_by")}
@@ -93,27 +100,18 @@ class SSyncEngine:
             slots, agreed = torch.stack([output.used_decoder_slots.mean(), 100 * output.agreement]).tolist()
             text = "%.1f of %d slots in use, both maps agree on %.0f %% of the patches. Backend '%s': %s."
             _tell(f"SSync is on from optimizer step {step}: {text}", slots, maps.shape[2], agreed, *backend)
-        agreeing: Tensor | float = 1.0
-        if least := self.config.least_agreement:
-            labels = output.raw_encoder_labels.flatten(2), output.raw_decoder_labels.flatten(2)
-            now = mean_over_ranks(kappa(*labels, maps.shape[2], maps.patch_valid))
-            self._agreement = running_average(self._agreement, now)
-            agreeing = self._agreement >= least
-        used = torch.stack([output.used_encoder_slots.mean(), output.used_decoder_slots.mean()])
         factor = self.schedule.weight(step) * self.guard.factor  # type: ignore[union-attr]
         if meter is None:
-            weight = self._weight(host_loss, output.loss, factor) * agreeing
+            weight = self._weight(host_loss, output.loss, factor)
             term = weight * output.loss
         else:
             weights = self._gradient_weights(meter.ratio, host_loss, output, factor)
             # One slot for everything is a fixed point, towards which nothing may push.
-            interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS) * agreeing
+            interior, weight = weights = weights * (used.min() >= _LEAST_SLOTS)
             term = interior * output.interior_loss + weight * output.boundary_loss
             meter.listen(term, weights)
         if log is not None:
-            _write(log, output, used, weight)
-            if self._agreement is not None:
-                log("ssync/kappa", self._agreement)
+            _write(log, output, used, weight, self._agreement)
             if meter is not None:
                 log("ssync/interior_weight", interior)
             if host_loss is not None:  # what the host logs as its loss leaves SSync out
@@ -127,11 +125,7 @@ class SSyncEngine:
         """Returns a sentence on when SSync ran, or why it never did, in a training that ends after ``step`` steps."""
         if self.first_step is not None:
             text = f"SSync ran from optimizer step {self.first_step} to the end at step {step}."
-            if self._agreement is not None and self._agreement < (self.config.least_agreement or 0.0):
-                text += (
-                    f" In the end it added nothing: kappa of the maps was {self._agreement:.2f} (`least_agreement`)."
-                )
-            return text
+            return text if self._agreeing is not False else f"{text} It added nothing in the end: {self._why()}."
         if self.schedule is None:
             return "SSync never ran: no training step came to it. An SSyncRegularizer must call self.ssync(loss, maps)."
         if step <= self.schedule.start:
@@ -141,6 +135,8 @@ class SSyncEngine:
                 f"(`{setting}`={getattr(self.config, setting)}), and the training ended at step {step}. Train longer, "
                 f"or lower `{setting}`."
             )
+        if self._agreeing is False:
+            return f"SSync never ran: {self._why()}."
         return "SSync never ran: no training step gave a loss after the warm-up."
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +150,7 @@ class SSyncEngine:
             "guard": self.guard.state_dict(),
             "first_step": self.first_step,
             "gradients": self._meter and self._meter.state_dict(),
+            "agreeing": self._agreeing,
             "relative": None if self.config.gradient_share is None else self._relative,
             **{name: None if value is None else float(value) for name, value in averages.items()},
         }
@@ -161,10 +158,14 @@ class SSyncEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned; raises `ConfigError` for something else."""
         try:
-            first, agreement = (state.get(name) for name in ("first_step", "agreement"))  # not in older checkpoints
+            names = ("first_step", "agreement", "agreeing")  # which older checkpoints lack
+            first, agreement, agreeing = (state.get(name) for name in names)
             first = None if first is None else int(first)
+            agreeing = {None: None, False: False, True: True}[agreeing]
             averages = (state["host_average"], state["term_average"], agreement)
-            host, term, agreement = (None if value is None else torch.tensor(float(value)) for value in averages)
+            host, term, agreement = (
+                None if value is None else torch.tensor(float(value), dtype=torch.float32) for value in averages
+            )
             relative = None if state.get("relative") is None else float(state["relative"])
             meter = None if self.config.gradient_share is None or relative is not None else GradientMeter()
             if state.get("gradients") is not None:
@@ -173,7 +174,9 @@ class SSyncEngine:
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
             text = f"Expected what `state_dict` of SSync returned, but got another ({error!r}). Load what was saved."
             raise ConfigError(text) from error
-        self.first_step, self._host_average, self._term_average, self._agreement = first, host, term, agreement
+        self.first_step, self._host_average, self._term_average = first, host, term
+        if self.config.least_agreement:
+            self._agreement, self._agreeing = agreement, agreeing
         if self.config.gradient_share is not None:
             self._meter, self._relative, self._looked = meter, relative, False
         self._epoch = None  # a search for a learning rate asked for its own length
@@ -187,6 +190,24 @@ class SSyncEngine:
             self.schedule = replace(self.schedule, start=self.first_step)
         else:  # the longer warm-up was asked for
             self.first_step = None
+
+    def _agree(self, output: SSyncOutput, maps: SSyncMaps, step: int) -> bool:
+        """Whether the maps know the same slots; looked at once in a window, since that waits for the device."""
+        if not self.config.least_agreement:
+            return True
+        labels = output.raw_encoder_labels.flatten(2), output.raw_decoder_labels.flatten(2)
+        now = mean_over_ranks(kappa(*labels, maps.shape[2], maps.patch_valid))
+        self._agreement = running_average(self._agreement, now)
+        if self._agreeing is None or step % self.config.guard_window == 0:
+            before, self._agreeing = self._agreeing is not False, float(self._agreement) >= self.config.least_agreement
+            if before is not self._agreeing:
+                done = "adds to the loss" if self._agreeing else "adds nothing"
+                _tell(f"SSync {done} from optimizer step {step} on: {self._why()}.")
+        return self._agreeing
+
+    def _why(self) -> str:
+        kappa_now, least = float(self._agreement), self.config.least_agreement  # type: ignore[arg-type]
+        return f"kappa of the host's two maps is {kappa_now:.2f}, `least_agreement` {least}"
 
     def _weight(self, host_loss: Tensor | None, term: Tensor, factor: float) -> Tensor | float:
         if self._relative is None:
@@ -222,22 +243,6 @@ class SSyncEngine:
                 warnings.warn(f"{text}. Give `relative_weight` to choose a share yourself.", stacklevel=4)
 
 
-def check_first(maps: SSyncMaps, host: str, config: SSyncConfig) -> None:
-    """Refuses maps with NaN, sums other than 1 or no gradient; only in the first step, since it reads the device."""
-    sides = (
-        ("decoder masks", maps.masks, config.boundary_weight),
-        ("slot attention", maps.attention, config.interior_weight),
-    )
-    for name, value, weight in sides:
-        if weight > 0 and torch.is_grad_enabled() and not value.requires_grad:
-            raise HostError(
-                f"Expected the {name} of {host} to carry gradient, but it does not. It was detached, computed under "
-                "no_grad, or captured inside reentrant activation checkpointing (use "
-                "checkpoint(..., use_reentrant=False))."
-            )
-    maps.check_values()
-
-
 def handle_verdict(verdict: GuardVerdict | None, trainer: Any) -> None:
     """Tells the user of a Trainer what the guard found, and stops the training if it says so."""
     if verdict is None:
@@ -265,7 +270,9 @@ def _is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float) -> None:
+def _write(
+    log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor | float, agreement: Tensor | None
+) -> None:
     for name in ("boundary_loss", "interior_loss"):
         log(f"ssync/{name}", getattr(output, name).detach(), prog_bar=True)
     for name in ("boundary_fraction", "interior_fraction", "overlap_fraction", "agreement"):
@@ -274,3 +281,5 @@ def _write(log: LogFunction, output: SSyncOutput, used: Tensor, weight: Tensor |
     log("ssync/used_slots", used[1])
     log("ssync/used_encoder_slots", used[0])
     log("ssync/weight", weight)
+    if agreement is not None:
+        log("ssync/kappa", agreement)

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ssync_pl.adapters.checks import check_first
 from ssync_pl.errors import SSyncError, require
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
-from ssync_pl.plugin.engine import SSyncEngine, check_first, handle_verdict, tell_end
+from ssync_pl.plugin.engine import SSyncEngine, handle_verdict, tell_end
 from ssync_pl.plugin.schedule import Phase
 from ssync_pl.plugin.wrapped_step import LogSteps
 
@@ -83,7 +84,8 @@ class SSyncRegularizer:
         maps = maps if isinstance(maps, SSyncMaps) else maps()
         if not self._ssync_checked:
             # Also during the warm-up: maps that cannot be used are refused in the first step.
-            check_first(maps, type(self).__name__, self.ssync_config)
+            weights = self.ssync_config.boundary_weight, self.ssync_config.interior_weight
+            check_first(maps, type(self).__name__, *weights)
             self._ssync_checked = True
         due = phase is Phase.ON and self._ssync_log_steps.due(trainer)
         log = functools.partial(self.log, batch_size=maps.shape[0]) if due else None  # type: ignore[attr-defined]

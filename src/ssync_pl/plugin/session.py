@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 
 from ssync_pl.adapters import HostAdapter, locate
+from ssync_pl.adapters.checks import check_first
 from ssync_pl.errors import HostError
 from ssync_pl.method.maps import SSyncMaps
 from ssync_pl.plugin.config import SSyncConfig
-from ssync_pl.plugin.engine import check_first
 
 
 class HostSession:
@@ -46,7 +46,7 @@ class HostSession:
             )
         maps = self.adapter.collect(self.capture, batch)
         if not self.checked:
-            check_first(maps, type(self.host).__name__, config)
+            check_first(maps, type(self.host).__name__, config.boundary_weight, config.interior_weight)
             self.adapter.verify(self.capture, maps)
             self.checked = True
         return maps
