@@ -46,6 +46,7 @@ MODES = (
 )
 ARMS = {
     "auto": "`auto`",
+    "auto-any-agreement": "… `least_agreement` 0",
     "share-0.2": "… `gradient_share` 0.2",
     "auto-threshold-0.7": "… `merge_threshold` 0.7",
     "published": "`published`",
