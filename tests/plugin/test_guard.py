@@ -315,6 +315,9 @@ def test_maps_that_know_other_slots_add_nothing_until_they_agree(settings):
     assert resumed.guard.factor == 1
     with pytest.raises(ConfigError):
         broken.load_state_dict(engine.state_dict() | {"agreement": "much"})
+    unasked = started(relative_weight=0.1)
+    unasked.load_state_dict(engine.state_dict())
+    assert "kappa" not in unasked.summary(3)
 
 
 @pytest.mark.parametrize("action", ["backoff", "stop"])
