@@ -41,7 +41,7 @@ class SSyncConfig:
             measures, times the loss's own weight. While one slot wins nearly everything, nothing is added. Not together
             with ``relative_weight``.
         least_agreement: While Cohen's kappa of the slots that win in the two maps is below it on a running average,
-            nothing is added: maps that know other slots teach noise. In [0, 1), 0 never looks. None: 0, with
+            nothing is added: the maps disagree on which slot is where. In [0, 1), 0 never looks. None: 0, with
             ``mode="auto"`` 0.6.
         warmup_ratio: Share of the training's optimizer steps during which SSync is off, in [0, 1]. None: 0.3, with
             ``mode="auto"`` 0.5.
